@@ -1,0 +1,178 @@
+// Package host gives the file trees of a host (/sys, /proc, /dev, /etc, /run, /var/lib) as one value: the running host, a
+// folder that holds a captured tree, or a snapshot archive. Nothing above it opens a path of its own.
+//
+// Names are relative and use '/'. Every error is a *fs.PathError with the whole path, so that errors.Is works with
+// fs.ErrNotExist, fs.ErrPermission and errnos, and the path need not be added by callers.
+package host
+
+import (
+	"errors"
+	"io/fs"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrReadOnly is why a captured host refuses a write; it is EROFS.
+var ErrReadOnly error = unix.EROFS
+
+// Host is one host's file trees, seen from its root directory.
+type Host struct {
+	Dir
+	live bool
+}
+
+// Open opens the running host ("" or "/"), a folder holding a captured tree, or a snapshot file. Only the running host can
+// be written to. The caller closes it.
+func Open(name string) (*Host, error) {
+	if name == "" || name == "/" {
+		t, err := openDisk("/", false)
+		if err != nil {
+			return nil, err
+		}
+		return &Host{Dir: Dir{tree: t, path: "/"}, live: true}, nil
+	}
+	var st unix.Stat_t
+	if err := retry(func() error { return unix.Stat(name, &st) }); err != nil {
+		return nil, &fs.PathError{Op: "open", Path: name, Err: err}
+	}
+	if st.Mode&unix.S_IFMT == unix.S_IFDIR {
+		t, err := openDisk(name, true)
+		if err != nil {
+			return nil, err
+		}
+		return &Host{Dir: Dir{tree: t, path: name}}, nil
+	}
+	root, err := readSnapshot(name)
+	if err != nil {
+		return nil, err
+	}
+	return &Host{Dir: Dir{tree: memory{root, root}, path: name + ":"}}, nil
+}
+
+// Live reports whether this is the running host: the only one that has processes, sockets and a kernel to ask.
+func (h *Host) Live() bool { return h.live }
+
+// Dir is an opened directory of a host.
+type Dir struct {
+	tree tree
+	path string
+}
+
+// tree is what the two kinds of storage have in common; names are relative to the tree's own directory.
+type tree interface {
+	open(name string) (tree, error)
+	read(name string, whole bool) ([]byte, error)
+	readlink(name string) (string, error)
+	readdir(name string) ([]string, error)
+	write(name, value string) error
+	close() error
+}
+
+// Path is the whole path of name below this directory, for messages.
+func (d *Dir) Path(name string) string { return path.Join(d.path, name) }
+
+func (d *Dir) fail(op, name string, err error) error {
+	return &fs.PathError{Op: op, Path: d.Path(name), Err: err}
+}
+
+// Open opens a directory below this one, following links. The caller closes it.
+func (d *Dir) Open(name string) (*Dir, error) {
+	t, err := d.tree.open(name)
+	if err != nil {
+		return nil, d.fail("open", name, err)
+	}
+	return &Dir{tree: t, path: d.Path(name)}, nil
+}
+
+// Close releases the directory; names read from it stay valid.
+func (d *Dir) Close() error { return d.tree.close() }
+
+// Read returns the whole content of a file.
+func (d *Dir) Read(name string) ([]byte, error) {
+	b, err := d.tree.read(name, true)
+	if err != nil {
+		return nil, d.fail("read", name, err)
+	}
+	return b, nil
+}
+
+// String returns a sysfs attribute without its trailing newline. It reads once: an attribute is at most a page.
+func (d *Dir) String(name string) (string, error) {
+	b, err := d.tree.read(name, false)
+	if err != nil {
+		return "", d.fail("read", name, err)
+	}
+	return strings.TrimSuffix(string(b), "\n"), nil
+}
+
+// Int returns a decimal, or with "0x" in front hexadecimal, sysfs attribute.
+func (d *Dir) Int(name string) (int, error) {
+	s, err := d.String(name)
+	if err != nil {
+		return 0, err
+	}
+	n, err := strconv.ParseInt(s, 0, 64)
+	if err != nil {
+		return 0, d.fail("read", name, err)
+	}
+	return int(n), nil
+}
+
+// Link returns the target of a symbolic link as it stands.
+func (d *Dir) Link(name string) (string, error) {
+	s, err := d.tree.readlink(name)
+	if err != nil {
+		return "", d.fail("readlink", name, err)
+	}
+	return s, nil
+}
+
+// LinkBase returns the last element of a link's target: the driver's name of a driver link.
+func (d *Dir) LinkBase(name string) (string, error) {
+	s, err := d.Link(name)
+	return path.Base(s), err
+}
+
+// Names returns the names in a directory, sorted.
+func (d *Dir) Names(name string) ([]string, error) {
+	names, err := d.tree.readdir(name)
+	if err != nil {
+		return nil, d.fail("readdir", name, err)
+	}
+	slices.Sort(names)
+	return names, nil
+}
+
+// Exists reports whether something stands under this name; a link counts by itself, wherever it points. What cannot be
+// looked at does not exist.
+func (d *Dir) Exists(name string) bool {
+	_, err := d.tree.readlink(name)
+	return err == nil || errors.Is(err, unix.EINVAL) // EINVAL: it is there, and no link
+}
+
+// Write writes value to an existing file in one write(2). It never creates a file: a missing sysfs attribute must be
+// ErrNotExist, not a permission problem or, on a captured tree, a new file.
+func (d *Dir) Write(name, value string) error {
+	if err := d.tree.write(name, value); err != nil {
+		return d.fail("write", name, err)
+	}
+	return nil
+}
+
+// Absent reports whether err says that the thing is not there, or went away while it was read: ENOENT, or ENODEV and ENXIO
+// as sysfs gives them for a device that was removed.
+func Absent(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENXIO)
+}
+
+func retry(f func() error) error {
+	for {
+		if err := f(); err != unix.EINTR {
+			return err
+		}
+	}
+}

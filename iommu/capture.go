@@ -1,0 +1,221 @@
+package iommu
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"path"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"viaduct/internal/host"
+)
+
+// What a snapshot holds. These are lists of what is wanted, never of what is not: some files of sysfs block, wake the
+// device, or act when they are touched, and a snapshot is handed to other people.
+var (
+	hostFiles   = []string{"proc/cmdline", "proc/sys/kernel/osrelease", "sys/firmware/acpi/tables/IVRS", "sys/firmware/acpi/tables/DMAR"}
+	deviceFiles = []string{
+		"modalias", "vendor", "device", "subsystem_vendor", "subsystem_device", "class", "revision", "numa_node", "driver_override",
+		"power_state", "reset_method", "boot_vga", "resource", "enable", "config",
+		"current_link_speed", "max_link_speed", "current_link_width", "max_link_width",
+		"sriov_totalvfs", "sriov_offset", "sriov_stride", "sriov_vf_device", "sriov_drivers_autoprobe", "sriov_vf_total_msix",
+	}
+	deviceLinks = []string{"driver", "iommu", "iommu_group", "physfn", "subsystem"}
+	classFiles  = []string{"address", "operstate", "mtu", "phys_port_name", "phys_switch_id", "dev", "size"}
+	groupFiles  = []string{"name", "type", "reserved_regions"}
+	unitFiles   = []string{
+		"amd-iommu/cap", "amd-iommu/features", "intel-iommu/address", "intel-iommu/cap", "intel-iommu/ecap", "intel-iommu/version",
+		"intel-iommu/domains_supported", "intel-iommu/domains_used",
+	}
+)
+
+// Capture writes a snapshot of the host: what every command that only looks reads, and the names of the devices it has.
+// [Open] reads it back. It holds MAC addresses and serial numbers; w stays the caller's to close.
+func Capture(h *Host, w io.Writer) error {
+	t, err := Scan(h)
+	if err != nil {
+		return err
+	}
+	out, err := host.NewSnapshot(w)
+	if err != nil {
+		return err
+	}
+	c := capture{h: h, w: out}
+	c.dir("sys/kernel") // Scan takes its absence for an unmounted sysfs
+	c.dir(pciDevices)
+	c.files("", hostFiles)
+	c.interrupts()
+	for _, u := range t.Units {
+		real := c.linked(path.Join(unitsDir, u.Name))
+		c.files(real, unitFiles)
+		c.links(path.Join(real, "devices"))
+	}
+	for _, g := range t.Groups {
+		at := fmt.Sprintf("%s/%d", groupsDir, g.ID)
+		c.files(at, groupFiles)
+		c.dir(path.Join(at, "devices"))
+		c.links(path.Join(at, "devices"))
+	}
+	c.links(netClass)
+	t.All(func(d *Device) bool {
+		c.device(d)
+		return c.err == nil
+	})
+	c.add(idFiles[0], excerpt(LoadNames(h), t))
+	if c.err != nil {
+		return c.err
+	}
+	return out.Close()
+}
+
+type capture struct {
+	h   *Host
+	w   *host.SnapshotWriter
+	err error
+}
+
+func (c *capture) keep(err error) {
+	if c.err == nil {
+		c.err = err
+	}
+}
+
+func (c *capture) add(name string, data []byte) {
+	if data != nil {
+		c.keep(c.w.File(name, data))
+	}
+}
+
+func (c *capture) dir(name string) {
+	if _, err := c.h.Names(name); err == nil {
+		c.keep(c.w.Dir(name))
+	}
+}
+
+// files adds those of the named files that are there and readable: what a plain user may not read (config space past 64
+// bytes, ACPI tables) is left out for him.
+func (c *capture) files(dir string, names []string) {
+	for _, n := range names {
+		b, err := c.h.Read(path.Join(dir, n))
+		switch {
+		case err == nil:
+			c.add(path.Join(dir, n), b)
+		case !host.Absent(err) && !isRefusal(err):
+			c.keep(err)
+		}
+	}
+}
+
+// isRefusal says that this file cannot be had although it is there: not allowed, or a driver that answers with an error.
+func isRefusal(err error) bool {
+	for _, e := range []error{unix.EACCES, unix.EPERM, unix.EINVAL, unix.EOPNOTSUPP, unix.EIO, unix.EAGAIN, unix.EBUSY, unix.ENOTDIR} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+// linked adds a link and returns the name of what it points to.
+func (c *capture) linked(name string) string {
+	target, err := c.h.Link(name)
+	if err != nil {
+		return name
+	}
+	c.keep(c.w.Link(name, target))
+	return path.Join(path.Dir(name), target)
+}
+
+func (c *capture) links(dir string) {
+	names, err := c.h.Names(dir)
+	if err != nil {
+		return
+	}
+	for _, n := range names {
+		c.linked(path.Join(dir, n))
+	}
+}
+
+// interrupts adds the chip names up to the one that tells whether interrupts are remapped.
+func (c *capture) interrupts() {
+	names, err := c.h.Names(irqDir)
+	if err != nil {
+		return
+	}
+	for _, n := range names {
+		file := path.Join(irqDir, n, "chip_name")
+		chip, err := c.h.String(file)
+		if err != nil {
+			continue
+		}
+		c.add(file, []byte(chip+"\n"))
+		if _, known := remaps(chip); known {
+			return
+		}
+	}
+}
+
+func (c *capture) device(d *Device) {
+	link := path.Join(pciDevices, d.Name)
+	if !d.PCI {
+		link = fmt.Sprintf("%s/%d/devices/%s", groupsDir, d.Group, d.Name)
+	}
+	real := c.linked(link)
+	c.files(real, deviceFiles)
+	links := deviceLinks
+	if d.SRIOV != nil {
+		for i := range d.SRIOV.VFs {
+			links = append(slices.Clip(links), fmt.Sprintf("virtfn%d", i))
+		}
+	}
+	for _, n := range links {
+		c.linked(path.Join(real, n))
+	}
+	if names, err := c.h.Names(path.Join(real, "vfio-dev")); err == nil {
+		for _, n := range names {
+			c.files(path.Join(real, "vfio-dev", n), []string{"dev"})
+			c.dir(path.Join(real, "vfio-dev", n))
+		}
+	}
+	dir, err := c.h.Open(real)
+	if err != nil {
+		return // gone
+	}
+	defer dir.Close()
+	classes, err := classDevices(dir)
+	c.keep(err)
+	for _, paths := range classes {
+		for _, p := range paths {
+			c.linked(path.Join(real, p, "subsystem"))
+			c.files(path.Join(real, p), classFiles)
+		}
+	}
+}
+
+// excerpt is a pci.ids of the devices that the host has.
+func excerpt(n *Names, t *Topology) []byte {
+	byVendor := map[uint16]map[uint16]string{}
+	t.All(func(d *Device) bool {
+		if name := n.Device(d.Vendor, d.ID.Device); d.PCI && name != "" {
+			if byVendor[d.Vendor] == nil {
+				byVendor[d.Vendor] = map[uint16]string{}
+			}
+			byVendor[d.Vendor][d.ID.Device] = name
+		}
+		return true
+	})
+	var b strings.Builder
+	b.WriteString("# the devices of one host\n")
+	for _, v := range slices.Sorted(maps.Keys(byVendor)) {
+		fmt.Fprintf(&b, "%04x  %s\n", v, n.Vendor(v))
+		for _, d := range slices.Sorted(maps.Keys(byVendor[v])) {
+			fmt.Fprintf(&b, "\t%04x  %s\n", d, byVendor[v][d])
+		}
+	}
+	return []byte(b.String())
+}
+

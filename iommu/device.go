@@ -1,0 +1,187 @@
+package iommu
+
+import (
+	"errors"
+	"fmt"
+	"path"
+	"strconv"
+	"strings"
+
+	"viaduct/internal/host"
+)
+
+// Paths of the kernel's files, relative to a host's root.
+const (
+	pciDevices = "sys/bus/pci/devices"
+	groupsDir  = "sys/kernel/iommu_groups"
+	unitsDir   = "sys/class/iommu"
+	netClass   = "sys/class/net"
+)
+
+// Host is the host that all functions of this project look at and act on; see [Open].
+type Host = host.Host
+
+// Open opens the running host ("" or "/"), read-only a folder that holds a captured tree, or a snapshot file. The caller
+// closes it.
+func Open(name string) (*Host, error) { return host.Open(name) }
+
+// ErrNotFound is wrapped by errors that say that a device or group is not on this host.
+var ErrNotFound = errors.New("not on this host")
+
+// Device is what `list` knows of a device: what one pass with a few system calls a device gives. A Device is what was read
+// at one moment; nothing keeps it up to date.
+type Device struct {
+	Name    string  // the kernel's; a PCI device's is its address
+	Address Address // PCI devices only
+	PCI     bool    // false: a platform, mdev or other device that is in a group
+	ID
+	Driver         string // "" if none
+	DriverOverride string // "" if none
+	NUMANode       int    // -1 if unknown
+	Group          int    // IOMMU group, -1 if none
+	Netdevs        []string
+	PhysFn         *Address // a VF's PF
+	VFIndex        int      // a VF's index within its PF, -1 if this is no VF
+	SRIOV          *SRIOV   // nil if this is no PF
+}
+
+// ID is what a PCI function says it is, as the kernel puts it into its modalias.
+type ID struct {
+	Vendor, Device       uint16
+	Subvendor, Subdevice uint16
+	Class                uint32 // 24 bits: base class, subclass, programming interface
+}
+
+// SRIOV is a PF's count of VFs.
+type SRIOV struct {
+	Total int       // sriov_totalvfs
+	VFs   []Address // by VF index
+}
+
+// IsBridge reports whether this is a PCI-to-PCI or CardBus bridge (a header of type 1 or 2, which VFIO refuses): it is
+// shared by what is below it and never taken.
+func (d *Device) IsBridge() bool { return d.PCI && (d.Class>>8 == 0x0604 || d.Class>>8 == 0x0607) }
+
+// Blocks reports whether the device keeps its group from being viable: a driver of the host does its DMA. The harmless ones
+// are those that set driver_managed_dma: VFIO's, pci-stub, and pcieport of PCIe ports (drivers/pci/pcie/portdrv.c).
+func (d *Device) Blocks() bool {
+	return d.Driver != "" && d.Driver != "pci-stub" && d.Driver != "pcieport" && !IsVFIODriver(d.Driver)
+}
+
+// IsVFIODriver tells VFIO drivers from all others by name. Every driver of drivers/vfio has "vfio" in its name: vfio-pci,
+// mlx5_vfio_pci, xe-vfio-pci, vfio-platform, vfio_mdev.
+func IsVFIODriver(name string) bool { return strings.Contains(name, "vfio") }
+
+// ParseModalias decodes a PCI modalias: pci:v00008086d000010CAsv...sd...bc02sc00i00 (drivers/pci/pci-sysfs.c, modalias_show).
+func ParseModalias(s string) (ID, error) {
+	rest, ok := strings.CutPrefix(s, "pci:")
+	var n [7]uint64
+	for i, f := range [...]struct {
+		key    string
+		digits int
+	}{{"v", 8}, {"d", 8}, {"sv", 8}, {"sd", 8}, {"bc", 2}, {"sc", 2}, {"i", 2}} {
+		if ok {
+			rest, ok = strings.CutPrefix(rest, f.key)
+		}
+		if !ok || len(rest) < f.digits {
+			return ID{}, fmt.Errorf("%q is no PCI modalias", s)
+		}
+		v, err := strconv.ParseUint(rest[:f.digits], 16, 32)
+		if err != nil {
+			return ID{}, fmt.Errorf("%q is no PCI modalias", s)
+		}
+		n[i], rest = v, rest[f.digits:]
+	}
+	if rest != "" {
+		return ID{}, fmt.Errorf("%q is no PCI modalias", s)
+	}
+	return ID{
+		Vendor: uint16(n[0]), Device: uint16(n[1]), Subvendor: uint16(n[2]), Subdevice: uint16(n[3]),
+		Class: uint32(n[4]<<16 | n[5]<<8 | n[6]),
+	}, nil
+}
+
+// readDevice reads a device from its directory. It fails with an error that host.Absent recognises when the device went
+// away meanwhile: the one attribute that every PCI device has is read last.
+func readDevice(dir *host.Dir, name string) (Device, error) {
+	d := Device{Name: name, NUMANode: -1, Group: -1, VFIndex: -1}
+	var err error
+	if d.Driver, err = dir.LinkBase("driver"); host.Absent(err) {
+		d.Driver = ""
+	} else if err != nil {
+		return d, err
+	}
+	if d.DriverOverride, err = optional(dir.String("driver_override")); err != nil {
+		return d, err
+	}
+	if d.DriverOverride == "(null)" {
+		d.DriverOverride = ""
+	}
+	if node, err := dir.Int("numa_node"); err == nil {
+		d.NUMANode = node
+	} else if !host.Absent(err) {
+		return d, err
+	}
+	if d.Address, err = ParseAddress(name); err != nil {
+		return d, nil
+	}
+	d.PCI = true
+	if d.SRIOV, err = readSRIOV(dir); err != nil {
+		return d, err
+	}
+	alias, err := dir.String("modalias")
+	if err != nil {
+		return d, err
+	}
+	if d.ID, err = ParseModalias(alias); err != nil {
+		return d, fmt.Errorf("%s: %w", dir.Path("modalias"), err)
+	}
+	return d, nil
+}
+
+func optional(s string, err error) (string, error) {
+	if host.Absent(err) {
+		return "", nil
+	}
+	return s, err
+}
+
+// readSRIOV reads a PF's total and its VFs, by their links: reading sriov_numvfs would wait for a write that is in progress.
+func readSRIOV(dir *host.Dir) (*SRIOV, error) {
+	total, err := dir.Int("sriov_totalvfs")
+	if host.Absent(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	s := &SRIOV{Total: total}
+	for i := range total {
+		link, err := dir.LinkBase("virtfn" + strconv.Itoa(i))
+		if host.Absent(err) {
+			break // the kernel makes and removes the links in order
+		}
+		if err != nil {
+			return nil, err
+		}
+		vf, err := ParseAddress(link)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", dir.Path("virtfn"+strconv.Itoa(i)), err)
+		}
+		s.VFs = append(s.VFs, vf)
+	}
+	return s, nil
+}
+
+// ReadDevice reads one PCI device, without its group and its place among a PF's VFs, which take a [Scan].
+func ReadDevice(h *Host, a Address) (Device, error) {
+	dir, err := h.Open(path.Join(pciDevices, a.String()))
+	if host.Absent(err) {
+		return Device{}, fmt.Errorf("%s: %w", a, ErrNotFound)
+	}
+	if err != nil {
+		return Device{}, err
+	}
+	defer dir.Close()
+	return readDevice(dir, a.String())
+}

@@ -1,0 +1,323 @@
+package iommu
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+
+	"viaduct/internal/host"
+)
+
+// Topology is a host's devices, their IOMMU groups, and the IOMMU units, as they were during one [Scan].
+type Topology struct {
+	Units              []Unit
+	InterruptRemapping *bool   // nil if it cannot be told
+	Groups             []Group // by ID; the numbers have gaps
+	Ungrouped          []Device
+}
+
+// Group is an IOMMU group: the smallest set of devices that the IOMMU can tell from all others.
+type Group struct {
+	ID      int
+	Type    string // of the default domain: DMA, DMA-FQ, identity, blocked, unmanaged, unknown; "" where the kernel has no such file
+	Devices []Device
+}
+
+// Blockers are the devices that keep the group from being viable; none if a guest can have it as it is.
+func (g *Group) Blockers() []*Device {
+	var out []*Device
+	for i := range g.Devices {
+		if g.Devices[i].Blocks() {
+			out = append(out, &g.Devices[i])
+		}
+	}
+	return out
+}
+
+// Endpoints are what is taken and given back together: all members but the bridges.
+func (g *Group) Endpoints() []*Device {
+	var out []*Device
+	for i := range g.Devices {
+		if !g.Devices[i].IsBridge() {
+			out = append(out, &g.Devices[i])
+		}
+	}
+	return out
+}
+
+// Group returns a group by its number.
+func (t *Topology) Group(id int) (*Group, error) {
+	i, ok := slices.BinarySearchFunc(t.Groups, id, func(g Group, id int) int { return g.ID - id })
+	if !ok {
+		return nil, fmt.Errorf("IOMMU group %d: %w", id, ErrNotFound)
+	}
+	return &t.Groups[i], nil
+}
+
+// All calls f for every device, grouped or not, until it returns false.
+func (t *Topology) All(f func(*Device) bool) {
+	for i := range t.Groups {
+		for j := range t.Groups[i].Devices {
+			if !f(&t.Groups[i].Devices[j]) {
+				return
+			}
+		}
+	}
+	for i := range t.Ungrouped {
+		if !f(&t.Ungrouped[i]) {
+			return
+		}
+	}
+}
+
+// Find returns a PCI device by its address.
+func (t *Topology) Find(a Address) (found *Device, err error) {
+	t.All(func(d *Device) bool {
+		if d.PCI && d.Address == a {
+			found = d
+		}
+		return found == nil
+	})
+	if found == nil {
+		return nil, fmt.Errorf("%s: %w", a, ErrNotFound)
+	}
+	return found, nil
+}
+
+// Scan reads all PCI devices and IOMMU groups in one pass. A device that vanishes meanwhile is left out.
+func Scan(h *Host) (*Topology, error) {
+	names, err := h.Names(pciDevices)
+	if errors.Is(err, fs.ErrNotExist) && !h.Exists("sys/kernel") {
+		return nil, fmt.Errorf("%w (is sysfs mounted?)", err)
+	}
+	if err != nil && !host.Absent(err) {
+		return nil, err
+	}
+	devices, err := readAll(h, pciDevices, names, readDevice)
+	if err != nil {
+		return nil, err
+	}
+	slices.SortFunc(devices, compareDevices)
+	t := &Topology{}
+	if t.Units, err = readUnits(h); err != nil {
+		return nil, err
+	}
+	if t.InterruptRemapping, err = readInterruptRemapping(h); err != nil {
+		return nil, err
+	}
+	if err := readNetdevs(h, devices); err != nil {
+		return nil, err
+	}
+	linkVFs(devices)
+	if t.Groups, err = readGroups(h, devices); err != nil {
+		return nil, err
+	}
+	for i := range devices {
+		if devices[i].Group < 0 {
+			t.Ungrouped = append(t.Ungrouped, devices[i])
+		}
+	}
+	return t, nil
+}
+
+func compareDevices(a, b Device) int {
+	switch {
+	case a.PCI && b.PCI:
+		return a.Address.Compare(b.Address)
+	case a.PCI:
+		return -1
+	case b.PCI:
+		return 1
+	}
+	return cmp.Compare(a.Name, b.Name)
+}
+
+func findDevice(devices []Device, a Address) *Device {
+	i, ok := slices.BinarySearchFunc(devices, a, func(d Device, a Address) int { return d.Address.Compare(a) })
+	if !ok {
+		return nil
+	}
+	return &devices[i]
+}
+
+// readAll reads the directories names of dir side by side; sysfs takes no lock that would keep readers apart. What vanished
+// is left out.
+func readAll[T any](h *Host, dir string, names []string, read func(*host.Dir, string) (T, error)) ([]T, error) {
+	if len(names) == 0 {
+		return nil, nil
+	}
+	base, err := h.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer base.Close()
+	out, errs := make([]T, len(names)), make([]error, len(names))
+	one := func(i int) {
+		d, err := base.Open(names[i])
+		if err == nil {
+			out[i], err = read(d, names[i])
+			d.Close()
+		}
+		errs[i] = err
+	}
+	const chunk = 64 // below this a second thread costs more than it brings
+	workers := min(runtime.GOMAXPROCS(0), len(names)/chunk+1, 8)
+	var wg sync.WaitGroup
+	for w := range workers {
+		wg.Go(func() {
+			for i := w * chunk; i < len(names); i += workers * chunk {
+				for j := i; j < min(i+chunk, len(names)); j++ {
+					one(j)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	kept := out[:0]
+	for i := range out {
+		switch {
+		case errs[i] == nil:
+			kept = append(kept, out[i])
+		case !host.Absent(errs[i]):
+			return nil, errs[i]
+		}
+	}
+	return kept, nil
+}
+
+// readNetdevs gives each device its network interfaces. /sys/class/net names them all at once, also those of a device in
+// between, as virtio's, which a look into the PCI device's own net directory would miss.
+func readNetdevs(h *Host, devices []Device) error {
+	names, err := h.Names(netClass)
+	if host.Absent(err) || len(names) == 0 {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	dir, err := h.Open(netClass)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	for _, name := range names {
+		target, err := dir.Link(name)
+		if err != nil {
+			continue // gone, or a file such as bonding_masters
+		}
+		if a, ok := lastAddress(target); ok {
+			if d := findDevice(devices, a); d != nil {
+				d.Netdevs = append(d.Netdevs, name)
+			}
+		}
+	}
+	return nil
+}
+
+// lastAddress is the PCI device nearest to the end of a sysfs path.
+func lastAddress(target string) (Address, bool) {
+	for target != "" && target != "." && target != "/" {
+		if a, err := ParseAddress(path.Base(target)); err == nil {
+			return a, true
+		}
+		i := strings.LastIndexByte(target, '/')
+		if i < 0 {
+			break
+		}
+		target = target[:i]
+	}
+	return Address{}, false
+}
+
+// linkVFs tells the VFs whose they are, from the PFs' virtfn links: the kernel makes a VF's physfn link together with them.
+func linkVFs(devices []Device) {
+	for i := range devices {
+		if devices[i].SRIOV == nil {
+			continue
+		}
+		for n, a := range devices[i].SRIOV.VFs {
+			if vf := findDevice(devices, a); vf != nil {
+				pf := devices[i].Address
+				vf.PhysFn, vf.VFIndex = &pf, n
+			}
+		}
+	}
+}
+
+type rawGroup struct {
+	Group
+	names []string
+}
+
+// readGroups reads the groups and sorts the devices into them. Members that are no PCI devices are read where they are
+// found.
+func readGroups(h *Host, devices []Device) ([]Group, error) {
+	ids, err := h.Names(groupsDir)
+	if host.Absent(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	raw, err := readAll(h, groupsDir, ids, readGroup)
+	if err != nil {
+		return nil, err
+	}
+	slices.SortFunc(raw, func(a, b rawGroup) int { return a.ID - b.ID })
+	groups := make([]Group, len(raw))
+	for i, r := range raw {
+		g := r.Group
+		for _, name := range r.names {
+			a, err := ParseAddress(name)
+			if err == nil {
+				if d := findDevice(devices, a); d != nil {
+					d.Group = g.ID
+					g.Devices = append(g.Devices, *d)
+				}
+				continue // else: it came or went between the two looks
+			}
+			d, err := readMember(h, g.ID, name)
+			if host.Absent(err) {
+				continue
+			}
+			if err != nil {
+				return nil, err
+			}
+			g.Devices = append(g.Devices, d)
+		}
+		slices.SortFunc(g.Devices, compareDevices)
+		groups[i] = g
+	}
+	return groups, nil
+}
+
+func readGroup(dir *host.Dir, name string) (rawGroup, error) {
+	id, err := strconv.Atoi(name)
+	if err != nil {
+		return rawGroup{}, fmt.Errorf("%s: no group number", dir.Path(""))
+	}
+	g := rawGroup{Group: Group{ID: id}}
+	if g.Type, err = optional(dir.String("type")); err != nil {
+		return g, err
+	}
+	g.names, err = dir.Names("devices")
+	return g, err
+}
+
+func readMember(h *Host, group int, name string) (Device, error) {
+	dir, err := h.Open(path.Join(groupsDir, strconv.Itoa(group), "devices", name))
+	if err != nil {
+		return Device{}, err
+	}
+	defer dir.Close()
+	d, err := readDevice(dir, name)
+	d.Group = group
+	return d, err
+}

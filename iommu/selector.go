@@ -1,0 +1,307 @@
+package iommu
+
+import (
+	"errors"
+	"fmt"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+
+	"viaduct/internal/host"
+)
+
+// Selector names devices the way a user does. The forms: an address (0000:01:00.0, 01:00.0), a network interface (enp1s0), a
+// VF of a PF (enp1s0/vf3), ids (8086:10c9), mac=, path= (see [PhysicalPath]), serial=, group=, class=.
+type Selector struct {
+	text    string
+	kind    selectorKind
+	value   string
+	address Address
+	number  int // vf: index; group: id
+	ids     [2]uint16
+	pf      *Selector
+}
+
+type selectorKind int
+
+const (
+	byAddress selectorKind = iota
+	byNetdev
+	byVF
+	byIDs
+	byMAC
+	byPath
+	bySerial
+	byGroup
+	byClass
+)
+
+// ErrSyntax is wrapped by errors about a selector that no host could resolve.
+var ErrSyntax = errors.New("not a selector")
+
+// AmbiguousError says that a selector which must name one device names several.
+type AmbiguousError struct {
+	Selector   string
+	Candidates []string
+}
+
+func (e *AmbiguousError) Error() string {
+	return fmt.Sprintf("%s names %d devices, and one is needed: %s", e.Selector, len(e.Candidates), abbreviate(e.Candidates))
+}
+
+// NotFoundError says that a selector names nothing on this host. It matches ErrNotFound.
+type NotFoundError struct {
+	Selector   string
+	What       string   // what was looked for
+	Candidates []string // what there is of that kind
+}
+
+func (e *NotFoundError) Error() string {
+	s := fmt.Sprintf("%s: %s", e.Selector, e.What)
+	if len(e.Candidates) > 0 {
+		s += "; there is " + abbreviate(e.Candidates)
+	}
+	return s
+}
+
+// Is makes it an ErrNotFound.
+func (e *NotFoundError) Is(target error) bool { return target == ErrNotFound }
+
+func abbreviate(names []string) string {
+	const most = 12
+	if len(names) > most {
+		return strings.Join(names[:most], ", ") + fmt.Sprintf(" and %d more", len(names)-most)
+	}
+	return strings.Join(names, ", ")
+}
+
+// ParseSelector parses a selector without looking at a host. Its errors wrap ErrSyntax.
+func ParseSelector(s string) (Selector, error) {
+	sel := Selector{text: s}
+	bad := func(want string) (Selector, error) {
+		return Selector{}, fmt.Errorf("%q is %w: %s", s, ErrSyntax, want)
+	}
+	if key, value, ok := strings.Cut(s, "="); ok {
+		sel.value = value
+		switch key {
+		case "mac":
+			if sel.value = strings.ToLower(value); !isMAC(sel.value) {
+				return bad("want mac= and six pairs of hexadecimal digits, as mac=52:54:00:12:34:56")
+			}
+			sel.kind = byMAC
+		case "path":
+			first, _, _ := strings.Cut(value, "/")
+			if _, err := ParseAddress(first); err != nil {
+				return bad("want path= and a physical path as `viaduct show` prints it, as path=0000:00:01.0/00.0")
+			}
+			sel.kind = byPath
+		case "serial":
+			if value == "" {
+				return bad("want serial= and the serial number as `viaduct show` prints it")
+			}
+			sel.kind = bySerial
+		case "group":
+			n, err := strconv.ParseUint(value, 10, 31)
+			if err != nil {
+				return bad("want group= and a number, as group=8")
+			}
+			sel.kind, sel.number = byGroup, int(n)
+		case "class":
+			if _, err := strconv.ParseUint(value, 16, 32); err != nil || len(value) < 2 || len(value) > 6 || len(value)%2 != 0 {
+				return bad("want class= and two, four or six hexadecimal digits, as class=0200")
+			}
+			sel.kind, sel.value = byClass, strings.ToLower(value)
+		default:
+			return bad("the keys are mac, path, serial, group and class")
+		}
+		return sel, nil
+	}
+	if pf, vf, ok := strings.Cut(s, "/"); ok {
+		index, isVF := strings.CutPrefix(vf, "vf")
+		n, err := strconv.ParseUint(index, 10, 16)
+		if !isVF || err != nil {
+			return bad("want a PF and the index of its VF, as enp1s0/vf3")
+		}
+		parent, err := ParseSelector(pf)
+		if err != nil || (parent.kind != byAddress && parent.kind != byNetdev) {
+			return bad("want the PF's address or network interface before /vf" + index)
+		}
+		sel.kind, sel.pf, sel.number = byVF, &parent, int(n)
+		return sel, nil
+	}
+	if a, err := ParseAddress(s); err == nil {
+		sel.kind, sel.address = byAddress, a
+		return sel, nil
+	}
+	if vendor, device, ok := strings.Cut(s, ":"); ok {
+		v, err1 := strconv.ParseUint(vendor, 16, 16)
+		d, err2 := strconv.ParseUint(device, 16, 16)
+		if len(vendor) != 4 || len(device) != 4 || err1 != nil || err2 != nil {
+			return bad("want a PCI address, as 0000:01:00.0, or ids, as 8086:10c9")
+		}
+		sel.kind, sel.ids = byIDs, [2]uint16{uint16(v), uint16(d)}
+		return sel, nil
+	}
+	// What is left can only be an interface's name, by the kernel's own rule (net/core/dev.c, dev_valid_name).
+	if s == "" || len(s) > 15 || s == "." || s == ".." || strings.ContainsAny(s, " \t\n\v\f\r") || s[0] == '-' {
+		return bad("want a PCI address, a network interface, PF/vfN, vendor:device, or mac=, path=, serial=, group=, class=")
+	}
+	sel.kind, sel.value = byNetdev, s
+	return sel, nil
+}
+
+func isMAC(s string) bool {
+	parts := strings.Split(s, ":")
+	for _, p := range parts {
+		if _, err := strconv.ParseUint(p, 16, 8); err != nil || len(p) != 2 {
+			return false
+		}
+	}
+	return len(parts) == 6
+}
+
+// String is the selector as it was written.
+func (s Selector) String() string { return s.text }
+
+// Group is the number of a group=N selector.
+func (s Selector) Group() (int, bool) { return s.number, s.kind == byGroup }
+
+// One resolves a selector to the one device it names; *NotFoundError or *AmbiguousError if it names none or several.
+func (s Selector) One(h *Host, t *Topology) (*Device, error) {
+	all, err := s.Resolve(h, t)
+	if err != nil {
+		return nil, err
+	}
+	if len(all) > 1 {
+		return nil, &AmbiguousError{s.text, deviceNames(all)}
+	}
+	return all[0], nil
+}
+
+func deviceNames(devices []*Device) []string {
+	names := make([]string, len(devices))
+	for i, d := range devices {
+		names[i] = d.Name
+	}
+	return names
+}
+
+// Resolve finds all devices that a selector names, at least one; *NotFoundError if there is none.
+func (s Selector) Resolve(h *Host, t *Topology) ([]*Device, error) {
+	match, err := s.matcher(h, t)
+	if err != nil {
+		return nil, err
+	}
+	var out []*Device
+	t.All(func(d *Device) bool {
+		var yes bool
+		if yes, err = match(d); yes {
+			out = append(out, d)
+		}
+		return err == nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	if len(out) == 0 {
+		return nil, s.notFound(t)
+	}
+	return out, nil
+}
+
+// matcher is what decides whether a device is meant. Only the keys that need it read anything beyond the topology.
+func (s Selector) matcher(h *Host, t *Topology) (func(*Device) (bool, error), error) {
+	switch s.kind {
+	case byAddress:
+		return func(d *Device) (bool, error) { return d.PCI && d.Address == s.address, nil }, nil
+	case byNetdev:
+		return func(d *Device) (bool, error) { return slices.Contains(d.Netdevs, s.value), nil }, nil
+	case byIDs:
+		return func(d *Device) (bool, error) { return d.PCI && [2]uint16{d.Vendor, d.ID.Device} == s.ids, nil }, nil
+	case byGroup:
+		return func(d *Device) (bool, error) { return d.Group == s.number, nil }, nil
+	case byClass:
+		return func(d *Device) (bool, error) {
+			return d.PCI && strings.HasPrefix(fmt.Sprintf("%06x", d.Class), s.value), nil
+		}, nil
+	case byVF:
+		pf, err := s.pf.One(h, t)
+		if err != nil {
+			return nil, err
+		}
+		if pf.SRIOV == nil {
+			return nil, &NotFoundError{Selector: s.text, What: pf.Name + " is no PF (it has no SR-IOV capability)"}
+		}
+		return func(d *Device) (bool, error) { return d.PhysFn != nil && *d.PhysFn == pf.Address && d.VFIndex == s.number, nil }, nil
+	case byMAC:
+		return func(d *Device) (bool, error) {
+			for _, n := range d.Netdevs {
+				if mac, err := optional(h.String(path.Join(netClass, n, "address"))); err != nil || mac == s.value {
+					return err == nil, err
+				}
+			}
+			return false, nil
+		}, nil
+	case byPath:
+		return func(d *Device) (bool, error) {
+			if !d.PCI {
+				return false, nil
+			}
+			_, p, err := readPath(h, d.Address)
+			if host.Absent(err) {
+				return false, nil
+			}
+			return p == s.value, err
+		}, nil
+	default: // bySerial
+		return func(d *Device) (bool, error) {
+			if !d.PCI {
+				return false, nil
+			}
+			serial, err := ReadSerial(h, d.Address)
+			return serial == strings.ToLower(s.value), err
+		}, nil
+	}
+}
+
+// notFound says what there is instead.
+func (s Selector) notFound(t *Topology) error {
+	e := &NotFoundError{Selector: s.text}
+	each := func(f func(*Device)) { t.All(func(d *Device) bool { f(d); return true }) }
+	switch s.kind {
+	case byAddress:
+		e.What = "no such device"
+	case byNetdev:
+		e.What = "no network interface of a PCI device has this name"
+		each(func(d *Device) { e.Candidates = append(e.Candidates, d.Netdevs...) })
+	case byIDs:
+		e.What = "no device has these ids"
+	case byGroup:
+		e.What = "no such IOMMU group"
+		if len(t.Groups) == 0 {
+			e.What = "this host has no IOMMU groups"
+		}
+	case byVF:
+		e.What = "no such VF"
+		each(func(d *Device) {
+			if d.PhysFn != nil {
+				e.Candidates = append(e.Candidates, fmt.Sprintf("%s/vf%d", d.PhysFn, d.VFIndex))
+			}
+		})
+		if len(e.Candidates) == 0 {
+			e.What = "no such VF; none is enabled on this host (viaduct vf create " + s.pf.text + " N)"
+		}
+	case byMAC:
+		e.What = "no network interface has this MAC address (a device on a vfio driver shows none)"
+	default:
+		e.What = "no device matches"
+	}
+	slices.Sort(e.Candidates)
+	if s.kind == byGroup { // already in order, of numbers
+		for _, g := range t.Groups {
+			e.Candidates = append(e.Candidates, "group="+strconv.Itoa(g.ID))
+		}
+	}
+	return e
+}

@@ -218,4 +218,3 @@ func excerpt(n *Names, t *Topology) []byte {
 	}
 	return []byte(b.String())
 }
-

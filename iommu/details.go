@@ -179,6 +179,23 @@ func parseResources(s string) ([]BAR, error) {
 	return bars, nil
 }
 
+// ClassDevices names what the drivers made of a device, by class: see [Details].
+func ClassDevices(h *Host, a Address) (map[string][]string, error) {
+	dir, err := h.Open(path.Join(pciDevices, a.String()))
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	classes, err := classDevices(dir)
+	for _, paths := range classes {
+		for i, p := range paths {
+			paths[i] = path.Base(p)
+		}
+		slices.Sort(paths)
+	}
+	return classes, err
+}
+
 // classDevices finds what the device's drivers made of it: every directory below it whose subsystem is a class, by class,
 // as paths below dir. It descends neither into other PCI devices nor along links.
 func classDevices(dir *host.Dir) (map[string][]string, error) {

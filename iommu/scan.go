@@ -104,7 +104,7 @@ func Scan(h *Host) (*Topology, error) {
 	if err != nil {
 		return nil, err
 	}
-	slices.SortFunc(devices, compareDevices)
+	slices.SortFunc(devices, CompareDevices)
 	t := &Topology{}
 	if t.Units, err = readUnits(h); err != nil {
 		return nil, err
@@ -127,7 +127,8 @@ func Scan(h *Host) (*Topology, error) {
 	return t, nil
 }
 
-func compareDevices(a, b Device) int {
+// CompareDevices orders PCI devices by address, and all others after them by name.
+func CompareDevices(a, b Device) int {
 	switch {
 	case a.PCI && b.PCI:
 		return a.Address.Compare(b.Address)
@@ -292,7 +293,7 @@ func readGroups(h *Host, devices []Device) ([]Group, error) {
 			}
 			g.Devices = append(g.Devices, d)
 		}
-		slices.SortFunc(g.Devices, compareDevices)
+		slices.SortFunc(g.Devices, CompareDevices)
 		groups[i] = g
 	}
 	return groups, nil
@@ -320,4 +321,29 @@ func readMember(h *Host, group int, name string) (Device, error) {
 	d, err := readDevice(dir, name)
 	d.Group = group
 	return d, err
+}
+
+// Parents names the device above each device, "" for those on a root bus. A VF stands below its PF, though it is on the
+// same bus.
+func Parents(h *Host, t *Topology) (map[string]string, error) {
+	parents := map[string]string{}
+	var err error
+	t.All(func(d *Device) bool {
+		if d.PhysFn != nil {
+			parents[d.Name] = d.PhysFn.String()
+			return true
+		}
+		if !d.PCI {
+			return true
+		}
+		var target string
+		if target, err = optional(h.Link(path.Join(pciDevices, d.Name))); err != nil {
+			return false
+		}
+		if chain := pathAddresses(target); len(chain) > 1 {
+			parents[d.Name] = chain[len(chain)-2].String()
+		}
+		return true
+	})
+	return parents, err
 }

@@ -233,7 +233,9 @@ func (s Selector) matcher(h *Host, t *Topology) (func(*Device) (bool, error), er
 		if pf.SRIOV == nil {
 			return nil, &NotFoundError{Selector: s.text, What: pf.Name + " is no PF (it has no SR-IOV capability)"}
 		}
-		return func(d *Device) (bool, error) { return d.PhysFn != nil && *d.PhysFn == pf.Address && d.VFIndex == s.number, nil }, nil
+		return func(d *Device) (bool, error) {
+			return d.PhysFn != nil && *d.PhysFn == pf.Address && d.VFIndex == s.number, nil
+		}, nil
 	case byMAC:
 		return func(d *Device) (bool, error) {
 			for _, n := range d.Netdevs {

@@ -1,2 +1,205 @@
+// Command viaduct shows a host's IOMMU groups, takes devices from the host's drivers and gives them back, and makes SR-IOV
+// virtual functions. The commands are thin: flags become an options struct, and one call into the packages does the work.
 package main
-func main() {}
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
+
+	"viaduct/iommu"
+	"viaduct/vfio"
+)
+
+// Exit statuses; they are documented in the README.
+const (
+	exitDone    = 0
+	exitFailed  = 1
+	exitUsage   = 2
+	exitRefused = 3
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
+	code := run(ctx, os.Args, os.Stdout, os.Stderr)
+	stop()
+	os.Exit(code)
+}
+
+// env is what every command works with.
+type env struct {
+	stdout, stderr io.Writer
+	hostName       string // --host
+	json, dryRun   bool
+}
+
+// open opens the host that --host names; the caller closes it.
+func (e *env) open() (*iommu.Host, error) { return iommu.Open(e.hostName) }
+
+// note tells people something that is no part of the data.
+func (e *env) note(format string, a ...any) { fmt.Fprintf(e.stderr, "viaduct: "+format+"\n", a...) }
+
+// usageError is an error in the command line.
+type usageError struct{ error }
+
+func usagef(format string, a ...any) error { return usageError{fmt.Errorf(format, a...)} }
+
+// run is the whole program; it returns the exit status.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	e := &env{stdout: stdout, stderr: stderr}
+	app := newApp(e)
+	err := app.RunContext(ctx, flagsFirst(app, args))
+	if err == nil {
+		return exitDone
+	}
+	for _, line := range strings.Split(err.Error(), "\n") {
+		e.note("%s", line)
+	}
+	return exitStatus(err)
+}
+
+func exitStatus(err error) int {
+	var usage usageError
+	var ambiguous *iommu.AmbiguousError
+	switch {
+	case errors.As(err, &usage), errors.Is(err, iommu.ErrSyntax), errors.As(err, &ambiguous):
+		return exitUsage
+	case errors.Is(err, vfio.ErrRefused):
+		return exitRefused
+	}
+	return exitFailed
+}
+
+func newApp(e *env) *cli.App {
+	return &cli.App{
+		Name:      "viaduct",
+		Usage:     "device passthrough and SR-IOV on Linux",
+		UsageText: "viaduct [--host DIR|FILE] COMMAND [OPTION...] [ARGUMENT...]",
+		Description: "A device is named by a SELECTOR:\n" +
+			"  0000:01:00.0, 01:00.0   its PCI address\n" +
+			"  enp1s0                  its network interface\n" +
+			"  enp1s0/vf3              a VF of a PF (the PF by interface or address)\n" +
+			"  8086:10c9               vendor and device id\n" +
+			"  class=0200  group=8     PCI class, IOMMU group\n" +
+			"  mac=52:54:00:12:34:56   path=0000:00:01.0/00.0   serial=...\n\n" +
+			"Exit status: 0 done, 1 failed, 2 wrong usage, 3 refused by a safety check and nothing was touched.",
+		Writer:                    e.stdout,
+		ErrWriter:                 e.stderr,
+		HideHelpCommand:           true,
+		HideVersion:               true,
+		EnableBashCompletion:      true,
+		DisableSliceFlagSeparator: true,
+		ExitErrHandler:            func(*cli.Context, error) {}, // or cli ends the process itself
+		OnUsageError:              onUsageError,
+		Flags: []cli.Flag{
+			&cli.StringFlag{Name: "host", Usage: "look at a captured tree or a snapshot `DIR|FILE`, read-only", Destination: &e.hostName, TakesFile: true},
+		},
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return usagef("there is no command %q (viaduct --help lists them)", c.Args().First())
+			}
+			return cli.ShowAppHelp(c)
+		},
+		Commands: []*cli.Command{
+			listCommand(e), showCommand(e), bindCommand(e), unbindCommand(e), vfCommand(e),
+			snapshotCommand(e), completionCommand(e), manCommand(e), versionCommand(e),
+		},
+	}
+}
+
+func onUsageError(_ *cli.Context, err error, _ bool) error { return usageError{err} }
+
+// command fills in what all commands have in common.
+func command(c *cli.Command) *cli.Command {
+	c.OnUsageError = onUsageError
+	c.HideHelpCommand = true
+	return c
+}
+
+func (e *env) jsonFlag() cli.Flag {
+	return &cli.BoolFlag{Name: "json", Usage: "print JSON instead of text", Destination: &e.json}
+}
+
+func (e *env) dryRunFlag() cli.Flag {
+	return &cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "print the writes in their order, and make none", Destination: &e.dryRun}
+}
+
+// flagsFirst puts the flags before the arguments, within the command that they belong to: cli takes a flag after an
+// argument for another argument, and `bind 01:00.0 --dry-run` would bind.
+func flagsFirst(app *cli.App, args []string) []string {
+	if len(args) == 0 || slices.Contains(args, "--generate-bash-completion") {
+		return args
+	}
+	flags, commands := app.Flags, app.Commands
+	out, pending := args[:1:1], []string(nil)
+	rest := args[1:]
+	for len(rest) > 0 {
+		arg := rest[0]
+		rest = rest[1:]
+		if arg == "--" {
+			pending = append(pending, append([]string{arg}, rest...)...)
+			break
+		}
+		if len(arg) > 1 && arg[0] == '-' {
+			out = append(out, arg)
+			if takesValue(flags, arg) && len(rest) > 0 {
+				out, rest = append(out, rest[0]), rest[1:]
+			}
+			continue
+		}
+		if i := slices.IndexFunc(commands, func(c *cli.Command) bool { return c.HasName(arg) }); i >= 0 && len(pending) == 0 {
+			out = append(out, arg)
+			flags, commands = commands[i].Flags, commands[i].Subcommands
+			continue
+		}
+		pending = append(pending, arg)
+	}
+	return append(out, pending...)
+}
+
+func takesValue(flags []cli.Flag, arg string) bool {
+	name := strings.TrimLeft(arg, "-")
+	if strings.Contains(name, "=") {
+		return false
+	}
+	for _, f := range flags {
+		if d, ok := f.(cli.DocGenerationFlag); ok && slices.Contains(f.Names(), name) {
+			return d.TakesValue()
+		}
+	}
+	return false
+}
+
+// selectors parses the arguments of a command that needs at least one.
+func selectors(c *cli.Context) ([]iommu.Selector, error) {
+	if !c.Args().Present() {
+		return nil, usagef("%s: which device? (viaduct %s --help)", c.Command.Name, c.Command.Name)
+	}
+	return parseSelectors(c.Args().Slice())
+}
+
+func parseSelectors(args []string) ([]iommu.Selector, error) {
+	out := make([]iommu.Selector, len(args))
+	for i, a := range args {
+		var err error
+		if out[i], err = iommu.ParseSelector(a); err != nil {
+			return nil, err
+		}
+	}
+	return out, nil
+}
+
+func oneArgument(c *cli.Context, what string) (string, error) {
+	if c.NArg() != 1 {
+		return "", usagef("%s: want one argument, %s (viaduct %s --help)", c.Command.Name, what, c.Command.Name)
+	}
+	return c.Args().First(), nil
+}

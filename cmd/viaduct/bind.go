@@ -1,0 +1,230 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+
+	"github.com/urfave/cli/v2"
+
+	"viaduct/internal/journal"
+	"viaduct/iommu"
+	"viaduct/vfio"
+)
+
+type bindOptions struct {
+	selectors []iommu.Selector
+	driver    string
+}
+
+func bindCommand(e *env) *cli.Command {
+	var o bindOptions
+	return command(&cli.Command{
+		Name:      "bind",
+		Usage:     "take devices from the host: bind them, and all of their groups, to a vfio driver",
+		ArgsUsage: "SELECTOR...",
+		Description: "What is taken is the whole IOMMU group, but for its bridges. Refused, with exit status 3 and nothing touched: a device\n" +
+			"that carries the default route or a mounted file system, a PF with VFs, a device without an IOMMU. The binding holds\n" +
+			"until the next boot.\n\n" +
+			"Examples:\n  viaduct bind enp1s0/vf0\n  viaduct bind 0000:03:00.0 --dry-run",
+		Flags: []cli.Flag{
+			&cli.StringFlag{Name: "driver", Usage: "the vfio driver `auto|NAME`; auto is the device's own variant driver, else vfio-pci", Value: vfio.Auto, Destination: &o.driver},
+			e.dryRunFlag(), e.jsonFlag(),
+		},
+		BashComplete: e.completeSelectors,
+		Action: func(c *cli.Context) (err error) {
+			if o.selectors, err = selectors(c); err != nil {
+				return err
+			}
+			if o.driver != vfio.Auto && !iommu.IsVFIODriver(o.driver) && o.driver != "pci-stub" {
+				return usagef("bind: %q is no vfio driver; want auto, vfio-pci or the name of a variant driver", o.driver)
+			}
+			return runBind(c.Context, e, o)
+		},
+	})
+}
+
+func unbindCommand(e *env) *cli.Command {
+	return command(&cli.Command{
+		Name:      "unbind",
+		Usage:     "give devices, and all of their groups, back to the host's drivers",
+		ArgsUsage: "SELECTOR...",
+		Description: "A device goes back to what it had when it was taken; one that viaduct did not take goes to the driver the host would\n" +
+			"use. Refused, with exit status 3, while a process has it open.\n\n" +
+			"Examples:\n  viaduct unbind enp1s0/vf0\n  viaduct unbind group=8",
+		Flags:        []cli.Flag{e.dryRunFlag(), e.jsonFlag()},
+		BashComplete: e.completeSelectors,
+		Action: func(c *cli.Context) error {
+			sel, err := selectors(c)
+			if err != nil {
+				return err
+			}
+			return runUnbind(c.Context, e, sel)
+		},
+	})
+}
+
+func runBind(ctx context.Context, e *env, o bindOptions) error {
+	return e.change(ctx, o.selectors, changer{
+		check: vfio.CheckTake,
+		plan:  func(b *vfio.Binder, d *iommu.Device) (vfio.Change, error) { return b.PlanTake(d, o.driver) },
+		apply: func(ctx context.Context, b *vfio.Binder, d *iommu.Device) (vfio.Change, error) {
+			return b.Take(ctx, d, o.driver)
+		},
+	})
+}
+
+func runUnbind(ctx context.Context, e *env, sel []iommu.Selector) error {
+	return e.change(ctx, sel, changer{
+		check: func(h *iommu.Host, _ *iommu.Topology, asked, unit []*iommu.Device) error {
+			return vfio.CheckGiveBack(h, asked, unit)
+		},
+		plan: (*vfio.Binder).PlanGiveBack,
+		apply: func(ctx context.Context, b *vfio.Binder, d *iommu.Device) (vfio.Change, error) {
+			return b.GiveBack(ctx, d)
+		},
+	})
+}
+
+// changer is what bind and unbind differ in.
+type changer struct {
+	check func(*iommu.Host, *iommu.Topology, []*iommu.Device, []*iommu.Device) error
+	plan  func(*vfio.Binder, *iommu.Device) (vfio.Change, error)
+	apply func(context.Context, *vfio.Binder, *iommu.Device) (vfio.Change, error)
+}
+
+// changeView is one device's line of `bind --json` and `unbind --json`.
+type changeView struct {
+	Address iommu.Address `json:"address"`
+	From    *string       `json:"from"`
+	To      *string       `json:"to"`
+	Changed bool          `json:"changed"`
+	Steps   []string      `json:"steps"`
+	Error   *string       `json:"error"`
+}
+
+// change resolves the devices, lets every gate speak before the first write, and then does one device after the other.
+func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) error {
+	h, err := e.openToChange()
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	t, err := iommu.Scan(h)
+	if err != nil {
+		return err
+	}
+	var asked []*iommu.Device
+	for _, s := range sel {
+		devices, err := s.Resolve(h, t)
+		if err != nil {
+			return err
+		}
+		switch _, group := s.Group(); {
+		case group:
+			devices = endpoints(devices)
+		case len(devices) > 1:
+			_, err := s.One(h, t)
+			return err // several where one was meant: too easily too many
+		}
+		asked = append(asked, devices...)
+	}
+	unit, err := vfio.Unit(t, asked)
+	if err != nil {
+		return err
+	}
+	if err := c.check(h, t, asked, unit); err != nil {
+		return err
+	}
+	b := &vfio.Binder{Host: h, Journal: journal.In(journal.Dir)}
+	views, errs := []changeView{}, []error(nil)
+	for _, d := range unit {
+		var change vfio.Change
+		if e.dryRun {
+			change, err = c.plan(b, d)
+		} else {
+			change, err = c.apply(ctx, b, d)
+		}
+		errs = append(errs, err)
+		views = append(views, viewChange(change, err))
+	}
+	if e.json {
+		if err := writeJSON(e.stdout, views); err != nil {
+			return err
+		}
+	} else {
+		e.printChanges(views)
+	}
+	if t.InterruptRemapping != nil && !*t.InterruptRemapping {
+		e.note("interrupt remapping is off on this host, so VFIO will refuse to open the device")
+	}
+	return errors.Join(errs...)
+}
+
+func endpoints(devices []*iommu.Device) []*iommu.Device {
+	var out []*iommu.Device
+	for _, d := range devices {
+		if !d.IsBridge() {
+			out = append(out, d)
+		}
+	}
+	return out
+}
+
+func viewChange(c vfio.Change, err error) changeView {
+	v := changeView{Address: c.Device, From: known(c.From), To: known(c.To), Changed: len(c.Steps) > 0 && err == nil, Steps: []string{}}
+	if c.To == vfio.None {
+		v.To = nil
+	}
+	for _, s := range c.Steps {
+		v.Steps = append(v.Steps, s.String())
+	}
+	if err != nil {
+		text := err.Error()
+		v.Error = &text
+	}
+	return v
+}
+
+func (e *env) printChanges(views []changeView) {
+	for _, v := range views {
+		switch {
+		case v.Error != nil: // said by the error itself
+		case e.dryRun:
+			for _, s := range v.Steps {
+				fmt.Fprintln(e.stdout, s)
+			}
+		case !v.Changed:
+			fmt.Fprintf(e.stdout, "%s is on %s already\n", v.Address, driverText(v.To))
+		default:
+			fmt.Fprintf(e.stdout, "%s: %s -> %s\n", v.Address, driverText(v.From), driverText(v.To))
+		}
+	}
+}
+
+func driverText(driver *string) string {
+	if driver == nil {
+		return "no driver"
+	}
+	return *driver
+}
+
+// openToChange opens the host for a command that changes it.
+func (e *env) openToChange() (*iommu.Host, error) {
+	h, err := e.open()
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case !h.Live() && !e.dryRun:
+		err = usagef("%s is a captured host: it can be looked at, not changed", e.hostName)
+	case h.Live() && os.Geteuid() != 0 && !e.dryRun:
+		err = fmt.Errorf("changing drivers and VFs takes root: %w", fs.ErrPermission)
+	}
+	if err != nil {
+		return nil, errors.Join(err, h.Close())
+	}
+	return h, nil
+}

@@ -1,0 +1,135 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+
+	"viaduct/iommu"
+)
+
+// The types in this file are the JSON contract: fields are added, never changed or removed. README.md documents them.
+
+type listView struct {
+	IOMMU     iommuView    `json:"iommu"`
+	Groups    []groupView  `json:"groups"`
+	Ungrouped []deviceView `json:"ungrouped"`
+}
+
+type iommuView struct {
+	Present            bool       `json:"present"`
+	Units              []unitView `json:"units"`
+	InterruptRemapping *bool      `json:"interrupt_remapping"`
+}
+
+type unitView struct {
+	Name string         `json:"name"`
+	Kind iommu.UnitKind `json:"kind"`
+}
+
+type groupView struct {
+	ID       int          `json:"id"`
+	Type     *string      `json:"type"`
+	Viable   bool         `json:"viable"`
+	Blockers []string     `json:"blockers"`
+	Devices  []deviceView `json:"devices"`
+}
+
+type deviceView struct {
+	Address        string         `json:"address"`
+	Vendor         *string        `json:"vendor"`
+	Device         *string        `json:"device"`
+	Class          *string        `json:"class"`
+	Name           *string        `json:"name"`
+	Driver         *string        `json:"driver"`
+	DriverOverride *string        `json:"driver_override"`
+	NUMANode       *int           `json:"numa_node"`
+	Netdevs        []string       `json:"netdevs"`
+	PhysFn         *iommu.Address `json:"physfn"`
+	VFIndex        *int           `json:"vf_index"`
+	SRIOV          *sriovView     `json:"sriov"`
+}
+
+type sriovView struct {
+	Total   int `json:"total"`
+	Enabled int `json:"enabled"`
+}
+
+func listOf(t *iommu.Topology, names *iommu.Names, keep map[string]bool) listView {
+	v := listView{
+		IOMMU:  iommuView{Present: len(t.Units) > 0 || len(t.Groups) > 0, Units: []unitView{}, InterruptRemapping: t.InterruptRemapping},
+		Groups: []groupView{}, Ungrouped: deviceViews(t.Ungrouped, names, keep),
+	}
+	for _, u := range t.Units {
+		v.IOMMU.Units = append(v.IOMMU.Units, unitView(u))
+	}
+	for i := range t.Groups {
+		g := groupOf(&t.Groups[i], names, keep)
+		if keep == nil || len(g.Devices) > 0 {
+			v.Groups = append(v.Groups, g)
+		}
+	}
+	return v
+}
+
+func groupOf(g *iommu.Group, names *iommu.Names, keep map[string]bool) groupView {
+	v := groupView{ID: g.ID, Type: known(g.Type), Blockers: []string{}, Devices: deviceViews(g.Devices, names, keep)}
+	for _, d := range g.Blockers() {
+		v.Blockers = append(v.Blockers, d.Name)
+	}
+	v.Viable = len(v.Blockers) == 0
+	return v
+}
+
+func deviceViews(devices []iommu.Device, names *iommu.Names, keep map[string]bool) []deviceView {
+	views := make([]deviceView, 0, len(devices))
+	for i := range devices {
+		if keep == nil || keep[devices[i].Name] {
+			views = append(views, deviceOf(&devices[i], names))
+		}
+	}
+	return views
+}
+
+func deviceOf(d *iommu.Device, names *iommu.Names) deviceView {
+	v := deviceView{
+		Address: d.Name, Driver: known(d.Driver), DriverOverride: known(d.DriverOverride), Netdevs: d.Netdevs, PhysFn: d.PhysFn,
+		Name: known(deviceName(names, d)),
+	}
+	if v.Netdevs == nil {
+		v.Netdevs = []string{}
+	}
+	if d.PCI {
+		v.Vendor, v.Device, v.Class = hex(4, uint32(d.Vendor)), hex(4, uint32(d.ID.Device)), hex(6, d.Class)
+	}
+	if d.NUMANode >= 0 {
+		v.NUMANode = &d.NUMANode
+	}
+	if d.VFIndex >= 0 {
+		v.VFIndex = &d.VFIndex
+	}
+	if d.SRIOV != nil {
+		v.SRIOV = &sriovView{Total: d.SRIOV.Total, Enabled: len(d.SRIOV.VFs)}
+	}
+	return v
+}
+
+// known makes an empty text null: not known, or not there.
+func known(s string) *string {
+	if s == "" {
+		return nil
+	}
+	return &s
+}
+
+func hex(digits int, n uint32) *string {
+	s := fmt.Sprintf("%0*x", digits, n)
+	return &s
+}
+
+func writeJSON(w io.Writer, v any) error {
+	e := json.NewEncoder(w)
+	e.SetIndent("", "  ")
+	e.SetEscapeHTML(false)
+	return e.Encode(v)
+}

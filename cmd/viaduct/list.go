@@ -1,0 +1,233 @@
+package main
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+
+	"viaduct/iommu"
+)
+
+type listOptions struct {
+	tree      bool
+	selectors []iommu.Selector
+}
+
+func listCommand(e *env) *cli.Command {
+	var o listOptions
+	return command(&cli.Command{
+		Name:      "list",
+		Aliases:   []string{"ls"},
+		Usage:     "the IOMMU groups and their devices",
+		ArgsUsage: "[SELECTOR...]",
+		Description: "A group is what can be given to one guest. It is viable when no driver of the host uses a member; `*` marks the\n" +
+			"devices whose driver keeps it from being so, which is no fault: `bind` takes them along.\n\n" +
+			"Examples:\n  viaduct list\n  viaduct list class=0200\n  viaduct list --tree\n  viaduct list --json | jq '.groups[] | select(.viable)'",
+		Flags: []cli.Flag{
+			&cli.BoolFlag{Name: "tree", Usage: "by PCI topology instead of by group", Destination: &o.tree},
+			e.jsonFlag(),
+		},
+		BashComplete: e.completeSelectors,
+		Action: func(c *cli.Context) (err error) {
+			if o.selectors, err = parseSelectors(c.Args().Slice()); err != nil {
+				return err
+			}
+			if o.tree && e.json {
+				return usagef("list: --tree is a drawing for people; --json has no tree")
+			}
+			return runList(e, o)
+		},
+	})
+}
+
+func runList(e *env, o listOptions) error {
+	h, err := e.open()
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	t, err := iommu.Scan(h)
+	if err != nil {
+		return err
+	}
+	keep, err := selection(h, t, o.selectors)
+	if err != nil {
+		return err
+	}
+	w := bufio.NewWriterSize(e.stdout, 64<<10)
+	names := iommu.LoadNames(h)
+	switch {
+	case e.json:
+		err = writeJSON(w, listOf(t, names, keep))
+	case o.tree:
+		err = writeTree(w, h, t, names, keep)
+	default:
+		writeTable(w, listRows(t, names, keep))
+	}
+	if err != nil {
+		return err
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	if len(t.Groups) == 0 && !e.json {
+		e.note("no IOMMU is active on this host, so no device is in a group: turn on AMD-Vi or VT-d (\"IOMMU\") in the firmware")
+	}
+	return nil
+}
+
+// selection is the set of devices the selectors name; nil without selectors, which means all.
+func selection(h *iommu.Host, t *iommu.Topology, sel []iommu.Selector) (map[string]bool, error) {
+	if len(sel) == 0 {
+		return nil, nil
+	}
+	keep := map[string]bool{}
+	for _, s := range sel {
+		devices, err := s.Resolve(h, t)
+		if err != nil {
+			return nil, err
+		}
+		for _, d := range devices {
+			keep[d.Name] = true
+		}
+	}
+	return keep, nil
+}
+
+func listRows(t *iommu.Topology, names *iommu.Names, keep map[string]bool) [][]string {
+	rows := [][]string{{"GROUP", "TYPE", "ADDRESS", "ID", "CLASS", "DRIVER", "NETDEV", "VF", "NAME"}}
+	add := func(group, kind string, d *iommu.Device) {
+		if keep != nil && !keep[d.Name] {
+			return
+		}
+		driver := d.Driver
+		if d.Blocks() && d.Group >= 0 {
+			driver += " *"
+		}
+		id, class, name := "", "", ""
+		if d.PCI {
+			id, class, name = idText(d), fmt.Sprintf("%04x", d.Class>>8), deviceName(names, d)
+		}
+		rows = append(rows, []string{group, kind, d.Name, id, class, driver, strings.Join(d.Netdevs, ","), vfText(d), name})
+	}
+	for i := range t.Groups {
+		g := &t.Groups[i]
+		for j := range g.Devices {
+			add(strconv.Itoa(g.ID), g.Type, &g.Devices[j])
+		}
+	}
+	for i := range t.Ungrouped {
+		add("", "", &t.Ungrouped[i])
+	}
+	return rows
+}
+
+func idText(d *iommu.Device) string { return fmt.Sprintf("%04x:%04x", d.Vendor, d.ID.Device) }
+
+func deviceName(names *iommu.Names, d *iommu.Device) string {
+	if !d.PCI {
+		return ""
+	}
+	return names.Device(d.Vendor, d.ID.Device)
+}
+
+// vfText is "3/7" on a PF with 3 of 7 VFs enabled, and "vf2" on a VF.
+func vfText(d *iommu.Device) string {
+	switch {
+	case d.SRIOV != nil:
+		return fmt.Sprintf("%d/%d", len(d.SRIOV.VFs), d.SRIOV.Total)
+	case d.PhysFn != nil:
+		return "vf" + strconv.Itoa(d.VFIndex)
+	}
+	return ""
+}
+
+// writeTable aligns columns; an empty cell is "-". The last column is not padded.
+func writeTable(w io.Writer, rows [][]string) {
+	widths := make([]int, len(rows[0]))
+	for _, r := range rows {
+		for i, c := range r {
+			widths[i] = max(widths[i], len(c), 1)
+		}
+	}
+	var line []byte
+	for _, r := range rows {
+		line = line[:0]
+		for i, c := range r {
+			if c == "" {
+				c = "-"
+			}
+			line = append(line, c...)
+			for n := len(c); i < len(r)-1 && n < widths[i]+2; n++ {
+				line = append(line, ' ')
+			}
+		}
+		w.Write(append(line, '\n'))
+	}
+}
+
+// writeTree draws the devices as they hang together; a device's line is its own, bridges above a selected device are kept.
+func writeTree(w io.Writer, h *iommu.Host, t *iommu.Topology, names *iommu.Names, keep map[string]bool) error {
+	parents, err := iommu.Parents(h, t)
+	if err != nil {
+		return err
+	}
+	children := map[string][]*iommu.Device{}
+	t.All(func(d *iommu.Device) bool {
+		children[parents[d.Name]] = append(children[parents[d.Name]], d)
+		return true
+	})
+	if keep != nil {
+		for name := range keep {
+			for up := parents[name]; up != "" && !keep[up]; up = parents[up] {
+				keep[up] = true
+			}
+		}
+	}
+	var draw func(parent, indent string)
+	draw = func(parent, indent string) {
+		below := slices.DeleteFunc(slices.Clone(children[parent]), func(d *iommu.Device) bool { return keep != nil && !keep[d.Name] })
+		slices.SortFunc(below, func(a, b *iommu.Device) int { return iommu.CompareDevices(*a, *b) })
+		for i, d := range below {
+			branch, next := "├─ ", "│  "
+			if i == len(below)-1 {
+				branch, next = "└─ ", "   "
+			}
+			if parent == "" {
+				branch, next = "", ""
+			}
+			fmt.Fprintf(w, "%s%s%s\n", indent, branch, treeLine(d, names))
+			draw(d.Name, indent+next)
+		}
+	}
+	draw("", "")
+	return nil
+}
+
+func treeLine(d *iommu.Device, names *iommu.Names) string {
+	s := d.Name
+	if d.Group >= 0 {
+		s += fmt.Sprintf("  group %d", d.Group)
+	}
+	if d.PCI {
+		s += "  " + idText(d)
+	}
+	if d.Driver != "" {
+		s += "  " + d.Driver
+	}
+	if v := vfText(d); v != "" {
+		s += "  " + v
+	}
+	if len(d.Netdevs) > 0 {
+		s += "  " + strings.Join(d.Netdevs, ",")
+	}
+	if n := deviceName(names, d); n != "" {
+		s += "  (" + n + ")"
+	}
+	return s
+}

@@ -1,0 +1,157 @@
+package main
+
+import (
+	"fmt"
+	"runtime/debug"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+
+	"viaduct/iommu"
+)
+
+// version is set by the release build (-ldflags -X main.version=...).
+var version = ""
+
+func versionText() string {
+	v := version
+	info, ok := debug.ReadBuildInfo()
+	if v == "" && ok {
+		v = info.Main.Version
+	}
+	if v == "" || v == "(devel)" {
+		v = "development"
+	}
+	if !ok {
+		return v
+	}
+	return v + " " + info.GoVersion
+}
+
+func versionCommand(e *env) *cli.Command {
+	return command(&cli.Command{
+		Name:  "version",
+		Usage: "the version of viaduct",
+		Action: func(*cli.Context) error {
+			_, err := fmt.Fprintln(e.stdout, "viaduct", versionText())
+			return err
+		},
+	})
+}
+
+func manCommand(e *env) *cli.Command {
+	return command(&cli.Command{
+		Name:  "man",
+		Usage: "print the manual page: viaduct man | man -l -",
+		Action: func(c *cli.Context) error {
+			page, err := c.App.ToManWithSection(8)
+			if err != nil {
+				return err
+			}
+			_, err = fmt.Fprint(e.stdout, page)
+			return err
+		},
+	})
+}
+
+// Completion scripts: each hands the words so far to the program, which answers with one candidate a line.
+const (
+	bashCompletion = `_viaduct() {
+  local words=("${COMP_WORDS[@]:0:COMP_CWORD}") cur=${COMP_LINE:0:COMP_POINT}
+  cur=${cur##* }
+  COMPREPLY=($(compgen -W "$("${words[@]}" --generate-bash-completion 2>/dev/null)" -- "$cur"))
+  [[ $cur == *:* ]] && COMPREPLY=("${COMPREPLY[@]#"${cur%"${cur##*:}"}"}")
+}
+complete -o default -F _viaduct viaduct
+`
+	zshCompletion = `#compdef viaduct
+_viaduct() {
+  local -a candidates
+  candidates=("${(@f)$(${words[1,CURRENT-1]} --generate-bash-completion 2>/dev/null)}")
+  compadd -a candidates || _files
+}
+if [ "$funcstack[1]" = _viaduct ]; then _viaduct "$@"; else compdef _viaduct viaduct; fi
+`
+	fishCompletion = `complete -c viaduct -f -a '(set -l words (commandline -opc); $words --generate-bash-completion 2>/dev/null)'
+complete -c viaduct -n '__fish_seen_subcommand_from snapshot' -F
+complete -c viaduct -l host -r -F
+`
+)
+
+func completionCommand(e *env) *cli.Command {
+	scripts := map[string]string{"bash": bashCompletion, "zsh": zshCompletion, "fish": fishCompletion}
+	return command(&cli.Command{
+		Name:      "completion",
+		Usage:     "print the completion script of a shell",
+		ArgsUsage: "bash|zsh|fish",
+		Description: "Examples:\n  viaduct completion bash > /etc/bash_completion.d/viaduct\n  viaduct completion zsh > \"${fpath[1]}/_viaduct\"\n" +
+			"  viaduct completion fish > ~/.config/fish/completions/viaduct.fish",
+		BashComplete: func(*cli.Context) { fmt.Fprintln(e.stdout, "bash\nzsh\nfish") },
+		Action: func(c *cli.Context) error {
+			shell, err := oneArgument(c, "the shell: bash, zsh or fish")
+			if err != nil {
+				return err
+			}
+			script, ok := scripts[shell]
+			if !ok {
+				return usagef("completion: there is a script for bash, zsh and fish, not for %q", shell)
+			}
+			_, err = fmt.Fprint(e.stdout, script)
+			return err
+		},
+	})
+}
+
+// complete prints what f gives for each device, and the command's flags when one is begun.
+func (e *env) complete(c *cli.Context, f func(*iommu.Device) []string) {
+	for _, flag := range c.Command.Flags {
+		fmt.Fprintln(e.stdout, "--"+flag.Names()[0])
+	}
+	h, err := e.open()
+	if err != nil {
+		return
+	}
+	defer h.Close()
+	t, err := iommu.Scan(h)
+	if err != nil {
+		return
+	}
+	t.All(func(d *iommu.Device) bool {
+		for _, s := range f(d) {
+			fmt.Fprintln(e.stdout, s)
+		}
+		return true
+	})
+}
+
+func (e *env) completeSelectors(c *cli.Context) {
+	e.complete(c, func(d *iommu.Device) []string {
+		out := append([]string{d.Name}, d.Netdevs...)
+		if d.PhysFn != nil {
+			out = append(out, vfSelector(d))
+		}
+		return out
+	})
+}
+
+func (e *env) completePFs(c *cli.Context) {
+	e.complete(c, func(d *iommu.Device) []string {
+		if d.SRIOV == nil {
+			return nil
+		}
+		return append([]string{d.Name}, d.Netdevs...)
+	})
+}
+
+func (e *env) completeVFs(c *cli.Context) {
+	e.complete(c, func(d *iommu.Device) []string {
+		if d.PhysFn == nil {
+			return nil
+		}
+		return []string{d.Name, vfSelector(d)}
+	})
+}
+
+func vfSelector(d *iommu.Device) string {
+	return strings.Join([]string{d.PhysFn.String(), fmt.Sprintf("vf%d", d.VFIndex)}, "/")
+}

@@ -1,0 +1,151 @@
+package vfio
+
+import (
+	"bytes"
+	"path"
+	"strings"
+
+	"viaduct/iommu"
+)
+
+// The driver that passes any device through, and its module.
+const (
+	generic       = "vfio-pci"
+	genericModule = "vfio_pci"
+)
+
+// matchModules returns the modules of a modules.alias file whose alias matches, the most specific first: the one with the
+// fewest wildcards. A module's several matches count once, as its best.
+func matchModules(aliases []byte, modalias string) []string {
+	prefix, _, _ := strings.Cut(modalias, ":")
+	key := []byte("alias " + prefix + ":")
+	type match struct {
+		module    string
+		wildcards int
+	}
+	var found []match
+	for line := range bytes.Lines(aliases) {
+		if !bytes.HasPrefix(line, key) {
+			continue
+		}
+		f := strings.Fields(string(line))
+		if len(f) != 3 || !glob(f[1], modalias) {
+			continue
+		}
+		found = append(found, match{f[2], strings.Count(f[1], "*")})
+	}
+	var modules []string
+	for len(found) > 0 {
+		best := 0
+		for i := range found {
+			if found[i].wildcards < found[best].wildcards {
+				best = i
+			}
+		}
+		m := found[best].module
+		modules = append(modules, m)
+		kept := found[:0]
+		for _, f := range found {
+			if f.module != m {
+				kept = append(kept, f)
+			}
+		}
+		found = kept
+	}
+	return modules
+}
+
+// glob matches the patterns of modules.alias: * and ?, and [a-z] sets as few USB aliases have.
+func glob(pattern, s string) bool {
+	if ok, err := path.Match(pattern, s); err == nil && !strings.ContainsAny(s, "/") {
+		return ok
+	}
+	return false
+}
+
+// readAliases is modules.alias of the running kernel, empty if there is none.
+func readAliases(h *iommu.Host) ([]byte, error) {
+	release, err := h.String("proc/sys/kernel/osrelease")
+	if err != nil {
+		return nil, err
+	}
+	for _, dir := range []string{"lib/modules", "usr/lib/modules"} {
+		if b, err := h.Read(path.Join(dir, release, "modules.alias")); err == nil {
+			return b, nil
+		}
+	}
+	return nil, nil
+}
+
+// driverOf is the name of the PCI driver that a loaded module registered, "" if it is not loaded or has none. The two names
+// differ: module vfio_pci has driver vfio-pci.
+func driverOf(h *iommu.Host, module string) string {
+	names, err := h.Names(path.Join("sys/module", module, "drivers"))
+	if err != nil {
+		return ""
+	}
+	for _, n := range names {
+		if d, ok := strings.CutPrefix(n, "pci:"); ok {
+			return d
+		}
+	}
+	return ""
+}
+
+func registered(h *iommu.Host, driver string) bool {
+	return h.Exists(path.Join("sys/bus/pci/drivers", driver))
+}
+
+// candidates are the modules for a device: with vfio, those that pass it through, with vfio_pci as the last resort, without,
+// those that drive it. The vfio_pci: aliases are of drivers/vfio/pci, as include/linux/mod_devicetable.h has them.
+func candidates(h *iommu.Host, a iommu.Address, vfio bool) ([]string, error) {
+	alias, err := h.String(path.Join(devicePath(a), "modalias"))
+	if err != nil {
+		return nil, err
+	}
+	aliases, err := readAliases(h)
+	if err != nil {
+		return nil, err
+	}
+	if vfio {
+		alias = "vfio_" + alias
+	}
+	return matchModules(aliases, alias), nil
+}
+
+func devicePath(a iommu.Address) string { return path.Join("sys/bus/pci/devices", a.String()) }
+
+// chooseVFIO finds the best vfio driver for a device. With a module, that has to be loaded first, and the driver's name is
+// a guess until it is.
+func chooseVFIO(h *iommu.Host, a iommu.Address, wish string) (driver, module string, err error) {
+	if wish != Auto {
+		if registered(h, wish) {
+			return wish, "", nil
+		}
+		return wish, strings.ReplaceAll(wish, "-", "_"), nil
+	}
+	modules, err := candidates(h, a, true)
+	if err != nil {
+		return "", "", err
+	}
+	if len(modules) == 0 || modules[0] == genericModule {
+		return chooseVFIO(h, a, generic)
+	}
+	if d := driverOf(h, modules[0]); d != "" {
+		return d, "", nil
+	}
+	return modules[0], modules[0], nil
+}
+
+// chooseHome finds the driver that the host would use for a device; "" leaves the choice to the kernel, as when the driver
+// is built in and so in no modules.alias.
+func chooseHome(h *iommu.Host, a iommu.Address) (driver, module string, err error) {
+	modules, err := candidates(h, a, false)
+	if err != nil || len(modules) == 0 {
+		return "", "", err
+	}
+	if d := driverOf(h, modules[0]); d != "" {
+		return d, "", nil
+	}
+	return modules[0], modules[0], nil
+}

@@ -138,8 +138,10 @@ func (r *reader) number(name string) int {
 
 func (r *reader) link(name string) string {
 	s, err := r.dir.LinkBase(name)
-	r.keep(err)
 	if err != nil {
+		if !errors.Is(err, unix.EINVAL) { // no link: "iommu" is a directory in the IOMMU's own PCI device
+			r.keep(err)
+		}
 		return ""
 	}
 	return s

@@ -144,9 +144,8 @@ func flagsFirst(app *cli.App, args []string) []string {
 	for len(rest) > 0 {
 		arg := rest[0]
 		rest = rest[1:]
-		if arg == "--" {
-			pending = append(pending, append([]string{arg}, rest...)...)
-			break
+		if arg == "--" { // what follows are arguments, whatever they look like
+			return append(append(append(out, arg), pending...), rest...)
 		}
 		if len(arg) > 1 && arg[0] == '-' {
 			out = append(out, arg)

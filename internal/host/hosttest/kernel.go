@@ -1,0 +1,601 @@
+package hosttest
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"viaduct/internal/host"
+)
+
+// Kernel is a fake of the kernel's driver core for PCI: a folder that answers writes the way drivers/base/bus.c,
+// drivers/pci/pci-sysfs.c, pci-driver.c and iov.c do, errnos included. Where it does not know a file it refuses the write,
+// as the kernel does for read-only attributes (EACCES). Drivers with "vfio" in their names match by driver_override only and
+// make no VFs.
+//
+// Its fields may be set before the first write, and by After.
+type Kernel struct {
+	IDs     map[string][]string      // by driver: the "vvvv:dddd" that it matches without an override
+	Fail    map[string]error         // by file name as it is written to: answer this, and do nothing
+	Probe   map[string]error         // by device or driver: probing fails with this
+	Partial int                      // make at most so many VFs and report success, if not 0
+	Log     []string                 // every write in its order, also those that failed: "name=value"
+	After   func(name, value string) // called after each write, without the lock; it may call Write, which calls it again
+
+	tb   testing.TB
+	dir  string // of sysfs and all: the root
+	host *host.Host
+
+	mu      sync.Mutex
+	home    map[string]Tree // by device and driver: what the driver had made of the device when it was unbound
+	classes map[string]Tree // the same, of /sys/class
+	vfio    int
+}
+
+const (
+	sysDevices = "sys/bus/pci/devices"
+	sysDrivers = "sys/bus/pci/drivers"
+	sysGroups  = "sys/kernel/iommu_groups"
+)
+
+// NewKernel unpacks a tree and gives every driver that is named in it, by a device's link or a directory below
+// sys/bus/pci/drivers, its control files.
+func NewKernel(tb testing.TB, tree Tree) *Kernel {
+	tb.Helper()
+	k := &Kernel{
+		IDs: map[string][]string{}, Fail: map[string]error{}, Probe: map[string]error{},
+		tb: tb, dir: tree.Dir(tb), home: map[string]Tree{}, classes: map[string]Tree{},
+	}
+	k.must(os.MkdirAll(k.at(sysDevices), 0o755))
+	k.must(os.MkdirAll(k.at(sysDrivers), 0o755))
+	k.put("sys/bus/pci/drivers_probe", "")
+	for _, driver := range k.names(sysDrivers) {
+		k.register(driver)
+	}
+	for _, address := range k.names(sysDevices) {
+		dev := k.device(address)
+		if driver := k.driver(dev); driver != "" {
+			k.register(driver)
+			k.bound(dev, driver)
+		}
+		if k.exists(dev + "/sriov_totalvfs") {
+			if !k.exists(dev + "/sriov_numvfs") {
+				k.put(dev+"/sriov_numvfs", strconv.Itoa(len(k.vfs(dev)))+"\n")
+			}
+			if !k.exists(dev + "/sriov_drivers_autoprobe") {
+				k.put(dev+"/sriov_drivers_autoprobe", "1\n")
+			}
+		}
+		if !k.exists(dev + "/driver_override") {
+			k.put(dev+"/driver_override", "(null)\n")
+		}
+	}
+	h, err := host.Fake(k.dir, k.Write)
+	k.must(err)
+	tb.Cleanup(func() { k.must(h.Close()) })
+	k.host = h
+	return k
+}
+
+// Host is the host that this kernel runs. It is not Live.
+func (k *Kernel) Host() *host.Host { return k.host }
+
+// Dir is the folder that the kernel's files are in, for a test that changes them behind its back.
+func (k *Kernel) Dir() string { return k.dir }
+
+// Register loads a driver that matches these "vvvv:dddd": as in the kernel it is probed at once for every device that has
+// none.
+func (k *Kernel) Register(driver string, ids ...string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.register(driver)
+	k.IDs[driver] = append(k.IDs[driver], ids...)
+	for _, address := range k.names(sysDevices) {
+		k.probeAll(k.device(address))
+	}
+}
+
+// Write is a write(2) to a file, its name relative to the root.
+func (k *Kernel) Write(name, value string) error {
+	err := k.locked(path.Clean(name), value)
+	if k.After != nil {
+		k.After(name, value)
+	}
+	return err
+}
+
+func (k *Kernel) locked(name, value string) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.Log = append(k.Log, name+"="+value)
+	if err := k.Fail[name]; err != nil {
+		return err
+	}
+	real, err := k.resolve(name)
+	if err != nil {
+		return err
+	}
+	if st, err := os.Stat(k.at(real)); err != nil || st.IsDir() {
+		return unix.EISDIR
+	}
+	if value == "" {
+		return k.writable(real) // a write of nothing reaches no driver (fs/sysfs/file.c, sysfs_kf_write)
+	}
+	if len(value) > 4096 {
+		value = value[:4096]
+	}
+	if end := strings.IndexByte(value, 0); end >= 0 {
+		value = value[:end]
+	}
+	return k.store(real, value)
+}
+
+func (k *Kernel) writable(file string) error {
+	dir, attribute := path.Split(file)
+	switch {
+	case file == "sys/bus/pci/drivers_probe",
+		path.Dir(path.Clean(dir)) == sysDrivers && (attribute == "bind" || attribute == "unbind"),
+		attribute == "driver_override", attribute == "sriov_numvfs", attribute == "sriov_drivers_autoprobe":
+		return nil
+	}
+	return unix.EACCES
+}
+
+func (k *Kernel) store(file, value string) error {
+	if err := k.writable(file); err != nil {
+		return err
+	}
+	dir, attribute := path.Dir(file), path.Base(file)
+	name := strings.TrimSuffix(value, "\n") // sysfs_streq
+	switch attribute {
+	case "drivers_probe":
+		dev, err := k.find(name)
+		if err != nil {
+			return err
+		}
+		k.probeAll(dev)
+		return nil
+	case "bind":
+		driver := path.Base(dir)
+		dev, err := k.find(name)
+		if err != nil || !k.matches(dev, driver) {
+			return unix.ENODEV
+		}
+		return k.probe(dev, driver)
+	case "unbind":
+		dev, err := k.find(name)
+		if err != nil || k.driver(dev) != path.Base(dir) {
+			return unix.ENODEV
+		}
+		k.unbind(dev)
+		return nil
+	case "driver_override":
+		if len(value) >= 4095 {
+			return unix.EINVAL
+		}
+		if value, _, _ = strings.Cut(value, "\n"); value == "" {
+			value = "(null)"
+		}
+		k.put(file, value+"\n")
+		return nil
+	case "sriov_drivers_autoprobe":
+		on, err := parseBool(name)
+		if err != nil {
+			return err
+		}
+		k.put(file, on+"\n")
+		return nil
+	default:
+		return k.numvfs(dir, name)
+	}
+}
+
+// parseBool is kstrtobool, which goes by the first character, or two after "o".
+func parseBool(s string) (string, error) {
+	s = strings.ToLower(s)
+	switch {
+	case s == "":
+	case strings.ContainsRune("yt1", rune(s[0])), strings.HasPrefix(s, "on"):
+		return "1", nil
+	case strings.ContainsRune("nf0", rune(s[0])), strings.HasPrefix(s, "of"):
+		return "0", nil
+	}
+	return "", unix.EINVAL
+}
+
+// numvfs is sriov_numvfs_store.
+func (k *Kernel) numvfs(pf, value string) error {
+	n, err := parseU16(value)
+	switch have := len(k.vfs(pf)); {
+	case err != nil:
+		return err
+	case n > k.number(pf, "sriov_totalvfs"):
+		return unix.ERANGE
+	case n == have:
+		return nil
+	case k.driver(pf) == "" || strings.Contains(k.driver(pf), "vfio") || k.driver(pf) == "pci-stub":
+		return unix.ENOENT // no driver, or one without sriov_configure
+	case n == 0:
+		k.removeVFs(pf)
+		return nil
+	case have != 0:
+		return unix.EBUSY
+	}
+	if k.Partial > 0 {
+		n = min(n, k.Partial)
+	}
+	return k.addVFs(pf, n)
+}
+
+// parseU16 is kstrtou16 with base 0.
+func parseU16(s string) (int, error) {
+	s, base := strings.TrimPrefix(s, "+"), 10
+	if hex, ok := strings.CutPrefix(strings.ToLower(s), "0x"); ok {
+		s, base = hex, 16
+	} else if len(s) > 1 && s[0] == '0' {
+		base = 8
+	}
+	n, err := strconv.ParseUint(s, base, 16)
+	if err != nil {
+		return 0, unix.EINVAL
+	}
+	return int(n), nil
+}
+
+// addVFs is sriov_enable: the bus numbers are checked before anything is made.
+func (k *Kernel) addVFs(pf string, n int) error {
+	offset, stride := k.number(pf, "sriov_offset"), k.number(pf, "sriov_stride")
+	first, err := routingID(path.Base(pf))
+	k.must(err)
+	for i := range n {
+		if rid := first.rid + offset + stride*i; rid > 0xffff {
+			return unix.ENOMEM
+		} else if k.exists(path.Join(sysDevices, first.with(rid))) {
+			k.fatal("VF %d of %s would have the address of %s", i, path.Base(pf), first.with(rid))
+		}
+	}
+	for i := range n {
+		k.addVF(pf, i, first.with(first.rid+offset+stride*i))
+	}
+	k.put(pf+"/sriov_numvfs", strconv.Itoa(n)+"\n")
+	return nil
+}
+
+// addVF is pci_iov_add_virtfn: device, links, and only then the driver.
+func (k *Kernel) addVF(pf string, index int, address string) {
+	vf := path.Join(path.Dir(pf), address)
+	vendor, device := k.text(pf, "vendor"), "0x"+fmt.Sprintf("%04s", k.text(pf, "sriov_vf_device"))
+	sub, subdev, class := k.text(pf, "subsystem_vendor"), k.text(pf, "subsystem_device"), k.text(pf, "class")
+	id := func(s string) string { return fmt.Sprintf("%08s", strings.ToUpper(strings.TrimPrefix(s, "0x"))) }
+	bits := fmt.Sprintf("%06s", strings.ToUpper(strings.TrimPrefix(class, "0x")))
+	for name, content := range map[string]string{
+		"vendor": vendor, "device": device, "subsystem_vendor": sub, "subsystem_device": subdev, "class": class,
+		"revision": k.text(pf, "revision"), "numa_node": k.text(pf, "numa_node"), "driver_override": "(null)",
+		"modalias": fmt.Sprintf("pci:v%sd%ssv%ssd%sbc%ssc%si%s", id(vendor), id(device), id(sub), id(subdev), bits[:2], bits[2:4], bits[4:]),
+	} {
+		if content != "" {
+			k.put(path.Join(vf, name), content+"\n")
+		}
+	}
+	if path.Dir(vf) != sysDevices {
+		k.link(path.Join(sysDevices, address), vf)
+	}
+	k.must(os.MkdirAll(k.at("sys/bus/pci"), 0o755))
+	k.link(vf+"/subsystem", "sys/bus/pci")
+	if target, err := os.Readlink(k.at(pf + "/iommu")); err == nil {
+		k.must(os.Symlink(target, k.at(vf+"/iommu")))
+	}
+	if k.exists(pf + "/iommu_group") {
+		group := 0
+		for k.exists(path.Join(sysGroups, strconv.Itoa(group))) {
+			group++ // the lowest that is free: ida_alloc
+		}
+		dir := path.Join(sysGroups, strconv.Itoa(group))
+		k.put(dir+"/type", "DMA\n")
+		k.put(dir+"/reserved_regions", "0x00000000fee00000 0x00000000feefffff msi\n")
+		k.link(path.Join(dir, "devices", address), vf)
+		k.link(vf+"/iommu_group", dir)
+	}
+	k.link(fmt.Sprintf("%s/virtfn%d", pf, index), vf)
+	k.link(vf+"/physfn", pf)
+	k.probeAll(vf)
+}
+
+// removeVFs is sriov_disable.
+func (k *Kernel) removeVFs(pf string) {
+	for i, vf := range k.vfs(pf) {
+		k.must(os.Remove(k.at(fmt.Sprintf("%s/virtfn%d", pf, i))))
+		k.must(os.Remove(k.at(vf + "/physfn")))
+		if k.driver(vf) != "" {
+			k.unbind(vf)
+		}
+		for _, m := range []map[string]Tree{k.home, k.classes} { // the next VF there is another
+			maps.DeleteFunc(m, func(key string, _ Tree) bool { return strings.HasPrefix(key, path.Base(vf)+" ") })
+		}
+		if group, err := k.resolve(vf + "/iommu_group"); err == nil {
+			k.must(os.Remove(k.at(path.Join(group, "devices", path.Base(vf)))))
+			if len(k.names(group+"/devices")) == 0 {
+				k.must(os.RemoveAll(k.at(group)))
+			}
+		}
+		if path.Dir(vf) != sysDevices {
+			k.must(os.Remove(k.at(path.Join(sysDevices, path.Base(vf)))))
+		}
+		k.must(os.RemoveAll(k.at(vf)))
+	}
+	k.put(pf+"/sriov_numvfs", "0\n")
+}
+
+// vfs are the directories of a PF's VFs by index.
+func (k *Kernel) vfs(pf string) []string {
+	var out []string
+	for {
+		vf, err := k.resolve(fmt.Sprintf("%s/virtfn%d", pf, len(out)))
+		if err != nil {
+			return out
+		}
+		out = append(out, vf)
+	}
+}
+
+// matches is pci_match_device.
+func (k *Kernel) matches(dev, driver string) bool {
+	if o := k.override(dev); o != "" {
+		return o == driver
+	}
+	id := strings.TrimPrefix(k.text(dev, "vendor"), "0x") + ":" + strings.TrimPrefix(k.text(dev, "device"), "0x")
+	return !strings.Contains(driver, "vfio") && slices.Contains(k.IDs[driver], id)
+}
+
+func (k *Kernel) override(dev string) string {
+	if o := k.text(dev, "driver_override"); o != "(null)" {
+		return o
+	}
+	return ""
+}
+
+// probeAll is device_attach: every driver that matches, until one takes the device. Its callers learn nothing of it.
+func (k *Kernel) probeAll(dev string) {
+	for _, driver := range k.names(sysDrivers) {
+		if k.driver(dev) == "" && k.matches(dev, driver) {
+			_ = k.probe(dev, driver)
+		}
+	}
+}
+
+// probe is __driver_probe_device for a driver that matches.
+func (k *Kernel) probe(dev, driver string) error {
+	if k.driver(dev) != "" {
+		return unix.EBUSY
+	}
+	if pf, err := k.resolve(dev + "/physfn"); err == nil && k.text(pf, "sriov_drivers_autoprobe") == "0" && k.override(dev) == "" {
+		return unix.ENODEV // pci_device_can_probe
+	}
+	if err := errors.Join(k.Probe[driver], k.Probe[path.Base(dev)]); err != nil {
+		return err
+	}
+	if class := strings.TrimPrefix(k.text(dev, "class"), "0x"); strings.Contains(driver, "vfio") {
+		if strings.HasPrefix(class, "0604") || strings.HasPrefix(class, "0607") || !k.exists(dev+"/iommu_group") {
+			return unix.EINVAL
+		}
+		if len(k.vfs(dev)) > 0 {
+			return unix.EBUSY
+		}
+	}
+	k.link(dev+"/driver", path.Join(sysDrivers, driver))
+	k.bound(dev, driver)
+	key := path.Base(dev) + " " + driver
+	for _, t := range []Tree{k.home[key], k.classes[key]} {
+		for name := range t {
+			k.must(t.unpack(k.at(name), name))
+		}
+	}
+	if strings.Contains(driver, "vfio") {
+		k.put(fmt.Sprintf("%s/vfio-dev/vfio%d/dev", dev, k.vfio), fmt.Sprintf("511:%d\n", k.vfio))
+		k.vfio++
+	}
+	return nil
+}
+
+// unbind takes away what the driver made of the device: a PF's VFs, network interfaces, the VFIO device.
+func (k *Kernel) unbind(dev string) {
+	driver := k.driver(dev)
+	if len(k.vfs(dev)) > 0 {
+		k.removeVFs(dev) // as igb, mlx5_core and most do
+	}
+	key := path.Base(dev) + " " + driver
+	k.classes[key] = k.takeClasses(dev)
+	k.home[key] = Tree{}
+	for _, class := range []string{"net", "block", "nvme", "ata1", "drm", "sound", "ptp", "hwmon", "i2c"} {
+		maps.Copy(k.home[key], k.takeAway(path.Join(dev, class)))
+	}
+	k.takeAway(dev + "/vfio-dev")
+	k.must(os.Remove(k.at(dev + "/driver")))
+	k.must(os.Remove(k.at(path.Join(sysDrivers, driver, path.Base(dev)))))
+}
+
+// takeClasses removes the links of /sys/class into the device and returns them.
+func (k *Kernel) takeClasses(dev string) Tree {
+	out := Tree{}
+	for _, class := range k.names("sys/class") {
+		for _, n := range k.names(path.Join("sys/class", class)) {
+			file := path.Join("sys/class", class, n)
+			target, err := os.Readlink(k.at(file))
+			if err != nil || !strings.HasPrefix(path.Join(path.Dir(file), target), dev+"/") || class == "iommu" {
+				continue
+			}
+			out[file] = arrow + target
+			k.must(os.Remove(k.at(file)))
+		}
+	}
+	return out
+}
+
+// takeAway removes a directory and returns what was in it.
+func (k *Kernel) takeAway(dir string) Tree {
+	out := Tree{}
+	err := filepath.WalkDir(k.at(dir), func(file string, e fs.DirEntry, err error) error {
+		if err != nil || e.IsDir() {
+			return err
+		}
+		name, err := filepath.Rel(k.dir, file)
+		if err != nil {
+			return err
+		}
+		if e.Type() == fs.ModeSymlink {
+			target, err := os.Readlink(file)
+			out[name] = arrow + target
+			return err
+		}
+		b, err := os.ReadFile(file)
+		out[name] = string(b)
+		return err
+	})
+	if !errors.Is(err, fs.ErrNotExist) {
+		k.must(err)
+	}
+	k.must(os.RemoveAll(k.at(dir)))
+	return out
+}
+
+func (k *Kernel) register(driver string) {
+	for _, file := range []string{"bind", "unbind"} {
+		k.put(path.Join(sysDrivers, driver, file), "")
+	}
+}
+
+// bound is the driver's own link to its device.
+func (k *Kernel) bound(dev, driver string) {
+	if link := path.Join(sysDrivers, driver, path.Base(dev)); !k.exists(link) {
+		k.link(link, dev)
+	}
+}
+
+// find is bus_find_device_by_name.
+func (k *Kernel) find(address string) (string, error) {
+	if address == "" || strings.Contains(address, "/") || !k.exists(path.Join(sysDevices, address)) {
+		return "", unix.ENODEV
+	}
+	return k.device(address), nil
+}
+
+// device is a device's own directory.
+func (k *Kernel) device(address string) string {
+	dev, err := k.resolve(path.Join(sysDevices, address))
+	k.must(err)
+	return dev
+}
+
+func (k *Kernel) driver(dev string) string {
+	target, err := os.Readlink(k.at(dev + "/driver"))
+	if err != nil {
+		return ""
+	}
+	return path.Base(target)
+}
+
+// resolve follows all links in a name and gives the name of what is there.
+func (k *Kernel) resolve(name string) (string, error) {
+	root, err := filepath.EvalSymlinks(k.dir)
+	k.must(err)
+	real, err := filepath.EvalSymlinks(k.at(name))
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", unix.ENOENT
+	}
+	if err != nil {
+		return "", err
+	}
+	return filepath.Rel(root, real)
+}
+
+func (k *Kernel) at(name string) string { return filepath.Join(k.dir, name) }
+
+func (k *Kernel) exists(name string) bool {
+	_, err := os.Lstat(k.at(name))
+	return err == nil
+}
+
+func (k *Kernel) names(dir string) []string {
+	entries, err := os.ReadDir(k.at(dir))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		k.must(err)
+	}
+	names := make([]string, len(entries))
+	for i, e := range entries {
+		names[i] = e.Name()
+	}
+	return names
+}
+
+func (k *Kernel) text(dev, attribute string) string {
+	b, err := os.ReadFile(k.at(path.Join(dev, attribute)))
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSuffix(string(b), "\n")
+}
+
+func (k *Kernel) number(dev, attribute string) int {
+	n, err := strconv.Atoi(k.text(dev, attribute))
+	k.must(err)
+	return n
+}
+
+func (k *Kernel) put(file, content string) {
+	k.must(os.MkdirAll(k.at(path.Dir(file)), 0o755))
+	// A new file each time: a reader sees the old content or the new one, as in the kernel.
+	tmp := k.at(path.Join(path.Dir(file), ".new"))
+	k.must(os.WriteFile(tmp, []byte(content), 0o644))
+	k.must(os.Rename(tmp, k.at(file)))
+}
+
+// link makes a relative link; both names are relative to the root.
+func (k *Kernel) link(name, to string) {
+	k.must(os.MkdirAll(k.at(path.Dir(name)), 0o755))
+	target, err := filepath.Rel(k.at(path.Dir(name)), k.at(to))
+	k.must(err)
+	k.must(os.Symlink(target, k.at(name)))
+}
+
+// must ends the process's test run by a panic and not by tb.Fatal, as writes come from any goroutine.
+func (k *Kernel) must(err error) {
+	if err != nil {
+		k.fatal("%v", err)
+	}
+}
+
+func (k *Kernel) fatal(format string, a ...any) {
+	panic(fmt.Sprintf("%s: the fake kernel cannot go on: %s", k.tb.Name(), fmt.Sprintf(format, a...)))
+}
+
+// routing is an address as the bus sees it.
+type routing struct {
+	domain string
+	rid    int // bus<<8 | device<<3 | function
+}
+
+func routingID(address string) (routing, error) {
+	i := strings.LastIndexByte(address, ':')
+	j := strings.LastIndexByte(address[:max(i, 0)], ':')
+	var bus, device, function int
+	if j < 0 {
+		return routing{}, fmt.Errorf("%q is no PCI address", address)
+	}
+	_, err := fmt.Sscanf(address[j+1:], "%02x:%02x.%x", &bus, &device, &function)
+	return routing{address[:j], bus<<8 | device<<3 | function}, err
+}
+
+func (r routing) with(rid int) string {
+	return fmt.Sprintf("%s:%02x:%02x.%x", r.domain, rid>>8, rid>>3&31, rid&7)
+}

@@ -1,3 +1,5 @@
+// Package iommu sees a host's devices: PCI functions and their addresses, IOMMU groups and what is in them, the IOMMU units,
+// topology, names, and the selectors that users name devices by. It changes nothing.
 package iommu
 
 import (

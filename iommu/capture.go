@@ -61,6 +61,11 @@ func Capture(h *Host, w io.Writer) error {
 		c.links(path.Join(at, "devices"))
 	}
 	c.links(netClass)
+	if names, err := h.Names(pciDrivers); err == nil {
+		for _, n := range names {
+			c.dir(path.Join(pciDrivers, n))
+		}
+	}
 	t.All(func(d *Device) bool {
 		c.device(d)
 		return c.err == nil
@@ -200,11 +205,11 @@ func (c *capture) device(d *Device) {
 func excerpt(n *Names, t *Topology) []byte {
 	byVendor := map[uint16]map[uint16]string{}
 	t.All(func(d *Device) bool {
-		if name := n.Device(d.Vendor, d.ID.Device); d.PCI && name != "" {
+		if name := n.Device(d.Vendor, d.Device); d.PCI && name != "" {
 			if byVendor[d.Vendor] == nil {
 				byVendor[d.Vendor] = map[uint16]string{}
 			}
-			byVendor[d.Vendor][d.ID.Device] = name
+			byVendor[d.Vendor][d.Device] = name
 		}
 		return true
 	})

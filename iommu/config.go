@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"path"
+	"strings"
 
 	"viaduct/internal/host"
 )
@@ -28,12 +29,8 @@ func serialNumber(config []byte) string {
 		return ""
 	}
 	low, high := binary.LittleEndian.Uint32(config[at+4:]), binary.LittleEndian.Uint32(config[at+8:])
-	s := fmt.Sprintf("%08x%08x", high, low)
-	out := s[:2]
-	for i := 2; i < len(s); i += 2 {
-		out += "-" + s[i:i+2]
-	}
-	return out
+	b := binary.BigEndian.AppendUint64(nil, uint64(high)<<32|uint64(low))
+	return strings.ReplaceAll(fmt.Sprintf("% x", b), " ", "-")
 }
 
 // extendedCapability finds an extended capability's offset in config space, 0 if it is not there. The list begins at 100h;

@@ -272,7 +272,7 @@ func readPath(h *Host, a Address) ([]Address, string, error) {
 // pathAddresses are the PCI addresses in a sysfs path, from the root bus down.
 func pathAddresses(target string) []Address {
 	var chain []Address
-	for _, e := range strings.Split(target, "/") {
+	for e := range strings.SplitSeq(target, "/") {
 		if a, err := ParseAddress(e); err == nil {
 			chain = append(chain, a)
 		}
@@ -286,11 +286,11 @@ func PhysicalPath(chain []Address) string {
 	if len(chain) == 0 {
 		return ""
 	}
-	s := chain[0].String()
+	b := []byte(chain[0].String())
 	for _, a := range chain[1:] {
-		s += fmt.Sprintf("/%02x.%d", a.Device, a.Function)
+		b = fmt.Appendf(b, "/%02x.%d", a.Device, a.Function)
 	}
-	return s
+	return string(b)
 }
 
 // Region is a range of bus addresses that a guest's memory cannot have.

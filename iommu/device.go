@@ -13,6 +13,7 @@ import (
 // Paths of the kernel's files, relative to a host's root.
 const (
 	pciDevices = "sys/bus/pci/devices"
+	pciDrivers = "sys/bus/pci/drivers"
 	groupsDir  = "sys/kernel/iommu_groups"
 	unitsDir   = "sys/class/iommu"
 	netClass   = "sys/class/net"

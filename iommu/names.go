@@ -107,9 +107,8 @@ func hwdbLookup(b []byte, key, property string) string {
 		if at == 0 || at >= uint64(len(b)) {
 			return ""
 		}
-		s := b[at:]
-		if end := bytes.IndexByte(s, 0); end >= 0 {
-			return string(s[:end])
+		if s, _, ok := bytes.Cut(b[at:], []byte{0}); ok {
+			return string(s)
 		}
 		return ""
 	}

@@ -218,7 +218,7 @@ func (s Selector) matcher(h *Host, t *Topology) (func(*Device) (bool, error), er
 	case byNetdev:
 		return func(d *Device) (bool, error) { return slices.Contains(d.Netdevs, s.value), nil }, nil
 	case byIDs:
-		return func(d *Device) (bool, error) { return d.PCI && [2]uint16{d.Vendor, d.ID.Device} == s.ids, nil }, nil
+		return func(d *Device) (bool, error) { return d.PCI && [2]uint16{d.Vendor, d.Device} == s.ids, nil }, nil
 	case byGroup:
 		return func(d *Device) (bool, error) { return d.Group == s.number, nil }, nil
 	case byClass:

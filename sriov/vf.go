@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"path"
+	"slices"
 	"strconv"
 
 	"golang.org/x/sys/unix"
@@ -37,7 +38,7 @@ type Plan struct {
 }
 
 // Steps is the plan in its order.
-func (p *Plan) Steps() []vfio.Step { return append(p.Before[:len(p.Before):len(p.Before)], p.After...) }
+func (p *Plan) Steps() []vfio.Step { return slices.Concat(p.Before, p.After) }
 
 func attribute(pf iommu.Address, name string) string {
 	return path.Join("sys/bus/pci/devices", pf.String(), name)

@@ -45,7 +45,7 @@ type record struct {
 // recorded is what a device had when it was taken.
 func (b *Binder) recorded(d *iommu.Device) (r record, known bool, err error) {
 	known, err = b.Journal.Get(key(d.Address), &r)
-	if !known || r.Vendor != d.Vendor || r.Device != d.ID.Device {
+	if !known || r.Vendor != d.Vendor || r.Device != d.Device {
 		return record{}, false, err
 	}
 	return r, true, nil
@@ -145,7 +145,7 @@ func (b *Binder) Take(ctx context.Context, d *iommu.Device, driver string) (Chan
 		return c, err
 	}
 	if !iommu.IsVFIODriver(d.Driver) {
-		if err := b.Journal.Put(key(d.Address), record{d.Vendor, d.ID.Device, d.Driver, d.DriverOverride}); err != nil {
+		if err := b.Journal.Put(key(d.Address), record{d.Vendor, d.Device, d.Driver, d.DriverOverride}); err != nil {
 			return c, err
 		}
 	}

@@ -138,6 +138,9 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) error
 	if err := c.check(h, t, asked, unit); err != nil {
 		return err
 	}
+	if !h.Live() {
+		e.note("%s is a captured host: nobody could be asked who uses the devices", e.hostName)
+	}
 	b := &vfio.Binder{Host: h, Journal: journal.In(journal.Dir)}
 	views, errs := []changeView{}, []error(nil)
 	for _, d := range unit {

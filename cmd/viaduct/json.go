@@ -100,7 +100,7 @@ func deviceOf(d *iommu.Device, names *iommu.Names) deviceView {
 		v.Netdevs = []string{}
 	}
 	if d.PCI {
-		v.Vendor, v.Device, v.Class = hex(4, uint32(d.Vendor)), hex(4, uint32(d.ID.Device)), hex(6, d.Class)
+		v.Vendor, v.Device, v.Class = hex(4, uint32(d.Vendor)), hex(4, uint32(d.Device)), hex(6, d.Class)
 	}
 	if d.NUMANode >= 0 {
 		v.NUMANode = &d.NUMANode

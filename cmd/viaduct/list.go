@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -127,13 +128,13 @@ func listRows(t *iommu.Topology, names *iommu.Names, keep map[string]bool) [][]s
 	return rows
 }
 
-func idText(d *iommu.Device) string { return fmt.Sprintf("%04x:%04x", d.Vendor, d.ID.Device) }
+func idText(d *iommu.Device) string { return fmt.Sprintf("%04x:%04x", d.Vendor, d.Device) }
 
 func deviceName(names *iommu.Names, d *iommu.Device) string {
 	if !d.PCI {
 		return ""
 	}
-	return names.Device(d.Vendor, d.ID.Device)
+	return names.Device(d.Vendor, d.Device)
 }
 
 // vfText is "3/7" on a PF with 3 of 7 VFs enabled, and "vf2" on a VF.
@@ -182,11 +183,9 @@ func writeTree(w io.Writer, h *iommu.Host, t *iommu.Topology, names *iommu.Names
 		children[parents[d.Name]] = append(children[parents[d.Name]], d)
 		return true
 	})
-	if keep != nil {
-		for name := range keep {
-			for up := parents[name]; up != "" && !keep[up]; up = parents[up] {
-				keep[up] = true
-			}
+	for _, name := range slices.Collect(maps.Keys(keep)) {
+		for up := parents[name]; up != ""; up = parents[up] {
+			keep[up] = true
 		}
 	}
 	var draw func(parent, indent string)

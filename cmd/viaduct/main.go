@@ -54,16 +54,35 @@ func usagef(format string, a ...any) error { return usageError{fmt.Errorf(format
 
 // run is the whole program; it returns the exit status.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	e := &env{stdout: stdout, stderr: stderr}
+	out := &checkedWriter{w: stdout}
+	e := &env{stdout: out, stderr: stderr}
 	app := newApp(e)
 	err := app.RunContext(ctx, flagsFirst(app, args))
 	if err == nil {
+		err = out.err
+	}
+	if err == nil {
 		return exitDone
 	}
-	for _, line := range strings.Split(err.Error(), "\n") {
+	for line := range strings.SplitSeq(err.Error(), "\n") {
 		e.note("%s", line)
 	}
 	return exitStatus(err)
+}
+
+// checkedWriter remembers that writing failed, so that output lost to a full disk is not taken for success and each print
+// need not be checked.
+type checkedWriter struct {
+	w   io.Writer
+	err error
+}
+
+func (c *checkedWriter) Write(b []byte) (int, error) {
+	n, err := c.w.Write(b)
+	if c.err == nil {
+		c.err = err
+	}
+	return n, err
 }
 
 func exitStatus(err error) int {

@@ -256,11 +256,9 @@ func (v *showView) print(w io.Writer, d *iommu.Device) {
 	}
 	f.add("driver", "%s", driver)
 	f.text("override", v.DriverOverride)
-	f.text("vfio", v.VFIODevice)
-	switch g := v.Group; {
-	case g == nil:
+	if g := v.Group; g == nil {
 		f.add("group", "none")
-	default:
+	} else {
 		f.add("group", "%d %s, viable: %s", g.ID, ptr(g.Type), viability(g.Blockers))
 		f.add("members", "%s", strings.Join(g.Devices, ", "))
 	}

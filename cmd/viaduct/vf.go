@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"strconv"
@@ -306,10 +307,9 @@ func runVFCount(ctx context.Context, e *env, o createOptions) error {
 	if err := sriov.Apply(ctx, h, journal.In(journal.Dir), plan); err != nil {
 		return err
 	}
-	switch {
-	case plan.Have == plan.Want:
+	if plan.Have == plan.Want {
 		fmt.Fprintf(e.stdout, "%s has %d of %d VFs already\n", pf.Name, plan.Want, pf.SRIOV.Total)
-	default:
+	} else {
 		fmt.Fprintf(e.stdout, "%s: %d -> %d of %d VFs\n", pf.Name, plan.Have, plan.Want, pf.SRIOV.Total)
 	}
 	return nil
@@ -317,8 +317,9 @@ func runVFCount(ctx context.Context, e *env, o createOptions) error {
 
 // usageIfMeant makes errors of the request itself (no PF, too many) usage errors.
 func usageIfMeant(err error) error {
-	switch err.(type) {
-	case *sriov.RangeError, *sriov.NotPFError:
+	var outOfRange *sriov.RangeError
+	var notPF *sriov.NotPFError
+	if errors.As(err, &outOfRange) || errors.As(err, &notPF) {
 		return usageError{err}
 	}
 	return err

@@ -213,6 +213,7 @@ func TestUplink(t *testing.T) {
 		t.Errorf("the free NIC is on %q", bound(uplink))
 	}
 	do(t, "unbind", uplink)
+	shell(t, "udevadm settle") // it is named anew
 	if bound(uplink) != "igb" || netdev(t, uplink) != pf || attr(devicesDir, uplink, "driver_override") != "(null)" {
 		t.Errorf("given back: on %q, override %q", bound(uplink), attr(devicesDir, uplink, "driver_override"))
 	}

@@ -18,9 +18,11 @@ import (
 const (
 	manifestName    = "viaduct-snapshot.json"
 	snapshotFormat  = 1
-	maxEntries      = 1 << 20
+	maxEntries      = 1 << 19 // with the directories that only their content implies
 	maxEntry        = 16 << 20
-	maxContent      = 256 << 20
+	maxContent      = 256 << 20 // of files, names and links
+	maxArchive      = 512 << 20
+	maxName         = 4096 // the kernel's PATH_MAX
 	maxNameElements = 64
 )
 
@@ -50,29 +52,31 @@ func decodeSnapshot(name string, r io.Reader) (*node, error) {
 	if err != nil {
 		return nil, badSnapshot(name, "no gzip archive (%v)", err)
 	}
-	root, content := newRoot(), 0
-	archive := tar.NewReader(z)
+	root, content, nodes := newRoot(), 0, 0
+	all := io.LimitReader(z, maxArchive) // tar reads headers and padding of any length by itself
+	archive := tar.NewReader(all)
 	for entries := 0; ; entries++ {
 		h, err := archive.Next()
-		if err == io.EOF && entries > 0 {
+		if errors.Is(err, io.EOF) && entries > 0 {
 			break
 		}
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return nil, badSnapshot(name, "it has no manifest")
 		}
 		if err != nil {
 			return nil, badSnapshot(name, "damaged or truncated after %d entries (%v)", entries, err)
 		}
-		if h.Size > maxEntry || content > maxContent || entries > maxEntries {
+		content += int(min(h.Size, maxContent)) + len(h.Name) + len(h.Linkname)
+		if h.Size > maxEntry || len(h.Name) > maxName || len(h.Linkname) > maxName || content > maxContent || max(entries, nodes) > maxEntries {
 			return nil, badSnapshot(name, "larger than any real one, at entry %q", shorten(h.Name))
 		}
 		n := &node{}
 		switch h.Typeflag {
 		case tar.TypeReg:
-			if n.data, err = io.ReadAll(archive); err != nil {
+			n.data = make([]byte, h.Size)
+			if _, err = io.ReadFull(archive, n.data); err != nil {
 				return nil, badSnapshot(name, "damaged or truncated in entry %q (%v)", shorten(h.Name), err)
 			}
-			content += len(n.data)
 		case tar.TypeSymlink:
 			if n.link = h.Linkname; leaves(h.Name, n.link) {
 				return nil, badSnapshot(name, "the link %q leaves the tree", shorten(h.Name))
@@ -92,13 +96,17 @@ func decodeSnapshot(name string, r io.Reader) (*node, error) {
 			}
 			continue
 		}
-		if err := root.add(h.Name, n); err != nil {
+		made, err := root.add(h.Name, n)
+		if err != nil {
 			return nil, badSnapshot(name, "entry %q: %v", shorten(h.Name), err)
 		}
+		nodes += made
 	}
 	// tar stops at its end mark; what follows must be padding only, and reading it makes gzip check its sum.
-	if n, err := io.Copy(io.Discard, io.LimitReader(z, 1<<20)); err != nil || n == 1<<20 {
+	if n, err := io.Copy(io.Discard, io.LimitReader(z, 1<<20)); err != nil {
 		return nil, badSnapshot(name, "damaged at its end (%v)", err)
+	} else if n == 1<<20 {
+		return nil, badSnapshot(name, "much follows its end")
 	}
 	return root, nil
 }
@@ -115,35 +123,37 @@ func leaves(name, target string) bool {
 	return target == "" || path.IsAbs(target) || strings.HasPrefix(path.Join(path.Dir(path.Clean(name)), target)+"/", "../")
 }
 
-// add puts n at name, with the directories above it.
-func (n *node) add(name string, leaf *node) error {
+// add puts leaf at name, with the directories above it, and says how many nodes that made.
+func (n *node) add(name string, leaf *node) (made int, err error) {
 	elements := strings.Split(strings.TrimSuffix(name, "/"), "/")
 	if len(elements) > maxNameElements {
-		return errors.New("too deep")
+		return made, errors.New("too deep")
 	}
 	for i, e := range elements {
 		if e == "" || e == "." || e == ".." {
-			return errors.New("not a plain relative name")
+			return made, errors.New("not a plain relative name")
 		}
 		child := n.children[e]
 		switch {
 		case i == len(elements)-1:
 			if child != nil && (child.children == nil || leaf.children == nil) {
-				return errors.New("there twice")
+				return made, errors.New("there twice")
 			}
 			if child == nil {
+				made++
 				leaf.parent = n
 				n.children[e] = leaf
 			}
 		case child == nil:
+			made++
 			child = &node{parent: n, children: map[string]*node{}}
 			n.children[e] = child
 		case child.children == nil:
-			return errors.New("below something that is no directory")
+			return made, errors.New("below something that is no directory")
 		}
 		n = child
 	}
-	return nil
+	return made, nil
 }
 
 // SnapshotWriter writes a snapshot; what was added once is not added again.

@@ -12,9 +12,8 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
-
-	"golang.org/x/sys/unix"
 
 	"viaduct/internal/host"
 )
@@ -102,7 +101,9 @@ func (k *Kernel) Register(driver string, ids ...string) {
 	k.register(driver)
 	k.IDs[driver] = append(k.IDs[driver], ids...)
 	for _, address := range k.names(sysDevices) {
-		k.probeAll(k.device(address))
+		if dev := k.device(address); k.driver(dev) == "" && k.matches(dev, driver) {
+			_ = k.probe(dev, driver) // driver_attach
+		}
 	}
 }
 
@@ -127,7 +128,7 @@ func (k *Kernel) locked(name, value string) error {
 		return err
 	}
 	if st, err := os.Stat(k.at(real)); err != nil || st.IsDir() {
-		return unix.EISDIR
+		return syscall.EISDIR
 	}
 	if value == "" {
 		return k.writable(real) // a write of nothing reaches no driver (fs/sysfs/file.c, sysfs_kf_write)
@@ -149,7 +150,7 @@ func (k *Kernel) writable(file string) error {
 		attribute == "driver_override", attribute == "sriov_numvfs", attribute == "sriov_drivers_autoprobe":
 		return nil
 	}
-	return unix.EACCES
+	return syscall.EACCES
 }
 
 func (k *Kernel) store(file, value string) error {
@@ -170,19 +171,19 @@ func (k *Kernel) store(file, value string) error {
 		driver := path.Base(dir)
 		dev, err := k.find(name)
 		if err != nil || !k.matches(dev, driver) {
-			return unix.ENODEV
+			return syscall.ENODEV
 		}
 		return k.probe(dev, driver)
 	case "unbind":
 		dev, err := k.find(name)
 		if err != nil || k.driver(dev) != path.Base(dir) {
-			return unix.ENODEV
+			return syscall.ENODEV
 		}
 		k.unbind(dev)
 		return nil
 	case "driver_override":
 		if len(value) >= 4095 {
-			return unix.EINVAL
+			return syscall.EINVAL
 		}
 		if value, _, _ = strings.Cut(value, "\n"); value == "" {
 			value = "(null)"
@@ -211,7 +212,7 @@ func parseBool(s string) (string, error) {
 	case strings.ContainsRune("nf0", rune(s[0])), strings.HasPrefix(s, "of"):
 		return "0", nil
 	}
-	return "", unix.EINVAL
+	return "", syscall.EINVAL
 }
 
 // numvfs is sriov_numvfs_store.
@@ -221,16 +222,16 @@ func (k *Kernel) numvfs(pf, value string) error {
 	case err != nil:
 		return err
 	case n > k.number(pf, "sriov_totalvfs"):
-		return unix.ERANGE
+		return syscall.ERANGE
 	case n == have:
 		return nil
 	case k.driver(pf) == "" || strings.Contains(k.driver(pf), "vfio") || k.driver(pf) == "pci-stub":
-		return unix.ENOENT // no driver, or one without sriov_configure
+		return syscall.ENOENT // no driver, or one without sriov_configure
 	case n == 0:
 		k.removeVFs(pf)
 		return nil
 	case have != 0:
-		return unix.EBUSY
+		return syscall.EBUSY
 	}
 	if k.Partial > 0 {
 		n = min(n, k.Partial)
@@ -248,7 +249,7 @@ func parseU16(s string) (int, error) {
 	}
 	n, err := strconv.ParseUint(s, base, 16)
 	if err != nil {
-		return 0, unix.EINVAL
+		return 0, syscall.EINVAL
 	}
 	return int(n), nil
 }
@@ -260,7 +261,7 @@ func (k *Kernel) addVFs(pf string, n int) error {
 	k.must(err)
 	for i := range n {
 		if rid := first.rid + offset + stride*i; rid > 0xffff {
-			return unix.ENOMEM
+			return syscall.ENOMEM
 		} else if k.exists(path.Join(sysDevices, first.with(rid))) {
 			k.fatal("VF %d of %s would have the address of %s", i, path.Base(pf), first.with(rid))
 		}
@@ -275,10 +276,10 @@ func (k *Kernel) addVFs(pf string, n int) error {
 // addVF is pci_iov_add_virtfn: device, links, and only then the driver.
 func (k *Kernel) addVF(pf string, index int, address string) {
 	vf := path.Join(path.Dir(pf), address)
-	vendor, device := k.text(pf, "vendor"), "0x"+fmt.Sprintf("%04s", k.text(pf, "sriov_vf_device"))
+	vendor, device := k.text(pf, "vendor"), "0x"+zeros(k.text(pf, "sriov_vf_device"), 4)
 	sub, subdev, class := k.text(pf, "subsystem_vendor"), k.text(pf, "subsystem_device"), k.text(pf, "class")
-	id := func(s string) string { return fmt.Sprintf("%08s", strings.ToUpper(strings.TrimPrefix(s, "0x"))) }
-	bits := fmt.Sprintf("%06s", strings.ToUpper(strings.TrimPrefix(class, "0x")))
+	id := func(s string) string { return zeros(strings.ToUpper(strings.TrimPrefix(s, "0x")), 8) }
+	bits := id(class)[2:]
 	for name, content := range map[string]string{
 		"vendor": vendor, "device": device, "subsystem_vendor": sub, "subsystem_device": subdev, "class": class,
 		"revision": k.text(pf, "revision"), "numa_node": k.text(pf, "numa_node"), "driver_override": "(null)",
@@ -311,6 +312,9 @@ func (k *Kernel) addVF(pf string, index int, address string) {
 	k.link(vf+"/physfn", pf)
 	k.probeAll(vf)
 }
+
+// zeros fills a number up to so many digits.
+func zeros(s string, digits int) string { return strings.Repeat("0", max(0, digits-len(s))) + s }
 
 // removeVFs is sriov_disable.
 func (k *Kernel) removeVFs(pf string) {
@@ -377,20 +381,20 @@ func (k *Kernel) probeAll(dev string) {
 // probe is __driver_probe_device for a driver that matches.
 func (k *Kernel) probe(dev, driver string) error {
 	if k.driver(dev) != "" {
-		return unix.EBUSY
+		return syscall.EBUSY
 	}
 	if pf, err := k.resolve(dev + "/physfn"); err == nil && k.text(pf, "sriov_drivers_autoprobe") == "0" && k.override(dev) == "" {
-		return unix.ENODEV // pci_device_can_probe
+		return syscall.ENODEV // pci_device_can_probe
 	}
 	if err := errors.Join(k.Probe[driver], k.Probe[path.Base(dev)]); err != nil {
 		return err
 	}
 	if class := strings.TrimPrefix(k.text(dev, "class"), "0x"); strings.Contains(driver, "vfio") {
 		if strings.HasPrefix(class, "0604") || strings.HasPrefix(class, "0607") || !k.exists(dev+"/iommu_group") {
-			return unix.EINVAL
+			return syscall.EINVAL
 		}
 		if len(k.vfs(dev)) > 0 {
-			return unix.EBUSY
+			return syscall.EBUSY
 		}
 	}
 	k.link(dev+"/driver", path.Join(sysDrivers, driver))
@@ -485,7 +489,7 @@ func (k *Kernel) bound(dev, driver string) {
 // find is bus_find_device_by_name.
 func (k *Kernel) find(address string) (string, error) {
 	if address == "" || strings.Contains(address, "/") || !k.exists(path.Join(sysDevices, address)) {
-		return "", unix.ENODEV
+		return "", syscall.ENODEV
 	}
 	return k.device(address), nil
 }
@@ -511,7 +515,7 @@ func (k *Kernel) resolve(name string) (string, error) {
 	k.must(err)
 	real, err := filepath.EvalSymlinks(k.at(name))
 	if errors.Is(err, fs.ErrNotExist) {
-		return "", unix.ENOENT
+		return "", syscall.ENOENT
 	}
 	if err != nil {
 		return "", err
@@ -554,8 +558,7 @@ func (k *Kernel) number(dev, attribute string) int {
 
 func (k *Kernel) put(file, content string) {
 	k.must(os.MkdirAll(k.at(path.Dir(file)), 0o755))
-	// A new file each time: a reader sees the old content or the new one, as in the kernel.
-	tmp := k.at(path.Join(path.Dir(file), ".new"))
+	tmp := k.at(".new") // a reader sees the old content or the new one, as in the kernel
 	k.must(os.WriteFile(tmp, []byte(content), 0o644))
 	k.must(os.Rename(tmp, k.at(file)))
 }

@@ -1,0 +1,90 @@
+package hosttest
+
+import (
+	"io/fs"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+)
+
+var sample = Tree{"a/b": "x\n", "a/c": "\x00\xff \"-> =\n", "a/l": "-> ../e/ f", "e/": "", "g": ""}
+
+const packed = `a/b = "x\n"
+a/c = "\x00\xff \"-> =\n"
+a/l -> ../e/ f
+e/
+g = ""
+`
+
+func TestFormat(t *testing.T) {
+	if got := string(Format(sample)); got != packed {
+		t.Errorf("got\n%s\nwant\n%s", got, packed)
+	}
+	file := filepath.Join(t.TempDir(), "machine")
+	if err := os.WriteFile(file, []byte("# a machine\n\n"+packed), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if got := Load(t, file); !reflect.DeepEqual(got, sample) {
+		t.Errorf("loaded %q", got)
+	}
+}
+
+func TestParseErrors(t *testing.T) {
+	for _, s := range []string{"a", "a = x", `a = "x`, "a ->", "a >b", "/a = \"x\"", "../a = \"x\"", "a/../../b/", "a/\na/", "= \"\"", "a/ = "} {
+		if got, err := Parse([]byte(s)); err == nil || !strings.Contains(err.Error(), "line ") {
+			t.Errorf("%q: %q, %v", s, got, err)
+		}
+	}
+}
+
+func TestTreeUnpacked(t *testing.T) {
+	if got := readTree(t, sample.Dir(t)); !reflect.DeepEqual(got, sample) {
+		t.Errorf("folder %q\nwant %q", got, sample)
+	}
+	if got := FromSnapshot(t, sample.Snapshot(t)); !reflect.DeepEqual(got, sample) {
+		t.Errorf("snapshot %q\nwant %q", got, sample)
+	}
+}
+
+func TestTreeWith(t *testing.T) {
+	got := sample.With(Tree{"a": Gone, "e/": Gone, "h": "new"})
+	if want := (Tree{"g": "", "h": "new"}); !reflect.DeepEqual(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+// readTree packs a folder.
+func readTree(t *testing.T, dir string) Tree {
+	t.Helper()
+	out := Tree{}
+	err := filepath.WalkDir(dir, func(file string, e fs.DirEntry, err error) error {
+		if err != nil || file == dir {
+			return err
+		}
+		name, err := filepath.Rel(dir, file)
+		if err != nil {
+			return err
+		}
+		switch {
+		case e.Type() == fs.ModeSymlink:
+			target, err := os.Readlink(file)
+			out[name] = arrow + target
+			return err
+		case e.IsDir():
+			names, err := os.ReadDir(file)
+			if len(names) == 0 {
+				out[name+"/"] = ""
+			}
+			return err
+		}
+		b, err := os.ReadFile(file)
+		out[name] = string(b)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}

@@ -1,0 +1,212 @@
+package sriov
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"viaduct/internal/host/hosttest"
+	"viaduct/internal/journal"
+	"viaduct/iommu"
+)
+
+const pf = "0000:01:00.0"
+
+const pfDir = "sys/bus/pci/devices/" + pf
+
+func newKernel(t *testing.T) *hosttest.Kernel {
+	t.Helper()
+	k := hosttest.NewKernel(t, hosttest.Load(t, "../internal/host/hosttest/testdata/amd-vi.txt"))
+	k.Register("vfio-pci")
+	k.Register("igb", "8086:10c9")
+	k.Register("igbvf", "8086:10ca")
+	return k
+}
+
+func device(t *testing.T, h *iommu.Host) *iommu.Device {
+	t.Helper()
+	topology, err := iommu.Scan(h)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, _ := iommu.ParseAddress(pf)
+	d, err := topology.Find(a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+func setCount(t *testing.T, ctx context.Context, k *hosttest.Kernel, n int, use Use) error {
+	t.Helper()
+	p, err := PlanCount(k.Host(), device(t, k.Host()), n, use)
+	if err != nil {
+		return err
+	}
+	return Apply(ctx, k.Host(), journal.In(t.TempDir()), p)
+}
+
+// state is how many VFs there are, on which drivers and overrides, and autoprobe.
+func state(t *testing.T, k *hosttest.Kernel) string {
+	t.Helper()
+	var out []string
+	for _, a := range device(t, k.Host()).SRIOV.VFs {
+		d, err := iommu.ReadDevice(k.Host(), a)
+		if err != nil {
+			t.Fatal(err)
+		}
+		out = append(out, d.Driver+"/"+d.DriverOverride)
+	}
+	autoprobe, err := k.Host().String(pfDir + "/sriov_drivers_autoprobe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Join(append(out, autoprobe), " ")
+}
+
+func TestCreate(t *testing.T) {
+	for use, want := range map[Use]string{
+		UseNone: "/none /none 1",
+		UseVFIO: "vfio-pci/vfio-pci vfio-pci/vfio-pci 1",
+		UseHome: "igbvf/ igbvf/ 1",
+	} {
+		k := newKernel(t)
+		if err := setCount(t, context.Background(), k, 2, use); err != nil {
+			t.Fatalf("%s: %v", use, err)
+		}
+		if got := state(t, k); got != want {
+			t.Errorf("%s: %s, want %s", use, got, want)
+		}
+		if use != UseHome {
+			for _, w := range k.Log {
+				if strings.HasSuffix(w, "=igbvf") {
+					t.Errorf("%s: a VF met the host's driver: %s", use, w)
+				}
+			}
+		}
+	}
+}
+
+func TestOrder(t *testing.T) {
+	k := newKernel(t)
+	if err := setCount(t, context.Background(), k, 2, UseNone); err != nil {
+		t.Fatal(err)
+	}
+	k.Log = nil
+	if err := setCount(t, context.Background(), k, 1, UseNone); err != nil {
+		t.Fatal(err)
+	}
+	want := []string{
+		pfDir + "/sriov_numvfs=0",
+		pfDir + "/sriov_drivers_autoprobe=0",
+		pfDir + "/sriov_numvfs=1",
+		pfDir + "/virtfn0/driver_override=none",
+		pfDir + "/sriov_drivers_autoprobe=1",
+	}
+	if !slices.Equal(k.Log, want) {
+		t.Errorf("writes\n%s\nwant\n%s", strings.Join(k.Log, "\n"), strings.Join(want, "\n"))
+	}
+	k.Log = nil
+	if err := setCount(t, context.Background(), k, 1, UseNone); err != nil || len(k.Log) != 0 {
+		t.Errorf("the count is right already: %v, writes %v", err, k.Log)
+	}
+	if err := setCount(t, context.Background(), k, 0, UseNone); err != nil || state(t, k) != "1" {
+		t.Errorf("destroy: %v, left %q", err, state(t, k))
+	}
+}
+
+// Autoprobe that was off stays off.
+func TestAutoprobeOff(t *testing.T) {
+	k := newKernel(t)
+	if err := k.Host().Write(pfDir+"/sriov_drivers_autoprobe", "0"); err != nil {
+		t.Fatal(err)
+	}
+	if err := setCount(t, context.Background(), k, 2, UseVFIO); err != nil {
+		t.Fatal(err)
+	}
+	if got := state(t, k); got != "vfio-pci/vfio-pci vfio-pci/vfio-pci 0" {
+		t.Error(got)
+	}
+}
+
+func TestFailure(t *testing.T) {
+	for name, c := range map[string]struct {
+		break_ func(*hosttest.Kernel)
+		says   string
+	}{
+		"no room":                   {func(k *hosttest.Kernel) { k.Fail[pfDir+"/sriov_numvfs"] = unix.ENOMEM }, "pci=realloc"},
+		"fewer than asked":          {func(k *hosttest.Kernel) { k.Partial = 1 }, "3 VFs were asked for, and its driver made 1"},
+		"override refused":          {func(k *hosttest.Kernel) { k.Fail[pfDir+"/virtfn1/driver_override"] = unix.EACCES }, "virtfn1/driver_override"},
+		"autoprobe refused":         {func(k *hosttest.Kernel) { k.Fail[pfDir+"/sriov_drivers_autoprobe"] = unix.EACCES }, "sriov_drivers_autoprobe"},
+		"a VF cannot be taken":      {func(k *hosttest.Kernel) { k.Probe["vfio-pci"] = unix.EINVAL }, "did not bind it to vfio-pci"},
+		"somebody takes a VF first": {func(k *hosttest.Kernel) { k.After = thief(k) }, "was to have no driver"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			k := newKernel(t)
+			use := UseNone
+			if strings.Contains(name, "taken") {
+				use = UseVFIO
+			}
+			c.break_(k)
+			err := setCount(t, context.Background(), k, 3, use)
+			if err == nil || !strings.Contains(err.Error(), c.says) {
+				t.Errorf("error %v, want one that says %q", err, c.says)
+			}
+			if got := state(t, k); got != "1" {
+				t.Errorf("left: %s", got)
+			}
+		})
+	}
+}
+
+// thief binds a new VF to the host's driver as soon as it can be.
+func thief(k *hosttest.Kernel) func(string, string) {
+	return func(name, value string) {
+		if strings.HasSuffix(name, "sriov_numvfs") && value != "0" {
+			k.After = nil
+			_ = k.Write(pfDir+"/virtfn0/driver_override", "igbvf")
+			_ = k.Write("sys/bus/pci/drivers_probe", "0000:01:10.0")
+		}
+	}
+}
+
+func TestInterrupted(t *testing.T) {
+	k := newKernel(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	k.After = func(name, value string) {
+		if strings.HasSuffix(name, "sriov_numvfs") {
+			cancel()
+		}
+	}
+	if err := setCount(t, ctx, k, 3, UseNone); err == nil || !strings.Contains(err.Error(), "interrupted") {
+		t.Errorf("error %v", err)
+	}
+	if got := state(t, k); got != "1" {
+		t.Errorf("left: %s", got)
+	}
+}
+
+func TestPlanRefuses(t *testing.T) {
+	k := newKernel(t)
+	h := k.Host()
+	d := device(t, h)
+	var outOfRange *RangeError
+	for _, n := range []int{-1, 8} {
+		if _, err := PlanCount(h, d, n, UseNone); !errors.As(err, &outOfRange) {
+			t.Errorf("%d VFs: %v", n, err)
+		}
+	}
+	var notPF *NotPFError
+	vf := iommu.Device{Name: "0000:02:10.0", PhysFn: &d.Address}
+	if _, err := PlanCount(h, &vf, 1, UseNone); !errors.As(err, &notPF) || !strings.Contains(err.Error(), pf) {
+		t.Errorf("VFs of a VF: %v", err)
+	}
+	d.Driver = ""
+	if _, err := PlanCount(h, d, 1, UseNone); err == nil || !strings.Contains(err.Error(), "no driver") {
+		t.Errorf("a PF without a driver: %v", err)
+	}
+}

@@ -1,0 +1,216 @@
+package vfio
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"viaduct/internal/host/hosttest"
+	"viaduct/internal/journal"
+	"viaduct/iommu"
+)
+
+// The devices of the captured lab host.
+const (
+	igb   = "0000:01:00.0"
+	e1000 = "0000:07:01.0"
+	edu   = "0000:07:02.0" // shares e1000's group, has no driver
+)
+
+func newKernel(t *testing.T) (*hosttest.Kernel, *Binder) {
+	t.Helper()
+	tree := hosttest.Load(t, "../internal/host/hosttest/testdata/amd-vi.txt")
+	k := hosttest.NewKernel(t, tree)
+	k.Register("vfio-pci")
+	k.Register("igb", "8086:10c9")
+	k.Register("e1000", "8086:100e")
+	k.Register("igbvf", "8086:10ca")
+	return k, &Binder{Host: k.Host(), Journal: journal.In(t.TempDir())}
+}
+
+func read(t *testing.T, b *Binder, address string) *iommu.Device {
+	t.Helper()
+	a, err := iommu.ParseAddress(address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := iommu.ReadDevice(b.Host, a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &d
+}
+
+func state(t *testing.T, b *Binder, address string) [2]string {
+	t.Helper()
+	d := read(t, b, address)
+	return [2]string{d.Driver, d.DriverOverride}
+}
+
+func TestTakeAndGiveBack(t *testing.T) {
+	k, b := newKernel(t)
+	if _, err := b.Take(context.Background(), read(t, b, e1000), Auto); err != nil {
+		t.Fatal(err)
+	}
+	want := []string{
+		"sys/bus/pci/devices/0000:07:01.0/driver_override=vfio-pci",
+		"sys/bus/pci/drivers/e1000/unbind=0000:07:01.0",
+		"sys/bus/pci/drivers_probe=0000:07:01.0",
+	}
+	if !slices.Equal(k.Log, want) {
+		t.Errorf("writes\n%s\nwant\n%s", strings.Join(k.Log, "\n"), strings.Join(want, "\n"))
+	}
+	if got := state(t, b, e1000); got != [2]string{"vfio-pci", "vfio-pci"} {
+		t.Errorf("taken: %q", got)
+	}
+
+	k.Log = nil
+	c, err := b.Take(context.Background(), read(t, b, e1000), Auto)
+	if err != nil || len(c.Steps) != 0 || len(k.Log) != 0 {
+		t.Errorf("taken again: %v, steps %v, writes %v", err, c.Steps, k.Log)
+	}
+
+	if _, err := b.GiveBack(context.Background(), read(t, b, e1000)); err != nil {
+		t.Fatal(err)
+	}
+	want = []string{
+		"sys/bus/pci/devices/0000:07:01.0/driver_override=e1000",
+		"sys/bus/pci/drivers/vfio-pci/unbind=0000:07:01.0",
+		"sys/bus/pci/drivers_probe=0000:07:01.0",
+		"sys/bus/pci/devices/0000:07:01.0/driver_override=\n",
+	}
+	if !slices.Equal(k.Log, want) {
+		t.Errorf("writes\n%s\nwant\n%s", strings.Join(k.Log, "\n"), strings.Join(want, "\n"))
+	}
+	if got := state(t, b, e1000); got != [2]string{"e1000", ""} {
+		t.Errorf("given back: %q", got)
+	}
+}
+
+// A device that had no driver gets none back, and keeps the override it had.
+func TestGiveBackToNothing(t *testing.T) {
+	for _, override := range []string{"", "none"} {
+		_, b := newKernel(t)
+		if override != "" {
+			if err := b.Host.Write("sys/bus/pci/devices/"+edu+"/driver_override", override); err != nil {
+				t.Fatal(err)
+			}
+		}
+		before := state(t, b, edu)
+		if _, err := b.Take(context.Background(), read(t, b, edu), Auto); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := b.GiveBack(context.Background(), read(t, b, edu)); err != nil {
+			t.Fatal(err)
+		}
+		if got := state(t, b, edu); got != before {
+			t.Errorf("with override %q before: %q, want %q", override, got, before)
+		}
+	}
+}
+
+// A record of another device that had the address is no record.
+func TestRecordOfAnotherDevice(t *testing.T) {
+	_, b := newKernel(t)
+	d := read(t, b, e1000)
+	if err := b.Journal.Put(key(d.Address), record{Vendor: 0x15b3, Device: 0x1017, Driver: "mlx5_core"}); err != nil {
+		t.Fatal(err)
+	}
+	d.Driver = "vfio-pci"
+	c, err := b.PlanGiveBack(d)
+	if err != nil || c.To == "mlx5_core" {
+		t.Errorf("planned %q, %v; the record is of other hardware", c.To, err)
+	}
+}
+
+// Whatever fails in the middle, the device is as it was and the error says what happened.
+func TestUndo(t *testing.T) {
+	for name, c := range map[string]struct {
+		break_ func(*hosttest.Kernel)
+		says   string
+	}{
+		"override refused":                 {func(k *hosttest.Kernel) { k.Fail["sys/bus/pci/devices/"+e1000+"/driver_override"] = unix.EACCES }, "driver_override"},
+		"unbind refused":                   {func(k *hosttest.Kernel) { k.Fail["sys/bus/pci/drivers/e1000/unbind"] = unix.EPERM }, "e1000/unbind"},
+		"probe succeeds and binds nothing": {func(k *hosttest.Kernel) { k.Probe["vfio-pci"] = unix.EINVAL }, "did not bind it to vfio-pci"},
+		"another tool is faster": {func(k *hosttest.Kernel) {
+			k.After = func(name, _ string) {
+				if strings.HasSuffix(name, "e1000/unbind") {
+					k.After = nil
+					_ = k.Write("sys/bus/pci/devices/"+e1000+"/driver_override", "pci-stub")
+				}
+			}
+			k.Register("pci-stub")
+		}, "pci-stub instead of vfio-pci"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			k, b := newKernel(t)
+			before := state(t, b, e1000)
+			c.break_(k)
+			_, err := b.Take(context.Background(), read(t, b, e1000), Auto)
+			if err == nil || !strings.Contains(err.Error(), c.says) {
+				t.Errorf("error %v, want one that says %q", err, c.says)
+			}
+			if got := state(t, b, e1000); got != before {
+				t.Errorf("left %q, was %q\nwrites: %s", got, before, strings.Join(k.Log, "\n"))
+			}
+			if known, err := b.Journal.Get(key(read(t, b, e1000).Address), &record{}); known || err != nil {
+				t.Errorf("a record is left: %v, %v", known, err)
+			}
+		})
+	}
+}
+
+func TestInterrupted(t *testing.T) {
+	k, b := newKernel(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	k.After = func(name, _ string) {
+		if strings.HasSuffix(name, "/unbind") {
+			cancel()
+		}
+	}
+	before := state(t, b, igb)
+	if _, err := b.Take(ctx, read(t, b, igb), Auto); err == nil || !strings.Contains(err.Error(), "interrupted") {
+		t.Errorf("error %v", err)
+	}
+	if got := state(t, b, igb); got != before {
+		t.Errorf("left %q, was %q", got, before)
+	}
+}
+
+func TestCheckTake(t *testing.T) {
+	_, b := newKernel(t)
+	topology, err := iommu.Scan(b.Host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct{ address, says string }{
+		{"0000:00:08.0", "is a bridge"},
+		{"0000:02:00.0", "is a PF with 3 VFs"},
+		{"0000:00:04.0", "the IOMMU does not cover it"},
+		{e1000, ""},
+	} {
+		a, _ := iommu.ParseAddress(c.address)
+		d, err := topology.Find(a)
+		if err != nil {
+			t.Fatal(err)
+		}
+		unit, err := Unit(topology, []*iommu.Device{d})
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = CheckTake(b.Host, topology, []*iommu.Device{d}, unit)
+		if c.says == "" && err != nil || c.says != "" && (!errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), c.says)) {
+			t.Errorf("%s: %v, want %q", c.address, err, c.says)
+		}
+	}
+	a, _ := iommu.ParseAddress(edu)
+	d, _ := topology.Find(a)
+	unit, err := Unit(topology, []*iommu.Device{d, d})
+	if err != nil || !slices.Equal(names(unit), []string{e1000, edu}) {
+		t.Errorf("the unit of %s is %v, %v", edu, names(unit), err)
+	}
+}

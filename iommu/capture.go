@@ -205,10 +205,13 @@ func (c *capture) device(d *Device) {
 func excerpt(n *Names, t *Topology) []byte {
 	byVendor := map[uint16]map[uint16]string{}
 	t.All(func(d *Device) bool {
-		if name := n.Device(d.Vendor, d.Device); d.PCI && name != "" {
-			if byVendor[d.Vendor] == nil {
-				byVendor[d.Vendor] = map[uint16]string{}
-			}
+		if !d.PCI {
+			return true
+		}
+		if byVendor[d.Vendor] == nil {
+			byVendor[d.Vendor] = map[uint16]string{}
+		}
+		if name := n.Device(d.Vendor, d.Device); name != "" {
 			byVendor[d.Vendor][d.Device] = name
 		}
 		return true
@@ -216,7 +219,9 @@ func excerpt(n *Names, t *Topology) []byte {
 	var b strings.Builder
 	b.WriteString("# the devices of one host\n")
 	for _, v := range slices.Sorted(maps.Keys(byVendor)) {
-		fmt.Fprintf(&b, "%04x  %s\n", v, n.Vendor(v))
+		if name := n.Vendor(v); name != "" || len(byVendor[v]) > 0 {
+			fmt.Fprintf(&b, "%04x  %s\n", v, name)
+		}
 		for _, d := range slices.Sorted(maps.Keys(byVendor[v])) {
 			fmt.Fprintf(&b, "\t%04x  %s\n", d, byVendor[v][d])
 		}

@@ -3,6 +3,7 @@ package iommu
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"path"
 	"slices"
 	"strconv"
@@ -255,18 +256,21 @@ func readPath(h *Host, a Address) ([]Address, string, error) {
 	if err != nil {
 		return nil, "", err
 	}
-	_, p, err := readPath(h, pfAddress)
-	if err != nil {
+	if target, err = h.Link(path.Join(pciDevices, pfAddress.String())); err != nil {
 		return nil, "", err
 	}
 	pfDevice, err := ReadDevice(h, pfAddress)
 	if err != nil {
 		return nil, "", err
 	}
+	index := -1
 	if pfDevice.SRIOV != nil {
-		p += "/vf" + strconv.Itoa(slices.Index(pfDevice.SRIOV.VFs, a))
+		index = slices.Index(pfDevice.SRIOV.VFs, a)
 	}
-	return chain[:len(chain)-1], p, nil
+	if index < 0 { // it goes away just now
+		return nil, "", fmt.Errorf("%s: no VF of %s: %w", a, pfAddress, fs.ErrNotExist)
+	}
+	return chain[:len(chain)-1], PhysicalPath(pathAddresses(target)) + "/vf" + strconv.Itoa(index), nil
 }
 
 // pathAddresses are the PCI addresses in a sysfs path, from the root bus down.

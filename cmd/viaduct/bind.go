@@ -141,7 +141,10 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) error
 	if !h.Live() {
 		e.note("%s is a captured host: nobody could be asked who uses the devices", e.hostName)
 	}
-	b := &vfio.Binder{Host: h, Journal: journal.In(journal.Dir)}
+	b := &vfio.Binder{Host: h}
+	if h.Live() {
+		b.Journal = journal.In(journal.Dir)
+	}
 	views, errs := []changeView{}, []error(nil)
 	for _, d := range unit {
 		var change vfio.Change

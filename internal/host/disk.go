@@ -1,6 +1,7 @@
 package host
 
 import (
+	"errors"
 	"io/fs"
 	"path"
 	"sync"
@@ -36,7 +37,11 @@ func (d *disk) openat(name string, flags int) (fd int, err error) {
 		if flags&unix.O_PATH != 0 {
 			how.Flags &^= unix.O_NONBLOCK | unix.O_NOCTTY // openat2 takes no flag that O_PATH would ignore
 		}
-		fd, err = unix.Openat2(d.fd, path.Join(d.below, name, "."), &how)
+		for range 1000 { // EAGAIN: something was renamed or mounted meanwhile, and ".." could not be trusted (openat2(2))
+			if fd, err = unix.Openat2(d.fd, path.Join(d.below, name, "."), &how); !errors.Is(err, unix.EAGAIN) {
+				break
+			}
+		}
 		return err
 	})
 	return fd, err

@@ -53,8 +53,11 @@ func (j *Journal) Put(key string, record any) (err error) {
 	return os.Rename(tmp.Name(), j.file(key))
 }
 
-// Get reads a record; false if there is none.
+// Get reads a record; false if there is none, as in a nil Journal: that of a captured host.
 func (j *Journal) Get(key string, record any) (bool, error) {
+	if j == nil {
+		return false, nil
+	}
 	b, err := os.ReadFile(j.file(key))
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil

@@ -1,0 +1,180 @@
+package iommu
+
+import (
+	"errors"
+	"reflect"
+	"strings"
+	"testing"
+)
+
+func TestParseSelector(t *testing.T) {
+	nicAddress := addr(t, "0000:01:00.0")
+	for text, want := range map[string]Selector{
+		"0000:01:00.0":           {kind: byAddress, address: nicAddress},
+		"01:00.0":                {kind: byAddress, address: nicAddress},
+		"10000:e1:00.0":          {kind: byAddress, address: Address{0x10000, 0xe1, 0, 0}},
+		"enp1s0":                 {kind: byNetdev, value: "enp1s0"},
+		"eth0.5@x":               {kind: byNetdev, value: "eth0.5@x"},
+		"fifteencharslon":        {kind: byNetdev, value: "fifteencharslon"},
+		"enp1s0/vf3":             {kind: byVF, number: 3, pf: &Selector{text: "enp1s0", kind: byNetdev, value: "enp1s0"}},
+		"01:00.0/vf0":            {kind: byVF, pf: &Selector{text: "01:00.0", kind: byAddress, address: nicAddress}},
+		"8086:10c9":              {kind: byIDs, ids: [2]uint16{0x8086, 0x10c9}},
+		"1AF4:1041":              {kind: byIDs, ids: [2]uint16{0x1af4, 0x1041}},
+		"mac=52:54:00:AB:cd:ef":  {kind: byMAC, value: "52:54:00:ab:cd:ef"},
+		"path=0000:00:01.0/00.0": {kind: byPath, value: "0000:00:01.0/00.0"},
+		"serial=01-02":           {kind: bySerial, value: "01-02"},
+		"group=8":                {kind: byGroup, value: "8", number: 8},
+		"group=0":                {kind: byGroup, value: "0"},
+		"class=02":               {kind: byClass, value: "02"},
+		"class=0C03":             {kind: byClass, value: "0c03"},
+		"class=010802":           {kind: byClass, value: "010802"},
+	} {
+		want.text = text
+		got, err := ParseSelector(text)
+		if err != nil || !reflect.DeepEqual(got, want) || got.String() != text {
+			t.Errorf("%q: %+v, %v\nwant %+v", text, got, err, want)
+		}
+		if n, ok := got.Group(); ok != (want.kind == byGroup) || (ok && n != want.number) {
+			t.Errorf("%q: group %d, %v", text, n, ok)
+		}
+	}
+	for _, text := range []string{
+		"", ".", "..", "-x", "--dry-run", "a b", "sixteencharslong", "a\tb", "0000:01:00", "0000:01:20.0", "8086:", ":10c9", "8086:10c", "8086:10c9:0",
+		"808g:10c9", "8086:*", "enp1s0/", "enp1s0/vf", "enp1s0/vf-1", "enp1s0/vf+1", "enp1s0/vf65536", "enp1s0/3", "enp1s0/VF3", "/vf1", "8086:10c9/vf1",
+		"enp1s0/vf1/vf2", "a/vf1/x", "group=8/vf1", "=", "=x", "key=value", "mac=", "mac=52:54:00:ab:cd", "mac=52:54:00:ab:cd:ef:01",
+		"mac=52:54:00:ab:cd:e", "mac=52-54-00-ab-cd-ef", "mac=52:54:00:ab:cd:eg", "path=", "path=00.0", "path=eth0/00.0", "serial=", "group=", "group=x",
+		"group=-1", "group=+1", "group=2147483648", "class=", "class=2", "class=020", "class=02000000", "class=zz", "class=+2",
+	} {
+		got, err := ParseSelector(text)
+		if !errors.Is(err, ErrSyntax) || !reflect.DeepEqual(got, Selector{}) || (len(text) > 2 && !strings.Contains(err.Error(), strings.Trim(text, "\t "))) && !strings.Contains(text, "\t") {
+			t.Errorf("%q: %+v, %v", text, got, err)
+		}
+	}
+}
+
+func FuzzSelector(f *testing.F) {
+	for _, s := range []string{"0000:01:00.0", "enp1s0/vf3", "8086:10c9", "mac=52:54:00:12:34:56", "path=0000:00:01.0/00.0", "serial=1", "group=8", "class=0200"} {
+		f.Add(s)
+	}
+	top, h := richTopology(f), rich().Host(f)
+	f.Fuzz(func(t *testing.T, s string) {
+		sel, err := ParseSelector(s)
+		if err != nil {
+			if !errors.Is(err, ErrSyntax) {
+				t.Fatalf("%q: %v", s, err)
+			}
+			return
+		}
+		if sel.String() != s {
+			t.Errorf("%q became %q", s, sel)
+		}
+		found, err := sel.Resolve(h, top)
+		if (err == nil) != (len(found) > 0) {
+			t.Errorf("%q: %v, %v", s, found, err)
+		}
+	})
+}
+
+func TestResolve(t *testing.T) {
+	for kind, h := range rich().Hosts(t) {
+		top, err := Scan(h)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for text, want := range map[string]string{
+			"0000:01:00.0": "0000:01:00.0", "01:10.2": "0000:01:10.2", "eth0b": "0000:01:00.0", "ens3": "0000:00:03.0",
+			"eth0/vf0": "0000:01:10.0", "01:00.0/vf1": "0000:01:10.2", "8086:10ca": "0000:01:10.0 0000:01:10.2", "144d:a808": "10000:e1:00.0",
+			"mac=52:54:00:00:00:02": "0000:01:00.0", "mac=52:54:00:00:00:03": "0000:00:03.0",
+			"path=0000:00:01.0/00.0": "0000:01:00.0", "path=0000:00:01.0/00.0/vf1": "0000:01:10.2", "path=0000:00:03.0": "0000:00:03.0",
+			"serial=01-02-03-04-05-06-07-08": "0000:01:00.0",
+			"group=2":                        "0000:01:10.0", "group=40": "10000:e1:00.0 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001 arm-smmu-test",
+			"class=02": "0000:01:10.0 0000:01:00.0 0000:00:03.0 0000:01:10.2", "class=0108": "10000:e1:00.0", "class=010802": "10000:e1:00.0",
+		} {
+			sel, err := ParseSelector(text)
+			if err != nil {
+				t.Fatal(err)
+			}
+			devices, err := sel.Resolve(h, top)
+			if got := strings.Join(deviceNames(devices), " "); got != want || err != nil {
+				t.Errorf("%s: %s: %q, %v; want %q", kind, text, got, err, want)
+			}
+			one, err := sel.One(h, top)
+			if names := strings.Fields(want); len(names) > 1 {
+				e := &AmbiguousError{text, names}
+				if got, ok := errors.AsType[*AmbiguousError](err); !ok || !reflect.DeepEqual(got, e) || one != nil {
+					t.Errorf("%s: %s: %v, %v; want %v", kind, text, one, err, e)
+				}
+			} else if err != nil || one != devices[0] {
+				t.Errorf("%s: %s: %v, %v", kind, text, one, err)
+			}
+		}
+		vfs := []string{"0000:01:00.0/vf0", "0000:01:00.0/vf1"}
+		for text, want := range map[string]*NotFoundError{
+			"0000:09:00.0":          {What: "no such device"},
+			"eth9":                  {What: "no network interface of a PCI device has this name", Candidates: []string{"ens3", "eth0", "eth0b"}},
+			"lo":                    {What: "no network interface of a PCI device has this name", Candidates: []string{"ens3", "eth0", "eth0b"}},
+			"8086:ffff":             {What: "no device has these ids"},
+			"0000:0000":             {What: "no device has these ids"}, // the mdev has none
+			"eth0/vf2":              {What: "no such VF", Candidates: vfs},
+			"eth9/vf0":              {Selector: "eth9", What: "no network interface of a PCI device has this name", Candidates: []string{"ens3", "eth0", "eth0b"}},
+			"ens3/vf0":              {What: "0000:00:03.0 is no PF (it has no SR-IOV capability)"},
+			"mac=52:54:00:00:00:09": {What: "no network interface has this MAC address (a device on a vfio driver shows none)"},
+			"path=0000:00:09.0":     {What: "no device matches"},
+			"serial=ff":             {What: "no device matches"},
+			"class=0300":            {What: "no device matches"},
+			"class=00":              {What: "no device matches"}, // nor a class
+			"group=0":               {What: "no such IOMMU group", Candidates: []string{"group=1", "group=2", "group=11", "group=30", "group=40"}},
+			"group=30":              {What: "no such IOMMU group", Candidates: []string{"group=1", "group=2", "group=11", "group=30", "group=40"}},
+		} {
+			if want.Selector == "" {
+				want.Selector = text
+			}
+			sel, err := ParseSelector(text)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, err = sel.One(h, top)
+			if got, ok := errors.AsType[*NotFoundError](err); !ok || !reflect.DeepEqual(got, want) || !errors.Is(err, ErrNotFound) {
+				t.Errorf("%s: %s: %#v, want %#v", kind, text, err, want)
+			}
+		}
+	}
+}
+
+func TestResolveWithout(t *testing.T) {
+	tree := join(pci("pci0000:00/0000:00:03.0", nic, map[string]string{"sriov_totalvfs": "7\n"}))
+	h := tree.Host(t)
+	top, err := Scan(h)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for text, want := range map[string]string{
+		"group=1":     "group=1: this host has no IOMMU groups",
+		"00:03.0/vf0": "00:03.0/vf0: no such VF; none is enabled on this host (viaduct vf create 00:03.0 N)",
+	} {
+		sel, err := ParseSelector(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := sel.Resolve(h, top); err == nil || err.Error() != want {
+			t.Errorf("%v, want %s", err, want)
+		}
+	}
+}
+
+func TestSelectorErrorTexts(t *testing.T) {
+	names := strings.Fields("a b c d e f g h i j k l m n")
+	for _, c := range []struct{ err, want string }{
+		{(&AmbiguousError{"x", names[:2]}).Error(), "x names 2 devices, and one is needed: a, b"},
+		{(&AmbiguousError{"x", names}).Error(), "x names 14 devices, and one is needed: a, b, c, d, e, f, g, h, i, j, k, l and 2 more"},
+		{(&NotFoundError{"x", "no such thing", names[:12]}).Error(), "x: no such thing; there is " + strings.Join(names[:12], ", ")},
+		{(&NotFoundError{Selector: "x", What: "no such thing"}).Error(), "x: no such thing"},
+	} {
+		if c.err != c.want {
+			t.Errorf("%q, want %q", c.err, c.want)
+		}
+	}
+	if errors.Is(&NotFoundError{}, ErrSyntax) {
+		t.Error("matches what it is not")
+	}
+}

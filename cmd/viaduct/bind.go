@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
 
 	"github.com/urfave/cli/v2"
 
@@ -107,15 +105,11 @@ type changeView struct {
 
 // change resolves the devices, lets every gate speak before the first write, and then does one device after the other.
 func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) error {
-	h, err := e.openToChange()
+	h, t, err := e.lookToChange()
 	if err != nil {
 		return err
 	}
 	defer h.Close()
-	t, err := iommu.Scan(h)
-	if err != nil {
-		return err
-	}
 	var asked []*iommu.Device
 	for _, s := range sel {
 		devices, err := s.Resolve(h, t)
@@ -215,22 +209,4 @@ func driverText(driver *string) string {
 		return "no driver"
 	}
 	return *driver
-}
-
-// openToChange opens the host for a command that changes it.
-func (e *env) openToChange() (*iommu.Host, error) {
-	h, err := e.open()
-	if err != nil {
-		return nil, err
-	}
-	switch {
-	case !h.Live() && !e.dryRun:
-		err = usagef("%s is a captured host: it can be looked at, not changed", e.hostName)
-	case h.Live() && os.Geteuid() != 0 && !e.dryRun:
-		err = fmt.Errorf("changing drivers and VFs takes root: %w", fs.ErrPermission)
-	}
-	if err != nil {
-		return nil, errors.Join(err, h.Close())
-	}
-	return h, nil
 }

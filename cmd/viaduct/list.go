@@ -47,15 +47,11 @@ func listCommand(e *env) *cli.Command {
 }
 
 func runList(e *env, o listOptions) error {
-	h, err := e.open()
+	h, t, err := e.look()
 	if err != nil {
 		return err
 	}
 	defer h.Close()
-	t, err := iommu.Scan(h)
-	if err != nil {
-		return err
-	}
 	keep, err := selection(h, t, o.selectors)
 	if err != nil {
 		return err

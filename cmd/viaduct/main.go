@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/signal"
 	"slices"
@@ -43,6 +44,31 @@ type env struct {
 
 // open opens the host that --host names; the caller closes it.
 func (e *env) open() (*iommu.Host, error) { return iommu.Open(e.hostName) }
+
+// look opens the host and scans it; the caller closes it.
+func (e *env) look() (*iommu.Host, *iommu.Topology, error) {
+	h, err := e.open()
+	if err != nil {
+		return nil, nil, err
+	}
+	t, err := iommu.Scan(h)
+	if err != nil {
+		return nil, nil, errors.Join(err, h.Close())
+	}
+	return h, t, nil
+}
+
+// lookToChange is look for a command that changes the host, or, with --dry-run, would.
+func (e *env) lookToChange() (*iommu.Host, *iommu.Topology, error) {
+	live := e.hostName == "" || e.hostName == "/"
+	switch {
+	case !live && !e.dryRun:
+		return nil, nil, usagef("%s is a captured host: it can be looked at, not changed", e.hostName)
+	case live && !e.dryRun && os.Geteuid() != 0:
+		return nil, nil, fmt.Errorf("changing drivers and VFs takes root: %w", fs.ErrPermission)
+	}
+	return e.look()
+}
 
 // note tells people something that is no part of the data.
 func (e *env) note(format string, a ...any) { fmt.Fprintf(e.stderr, "viaduct: "+format+"\n", a...) }

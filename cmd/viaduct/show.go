@@ -103,15 +103,11 @@ type regionView struct {
 }
 
 func runShow(e *env, sel iommu.Selector) error {
-	h, err := e.open()
+	h, t, err := e.look()
 	if err != nil {
 		return err
 	}
 	defer h.Close()
-	t, err := iommu.Scan(h)
-	if err != nil {
-		return err
-	}
 	names := iommu.LoadNames(h)
 	w := bufio.NewWriter(e.stdout)
 	if id, ok := sel.Group(); ok {

@@ -181,15 +181,11 @@ type vfView struct {
 }
 
 func runVFList(e *env, sel []iommu.Selector) error {
-	h, err := e.open()
+	h, t, err := e.look()
 	if err != nil {
 		return err
 	}
 	defer h.Close()
-	t, err := iommu.Scan(h)
-	if err != nil {
-		return err
-	}
 	keep, err := selection(h, t, sel)
 	if err != nil {
 		return err
@@ -275,15 +271,11 @@ func viewPF(h *iommu.Host, t *iommu.Topology, names *iommu.Names, d *iommu.Devic
 
 // runVFCount is create and destroy: both set the number of VFs.
 func runVFCount(ctx context.Context, e *env, o createOptions) error {
-	h, err := e.openToChange()
+	h, t, err := e.lookToChange()
 	if err != nil {
 		return err
 	}
 	defer h.Close()
-	t, err := iommu.Scan(h)
-	if err != nil {
-		return err
-	}
 	pf, err := o.pf.One(h, t)
 	if err != nil {
 		return err
@@ -326,15 +318,11 @@ func usageIfMeant(err error) error {
 }
 
 func runVFSet(e *env, o setOptions) error {
-	h, err := e.openToChange()
+	h, t, err := e.lookToChange()
 	if err != nil {
 		return err
 	}
 	defer h.Close()
-	t, err := iommu.Scan(h)
-	if err != nil {
-		return err
-	}
 	vf, err := o.vf.One(h, t)
 	if err != nil {
 		return err

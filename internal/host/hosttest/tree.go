@@ -30,11 +30,14 @@ const arrow = "-> "
 func (t Tree) With(changes Tree) Tree {
 	out := maps.Clone(t)
 	for name, content := range changes {
+		if content == Gone {
+			maps.DeleteFunc(out, func(n, _ string) bool { return n == name || strings.HasPrefix(n, strings.TrimSuffix(name, "/")+"/") })
+		}
+	}
+	for name, content := range changes { // after all that goes: a directory can come in a file's place
 		if content != Gone {
 			out[name] = content
-			continue
 		}
-		maps.DeleteFunc(out, func(n, _ string) bool { return n == name || strings.HasPrefix(n, strings.TrimSuffix(name, "/")+"/") })
 	}
 	return out
 }

@@ -49,8 +49,8 @@ func TestTreeUnpacked(t *testing.T) {
 }
 
 func TestTreeWith(t *testing.T) {
-	got := sample.With(Tree{"a": Gone, "e/": Gone, "h": "new"})
-	if want := (Tree{"g": "", "h": "new"}); !reflect.DeepEqual(got, want) {
+	got := sample.With(Tree{"a": Gone, "a/n": "within", "e/": Gone, "h": "new"})
+	if want := (Tree{"a/n": "within", "g": "", "h": "new"}); !reflect.DeepEqual(got, want) {
 		t.Errorf("got %q, want %q", got, want)
 	}
 }

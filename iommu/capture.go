@@ -173,8 +173,8 @@ func (c *capture) device(d *Device) {
 	c.files(real, deviceFiles)
 	links := deviceLinks
 	if d.SRIOV != nil {
-		for i := range d.SRIOV.VFs {
-			links = append(slices.Clip(links), fmt.Sprintf("virtfn%d", i))
+		for _, vf := range d.SRIOV.VFs {
+			links = append(slices.Clip(links), fmt.Sprintf("virtfn%d", vf.Index))
 		}
 	}
 	for _, n := range links {

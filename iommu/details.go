@@ -82,9 +82,11 @@ func ReadDetails(h *Host, a Address) (*Details, error) {
 	}
 	if dir.Exists("sriov_offset") {
 		d.VFs = &VFDetails{Offset: r.number("sriov_offset"), Stride: r.number("sriov_stride")}
-		id, err := strconv.ParseUint(r.text("sriov_vf_device"), 16, 16)
-		r.keep(err)
-		d.VFs.VFDevice = uint16(id)
+		if s := r.text("sriov_vf_device"); s != "" {
+			id, err := strconv.ParseUint(s, 16, 16)
+			r.keep(inFile(dir, "sriov_vf_device", err))
+			d.VFs.VFDevice = uint16(id)
+		}
 		if s := r.text("sriov_drivers_autoprobe"); s != "" {
 			on := s == "1"
 			d.VFs.Autoprobe = &on
@@ -95,7 +97,7 @@ func ReadDetails(h *Host, a Address) (*Details, error) {
 		}
 	}
 	d.BARs, err = parseResources(r.text("resource"))
-	r.keep(err)
+	r.keep(inFile(dir, "resource", err))
 	d.Parents, d.Path, err = readPath(h, a)
 	r.keep(err)
 	classes, err := classDevices(dir)
@@ -111,6 +113,13 @@ func ReadDetails(h *Host, a Address) (*Details, error) {
 		slices.Sort(d.ClassDevices[class])
 	}
 	return d, r.err
+}
+
+func inFile(dir *host.Dir, name string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s: %w", dir.Path(name), err)
 }
 
 // reader reads optional attributes and keeps the first error that is not absence.
@@ -174,7 +183,7 @@ func parseResources(s string) ([]BAR, error) {
 				return nil, fmt.Errorf("resource line %q: %w", line, err)
 			}
 		}
-		if n[2] == 0 || n[1] < n[0] {
+		if n[2] == 0 || n[1] <= n[0] { // not there, or not assigned
 			continue
 		}
 		bars = append(bars, BAR{Index: i, Size: n[1] - n[0] + 1, IO: n[2]&ioFlag != 0, Prefetchable: n[2]&prefetch != 0, Wide: n[2]&mem64 != 0})
@@ -263,10 +272,7 @@ func readPath(h *Host, a Address) ([]Address, string, error) {
 	if err != nil {
 		return nil, "", err
 	}
-	index := -1
-	if pfDevice.SRIOV != nil {
-		index = slices.Index(pfDevice.SRIOV.VFs, a)
-	}
+	index := pfDevice.SRIOV.index(a)
 	if index < 0 { // it goes away just now
 		return nil, "", fmt.Errorf("%s: no VF of %s: %w", a, pfAddress, fs.ErrNotExist)
 	}

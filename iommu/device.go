@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -55,8 +56,26 @@ type ID struct {
 
 // SRIOV is a PF's count of VFs.
 type SRIOV struct {
-	Total int       // sriov_totalvfs
-	VFs   []Address // by VF index
+	Total int  // sriov_totalvfs
+	VFs   []VF // by index; while VFs come or go, some may be missing in between
+}
+
+// index is the index of a VF, -1 if it is none of the PF's.
+func (s *SRIOV) index(a Address) int {
+	if s != nil {
+		for _, vf := range s.VFs {
+			if vf.Address == a {
+				return vf.Index
+			}
+		}
+	}
+	return -1
+}
+
+// VF is one of a PF's VFs.
+type VF struct {
+	Index   int
+	Address Address
 }
 
 // IsBridge reports whether this is a PCI-to-PCI or CardBus bridge (a header of type 1 or 2, which VFIO refuses): it is
@@ -148,6 +167,7 @@ func optional(s string, err error) (string, error) {
 }
 
 // readSRIOV reads a PF's total and its VFs, by their links: reading sriov_numvfs would wait for a write that is in progress.
+// The links are listed and not counted up from virtfn0, as a removal that is stuck has taken the first ones away.
 func readSRIOV(dir *host.Dir) (*SRIOV, error) {
 	total, err := dir.Int("sriov_totalvfs")
 	if host.Absent(err) {
@@ -157,20 +177,30 @@ func readSRIOV(dir *host.Dir) (*SRIOV, error) {
 		return nil, err
 	}
 	s := &SRIOV{Total: total}
-	for i := range total {
-		link, err := dir.LinkBase("virtfn" + strconv.Itoa(i))
+	names, err := dir.Names(".")
+	if err != nil {
+		return nil, err
+	}
+	for _, n := range names {
+		number, ok := strings.CutPrefix(n, "virtfn")
+		index, err := strconv.Atoi(number)
+		if !ok || err != nil {
+			continue
+		}
+		link, err := dir.LinkBase(n)
 		if host.Absent(err) {
-			break // the kernel makes and removes the links in order
+			continue
 		}
 		if err != nil {
 			return nil, err
 		}
-		vf, err := ParseAddress(link)
+		a, err := ParseAddress(link)
 		if err != nil {
-			return nil, fmt.Errorf("%s: %w", dir.Path("virtfn"+strconv.Itoa(i)), err)
+			return nil, fmt.Errorf("%s: %w", dir.Path(n), err)
 		}
-		s.VFs = append(s.VFs, vf)
+		s.VFs = append(s.VFs, VF{index, a})
 	}
+	slices.SortFunc(s.VFs, func(a, b VF) int { return a.Index - b.Index })
 	return s, nil
 }
 

@@ -25,7 +25,7 @@ var (
 func LoadNames(h *Host) *Names {
 	n := &Names{cache: map[[2]uint16]string{}}
 	for _, f := range idFiles {
-		if b, err := h.Read(f); err == nil {
+		if b, err := h.Read(f); err == nil && len(b) > 0 {
 			n.ids = b
 			return n
 		}

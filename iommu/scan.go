@@ -197,7 +197,7 @@ func readAll[T any](h *Host, dir string, names []string, read func(*host.Dir, st
 // between, as virtio's, which a look into the PCI device's own net directory would miss.
 func readNetdevs(h *Host, devices []Device) error {
 	names, err := h.Names(netClass)
-	if host.Absent(err) || len(names) == 0 {
+	if host.Absent(err) || (err == nil && len(names) == 0) {
 		return nil
 	}
 	if err != nil {
@@ -243,10 +243,10 @@ func linkVFs(devices []Device) {
 		if devices[i].SRIOV == nil {
 			continue
 		}
-		for n, a := range devices[i].SRIOV.VFs {
-			if vf := findDevice(devices, a); vf != nil {
+		for _, v := range devices[i].SRIOV.VFs {
+			if vf := findDevice(devices, v.Address); vf != nil {
 				pf := devices[i].Address
-				vf.PhysFn, vf.VFIndex = &pf, n
+				vf.PhysFn, vf.VFIndex = &pf, v.Index
 			}
 		}
 	}

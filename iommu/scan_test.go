@@ -139,7 +139,7 @@ func richTopology(t testing.TB) *Topology {
 	net, disk := dev(t, "0000:00:03.0", virtioID), dev(t, "10000:e1:00.0", nvmeID)
 	port.Driver, port.Group = "pcieport", 1
 	pf.Driver, pf.Group, pf.NUMANode, pf.Netdevs = "igb", 11, 1, []string{"eth0", "eth0b"}
-	pf.SRIOV = &SRIOV{7, []Address{vf0.Address, vf1.Address}}
+	pf.SRIOV = &SRIOV{7, []VF{{0, vf0.Address}, {1, vf1.Address}}}
 	vf0.Driver, vf0.DriverOverride, vf0.Group, vf0.PhysFn, vf0.VFIndex = "vfio-pci", "vfio-pci", 2, &pf.Address, 0
 	vf1.PhysFn, vf1.VFIndex = &pf.Address, 1
 	net.Driver, net.Netdevs = "virtio-pci", []string{"ens3"}
@@ -393,7 +393,7 @@ func TestDetailsErrors(t *testing.T) {
 		"resource malformed":      {hosttest.Tree{own + "resource": "x\n"}, "0000:00:03.0", "", false, nil},
 		"revision malformed":      {hosttest.Tree{own + "revision": "x\n"}, "0000:00:03.0", "", false, nil},
 		"power_state unreadable":  {hosttest.Tree{own + "power_state/": ""}, "0000:00:03.0", "", false, unix.EISDIR},
-		"sriov_vf_device missing": {hosttest.Tree{own + "sriov_offset": "1\n", own + "sriov_stride": "1\n"}, "0000:00:03.0", "", false, nil},
+		"sriov_vf_device missing": {hosttest.Tree{own + "sriov_offset": "1\n", own + "sriov_stride": "1\n"}, "0000:00:03.0", "0000:00:03.0", true, nil},
 	} {
 		got, err := ReadDetails(rich().With(c.change).Host(t), addr(t, c.device))
 		switch {

@@ -91,9 +91,13 @@ func ParseSelector(s string) (Selector, error) {
 			}
 			sel.kind = byMAC
 		case "path":
-			first, _, _ := strings.Cut(value, "/")
-			if _, err := ParseAddress(first); err != nil {
+			first, rest, below := strings.Cut(strings.ToLower(value), "/")
+			root, err := ParseAddress(first)
+			if err != nil {
 				return bad("want path= and a physical path as `viaduct show` prints it, as path=0000:00:01.0/00.0")
+			}
+			if sel.value = root.String(); below {
+				sel.value += "/" + rest
 			}
 			sel.kind = byPath
 		case "serial":
@@ -205,7 +209,7 @@ func (s Selector) Resolve(h *Host, t *Topology) ([]*Device, error) {
 		return nil, err
 	}
 	if len(out) == 0 {
-		return nil, s.notFound(t)
+		return nil, s.notFound(h, t)
 	}
 	return out, nil
 }
@@ -251,7 +255,7 @@ func (s Selector) matcher(h *Host, t *Topology) (func(*Device) (bool, error), er
 				return false, nil
 			}
 			_, p, err := readPath(h, d.Address)
-			if host.Absent(err) {
+			if host.Absent(err) || errors.Is(err, ErrNotFound) {
 				return false, nil
 			}
 			return p == s.value, err
@@ -268,42 +272,90 @@ func (s Selector) matcher(h *Host, t *Topology) (func(*Device) (bool, error), er
 }
 
 // notFound says what there is instead.
-func (s Selector) notFound(t *Topology) error {
+func (s Selector) notFound(h *Host, t *Topology) error {
 	e := &NotFoundError{Selector: s.text}
-	each := func(f func(*Device)) { t.All(func(d *Device) bool { f(d); return true }) }
+	each := func(f func(*Device) []string) {
+		t.All(func(d *Device) bool {
+			for _, name := range f(d) {
+				if !slices.Contains(e.Candidates, name) {
+					e.Candidates = append(e.Candidates, name)
+				}
+			}
+			return true
+		})
+		slices.Sort(e.Candidates)
+	}
+	pci := func(f func(*Device) string) {
+		each(func(d *Device) []string {
+			if text := f(d); d.PCI && text != "" {
+				return []string{text}
+			}
+			return nil
+		})
+	}
 	switch s.kind {
 	case byAddress:
 		e.What = "no such device"
+		pci(func(d *Device) string { return d.Name })
 	case byNetdev:
 		e.What = "no network interface of a PCI device has this name"
-		each(func(d *Device) { e.Candidates = append(e.Candidates, d.Netdevs...) })
+		each(func(d *Device) []string { return d.Netdevs })
 	case byIDs:
 		e.What = "no device has these ids"
+		pci(func(d *Device) string { return fmt.Sprintf("%04x:%04x", d.Vendor, d.Device) })
+	case byClass:
+		e.What = "no device is of this class"
+		pci(func(d *Device) string { return fmt.Sprintf("class=%04x", d.Class>>8) })
 	case byGroup:
 		e.What = "no such IOMMU group"
 		if len(t.Groups) == 0 {
 			e.What = "this host has no IOMMU groups"
 		}
+		if _, err := t.Group(s.number); err == nil {
+			e.What = "the group is empty"
+			break
+		}
+		for _, g := range t.Groups {
+			e.Candidates = append(e.Candidates, "group="+strconv.Itoa(g.ID))
+		}
 	case byVF:
-		e.What = "no such VF"
-		each(func(d *Device) {
-			if d.PhysFn != nil {
-				e.Candidates = append(e.Candidates, fmt.Sprintf("%s/vf%d", d.PhysFn, d.VFIndex))
+		each(func(d *Device) []string {
+			if d.PhysFn == nil {
+				return nil
 			}
+			return []string{fmt.Sprintf("%s/vf%d", d.PhysFn, d.VFIndex)}
 		})
+		e.What = "no such VF"
 		if len(e.Candidates) == 0 {
 			e.What = "no such VF; none is enabled on this host (viaduct vf create " + s.pf.text + " N)"
 		}
 	case byMAC:
 		e.What = "no network interface has this MAC address (a device on a vfio driver shows none)"
-	default:
-		e.What = "no device matches"
-	}
-	slices.Sort(e.Candidates)
-	if s.kind == byGroup { // already in order, of numbers
-		for _, g := range t.Groups {
-			e.Candidates = append(e.Candidates, "group="+strconv.Itoa(g.ID))
-		}
+		each(func(d *Device) []string {
+			var macs []string
+			for _, n := range d.Netdevs {
+				if mac, err := h.String(path.Join(netClass, n, "address")); err == nil {
+					macs = append(macs, "mac="+mac)
+				}
+			}
+			return macs
+		})
+	case byPath:
+		e.What = "no device is at this place"
+		pci(func(d *Device) string {
+			if _, p, err := readPath(h, d.Address); err == nil {
+				return "path=" + p
+			}
+			return ""
+		})
+	case bySerial:
+		e.What = "no device has this serial number (root alone can read them)"
+		pci(func(d *Device) string {
+			if serial, err := ReadSerial(h, d.Address); err == nil && serial != "" {
+				return "serial=" + serial
+			}
+			return ""
+		})
 	}
 	return e
 }

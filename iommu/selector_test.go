@@ -86,6 +86,8 @@ func TestResolve(t *testing.T) {
 			"eth0/vf0": "0000:01:10.0", "01:00.0/vf1": "0000:01:10.2", "8086:10ca": "0000:01:10.0 0000:01:10.2", "144d:a808": "10000:e1:00.0",
 			"mac=52:54:00:00:00:02": "0000:01:00.0", "mac=52:54:00:00:00:03": "0000:00:03.0",
 			"path=0000:00:01.0/00.0": "0000:01:00.0", "path=0000:00:01.0/00.0/vf1": "0000:01:10.2", "path=0000:00:03.0": "0000:00:03.0",
+			"path=00:01.0/00.0":              "0000:01:00.0",
+			"path=10000:E1:00.0":             "10000:e1:00.0",
 			"serial=01-02-03-04-05-06-07-08": "0000:01:00.0",
 			"group=2":                        "0000:01:10.0", "group=40": "10000:e1:00.0 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001 arm-smmu-test",
 			"class=02": "0000:01:10.0 0000:01:00.0 0000:00:03.0 0000:01:10.2", "class=0108": "10000:e1:00.0", "class=010802": "10000:e1:00.0",
@@ -109,22 +111,23 @@ func TestResolve(t *testing.T) {
 			}
 		}
 		vfs := []string{"0000:01:00.0/vf0", "0000:01:00.0/vf1"}
+		ids, classes := []string{"144d:a808", "1af4:1041", "8086:10c9", "8086:10ca", "8086:3420"}, []string{"class=0108", "class=0200", "class=0604"}
 		for text, want := range map[string]*NotFoundError{
-			"0000:09:00.0":          {What: "no such device"},
+			"0000:09:00.0":          {What: "no such device", Candidates: []string{"0000:00:01.0", "0000:00:03.0", "0000:01:00.0", "0000:01:10.0", "0000:01:10.2", "10000:e1:00.0"}},
 			"eth9":                  {What: "no network interface of a PCI device has this name", Candidates: []string{"ens3", "eth0", "eth0b"}},
 			"lo":                    {What: "no network interface of a PCI device has this name", Candidates: []string{"ens3", "eth0", "eth0b"}},
-			"8086:ffff":             {What: "no device has these ids"},
-			"0000:0000":             {What: "no device has these ids"}, // the mdev has none
+			"8086:ffff":             {What: "no device has these ids", Candidates: ids},
+			"0000:0000":             {What: "no device has these ids", Candidates: ids}, // the mdev has none
 			"eth0/vf2":              {What: "no such VF", Candidates: vfs},
 			"eth9/vf0":              {Selector: "eth9", What: "no network interface of a PCI device has this name", Candidates: []string{"ens3", "eth0", "eth0b"}},
 			"ens3/vf0":              {What: "0000:00:03.0 is no PF (it has no SR-IOV capability)"},
-			"mac=52:54:00:00:00:09": {What: "no network interface has this MAC address (a device on a vfio driver shows none)"},
-			"path=0000:00:09.0":     {What: "no device matches"},
-			"serial=ff":             {What: "no device matches"},
-			"class=0300":            {What: "no device matches"},
-			"class=00":              {What: "no device matches"}, // nor a class
+			"mac=52:54:00:00:00:09": {What: "no network interface has this MAC address (a device on a vfio driver shows none)", Candidates: []string{"mac=52:54:00:00:00:01", "mac=52:54:00:00:00:02", "mac=52:54:00:00:00:03"}},
+			"path=0000:00:09.0":     {What: "no device is at this place", Candidates: []string{"path=0000:00:01.0", "path=0000:00:01.0/00.0", "path=0000:00:01.0/00.0/vf0", "path=0000:00:01.0/00.0/vf1", "path=0000:00:03.0", "path=10000:e1:00.0"}},
+			"serial=ff":             {What: "no device has this serial number (root alone can read them)", Candidates: []string{"serial=01-02-03-04-05-06-07-08"}},
+			"class=0300":            {What: "no device is of this class", Candidates: classes},
+			"class=00":              {What: "no device is of this class", Candidates: classes}, // nor a class
 			"group=0":               {What: "no such IOMMU group", Candidates: []string{"group=1", "group=2", "group=11", "group=30", "group=40"}},
-			"group=30":              {What: "no such IOMMU group", Candidates: []string{"group=1", "group=2", "group=11", "group=30", "group=40"}},
+			"group=30":              {What: "the group is empty"},
 		} {
 			if want.Selector == "" {
 				want.Selector = text

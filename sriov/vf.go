@@ -122,8 +122,8 @@ func Check(h *iommu.Host, t *iommu.Topology, p *Plan) error {
 		return nil
 	}
 	var vfs []*iommu.Device
-	for _, a := range p.PF.SRIOV.VFs {
-		if vf, err := t.Find(a); err == nil {
+	for _, v := range p.PF.SRIOV.VFs {
+		if vf, err := t.Find(v.Address); err == nil {
 			vfs = append(vfs, vf)
 		}
 	}
@@ -210,13 +210,13 @@ func (p *Plan) verify(h *iommu.Host) error {
 	if err != nil {
 		return err
 	}
-	for _, a := range now.SRIOV.VFs {
-		vf, err := iommu.ReadDevice(h, a)
+	for _, v := range now.SRIOV.VFs {
+		vf, err := iommu.ReadDevice(h, v.Address)
 		if err != nil {
 			return err
 		}
 		if vf.Driver != "" {
-			return fmt.Errorf("VF %s was to have no driver and is on %s", a, vf.Driver)
+			return fmt.Errorf("VF %s was to have no driver and is on %s", vf.Name, vf.Driver)
 		}
 	}
 	return nil
@@ -228,8 +228,8 @@ func takeAll(ctx context.Context, b vfio.Binder, pf iommu.Address) error {
 	if err != nil {
 		return err
 	}
-	for _, a := range now.SRIOV.VFs {
-		vf, err := iommu.ReadDevice(b.Host, a)
+	for _, v := range now.SRIOV.VFs {
+		vf, err := iommu.ReadDevice(b.Host, v.Address)
 		if err != nil {
 			return err
 		}

@@ -54,8 +54,8 @@ func setCount(t *testing.T, ctx context.Context, k *hosttest.Kernel, n int, use 
 func state(t *testing.T, k *hosttest.Kernel) string {
 	t.Helper()
 	var out []string
-	for _, a := range device(t, k.Host()).SRIOV.VFs {
-		d, err := iommu.ReadDevice(k.Host(), a)
+	for _, vf := range device(t, k.Host()).SRIOV.VFs {
+		d, err := iommu.ReadDevice(k.Host(), vf.Address)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -51,11 +51,11 @@ func (b *Binder) recorded(d *iommu.Device) (r record, known bool, err error) {
 	return r, true, nil
 }
 
-// Forget drops what the journal keeps of devices that are no more.
-func (b *Binder) Forget(addresses []iommu.Address) error {
+// Forget drops what the journal keeps of VFs that are no more.
+func (b *Binder) Forget(vfs []iommu.VF) error {
 	var errs []error
-	for _, a := range addresses {
-		errs = append(errs, b.Journal.Delete(key(a)))
+	for _, vf := range vfs {
+		errs = append(errs, b.Journal.Delete(key(vf.Address)))
 	}
 	return errors.Join(errs...)
 }

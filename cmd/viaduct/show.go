@@ -122,11 +122,9 @@ func runShow(e *env, sel iommu.Selector) error {
 }
 
 func showGroup(e *env, w io.Writer, h *iommu.Host, t *iommu.Topology, names *iommu.Names, sel iommu.Selector, id int) error {
-	if _, err := sel.Resolve(h, t); err != nil {
-		return err
-	}
 	g, err := t.Group(id)
 	if err != nil {
+		_, err = sel.Resolve(h, t) // which knows what groups there are
 		return err
 	}
 	regions, err := iommu.ReservedRegions(h, id)
@@ -219,7 +217,11 @@ func (v *showView) fill(h *iommu.Host, d *iommu.Device, names *iommu.Names) erro
 		v.BARs = append(v.BARs, barView{b.Index, b.Size, kind, b.Prefetchable})
 	}
 	if x.VFs != nil && d.SRIOV != nil {
-		v.VFs = &vfsView{append([]iommu.Address{}, d.SRIOV.VFs...), fmt.Sprintf("%04x", x.VFs.VFDevice), x.VFs.Offset, x.VFs.Stride, x.VFs.Autoprobe, x.VFs.MSIXPool}
+		addresses := []iommu.Address{}
+		for _, vf := range d.SRIOV.VFs {
+			addresses = append(addresses, vf.Address)
+		}
+		v.VFs = &vfsView{addresses, fmt.Sprintf("%04x", x.VFs.VFDevice), x.VFs.Offset, x.VFs.Stride, x.VFs.Autoprobe, x.VFs.MSIXPool}
 	}
 	return nil
 }
@@ -273,8 +275,8 @@ func (v *showView) print(w io.Writer, d *iommu.Device) {
 		f.add("sr-iov", "%d of %d VFs", v.SRIOV.Enabled, v.SRIOV.Total)
 	}
 	if v.VFs != nil {
-		for i, a := range v.VFs.Addresses {
-			f.add("", "vf%d %s", i, a)
+		for _, vf := range d.SRIOV.VFs {
+			f.add("", "vf%d %s", vf.Index, vf.Address)
 		}
 	}
 	for _, class := range sortedKeys(v.ClassDevices) {

@@ -255,12 +255,12 @@ func viewPF(h *iommu.Host, t *iommu.Topology, names *iommu.Names, d *iommu.Devic
 			return v, err
 		}
 	}
-	for i, a := range d.SRIOV.VFs {
-		vf, err := t.Find(a)
+	for _, at := range d.SRIOV.VFs {
+		vf, err := t.Find(at.Address)
 		if err != nil {
 			continue // made or removed just now
 		}
-		row := vfView{Index: i, Address: vf.Name, Driver: known(vf.Driver), DriverOverride: known(vf.DriverOverride), MAC: known(macs[i].String())}
+		row := vfView{Index: at.Index, Address: vf.Name, Driver: known(vf.Driver), DriverOverride: known(vf.DriverOverride), MAC: known(macs[at.Index].String())}
 		if vf.Group >= 0 {
 			row.Group = &vf.Group
 		}

@@ -20,32 +20,32 @@ type Address struct {
 
 // ParseAddress parses "0000:01:00.0", "01:00.0" (domain 0), and domains of more than four digits, as VMD's 10000:e1:00.0.
 func ParseAddress(s string) (Address, error) {
-	bad := func() (Address, error) {
+	a, ok := parseAddress(s)
+	if !ok {
 		return Address{}, fmt.Errorf("%q is no PCI address (want [domain:]bus:device.function, as 0000:01:00.0)", s)
 	}
-	rest, function, ok := strings.Cut(s, ".")
-	if !ok {
-		return bad()
-	}
-	parts := strings.Split(rest, ":")
-	if len(parts) == 2 {
-		parts = []string{"0000", parts[0], parts[1]}
-	}
-	if len(parts) != 3 || len(parts[0]) < 4 || len(parts[0]) > 8 || len(parts[1]) != 2 || len(parts[2]) != 2 || len(function) != 1 {
-		return bad()
-	}
-	var n [4]uint64
-	for i, p := range [...]struct {
-		text string
-		bits int
-	}{{parts[0], 32}, {parts[1], 8}, {parts[2], 5}, {function, 3}} {
-		v, err := strconv.ParseUint(p.text, 16, p.bits)
+	return a, nil
+}
+
+func parseAddress(s string) (a Address, ok bool) {
+	if domain, rest, found := strings.Cut(s, ":"); found && len(domain) >= 4 && len(domain) <= 8 {
+		n, err := strconv.ParseUint(domain, 16, 32)
 		if err != nil {
-			return bad()
+			return Address{}, false
 		}
-		n[i] = v
+		a.Domain, s = uint32(n), rest
 	}
-	return Address{Domain: uint32(n[0]), Bus: uint8(n[1]), Device: uint8(n[2]), Function: uint8(n[3])}, nil
+	if len(s) != len("01:00.0") || s[2] != ':' || s[5] != '.' {
+		return Address{}, false
+	}
+	bus, err1 := strconv.ParseUint(s[:2], 16, 8)
+	device, err2 := strconv.ParseUint(s[3:5], 16, 5)
+	function, err3 := strconv.ParseUint(s[6:], 16, 3)
+	if err1 != nil || err2 != nil || err3 != nil {
+		return Address{}, false
+	}
+	a.Bus, a.Device, a.Function = uint8(bus), uint8(device), uint8(function)
+	return a, true
 }
 
 // String is the kernel's name of the device.

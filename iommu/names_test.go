@@ -19,11 +19,11 @@ const ids = `#
 	0003  Third device
 		0001 0004  Subsystem of the third
 		8086  0005  no device of this vendor
+10c9  Vendor by that number
 8086  Intel Corporation
 	10c9  82576 Gigabit Network Connection
 		8086 10ca  Not the virtual function
 	10ca  82576 Virtual Function
-10c9  Vendor by that number
 ffff  Last Vendor
 	fffe  Last device
 

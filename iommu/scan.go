@@ -8,6 +8,7 @@ import (
 	"path"
 	"runtime"
 	"slices"
+	"sort"
 	"strconv"
 	"strings"
 	"sync"
@@ -104,7 +105,9 @@ func Scan(h *Host) (*Topology, error) {
 	if err != nil {
 		return nil, err
 	}
-	slices.SortFunc(devices, CompareDevices)
+	if !slices.IsSortedFunc(devices, CompareDevices) { // as with domains of different length
+		slices.SortFunc(devices, CompareDevices)
+	}
 	t := &Topology{}
 	if t.Units, err = readUnits(h); err != nil {
 		return nil, err
@@ -141,8 +144,8 @@ func CompareDevices(a, b Device) int {
 }
 
 func findDevice(devices []Device, a Address) *Device {
-	i, ok := slices.BinarySearchFunc(devices, a, func(d Device, a Address) int { return d.Address.Compare(a) })
-	if !ok {
+	i := sort.Search(len(devices), func(i int) bool { return devices[i].Address.Compare(a) >= 0 }) // copies no Device
+	if i == len(devices) || devices[i].Address != a {
 		return nil
 	}
 	return &devices[i]
@@ -225,7 +228,7 @@ func readNetdevs(h *Host, devices []Device) error {
 // lastAddress is the PCI device nearest to the end of a sysfs path.
 func lastAddress(target string) (Address, bool) {
 	for target != "" && target != "." && target != "/" {
-		if a, err := ParseAddress(path.Base(target)); err == nil {
+		if a, ok := parseAddress(path.Base(target)); ok {
 			return a, true
 		}
 		i := strings.LastIndexByte(target, '/')
@@ -276,8 +279,7 @@ func readGroups(h *Host, devices []Device) ([]Group, error) {
 	for i, r := range raw {
 		g := r.Group
 		for _, name := range r.names {
-			a, err := ParseAddress(name)
-			if err == nil {
+			if a, ok := parseAddress(name); ok {
 				if d := findDevice(devices, a); d != nil {
 					d.Group = g.ID
 					g.Devices = append(g.Devices, *d)
@@ -293,7 +295,9 @@ func readGroups(h *Host, devices []Device) ([]Group, error) {
 			}
 			g.Devices = append(g.Devices, d)
 		}
-		slices.SortFunc(g.Devices, CompareDevices)
+		if len(g.Devices) > 1 {
+			slices.SortFunc(g.Devices, CompareDevices)
+		}
 		groups[i] = g
 	}
 	return groups, nil

@@ -132,8 +132,6 @@ func configWithSerial() []byte {
 	return b
 }
 
-func on(b bool) *bool { return &b }
-
 func richTopology(t testing.TB) *Topology {
 	port, pf, vf0, vf1 := dev(t, "0000:00:01.0", bridgeID), dev(t, "0000:01:00.0", nicID), dev(t, "0000:01:10.0", vfID), dev(t, "0000:01:10.2", vfID)
 	net, disk := dev(t, "0000:00:03.0", virtioID), dev(t, "10000:e1:00.0", nvmeID)
@@ -148,7 +146,7 @@ func richTopology(t testing.TB) *Topology {
 	platform := Device{Name: "arm-smmu-test", Driver: "test", DriverOverride: "test", NUMANode: -1, Group: 40, VFIndex: -1}
 	return &Topology{
 		Units:              []Unit{{"dmar1", KindVTd}, {"ivhd0", KindAMDVi}},
-		InterruptRemapping: on(true),
+		InterruptRemapping: new(true),
 		Groups: []Group{
 			{1, "DMA", []Device{port}}, {2, "identity", []Device{vf0}}, {11, "", []Device{pf}}, {30, "", nil},
 			{40, "DMA-FQ", []Device{disk, mdev, platform}},
@@ -197,7 +195,7 @@ func TestScanSmall(t *testing.T) {
 	}{
 		"no PCI":           {join(), Topology{Units: []Unit{}}},
 		"no IOMMU":         {join(plain), Topology{Units: []Unit{}, Ungrouped: []Device{alone}}},
-		"interrupts plain": {join(plain, hosttest.Tree{"sys/kernel/irq/0/chip_name": "IO-APIC\n"}), Topology{Units: []Unit{}, InterruptRemapping: on(false), Ungrouped: []Device{alone}}},
+		"interrupts plain": {join(plain, hosttest.Tree{"sys/kernel/irq/0/chip_name": "IO-APIC\n"}), Topology{Units: []Unit{}, InterruptRemapping: new(false), Ungrouped: []Device{alone}}},
 		"interrupts of another architecture": {
 			join(plain, hosttest.Tree{"sys/kernel/irq/0/chip_name": "GICv3\n", "sys/kernel/irq/1/": "", "sys/kernel/irq/2/chip_name/": ""}),
 			Topology{Units: []Unit{}, Ungrouped: []Device{alone}},
@@ -306,7 +304,7 @@ func richDetails(t testing.TB) map[string]*Details {
 			Modalias: nic, Revision: 1, PowerState: "D0", ResetMethods: []string{"flr", "bus"}, Unit: "ivhd0", Path: "0000:00:01.0/00.0", Parents: port,
 			ClassDevices: map[string][]string{"net": {"eth0", "eth0b"}}, MACs: map[string]string{"eth0": "52:54:00:00:00:01", "eth0b": "52:54:00:00:00:02"},
 			Link: &Link{"8.0 GT/s PCIe", "16.0 GT/s PCIe", 4, 8}, BARs: []BAR{{Size: 128 << 10}},
-			VFs: &VFDetails{Offset: 128, Stride: 2, VFDevice: 0x10ca, Autoprobe: on(true), MSIXPool: &pool},
+			VFs: &VFDetails{Offset: 128, Stride: 2, VFDevice: 0x10ca, Autoprobe: new(true), MSIXPool: &pool},
 		},
 		"0000:01:10.0":  {Modalias: vf, ResetMethods: []string{}, ClassDevices: map[string][]string{}, MACs: map[string]string{}, Path: "0000:00:01.0/00.0/vf0", Parents: port, VFIODevice: "vfio0"},
 		"0000:01:10.2":  {Modalias: vf, ResetMethods: []string{}, ClassDevices: map[string][]string{}, MACs: map[string]string{}, Path: "0000:00:01.0/00.0/vf1", Parents: port},

@@ -1,20 +1,14 @@
 package main
 
 import (
+	"bufio"
 	"encoding/json"
-	"fmt"
 	"io"
 
 	"viaduct/iommu"
 )
 
 // The types in this file are the JSON contract: fields are added, never changed or removed. README.md documents them.
-
-type listView struct {
-	IOMMU     iommuView    `json:"iommu"`
-	Groups    []groupView  `json:"groups"`
-	Ungrouped []deviceView `json:"ungrouped"`
-}
 
 type iommuView struct {
 	Present            bool       `json:"present"`
@@ -55,21 +49,44 @@ type sriovView struct {
 	Enabled int `json:"enabled"`
 }
 
-func listOf(t *iommu.Topology, names *iommu.Names, keep map[string]bool) listView {
-	v := listView{
-		IOMMU:  iommuView{Present: len(t.Units) > 0 || len(t.Groups) > 0, Units: []unitView{}, InterruptRemapping: t.InterruptRemapping},
-		Groups: []groupView{}, Ungrouped: deviceViews(t.Ungrouped, names, keep),
-	}
+// writeList writes {"iommu": iommuView, "groups": [groupView...], "ungrouped": [deviceView...]}, one group or device a line and
+// one at a time: a host with thousands of VFs would otherwise be in memory several times over.
+func writeList(w *bufio.Writer, t *iommu.Topology, names *iommu.Names, keep map[string]bool) error {
+	e := json.NewEncoder(w) // which ends each value with a newline
+	e.SetEscapeHTML(false)
+	v := iommuView{Present: len(t.Units) > 0 || len(t.Groups) > 0, Units: []unitView{}, InterruptRemapping: t.InterruptRemapping}
 	for _, u := range t.Units {
-		v.IOMMU.Units = append(v.IOMMU.Units, unitView(u))
+		v.Units = append(v.Units, unitView(u))
 	}
+	w.WriteString(`{"iommu":`)
+	if err := e.Encode(v); err != nil {
+		return err
+	}
+	w.WriteString(`,"groups":[`)
+	comma := ""
 	for i := range t.Groups {
-		g := groupOf(&t.Groups[i], names, keep)
-		if keep == nil || len(g.Devices) > 0 {
-			v.Groups = append(v.Groups, g)
+		if g := groupOf(&t.Groups[i], names, keep); keep == nil || len(g.Devices) > 0 {
+			w.WriteString(comma)
+			comma = ","
+			if err := e.Encode(&g); err != nil {
+				return err
+			}
 		}
 	}
-	return v
+	w.WriteString(`],"ungrouped":[`)
+	comma = ""
+	for i := range t.Ungrouped {
+		if d := &t.Ungrouped[i]; keep == nil || keep[d.Name] {
+			w.WriteString(comma)
+			comma = ","
+			v := deviceOf(d, names)
+			if err := e.Encode(&v); err != nil {
+				return err
+			}
+		}
+	}
+	_, err := w.WriteString("]}\n")
+	return err
 }
 
 func groupOf(g *iommu.Group, names *iommu.Names, keep map[string]bool) groupView {
@@ -123,7 +140,11 @@ func known(s string) *string {
 }
 
 func hex(digits int, n uint32) *string {
-	s := fmt.Sprintf("%0*x", digits, n)
+	b := make([]byte, digits)
+	for i := range b {
+		b[i] = "0123456789abcdef"[n>>(4*(digits-1-i))&15]
+	}
+	s := string(b)
 	return &s
 }
 

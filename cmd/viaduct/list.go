@@ -60,7 +60,7 @@ func runList(e *env, o listOptions) error {
 	names := iommu.LoadNames(h)
 	switch {
 	case e.json:
-		err = writeJSON(w, listOf(t, names, keep))
+		err = writeList(w, t, names, keep)
 	case o.tree:
 		err = writeTree(w, h, t, names, keep)
 	default:
@@ -108,7 +108,7 @@ func listRows(t *iommu.Topology, names *iommu.Names, keep map[string]bool) [][]s
 		}
 		id, class, name := "", "", ""
 		if d.PCI {
-			id, class, name = idText(d), fmt.Sprintf("%04x", d.Class>>8), deviceName(names, d)
+			id, class, name = idText(d), (*hex(6, d.Class))[:4], deviceName(names, d)
 		}
 		rows = append(rows, []string{group, kind, d.Name, id, class, driver, strings.Join(d.Netdevs, ","), vfText(d), name})
 	}
@@ -124,7 +124,9 @@ func listRows(t *iommu.Topology, names *iommu.Names, keep map[string]bool) [][]s
 	return rows
 }
 
-func idText(d *iommu.Device) string { return fmt.Sprintf("%04x:%04x", d.Vendor, d.Device) }
+func idText(d *iommu.Device) string {
+	return *hex(4, uint32(d.Vendor)) + ":" + *hex(4, uint32(d.Device))
+}
 
 func deviceName(names *iommu.Names, d *iommu.Device) string {
 	if !d.PCI {

@@ -1,9 +1,12 @@
 package host
 
 import (
+	"bytes"
 	"errors"
 	"io/fs"
 	"path"
+	"slices"
+	"strings"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -14,7 +17,8 @@ import (
 type disk struct {
 	fd       int
 	confined bool
-	below    string // confined only: where this directory is below fd, which stays the root's
+	root     int    // confined only: the folder's root
+	below    string // confined only: where this directory is below root
 	owned    bool
 }
 
@@ -23,7 +27,7 @@ func openDisk(name string, confined bool) (tree, error) {
 	if err != nil {
 		return nil, &fs.PathError{Op: "open", Path: name, Err: err}
 	}
-	return &disk{fd: fd, confined: confined, owned: true}, nil
+	return &disk{fd: fd, confined: confined, root: fd, owned: true}, nil
 }
 
 func (d *disk) openat(name string, flags int) (fd int, err error) {
@@ -37,8 +41,15 @@ func (d *disk) openat(name string, flags int) (fd int, err error) {
 		if flags&unix.O_PATH != 0 {
 			how.Flags &^= unix.O_NONBLOCK | unix.O_NOCTTY // openat2 takes no flag that O_PATH would ignore
 		}
+		if plain(name) && flags&unix.O_PATH == 0 { // attributes: they are no links, and need no way down from the root
+			near := how
+			near.Resolve = unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS
+			if fd, err = unix.Openat2(d.fd, name, &near); !errors.Is(err, unix.ELOOP) {
+				return err
+			}
+		}
 		for range 1000 { // EAGAIN: something was renamed or mounted meanwhile, and ".." could not be trusted (openat2(2))
-			if fd, err = unix.Openat2(d.fd, path.Join(d.below, name, "."), &how); !errors.Is(err, unix.EAGAIN) {
+			if fd, err = unix.Openat2(d.root, path.Join(d.below, name, "."), &how); !errors.Is(err, unix.EAGAIN) {
 				break
 			}
 		}
@@ -47,20 +58,21 @@ func (d *disk) openat(name string, flags int) (fd int, err error) {
 	return fd, err
 }
 
+// plain reports whether name is one element, which names nothing but an entry of the directory.
+func plain(name string) bool {
+	return name != "" && name != "." && name != ".." && strings.IndexByte(name, '/') < 0
+}
+
 func (d *disk) open(name string) (tree, error) {
-	if d.confined {
-		fd, err := d.openat(name, unix.O_PATH|unix.O_DIRECTORY)
-		if err != nil {
-			return nil, err
-		}
-		unix.Close(fd)
-		return &disk{fd: d.fd, confined: true, below: path.Join(d.below, name)}, nil
-	}
 	fd, err := d.openat(name, unix.O_PATH|unix.O_DIRECTORY)
 	if err != nil {
 		return nil, err
 	}
-	return &disk{fd: fd, owned: true}, nil
+	sub := &disk{fd: fd, confined: d.confined, root: d.root, owned: true}
+	if d.confined {
+		sub.below = path.Join(d.below, name)
+	}
+	return sub, nil
 }
 
 func (d *disk) close() error {
@@ -76,44 +88,71 @@ const maxFile = 64 << 20
 
 var pages = sync.Pool{New: func() any { b := make([]byte, 4096); return &b }}
 
-func (d *disk) read(name string, whole bool) ([]byte, error) {
-	fd, err := d.openat(name, unix.O_RDONLY)
+func (d *disk) openRead(name string) (fd int, err error) {
+	if fd, err = d.openat(name, unix.O_RDONLY); err != nil || !d.confined {
+		return fd, err
+	}
+	var st unix.Stat_t
+	if err = unix.Fstat(fd, &st); err == nil && st.Mode&unix.S_IFMT != unix.S_IFREG && st.Mode&unix.S_IFMT != unix.S_IFDIR {
+		err = unix.EINVAL // a captured tree has no pipe or device to wait for
+	}
 	if err != nil {
-		return nil, err
+		unix.Close(fd)
+	}
+	return fd, err
+}
+
+func (d *disk) attribute(name string) (string, error) {
+	fd, err := d.openRead(name)
+	if err != nil {
+		return "", err
 	}
 	defer unix.Close(fd)
-	if d.confined {
-		var st unix.Stat_t
-		if err := unix.Fstat(fd, &st); err != nil {
-			return nil, err
-		}
-		if st.Mode&unix.S_IFMT != unix.S_IFREG && st.Mode&unix.S_IFMT != unix.S_IFDIR {
-			return nil, unix.EINVAL // a captured tree has no pipe or device to wait for
-		}
-	}
 	page := pages.Get().(*[]byte)
 	defer pages.Put(page)
 	n, err := readOnce(fd, *page)
 	if err != nil {
+		return "", err
+	}
+	text := (*page)[:n]
+	if n == len(*page) { // more than sysfs gives: a file of another kind
+		more := make([]byte, n)
+		if n, err = readOnce(fd, more); err != nil {
+			return "", err
+		}
+		text = append(slices.Clip(text), more[:n]...)
+	}
+	return string(bytes.TrimSuffix(text, []byte("\n"))), nil
+}
+
+func (d *disk) read(name string) ([]byte, error) {
+	fd, err := d.openRead(name)
+	if err != nil {
 		return nil, err
 	}
-	out := append(make([]byte, 0, n), (*page)[:n]...)
-	for (whole || n == len(*page)) && n > 0 {
-		if len(out) > maxFile {
-			return nil, unix.EFBIG
-		}
+	defer unix.Close(fd)
+	size := 4096
+	var st unix.Stat_t // sysfs and proc tell no true size, others do
+	if err := unix.Fstat(fd, &st); err == nil && st.Size >= int64(size) && st.Size <= maxFile {
+		size = int(st.Size) + 1 // and room to see the end
+	}
+	out := make([]byte, 0, size)
+	for {
 		if len(out) == cap(out) {
-			out = append(out, make([]byte, max(len(out), 4096))...)[:len(out)]
+			if len(out) > maxFile {
+				return nil, unix.EFBIG
+			}
+			out = slices.Grow(out, len(out))
 		}
-		if n, err = readOnce(fd, out[len(out):cap(out)]); err != nil {
+		n, err := readOnce(fd, out[len(out):cap(out)])
+		if err != nil {
 			return nil, err
 		}
-		out = out[:len(out)+n]
-		if !whole {
-			break
+		if n == 0 {
+			return out, nil
 		}
+		out = out[:len(out)+n]
 	}
-	return out, nil
 }
 
 func readOnce(fd int, b []byte) (n int, err error) {
@@ -123,7 +162,7 @@ func readOnce(fd int, b []byte) (n int, err error) {
 
 func (d *disk) readlink(name string) (string, error) {
 	fd, at := d.fd, name
-	if d.confined {
+	if d.confined && !plain(name) {
 		dir, base := path.Split(path.Clean(name))
 		parent, err := d.openat(dir, unix.O_PATH|unix.O_DIRECTORY)
 		if err != nil {

@@ -11,7 +11,6 @@ import (
 	"path"
 	"slices"
 	"strconv"
-	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -44,7 +43,7 @@ func Open(name string) (*Host, error) {
 		if err != nil {
 			return nil, err
 		}
-		return &Host{Dir: Dir{tree: t, path: name}}, nil
+		return &Host{Dir: Dir{tree: t, path: path.Clean(name)}}, nil
 	}
 	root, err := readSnapshot(name)
 	if err != nil {
@@ -65,7 +64,8 @@ type Dir struct {
 // tree is what the two kinds of storage have in common; names are relative to the tree's own directory.
 type tree interface {
 	open(name string) (tree, error)
-	read(name string, whole bool) ([]byte, error)
+	read(name string) ([]byte, error)
+	attribute(name string) (string, error) // one read, without the trailing newline
 	readlink(name string) (string, error)
 	readdir(name string) ([]string, error)
 	write(name, value string) error
@@ -73,7 +73,15 @@ type tree interface {
 }
 
 // Path is the whole path of name below this directory, for messages.
-func (d *Dir) Path(name string) string { return path.Join(d.path, name) }
+func (d *Dir) Path(name string) string {
+	switch { // path.Join would be a good part of what a small read costs
+	case name == "":
+		return d.path
+	case d.path == "/":
+		return "/" + name
+	}
+	return d.path + "/" + name
+}
 
 func (d *Dir) fail(op, name string, err error) error {
 	return &fs.PathError{Op: op, Path: d.Path(name), Err: err}
@@ -93,7 +101,7 @@ func (d *Dir) Close() error { return d.tree.close() }
 
 // Read returns the whole content of a file.
 func (d *Dir) Read(name string) ([]byte, error) {
-	b, err := d.tree.read(name, true)
+	b, err := d.tree.read(name)
 	if err != nil {
 		return nil, d.fail("read", name, err)
 	}
@@ -102,11 +110,11 @@ func (d *Dir) Read(name string) ([]byte, error) {
 
 // String returns a sysfs attribute without its trailing newline. It reads once: an attribute is at most a page.
 func (d *Dir) String(name string) (string, error) {
-	b, err := d.tree.read(name, false)
+	s, err := d.tree.attribute(name)
 	if err != nil {
 		return "", d.fail("read", name, err)
 	}
-	return strings.TrimSuffix(string(b), "\n"), nil
+	return s, nil
 }
 
 // Int returns a decimal, or with "0x" in front hexadecimal, sysfs attribute.
@@ -134,7 +142,10 @@ func (d *Dir) Link(name string) (string, error) {
 // LinkBase returns the last element of a link's target: the driver's name of a driver link.
 func (d *Dir) LinkBase(name string) (string, error) {
 	s, err := d.Link(name)
-	return path.Base(s), err
+	if err != nil {
+		return "", err
+	}
+	return path.Base(s), nil
 }
 
 // Names returns the names in a directory, sorted.

@@ -74,7 +74,12 @@ func (m memory) open(name string) (tree, error) {
 	return memory{m.root, n}, nil
 }
 
-func (m memory) read(name string, _ bool) ([]byte, error) {
+func (m memory) attribute(name string) (string, error) {
+	b, err := m.read(name)
+	return strings.TrimSuffix(string(b), "\n"), err
+}
+
+func (m memory) read(name string) ([]byte, error) {
 	n, err := m.find(name, false)
 	if err != nil {
 		return nil, err

@@ -248,10 +248,6 @@ func stream(t *testing.T, write func(w io.Writer) error) io.Reader {
 	return r
 }
 
-type zeros struct{}
-
-func (zeros) Read(b []byte) (int, error) { clear(b); return len(b), nil }
-
 // TestSnapshotBombs: what is huge when unpacked ends fast, in little memory.
 func TestSnapshotBombs(t *testing.T) {
 	const gigabyte = 1 << 30

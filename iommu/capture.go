@@ -70,7 +70,9 @@ func Capture(h *Host, w io.Writer) error {
 		c.device(d)
 		return c.err == nil
 	})
-	c.add(idFiles[0], excerpt(LoadNames(h), t))
+	names := OpenNames(h)
+	defer names.Close()
+	c.add(idFiles[0], excerpt(names, t))
 	if c.err != nil {
 		return c.err
 	}

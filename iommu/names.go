@@ -4,15 +4,21 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"math"
 	"strings"
+
+	"viaduct/internal/host"
 )
 
 // Names gives PCI devices the names of the system's hardware data: pci.ids, or udev's hwdb.bin where that is all there is.
-// Neither is parsed; a name is searched when it is asked for. The zero value knows no names.
+// Neither is parsed or read whole; a name is searched when it is asked for. The zero value knows no names.
 type Names struct {
-	ids   []byte // pci.ids
-	hwdb  []byte // hwdb.bin
+	file  host.File
+	hwdb  bool // file is a hwdb.bin, not a pci.ids
 	cache map[[2]uint16]string
+
+	probes []probe // looks into a pci.ids for vendors
+	buf    []byte
 }
 
 // Files that hold names, the best first: https://pci-ids.ucw.cz, and systemd-hwdb(8).
@@ -21,33 +27,44 @@ var (
 	hwdbFiles = [...]string{"etc/udev/hwdb.bin", "usr/lib/udev/hwdb.bin", "lib/udev/hwdb.bin"}
 )
 
-// LoadNames reads the host's name file. A host without one has devices without names, which is no error.
-func LoadNames(h *Host) *Names {
+// OpenNames opens the host's name file. A host without one has devices without names, which is no error. The caller closes
+// the names.
+func OpenNames(h *Host) *Names {
 	n := &Names{cache: map[[2]uint16]string{}}
-	for _, f := range idFiles {
-		if b, err := h.Read(f); err == nil && len(b) > 0 {
-			n.ids = b
+	for i, f := range append(idFiles[:], hwdbFiles[:]...) {
+		file, err := h.File(f)
+		if err != nil {
+			continue
+		}
+		if file.Size() > 0 {
+			n.file, n.hwdb = file, i >= len(idFiles)
 			return n
 		}
-	}
-	for _, f := range hwdbFiles {
-		if b, err := h.Read(f); err == nil {
-			n.hwdb = b
-			return n
-		}
+		_ = file.Close()
 	}
 	return n
+}
+
+// Close closes the name file; names that were asked for before are still known.
+func (n *Names) Close() error {
+	if n.file == nil {
+		return nil
+	}
+	f := n.file
+	n.file = nil
+	return f.Close()
 }
 
 // Device returns a device's name without its vendor's, "" if it is not known.
 func (n *Names) Device(vendor, device uint16) string {
 	key := [2]uint16{vendor, device}
 	name, ok := n.cache[key]
-	if !ok && n.cache != nil {
-		if n.ids != nil {
-			name = idsLine(idsVendor(n.ids, vendor), fmt.Sprintf("\n\t%04x  ", device))
+	if !ok && n.file != nil {
+		if n.hwdb {
+			name = hwdbLookup(n.file, fmt.Sprintf("pci:v0000%04Xd0000%04X", vendor, device), "ID_MODEL_FROM_DATABASE")
 		} else {
-			name = hwdbLookup(n.hwdb, fmt.Sprintf("pci:v0000%04Xd0000%04X", vendor, device), "ID_MODEL_FROM_DATABASE")
+			start, end := n.idsVendor(vendor)
+			name = n.idsName(n.idsFind(start, end, "\t", device), "\t", device)
 		}
 		n.cache[key] = name
 	}
@@ -56,88 +73,157 @@ func (n *Names) Device(vendor, device uint16) string {
 
 // Vendor returns a vendor's name, "" if it is not known.
 func (n *Names) Vendor(vendor uint16) string {
-	if n.ids != nil {
-		return idsLine(idsVendor(n.ids, vendor), fmt.Sprintf("\n%04x  ", vendor))
+	switch {
+	case n.file == nil:
+		return ""
+	case n.hwdb:
+		return hwdbLookup(n.file, fmt.Sprintf("pci:v0000%04X", vendor), "ID_VENDOR_FROM_DATABASE")
 	}
-	return hwdbLookup(n.hwdb, fmt.Sprintf("pci:v0000%04X", vendor), "ID_VENDOR_FROM_DATABASE")
+	start, _ := n.idsVendor(vendor)
+	return n.idsName(start, "", vendor)
 }
 
-// idsVendor is the part of pci.ids that belongs to a vendor, from the newline before its own line. Vendors stand in order, so
-// half of the file can be left out each time.
-func idsVendor(ids []byte, vendor uint16) []byte {
-	key := fmt.Sprintf("%04x", vendor)
-	low, high := 0, len(ids) // the vendor's line, if there is one, begins behind low and not behind high
-	for low < high {
-		mid := low + (high-low)/2
-		line := nextVendor(ids, mid)
-		if line < 0 || line > high {
-			high = mid
-			continue
-		}
-		switch id := string(ids[line:min(line+4, len(ids))]); {
-		case id == key:
-			end := nextVendor(ids, line)
-			if end < 0 {
-				end = len(ids)
+// A pci.ids has a line "8086  Vendor" for each vendor, in order, and below it lines "\t10c9  Device", in order, below these
+// "\t\t..." for subsystems; comments begin with #, and the classes at its end with C. So it can be bisected.
+
+// idsVendor is where a vendor's line begins and where the next vendor's does; the same if it is not there.
+func (n *Names) idsVendor(vendor uint16) (start, end int64) {
+	end = n.file.Size()
+	if start = n.idsFind(0, end, "", vendor); vendor < 0xffff {
+		end = n.idsFind(start-1, end, "", vendor+1)
+	}
+	return start, end
+}
+
+// idsFind bisects the lines that begin with indent and an id and stand behind low and not behind high. It returns where the
+// first one with this id or a greater one begins, high if there is none.
+func (n *Names) idsFind(low, high int64, indent string, id uint16) int64 {
+	key, found := fmt.Sprintf("%04x", id), high
+	if indent == "" { // what earlier searches saw of the vendors narrows this one: the large ones take long to pass over
+		for _, p := range n.probes {
+			if p.id < key {
+				low = max(low, p.at)
+			} else if p.from < high {
+				high, found = p.from, p.at
 			}
-			return ids[line-1 : end]
-		case id < key:
-			low = line
+		}
+	}
+	for low < high {
+		p := n.idsLine(low+(high-low)/2, high, indent)
+		switch {
+		case p.at < 0:
+			high = p.from
+			continue
+		case p.id < key:
+			low = p.at
 		default:
-			high = mid
+			high, found = p.from, p.at
+		}
+		if indent == "" {
+			n.probes = append(n.probes, p)
 		}
 	}
-	return nil
+	return found
 }
 
-// nextVendor is where the first line after at begins that is a vendor's: one that begins with a hexadecimal digit. Devices
-// begin with a tab, comments with #, and the classes at the end with C.
-func nextVendor(ids []byte, at int) int {
-	for {
-		eol := bytes.IndexByte(ids[at:], '\n')
-		if eol < 0 || at+eol+1 >= len(ids) {
-			return -1
-		}
-		at += eol + 1
-		if c := ids[at]; (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f') {
-			return at
-		}
+// probe is a look into a pci.ids: the first line with an id that begins behind from begins at at; -1 if there is none.
+type probe struct {
+	from, at int64
+	id       string
+}
+
+// idsLine looks behind from and not behind high.
+func (n *Names) idsLine(from, high int64, indent string) probe {
+	if n.buf == nil {
+		n.buf = make([]byte, 8192)
 	}
+	none := probe{from, -1, ""}
+	for at := from; at <= high; {
+		k, _ := n.file.ReadAt(n.buf, max(at, 0))
+		b, next := n.buf[:k], at+int64(k)
+		for pos := 0; ; {
+			eol := bytes.IndexByte(b[pos:], '\n')
+			if eol < 0 {
+				break
+			}
+			begin := pos + eol + 1
+			id := begin + len(indent)
+			if at+int64(begin) > high {
+				return none
+			}
+			if id+4 > k { // cut off: again, from the newline on
+				next = at + int64(begin-1)
+				break
+			}
+			if string(b[begin:id]) == indent && isID(b[id:id+4]) {
+				return probe{from, at + int64(begin), string(b[id : id+4])}
+			}
+			pos = begin
+		}
+		if k < len(n.buf) {
+			return none
+		}
+		at = next
+	}
+	return none
 }
 
-// idsLine is the rest of the line that begins with key; key has the newline before it.
-func idsLine(ids []byte, key string) string {
-	i := bytes.Index(ids, []byte(key))
-	if i < 0 {
+// idsName is what stands on the line at at, if its id is this one.
+func (n *Names) idsName(at int64, indent string, id uint16) string {
+	var buf [512]byte
+	k, _ := n.file.ReadAt(buf[:], at)
+	line, _, _ := strings.Cut(string(buf[:k]), "\n")
+	name, ok := strings.CutPrefix(line, fmt.Sprintf("%s%04x  ", indent, id))
+	if !ok {
 		return ""
 	}
-	rest := ids[i+len(key):]
-	if eol := bytes.IndexByte(rest, '\n'); eol >= 0 {
-		rest = rest[:eol]
+	return strings.TrimSpace(name)
+}
+
+func isID(b []byte) bool {
+	for _, c := range b {
+		if (c < '0' || c > '9') && (c < 'a' || c > 'f') {
+			return false
+		}
 	}
-	return strings.TrimSpace(string(rest))
+	return true
 }
 
 // hwdbLookup walks the trie of hwdb.bin along key and returns a property of the longest pattern that matches it. The layout
 // is that of systemd's src/libsystemd/sd-hwdb/hwdb-internal.h: a header with the sizes of its structures, nodes of a prefix
 // and of children and values sorted by character, strings by offset. PCI patterns end in "*" and have none before it.
-func hwdbLookup(b []byte, key, property string) string {
-	u64 := func(at uint64) uint64 {
-		if at > uint64(len(b)) || uint64(len(b))-at < 8 {
-			return 0
+func hwdbLookup(f host.File, key, property string) string {
+	var buf [1024]byte
+	bytesAt := func(at uint64, n int) []byte { // n bytes, or fewer at the end, valid until the next call
+		if at > math.MaxInt64 {
+			return nil
 		}
-		return binary.LittleEndian.Uint64(b[at:])
+		n, _ = f.ReadAt(buf[:n], int64(at))
+		return buf[:n]
+	}
+	u64 := func(at uint64) uint64 {
+		if b := bytesAt(at, 8); len(b) == 8 {
+			return binary.LittleEndian.Uint64(b)
+		}
+		return 0
 	}
 	text := func(at uint64) string {
-		if at == 0 || at >= uint64(len(b)) {
+		if at == 0 {
 			return ""
 		}
-		if s, _, ok := bytes.Cut(b[at:], []byte{0}); ok {
-			return string(s)
+		s, _, ok := bytes.Cut(bytesAt(at, len(buf)), []byte{0})
+		if !ok {
+			return ""
 		}
-		return ""
+		return string(s)
 	}
-	if len(b) < 80 || string(b[:8]) != "KSLPHHRH" {
+	children := func(node uint64) uint64 {
+		if b := bytesAt(node+8, 1); len(b) == 1 {
+			return uint64(b[0])
+		}
+		return 0
+	}
+	if string(bytesAt(0, 8)) != "KSLPHHRH" {
 		return ""
 	}
 	nodeSize, childSize, valueSize, node := u64(32), u64(40), u64(48), u64(56)
@@ -146,9 +232,8 @@ func hwdbLookup(b []byte, key, property string) string {
 	}
 	best := ""
 	values := func(node uint64) {
-		children, count := uint64(b[node+8]), u64(node+16)
-		at := node + nodeSize + children*childSize
-		for range min(count, 64) {
+		at := node + nodeSize + children(node)*childSize
+		for range min(u64(node+16), 64) {
 			if name := text(u64(at)); name == " "+property { // the space marks a property, apart from names for the compiler
 				best = text(u64(at + 8))
 			}
@@ -157,18 +242,15 @@ func hwdbLookup(b []byte, key, property string) string {
 	}
 	child := func(node uint64, c byte) uint64 {
 		at := node + nodeSize
-		for range b[node+8] {
-			if at >= uint64(len(b)) {
-				return 0
-			}
-			if b[at] == c {
+		for range children(node) {
+			if b := bytesAt(at, 1); len(b) == 1 && b[0] == c {
 				return u64(at + 8)
 			}
 			at += childSize
 		}
 		return 0
 	}
-	for rest := key; node != 0 && node <= uint64(len(b))-24; rest = rest[1:] {
+	for rest := key; node != 0; rest = rest[1:] {
 		prefix := text(u64(node))
 		if i := strings.IndexByte(prefix, '*'); i >= 0 {
 			if i == len(prefix)-1 && strings.HasPrefix(rest, prefix[:i]) {
@@ -180,7 +262,7 @@ func hwdbLookup(b []byte, key, property string) string {
 		if rest, ok = strings.CutPrefix(rest, prefix); !ok {
 			return best
 		}
-		if star := child(node, '*'); star != 0 && star <= uint64(len(b))-24 && text(u64(star)) == "" {
+		if star := child(node, '*'); star != 0 && text(u64(star)) == "" {
 			values(star)
 		}
 		if rest == "" {

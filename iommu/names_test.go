@@ -1,6 +1,7 @@
 package iommu
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"os"
@@ -31,15 +32,22 @@ C 02  Network controller
 	00  Ethernet controller
 `
 
+// memoryFile is a host.File of bytes.
+type memoryFile struct{ *bytes.Reader }
+
+func (memoryFile) Close() error { return nil }
+
+func inMemory(b []byte) memoryFile { return memoryFile{bytes.NewReader(b)} }
+
 func TestIDs(t *testing.T) {
 	for _, text := range []string{ids, strings.TrimSuffix(ids[:strings.Index(ids, "\nC 02")], "\n"), strings.ReplaceAll(ids, "\n", "\r\n")} {
 		h := hosttest.Tree{"usr/share/misc/pci.ids": text}.Host(t)
-		n := LoadNames(h)
+		n := OpenNames(h)
 		for range 2 { // the second time from memory
 			for key, want := range map[[2]uint16]string{
 				{0x0001, 0x0002}: "First device", {0x0001, 0x0003}: "Third device", {0x0001, 0x0004}: "", {0x0001, 0x8086}: "",
 				{0x8086, 0x10c9}: "82576 Gigabit Network Connection", {0x8086, 0x10ca}: "82576 Virtual Function", {0x8086, 0x0002}: "",
-				{0x10c9, 0x10ca}: "", {0xffff, 0xfffe}: "Last device", {0xffff, 0x0000}: "", {0x1234, 0x0002}: "", {0x0000, 0x0000}: "",
+				{0x10c9, 0x10ca}: "", {0xffff, 0xfffe}: "Last device", {0xffff, 0x0000}: "", {0x1234, 0x0002}: "", {0x8085, 0x10c9}: "", {0x0000, 0x0002}: "", {0x0000, 0x0000}: "",
 			} {
 				if got := n.Device(key[0], key[1]); got != want {
 					t.Errorf("%04x: %q, want %q", key, got, want)
@@ -55,7 +63,7 @@ func TestIDs(t *testing.T) {
 }
 
 func TestNoNames(t *testing.T) {
-	for what, n := range map[string]*Names{"zero value": {}, "host without": LoadNames(hosttest.Tree{"sys/": ""}.Host(t))} {
+	for what, n := range map[string]*Names{"zero value": {}, "host without": OpenNames(hosttest.Tree{"sys/": ""}.Host(t))} {
 		if d, v := n.Device(0x8086, 0x10c9), n.Vendor(0x8086); d != "" || v != "" {
 			t.Errorf("%s: %q, %q", what, d, v)
 		}
@@ -139,16 +147,16 @@ func smallHWDB() []byte {
 func TestHWDB(t *testing.T) {
 	b := smallHWDB()
 	for key, want := range map[[2]uint16]string{{0x8086, 0x10c9}: "PF", {0x8086, 0x10ca}: "VF", {0x8086, 0x10cb}: "", {0x8086, 0x20c9}: "", {0x1af4, 0x1000}: "", {0x1111, 0}: ""} {
-		if got := hwdbLookup(b, fmt.Sprintf("pci:v0000%04Xd0000%04X", key[0], key[1]), model); got != want {
+		if got := hwdbLookup(inMemory(b), fmt.Sprintf("pci:v0000%04Xd0000%04X", key[0], key[1]), model); got != want {
 			t.Errorf("%04x: %q, want %q", key, got, want)
 		}
 	}
-	n := LoadNames(hosttest.Tree{"usr/lib/udev/hwdb.bin": string(b)}.Host(t))
+	n := OpenNames(hosttest.Tree{"usr/lib/udev/hwdb.bin": string(b)}.Host(t))
 	if n.Vendor(0x8086) != "Intel" || n.Vendor(0x1af4) != "Red Hat" || n.Vendor(0x8087) != "" || n.Device(0x8086, 0x10ca) != "VF" {
 		t.Errorf("%q %q %q %q", n.Vendor(0x8086), n.Vendor(0x1af4), n.Vendor(0x8087), n.Device(0x8086, 0x10ca))
 	}
 	for size := range b { // nothing cut short is read beyond its end
-		hwdbLookup(b[:size:size], "pci:v00008086d000010C9", model)
+		hwdbLookup(inMemory(b[:size:size]), "pci:v00008086d000010C9", model)
 	}
 }
 
@@ -162,7 +170,7 @@ func TestRealHWDB(t *testing.T) {
 	if err != nil {
 		t.Skipf("no hwdb.bin to read (VIADUCT_TEST_HWDB names one): %v", err)
 	}
-	n := &Names{hwdb: b, cache: map[[2]uint16]string{}}
+	n := &Names{file: inMemory(b), hwdb: true, cache: map[[2]uint16]string{}}
 	if got := n.Vendor(0x8086); got != "Intel Corporation" {
 		t.Errorf("8086 is %q", got)
 	}
@@ -177,7 +185,7 @@ func TestRealHWDB(t *testing.T) {
 		t.Logf("not compared with a pci.ids (VIADUCT_TEST_IDS names one): %v", err)
 		return
 	}
-	other := &Names{ids: text, cache: map[[2]uint16]string{}}
+	other := &Names{file: inMemory(text), cache: map[[2]uint16]string{}}
 	compared, unequal := 0, 0
 	var vendor, device uint16
 	for line := range strings.Lines(string(text)) {
@@ -210,7 +218,7 @@ func FuzzHWDB(f *testing.F) {
 	f.Add(smallHWDB(), "pci:v00008086d000010C9")
 	f.Add(smallHWDB(), "pci:v00001AF4")
 	f.Fuzz(func(t *testing.T, b []byte, key string) {
-		if name := hwdbLookup(b, key, model); len(name) > len(b) {
+		if name := hwdbLookup(inMemory(b), key, model); len(name) > len(b) {
 			t.Errorf("%d bytes of %d", len(name), len(b))
 		}
 	})
@@ -219,7 +227,7 @@ func FuzzHWDB(f *testing.F) {
 func FuzzIDs(f *testing.F) {
 	f.Add([]byte(ids), uint16(0x8086), uint16(0x10ca))
 	f.Fuzz(func(t *testing.T, b []byte, vendor, device uint16) {
-		n := &Names{ids: b, cache: map[[2]uint16]string{}}
+		n := &Names{file: inMemory(b), cache: map[[2]uint16]string{}}
 		if name := n.Device(vendor, device); strings.Contains(name, "\n") || len(name) > len(b) || n.Device(vendor, device) != name {
 			t.Errorf("%q", name)
 		}

@@ -341,7 +341,7 @@ func TestCapture(t *testing.T) {
 				t.Errorf("%s: %s:\n%+v, %v\nwant\n%+v", what, name, got, err, want)
 			}
 		}
-		names := LoadNames(h)
+		names := OpenNames(h)
 		if names.Device(0x8086, 0x10ca) != "82576 Virtual Function" || names.Vendor(0x8086) != "Intel Corporation" {
 			t.Errorf("%s: names %q, %q", what, names.Device(0x8086, 0x10ca), names.Vendor(0x8086))
 		}
@@ -370,7 +370,7 @@ func TestCaptureNames(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer h.Close()
-	if n := LoadNames(h); n.Vendor(0x8086) != "Intel Corporation" || n.Device(0x8086, 0x1234) != "" || n.Vendor(0x1af4) != "" {
+	if n := OpenNames(h); n.Vendor(0x8086) != "Intel Corporation" || n.Device(0x8086, 0x1234) != "" || n.Vendor(0x1af4) != "" {
 		t.Errorf("%q, %q", n.Vendor(0x8086), n.Device(0x8086, 0x1234))
 	}
 }

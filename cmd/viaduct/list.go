@@ -57,7 +57,8 @@ func runList(e *env, o listOptions) error {
 		return err
 	}
 	w := bufio.NewWriterSize(e.stdout, 64<<10)
-	names := iommu.LoadNames(h)
+	names := iommu.OpenNames(h)
+	defer names.Close()
 	switch {
 	case e.json:
 		err = writeList(w, t, names, keep)

@@ -108,7 +108,8 @@ func runShow(e *env, sel iommu.Selector) error {
 		return err
 	}
 	defer h.Close()
-	names := iommu.LoadNames(h)
+	names := iommu.OpenNames(h)
+	defer names.Close()
 	w := bufio.NewWriter(e.stdout)
 	if id, ok := sel.Group(); ok {
 		err = showGroup(e, w, h, t, names, sel, id)

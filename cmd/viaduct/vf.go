@@ -190,7 +190,8 @@ func runVFList(e *env, sel []iommu.Selector) error {
 	if err != nil {
 		return err
 	}
-	names := iommu.LoadNames(h)
+	names := iommu.OpenNames(h)
+	defer names.Close()
 	view := vfListView{PFs: []pfView{}}
 	t.All(func(d *iommu.Device) bool {
 		if keep != nil && keep[d.Name] && d.SRIOV == nil {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"io/fs"
+	"os"
 	"path"
 	"slices"
 	"strings"
@@ -154,6 +155,26 @@ func (d *disk) read(name string) ([]byte, error) {
 		out = out[:len(out)+n]
 	}
 }
+
+func (d *disk) file(name string) (File, error) {
+	fd, err := d.openRead(name)
+	if err != nil {
+		return nil, err
+	}
+	f := os.NewFile(uintptr(fd), name)
+	st, err := f.Stat()
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return diskFile{f, st.Size()}, nil
+}
+
+type diskFile struct {
+	*os.File
+	size int64
+}
+
+func (f diskFile) Size() int64 { return f.size }
 
 func readOnce(fd int, b []byte) (n int, err error) {
 	err = retry(func() error { n, err = unix.Read(fd, b); return err })

@@ -7,6 +7,7 @@ package host
 
 import (
 	"errors"
+	"io"
 	"io/fs"
 	"path"
 	"slices"
@@ -68,6 +69,7 @@ type tree interface {
 	attribute(name string) (string, error) // one read, without the trailing newline
 	readlink(name string) (string, error)
 	readdir(name string) ([]string, error)
+	file(name string) (File, error)
 	write(name, value string) error
 	close() error
 }
@@ -106,6 +108,22 @@ func (d *Dir) Read(name string) ([]byte, error) {
 		return nil, d.fail("read", name, err)
 	}
 	return b, nil
+}
+
+// File is an opened file that is read in parts.
+type File interface {
+	io.ReaderAt
+	io.Closer
+	Size() int64
+}
+
+// File opens a file that is too large to be read for a small part of it. The caller closes it.
+func (d *Dir) File(name string) (File, error) {
+	f, err := d.tree.file(name)
+	if err != nil {
+		return nil, d.fail("open", name, err)
+	}
+	return f, nil
 }
 
 // String returns a sysfs attribute without its trailing newline. It reads once: an attribute is at most a page.

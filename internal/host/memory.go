@@ -1,6 +1,7 @@
 package host
 
 import (
+	"bytes"
 	"maps"
 	"path"
 	"slices"
@@ -89,6 +90,18 @@ func (m memory) read(name string) ([]byte, error) {
 	}
 	return n.data, nil
 }
+
+func (m memory) file(name string) (File, error) {
+	b, err := m.read(name)
+	if err != nil {
+		return nil, err
+	}
+	return memoryFile{bytes.NewReader(b)}, nil
+}
+
+type memoryFile struct{ *bytes.Reader }
+
+func (memoryFile) Close() error { return nil }
 
 func (m memory) readlink(name string) (string, error) {
 	n, err := m.find(name, true)

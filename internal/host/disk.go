@@ -21,6 +21,7 @@ type disk struct {
 	root     int    // confined only: the folder's root
 	below    string // confined only: where this directory is below root
 	owned    bool
+	sysfs    bool // the running host's, where raw calls will do
 }
 
 func openDisk(name string, confined bool) (tree, error) {
@@ -35,7 +36,11 @@ func (d *disk) openat(name string, flags int) (fd int, err error) {
 	flags |= unix.O_CLOEXEC | unix.O_NOCTTY
 	err = retry(func() error {
 		if !d.confined {
-			fd, err = unix.Openat(d.fd, name, flags, 0)
+			if d.inSysfs(name) {
+				fd, err = rawOpenat(d.fd, name, flags)
+			} else {
+				fd, err = unix.Openat(d.fd, name, flags, 0)
+			}
 			return err
 		}
 		how := unix.OpenHow{Flags: uint64(flags | unix.O_NONBLOCK), Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS}
@@ -59,6 +64,19 @@ func (d *disk) openat(name string, flags int) (fd int, err error) {
 	return fd, err
 }
 
+// inSysfs reports whether name, seen from here, is in the running host's sysfs.
+func (d *disk) inSysfs(name string) bool {
+	return d.sysfs || (!d.confined && strings.HasPrefix(name, "sys/"))
+}
+
+func (d *disk) release(fd int, name string) {
+	if d.inSysfs(name) {
+		rawClose(fd)
+		return
+	}
+	unix.Close(fd)
+}
+
 // plain reports whether name is one element, which names nothing but an entry of the directory.
 func plain(name string) bool {
 	return name != "" && name != "." && name != ".." && strings.IndexByte(name, '/') < 0
@@ -69,7 +87,7 @@ func (d *disk) open(name string) (tree, error) {
 	if err != nil {
 		return nil, err
 	}
-	sub := &disk{fd: fd, confined: d.confined, root: d.root, owned: true}
+	sub := &disk{fd: fd, confined: d.confined, root: d.root, owned: true, sysfs: d.inSysfs(name)}
 	if d.confined {
 		sub.below = path.Join(d.below, name)
 	}
@@ -81,7 +99,8 @@ func (d *disk) close() error {
 		return nil
 	}
 	d.owned = false
-	return unix.Close(d.fd)
+	d.release(d.fd, "")
+	return nil
 }
 
 // maxFile bounds a file that is read whole: modules.alias and hwdb.bin are the largest, at a few MiB.
@@ -108,7 +127,7 @@ func (d *disk) attribute(name string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	defer unix.Close(fd)
+	defer d.release(fd, name)
 	page := pages.Get().(*[]byte)
 	defer pages.Put(page)
 	n, err := readOnce(fd, *page)
@@ -194,7 +213,13 @@ func (d *disk) readlink(name string) (string, error) {
 	}
 	page := pages.Get().(*[]byte)
 	defer pages.Put(page)
-	n, err := unix.Readlinkat(fd, at, *page)
+	var n int
+	var err error
+	if d.inSysfs(name) {
+		n, err = rawReadlinkat(fd, at, *page)
+	} else {
+		n, err = unix.Readlinkat(fd, at, *page)
+	}
 	if err != nil {
 		return "", err
 	}
@@ -209,13 +234,20 @@ func (d *disk) readdir(name string) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer unix.Close(fd)
+	defer d.release(fd, name)
 	page := pages.Get().(*[]byte)
 	defer pages.Put(page)
 	var names []string
 	for {
 		var n int
-		if err := retry(func() error { n, err = unix.ReadDirent(fd, *page); return err }); err != nil {
+		if err := retry(func() error {
+			if d.inSysfs(name) {
+				n, err = rawGetdents(fd, *page)
+			} else {
+				n, err = unix.ReadDirent(fd, *page)
+			}
+			return err
+		}); err != nil {
 			return nil, err
 		}
 		if n == 0 {

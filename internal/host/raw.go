@@ -45,4 +45,4 @@ func rawGetdents(fd int, b []byte) (int, error) {
 	return int(n), nil
 }
 
-func rawClose(fd int) { unix.RawSyscall(unix.SYS_CLOSE, uintptr(fd), 0, 0) }
+func rawClose(fd int) { _, _, _ = unix.RawSyscall(unix.SYS_CLOSE, uintptr(fd), 0, 0) }

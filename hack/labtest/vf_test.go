@@ -235,6 +235,11 @@ func TestDisk(t *testing.T) {
 		}
 		shell(t, use.end)
 	}
+	root := filepath.Base(shell(t, "readlink -f /sys/class/block/vda/device/.."))
+	before := fingerprint()
+	if r := run(t, viaduct, "bind", root); r.status != 3 || !strings.Contains(r.stderr, "mounted on /") || fingerprint() != before {
+		t.Errorf("bind of the disk the host runs on: exit status %d, %s", r.status, r.stderr)
+	}
 	do(t, "bind", nvme)
 	do(t, "unbind", nvme)
 	if bound(nvme) != "nvme" {

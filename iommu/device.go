@@ -176,6 +176,9 @@ func readSRIOV(dir *host.Dir) (*SRIOV, error) {
 	if err != nil {
 		return nil, err
 	}
+	if total < 0 || total > 0xffff { // a 16-bit register
+		return nil, fmt.Errorf("%s: %d VFs", dir.Path("sriov_totalvfs"), total)
+	}
 	s := &SRIOV{Total: total}
 	names, err := dir.Names(".")
 	if err != nil {
@@ -184,7 +187,7 @@ func readSRIOV(dir *host.Dir) (*SRIOV, error) {
 	for _, n := range names {
 		number, ok := strings.CutPrefix(n, "virtfn")
 		index, err := strconv.Atoi(number)
-		if !ok || err != nil {
+		if !ok || err != nil || index < 0 || index >= total {
 			continue
 		}
 		link, err := dir.LinkBase(n)

@@ -35,6 +35,8 @@ type Plan struct {
 	Before []vfio.Step // up to the new count
 	After  []vfio.Step // what the new VFs need, and the old settings restored
 	Notes  []string    // what the user should know and nothing refuses
+
+	emptied bool // the VFs there were are gone
 }
 
 // Steps is the plan in its order.
@@ -109,6 +111,9 @@ func PlanCount(h *iommu.Host, pf *iommu.Device, n int, use Use) (*Plan, error) {
 		}
 		p.After = append(overrides, p.After...)
 	}
+	if use == UseVFIO {
+		p.Notes = append(p.Notes, "then each VF is taken as by viaduct bind")
+	}
 	if len(pf.Netdevs) > 0 {
 		p.Notes = append(p.Notes, fmt.Sprintf("the link of %s may flap", pf.Netdevs[0]))
 	}
@@ -118,6 +123,9 @@ func PlanCount(h *iommu.Host, pf *iommu.Device, n int, use Use) (*Plan, error) {
 // Check refuses a plan that would end VFs which somebody uses: open in a process, under a file system, or with the host's
 // default route. The PF's own users are no reason to refuse: a PF that carries the host's traffic is the normal case.
 func Check(h *iommu.Host, t *iommu.Topology, p *Plan) error {
+	if p.Use == UseVFIO && p.Want > 0 && p.Have != p.Want && len(t.Groups) == 0 {
+		return &vfio.RefusedError{What: "make VFs on a vfio driver", Reasons: []string{"no IOMMU is active on this host"}}
+	}
 	if p.Have == 0 || p.Have == p.Want {
 		return nil
 	}
@@ -164,6 +172,7 @@ func (p *Plan) apply(ctx context.Context, h *iommu.Host) error {
 		} else if err != nil {
 			return err
 		}
+		p.emptied = p.emptied || (s.Value == "0" && path.Base(s.Path) == "sriov_numvfs")
 	}
 	if err := counted(h, p.PF.Address, p.Want); err != nil {
 		return err
@@ -247,7 +256,7 @@ func (p *Plan) undo(h *iommu.Host, b vfio.Binder) error {
 	if err != nil {
 		return err
 	}
-	if p.Want > 0 && len(now.SRIOV.VFs) > 0 && len(now.SRIOV.VFs) != p.Have {
+	if p.Want > 0 && len(now.SRIOV.VFs) > 0 && (p.Have == 0 || p.emptied) {
 		errs = append(errs, h.Write(attribute(p.PF.Address, "sriov_numvfs"), "0"), b.Forget(now.SRIOV.VFs))
 	}
 	for _, s := range p.After {

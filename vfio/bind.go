@@ -119,6 +119,9 @@ func (b *Binder) PlanGiveBack(d *iommu.Device) (Change, error) {
 	switch {
 	case err != nil:
 		return c, err
+	case !known && d.Driver == "" && d.DriverOverride == None:
+		c.To = None // kept without a driver on purpose
+		return c, nil
 	case !known:
 		if c.To, c.Module, err = chooseHome(b.Host, d.Address); err != nil {
 			return c, err
@@ -144,13 +147,23 @@ func (b *Binder) Take(ctx context.Context, d *iommu.Device, driver string) (Chan
 	if err != nil || len(c.Steps) == 0 {
 		return c, err
 	}
-	if !iommu.IsVFIODriver(d.Driver) {
+	_, had, err := b.recorded(d)
+	if err != nil {
+		return c, err
+	}
+	// An older record of a device that has no driver now is what an interrupted run left: it knows better.
+	put := !iommu.IsVFIODriver(d.Driver) && (!had || d.Driver != "")
+	if put {
 		if err := b.Journal.Put(key(d.Address), record{d.Vendor, d.Device, d.Driver, d.DriverOverride}); err != nil {
 			return c, err
 		}
 	}
 	if err := b.carryOut(ctx, d, c); err != nil {
-		return c, errors.Join(err, b.Journal.Delete(key(d.Address)))
+		now, readErr := iommu.ReadDevice(b.Host, d.Address)
+		if put && !had && readErr == nil && now.Driver == d.Driver && now.DriverOverride == d.DriverOverride {
+			err = errors.Join(err, b.Journal.Delete(key(d.Address)))
+		}
+		return c, err
 	}
 	return c, nil
 }

@@ -65,7 +65,7 @@ func routeHolders(h *iommu.Host, devices []*iommu.Device) ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list routes: %w", err)
 	}
-	carries := map[int]bool{}
+	carries, unknown := map[int]bool{}, false
 	for _, r := range routes {
 		if r.Dst != nil {
 			if ones, _ := r.Dst.Mask.Size(); ones > 0 || !r.Dst.IP.IsUnspecified() {
@@ -74,6 +74,9 @@ func routeHolders(h *iommu.Host, devices []*iommu.Device) ([]string, error) {
 		}
 		if r.Type != unix.RTN_UNICAST {
 			continue
+		}
+		if r.LinkIndex == 0 && len(r.MultiPath) == 0 {
+			unknown = true // by a nexthop object only: it may be any interface's
 		}
 		carries[r.LinkIndex] = true
 		for _, hop := range r.MultiPath {
@@ -94,6 +97,9 @@ func routeHolders(h *iommu.Host, devices []*iommu.Device) ([]string, error) {
 				}
 				if err != nil {
 					return nil, err
+				}
+				if unknown {
+					out = append(out, fmt.Sprintf("%s (%s) may carry the default route, which names no interface", d.Name, n))
 				}
 				if carries[index] {
 					out = append(out, fmt.Sprintf("%s (%s) carries the default route%s", d.Name, n, over(n, top)))
@@ -215,7 +221,7 @@ func blockDevices(h *iommu.Host, d *iommu.Device) ([]string, error) {
 
 // usedBlockDevices says what each block device is used for, by name.
 func usedBlockDevices(h *iommu.Host) (map[string]string, error) {
-	used, byNumber := map[string]string{}, map[string]string{}
+	used, byNumber, mapped := map[string]string{}, map[string]string{}, map[string]string{}
 	names, err := h.Names(blockClass)
 	if err != nil && !host.Absent(err) {
 		return nil, err
@@ -223,6 +229,9 @@ func usedBlockDevices(h *iommu.Host) (map[string]string, error) {
 	for _, n := range names {
 		if number, err := h.String(path.Join(blockClass, n, "dev")); err == nil {
 			byNumber[number] = n
+		}
+		if name, err := h.String(path.Join(blockClass, n, "dm/name")); err == nil {
+			mapped["mapper!"+name] = n
 		}
 	}
 	mounts, err := h.Read("proc/self/mountinfo")
@@ -239,7 +248,7 @@ func usedBlockDevices(h *iommu.Host) (map[string]string, error) {
 		name := byNumber[f[2]]
 		if name == "" { // btrfs and others have a number of their own; their source is the device
 			if source, ok := strings.CutPrefix(f[sep+2], "/dev/"); ok {
-				name = strings.ReplaceAll(source, "/", "!")
+				name = deviceNamed(source, mapped)
 			}
 		}
 		if name != "" && used[name] == "" {
@@ -253,10 +262,35 @@ func usedBlockDevices(h *iommu.Host) (map[string]string, error) {
 	for line := range strings.Lines(string(swaps)) {
 		f := strings.Fields(line)
 		if source, ok := strings.CutPrefix(strings.Join(f[:min(1, len(f))], ""), "/dev/"); ok {
-			used[strings.ReplaceAll(source, "/", "!")] = "is swap"
+			used[deviceNamed(source, mapped)] = "is swap"
+		}
+	}
+	const btrfs = "sys/fs/btrfs" // names every member of every mounted file system
+	ids, err := h.Names(btrfs)
+	if err != nil && !host.Absent(err) {
+		return nil, err
+	}
+	for _, id := range ids {
+		members, err := h.Names(path.Join(btrfs, id, "devices"))
+		if err != nil && !host.Absent(err) && !errors.Is(err, unix.ENOTDIR) {
+			return nil, err
+		}
+		for _, m := range members {
+			if used[m] == "" {
+				used[m] = "is part of a mounted btrfs"
+			}
 		}
 	}
 	return used, nil
+}
+
+// deviceNamed is the kernel's name of what stands in /dev under source: dm-0 of mapper/root.
+func deviceNamed(source string, mapped map[string]string) string {
+	name := strings.ReplaceAll(source, "/", "!")
+	if dm := mapped[name]; dm != "" {
+		return dm
+	}
+	return name
 }
 
 // processHolders finds processes that have a device open: its group's node, its own node, or, where the kernel tells

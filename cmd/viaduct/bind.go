@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/urfave/cli/v2"
 
@@ -71,6 +72,13 @@ func runBind(ctx context.Context, e *env, o bindOptions) error {
 		apply: func(ctx context.Context, b *vfio.Binder, d *iommu.Device) (vfio.Change, error) {
 			return b.Take(ctx, d, o.driver)
 		},
+		undo: func(b *vfio.Binder, d *iommu.Device) error {
+			now, err := iommu.ReadDevice(b.Host, d.Address)
+			if err == nil {
+				_, err = b.GiveBack(context.Background(), &now)
+			}
+			return err
+		},
 	})
 }
 
@@ -91,6 +99,7 @@ type changer struct {
 	check func(*iommu.Host, *iommu.Topology, []*iommu.Device, []*iommu.Device) error
 	plan  func(*vfio.Binder, *iommu.Device) (vfio.Change, error)
 	apply func(context.Context, *vfio.Binder, *iommu.Device) (vfio.Change, error)
+	undo  func(*vfio.Binder, *iommu.Device) error // of what was applied before another device failed; nil: that stays
 }
 
 // changeView is one device's line of `bind --json` and `unbind --json`.
@@ -140,6 +149,7 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) error
 		b.Journal = journal.In(journal.Dir)
 	}
 	views, errs := []changeView{}, []error(nil)
+	var done []*iommu.Device
 	for _, d := range unit {
 		var change vfio.Change
 		if e.dryRun {
@@ -149,6 +159,15 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) error
 		}
 		errs = append(errs, err)
 		views = append(views, viewChange(change, err))
+		if err != nil && c.undo != nil && !e.dryRun { // a group that is not whole is of no use to a guest
+			for _, d := range slices.Backward(done) {
+				errs = append(errs, c.undo(b, d))
+			}
+			break
+		}
+		if len(change.Steps) > 0 {
+			done = append(done, d)
+		}
 	}
 	if e.json {
 		if err := writeJSON(e.stdout, views); err != nil {

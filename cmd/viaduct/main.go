@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"runtime/debug"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/urfave/cli/v2"
@@ -32,6 +33,7 @@ const (
 func main() {
 	debug.SetGCPercent(200) // it is over before most of its garbage matters
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
+	context.AfterFunc(ctx, stop) // the first signal lets a change be undone, a second one ends the process
 	code := run(ctx, os.Args, os.Stdout, os.Stderr)
 	stop()
 	os.Exit(code)
@@ -149,6 +151,12 @@ func newApp(e *env) *cli.App {
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "host", Usage: "look at a captured tree or a snapshot `DIR|FILE`, read-only", Destination: &e.hostName, TakesFile: true},
 		},
+		Before: func(c *cli.Context) error {
+			if c.IsSet("host") && e.hostName == "" {
+				return usagef("--host: which folder or snapshot?")
+			}
+			return nil
+		},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
 				return usagef("there is no command %q (viaduct --help lists them)", c.Args().First())
@@ -193,6 +201,9 @@ func flagsFirst(app *cli.App, args []string) []string {
 		rest = rest[1:]
 		if arg == "--" { // what follows are arguments, whatever they look like
 			return append(append(append(out, arg), pending...), rest...)
+		}
+		if _, err := strconv.Atoi(arg); err == nil && arg[0] == '-' {
+			return append(append(append(append(out, "--"), pending...), arg), rest...) // a negative number is an argument, and wrong
 		}
 		if len(arg) > 1 && arg[0] == '-' {
 			out = append(out, arg)

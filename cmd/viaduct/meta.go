@@ -57,9 +57,13 @@ func manCommand(e *env) *cli.Command {
 // Completion scripts: each hands the words so far to the program, which answers with one candidate a line.
 const (
 	bashCompletion = `_viaduct() {
-  local words=("${COMP_WORDS[@]:0:COMP_CWORD}") cur=${COMP_LINE:0:COMP_POINT}
-  cur=${cur##* }
-  COMPREPLY=($(compgen -W "$("${words[@]}" --generate-bash-completion 2>/dev/null)" -- "$cur"))
+  local typed=${COMP_LINE:0:COMP_POINT} words cur= line
+  read -ra words <<<"$typed" # not COMP_WORDS, which cuts addresses at their colons
+  [[ $typed == *' ' ]] || { cur=${words[-1]}; unset 'words[-1]'; }
+  COMPREPLY=()
+  while IFS= read -r line; do
+    [[ $line == "$cur"* ]] && COMPREPLY+=("$line")
+  done < <("${words[@]}" --generate-bash-completion 2>/dev/null)
   [[ $cur == *:* ]] && COMPREPLY=("${COMPREPLY[@]#"${cur%"${cur##*:}"}"}")
 }
 complete -o default -F _viaduct viaduct
@@ -118,10 +122,22 @@ func (e *env) complete(c *cli.Context, f func(*iommu.Device) []string) {
 	}
 	t.All(func(d *iommu.Device) bool {
 		for _, s := range f(d) {
-			fmt.Fprintln(e.stdout, s)
+			if harmless(s) {
+				fmt.Fprintln(e.stdout, s)
+			}
 		}
 		return true
 	})
+}
+
+// harmless reports whether a name, which may come from a stranger's snapshot, means nothing to a shell.
+func harmless(s string) bool {
+	for _, c := range []byte(s) {
+		if (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && (c < '0' || c > '9') && !strings.ContainsRune("._:/@-", rune(c)) {
+			return false
+		}
+	}
+	return true
 }
 
 func (e *env) completeSelectors(c *cli.Context) {

@@ -43,6 +43,7 @@ func TestBadInput(t *testing.T) {
 		{"show group=9999", 1, "no such IOMMU group"},
 		{"vf create " + pf + " 8", 2, "0 to 7"},
 		{"vf create " + pf + " -- -1", 2, "no number of VFs"},
+		{"vf create " + pf + " -1", 2, "no number of VFs"},
 		{"vf create " + pf + " many", 2, "no number of VFs"},
 		{"vf create " + pf, 2, "number of VFs"},
 		{"vf create 0000:00:00.0 1", 2, "no PF"},

@@ -46,11 +46,14 @@ func Open(name string) (*Host, error) {
 		}
 		return &Host{Dir: Dir{tree: t, path: path.Clean(name)}}, nil
 	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return nil, badSnapshot(name, "neither a folder nor a regular file")
+	}
 	root, err := readSnapshot(name)
 	if err != nil {
 		return nil, err
 	}
-	return &Host{Dir: Dir{tree: memory{root, root}, path: name + ":"}}, nil
+	return &Host{Dir: Dir{tree: openMemory(root), path: name + ":"}}, nil
 }
 
 // Live reports whether this is the running host: the only one that has processes, sockets and a kernel to ask.

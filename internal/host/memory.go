@@ -6,6 +6,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -25,7 +26,19 @@ func newRoot() *node {
 }
 
 // memory is a directory of a snapshot. Nothing in it can point outside: names are looked up in it and nowhere else.
-type memory struct{ root, at *node }
+type memory struct {
+	root, at *node
+	left     *atomic.Int64 // names that may still be looked at: links can make a small archive endless
+}
+
+// maxLooks bounds what is looked at in a snapshot; sixteen thousand devices take some millions of looks.
+const maxLooks = 1 << 25
+
+func openMemory(root *node) memory {
+	left := new(atomic.Int64)
+	left.Store(maxLooks)
+	return memory{root, root, left}
+}
 
 const maxLinks = 40 // as the kernel's
 
@@ -35,6 +48,9 @@ func (m memory) find(name string, keepLast bool) (*node, error) {
 	for len(todo) > 0 {
 		next := todo[0]
 		todo = todo[1:]
+		if m.left.Add(-1) < 0 {
+			return nil, unix.EFBIG
+		}
 		if here.children == nil {
 			return nil, unix.ENOTDIR
 		}
@@ -72,7 +88,7 @@ func (m memory) open(name string) (tree, error) {
 	if n.children == nil {
 		return nil, unix.ENOTDIR
 	}
-	return memory{m.root, n}, nil
+	return memory{m.root, n, m.left}, nil
 }
 
 func (m memory) attribute(name string) (string, error) {
@@ -121,6 +137,9 @@ func (m memory) readdir(name string) ([]string, error) {
 	}
 	if n.children == nil {
 		return nil, unix.ENOTDIR
+	}
+	if m.left.Add(-int64(len(n.children))) < 0 {
+		return nil, unix.EFBIG
 	}
 	return slices.Collect(maps.Keys(n.children)), nil
 }

@@ -369,7 +369,7 @@ func FuzzSnapshot(f *testing.F) {
 			}
 			return
 		}
-		h := Host{Dir: Dir{tree: memory{root, root}, path: "s:"}}
+		h := Host{Dir: Dir{tree: openMemory(root), path: "s:"}}
 		for name, content := range flat(root, "", map[string]string{}) {
 			if content == "wrong parent" || strings.Contains(name, "//") && !strings.HasSuffix(name, "/") {
 				t.Fatalf("%q: %s", name, content)

@@ -125,9 +125,13 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) error
 		if err != nil {
 			return err
 		}
-		switch _, group := s.Group(); {
+		switch id, group := s.Group(); {
 		case group:
-			devices = endpoints(devices)
+			g, err := t.Group(id)
+			if err != nil {
+				return err
+			}
+			devices = g.Endpoints()
 		case len(devices) > 1:
 			_, err := s.One(h, t)
 			return err // several where one was meant: too easily too many
@@ -180,16 +184,6 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) error
 		e.note("interrupt remapping is off on this host, so VFIO will refuse to open the device")
 	}
 	return errors.Join(errs...)
-}
-
-func endpoints(devices []*iommu.Device) []*iommu.Device {
-	var out []*iommu.Device
-	for _, d := range devices {
-		if !d.IsBridge() {
-			out = append(out, d)
-		}
-	}
-	return out
 }
 
 func viewChange(c vfio.Change, err error) changeView {

@@ -137,7 +137,7 @@ func readDevice(dir *host.Dir, name string) (Device, error) {
 	if d.DriverOverride == "(null)" {
 		d.DriverOverride = ""
 	}
-	if node, err := dir.Int("numa_node"); err == nil {
+	if node, err := dir.SteadyInt("numa_node"); err == nil {
 		d.NUMANode = node
 	} else if !host.Absent(err) {
 		return d, err
@@ -149,7 +149,7 @@ func readDevice(dir *host.Dir, name string) (Device, error) {
 	if d.SRIOV, err = readSRIOV(dir); err != nil {
 		return d, err
 	}
-	alias, err := dir.String("modalias")
+	alias, err := dir.Steady("modalias")
 	if err != nil {
 		return d, err
 	}

@@ -309,7 +309,7 @@ func readGroup(dir *host.Dir, name string) (rawGroup, error) {
 		return rawGroup{}, fmt.Errorf("%s: no group number", dir.Path(""))
 	}
 	g := rawGroup{Group: Group{ID: id}}
-	if g.Type, err = optional(dir.String("type")); err != nil {
+	if g.Type, err = optional(dir.Steady("type")); err != nil {
 		return g, err
 	}
 	g.names, err = dir.Names("devices")

@@ -148,6 +148,8 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) error
 	if !h.Live() {
 		e.note("%s is a captured host: nobody could be asked who uses the devices", e.hostName)
 	}
+	ctx, stop := untilSignal(ctx)
+	defer stop()
 	b := &vfio.Binder{Host: h}
 	if h.Live() {
 		b.Journal = journal.In(journal.Dir)

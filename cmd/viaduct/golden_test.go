@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"flag"
 	"fmt"
@@ -58,7 +57,7 @@ func TestGolden(t *testing.T) {
 				t.Run(machine+"/"+kind+"/"+name, func(t *testing.T) {
 					var stdout, stderr bytes.Buffer
 					args := append([]string{"viaduct", "--host", dir}, strings.Fields(line)...)
-					status := run(context.Background(), args, &stdout, &stderr)
+					status := run(args, &stdout, &stderr)
 					if strings.HasSuffix(name, ".json") && status == 0 && !json.Valid(stdout.Bytes()) {
 						t.Errorf("no valid JSON:\n%s", stdout.String())
 					}
@@ -121,7 +120,7 @@ func TestFullDisk(t *testing.T) {
 	for _, line := range []string{"list", "list --json", "list --tree", "show 00:01.0", "vf list", "version", "completion zsh", "man"} {
 		var stderr bytes.Buffer
 		args := append([]string{"viaduct", "--host", dir}, strings.Fields(line)...)
-		if status := run(context.Background(), args, full{}, &stderr); status != 1 {
+		if status := run(args, full{}, &stderr); status != 1 {
 			t.Errorf("%s: exit status %d: %s", line, status, stderr.String())
 		}
 	}
@@ -136,7 +135,7 @@ func TestSnapshotTarget(t *testing.T) {
 		t.Fatal(err)
 	}
 	snapshot := func(file string) int {
-		return run(context.Background(), []string{"viaduct", "--host", machine, "snapshot", file}, io.Discard, io.Discard)
+		return run([]string{"viaduct", "--host", machine, "snapshot", file}, io.Discard, io.Discard)
 	}
 	if status := snapshot(precious); status != 1 {
 		t.Errorf("onto a file that is there: exit status %d", status)

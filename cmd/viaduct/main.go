@@ -10,7 +10,6 @@ import (
 	"io/fs"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -31,12 +30,15 @@ const (
 )
 
 func main() {
-	debug.SetGCPercent(200) // it is over before most of its garbage matters
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
-	context.AfterFunc(ctx, stop) // the first signal lets a change be undone, a second one ends the process
-	code := run(ctx, os.Args, os.Stdout, os.Stderr)
-	stop()
-	os.Exit(code)
+	os.Exit(run(os.Args, os.Stdout, os.Stderr))
+}
+
+// untilSignal is for commands that must not end in the middle: the first signal ends the context, a second one the process.
+// The others end at once, as processes do.
+func untilSignal(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, unix.SIGTERM)
+	context.AfterFunc(ctx, stop)
+	return ctx, stop
 }
 
 // env is what every command works with.
@@ -83,11 +85,11 @@ type usageError struct{ error }
 func usagef(format string, a ...any) error { return usageError{fmt.Errorf(format, a...)} }
 
 // run is the whole program; it returns the exit status.
-func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+func run(args []string, stdout, stderr io.Writer) int {
 	out := &checkedWriter{w: stdout}
 	e := &env{stdout: out, stderr: stderr}
 	app := newApp(e)
-	err := app.RunContext(ctx, flagsFirst(app, args))
+	err := app.Run(flagsFirst(app, args))
 	if err == nil {
 		err = out.err
 	}

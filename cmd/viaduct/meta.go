@@ -39,21 +39,6 @@ func versionCommand(e *env) *cli.Command {
 	})
 }
 
-func manCommand(e *env) *cli.Command {
-	return command(&cli.Command{
-		Name:  "man",
-		Usage: "print the manual page: viaduct man | man -l -",
-		Action: func(c *cli.Context) error {
-			page, err := c.App.ToManWithSection(8)
-			if err != nil {
-				return err
-			}
-			_, err = fmt.Fprint(e.stdout, page)
-			return err
-		},
-	})
-}
-
 // Completion scripts: each hands the words so far to the program, which answers with one candidate a line.
 const (
 	bashCompletion = `_viaduct() {

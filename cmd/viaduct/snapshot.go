@@ -2,8 +2,10 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -27,12 +29,12 @@ func snapshotCommand(e *env) *cli.Command {
 			if err != nil {
 				return err
 			}
-			return runSnapshot(e, file)
+			return runSnapshot(c.Context, e, file)
 		},
 	})
 }
 
-func runSnapshot(e *env, file string) (err error) {
+func runSnapshot(ctx context.Context, e *env, file string) (err error) {
 	h, err := e.open()
 	if err != nil {
 		return err
@@ -50,13 +52,32 @@ func runSnapshot(e *env, file string) (err error) {
 			err = errors.Join(err, e)
 		}
 	}()
-	w := bufio.NewWriter(tmp)
+	ctx, stop := untilSignal(ctx)
+	defer stop()
+	w := bufio.NewWriter(untilDone{ctx, tmp})
 	if err := errors.Join(iommu.Capture(h, w), w.Flush(), tmp.Sync(), tmp.Close()); err != nil {
 		return fmt.Errorf("snapshot %s: %w", file, err)
 	}
 	// Whole under its name or not there: and, unlike rename(2), never in the place of a file that came meanwhile.
-	if err := unix.Renameat2(unix.AT_FDCWD, tmp.Name(), unix.AT_FDCWD, file, unix.RENAME_NOREPLACE); err != nil {
+	err = unix.Renameat2(unix.AT_FDCWD, tmp.Name(), unix.AT_FDCWD, file, unix.RENAME_NOREPLACE)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) { // NFS has no such rename, but links
+		err = unix.Link(tmp.Name(), file)
+	}
+	if err != nil {
 		return &fs.PathError{Op: "snapshot", Path: file, Err: err}
 	}
 	return nil
+}
+
+// untilDone is a writer that fails once the context has ended.
+type untilDone struct {
+	ctx context.Context
+	w   io.Writer
+}
+
+func (u untilDone) Write(b []byte) (int, error) {
+	if u.ctx.Err() != nil {
+		return 0, context.Cause(u.ctx)
+	}
+	return u.w.Write(b)
 }

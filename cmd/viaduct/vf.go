@@ -297,6 +297,8 @@ func runVFCount(ctx context.Context, e *env, o createOptions) error {
 		}
 		return nil
 	}
+	ctx, stop := untilSignal(ctx)
+	defer stop()
 	if err := sriov.Apply(ctx, h, journal.In(journal.Dir), plan); err != nil {
 		return err
 	}

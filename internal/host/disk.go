@@ -20,7 +20,6 @@ type disk struct {
 	confined bool
 	root     int    // confined only: the folder's root
 	below    string // confined only: where this directory is below root
-	owned    bool
 	sysfs    bool // the running host's, where raw calls will do
 }
 
@@ -29,7 +28,7 @@ func openDisk(name string, confined bool) (tree, error) {
 	if err != nil {
 		return nil, &fs.PathError{Op: "open", Path: name, Err: err}
 	}
-	return &disk{fd: fd, confined: confined, root: fd, owned: true}, nil
+	return &disk{fd: fd, confined: confined, root: fd}, nil
 }
 
 func (d *disk) openat(name string, flags int) (fd int, err error) {
@@ -87,7 +86,7 @@ func (d *disk) open(name string) (tree, error) {
 	if err != nil {
 		return nil, err
 	}
-	sub := &disk{fd: fd, confined: d.confined, root: d.root, owned: true, sysfs: d.inSysfs(name)}
+	sub := &disk{fd: fd, confined: d.confined, root: d.root, sysfs: d.inSysfs(name)}
 	if d.confined {
 		sub.below = path.Join(d.below, name)
 	}
@@ -95,11 +94,11 @@ func (d *disk) open(name string) (tree, error) {
 }
 
 func (d *disk) close() error {
-	if !d.owned {
+	if d.fd < 0 {
 		return nil
 	}
-	d.owned = false
 	d.release(d.fd, "")
+	d.fd = -1
 	return nil
 }
 
@@ -122,7 +121,7 @@ func (d *disk) openRead(name string) (fd int, err error) {
 	return fd, err
 }
 
-func (d *disk) attribute(name string) (string, error) {
+func (d *disk) attribute(name string, steady bool) (string, error) {
 	fd, err := d.openRead(name)
 	if err != nil {
 		return "", err
@@ -130,7 +129,12 @@ func (d *disk) attribute(name string) (string, error) {
 	defer d.release(fd, name)
 	page := pages.Get().(*[]byte)
 	defer pages.Put(page)
-	n, err := readOnce(fd, *page)
+	var n int
+	if steady && d.inSysfs(name) {
+		n, err = rawRead(fd, *page)
+	} else {
+		n, err = readOnce(fd, *page)
+	}
 	if err != nil {
 		return "", err
 	}

@@ -69,7 +69,7 @@ type Dir struct {
 type tree interface {
 	open(name string) (tree, error)
 	read(name string) ([]byte, error)
-	attribute(name string) (string, error) // one read, without the trailing newline
+	attribute(name string, steady bool) (string, error) // one read, without the trailing newline
 	readlink(name string) (string, error)
 	readdir(name string) ([]string, error)
 	file(name string) (File, error)
@@ -130,8 +130,14 @@ func (d *Dir) File(name string) (File, error) {
 }
 
 // String returns a sysfs attribute without its trailing newline. It reads once: an attribute is at most a page.
-func (d *Dir) String(name string) (string, error) {
-	s, err := d.tree.attribute(name)
+func (d *Dir) String(name string) (string, error) { return d.attribute(name, false) }
+
+// Steady is String for attributes that the kernel gives from memory, under no lock that a driver may hold for long, such as
+// numa_node and modalias (drivers/pci/pci-sysfs.c). It is quicker and cannot be waited for.
+func (d *Dir) Steady(name string) (string, error) { return d.attribute(name, true) }
+
+func (d *Dir) attribute(name string, steady bool) (string, error) {
+	s, err := d.tree.attribute(name, steady)
 	if err != nil {
 		return "", d.fail("read", name, err)
 	}
@@ -144,6 +150,19 @@ func (d *Dir) Int(name string) (int, error) {
 	if err != nil {
 		return 0, err
 	}
+	return d.parseInt(name, s)
+}
+
+// SteadyInt is Int for attributes as those of Steady.
+func (d *Dir) SteadyInt(name string) (int, error) {
+	s, err := d.Steady(name)
+	if err != nil {
+		return 0, err
+	}
+	return d.parseInt(name, s)
+}
+
+func (d *Dir) parseInt(name, s string) (int, error) {
 	n, err := strconv.ParseInt(s, 0, 64)
 	if err != nil {
 		return 0, d.fail("read", name, err)

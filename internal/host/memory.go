@@ -91,7 +91,7 @@ func (m memory) open(name string) (tree, error) {
 	return memory{m.root, n, m.left}, nil
 }
 
-func (m memory) attribute(name string) (string, error) {
+func (m memory) attribute(name string, _ bool) (string, error) {
 	b, err := m.read(name)
 	return strings.TrimSuffix(string(b), "\n"), err
 }

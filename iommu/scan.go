@@ -172,7 +172,7 @@ func readAll[T any](h *Host, dir string, names []string, read func(*host.Dir, st
 		errs[i] = err
 	}
 	const chunk = 16 // below this a second thread costs more than it brings
-	workers := min(runtime.GOMAXPROCS(0), len(names)/chunk+1, 8)
+	workers := min(runtime.NumCPU(), len(names)/chunk+1, 8)
 	var wg sync.WaitGroup
 	for w := range workers {
 		wg.Go(func() {

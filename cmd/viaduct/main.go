@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"os/signal"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -30,6 +31,9 @@ const (
 )
 
 func main() {
+	// One more than there are CPUs: as long as one is idle, Go's monitor thread lets system calls be. On a slow machine it
+	// would take each one that reads an attribute for stuck.
+	runtime.GOMAXPROCS(runtime.NumCPU() + 1)
 	os.Exit(run(os.Args, os.Stdout, os.Stderr))
 }
 

@@ -26,9 +26,9 @@ func writeMan(w io.Writer, app *cli.App) {
 	fmt.Fprintf(w, ".TH %s 8\n.SH NAME\n%s \\- %s\n", strings.ToUpper(app.Name), app.Name, roff(app.Usage))
 	fmt.Fprintf(w, ".SH SYNOPSIS\n.B %s\n", roff(app.UsageText))
 	fmt.Fprintf(w, ".SH DESCRIPTION\n.nf\n%s\n.fi\n", roff(app.Description))
-	io.WriteString(w, ".SH OPTIONS\n")
+	fmt.Fprint(w, ".SH OPTIONS\n")
 	manFlags(w, app.VisibleFlags())
-	io.WriteString(w, ".SH COMMANDS\n")
+	fmt.Fprint(w, ".SH COMMANDS\n")
 	manCommands(w, app.Name, app.VisibleCommands())
 }
 

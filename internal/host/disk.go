@@ -20,7 +20,7 @@ type disk struct {
 	confined bool
 	root     int    // confined only: the folder's root
 	below    string // confined only: where this directory is below root
-	sysfs    bool // the running host's, where raw calls will do
+	sysfs    bool   // the running host's, where raw calls will do
 }
 
 func openDisk(name string, confined bool) (tree, error) {

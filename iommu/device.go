@@ -122,8 +122,8 @@ func ParseModalias(s string) (ID, error) {
 }
 
 // readDevice reads a device from its directory. It fails with an error that host.Absent recognises when the device went
-// away meanwhile: the one attribute that every PCI device has is read last.
-func readDevice(dir *host.Dir, name string) (Device, error) {
+// away meanwhile: the one attribute that every PCI device has is read last. Without override, driver_override is left out.
+func readDevice(dir *host.Dir, name string, override bool) (Device, error) {
 	d := Device{Name: name, NUMANode: -1, Group: -1, VFIndex: -1}
 	var err error
 	if d.Driver, err = dir.LinkBase("driver"); host.Absent(err) {
@@ -131,8 +131,10 @@ func readDevice(dir *host.Dir, name string) (Device, error) {
 	} else if err != nil {
 		return d, err
 	}
-	if d.DriverOverride, err = optional(dir.String("driver_override")); err != nil {
-		return d, err
+	if override {
+		if d.DriverOverride, err = optional(dir.String("driver_override")); err != nil {
+			return d, err
+		}
 	}
 	if d.DriverOverride == "(null)" {
 		d.DriverOverride = ""
@@ -217,5 +219,5 @@ func ReadDevice(h *Host, a Address) (Device, error) {
 		return Device{}, err
 	}
 	defer dir.Close()
-	return readDevice(dir, a.String())
+	return readDevice(dir, a.String(), true)
 }

@@ -14,6 +14,7 @@ import (
 	"sync"
 
 	"viaduct/internal/host"
+	"viaduct/internal/journal"
 )
 
 // Topology is a host's devices, their IOMMU groups, and the IOMMU units, as they were during one [Scan].
@@ -101,7 +102,13 @@ func Scan(h *Host) (*Topology, error) {
 	if err != nil && !host.Absent(err) {
 		return nil, err
 	}
-	devices, err := readAll(h, pciDevices, names, readDevice)
+	busy, err := changing(h)
+	if err != nil {
+		return nil, err
+	}
+	devices, err := readAll(h, pciDevices, names, func(dir *host.Dir, name string) (Device, error) {
+		return readDevice(dir, name, !busy[name])
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -128,6 +135,22 @@ func Scan(h *Host) (*Topology, error) {
 		}
 	}
 	return t, nil
+}
+
+// changing are the devices with a record of a change that is under way. Reading driver_override would wait for a write that is
+// stuck: the kernel takes the device's lock for both (drivers/base/dd.c; driver_override_show of older kernels).
+func changing(h *Host) (map[string]bool, error) {
+	names, err := h.Names(journal.Dir[1:])
+	if host.Absent(err) || errors.Is(err, fs.ErrPermission) {
+		return nil, nil
+	}
+	busy := map[string]bool{}
+	for _, n := range names {
+		if key, ok := strings.CutPrefix(n, journal.Changing); ok {
+			busy[strings.TrimSuffix(key, ".json")] = true
+		}
+	}
+	return busy, err
 }
 
 // CompareDevices orders PCI devices by address, and all others after them by name.
@@ -322,7 +345,7 @@ func readMember(h *Host, group int, name string) (Device, error) {
 		return Device{}, err
 	}
 	defer dir.Close()
-	d, err := readDevice(dir, name)
+	d, err := readDevice(dir, name, true)
 	d.Group = group
 	return d, err
 }

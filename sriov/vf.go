@@ -139,10 +139,11 @@ func Check(h *iommu.Host, t *iommu.Topology, p *Plan) error {
 	if err != nil || len(holders) == 0 {
 		return err
 	}
-	return &vfio.RefusedError{
-		What:    fmt.Sprintf("remove the %d VFs of %s", p.Have, p.PF.Name),
-		Reasons: holders, Cure: "end their users first",
+	refused := &vfio.RefusedError{What: fmt.Sprintf("remove the %d VFs of %s", p.Have, p.PF.Name), Cure: "end their users first"}
+	for _, holder := range holders {
+		refused.Reasons = append(refused.Reasons, holder.String())
 	}
+	return refused
 }
 
 // Apply carries out a plan that Check let pass, and reads back what came of it. On failure the VFs it made are removed
@@ -151,7 +152,8 @@ func Apply(ctx context.Context, h *iommu.Host, j *journal.Journal, p *Plan) erro
 	if p.Have == p.Want {
 		return nil
 	}
-	b := vfio.Binder{Host: h, Journal: j}
+	b := &vfio.Binder{Host: h, Journal: j}
+	defer b.Close()
 	err := p.apply(ctx, h)
 	if err == nil {
 		err = b.Forget(p.PF.SRIOV.VFs) // whatever has their addresses now is another VF
@@ -232,25 +234,28 @@ func (p *Plan) verify(h *iommu.Host) error {
 }
 
 // takeAll puts all VFs of a PF onto a vfio driver.
-func takeAll(ctx context.Context, b vfio.Binder, pf iommu.Address) error {
+func takeAll(ctx context.Context, b *vfio.Binder, pf iommu.Address) error {
 	now, err := iommu.ReadDevice(b.Host, pf)
 	if err != nil {
 		return err
 	}
+	var units [][]*iommu.Device
 	for _, v := range now.SRIOV.VFs {
 		vf, err := iommu.ReadDevice(b.Host, v.Address)
 		if err != nil {
 			return err
 		}
-		if _, err := b.Take(ctx, &vf, vfio.Auto); err != nil {
-			return err
-		}
+		units = append(units, []*iommu.Device{&vf})
 	}
-	return nil
+	var errs []error
+	for _, r := range b.Take(ctx, units, vfio.Auto) {
+		errs = append(errs, r.Err)
+	}
+	return errors.Join(errs...)
 }
 
 // undo removes what was made and restores autoprobe.
-func (p *Plan) undo(h *iommu.Host, b vfio.Binder) error {
+func (p *Plan) undo(h *iommu.Host, b *vfio.Binder) error {
 	var errs []error
 	now, err := iommu.ReadDevice(h, p.PF.Address)
 	if err != nil {

@@ -98,54 +98,62 @@ func registered(h *iommu.Host, driver string) bool {
 
 // candidates are the modules for a device: with vfio, those that pass it through, with vfio_pci as the last resort, without,
 // those that drive it. The vfio_pci: aliases are of drivers/vfio/pci, as include/linux/mod_devicetable.h has them.
-func candidates(h *iommu.Host, a iommu.Address, vfio bool) ([]string, error) {
-	alias, err := h.String(path.Join(devicePath(a), "modalias"))
-	if err != nil {
-		return nil, err
-	}
-	aliases, err := readAliases(h)
+func (b *Binder) candidates(d *iommu.Device, vfio bool) ([]string, error) {
+	alias, err := b.Host.Steady(path.Join(devicePath(d.Address), "modalias"))
 	if err != nil {
 		return nil, err
 	}
 	if vfio {
 		alias = "vfio_" + alias
 	}
-	return matchModules(aliases, alias), nil
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if modules, known := b.modules[alias]; known { // a hundred VFs have one alias, and the file a hundred thousand lines
+		return modules, nil
+	}
+	if b.modules == nil {
+		b.modules = map[string][]string{}
+		if b.aliases, err = readAliases(b.Host); err != nil {
+			return nil, err
+		}
+	}
+	b.modules[alias] = matchModules(b.aliases, alias)
+	return b.modules[alias], nil
 }
 
 func devicePath(a iommu.Address) string { return path.Join("sys/bus/pci/devices", a.String()) }
 
 // chooseVFIO finds the best vfio driver for a device. With a module, that has to be loaded first, and the driver's name is
 // a guess until it is.
-func chooseVFIO(h *iommu.Host, a iommu.Address, wish string) (driver, module string, err error) {
+func (b *Binder) chooseVFIO(d *iommu.Device, wish string) (driver, module string, err error) {
 	if wish != Auto {
-		if registered(h, wish) {
+		if registered(b.Host, wish) {
 			return wish, "", nil
 		}
 		return wish, strings.ReplaceAll(wish, "-", "_"), nil
 	}
-	modules, err := candidates(h, a, true)
+	modules, err := b.candidates(d, true)
 	if err != nil {
 		return "", "", err
 	}
 	if len(modules) == 0 || modules[0] == genericModule {
-		return chooseVFIO(h, a, generic)
+		return b.chooseVFIO(d, generic)
 	}
-	if d := driverOf(h, modules[0]); d != "" {
-		return d, "", nil
+	if driver := driverOf(b.Host, modules[0]); driver != "" {
+		return driver, "", nil
 	}
 	return modules[0], modules[0], nil
 }
 
 // chooseHome finds the driver that the host would use for a device; "" leaves the choice to the kernel, as when the driver
 // is built in and so in no modules.alias.
-func chooseHome(h *iommu.Host, a iommu.Address) (driver, module string, err error) {
-	modules, err := candidates(h, a, false)
+func (b *Binder) chooseHome(d *iommu.Device) (driver, module string, err error) {
+	modules, err := b.candidates(d, false)
 	if err != nil || len(modules) == 0 {
 		return "", "", err
 	}
-	if d := driverOf(h, modules[0]); d != "" {
-		return d, "", nil
+	if driver := driverOf(b.Host, modules[0]); driver != "" {
+		return driver, "", nil
 	}
 	return modules[0], modules[0], nil
 }

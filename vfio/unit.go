@@ -2,15 +2,16 @@ package vfio
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"viaduct/iommu"
 )
 
-// Unit is what must be taken together with the given devices: the endpoints of their groups, each once. Bridges are left
-// alone. A device without a group is a unit of its own.
-func Unit(t *iommu.Topology, devices []*iommu.Device) ([]*iommu.Device, error) {
-	var out []*iommu.Device
+// Units are what must be taken together with the given devices: the endpoints of their groups, each group once. Bridges are
+// left alone. A device without a group is a unit of its own.
+func Units(t *iommu.Topology, devices []*iommu.Device) ([][]*iommu.Device, error) {
+	var out [][]*iommu.Device
 	seen := map[string]bool{}
 	for _, d := range devices {
 		members := []*iommu.Device{d}
@@ -21,71 +22,121 @@ func Unit(t *iommu.Topology, devices []*iommu.Device) ([]*iommu.Device, error) {
 			}
 			members = g.Endpoints()
 		}
+		if len(members) == 0 || seen[members[0].Name] {
+			continue
+		}
 		for _, m := range members {
-			if !seen[m.Name] {
-				seen[m.Name] = true
-				out = append(out, m)
-			}
+			seen[m.Name] = true
+		}
+		out = append(out, members)
+	}
+	return out, nil
+}
+
+// Gate is what is asked before the first write: for each unit whether it may be changed, by one look at the host's users.
+type Gate struct {
+	Host     *iommu.Host
+	Topology *iommu.Topology
+	Asked    []*iommu.Device // what the user named; the rest of a unit comes along
+	Force    []Kind          // kinds of holders to override
+	Stuck    []Recovered     // what Recover reported
+}
+
+// Take refuses, with a *RefusedError a unit that names every reason, what must not be or cannot be taken: devices the host
+// itself uses, PFs with VFs, bridges, devices that no IOMMU is in front of. A nil error lets the unit pass.
+func (g *Gate) Take(units [][]*iommu.Device) ([]error, error) {
+	holders, err := Holders(g.Host, slices.Concat(units...))
+	if err != nil {
+		return nil, err
+	}
+	out := make([]error, len(units))
+	for i, unit := range units {
+		out[i] = g.take(unit, holders)
+	}
+	for _, d := range g.Asked {
+		if d.IsBridge() {
+			return nil, refused("take "+d.Name, []string{d.Name + " is a bridge, which no guest can have"}, "")
 		}
 	}
 	return out, nil
 }
 
-// CheckTake refuses, with a *RefusedError that names every reason, what must not be or cannot be taken: devices the host
-// itself stands on, PFs with VFs, bridges, devices that no IOMMU is in front of.
-func CheckTake(h *iommu.Host, t *iommu.Topology, asked, unit []*iommu.Device) error {
+func (g *Gate) take(unit []*iommu.Device, holders []Holder) error {
 	var reasons []string
 	cure := ""
 	add := func(format string, a ...any) { reasons = append(reasons, fmt.Sprintf(format, a...)) }
-	for _, d := range asked {
-		switch {
-		case d.IsBridge():
-			add("%s is a bridge, which no guest can have", d.Name)
-		case d.Group < 0 && len(t.Groups) == 0:
-			add("%s is in no IOMMU group, because no IOMMU is active on this host", d.Name)
-			cure = "turn on AMD-Vi or VT-d in the firmware; an Intel host may need intel_iommu=on on the kernel command line"
-		case d.Group < 0:
-			add("%s is in no IOMMU group: the IOMMU does not cover it", d.Name)
-		}
-	}
 	for _, d := range unit {
 		switch {
 		case !d.PCI:
 			add("%s shares the group and is no PCI device", d.Name)
+		case d.Group < 0 && len(g.Topology.Groups) == 0:
+			add("%s is in no IOMMU group, because no IOMMU is active on this host", d.Name)
+			cure = "turn on AMD-Vi or VT-d in the firmware; an Intel host may need intel_iommu=on on the kernel command line"
+		case d.Group < 0:
+			add("%s is in no IOMMU group: the IOMMU does not cover it", d.Name)
 		case d.SRIOV != nil && len(d.SRIOV.VFs) > 0:
 			add("%s is a PF with %d VFs, and VFIO takes no such PF", d.Name, len(d.SRIOV.VFs))
 			cure = "viaduct vf destroy " + d.Name
 		}
 	}
-	for _, d := range asked {
-		if d.Group < 0 {
-			continue
-		}
-		g, err := t.Group(d.Group)
-		if err != nil {
-			return err
-		}
-		for _, m := range g.Blockers() {
-			if m.IsBridge() {
-				add("bridge %s of the group is on %s and so keeps the group from being viable", m.Name, m.Driver)
+	if unit[0].Group >= 0 {
+		if group, err := g.Topology.Group(unit[0].Group); err == nil {
+			for _, m := range group.Blockers() {
+				if m.IsBridge() {
+					add("bridge %s of the group is on %s and so keeps the group from being viable", m.Name, m.Driver)
+				}
 			}
 		}
 	}
-	holders, err := Holders(h, unit)
-	if err != nil {
-		return err
-	}
-	reasons = append(reasons, holders...)
-	return refused("take "+strings.Join(names(asked), " "), reasons, cure)
+	reasons = append(reasons, unforced(of(unit, holders, true), g.Force)...)
+	return refused("take "+g.what(unit), append(reasons, g.stuck(unit)...), cure)
 }
 
-// CheckGiveBack refuses to give back what a guest still has: the write would wait for the guest.
-func CheckGiveBack(h *iommu.Host, asked, unit []*iommu.Device) error {
-	holders, err := processHolders(h, unit)
+// GiveBack refuses to give back what a guest still has: the write would wait for the guest.
+func (g *Gate) GiveBack(units [][]*iommu.Device) ([]error, error) {
+	holders, err := ProcessHolders(g.Host, slices.Concat(units...))
 	if err != nil {
-		return err
+		return nil, err
 	}
-	return refused("give back "+strings.Join(names(asked), " "), holders, "end the guest first")
+	out := make([]error, len(units))
+	for i, unit := range units {
+		reasons := append(unforced(of(unit, holders, false), g.Force), g.stuck(unit)...)
+		out[i] = refused("give back "+g.what(unit), reasons, "end the guest first")
+	}
+	return out, nil
+}
+
+// of are the holders of a unit. Who has a device that is taken already is no reason against taking it.
+func of(unit []*iommu.Device, holders []Holder, take bool) []Holder {
+	var out []Holder
+	for _, h := range holders {
+		i := slices.IndexFunc(unit, func(d *iommu.Device) bool { return d.Name == h.Device })
+		if i >= 0 && (!take || !iommu.IsVFIODriver(unit[i].Driver)) {
+			out = append(out, h)
+		}
+	}
+	return out
+}
+
+func (g *Gate) stuck(unit []*iommu.Device) []string {
+	var out []string
+	for _, r := range g.Stuck {
+		if r.Err != nil && slices.ContainsFunc(unit, func(d *iommu.Device) bool { return d.PCI && d.Address == r.Device }) {
+			out = append(out, r.Err.Error())
+		}
+	}
+	return out
+}
+
+// what names the devices of a unit that were asked for.
+func (g *Gate) what(unit []*iommu.Device) string {
+	var out []string
+	for _, d := range unit {
+		if slices.ContainsFunc(g.Asked, func(a *iommu.Device) bool { return a.Name == d.Name }) {
+			out = append(out, d.Name)
+		}
+	}
+	return strings.Join(out, " ")
 }
 
 func refused(what string, reasons []string, cure string) error {
@@ -93,12 +144,4 @@ func refused(what string, reasons []string, cure string) error {
 		return nil
 	}
 	return &RefusedError{What: what, Reasons: reasons, Cure: cure}
-}
-
-func names(devices []*iommu.Device) []string {
-	out := make([]string, len(devices))
-	for i, d := range devices {
-		out[i] = d.Name
-	}
-	return out
 }

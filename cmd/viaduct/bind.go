@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
+	"time"
 
 	"github.com/urfave/cli/v2"
 
@@ -16,6 +18,45 @@ import (
 type bindOptions struct {
 	selectors []iommu.Selector
 	driver    string
+	owner     *vfio.NodeOwner
+	changeOptions
+}
+
+// changeOptions are what bind and unbind have in common.
+type changeOptions struct {
+	force     []vfio.Kind
+	keepGoing bool
+	timeout   time.Duration
+}
+
+func (o *changeOptions) flags(e *env) []cli.Flag {
+	return []cli.Flag{
+		&cli.StringSliceFlag{Name: "force", Usage: "go on although a holder of this `KIND` uses the device: " + kindNames() + " (may be repeated)"},
+		&cli.BoolFlag{Name: "keep-going", Usage: "of several devices, leave out those that are refused", Destination: &o.keepGoing},
+		&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", Value: vfio.DefaultTimeout, Destination: &o.timeout},
+		e.dryRunFlag(), e.jsonFlag(),
+	}
+}
+
+func kindNames() string {
+	var names []string
+	for _, k := range vfio.Kinds {
+		names = append(names, string(k))
+	}
+	return strings.Join(names, ", ")
+}
+
+func (o *changeOptions) parse(c *cli.Context) error {
+	for _, f := range c.StringSlice("force") {
+		if !slices.Contains(vfio.Kinds, vfio.Kind(f)) {
+			return usagef("--force %q: the kinds of holders are %s", f, kindNames())
+		}
+		o.force = append(o.force, vfio.Kind(f))
+	}
+	if o.timeout <= 0 {
+		return usagef("--timeout %s: want a time above zero, as 10s", o.timeout)
+	}
+	return nil
 }
 
 func bindCommand(e *env) *cli.Command {
@@ -25,20 +66,28 @@ func bindCommand(e *env) *cli.Command {
 		Usage:     "take devices from the host: bind them, and all of their groups, to a vfio driver",
 		ArgsUsage: "SELECTOR...",
 		Description: "What is taken is the whole IOMMU group, but for its bridges. Refused, with exit status 3 and nothing touched: a device\n" +
-			"that carries the default route or a mounted file system, a PF with VFs, a device without an IOMMU. The binding holds\n" +
-			"until the next boot.\n\n" +
-			"Examples:\n  viaduct bind enp1s0/vf0\n  viaduct bind 0000:03:00.0 --dry-run",
-		Flags: []cli.Flag{
+			"that the host uses (a mounted disk, an interface with an address or a route, the display), a PF with VFs, a device\n" +
+			"without an IOMMU. The binding holds until the next boot.\n\n" +
+			"Examples:\n  viaduct bind enp1s0/vf0\n  viaduct bind 0000:03:00.0 --dry-run\n  viaduct bind enp1s0/vf0 enp1s0/vf1 --node-owner qemu:kvm",
+		Flags: append([]cli.Flag{
 			&cli.StringFlag{Name: "driver", Usage: "the vfio driver `auto|NAME`; auto is the device's own variant driver, else vfio-pci", Value: vfio.Auto, Destination: &o.driver},
-			e.dryRunFlag(), e.jsonFlag(),
-		},
+			&cli.StringFlag{Name: "node-owner", Usage: "who is to own the device's nodes: `USER[:GROUP]`"},
+		}, o.flags(e)...),
 		BashComplete: e.completeSelectors,
 		Action: func(c *cli.Context) (err error) {
 			if o.selectors, err = selectors(c); err != nil {
 				return err
 			}
+			if err := o.parse(c); err != nil {
+				return err
+			}
 			if o.driver != vfio.Auto && !iommu.IsVFIODriver(o.driver) && o.driver != "pci-stub" {
 				return usagef("bind: %q is no vfio driver; want auto, vfio-pci or the name of a variant driver", o.driver)
+			}
+			if name := c.String("node-owner"); name != "" {
+				if o.owner, err = vfio.ParseNodeOwner(name); err != nil {
+					return usagef("--node-owner: %w", err)
+				}
 			}
 			return runBind(c.Context, e, o)
 		},
@@ -46,6 +95,7 @@ func bindCommand(e *env) *cli.Command {
 }
 
 func unbindCommand(e *env) *cli.Command {
+	var o changeOptions
 	return command(&cli.Command{
 		Name:      "unbind",
 		Usage:     "give devices, and all of their groups, back to the host's drivers",
@@ -53,53 +103,48 @@ func unbindCommand(e *env) *cli.Command {
 		Description: "A device goes back to what it had when it was taken; one that viaduct did not take goes to the driver the host would\n" +
 			"use. Refused, with exit status 3, while a process has it open.\n\n" +
 			"Examples:\n  viaduct unbind enp1s0/vf0\n  viaduct unbind group=8",
-		Flags:        []cli.Flag{e.dryRunFlag(), e.jsonFlag()},
+		Flags:        o.flags(e),
 		BashComplete: e.completeSelectors,
 		Action: func(c *cli.Context) error {
 			sel, err := selectors(c)
 			if err != nil {
 				return err
 			}
-			return runUnbind(c.Context, e, sel)
+			if err := o.parse(c); err != nil {
+				return err
+			}
+			return runUnbind(c.Context, e, sel, o)
 		},
 	})
 }
 
 func runBind(ctx context.Context, e *env, o bindOptions) error {
 	return e.change(ctx, o.selectors, changer{
-		check: vfio.CheckTake,
+		options: o.changeOptions, owner: o.owner,
+		check: (*vfio.Gate).Take,
 		plan:  func(b *vfio.Binder, d *iommu.Device) (vfio.Change, error) { return b.PlanTake(d, o.driver) },
-		apply: func(ctx context.Context, b *vfio.Binder, d *iommu.Device) (vfio.Change, error) {
-			return b.Take(ctx, d, o.driver)
-		},
-		undo: func(b *vfio.Binder, d *iommu.Device) error {
-			now, err := iommu.ReadDevice(b.Host, d.Address)
-			if err == nil {
-				_, err = b.GiveBack(context.Background(), &now)
-			}
-			return err
+		apply: func(b *vfio.Binder, ctx context.Context, units [][]*iommu.Device) []vfio.Result {
+			return b.Take(ctx, units, o.driver)
 		},
 	})
 }
 
-func runUnbind(ctx context.Context, e *env, sel []iommu.Selector) error {
+func runUnbind(ctx context.Context, e *env, sel []iommu.Selector, o changeOptions) error {
 	return e.change(ctx, sel, changer{
-		check: func(h *iommu.Host, _ *iommu.Topology, asked, unit []*iommu.Device) error {
-			return vfio.CheckGiveBack(h, asked, unit)
-		},
-		plan: (*vfio.Binder).PlanGiveBack,
-		apply: func(ctx context.Context, b *vfio.Binder, d *iommu.Device) (vfio.Change, error) {
-			return b.GiveBack(ctx, d)
-		},
+		options: o,
+		check:   (*vfio.Gate).GiveBack,
+		plan:    (*vfio.Binder).PlanGiveBack,
+		apply:   (*vfio.Binder).GiveBack,
 	})
 }
 
 // changer is what bind and unbind differ in.
 type changer struct {
-	check func(*iommu.Host, *iommu.Topology, []*iommu.Device, []*iommu.Device) error
-	plan  func(*vfio.Binder, *iommu.Device) (vfio.Change, error)
-	apply func(context.Context, *vfio.Binder, *iommu.Device) (vfio.Change, error)
-	undo  func(*vfio.Binder, *iommu.Device) error // of what was applied before another device failed; nil: that stays
+	options changeOptions
+	owner   *vfio.NodeOwner
+	check   func(*vfio.Gate, [][]*iommu.Device) ([]error, error)
+	plan    func(*vfio.Binder, *iommu.Device) (vfio.Change, error)
+	apply   func(*vfio.Binder, context.Context, [][]*iommu.Device) []vfio.Result
 }
 
 // changeView is one device's line of `bind --json` and `unbind --json`.
@@ -112,68 +157,77 @@ type changeView struct {
 	Error   *string       `json:"error"`
 }
 
-// change resolves the devices, lets every gate speak before the first write, and then does one device after the other.
+// change resolves the devices, locks them, finishes what an interrupted run left, lets every gate speak before the first
+// write, and then carries out all units.
 func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) error {
 	h, t, err := e.lookToChange()
 	if err != nil {
 		return err
 	}
 	defer h.Close()
-	var asked []*iommu.Device
-	for _, s := range sel {
-		devices, err := s.Resolve(h, t)
-		if err != nil {
-			return err
-		}
-		switch id, group := s.Group(); {
-		case group:
-			g, err := t.Group(id)
-			if err != nil {
-				return err
-			}
-			devices = g.Endpoints()
-		case len(devices) > 1:
-			_, err := s.One(h, t)
-			return err // several where one was meant: too easily too many
-		}
-		asked = append(asked, devices...)
+	b := &vfio.Binder{Host: h, Timeout: c.options.timeout, Owner: c.owner}
+	if h.Live() {
+		b.Journal = journal.In(journal.Dir)
 	}
-	unit, err := vfio.Unit(t, asked)
+	defer b.Close()
+	asked, units, err := resolveUnits(h, t, sel)
 	if err != nil {
 		return err
 	}
-	if err := c.check(h, t, asked, unit); err != nil {
+	gate := &vfio.Gate{Host: h, Force: c.options.force}
+	if h.Live() && !e.dryRun {
+		var stop context.CancelFunc
+		ctx, stop = untilSignal(ctx)
+		defer stop()
+		if err := b.Lock(ctx, slices.Concat(units...)); err != nil {
+			return err
+		}
+		if gate.Stuck, err = e.recovered(b.Recover()); err != nil {
+			return err
+		}
+		if t, err = iommu.Scan(h); err != nil { // as it is now that nobody else changes them
+			return err
+		}
+		before := addresses(units)
+		if asked, units, err = resolveUnits(h, t, sel); err != nil {
+			return err
+		}
+		if !slices.Equal(before, addresses(units)) {
+			return errors.New("the devices' groups changed just now: try again")
+		}
+	}
+	gate.Topology, gate.Asked = t, asked
+	refusals, err := c.check(gate, units)
+	if err != nil {
 		return err
+	}
+	if err := errors.Join(refusals...); err != nil && !c.options.keepGoing {
+		return err
+	}
+	var errs []error
+	pass := units[:0:0]
+	for i, err := range refusals {
+		if err == nil {
+			pass = append(pass, units[i])
+		}
+		errs = append(errs, err)
 	}
 	if !h.Live() {
 		e.note("%s is a captured host: nobody could be asked who uses the devices", e.hostName)
 	}
-	ctx, stop := untilSignal(ctx)
-	defer stop()
-	b := &vfio.Binder{Host: h}
-	if h.Live() {
-		b.Journal = journal.In(journal.Dir)
+	var results []vfio.Result
+	if e.dryRun {
+		for _, d := range slices.Concat(pass...) {
+			change, err := c.plan(b, d)
+			results = append(results, vfio.Result{Change: change, Err: err})
+		}
+	} else {
+		results = c.apply(b, ctx, pass)
 	}
-	views, errs := []changeView{}, []error(nil)
-	var done []*iommu.Device
-	for _, d := range unit {
-		var change vfio.Change
-		if e.dryRun {
-			change, err = c.plan(b, d)
-		} else {
-			change, err = c.apply(ctx, b, d)
-		}
-		errs = append(errs, err)
-		views = append(views, viewChange(change, err))
-		if err != nil && c.undo != nil && !e.dryRun { // a group that is not whole is of no use to a guest
-			for _, d := range slices.Backward(done) {
-				errs = append(errs, c.undo(b, d))
-			}
-			break
-		}
-		if len(change.Steps) > 0 {
-			done = append(done, d)
-		}
+	views := []changeView{}
+	for _, r := range results {
+		views = append(views, viewChange(r.Change, r.Err))
+		errs = append(errs, r.Err)
 	}
 	if e.json {
 		if err := writeJSON(e.stdout, views); err != nil {
@@ -185,7 +239,90 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) error
 	if t.InterruptRemapping != nil && !*t.InterruptRemapping {
 		e.note("interrupt remapping is off on this host, so VFIO will refuse to open the device")
 	}
-	return errors.Join(errs...)
+	return mixed(errors.Join(errs...), len(results) > 0)
+}
+
+// mixed makes refusals that were passed over a plain failure: something was touched.
+func mixed(err error, touched bool) error {
+	if err != nil && touched && errors.Is(err, vfio.ErrRefused) {
+		return errors.New(err.Error()) // no longer an ErrRefused
+	}
+	return err
+}
+
+// resolveUnits finds what the selectors name, and all that has to go along.
+func resolveUnits(h *iommu.Host, t *iommu.Topology, sel []iommu.Selector) (asked []*iommu.Device, units [][]*iommu.Device, err error) {
+	for _, s := range sel {
+		devices, err := s.Resolve(h, t)
+		if err != nil {
+			return nil, nil, err
+		}
+		switch id, group := s.Group(); {
+		case group:
+			g, err := t.Group(id)
+			if err != nil {
+				return nil, nil, err
+			}
+			devices = g.Endpoints()
+		case len(devices) > 1:
+			_, err := s.One(h, t)
+			return nil, nil, err // several where one was meant: too easily too many
+		}
+		asked = append(asked, devices...)
+	}
+	units, err = vfio.Units(t, asked)
+	return asked, units, err
+}
+
+func addresses(units [][]*iommu.Device) []string {
+	var out []string
+	for _, d := range slices.Concat(units...) {
+		out = append(out, d.Name)
+	}
+	slices.Sort(out)
+	return out
+}
+
+// recovered tells what became of interrupted changes, and returns those that are stuck still.
+func (e *env) recovered(all []vfio.Recovered, err error) ([]vfio.Recovered, error) {
+	for _, r := range all {
+		if r.Err != nil {
+			e.note("%v", r.Err)
+		} else {
+			e.note("%s %s", r.Device, r.What)
+		}
+	}
+	return all, err
+}
+
+func recoverCommand(e *env) *cli.Command {
+	return command(&cli.Command{
+		Name:  "recover",
+		Usage: "finish or undo what an interrupted run left",
+		Description: "A device that was being taken is put back, one that was on its way home goes there. Commands that change something do this\n" +
+			"by themselves before they begin. What still waits in a write is named, with what it waits for.",
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return usagef("recover takes no arguments: it looks after all devices")
+			}
+			h, _, err := e.lookToChange()
+			if err != nil {
+				return err
+			}
+			defer h.Close()
+			b := &vfio.Binder{Host: h, Journal: journal.In(journal.Dir)}
+			defer b.Close()
+			all, err := b.Recover()
+			errs := []error{err}
+			for _, r := range all {
+				if r.Err == nil {
+					fmt.Fprintf(e.stdout, "%s %s\n", r.Device, r.What)
+				}
+				errs = append(errs, r.Err)
+			}
+			return errors.Join(errs...)
+		},
+	})
 }
 
 func viewChange(c vfio.Change, err error) changeView {

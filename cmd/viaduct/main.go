@@ -31,6 +31,9 @@ const (
 )
 
 func main() {
+	if vfio.ServeWrites() {
+		return
+	}
 	// One more than there are CPUs: as long as one is idle, Go's monitor thread lets system calls be. On a slow machine it
 	// would take each one that reads an attribute for stuck.
 	runtime.GOMAXPROCS(runtime.NumCPU() + 1)
@@ -170,7 +173,7 @@ func newApp(e *env) *cli.App {
 			return cli.ShowAppHelp(c)
 		},
 		Commands: []*cli.Command{
-			listCommand(e), showCommand(e), bindCommand(e), unbindCommand(e), vfCommand(e),
+			listCommand(e), showCommand(e), bindCommand(e), unbindCommand(e), recoverCommand(e), vfCommand(e),
 			snapshotCommand(e), completionCommand(e), manCommand(e), versionCommand(e),
 		},
 	}

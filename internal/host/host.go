@@ -59,6 +59,34 @@ func Open(name string) (*Host, error) {
 // Live reports whether this is the running host: the only one that has processes, sockets and a kernel to ask.
 func (h *Host) Live() bool { return h.live }
 
+// DeviceNumber is the number of the device file that name leads to, links followed: the major number in the upper 32 bits,
+// the minor one in the lower. It is false for anything else, and on a captured host. It waits for no network file system.
+func (h *Host) DeviceNumber(name string) (block bool, number uint64, ok bool) {
+	d, real := h.tree.(*disk)
+	if !h.live || !real {
+		return false, 0, false
+	}
+	var st unix.Statx_t
+	if err := unix.Statx(d.fd, name, unix.AT_STATX_DONT_SYNC, unix.STATX_TYPE, &st); err != nil {
+		return false, 0, false
+	}
+	kind := st.Mode & unix.S_IFMT
+	return kind == unix.S_IFBLK, uint64(st.Rdev_major)<<32 | uint64(st.Rdev_minor), kind == unix.S_IFBLK || kind == unix.S_IFCHR
+}
+
+// InUse reports whether a disk is in exclusive use (open(2), O_EXCL on block devices): mounted, or part of something larger.
+func (h *Host) InUse(name string) bool {
+	d, real := h.tree.(*disk)
+	if !h.live || !real {
+		return false
+	}
+	fd, err := unix.Openat(d.fd, name, unix.O_RDONLY|unix.O_EXCL|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err == nil {
+		unix.Close(fd)
+	}
+	return errors.Is(err, unix.EBUSY)
+}
+
 // Dir is an opened directory of a host.
 type Dir struct {
 	tree tree

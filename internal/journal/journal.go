@@ -9,10 +9,14 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 )
 
 // Dir is where a running host's journal is.
 const Dir = "/run/viaduct"
+
+// Changing begins the keys of the records of changes that are under way, by device.
+const Changing = "change-"
 
 // Journal is a directory of records.
 type Journal struct{ dir string }
@@ -20,10 +24,28 @@ type Journal struct{ dir string }
 // In is the journal in a directory, which need not exist yet.
 func In(dir string) *Journal { return &Journal{dir: dir} }
 
+// Dir is the directory; it need not exist yet.
+func (j *Journal) Dir() string { return j.dir }
+
+// Keys are the keys of all records that begin so, sorted.
+func (j *Journal) Keys(prefix string) ([]string, error) {
+	entries, err := os.ReadDir(j.dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	var keys []string
+	for _, e := range entries {
+		if key, ok := strings.CutSuffix(e.Name(), ".json"); ok && strings.HasPrefix(key, prefix) {
+			keys = append(keys, key)
+		}
+	}
+	return keys, err
+}
+
 func (j *Journal) file(key string) string { return filepath.Join(j.dir, key+".json") }
 
 // Put writes a record, durably and whole or not at all.
-func (j *Journal) Put(key string, record any) (err error) {
+func (j *Journal) Put(key string, record any) error {
 	if !filepath.IsLocal(key) {
 		return fmt.Errorf("journal: %q is no key", key)
 	}
@@ -31,10 +53,16 @@ func (j *Journal) Put(key string, record any) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(j.dir, 0o755); err != nil {
+	return WriteFile(j.file(key), append(b, '\n'))
+}
+
+// WriteFile makes or replaces a file, durably and whole or not at all, and the directories it is in.
+func WriteFile(file string, content []byte) (err error) {
+	dir := filepath.Dir(file)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	tmp, err := os.CreateTemp(j.dir, ".new-*")
+	tmp, err := os.CreateTemp(dir, ".new-*")
 	if err != nil {
 		return err
 	}
@@ -43,14 +71,14 @@ func (j *Journal) Put(key string, record any) (err error) {
 			err = errors.Join(err, os.Remove(tmp.Name()))
 		}
 	}()
-	_, err = tmp.Write(append(b, '\n'))
+	_, err = tmp.Write(content)
 	if err == nil {
 		err = tmp.Sync()
 	}
 	if err = errors.Join(err, tmp.Close()); err != nil {
 		return err
 	}
-	return os.Rename(tmp.Name(), j.file(key))
+	return os.Rename(tmp.Name(), file)
 }
 
 // Get reads a record; false if there is none, as in a nil Journal: that of a captured host.

@@ -30,6 +30,7 @@ type Kernel struct {
 	Probe   map[string]error         // by device or driver: probing fails with this
 	Partial int                      // make at most so many VFs and report success, if not 0
 	Log     []string                 // every write in its order, also those that failed: "name=value"
+	Before  func(name, value string) // called before each write, without the lock
 	After   func(name, value string) // called after each write, without the lock; it may call Write, which calls it again
 
 	tb   testing.TB
@@ -109,6 +110,9 @@ func (k *Kernel) Register(driver string, ids ...string) {
 
 // Write is a write(2) to a file, its name relative to the root.
 func (k *Kernel) Write(name, value string) error {
+	if k.Before != nil {
+		k.Before(name, value)
+	}
 	err := k.locked(path.Clean(name), value)
 	if k.After != nil {
 		k.After(name, value)

@@ -3,6 +3,7 @@ package vfio
 import (
 	"context"
 	"errors"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -51,9 +52,19 @@ func state(t *testing.T, b *Binder, address string) [2]string {
 	return [2]string{d.Driver, d.DriverOverride}
 }
 
+func take(ctx context.Context, b *Binder, d *iommu.Device) (Change, error) {
+	r := b.Take(ctx, [][]*iommu.Device{{d}}, Auto)[0]
+	return r.Change, r.Err
+}
+
+func giveBack(b *Binder, d *iommu.Device) (Change, error) {
+	r := b.GiveBack(context.Background(), [][]*iommu.Device{{d}})[0]
+	return r.Change, r.Err
+}
+
 func TestTakeAndGiveBack(t *testing.T) {
 	k, b := newKernel(t)
-	if _, err := b.Take(context.Background(), read(t, b, e1000), Auto); err != nil {
+	if _, err := take(context.Background(), b, read(t, b, e1000)); err != nil {
 		t.Fatal(err)
 	}
 	want := []string{
@@ -69,12 +80,12 @@ func TestTakeAndGiveBack(t *testing.T) {
 	}
 
 	k.Log = nil
-	c, err := b.Take(context.Background(), read(t, b, e1000), Auto)
+	c, err := take(context.Background(), b, read(t, b, e1000))
 	if err != nil || len(c.Steps) != 0 || len(k.Log) != 0 {
 		t.Errorf("taken again: %v, steps %v, writes %v", err, c.Steps, k.Log)
 	}
 
-	if _, err := b.GiveBack(context.Background(), read(t, b, e1000)); err != nil {
+	if _, err := giveBack(b, read(t, b, e1000)); err != nil {
 		t.Fatal(err)
 	}
 	want = []string{
@@ -101,10 +112,10 @@ func TestGiveBackToNothing(t *testing.T) {
 			}
 		}
 		before := state(t, b, edu)
-		if _, err := b.Take(context.Background(), read(t, b, edu), Auto); err != nil {
+		if _, err := take(context.Background(), b, read(t, b, edu)); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := b.GiveBack(context.Background(), read(t, b, edu)); err != nil {
+		if _, err := giveBack(b, read(t, b, edu)); err != nil {
 			t.Fatal(err)
 		}
 		if got := state(t, b, edu); got != before {
@@ -117,7 +128,7 @@ func TestGiveBackToNothing(t *testing.T) {
 func TestRecordOfAnotherDevice(t *testing.T) {
 	_, b := newKernel(t)
 	d := read(t, b, e1000)
-	if err := b.Journal.Put(key(d.Address), record{Vendor: 0x15b3, Device: 0x1017, Driver: "mlx5_core"}); err != nil {
+	if err := b.Journal.Put(takenKey(d.Address), takenRecord{Vendor: 0x15b3, Device: 0x1017, Driver: "mlx5_core"}); err != nil {
 		t.Fatal(err)
 	}
 	d.Driver = "vfio-pci"
@@ -150,20 +161,21 @@ func TestUndo(t *testing.T) {
 			k, b := newKernel(t)
 			before := state(t, b, e1000)
 			c.break_(k)
-			_, err := b.Take(context.Background(), read(t, b, e1000), Auto)
+			_, err := take(context.Background(), b, read(t, b, e1000))
 			if err == nil || !strings.Contains(err.Error(), c.says) {
 				t.Errorf("error %v, want one that says %q", err, c.says)
 			}
 			if got := state(t, b, e1000); got != before {
 				t.Errorf("left %q, was %q\nwrites: %s", got, before, strings.Join(k.Log, "\n"))
 			}
-			if known, err := b.Journal.Get(key(read(t, b, e1000).Address), &record{}); known || err != nil {
+			if known, err := b.Journal.Get(takenKey(read(t, b, e1000).Address), &takenRecord{}); known || err != nil {
 				t.Errorf("a record is left: %v, %v", known, err)
 			}
 		})
 	}
 }
 
+// A signal between two devices of a unit puts the first back: half a group is of no use.
 func TestInterrupted(t *testing.T) {
 	k, b := newKernel(t)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -172,12 +184,70 @@ func TestInterrupted(t *testing.T) {
 			cancel()
 		}
 	}
-	before := state(t, b, igb)
-	if _, err := b.Take(ctx, read(t, b, igb), Auto); err == nil || !strings.Contains(err.Error(), "interrupted") {
+	before := state(t, b, e1000)
+	results := b.Take(ctx, [][]*iommu.Device{{read(t, b, e1000), read(t, b, edu)}}, Auto)
+	for _, r := range results {
+		if r.Err == nil {
+			t.Errorf("%s: no error", r.Device)
+		}
+	}
+	if err := results[1].Err; !strings.Contains(err.Error(), "interrupted") {
 		t.Errorf("error %v", err)
 	}
-	if got := state(t, b, igb); got != before {
+	if got := state(t, b, e1000); got != before {
 		t.Errorf("left %q, was %q", got, before)
+	}
+	if keys, err := b.Journal.Keys(""); len(keys) > 0 || err != nil {
+		t.Errorf("records are left: %q, %v", keys, err)
+	}
+}
+
+// What a run that was killed left is finished or undone by the next one, wherever it was killed.
+func TestRecover(t *testing.T) {
+	for _, op := range []string{opTake, opGive} {
+		for n := range 5 {
+			k, b := newKernel(t)
+			home := state(t, b, igb)
+			if op == opGive {
+				if _, err := take(context.Background(), b, read(t, b, igb)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			writes, killed := 0, make(chan struct{})
+			k.Before = func(string, string) {
+				if writes == n {
+					runtime.Goexit() // as a process that is killed: nothing is undone
+				}
+				writes++
+			}
+			go func() {
+				defer close(killed)
+				if op == opTake {
+					_, _ = take(context.Background(), b, read(t, b, igb))
+				} else {
+					_, _ = giveBack(b, read(t, b, igb))
+				}
+			}()
+			<-killed
+			k.Before = nil
+			next := &Binder{Host: b.Host, Journal: b.Journal}
+			recovered, err := next.Recover()
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, r := range recovered {
+				if r.Err != nil {
+					t.Errorf("%s, killed before write %d: %v", op, n+1, r.Err)
+				}
+			}
+			got := state(t, b, igb)
+			if taken := [2]string{"vfio-pci", "vfio-pci"}; got != home && (got != taken || op != opTake || n < 3) {
+				t.Errorf("%s, killed before write %d: %q is neither home nor taken", op, n+1, got)
+			}
+			if keys, _ := b.Journal.Keys("change-"); len(keys) > 0 {
+				t.Errorf("%s, killed before write %d: records are left: %q", op, n+1, keys)
+			}
+		}
 	}
 }
 
@@ -198,19 +268,21 @@ func TestCheckTake(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		unit, err := Unit(topology, []*iommu.Device{d})
+		gate := &Gate{Host: b.Host, Topology: topology, Asked: []*iommu.Device{d}}
+		units, err := Units(topology, gate.Asked)
 		if err != nil {
 			t.Fatal(err)
 		}
-		err = CheckTake(b.Host, topology, []*iommu.Device{d}, unit)
+		refusals, err := gate.Take(units)
+		err = errors.Join(append(refusals, err)...)
 		if c.says == "" && err != nil || c.says != "" && (!errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), c.says)) {
 			t.Errorf("%s: %v, want %q", c.address, err, c.says)
 		}
 	}
 	a, _ := iommu.ParseAddress(edu)
 	d, _ := topology.Find(a)
-	unit, err := Unit(topology, []*iommu.Device{d, d})
-	if err != nil || !slices.Equal(names(unit), []string{e1000, edu}) {
-		t.Errorf("the unit of %s is %v, %v", edu, names(unit), err)
+	units, err := Units(topology, []*iommu.Device{d, d})
+	if err != nil || len(units) != 1 || len(units[0]) != 2 || units[0][0].Name != e1000 || units[0][1].Name != edu {
+		t.Errorf("the unit of %s is %v, %v", edu, units, err)
 	}
 }

@@ -1,0 +1,232 @@
+//go:build lab
+
+package labtest
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// TestHolders: whoever uses a device keeps it from being taken, and is named; nothing is written.
+func TestHolders(t *testing.T) {
+	pf := netdev(t, spare)
+	disk := shell(t, "ls /dev/nvme*n1")
+	refused := func(what, says string, args ...string) {
+		t.Helper()
+		before := fingerprint()
+		trace := filepath.Join(t.TempDir(), "trace")
+		r := run(t, "strace", append([]string{"-f", "--seccomp-bpf", "-o", trace, "-e", "trace=openat,sendto,sendmsg", viaduct}, args...)...)
+		if r.status != 3 || !strings.Contains(r.stderr, says) || fingerprint() != before {
+			t.Errorf("%s: exit status %d, want 3, nothing changed, and %q:\n%s", what, r.status, says, r.stderr)
+		}
+		b, err := os.ReadFile(trace)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(b)) {
+			if strings.Contains(line, "\"sys/") && (strings.Contains(line, "O_WRONLY") || strings.Contains(line, "O_RDWR")) ||
+				strings.Contains(line, "RTM_SET") || strings.Contains(line, "RTM_NEW") && strings.Contains(line, "sendto") {
+				t.Errorf("%s: refused, but %s", what, line)
+			}
+		}
+	}
+	for _, use := range []struct{ what, begin, end, says string }{
+		{"address", "ip link set $pf up; ip addr add 192.0.2.1/24 dev $pf", "ip addr flush dev $pf", "has address 192.0.2.1/24"},
+		{"IPv6 address", "ip -6 addr add 2001:db8::1/64 dev $pf nodad", "ip -6 addr flush dev $pf scope global", "has address 2001:db8::1/64"},
+		{"route", "ip addr add 192.0.2.1/24 dev $pf; ip route add 198.51.100.0/24 via 192.0.2.2 dev $pf", "ip addr flush dev $pf", "the route to 198.51.100.0/24"},
+		{"IPv6 route only", "ip -6 route add 2001:db8:1::/48 dev $pf", "ip -6 route flush dev $pf proto boot", "the route to 2001:db8:1::/48"},
+		{"bond", "modprobe bonding max_bonds=0; ip link add b0 type bond; ip link set $pf down; ip link set $pf master b0", "ip link del b0", "under bond b0"},
+		{"bridge", "ip link add br0 type bridge; ip link set $pf master br0", "ip link del br0", "under bridge br0"},
+		{"VLAN only", "ip link add link $pf name v7 type vlan id 7", "ip link del v7", "under vlan v7"},
+		{"macvlan", "ip link add link $pf name m0 type macvlan", "ip link del m0", "under macvlan m0"},
+		{"network namespace", "ip netns add away; ip link set $pf netns away", "ip -n away link set $pf netns 1; ip netns del away", "is in the network namespace of away"},
+	} {
+		shell(t, "pf="+pf+"; "+use.begin)
+		refused(use.what, use.says, "bind", spare)
+		shell(t, "pf="+pf+"; "+use.end)
+	}
+	for _, use := range []struct{ what, begin, end, says string }{
+		{"device-mapper", "dmsetup create dm-test --table \"0 8192 linear $disk 0\"", "dmsetup remove dm-test", "under device-mapper dm-test"},
+		{"a mount in another mount namespace", "mkfs.ext4 -qF $disk; mkdir -p /run/mnt2; unshare -m sh -c 'mount '$disk' /run/mnt2; echo $$ > /run/mnt2.pid; exec sleep 1000' </dev/null >/dev/null 2>&1 & " +
+			"until [ -s /run/mnt2.pid ]; do sleep 0.1; done", "kill $(cat /run/mnt2.pid); rm /run/mnt2.pid; until wipefs -qa $disk; do sleep 0.1; done", "mounted on /run/mnt2 in the mount namespace"},
+		{"an open disk", "sleep 1000 < $disk >/dev/null 2>&1 & echo $! > /run/open.pid", "kill $(cat /run/open.pid)", "(sleep)"},
+	} {
+		if strings.Contains(use.begin, "dmsetup") && run(t, "sh", "-c", "command -v dmsetup").status != 0 {
+			t.Logf("skipped: %s: the lab has no dmsetup", use.what)
+			continue
+		}
+		shell(t, "disk="+disk+"; "+use.begin)
+		refused(use.what, use.says, "bind", nvme)
+		shell(t, "disk="+disk+"; "+use.end)
+	}
+	// A port that is up, with the address and routes that the kernel gives every link, is free.
+	shell(t, "ip link set "+pf+" up; until ip -6 addr show dev "+pf+" scope link | grep -q fe80; do sleep 0.1; done")
+	do(t, "bind", spare)
+	do(t, "unbind", spare)
+	shell(t, "udevadm settle")
+
+	// A kind can be overridden, and only that kind.
+	shell(t, "ip link set "+pf+" up; ip addr add 192.0.2.1/24 dev "+pf+"; ip route add 198.51.100.0/24 via 192.0.2.2 dev "+pf)
+	refused("force of another kind", "the route to", "bind", spare, "--force=address")
+	do(t, "bind", spare, "--force=address", "--force=route")
+	do(t, "unbind", spare)
+	shell(t, "udevadm settle")
+	root := filepath.Base(shell(t, "readlink -f /sys/class/block/vda/device/.."))
+	refused("the host's own disk by force", "cannot be forced", "bind", root, "--force=mount", "--force=process")
+}
+
+// TestStuck: a device that somebody has open is given back. The write waits; the command does not, list neither, and the next
+// command goes on where it was.
+func TestStuck(t *testing.T) {
+	do(t, "vf", "create", spare, "2")
+	vf := vfs(spare)[0]
+	do(t, "bind", vf)
+	cdevs := names(devicesDir, vf, "vfio-dev")
+	if len(cdevs) != 1 {
+		t.Skip("this kernel has no node a device: opening that of the group does not block an unbind")
+	}
+	node, err := os.OpenFile("/dev/vfio/devices/"+cdevs[0], os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r := run(t, viaduct, "unbind", vf); r.status != 3 || !strings.Contains(r.stderr, fmt.Sprintf("process %d", os.Getpid())) {
+		t.Errorf("unbind of an open device: exit status %d, %s", r.status, r.stderr)
+	}
+	cmd := exec.Command(viaduct, "unbind", vf, "--force=process", "--timeout", "3s")
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	begin := time.Now()
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for time.Since(begin) < 2*time.Second { // while the write blocks
+		asked := time.Now()
+		do(t, "list")
+		if took := time.Since(asked); took > time.Second {
+			t.Errorf("list took %s beside a write that blocks", took)
+		}
+	}
+	_ = cmd.Wait()
+	took := time.Since(begin)
+	if s := stderr.String(); cmd.ProcessState.ExitCode() != 1 || !strings.Contains(s, "is stuck") || !strings.Contains(s, fmt.Sprintf("process %d", os.Getpid())) || took > 6*time.Second {
+		t.Fatalf("after %s: exit status %d, %s", took, cmd.ProcessState.ExitCode(), s)
+	}
+	do(t, "list")
+	for _, args := range [][]string{{"bind", vf}, {"unbind", vf, "--force=process"}} {
+		if r := run(t, viaduct, args...); r.status != 3 || !strings.Contains(r.stderr, "is stuck") {
+			t.Errorf("%v while it is stuck: exit status %d, %s", args, r.status, r.stderr)
+		}
+	}
+	other := vfs(spare)[1]
+	do(t, "bind", other) // others are not kept from anything
+	do(t, "unbind", other)
+
+	m := regexp.MustCompile(`\(process (\d+) waits on`).FindStringSubmatch(stderr.String())
+	if m == nil {
+		t.Fatalf("no process named: %s", stderr.String())
+	}
+	pid, _ := strconv.Atoi(m[1])
+	writer, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	node.Close()
+	if n, err := unix.Poll([]unix.PollFd{{Fd: int32(writer), Events: unix.POLLIN}}, 20000); n != 1 {
+		t.Fatalf("the child that writes has not ended: %v", err)
+	}
+	if out := do(t, "recover"); !strings.Contains(out, vf) {
+		t.Errorf("recover: %s", out)
+	}
+	if bound(vf) != "" || attr(devicesDir, vf, "driver_override") != "none" {
+		t.Errorf("in the end it is on %q with override %q, want none of both", bound(vf), attr(devicesDir, vf, "driver_override"))
+	}
+	if left, _ := filepath.Glob("/run/viaduct/*.json"); len(left) > 0 {
+		t.Errorf("records are left: %v", left)
+	}
+	do(t, "vf", "destroy", spare)
+}
+
+// TestReprobe: something re-probes each device whenever anything happens to it, and still none ends on the wrong driver.
+func TestReprobe(t *testing.T) {
+	rounds := 30
+	if n, err := strconv.Atoi(os.Getenv("LAB_ROUNDS")); err == nil {
+		rounds = n
+	}
+	rule := "/run/udev/rules.d/99-reprobe.rules"
+	shell(t, "mkdir -p /run/udev/rules.d; echo 'SUBSYSTEM==\"pci\", RUN+=\"/bin/sh -c \\\"echo $kernel > /sys/bus/pci/drivers_probe\\\"\"' > "+rule+"; udevadm control --reload")
+	defer shell(t, "rm "+rule+"; udevadm control --reload")
+	shell(t, "modprobe igbvf")
+	do(t, "vf", "create", spare, "3", "--driver", "home")
+	shell(t, "udevadm settle")
+	all := vfs(spare)
+	for i := range rounds {
+		do(t, append([]string{"bind"}, all...)...)
+		for _, vf := range all {
+			if bound(vf) != "vfio-pci" {
+				t.Fatalf("round %d: %s taken and on %q", i, vf, bound(vf))
+			}
+		}
+		do(t, append([]string{"unbind"}, all...)...)
+		for _, vf := range all {
+			if bound(vf) != "igbvf" || attr(devicesDir, vf, "driver_override") != "(null)" {
+				t.Fatalf("round %d: %s given back and on %q, override %q", i, vf, bound(vf), attr(devicesDir, vf, "driver_override"))
+			}
+		}
+	}
+	t.Logf("%d rounds of 3 devices", rounds)
+	do(t, "vf", "destroy", spare)
+}
+
+// TestNodeOwner: an owner without root opens the nodes, also when they were made again.
+func TestNodeOwner(t *testing.T) {
+	do(t, "vf", "create", spare, "1")
+	vf := vfs(spare)[0]
+	for range 2 {
+		do(t, "bind", vf, "--node-owner", "nobody")
+		shell(t, "udevadm settle")
+		node := "/dev/vfio/" + link(devicesDir, vf, "iommu_group")
+		if owner := shell(t, "stat -c '%U %a' "+node); owner != "nobody 600" {
+			t.Errorf("%s belongs to %s", node, owner)
+		}
+		shell(t, "udevadm control --reload; echo "+vf+" > /sys/bus/pci/drivers/vfio-pci/unbind; echo "+vf+" > /sys/bus/pci/drivers_probe; udevadm settle")
+		if owner := shell(t, "stat -c '%U %a' "+node); owner != "nobody 600" {
+			t.Errorf("made again, %s belongs to %s", node, owner)
+		}
+		do(t, "unbind", vf)
+		if left, _ := filepath.Glob("/run/udev/rules.d/*viaduct*"); len(left) > 0 {
+			t.Errorf("rules are left: %v", left)
+		}
+	}
+	do(t, "vf", "destroy", spare)
+}
+
+// TestFailures: what the kernel refuses is said with its reason, and the device is back home.
+func TestFailures(t *testing.T) {
+	do(t, "vf", "create", spare, "1")
+	vf := vfs(spare)[0]
+	for _, f := range []struct {
+		what, says string
+		status     int
+		args       []string
+	}{
+		{"a driver that does not exist", "vfio_nonesuch", 1, []string{"bind", vf, "--driver", "vfio-nonesuch"}},
+		{"a kind that does not exist", "the kinds of holders are", 2, []string{"bind", vf, "--force=magic"}},
+		{"an owner that does not exist", "no user", 2, []string{"bind", vf, "--node-owner", "nobody-of-that-name"}},
+		{"no time at all", "--timeout", 2, []string{"bind", vf, "--timeout", "0s"}},
+	} {
+		before := fingerprint()
+		if r := run(t, viaduct, f.args...); r.status != f.status || !strings.Contains(r.stderr, f.says) || fingerprint() != before {
+			t.Errorf("%s: exit status %d, %s", f.what, r.status, r.stderr)
+		}
+	}
+	do(t, "vf", "destroy", spare)
+}

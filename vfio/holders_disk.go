@@ -1,0 +1,254 @@
+package vfio
+
+import (
+	"errors"
+	"fmt"
+	"path"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"viaduct/internal/host"
+	"viaduct/iommu"
+)
+
+// use is what a block device is used for.
+type use struct {
+	kind  Kind
+	text  string
+	final bool
+}
+
+// diskHolders finds file systems and swap on the devices' disks and their partitions, and what is stacked on those.
+func diskHolders(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
+	var used map[string]use
+	var out []Holder
+	for _, d := range devices {
+		disks, err := blockDevices(h, d)
+		if err != nil {
+			return nil, err
+		}
+		if len(disks) == 0 {
+			continue
+		}
+		if used == nil {
+			if used, err = usedBlockDevices(h); err != nil {
+				return nil, err
+			}
+		}
+		before := len(out)
+		for _, b := range disks {
+			if u, ok := used[b]; ok {
+				out = append(out, Holder{Device: d.Name, Kind: u.kind, Final: u.final, What: fmt.Sprintf("(%s) %s", b, u.text)})
+			}
+			if what := stackKind(h, b); what != "" {
+				out = append(out, Holder{Device: d.Name, Kind: Storage, What: fmt.Sprintf("is under %s", what)})
+			}
+		}
+		for _, b := range disks {
+			// ZFS, and whatever else takes a disk without a trace in sysfs, does so exclusively.
+			if len(out) == before && h.InUse("dev/"+strings.ReplaceAll(b, "!", "/")) {
+				out = append(out, Holder{Device: d.Name, Kind: Storage, What: fmt.Sprintf("(%s) is in exclusive use, as by ZFS", b)})
+			}
+		}
+	}
+	return out, nil
+}
+
+// stackKind names a device-mapper or md device, "" if it is none.
+func stackKind(h *iommu.Host, name string) string {
+	if mapped, err := h.String(path.Join(blockClass, name, "dm/name")); err == nil {
+		kind := "device-mapper"
+		uuid, _ := h.String(path.Join(blockClass, name, "dm/uuid"))
+		switch { // the prefix is the tool that made it
+		case strings.HasPrefix(uuid, "LVM-"):
+			kind = "LVM"
+		case strings.HasPrefix(uuid, "CRYPT-"):
+			kind = "dm-crypt"
+		}
+		return fmt.Sprintf("%s %s (%s)", kind, mapped, name)
+	}
+	if level, err := h.String(path.Join(blockClass, name, "md/level")); err == nil {
+		return fmt.Sprintf("md %s (%s)", level, name)
+	}
+	return ""
+}
+
+const blockClass = "sys/class/block"
+
+// blockDevices are a device's disks and all that is made of them, by name.
+func blockDevices(h *iommu.Host, d *iommu.Device) ([]string, error) {
+	if !d.PCI {
+		return nil, nil
+	}
+	classes, err := iommu.ClassDevices(h, d.Address)
+	if err != nil {
+		return nil, err
+	}
+	out := slices.Clone(classes["block"])
+	for _, controller := range classes["nvme"] { // with native multipath the disk hangs on the subsystem, not on the controller
+		const subsystems = "sys/class/nvme-subsystem"
+		names, err := h.Names(subsystems)
+		if err != nil && !host.Absent(err) {
+			return nil, err
+		}
+		for _, s := range names {
+			if !h.Exists(path.Join(subsystems, s, controller)) {
+				continue
+			}
+			members, err := h.Names(path.Join(subsystems, s))
+			if err != nil && !host.Absent(err) {
+				return nil, err
+			}
+			for _, m := range members {
+				if h.Exists(path.Join(blockClass, m)) {
+					out = append(out, m)
+				}
+			}
+		}
+	}
+	for i := 0; i < len(out); i++ {
+		below, err := h.Names(path.Join(blockClass, out[i]))
+		if err != nil && !host.Absent(err) {
+			return nil, err
+		}
+		for _, n := range below {
+			if h.Exists(path.Join(blockClass, out[i], n, "partition")) && !slices.Contains(out, n) {
+				out = append(out, n)
+			}
+		}
+		stacked, err := h.Names(path.Join(blockClass, out[i], "holders"))
+		if err != nil && !host.Absent(err) {
+			return nil, err
+		}
+		for _, n := range stacked {
+			if !slices.Contains(out, n) {
+				out = append(out, n)
+			}
+		}
+	}
+	return out, nil
+}
+
+// usedBlockDevices says what each block device is used for, by name, in whichever mount namespace.
+func usedBlockDevices(h *iommu.Host) (map[string]use, error) {
+	used, byNumber, mapped := map[string]use{}, map[string]string{}, map[string]string{}
+	names, err := h.Names(blockClass)
+	if err != nil && !host.Absent(err) {
+		return nil, err
+	}
+	for _, n := range names {
+		if number, err := h.String(path.Join(blockClass, n, "dev")); err == nil {
+			byNumber[number] = n
+		}
+		if name, err := h.String(path.Join(blockClass, n, "dm/name")); err == nil {
+			mapped["mapper!"+name] = n
+		}
+	}
+	tables, err := mountTables(h)
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range tables {
+		for line := range strings.Lines(m.table) {
+			number, where, source, ok := parseMount(line)
+			if !ok {
+				continue
+			}
+			name := byNumber[number]
+			if name == "" { // btrfs and others have a number of their own; their source is the device
+				if source, ok := strings.CutPrefix(source, "/dev/"); ok {
+					name = deviceNamed(source, mapped)
+				}
+			}
+			if _, known := used[name]; name == "" || known && where != "/" && where != "/usr" {
+				continue
+			}
+			text := "is mounted on " + where
+			if m.whose != "" {
+				text += " in the mount namespace of process " + m.whose
+			}
+			used[name] = use{Mount, text, m.whose == "" && (where == "/" || where == "/usr")}
+		}
+	}
+	swaps, err := h.Read("proc/swaps")
+	if err != nil && !host.Absent(err) {
+		return nil, err
+	}
+	for line := range strings.Lines(string(swaps)) {
+		f := strings.Fields(line)
+		if source, ok := strings.CutPrefix(strings.Join(f[:min(1, len(f))], ""), "/dev/"); ok {
+			used[deviceNamed(source, mapped)] = use{kind: Swap, text: "is swap"}
+		}
+	}
+	const btrfs = "sys/fs/btrfs" // names every member of every mounted file system
+	ids, err := h.Names(btrfs)
+	if err != nil && !host.Absent(err) {
+		return nil, err
+	}
+	for _, id := range ids {
+		members, err := h.Names(path.Join(btrfs, id, "devices"))
+		if err != nil && !host.Absent(err) && !errors.Is(err, unix.ENOTDIR) {
+			return nil, err
+		}
+		for _, m := range members {
+			if _, known := used[m]; !known {
+				used[m] = use{kind: Mount, text: "is part of a mounted btrfs"}
+			}
+		}
+	}
+	return used, nil
+}
+
+// mountTable is what is mounted in one mount namespace: this one's if whose is empty, else that of a process.
+type mountTable struct{ table, whose string }
+
+func mountTables(h *iommu.Host) ([]mountTable, error) {
+	own, err := h.Read("proc/self/mountinfo")
+	if err != nil {
+		return nil, err
+	}
+	out := []mountTable{{string(own), ""}}
+	seen := map[string]bool{}
+	if id, err := h.Link("proc/self/ns/mnt"); err == nil {
+		seen[id] = true
+	}
+	pids, err := processes(h)
+	if err != nil {
+		return nil, err
+	}
+	for _, pid := range pids {
+		id, err := h.Link(path.Join("proc", pid, "ns/mnt"))
+		if err != nil || seen[id] {
+			continue
+		}
+		table, err := h.Read(path.Join("proc", pid, "mountinfo"))
+		if err != nil {
+			continue // it ended; another process may be in the same
+		}
+		seen[id] = true
+		out = append(out, mountTable{string(table), pid})
+	}
+	return out, nil
+}
+
+// parseMount reads a line of proc_pid_mountinfo(5):
+// id parent major:minor root mountpoint options [tags...] - type source options.
+func parseMount(line string) (number, where, source string, ok bool) {
+	f := strings.Fields(line)
+	sep := slices.Index(f, "-")
+	if len(f) < 5 || sep < 0 || sep+2 >= len(f) {
+		return "", "", "", false
+	}
+	return f[2], f[4], f[sep+2], true
+}
+
+// deviceNamed is the kernel's name of what stands in /dev under source: dm-0 of mapper/root.
+func deviceNamed(source string, mapped map[string]string) string {
+	name := strings.ReplaceAll(source, "/", "!")
+	if dm := mapped[name]; dm != "" {
+		return dm
+	}
+	return name
+}

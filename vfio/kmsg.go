@@ -1,0 +1,61 @@
+package vfio
+
+import (
+	"errors"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"viaduct/iommu"
+)
+
+// kernelLog reads what the kernel logs from when it was opened on: why a probe failed, which no errno of drivers_probe says.
+// Without access to /dev/kmsg it says nothing.
+type kernelLog struct{ fd int }
+
+func openKernelLog(h *iommu.Host) *kernelLog {
+	if !h.Live() {
+		return &kernelLog{-1}
+	}
+	fd, err := unix.Open("/dev/kmsg", unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return &kernelLog{-1}
+	}
+	if _, err := unix.Seek(fd, 0, unix.SEEK_END); err != nil {
+		unix.Close(fd)
+		return &kernelLog{-1}
+	}
+	return &kernelLog{fd}
+}
+
+// about is the last message that names a device; "" if there is none.
+func (l *kernelLog) about(device string) string {
+	last := ""
+	buf := make([]byte, 8192) // a record is smaller (Documentation/ABI/testing/dev-kmsg)
+	for l.fd >= 0 {
+		n, err := unix.Read(l.fd, buf)
+		if errors.Is(err, unix.EPIPE) || errors.Is(err, unix.EINTR) { // overwritten before it was read
+			continue
+		}
+		if err != nil || n <= 0 {
+			break
+		}
+		if text, ok := kernelMessage(string(buf[:n])); ok && strings.Contains(text, device) {
+			last = text
+		}
+	}
+	return last
+}
+
+// kernelMessage is the text of a record: priority,sequence,time,flags;text, and lines of properties after it.
+func kernelMessage(record string) (string, bool) {
+	_, text, ok := strings.Cut(record, ";")
+	text, _, _ = strings.Cut(text, "\n")
+	return text, ok
+}
+
+func (l *kernelLog) close() {
+	if l.fd >= 0 {
+		unix.Close(l.fd)
+	}
+}

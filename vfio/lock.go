@@ -1,0 +1,173 @@
+package vfio
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"viaduct/iommu"
+)
+
+// Two viaducts at once are kept apart device by device: each device is one byte of one lock file, at an offset made of its
+// address. The locks belong to the open file (fcntl(2), open file description locks), which the child that writes shares:
+// while it still writes for a command that was killed, nobody else comes between.
+
+type locks struct{ file *os.File }
+
+func openLocks(dir string) (*locks, error) {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	return &locks{f}, nil
+}
+
+// offset is a device's byte.
+func offset(a iommu.Address) int64 {
+	return int64(a.Domain)<<16 | int64(a.Bus)<<8 | int64(a.Device)<<3 | int64(a.Function)
+}
+
+func (l *locks) set(cmd int, kind int16, start, length int64) error {
+	for {
+		err := unix.FcntlFlock(l.file.Fd(), cmd, &unix.Flock_t{Type: kind, Start: start, Len: length})
+		if !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
+}
+
+// try takes a device's lock if it is free.
+func (l *locks) try(a iommu.Address) (bool, error) {
+	err := l.set(unix.F_OFD_SETLK, unix.F_WRLCK, offset(a), 1)
+	if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("lock %s: %w", l.file.Name(), err)
+	}
+	return true, nil
+}
+
+// wait takes a device's lock, or fails when the context ends.
+func (l *locks) wait(ctx context.Context, a iommu.Address) error {
+	if ok, err := l.try(a); ok || err != nil {
+		return err
+	}
+	got := make(chan error)
+	go func() {
+		err := l.set(unix.F_OFD_SETLKW, unix.F_WRLCK, offset(a), 1)
+		select {
+		case got <- err:
+		case <-ctx.Done():
+			if err == nil {
+				l.free(a)
+			}
+		}
+	}()
+	select {
+	case err := <-got:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (l *locks) free(a iommu.Address) { _ = l.set(unix.F_OFD_SETLK, unix.F_UNLCK, offset(a), 1) }
+
+// keepOnly frees all devices but these.
+func (l *locks) keepOnly(devices []iommu.Address) {
+	slices.SortFunc(devices, iommu.Address.Compare)
+	at := int64(0)
+	for _, a := range devices {
+		if o := offset(a); o > at {
+			_ = l.set(unix.F_OFD_SETLK, unix.F_UNLCK, at, o-at)
+		}
+		at = offset(a) + 1
+	}
+	_ = l.set(unix.F_OFD_SETLK, unix.F_UNLCK, at, 0) // 0: to the end
+}
+
+// Lock keeps every other viaduct from changing these devices until Close. It waits for one that does, at most for the
+// Binder's Timeout. Devices are locked in the order of their addresses, so that two commands never wait for each other.
+func (b *Binder) Lock(ctx context.Context, devices []*iommu.Device) error {
+	l, err := b.openLocks()
+	if l == nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, b.timeout())
+	defer cancel()
+	devices = slices.Clone(devices)
+	slices.SortFunc(devices, func(a, b *iommu.Device) int { return a.Address.Compare(b.Address) })
+	for _, d := range devices {
+		if !d.PCI {
+			continue
+		}
+		if err := l.wait(ctx, d.Address); errors.Is(err, context.DeadlineExceeded) {
+			return b.busy(d.Address)
+		} else if err != nil {
+			return err
+		}
+		b.mu.Lock()
+		if b.held == nil {
+			b.held = map[iommu.Address]bool{}
+		}
+		b.held[d.Address] = true
+		b.mu.Unlock()
+	}
+	return nil
+}
+
+// holds reports whether Lock has the device.
+func (b *Binder) holds(a iommu.Address) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.held[a]
+}
+
+// release frees a device that was locked in passing, not by Lock.
+func (b *Binder) release(a iommu.Address) {
+	if !b.holds(a) {
+		b.locks.free(a)
+	}
+}
+
+// abandon frees a device whose write is stuck: its record is what keeps others away from it.
+func (b *Binder) abandon(a iommu.Address) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	delete(b.held, a)
+	b.locks.free(a)
+}
+
+// busy says who is changing a device.
+func (b *Binder) busy(a iommu.Address) error {
+	r, known, err := b.change(a)
+	if err == nil && known && r.Writer != nil && !r.Command.alive(b.Host) && r.Writer.alive(b.Host) {
+		return &RefusedError{What: "change " + a.String(), Reasons: []string{b.stillStuck(r).Error()}}
+	}
+	if err != nil || !known {
+		return fmt.Errorf("%s: another viaduct has been changing it for %s; try again, or with a longer --timeout", a, b.timeout())
+	}
+	return fmt.Errorf("%s: another viaduct (pid %d) has been changing it since %s; try again, or with a longer --timeout",
+		a, r.Command.PID, r.Since.Format(time.TimeOnly))
+}
+
+func (b *Binder) openLocks() (*locks, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.locks != nil || b.Journal == nil {
+		return b.locks, nil
+	}
+	var err error
+	b.locks, err = openLocks(b.Journal.Dir())
+	return b.locks, err
+}

@@ -1,0 +1,104 @@
+package vfio
+
+import (
+	"fmt"
+	"path"
+	"strings"
+
+	"viaduct/iommu"
+)
+
+// owners finds the devices that another tool has in its books. Two tools that act on one device undo each other's work.
+func owners(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
+	var out []Holder
+	reserved, _ := h.Read("run/qemu-server/pci-id-reservations") // Proxmox VE: ADDRESS VMID [time|pid]:N a line
+	domains := libvirtDomains(h)
+	for _, d := range devices {
+		add := func(format string, a ...any) {
+			out = append(out, Holder{Device: d.Name, Kind: Owner, What: fmt.Sprintf(format, a...)})
+		}
+		if driver, err := h.String(path.Join("etc/driverctl.d", "pci-"+d.Name)); err == nil && !iommu.IsVFIODriver(driver) {
+			add("is set to driver %s by driverctl", strings.TrimSpace(driver))
+		}
+		if h.Exists(path.Join("etc/sriov-operator/pci", d.Name)) {
+			add("is managed by the SR-IOV network operator")
+		}
+		for line := range strings.Lines(string(reserved)) {
+			if f := strings.Fields(line); len(f) > 1 && f[0] == d.Name {
+				add("is reserved for Proxmox guest %s", f[1])
+			}
+		}
+		for name, xml := range domains {
+			if strings.Contains(xml, hostdev(d.Address)) {
+				add("is given to libvirt domain %s", name)
+			}
+		}
+	}
+	return out, nil
+}
+
+// libvirtDomains are the status files of the running domains, by name.
+func libvirtDomains(h *iommu.Host) map[string]string {
+	const dir = "run/libvirt/qemu"
+	out := map[string]string{}
+	names, err := h.Names(dir)
+	if err != nil {
+		return out
+	}
+	for _, n := range names {
+		if domain, ok := strings.CutSuffix(n, ".xml"); ok {
+			if b, err := h.Read(path.Join(dir, n)); err == nil {
+				out[domain] = string(b)
+			}
+		}
+	}
+	return out
+}
+
+// hostdev is how libvirt writes the address of a host device; a guest's own addresses have a type before them.
+func hostdev(a iommu.Address) string {
+	return fmt.Sprintf("<address domain='0x%04x' bus='0x%02x' slot='0x%02x' function='0x%x'/>", a.Domain, a.Bus, a.Device, a.Function)
+}
+
+// ClaimedByID reports whether vfio-pci.ids= on the kernel's command line, or in modprobe's files, claims a device by its ids,
+// and where: it will have it again after the next boot, and wherever else the host's driver lets go of it.
+func ClaimedByID(h *iommu.Host, id iommu.ID) (where string, claimed bool) {
+	want := fmt.Sprintf("%04x:%04x", id.Vendor, id.Device)
+	claims := func(ids string) bool {
+		for one := range strings.SplitSeq(ids, ",") {
+			f := strings.Split(one, ":")
+			if len(f) >= 2 && strings.EqualFold(f[0]+":"+f[1], want) {
+				return true
+			}
+		}
+		return false
+	}
+	line, _ := h.String("proc/cmdline")
+	for word := range strings.FieldsSeq(line) {
+		key, ids, _ := strings.Cut(word, "=")
+		if strings.ReplaceAll(key, "-", "_") == "vfio_pci.ids" && claims(ids) {
+			return "the kernel command line", true
+		}
+	}
+	for _, dir := range []string{"etc/modprobe.d", "run/modprobe.d", "usr/lib/modprobe.d", "lib/modprobe.d"} {
+		names, _ := h.Names(dir)
+		for _, n := range names {
+			b, err := h.Read(path.Join(dir, n))
+			if err != nil {
+				continue
+			}
+			for line := range strings.Lines(string(b)) {
+				f := strings.Fields(line)
+				if len(f) < 3 || f[0] != "options" || strings.ReplaceAll(f[1], "-", "_") != "vfio_pci" {
+					continue
+				}
+				for _, option := range f[2:] {
+					if ids, ok := strings.CutPrefix(option, "ids="); ok && claims(ids) {
+						return "/" + path.Join(dir, n), true
+					}
+				}
+			}
+		}
+	}
+	return "", false
+}

@@ -1,0 +1,129 @@
+package vfio
+
+import (
+	"errors"
+	"os"
+	"path"
+	"strconv"
+	"strings"
+	"time"
+
+	"viaduct/internal/journal"
+	"viaduct/iommu"
+)
+
+// The journal has two kinds of records. change-ADDRESS is there while a device changes drivers, written before the first
+// write and removed after the last check: one that nobody is at work on is of a run that was interrupted. taken-ADDRESS is
+// there as long as a device is taken and says what it had.
+
+// changeRecord is a change that is under way.
+type changeRecord struct {
+	Op      string          `json:"op"` // take or give
+	Unit    []iommu.Address `json:"unit"`
+	Change  Change          `json:"change"`
+	Command process         `json:"command"`
+	Writer  *process        `json:"writer"`
+	Since   time.Time       `json:"since"`
+	Stuck   string          `json:"stuck,omitempty"` // the write that had not returned when the command ended
+	Nodes   []node          `json:"nodes"`           // what led to the device: they are gone while an unbind waits for who has them open
+}
+
+const (
+	opTake = "take"
+	opGive = "give"
+)
+
+// takenRecord is what a taken device had.
+type takenRecord struct {
+	Vendor    uint16   `json:"vendor"` // an address is no identity: the ids must still be the same
+	Device    uint16   `json:"device"`
+	Driver    string   `json:"driver"`
+	Override  string   `json:"driver_override"`
+	Identity  Identity `json:"identity"`
+	NodeOwner string   `json:"node_owner,omitempty"`
+}
+
+// Identity is what tells a device from all others for longer than its address does. A device on a vfio driver has no network
+// interface to ask for its MAC address, so it is recorded when the device is taken.
+type Identity struct {
+	Path   string            `json:"path,omitempty"` // see iommu.PhysicalPath
+	Serial string            `json:"serial,omitempty"`
+	ID     iommu.ID          `json:"id"`
+	MACs   map[string]string `json:"macs,omitempty"` // permanent where the interface tells, by interface
+}
+
+func takenKey(a iommu.Address) string  { return "taken-" + a.String() }
+func changeKey(a iommu.Address) string { return journal.Changing + a.String() }
+
+// taken is what a device had when it was taken.
+func (b *Binder) taken(d *iommu.Device) (r takenRecord, known bool, err error) {
+	known, err = b.Journal.Get(takenKey(d.Address), &r)
+	if !known || r.Vendor != d.Vendor || r.Device != d.Device {
+		return takenRecord{}, false, err
+	}
+	return r, true, nil
+}
+
+// holders are the processes that a change waits for.
+func (r *changeRecord) holders(h *iommu.Host) []Holder {
+	d := &iommu.Device{Name: r.Change.Device.String(), Address: r.Change.Device}
+	nodes := map[node]*iommu.Device{}
+	for _, n := range r.Nodes {
+		nodes[n] = d
+	}
+	found, _ := openIn(h, []*iommu.Device{d}, nodes)
+	return found
+}
+
+func (b *Binder) change(a iommu.Address) (r changeRecord, known bool, err error) {
+	known, err = b.Journal.Get(changeKey(a), &r)
+	return r, known, err
+}
+
+// Forget drops what the journal keeps of VFs that are no more.
+func (b *Binder) Forget(vfs []iommu.VF) error {
+	var errs []error
+	for _, vf := range vfs {
+		errs = append(errs, b.Journal.Delete(takenKey(vf.Address)), b.disown(vf.Address))
+	}
+	return errors.Join(errs...)
+}
+
+// startTime is when a process started, in clock ticks since the boot: field 22 of proc_pid_stat(5).
+func startTime(h *iommu.Host, pid int) (uint64, bool) {
+	stat, err := h.String(path.Join("proc", strconv.Itoa(pid), "stat"))
+	if err != nil {
+		return 0, false
+	}
+	f := strings.Fields(stat[strings.LastIndexByte(stat, ')')+1:]) // the name may hold anything
+	if len(f) < 20 {
+		return 0, false
+	}
+	start, err := strconv.ParseUint(f[19], 10, 64)
+	return start, err == nil
+}
+
+func self(h *iommu.Host) process {
+	start, _ := startTime(h, os.Getpid())
+	return process{os.Getpid(), start}
+}
+
+// alive reports whether any thread of a process still runs. One that was killed in a write lives on without its first thread.
+func (p process) alive(h *iommu.Host) bool {
+	if start, ok := startTime(h, p.PID); !ok || start != p.Start {
+		return false
+	}
+	dir := path.Join("proc", strconv.Itoa(p.PID), "task")
+	threads, err := h.Names(dir)
+	if err != nil {
+		return false
+	}
+	for _, t := range threads {
+		stat, err := h.String(path.Join(dir, t, "stat"))
+		f := strings.Fields(stat[strings.LastIndexByte(stat, ')')+1:])
+		if err == nil && len(f) > 0 && f[0] != "Z" && f[0] != "X" {
+			return true
+		}
+	}
+	return false
+}

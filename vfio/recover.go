@@ -1,0 +1,123 @@
+package vfio
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"viaduct/internal/journal"
+	"viaduct/iommu"
+)
+
+// Recovered is what became of a device whose change had been interrupted.
+type Recovered struct {
+	Device iommu.Address
+	What   string
+	Err    error
+}
+
+// Recover finishes or undoes what interrupted runs left: a take that did not get through is undone, unless its whole unit is
+// there; a device that was on its way back goes there. What another viaduct is at work on is left alone, and what still waits
+// in a write is reported with a *StuckError.
+func (b *Binder) Recover() ([]Recovered, error) {
+	l, err := b.openLocks()
+	if l == nil {
+		return nil, err
+	}
+	keys, err := b.Journal.Keys(journal.Changing)
+	if err != nil {
+		return nil, err
+	}
+	records := map[iommu.Address]changeRecord{}
+	var out []Recovered
+	for _, k := range keys {
+		a, err := iommu.ParseAddress(strings.TrimPrefix(k, journal.Changing))
+		if err != nil {
+			continue
+		}
+		ok := b.holds(a)
+		if !ok {
+			if ok, err = l.try(a); err != nil {
+				return nil, err
+			}
+		}
+		r, known, err := b.change(a) // it may have ended since the names were read
+		switch {
+		case !ok:
+			if err == nil && known && r.Writer != nil && r.Writer.alive(b.Host) && !r.Command.alive(b.Host) {
+				out = append(out, Recovered{a, "is still stuck", b.stillStuck(r)})
+			}
+			continue
+		case err != nil:
+			out = append(out, Recovered{a, "has a record that cannot be read", err})
+		case !known:
+		case r.Writer != nil && r.Writer.alive(b.Host):
+			out = append(out, Recovered{a, "is still stuck", b.stillStuck(r)})
+		default:
+			records[a] = r
+			continue
+		}
+		b.release(a)
+	}
+	for len(records) > 0 {
+		for _, r := range records {
+			var unit []changeRecord
+			for _, a := range r.Unit {
+				if m, ok := records[a]; ok {
+					unit = append(unit, m)
+					delete(records, a)
+				}
+			}
+			out = append(out, b.recoverUnit(unit)...)
+			for _, m := range unit {
+				b.release(m.Change.Device)
+			}
+			break
+		}
+	}
+	slices.SortFunc(out, func(a, b Recovered) int { return a.Device.Compare(b.Device) })
+	return out, nil
+}
+
+func (b *Binder) stillStuck(r changeRecord) error {
+	what := r.Stuck
+	if what == "" {
+		what = fmt.Sprintf("a write of viaduct (pid %d), which was killed,", r.Command.PID)
+	}
+	return &StuckError{Device: r.Change.Device, What: what, Writer: *r.Writer, Since: r.Since, Holders: r.holders(b.Host)}
+}
+
+func (b *Binder) recoverUnit(unit []changeRecord) []Recovered {
+	whole := true
+	for i := range unit {
+		c := &unit[i].Change
+		if b.check(*c) != nil || b.checkOverride(*c) != nil {
+			whole = false
+		}
+	}
+	var out []Recovered
+	for i := range unit {
+		c := &unit[i].Change
+		r := Recovered{Device: c.Device}
+		now, err := iommu.ReadDevice(b.Host, c.Device)
+		switch {
+		case errors.Is(err, iommu.ErrNotFound) || err == nil && now.ID != c.ID:
+			r.What, r.Err = "is gone", errors.Join(b.Journal.Delete(changeKey(c.Device)), b.Journal.Delete(takenKey(c.Device)))
+		case err != nil:
+			r.What, r.Err = "cannot be read", err
+		case unit[i].Op == opGive || whole:
+			r.What = "has arrived: its change had been interrupted"
+			if r.Err = b.arrive(c); r.Err == nil {
+				r.Err = b.settle(unit[i].Op, *c)
+			}
+		default:
+			r.What, r.Err = "was put back: its change had been interrupted", b.undo(*c, nil)
+		}
+		if r.Err != nil {
+			r.Err = fmt.Errorf("%s: %w", c.Device, r.Err)
+		}
+		out = append(out, r)
+	}
+	return out
+}

@@ -197,9 +197,7 @@ func (b *Binder) one(ctx context.Context, op string, unit []*iommu.Device, d *io
 	if stuck, ok := errors.AsType[*StuckError](err); ok { // the device is the child's until the write returns
 		stuck.Holders = r.holders(b.Host)
 		r.Stuck = stuck.What
-		err = errors.Join(err, b.Journal.Put(changeKey(d.Address), r))
-		b.abandon(d.Address)
-		return err
+		return errors.Join(err, b.Journal.Put(changeKey(d.Address), r))
 	}
 	if why := log.about(d.Name); why != "" {
 		err = fmt.Errorf("%w; the kernel says: %s", err, why)

@@ -231,7 +231,7 @@ func TestRecover(t *testing.T) {
 			<-killed
 			k.Before = nil
 			next := &Binder{Host: b.Host, Journal: b.Journal}
-			recovered, err := next.Recover()
+			recovered, err := next.Recover(context.Background(), false)
 			if err != nil {
 				t.Fatal(err)
 			}

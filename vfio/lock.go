@@ -59,9 +59,6 @@ func (l *locks) try(a iommu.Address) (bool, error) {
 
 // wait takes a device's lock, or fails when the context ends.
 func (l *locks) wait(ctx context.Context, a iommu.Address) error {
-	if ok, err := l.try(a); ok || err != nil {
-		return err
-	}
 	got := make(chan error)
 	go func() {
 		err := l.set(unix.F_OFD_SETLKW, unix.F_WRLCK, offset(a), 1)
@@ -97,7 +94,8 @@ func (l *locks) keepOnly(devices []iommu.Address) {
 }
 
 // Lock keeps every other viaduct from changing these devices until Close. It waits for one that does, at most for the
-// Binder's Timeout. Devices are locked in the order of their addresses, so that two commands never wait for each other.
+// Binder's Timeout, but not for a write that is known to be stuck: that device is left out, and [Binder.Recover] reports it.
+// Devices are locked in the order of their addresses, so that two commands never wait for each other.
 func (b *Binder) Lock(ctx context.Context, devices []*iommu.Device) error {
 	l, err := b.openLocks()
 	if l == nil {
@@ -111,9 +109,20 @@ func (b *Binder) Lock(ctx context.Context, devices []*iommu.Device) error {
 		if !d.PCI {
 			continue
 		}
-		if err := l.wait(ctx, d.Address); errors.Is(err, context.DeadlineExceeded) {
+		ok, err := l.try(d.Address)
+		if err == nil && !ok {
+			if r, known, readErr := b.change(d.Address); readErr == nil && known && r.Stuck != "" && r.orphan(b.Host) {
+				continue
+			}
+			err = l.wait(ctx, d.Address)
+		}
+		if errors.Is(err, context.DeadlineExceeded) {
+			if r, known, err := b.change(d.Address); err == nil && known && r.orphan(b.Host) {
+				continue
+			}
 			return b.busy(d.Address)
-		} else if err != nil {
+		}
+		if err != nil {
 			return err
 		}
 		b.mu.Lock()
@@ -140,20 +149,9 @@ func (b *Binder) release(a iommu.Address) {
 	}
 }
 
-// abandon frees a device whose write is stuck: its record is what keeps others away from it.
-func (b *Binder) abandon(a iommu.Address) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	delete(b.held, a)
-	b.locks.free(a)
-}
-
 // busy says who is changing a device.
 func (b *Binder) busy(a iommu.Address) error {
 	r, known, err := b.change(a)
-	if err == nil && known && r.Writer != nil && !r.Command.alive(b.Host) && r.Writer.alive(b.Host) {
-		return &RefusedError{What: "change " + a.String(), Reasons: []string{b.stillStuck(r).Error()}}
-	}
 	if err != nil || !known {
 		return fmt.Errorf("%s: another viaduct has been changing it for %s; try again, or with a longer --timeout", a, b.timeout())
 	}

@@ -75,6 +75,11 @@ func (r *changeRecord) holders(h *iommu.Host) []Holder {
 	return found
 }
 
+// orphan reports whether the child still writes for a command that is over.
+func (r *changeRecord) orphan(h *iommu.Host) bool {
+	return r.Writer != nil && r.Writer.alive(h) && !r.Command.alive(h)
+}
+
 func (b *Binder) change(a iommu.Address) (r changeRecord, known bool, err error) {
 	known, err = b.Journal.Get(changeKey(a), &r)
 	return r, known, err

@@ -1,6 +1,7 @@
 package vfio
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -19,8 +20,8 @@ type Recovered struct {
 
 // Recover finishes or undoes what interrupted runs left: a take that did not get through is undone, unless its whole unit is
 // there; a device that was on its way back goes there. What another viaduct is at work on is left alone, and what still waits
-// in a write is reported with a *StuckError.
-func (b *Binder) Recover() ([]Recovered, error) {
+// in a write is reported with a *StuckError, with wait only after the Binder's Timeout.
+func (b *Binder) Recover(ctx context.Context, wait bool) ([]Recovered, error) {
 	l, err := b.openLocks()
 	if l == nil {
 		return nil, err
@@ -29,6 +30,8 @@ func (b *Binder) Recover() ([]Recovered, error) {
 	if err != nil {
 		return nil, err
 	}
+	ctx, cancel := context.WithTimeout(ctx, b.timeout())
+	defer cancel()
 	records := map[iommu.Address]changeRecord{}
 	var out []Recovered
 	for _, k := range keys {
@@ -43,17 +46,20 @@ func (b *Binder) Recover() ([]Recovered, error) {
 			}
 		}
 		r, known, err := b.change(a) // it may have ended since the names were read
-		switch {
-		case !ok:
-			if err == nil && known && r.Writer != nil && r.Writer.alive(b.Host) && !r.Command.alive(b.Host) {
+		if !ok && err == nil && known && r.orphan(b.Host) {
+			if wait && r.Stuck == "" && l.wait(ctx, a) == nil {
+				ok = true
+				r, known, err = b.change(a)
+			} else {
 				out = append(out, Recovered{a, "is still stuck", b.stillStuck(r)})
 			}
+		}
+		switch {
+		case !ok:
 			continue
 		case err != nil:
 			out = append(out, Recovered{a, "has a record that cannot be read", err})
 		case !known:
-		case r.Writer != nil && r.Writer.alive(b.Host):
-			out = append(out, Recovered{a, "is still stuck", b.stillStuck(r)})
 		default:
 			records[a] = r
 			continue

@@ -182,7 +182,7 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) error
 		if err := b.Lock(ctx, slices.Concat(units...)); err != nil {
 			return err
 		}
-		if gate.Stuck, err = e.recovered(b.Recover()); err != nil {
+		if gate.Stuck, err = e.recovered(b.Recover(ctx, false)); err != nil {
 			return err
 		}
 		if t, err = iommu.Scan(h); err != nil { // as it is now that nobody else changes them
@@ -312,7 +312,9 @@ func recoverCommand(e *env) *cli.Command {
 			defer h.Close()
 			b := &vfio.Binder{Host: h, Journal: journal.In(journal.Dir)}
 			defer b.Close()
-			all, err := b.Recover()
+			ctx, stop := untilSignal(c.Context)
+			defer stop()
+			all, err := b.Recover(ctx, true)
 			errs := []error{err}
 			for _, r := range all {
 				if r.Err == nil {

@@ -3,6 +3,7 @@
 package labtest
 
 import (
+	"bufio"
 	"fmt"
 	"os"
 	"os/exec"
@@ -228,5 +229,65 @@ func TestFailures(t *testing.T) {
 			t.Errorf("%s: exit status %d, %s", f.what, r.status, r.stderr)
 		}
 	}
+	do(t, "vf", "destroy", spare)
+}
+
+// TestKills: bind and unbind are killed at each of their writes in turn, the command, the child that writes, or both. Whatever
+// is run next leaves the device fully taken or fully home, and no record.
+func TestKills(t *testing.T) {
+	shell(t, "modprobe igbvf")
+	do(t, "vf", "create", spare, "1", "--driver", "home")
+	shell(t, "udevadm settle")
+	vf := vfs(spare)[0]
+	const taken, home = "vfio-pci vfio-pci", "igbvf (null)"
+	state := func() string { return bound(vf) + " " + attr(devicesDir, vf, "driver_override") }
+	next := []struct{ command, leaves string }{{"bind " + vf, taken}, {"unbind " + vf, home}, {"recover", ""}}
+	kills := 0
+	for _, op := range []string{"bind", "unbind"} {
+		for _, whom := range []string{"parent", "child", "both"} {
+			for n := 1; ; n++ {
+				if op == "bind" {
+					do(t, "unbind", vf)
+				} else {
+					do(t, "bind", vf)
+				}
+				cmd := exec.Command("./killat", strconv.Itoa(n), whom, viaduct, op, vf)
+				var stderr strings.Builder
+				cmd.Stderr = &stderr
+				out, err := cmd.StdoutPipe()
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := cmd.Start(); err != nil {
+					t.Fatal(err)
+				}
+				line, _ := bufio.NewReader(out).ReadString('\n')
+				if line != "killed\n" {
+					_ = cmd.Wait()
+					if want := map[string]string{"bind": taken, "unbind": home}[op]; n < 3 || state() != want {
+						t.Fatalf("%s of %s ended by itself, %q at %d: %q, want %q\n%s", whom, op, line, n, state(), want, stderr.String())
+					}
+					break
+				}
+				if whom == "child" { // the command lives, and tells
+					_ = cmd.Wait()
+				}
+				then := next[kills%len(next)]
+				kills++
+				r := run(t, viaduct, strings.Fields(then.command)...)
+				if got := state(); got != taken && got != home || then.leaves != "" && got != then.leaves || r.status != 0 {
+					t.Errorf("%s killed at write %d of %s, then %s: %q, exit status %d\n%s%s%s", whom, n, op, then.command, got, r.status, r.stdout, r.stderr, stderr.String())
+				}
+				if left, _ := filepath.Glob("/run/viaduct/change-*"); len(left) > 0 {
+					t.Errorf("%s killed at write %d of %s, then %s: records are left: %v", whom, n, op, then.command, left)
+				}
+				if whom != "child" {
+					_ = cmd.Wait()
+				}
+			}
+		}
+	}
+	t.Logf("%d kills", kills)
+	do(t, "unbind", vf)
 	do(t, "vf", "destroy", spare)
 }

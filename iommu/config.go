@@ -3,6 +3,7 @@ package iommu
 import (
 	"encoding/binary"
 	"fmt"
+	"io"
 	"path"
 	"strings"
 
@@ -12,37 +13,46 @@ import (
 // ReadSerial reads a device's PCIe serial number, as "00-00-c9-ff-ff-00-00-00"; "" if it has none. It reads config space,
 // which wakes a sleeping device and, past its first 64 bytes, needs CAP_SYS_ADMIN.
 func ReadSerial(h *Host, a Address) (string, error) {
-	b, err := h.Read(path.Join(pciDevices, a.String(), "config"))
+	f, err := h.File(path.Join(pciDevices, a.String(), "config"))
 	if host.Absent(err) {
 		return "", nil
 	}
 	if err != nil {
 		return "", err
 	}
-	return serialNumber(b), nil
+	defer f.Close()
+	return serialNumber(f), nil
 }
 
 // serialNumber decodes the Device Serial Number capability (PCIe base specification 7.9.3: id 3, lower dword first).
-func serialNumber(config []byte) string {
+func serialNumber(config io.ReaderAt) string {
 	at := extendedCapability(config, 0x0003)
-	if at == 0 || at+12 > len(config) {
+	if at == 0 {
 		return ""
 	}
-	low, high := binary.LittleEndian.Uint32(config[at+4:]), binary.LittleEndian.Uint32(config[at+8:])
-	b := binary.BigEndian.AppendUint64(nil, uint64(high)<<32|uint64(low))
+	var number [8]byte
+	if n, _ := config.ReadAt(number[:], int64(at)+4); n < len(number) {
+		return ""
+	}
+	b := binary.BigEndian.AppendUint64(nil, binary.LittleEndian.Uint64(number[:]))
 	return strings.ReplaceAll(fmt.Sprintf("% x", b), " ", "-")
 }
 
 // extendedCapability finds an extended capability's offset in config space, 0 if it is not there. The list begins at 100h;
-// each header is id, version and the next offset (PCIe base specification 7.6.3).
-func extendedCapability(config []byte, id uint16) int {
+// each header is id, version and the next offset (PCIe base specification 7.6.3). Only the headers are read: each four bytes
+// are a transaction with the device.
+func extendedCapability(config io.ReaderAt, id uint16) int {
 	const first, size = 0x100, 0x1000
 	at := first
 	for range (size - first) / 8 { // no longer list fits, so a loop ends here
-		if at < first || at+4 > len(config) {
+		var b [4]byte
+		if at < first || at+4 > size {
 			return 0
 		}
-		header := binary.LittleEndian.Uint32(config[at:])
+		if n, _ := config.ReadAt(b[:], int64(at)); n < len(b) {
+			return 0
+		}
+		header := binary.LittleEndian.Uint32(b[:])
 		if header == 0 || header == 0xffffffff {
 			return 0
 		}

@@ -1,6 +1,7 @@
 package iommu
 
 import (
+	"bytes"
 	"encoding/binary"
 	"math"
 	"reflect"
@@ -147,7 +148,7 @@ func TestExtendedCapability(t *testing.T) {
 		"low bits of the next":  {chain(4096, map[int][2]int{0x100: {1, 0x14b}, 0x148: {3, 0}}), 3, 0x148},
 		"list as long as it is": {chain(4096, longest()), 3, 0xff8},
 	} {
-		if got := extendedCapability(c.config, c.id); got != c.want {
+		if got := extendedCapability(bytes.NewReader(c.config), c.id); got != c.want {
 			t.Errorf("%s: %#x, want %#x", name, got, c.want)
 		}
 	}
@@ -168,11 +169,11 @@ func TestSerialNumber(t *testing.T) {
 	binary.LittleEndian.PutUint32(b[0x144:], 0xff2a3b4c)
 	binary.LittleEndian.PutUint32(b[0x148:], 0x00001b21)
 	for size, want := range map[int]string{4096: "00-00-1b-21-ff-2a-3b-4c", 0x14c: "00-00-1b-21-ff-2a-3b-4c", 0x14b: "", 0x144: "", 64: ""} {
-		if got := serialNumber(b[:size]); got != want {
+		if got := serialNumber(bytes.NewReader(b[:size])); got != want {
 			t.Errorf("of %#x bytes: %q, want %q", size, got, want)
 		}
 	}
-	if got := serialNumber(chain(4096, map[int][2]int{0x100: {1, 0xffc}, 0xffc: {3, 0}})); got != "" {
+	if got := serialNumber(bytes.NewReader(chain(4096, map[int][2]int{0x100: {1, 0xffc}, 0xffc: {3, 0}}))); got != "" {
 		t.Errorf("at the end: %q", got)
 	}
 }
@@ -181,10 +182,10 @@ func FuzzConfig(f *testing.F) {
 	f.Add(chain(4096, map[int][2]int{0x100: {1, 0x140}, 0x140: {3, 0}}), uint16(3))
 	f.Add(chain(0x200, map[int][2]int{0x100: {1, 0x104}, 0x104: {1, 0x100}}), uint16(0xb))
 	f.Fuzz(func(t *testing.T, b []byte, id uint16) {
-		if at := extendedCapability(b, id); at != 0 && (at < 0x100 || at+4 > len(b) || binary.LittleEndian.Uint16(b[at:]) != id) {
+		if at := extendedCapability(bytes.NewReader(b), id); at != 0 && (at < 0x100 || at+4 > len(b) || binary.LittleEndian.Uint16(b[at:]) != id) {
 			t.Errorf("%#x of %#x", at, len(b))
 		}
-		if s := serialNumber(b); s != "" && len(s) != 23 {
+		if s := serialNumber(bytes.NewReader(b)); s != "" && len(s) != 23 {
 			t.Errorf("%q", s)
 		}
 	})

@@ -279,6 +279,19 @@ func readPath(h *Host, a Address) ([]Address, string, error) {
 	return chain[:len(chain)-1], PhysicalPath(pathAddresses(target)) + "/vf" + strconv.Itoa(index), nil
 }
 
+// PathOf is the physical path of a device that a [Scan] found, for which it needs one look.
+func PathOf(h *Host, d *Device) (string, error) {
+	a, end := d.Address, ""
+	if d.PhysFn != nil {
+		a, end = *d.PhysFn, "/vf"+strconv.Itoa(d.VFIndex)
+	}
+	target, err := h.Link(path.Join(pciDevices, a.String()))
+	if err != nil {
+		return "", err
+	}
+	return PhysicalPath(pathAddresses(target)) + end, nil
+}
+
 // pathAddresses are the PCI addresses in a sysfs path, from the root bus down.
 func pathAddresses(target string) []Address {
 	var chain []Address

@@ -248,6 +248,13 @@ func readNetdevs(h *Host, devices []Device) error {
 	return nil
 }
 
+// Netdevs are the network interfaces of one device.
+func Netdevs(h *Host, a Address) ([]string, error) {
+	one := []Device{{Address: a, PCI: true}}
+	err := readNetdevs(h, one)
+	return one[0].Netdevs, err
+}
+
 // lastAddress is the PCI device nearest to the end of a sysfs path.
 func lastAddress(target string) (Address, bool) {
 	for target != "" && target != "." && target != "/" {

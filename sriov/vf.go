@@ -245,6 +245,7 @@ func takeAll(ctx context.Context, b *vfio.Binder, pf iommu.Address) error {
 		if err != nil {
 			return err
 		}
+		vf.PhysFn, vf.VFIndex = &pf, v.Index
 		units = append(units, []*iommu.Device{&vf})
 	}
 	var errs []error

@@ -274,9 +274,12 @@ func (b *Binder) check(c Change) error {
 }
 
 func (b *Binder) checkOverride(c Change) error {
-	now, err := iommu.ReadDevice(b.Host, c.Device)
-	if err == nil && now.DriverOverride != c.ToOverride {
-		err = fmt.Errorf("%s: driver_override was set to %q and is %q", c.Device, c.ToOverride, now.DriverOverride)
+	now, err := b.Host.String(overrideOf(c.Device))
+	if now == "(null)" {
+		now = ""
+	}
+	if err == nil && now != c.ToOverride {
+		err = fmt.Errorf("%s: driver_override was set to %q and is %q", c.Device, c.ToOverride, now)
 	}
 	return err
 }
@@ -344,9 +347,12 @@ func (b *Binder) remember(d *iommu.Device) error {
 // identify is what can be said of a device while its own driver has it. What cannot be read is left out.
 func (b *Binder) identify(d *iommu.Device) Identity {
 	id := Identity{ID: d.ID}
-	if details, err := iommu.ReadDetails(b.Host, d.Address); err == nil {
-		id.Path, id.MACs = details.Path, permanentMACs(details.MACs)
+	id.Path, _ = iommu.PathOf(b.Host, d)
+	if d.PhysFn == nil { // a VF has no number of its own, and reading config space takes time
+		id.Serial, _ = iommu.ReadSerial(b.Host, d.Address)
 	}
-	id.Serial, _ = iommu.ReadSerial(b.Host, d.Address)
+	if len(d.Netdevs) > 0 {
+		id.MACs = permanentMACs(b.Host, d.Netdevs)
+	}
 	return id
 }

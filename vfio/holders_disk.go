@@ -79,7 +79,7 @@ const blockClass = "sys/class/block"
 
 // blockDevices are a device's disks and all that is made of them, by name.
 func blockDevices(h *iommu.Host, d *iommu.Device) ([]string, error) {
-	if !d.PCI {
+	if !d.PCI || d.Driver == "" || iommu.IsVFIODriver(d.Driver) {
 		return nil, nil
 	}
 	classes, err := iommu.ClassDevices(h, d.Address)

@@ -336,14 +336,18 @@ func parseTCP(b []byte, peers map[string]net.IP) {
 	}
 }
 
-// permanentMACs replaces the addresses that interfaces have by those they were made with, where the kernel knows these.
-func permanentMACs(macs map[string]string) map[string]string {
+// permanentMACs are the addresses that interfaces were made with, or those they have where the kernel does not know these.
+func permanentMACs(h *iommu.Host, names []string) map[string]string {
 	out := map[string]string{}
-	for name, mac := range macs {
-		out[name] = mac
-		l, err := netlink.LinkByName(name)
-		if err == nil && len(l.Attrs().PermHWAddr) > 0 {
-			out[name] = l.Attrs().PermHWAddr.String()
+	for _, n := range names {
+		if mac, err := h.String(path.Join(netClass, n, "address")); err == nil {
+			out[n] = mac
+		}
+		if !h.Live() {
+			continue
+		}
+		if l, err := netlink.LinkByName(n); err == nil && len(l.Attrs().PermHWAddr) > 0 {
+			out[n] = l.Attrs().PermHWAddr.String()
 		}
 	}
 	return out

@@ -99,12 +99,12 @@ func (t *tracer) trace() error {
 			continue
 		}
 		signal := 0
-		switch s := status.StopSignal(); {
-		case s == unix.SIGTRAP|0x80:
+		switch s := status.StopSignal(); s {
+		case unix.SIGTRAP | 0x80:
 			if t.atWrite(pid) && t.kill(pid) {
 				continue
 			}
-		case s == unix.SIGTRAP, s == unix.SIGSTOP: // events, and threads that begin
+		case unix.SIGTRAP, unix.SIGSTOP: // events, and threads that begin
 		default:
 			signal = int(s)
 		}

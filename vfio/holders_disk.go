@@ -238,7 +238,7 @@ func mountTables(h *iommu.Host) ([]mountTable, error) {
 func parseMount(line string) (number, where, source string, ok bool) {
 	f := strings.Fields(line)
 	sep := slices.Index(f, "-")
-	if len(f) < 5 || sep < 0 || sep+2 >= len(f) {
+	if sep < 6 || sep+2 >= len(f) {
 		return "", "", "", false
 	}
 	return f[2], f[4], f[sep+2], true

@@ -221,7 +221,12 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) error
 		results = c.apply(b, ctx, pass)
 	}
 	views := []changeView{}
+	claimed := map[iommu.ID]bool{}
 	for _, r := range results {
+		if where, ok := vfio.ClaimedByID(h, r.ID); ok && !iommu.IsVFIODriver(r.To) && !claimed[r.ID] {
+			claimed[r.ID] = true
+			e.note("vfio-pci.ids= in %s claims all %04x:%04x: at the next boot vfio-pci has them again", where, r.ID.Vendor, r.ID.Device)
+		}
 		views = append(views, viewChange(r.Change, r.Err))
 		errs = append(errs, r.Err)
 	}

@@ -57,14 +57,12 @@ func TestHolders(t *testing.T) {
 	}
 	for _, use := range []struct{ what, begin, end, says string }{
 		{"device-mapper", "dmsetup create dm-test --table \"0 8192 linear $disk 0\"", "dmsetup remove dm-test", "under device-mapper dm-test"},
+		{"LVM", "pvcreate -qy $disk; vgcreate -qy vg0 $disk; lvcreate -qy -Zn -L 8M -n lv0 vg0", "vgremove -qfy vg0; pvremove -qffy $disk", "under LVM vg0-lv0"},
+		{"md", "mdadm --create /dev/md7 --run --force --quiet --level=1 --raid-devices=1 $disk", "mdadm --stop --quiet /dev/md7; mdadm --zero-superblock $disk", "under md raid1"},
 		{"a mount in another mount namespace", "mkfs.ext4 -qF $disk; mkdir -p /run/mnt2; unshare -m sh -c 'mount '$disk' /run/mnt2; echo $$ > /run/mnt2.pid; exec sleep 1000' </dev/null >/dev/null 2>&1 & " +
 			"until [ -s /run/mnt2.pid ]; do sleep 0.1; done", "kill $(cat /run/mnt2.pid); rm /run/mnt2.pid; until wipefs -qa $disk; do sleep 0.1; done", "mounted on /run/mnt2 in the mount namespace"},
 		{"an open disk", "sleep 1000 < $disk >/dev/null 2>&1 & echo $! > /run/open.pid", "kill $(cat /run/open.pid)", "(sleep)"},
 	} {
-		if strings.Contains(use.begin, "dmsetup") && run(t, "sh", "-c", "command -v dmsetup").status != 0 {
-			t.Logf("skipped: %s: the lab has no dmsetup", use.what)
-			continue
-		}
 		shell(t, "disk="+disk+"; "+use.begin)
 		refused(use.what, use.says, "bind", nvme)
 		shell(t, "disk="+disk+"; "+use.end)
@@ -83,6 +81,30 @@ func TestHolders(t *testing.T) {
 	shell(t, "udevadm settle")
 	root := filepath.Base(shell(t, "readlink -f /sys/class/block/vda/device/.."))
 	refused("the host's own disk by force", "cannot be forced", "bind", root, "--force=mount", "--force=process")
+}
+
+// TestSSH: the port that somebody is logged in over is not taken, wherever the command is run from: sudo and tmux keep no
+// environment that would tell.
+func TestSSH(t *testing.T) {
+	pf := netdev(t, spare)
+	do(t, "vf", "create", spare, "1", "--driver", "home")
+	shell(t, "udevadm settle")
+	vf := netdev(t, vfs(spare)[0])
+	shell(t, "ip link set "+pf+" up; ip addr add 10.9.0.1/24 dev "+pf+"; ip netns add client; ip link set "+vf+" netns client; "+
+		"ip -n client link set lo up; ip -n client link set "+vf+" up; ip -n client addr add 10.9.0.2/24 dev "+vf)
+	shell(t, "mkdir -p /root/.ssh /run/sshd; chmod 700 /root/.ssh; rm -f /root/.ssh/id_ed25519; ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/id_ed25519; "+
+		"cp /root/.ssh/id_ed25519.pub /root/.ssh/authorized_keys; ssh-keygen -A >/dev/null; "+
+		"/usr/sbin/sshd -o PidFile=/run/sshd-test.pid -o ListenAddress=10.9.0.1 -o UsePAM=no -o UseDNS=no")
+	shell(t, "until ip netns exec client ping -c 1 -W 1 10.9.0.1 >/dev/null; do :; done; "+
+		"ip netns exec client ssh -o StrictHostKeyChecking=no -o BatchMode=yes root@10.9.0.1 'touch /run/logged-in; exec sleep 1000' </dev/null >/dev/null 2>&1 & "+
+		"echo $! >/run/ssh.pid; until [ -e /run/logged-in ]; do sleep 0.2; done")
+	before := fingerprint()
+	r := run(t, "env", "-i", "setsid", "-w", viaduct, "bind", spare)
+	if r.status != 3 || !strings.Contains(r.stderr, "the ssh connection of 10.9.0.2") || fingerprint() != before {
+		t.Errorf("bind of the port somebody is logged in over: exit status %d, %s", r.status, r.stderr)
+	}
+	shell(t, "kill $(cat /run/ssh.pid) $(cat /run/sshd-test.pid); ip netns del client; ip addr flush dev "+pf)
+	do(t, "vf", "destroy", spare)
 }
 
 // TestStuck: a device that somebody has open is given back. The write waits; the command does not, list neither, and the next

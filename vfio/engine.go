@@ -77,10 +77,19 @@ const parallel = 8
 // each plans all units, with the modules they need, and carries out several at a time.
 func (b *Binder) each(ctx context.Context, op string, units [][]*iommu.Device, plan func(*iommu.Device) (Change, error)) []Result {
 	results := make([][]Result, len(units))
+	locked := b.Lock(ctx, slices.Concat(units...)) // what the caller has locked stays so
 	for i, unit := range units {
 		results[i] = make([]Result, len(unit))
 		for j, d := range unit {
-			results[i][j].Change, results[i][j].Err = b.loaded(ctx, d, plan)
+			r := &results[i][j]
+			switch {
+			case locked != nil:
+				r.Change, r.Err = begin(d), locked
+			case b.Journal != nil && d.PCI && !b.holds(d.Address):
+				r.Change, r.Err = begin(d), fmt.Errorf("%s is stuck in an earlier change (viaduct recover says why)", d.Name)
+			default:
+				r.Change, r.Err = b.loaded(ctx, d, plan)
+			}
 		}
 	}
 	todo := make(chan int)

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -229,6 +230,7 @@ func TestRecover(t *testing.T) {
 				}
 			}()
 			<-killed
+			b.Close() // as the kernel does for it
 			k.Before = nil
 			next := &Binder{Host: b.Host, Journal: b.Journal}
 			recovered, err := next.Recover(context.Background(), false)
@@ -248,6 +250,33 @@ func TestRecover(t *testing.T) {
 				t.Errorf("%s, killed before write %d: records are left: %q", op, n+1, keys)
 			}
 		}
+	}
+}
+
+// Two commands at once: the second waits for the device, and only for that one.
+func TestLock(t *testing.T) {
+	_, first := newKernel(t)
+	second := &Binder{Host: first.Host, Journal: first.Journal, Timeout: 50 * time.Millisecond}
+	defer second.Close()
+	a, other := read(t, first, igb), read(t, first, e1000)
+	if err := first.Lock(context.Background(), []*iommu.Device{a}); err != nil {
+		t.Fatal(err)
+	}
+	if err := second.Lock(context.Background(), []*iommu.Device{other}); err != nil {
+		t.Errorf("another device: %v", err)
+	}
+	if r := second.Take(context.Background(), [][]*iommu.Device{{a}}, Auto); r[0].Err == nil || !strings.Contains(r[0].Err.Error(), "another viaduct") {
+		t.Errorf("the same device: %v", r[0].Err)
+	}
+	if got := state(t, first, igb); got != [2]string{"igb", ""} {
+		t.Errorf("%q was touched", got)
+	}
+	second.Timeout = time.Minute
+	got := make(chan error)
+	go func() { got <- second.Lock(context.Background(), []*iommu.Device{a}) }()
+	first.Close()
+	if err := <-got; err != nil {
+		t.Errorf("after the first has ended: %v", err)
 	}
 }
 

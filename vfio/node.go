@@ -75,6 +75,9 @@ func (b *Binder) nodes(ctx context.Context, unit []*iommu.Device) error {
 	ctx, cancel := context.WithTimeout(ctx, b.timeout())
 	defer cancel()
 	for _, d := range unit {
+		if driver, err := b.Host.LinkBase(path.Join(devicePath(d.Address), "driver")); err != nil || !iommu.IsVFIODriver(driver) {
+			continue // pci-stub makes none
+		}
 		group, err := b.Host.LinkBase(path.Join(devicePath(d.Address), "iommu_group"))
 		if err != nil {
 			return err
@@ -105,6 +108,9 @@ func (b *Binder) nodes(ctx context.Context, unit []*iommu.Device) error {
 			if err := errors.Join(os.Chown(f, b.Owner.UID, b.Owner.GID), os.Chmod(f, os.FileMode(b.Owner.mode()))); err != nil {
 				return err
 			}
+		}
+		if err := b.own(d); err != nil { // also of one that was taken before
+			return err
 		}
 	}
 	return nil

@@ -106,12 +106,13 @@ func (g *Gate) GiveBack(units [][]*iommu.Device) ([]error, error) {
 	return out, nil
 }
 
-// of are the holders of a unit. Who has a device that is taken already is no reason against taking it.
+// of are the holders of a unit. Who has a device that is taken already is no reason against taking it, nor who has one that
+// is at home against giving it back.
 func of(unit []*iommu.Device, holders []Holder, take bool) []Holder {
 	var out []Holder
 	for _, h := range holders {
 		i := slices.IndexFunc(unit, func(d *iommu.Device) bool { return d.Name == h.Device })
-		if i >= 0 && (!take || !iommu.IsVFIODriver(unit[i].Driver)) {
+		if i >= 0 && take != iommu.IsVFIODriver(unit[i].Driver) {
 			out = append(out, h)
 		}
 	}

@@ -251,6 +251,14 @@ func TestFailures(t *testing.T) {
 			t.Errorf("%s: exit status %d, %s", f.what, r.status, r.stderr)
 		}
 	}
+	do(t, "bind", vf, "--driver", "pci-stub") // of which there are no nodes to wait for
+	if bound(vf) != "pci-stub" {
+		t.Errorf("--driver pci-stub: it is on %q", bound(vf))
+	}
+	do(t, "unbind", vf)
+	if bound(vf) != "" || attr(devicesDir, vf, "driver_override") != "none" {
+		t.Errorf("given back from pci-stub: on %q", bound(vf))
+	}
 	do(t, "vf", "destroy", spare)
 }
 

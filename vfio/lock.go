@@ -59,23 +59,33 @@ func (l *locks) try(a iommu.Address) (bool, error) {
 
 // wait takes a device's lock, or fails when the context ends.
 func (l *locks) wait(ctx context.Context, a iommu.Address) error {
-	got := make(chan error)
-	go func() {
-		err := l.set(unix.F_OFD_SETLKW, unix.F_WRLCK, offset(a), 1)
-		select {
-		case got <- err:
-		case <-ctx.Done():
-			if err == nil {
-				l.free(a)
-			}
+	for {
+		if ok, err := l.try(a); ok || err != nil {
+			return err
 		}
-	}()
-	select {
-	case err := <-got:
-		return err
-	case <-ctx.Done():
-		return ctx.Err()
+		free := make(chan error, 1)
+		go func() { free <- awaitFree(l.file.Name(), a) }()
+		select {
+		case err := <-free:
+			if err != nil {
+				return err
+			}
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 	}
+}
+
+// awaitFree returns once nobody has the device. It waits with a file of its own, as the wait cannot be cut off, and nobody
+// may close the file below it.
+func awaitFree(name string, a iommu.Address) error {
+	f, err := os.OpenFile(name, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	own := locks{f}
+	return own.set(unix.F_OFD_SETLKW, unix.F_WRLCK, offset(a), 1)
 }
 
 func (l *locks) free(a iommu.Address) { _ = l.set(unix.F_OFD_SETLK, unix.F_UNLCK, offset(a), 1) }

@@ -92,6 +92,12 @@ func (d *Device) Blocks() bool {
 // mlx5_vfio_pci, xe-vfio-pci, vfio-platform, vfio_mdev.
 func IsVFIODriver(name string) bool { return strings.Contains(name, "vfio") }
 
+// Modalias is what the kernel matches drivers by; see [ParseModalias].
+func (id ID) Modalias() string {
+	return fmt.Sprintf("pci:v%08Xd%08Xsv%08Xsd%08Xbc%02Xsc%02Xi%02X",
+		id.Vendor, id.Device, id.Subvendor, id.Subdevice, id.Class>>16, id.Class>>8&0xff, id.Class&0xff)
+}
+
 // ParseModalias decodes a PCI modalias: pci:v00008086d000010CAsv...sd...bc02sc00i00 (drivers/pci/pci-sysfs.c, modalias_show).
 func ParseModalias(s string) (ID, error) {
 	rest, ok := strings.CutPrefix(s, "pci:")
@@ -132,12 +138,9 @@ func readDevice(dir *host.Dir, name string, override bool) (Device, error) {
 		return d, err
 	}
 	if override {
-		if d.DriverOverride, err = optional(dir.String("driver_override")); err != nil {
+		if d.DriverOverride, err = optional(driverOverride(dir.String("driver_override"))); err != nil {
 			return d, err
 		}
-	}
-	if d.DriverOverride == "(null)" {
-		d.DriverOverride = ""
 	}
 	if node, err := dir.SteadyInt("numa_node"); err == nil {
 		d.NUMANode = node
@@ -159,6 +162,29 @@ func readDevice(dir *host.Dir, name string, override bool) (Device, error) {
 		return d, fmt.Errorf("%s: %w", dir.Path("modalias"), err)
 	}
 	return d, nil
+}
+
+// ReadDriver reads the driver that a device is on, "" if it is on none.
+func ReadDriver(h *Host, a Address) (string, error) {
+	dir := path.Join(pciDevices, a.String())
+	driver, err := h.LinkBase(path.Join(dir, "driver"))
+	if host.Absent(err) && h.Exists(dir) {
+		return "", nil
+	}
+	return driver, err
+}
+
+// ReadDriverOverride reads the override that a device has, "" if it has none.
+func ReadDriverOverride(h *Host, a Address) (string, error) {
+	return driverOverride(h.String(path.Join(pciDevices, a.String(), "driver_override")))
+}
+
+// driverOverride: the kernel prints no override as C prints a null pointer.
+func driverOverride(s string, err error) (string, error) {
+	if s == "(null)" {
+		s = ""
+	}
+	return s, err
 }
 
 func optional(s string, err error) (string, error) {

@@ -2,6 +2,7 @@ package vfio
 
 import (
 	"bytes"
+	"fmt"
 	"path"
 	"strings"
 
@@ -63,18 +64,34 @@ func glob(pattern, s string) bool {
 	return false
 }
 
-// readAliases is modules.alias of the running kernel, empty if there is none.
+// readAliases are the aliases of the running kernel's modules, those that are built in included, as modules.alias has them;
+// empty if there are no such files.
 func readAliases(h *iommu.Host) ([]byte, error) {
 	release, err := h.String("proc/sys/kernel/osrelease")
 	if err != nil {
 		return nil, err
 	}
 	for _, dir := range []string{"lib/modules", "usr/lib/modules"} {
-		if b, err := h.Read(path.Join(dir, release, "modules.alias")); err == nil {
-			return b, nil
+		loadable, err := h.Read(path.Join(dir, release, "modules.alias"))
+		if err == nil {
+			builtin, _ := h.Read(path.Join(dir, release, "modules.builtin.modinfo"))
+			return append(builtinAliases(builtin), loadable...), nil
 		}
 	}
 	return nil, nil
+}
+
+// builtinAliases makes lines of modules.alias out of modules.builtin.modinfo, which holds MODULE.KEY=VALUE, each ended by a
+// zero byte.
+func builtinAliases(modinfo []byte) []byte {
+	var out []byte
+	for entry := range bytes.SplitSeq(modinfo, []byte{0}) {
+		key, pattern, _ := bytes.Cut(entry, []byte{'='})
+		if module, ok := bytes.CutSuffix(key, []byte(".alias")); ok {
+			out = fmt.Appendf(out, "alias %s %s\n", pattern, module)
+		}
+	}
+	return out
 }
 
 // driverOf is the name of the PCI driver that a loaded module registered, "" if it is not loaded or has none. The two names
@@ -99,10 +116,7 @@ func registered(h *iommu.Host, driver string) bool {
 // candidates are the modules for a device: with vfio, those that pass it through, with vfio_pci as the last resort, without,
 // those that drive it. The vfio_pci: aliases are of drivers/vfio/pci, as include/linux/mod_devicetable.h has them.
 func (b *Binder) candidates(d *iommu.Device, vfio bool) ([]string, error) {
-	alias, err := b.Host.Steady(path.Join(devicePath(d.Address), "modalias"))
-	if err != nil {
-		return nil, err
-	}
+	alias := d.Modalias()
 	if vfio {
 		alias = "vfio_" + alias
 	}
@@ -113,6 +127,7 @@ func (b *Binder) candidates(d *iommu.Device, vfio bool) ([]string, error) {
 	}
 	if b.modules == nil {
 		b.modules = map[string][]string{}
+		var err error
 		if b.aliases, err = readAliases(b.Host); err != nil {
 			return nil, err
 		}
@@ -139,21 +154,24 @@ func (b *Binder) chooseVFIO(d *iommu.Device, wish string) (driver, module string
 	if len(modules) == 0 || modules[0] == genericModule {
 		return b.chooseVFIO(d, generic)
 	}
-	if driver := driverOf(b.Host, modules[0]); driver != "" {
-		return driver, "", nil
-	}
-	return modules[0], modules[0], nil
+	driver, module = b.choose(modules[0])
+	return driver, module, nil
 }
 
-// chooseHome finds the driver that the host would use for a device; "" leaves the choice to the kernel, as when the driver
-// is built in and so in no modules.alias.
+// choose is a module's driver, and the module if it has to be loaded first.
+func (b *Binder) choose(name string) (driver, module string) {
+	if driver := driverOf(b.Host, name); driver != "" {
+		return driver, ""
+	}
+	return name, name
+}
+
+// chooseHome finds the driver that the host would use for a device; "" leaves the choice to the kernel.
 func (b *Binder) chooseHome(d *iommu.Device) (driver, module string, err error) {
 	modules, err := b.candidates(d, false)
 	if err != nil || len(modules) == 0 {
 		return "", "", err
 	}
-	if driver := driverOf(b.Host, modules[0]); driver != "" {
-		return driver, "", nil
-	}
-	return modules[0], modules[0], nil
+	driver, module = b.choose(modules[0])
+	return driver, module, nil
 }

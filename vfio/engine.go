@@ -4,13 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path"
+	"os"
 	"slices"
 	"strings"
 	"sync"
 	"time"
 
-	"viaduct/internal/host"
 	"viaduct/internal/journal"
 	"viaduct/iommu"
 )
@@ -30,6 +29,7 @@ type Binder struct {
 	locks   *locks
 	held    map[iommu.Address]bool // by Lock
 	writer  *writer
+	self    process // known once the writer is started
 	aliases []byte
 	modules map[string][]string // by alias
 }
@@ -59,6 +59,8 @@ func (b *Binder) timeout() time.Duration {
 type Result struct {
 	Change
 	Err error
+
+	begun bool // it is in the journal
 }
 
 // Take takes units, each whole or not at all: if one of a unit's devices fails, the others are put back as they were.
@@ -71,13 +73,13 @@ func (b *Binder) GiveBack(ctx context.Context, units [][]*iommu.Device) []Result
 	return b.each(ctx, opGive, units, b.PlanGiveBack)
 }
 
-// The kernel serialises part of a probe, and udev's rules run for each: more than a few at once bring nothing.
-const parallel = 8
-
-// each plans all units, with the modules they need, and carries out several at a time.
+// each plans all units, with the modules they need, writes the journal, and has the child make all writes. Until these are
+// through this process keeps out of sysfs: each reader makes a probe, which adds dozens of files there, wait for a lock.
 func (b *Binder) each(ctx context.Context, op string, units [][]*iommu.Device, plan func(*iommu.Device) (Change, error)) []Result {
 	results := make([][]Result, len(units))
 	locked := b.Lock(ctx, slices.Concat(units...)) // what the caller has locked stays so
+	log := openKernelLog(b.Host)
+	defer log.close()
 	for i, unit := range units {
 		results[i] = make([]Result, len(unit))
 		for j, d := range unit {
@@ -92,20 +94,23 @@ func (b *Binder) each(ctx context.Context, op string, units [][]*iommu.Device, p
 			}
 		}
 	}
-	todo := make(chan int)
-	var wg sync.WaitGroup
-	for range min(parallel, len(units)) {
-		wg.Go(func() {
-			for i := range todo {
-				b.unit(ctx, op, units[i], results[i])
-			}
-		})
+	defer context.AfterFunc(ctx, func() {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		if b.writer != nil {
+			b.writer.drop()
+		}
+	})()
+	sideBySide := func(do func(unit []*iommu.Device, results []Result)) {
+		var wg sync.WaitGroup
+		for i, unit := range units {
+			wg.Go(func() { do(unit, results[i]) })
+		}
+		wg.Wait()
 	}
-	for i := range units {
-		todo <- i
-	}
-	close(todo)
-	wg.Wait()
+	sideBySide(func(unit []*iommu.Device, results []Result) { b.record(op, unit, results) })
+	sideBySide(func(_ []*iommu.Device, results []Result) { b.writeUnit(ctx, op, results, log) })
+	sideBySide(func(unit []*iommu.Device, results []Result) { b.endUnit(ctx, op, unit, results) })
 	return slices.Concat(results...)
 }
 
@@ -125,114 +130,153 @@ func (b *Binder) loaded(ctx context.Context, d *iommu.Device, plan func(*iommu.D
 	return c, err
 }
 
-// unit carries out the changes of one unit.
-func (b *Binder) unit(ctx context.Context, op string, unit []*iommu.Device, results []Result) {
-	failed := slices.ContainsFunc(results, func(r Result) bool { return r.Err != nil })
-	if failed && op == opTake {
-		return // nothing was touched yet
-	}
-	log := openKernelLog(b.Host)
-	defer log.close()
-	done := 0
-	for i := range results {
-		r := &results[i]
-		if r.Err == nil && len(r.Steps) > 0 {
-			r.Err = b.one(ctx, op, unit, unit[i], r.Change, log)
-		}
-		if done = i + 1; r.Err != nil && op == opTake {
-			failed = true
-			break
-		}
-	}
-	if op == opTake && !failed {
-		if err := b.nodes(ctx, unit); err != nil {
-			results[len(results)-1].Err = err
-			failed = true
-		}
-	}
-	if failed && op == opTake { // a group that is not whole is of no use to a guest
-		for i := range slices.Backward(results[:done]) {
-			r := &results[i]
-			if len(r.Steps) == 0 {
-				continue
-			}
-			if err := b.undo(r.Change, r.Err); err != nil {
-				r.Err = errors.Join(r.Err, err)
-			} else if r.Err == nil {
-				r.Err = fmt.Errorf("%s: put back, as its group could not be taken whole", r.Device)
-			}
-		}
+func failed(results []Result) bool {
+	return slices.ContainsFunc(results, func(r Result) bool { return r.Err != nil })
+}
+
+// record writes the journal for a unit, before its first write.
+func (b *Binder) record(op string, unit []*iommu.Device, results []Result) {
+	if op == opTake && failed(results) {
 		return
 	}
-	for i := range results {
-		r := &results[i]
-		if r.Err == nil {
-			r.Err = b.settle(op, r.Change)
+	r := changeRecord{Op: op, Since: time.Now()}
+	for _, d := range unit {
+		r.Unit = append(r.Unit, d.Address)
+	}
+	for i, d := range unit {
+		if results[i].Err == nil && len(results[i].Steps) > 0 {
+			r.Change = results[i].Change
+			results[i].Err = b.recordOne(d, r)
+			results[i].begun = results[i].Err == nil
 		}
 	}
 }
 
-// one writes the record, makes the writes and checks.
-func (b *Binder) one(ctx context.Context, op string, unit []*iommu.Device, d *iommu.Device, c Change, log *kernelLog) error {
-	if ctx.Err() != nil {
-		return fmt.Errorf("%s: interrupted before it was touched", d.Name)
-	}
-	r := changeRecord{Op: op, Change: c, Command: self(b.Host), Since: time.Now()}
-	for _, d := range unit {
-		r.Unit = append(r.Unit, d.Address)
-	}
+func (b *Binder) recordOne(d *iommu.Device, r changeRecord) error {
 	if b.Host.Live() {
 		w, err := b.startedWriter()
 		if err != nil {
 			return err
 		}
-		r.Writer = &w.process
+		r.Command, r.Writer = b.self, &w.process
 		if r.Nodes, err = nodesOf(b.Host, d); err != nil {
 			return err
 		}
 	}
-	if op == opTake {
+	if r.Op == opTake {
 		if err := errors.Join(b.remember(d), b.own(d)); err != nil {
 			return err
 		}
 	}
-	if err := b.Journal.Put(changeKey(d.Address), r); err != nil {
-		return err
+	return b.Journal.Put(changeKey(d.Address), r)
+}
+
+// writeUnit makes the writes of one unit.
+func (b *Binder) writeUnit(ctx context.Context, op string, results []Result, log *kernelLog) {
+	for i := range results {
+		r := &results[i]
+		if op == opTake && failed(results) {
+			return // a group that is not whole is of no use to a guest
+		}
+		if r.begun {
+			r.Err = b.one(ctx, r.Change, log)
+		}
+		if r.Err != nil && r.begun && op == opGive {
+			r.Err = errors.Join(r.Err, b.undo(r.Change, r.Err))
+		}
+	}
+}
+
+// endUnit waits for a unit's nodes, and ends what succeeded or undoes it all.
+func (b *Binder) endUnit(ctx context.Context, op string, unit []*iommu.Device, results []Result) {
+	if op == opTake && !failed(results) {
+		results[len(results)-1].Err = b.nodes(ctx, unit)
+	}
+	if op == opTake && failed(results) {
+		b.putBack(results)
+		return
+	}
+	for i := range results {
+		if r := &results[i]; r.begun && r.Err == nil {
+			r.Err = b.settle(op, r.Change)
+		}
+	}
+}
+
+// putBack undoes what was begun, in reverse order.
+func (b *Binder) putBack(results []Result) {
+	for i := range slices.Backward(results) {
+		r := &results[i]
+		if !r.begun {
+			continue
+		}
+		if err := b.undo(r.Change, r.Err); err != nil {
+			r.Err = errors.Join(r.Err, err)
+		} else if r.Err == nil {
+			r.Err = fmt.Errorf("%s: put back, as its group could not be taken whole", r.Device)
+		}
+	}
+}
+
+// one makes the writes of a device that is in the journal.
+func (b *Binder) one(ctx context.Context, c Change, log *kernelLog) error {
+	if ctx.Err() != nil {
+		return fmt.Errorf("%s: interrupted before it was touched", c.Device)
 	}
 	err := b.write(c)
-	if err == nil {
-		return nil
-	}
 	if stuck, ok := errors.AsType[*StuckError](err); ok { // the device is the child's until the write returns
+		r, _, readErr := b.change(c.Device)
+		if readErr != nil {
+			return errors.Join(err, readErr)
+		}
 		stuck.Holders = r.holders(b.Host)
 		r.Stuck = stuck.What
-		return errors.Join(err, b.Journal.Put(changeKey(d.Address), r))
+		return errors.Join(err, b.Journal.Put(changeKey(c.Device), r))
 	}
-	if why := log.about(d.Name); why != "" {
-		err = fmt.Errorf("%w; the kernel says: %s", err, why)
-	}
-	if op == opGive {
-		err = errors.Join(err, b.undo(c, nil))
+	if err != nil {
+		if why := log.about(c.Device.String()); why != "" {
+			err = fmt.Errorf("%w; the kernel says: %s", err, why)
+		}
 	}
 	return err
 }
 
-// write makes a change's writes, and looks after the probe, which succeeds even when nothing was bound.
+// write makes a change's writes and checks them: in the child, or by itself on a host where there is nothing to block.
 func (b *Binder) write(c Change) error {
 	steps := slices.DeleteFunc(slices.Clone(c.Steps), func(s Step) bool { return s.Module != "" })
-	probed := 1 + slices.IndexFunc(steps, func(s Step) bool { return strings.HasSuffix(s.Path, "drivers_probe") })
-	for _, part := range [][]Step{steps[:probed], steps[probed:]} {
-		if len(part) == 0 {
-			continue
+	if len(steps) == 0 {
+		return nil
+	}
+	if !b.Host.Live() {
+		return carryOut(b.Host, steps, &c, func(int) bool { return true })
+	}
+	w, err := b.startedWriter()
+	if err != nil {
+		return err
+	}
+	return w.run(request{Device: c.Device, Steps: steps, Change: &c, Timeout: b.timeout()})
+}
+
+// carryOut makes writes until begin, asked before each, says no. With a change it looks after the probe, which succeeds even
+// when nothing was bound, and reads back at the end.
+func carryOut(h *iommu.Host, steps []Step, c *Change, begin func(step int) bool) error {
+	for i, s := range steps {
+		if !begin(i) {
+			return nil // and nobody is there to be told
 		}
-		if err := b.run(c.Device, part); err != nil {
+		if err := h.Write(s.Path, s.Value); err != nil {
 			return err
 		}
-		if err := b.check(c); err != nil {
-			return err
+		if c != nil && strings.HasSuffix(s.Path, "drivers_probe") {
+			if err := c.checkDriver(h); err != nil {
+				return err
+			}
 		}
 	}
-	return b.checkOverride(c)
+	if c == nil {
+		return nil
+	}
+	return c.check(h)
 }
 
 func (b *Binder) startedWriter() (*writer, error) {
@@ -249,48 +293,9 @@ func (b *Binder) startedWriter() (*writer, error) {
 			return b.writer, nil
 		}
 	}
+	b.self = named(b.Host, os.Getpid())
 	b.writer, err = startWriter(b.Host, l)
 	return b.writer, err
-}
-
-// run makes writes in the child; on any host but the running one there is nothing that could block.
-func (b *Binder) run(a iommu.Address, steps []Step) error {
-	if !b.Host.Live() {
-		for _, s := range steps {
-			if err := b.Host.Write(s.Path, s.Value); err != nil {
-				return err
-			}
-		}
-		return nil
-	}
-	w, err := b.startedWriter()
-	if err != nil {
-		return err
-	}
-	return w.run(a, steps, b.timeout())
-}
-
-// check reads the driver link.
-func (b *Binder) check(c Change) error {
-	driver, err := b.Host.LinkBase(path.Join(devicePath(c.Device), "driver"))
-	if host.Absent(err) && b.Host.Exists(devicePath(c.Device)) {
-		driver, err = "", nil
-	}
-	if err != nil {
-		return err
-	}
-	return c.check(driver)
-}
-
-func (b *Binder) checkOverride(c Change) error {
-	now, err := b.Host.String(overrideOf(c.Device))
-	if now == "(null)" {
-		now = ""
-	}
-	if err == nil && now != c.ToOverride {
-		err = fmt.Errorf("%s: driver_override was set to %q and is %q", c.Device, c.ToOverride, now)
-	}
-	return err
 }
 
 // undo puts a device back as it was before the change and ends the change's record. It has no context: that of the command

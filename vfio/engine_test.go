@@ -3,7 +3,6 @@ package vfio
 import (
 	"context"
 	"errors"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -217,17 +216,18 @@ func TestRecover(t *testing.T) {
 			writes, killed := 0, make(chan struct{})
 			k.Before = func(string, string) {
 				if writes == n {
-					runtime.Goexit() // as a process that is killed: nothing is undone
+					close(killed)
+					select {} // as a process that is killed: nothing goes on
 				}
 				writes++
 			}
 			go func() {
-				defer close(killed)
 				if op == opTake {
 					_, _ = take(context.Background(), b, read(t, b, igb))
 				} else {
 					_, _ = giveBack(b, read(t, b, igb))
 				}
+				close(killed) // it has fewer writes
 			}()
 			<-killed
 			b.Close() // as the kernel does for it

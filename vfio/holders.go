@@ -102,7 +102,7 @@ func displayHolders(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 	var out []Holder
 	var frames map[string]string
 	for _, d := range devices {
-		if !d.PCI || d.Class>>16 != 3 || d.Driver == "" || iommu.IsVFIODriver(d.Driver) {
+		if !d.PCI || d.Class>>16 != 3 || !d.Blocks() {
 			continue
 		}
 		if boot, err := h.Steady(path.Join(devicePath(d.Address), "boot_vga")); err == nil && boot == "1" {

@@ -79,7 +79,7 @@ const blockClass = "sys/class/block"
 
 // blockDevices are a device's disks and all that is made of them, by name.
 func blockDevices(h *iommu.Host, d *iommu.Device) ([]string, error) {
-	if !d.PCI || d.Driver == "" || iommu.IsVFIODriver(d.Driver) {
+	if !d.PCI || !d.Blocks() {
 		return nil, nil
 	}
 	classes, err := iommu.ClassDevices(h, d.Address)
@@ -210,27 +210,14 @@ func mountTables(h *iommu.Host) ([]mountTable, error) {
 		return nil, err
 	}
 	out := []mountTable{{string(own), ""}}
-	seen := map[string]bool{}
-	if id, err := h.Link("proc/self/ns/mnt"); err == nil {
-		seen[id] = true
-	}
-	pids, err := processes(h)
-	if err != nil {
-		return nil, err
-	}
-	for _, pid := range pids {
-		id, err := h.Link(path.Join("proc", pid, "ns/mnt"))
-		if err != nil || seen[id] {
-			continue
-		}
+	err = namespaces(h, "mnt", func(pid string) bool {
 		table, err := h.Read(path.Join("proc", pid, "mountinfo"))
-		if err != nil {
-			continue // it ended; another process may be in the same
+		if err == nil {
+			out = append(out, mountTable{string(table), pid})
 		}
-		seen[id] = true
-		out = append(out, mountTable{string(table), pid})
-	}
-	return out, nil
+		return err == nil
+	})
+	return out, err
 }
 
 // parseMount reads a line of proc_pid_mountinfo(5):

@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"encoding/hex"
-
 	"fmt"
 	"net"
 	"path"
@@ -37,7 +36,7 @@ func netHolders(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 	var out []Holder
 	var n *network
 	for _, d := range devices {
-		if !d.PCI || d.Driver == "" || iommu.IsVFIODriver(d.Driver) {
+		if !d.PCI || !d.Blocks() {
 			continue
 		}
 		if len(d.Netdevs) == 0 {
@@ -215,45 +214,31 @@ func routeText(r netlink.Route) string {
 // inNamespace looks for the interfaces of a network device that shows none here: in the other network namespaces, of
 // processes and under /run/netns.
 func inNamespace(h *iommu.Host, d *iommu.Device) ([]Holder, error) {
-	type namespace struct{ file, whose string }
-	var spaces []namespace
-	seen := map[string]bool{}
-	if own, err := h.Link("proc/self/ns/net"); err == nil {
-		seen[own] = true
-	}
-	pids, err := processes(h)
-	if err != nil {
-		return nil, err
-	}
-	for _, pid := range pids {
-		file := path.Join("proc", pid, "ns/net")
-		id, err := h.Link(file)
-		if err != nil || seen[id] {
-			continue
+	var out []Holder
+	look := func(file, whose string) bool {
+		links, err := linksIn(h.Path(file))
+		for _, l := range links {
+			if l.Attrs().ParentDev == d.Name {
+				what := fmt.Sprintf("(%s) is in the network namespace of %s", l.Attrs().Name, whose)
+				out = append(out, Holder{Device: d.Name, Kind: Namespace, What: what})
+			}
 		}
-		seen[id] = true
-		spaces = append(spaces, namespace{file, fmt.Sprintf("process %s (%s)", pid, processName(h, pid))})
+		return err == nil
 	}
 	names, err := h.Names("run/netns")
 	if err != nil && !host.Absent(err) {
 		return nil, err
 	}
 	for _, n := range names {
-		spaces = append(spaces, namespace{path.Join("run/netns", n), n})
+		look(path.Join("run/netns", n), n)
 	}
-	for _, s := range spaces {
-		links, err := linksIn(h.Path(s.file))
-		if err != nil {
-			continue // it ended
-		}
-		for _, l := range links {
-			if l.Attrs().ParentDev == d.Name {
-				what := fmt.Sprintf("(%s) is in the network namespace of %s", l.Attrs().Name, s.whose)
-				return []Holder{{Device: d.Name, Kind: Namespace, What: what}}, nil
-			}
-		}
+	if len(out) > 0 {
+		return out[:1], nil // processes in it would only say the same
 	}
-	return nil, nil
+	err = namespaces(h, "net", func(pid string) bool {
+		return look(path.Join("proc", pid, "ns/net"), fmt.Sprintf("process %s (%s)", pid, processName(h, pid)))
+	})
+	return out, err
 }
 
 func linksIn(file string) ([]netlink.Link, error) {

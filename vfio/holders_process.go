@@ -160,6 +160,23 @@ func processes(h *iommu.Host) ([]string, error) {
 	return slices.DeleteFunc(names, func(n string) bool { return n[0] < '0' || n[0] > '9' }), err
 }
 
+// namespaces looks into every namespace of a type (mnt, net) that any process is in, but for this one's own, until one process
+// of each let it: look returns false if its process has ended.
+func namespaces(h *iommu.Host, kind string, look func(pid string) bool) error {
+	pids, err := processes(h)
+	if err != nil {
+		return err
+	}
+	own, err := h.Link(path.Join("proc/self/ns", kind))
+	seen := map[string]bool{own: err == nil}
+	for _, pid := range pids {
+		if id, err := h.Link(path.Join("proc", pid, "ns", kind)); err == nil && !seen[id] {
+			seen[id] = look(pid)
+		}
+	}
+	return nil
+}
+
 func processName(h *iommu.Host, pid string) string {
 	name, _ := h.String(path.Join("proc", pid, "comm"))
 	return name

@@ -2,7 +2,9 @@ package vfio
 
 import (
 	"errors"
+	"slices"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -11,26 +13,32 @@ import (
 
 // kernelLog reads what the kernel logs from when it was opened on: why a probe failed, which no errno of drivers_probe says.
 // Without access to /dev/kmsg it says nothing.
-type kernelLog struct{ fd int }
+type kernelLog struct {
+	fd int
+
+	mu   sync.Mutex
+	read []string // so far
+}
 
 func openKernelLog(h *iommu.Host) *kernelLog {
 	if !h.Live() {
-		return &kernelLog{-1}
+		return &kernelLog{fd: -1}
 	}
 	fd, err := unix.Open("/dev/kmsg", unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return &kernelLog{-1}
+		return &kernelLog{fd: -1}
 	}
 	if _, err := unix.Seek(fd, 0, unix.SEEK_END); err != nil {
 		unix.Close(fd)
-		return &kernelLog{-1}
+		return &kernelLog{fd: -1}
 	}
-	return &kernelLog{fd}
+	return &kernelLog{fd: fd}
 }
 
 // about is the last message that names a device; "" if there is none.
 func (l *kernelLog) about(device string) string {
-	last := ""
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	buf := make([]byte, 8192) // a record is smaller (Documentation/ABI/testing/dev-kmsg)
 	for l.fd >= 0 {
 		n, err := unix.Read(l.fd, buf)
@@ -40,11 +48,16 @@ func (l *kernelLog) about(device string) string {
 		if err != nil || n <= 0 {
 			break
 		}
-		if text, ok := kernelMessage(string(buf[:n])); ok && strings.Contains(text, device) {
-			last = text
+		if text, ok := kernelMessage(string(buf[:n])); ok {
+			l.read = append(l.read, text)
 		}
 	}
-	return last
+	for _, text := range slices.Backward(l.read) {
+		if strings.Contains(text, device) {
+			return text
+		}
+	}
+	return ""
 }
 
 // kernelMessage is the text of a record: priority,sequence,time,flags;text, and lines of properties after it.

@@ -75,7 +75,7 @@ func (b *Binder) nodes(ctx context.Context, unit []*iommu.Device) error {
 	ctx, cancel := context.WithTimeout(ctx, b.timeout())
 	defer cancel()
 	for _, d := range unit {
-		if driver, err := b.Host.LinkBase(path.Join(devicePath(d.Address), "driver")); err != nil || !iommu.IsVFIODriver(driver) {
+		if driver, err := iommu.ReadDriver(b.Host, d.Address); err != nil || !iommu.IsVFIODriver(driver) {
 			continue // pci-stub makes none
 		}
 		group, err := b.Host.LinkBase(path.Join(devicePath(d.Address), "iommu_group"))

@@ -60,24 +60,24 @@ func hostdev(a iommu.Address) string {
 	return fmt.Sprintf("<address domain='0x%04x' bus='0x%02x' slot='0x%02x' function='0x%x'/>", a.Domain, a.Bus, a.Device, a.Function)
 }
 
-// ClaimedByID reports whether vfio-pci.ids= on the kernel's command line, or in modprobe's files, claims a device by its ids,
-// and where: it will have it again after the next boot, and wherever else the host's driver lets go of it.
-func ClaimedByID(h *iommu.Host, id iommu.ID) (where string, claimed bool) {
-	want := fmt.Sprintf("%04x:%04x", id.Vendor, id.Device)
-	claims := func(ids string) bool {
-		for one := range strings.SplitSeq(ids, ",") {
+// ClaimedByID says where vfio-pci.ids= claims devices by their ids, on the kernel's command line or in modprobe's files, for
+// those that are claimed: vfio-pci will have them again after the next boot, and wherever else the host's driver lets go.
+func ClaimedByID(h *iommu.Host, ids ...iommu.ID) map[iommu.ID]string {
+	claimed := map[iommu.ID]string{}
+	claim := func(list, where string) {
+		for one := range strings.SplitSeq(list, ",") {
 			f := strings.Split(one, ":")
-			if len(f) >= 2 && strings.EqualFold(f[0]+":"+f[1], want) {
-				return true
+			for _, id := range ids {
+				if len(f) >= 2 && claimed[id] == "" && strings.EqualFold(f[0]+":"+f[1], fmt.Sprintf("%04x:%04x", id.Vendor, id.Device)) {
+					claimed[id] = where
+				}
 			}
 		}
-		return false
 	}
 	line, _ := h.String("proc/cmdline")
 	for word := range strings.FieldsSeq(line) {
-		key, ids, _ := strings.Cut(word, "=")
-		if strings.ReplaceAll(key, "-", "_") == "vfio_pci.ids" && claims(ids) {
-			return "the kernel command line", true
+		if key, list, _ := strings.Cut(word, "="); strings.ReplaceAll(key, "-", "_") == "vfio_pci.ids" {
+			claim(list, "the kernel command line")
 		}
 	}
 	for _, dir := range []string{"etc/modprobe.d", "run/modprobe.d", "usr/lib/modprobe.d", "lib/modprobe.d"} {
@@ -89,16 +89,16 @@ func ClaimedByID(h *iommu.Host, id iommu.ID) (where string, claimed bool) {
 			}
 			for line := range strings.Lines(string(b)) {
 				f := strings.Fields(line)
-				if len(f) < 3 || f[0] != "options" || strings.ReplaceAll(f[1], "-", "_") != "vfio_pci" {
+				if len(f) < 3 || f[0] != "options" || strings.ReplaceAll(f[1], "-", "_") != genericModule {
 					continue
 				}
 				for _, option := range f[2:] {
-					if ids, ok := strings.CutPrefix(option, "ids="); ok && claims(ids) {
-						return "/" + path.Join(dir, n), true
+					if list, ok := strings.CutPrefix(option, "ids="); ok {
+						claim(list, "/"+path.Join(dir, n))
 					}
 				}
 			}
 		}
 	}
-	return "", false
+	return claimed
 }

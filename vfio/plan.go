@@ -13,8 +13,6 @@ const Auto = "auto"
 // None as a driver_override matches no driver, so that the device stays without one.
 const None = "none"
 
-const stub = "pci-stub"
-
 // Change leads one device from one driver to another.
 type Change struct {
 	Device       iommu.Address `json:"device"`
@@ -73,7 +71,7 @@ func (b *Binder) PlanTake(d *iommu.Device, driver string) (Change, error) {
 // was not taken by viaduct, or not since the boot), it goes to its home driver, the one that modules.alias names.
 func (b *Binder) PlanGiveBack(d *iommu.Device) (Change, error) {
 	c := begin(d)
-	if d.Driver != "" && !iommu.IsVFIODriver(d.Driver) && d.Driver != stub {
+	if d.Blocks() {
 		c.To = d.Driver // at home
 		c.plan(d)
 		return c, nil
@@ -109,7 +107,7 @@ func (c *Change) plan(d *iommu.Device) {
 // steps lead a device, which may be anywhere in the middle, to where the change ends.
 func (c *Change) steps(now *iommu.Device) []Step {
 	to := c.To
-	if to == "" && now.Driver != "" && !iommu.IsVFIODriver(now.Driver) && now.Driver != stub {
+	if to == "" && now.Blocks() {
 		to = now.Driver // left to the kernel, which has chosen
 	}
 	var steps []Step
@@ -132,15 +130,24 @@ func (c *Change) back() Change {
 	return u
 }
 
-// reached reports whether a device is where the change leads it, but for its override where the change is yet to clear it.
-func (c *Change) reached(driver string) bool {
-	return c.To == "" || driver == c.To || (c.To == None && driver == "")
+// check compares a device with where the change leads it.
+func (c *Change) check(h *iommu.Host) error {
+	if err := c.checkDriver(h); err != nil {
+		return err
+	}
+	override, err := iommu.ReadDriverOverride(h, c.Device)
+	if err == nil && override != c.ToOverride {
+		err = fmt.Errorf("%s: driver_override was set to %q and is %q", c.Device, c.ToOverride, override)
+	}
+	return err
 }
 
-// check compares the driver of a device with where the change leads it.
-func (c *Change) check(driver string) error {
+func (c *Change) checkDriver(h *iommu.Host) error {
+	driver, err := iommu.ReadDriver(h, c.Device)
 	switch {
-	case c.reached(driver):
+	case err != nil:
+		return err
+	case c.To == "", driver == c.To, c.To == None && driver == "":
 		return nil
 	case driver == "":
 		return fmt.Errorf("%s: the kernel did not bind it to %s", c.Device, c.To)

@@ -2,7 +2,6 @@ package vfio
 
 import (
 	"errors"
-	"os"
 	"path"
 	"strconv"
 	"strings"
@@ -94,39 +93,41 @@ func (b *Binder) Forget(vfs []iommu.VF) error {
 	return errors.Join(errs...)
 }
 
-// startTime is when a process started, in clock ticks since the boot: field 22 of proc_pid_stat(5).
-func startTime(h *iommu.Host, pid int) (uint64, bool) {
-	stat, err := h.String(path.Join("proc", strconv.Itoa(pid), "stat"))
+// processStat are the state of a process or thread and when it started, in clock ticks since the boot: fields 3 and 22 of
+// proc_pid_stat(5).
+func processStat(h *iommu.Host, dir string) (state string, start uint64, ok bool) {
+	stat, err := h.String(path.Join(dir, "stat"))
 	if err != nil {
-		return 0, false
+		return "", 0, false
 	}
 	f := strings.Fields(stat[strings.LastIndexByte(stat, ')')+1:]) // the name may hold anything
 	if len(f) < 20 {
-		return 0, false
+		return "", 0, false
 	}
-	start, err := strconv.ParseUint(f[19], 10, 64)
-	return start, err == nil
+	start, err = strconv.ParseUint(f[19], 10, 64)
+	return f[0], start, err == nil
 }
 
-func self(h *iommu.Host) process {
-	start, _ := startTime(h, os.Getpid())
-	return process{os.Getpid(), start}
+func processDir(pid int) string { return path.Join("proc", strconv.Itoa(pid)) }
+
+// named is a process that runs now, named for good.
+func named(h *iommu.Host, pid int) process {
+	_, start, _ := processStat(h, processDir(pid))
+	return process{pid, start}
 }
 
 // alive reports whether any thread of a process still runs. One that was killed in a write lives on without its first thread.
 func (p process) alive(h *iommu.Host) bool {
-	if start, ok := startTime(h, p.PID); !ok || start != p.Start {
+	if _, start, ok := processStat(h, processDir(p.PID)); !ok || start != p.Start {
 		return false
 	}
-	dir := path.Join("proc", strconv.Itoa(p.PID), "task")
+	dir := path.Join(processDir(p.PID), "task")
 	threads, err := h.Names(dir)
 	if err != nil {
 		return false
 	}
 	for _, t := range threads {
-		stat, err := h.String(path.Join(dir, t, "stat"))
-		f := strings.Fields(stat[strings.LastIndexByte(stat, ')')+1:])
-		if err == nil && len(f) > 0 && f[0] != "Z" && f[0] != "X" {
+		if state, _, ok := processStat(h, path.Join(dir, t)); ok && state != "Z" && state != "X" {
 			return true
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -66,20 +67,17 @@ func (b *Binder) Recover(ctx context.Context, wait bool) ([]Recovered, error) {
 		}
 		b.release(a)
 	}
-	for len(records) > 0 {
-		for _, r := range records {
-			var unit []changeRecord
-			for _, a := range r.Unit {
-				if m, ok := records[a]; ok {
-					unit = append(unit, m)
-					delete(records, a)
-				}
+	for _, first := range slices.SortedFunc(maps.Keys(records), iommu.Address.Compare) {
+		var unit []changeRecord
+		for _, a := range records[first].Unit { // none, if it went with the unit of one before
+			if m, ok := records[a]; ok {
+				unit = append(unit, m)
+				delete(records, a)
 			}
-			out = append(out, b.recoverUnit(unit)...)
-			for _, m := range unit {
-				b.release(m.Change.Device)
-			}
-			break
+		}
+		out = append(out, b.recoverUnit(unit)...)
+		for _, m := range unit {
+			b.release(m.Change.Device)
 		}
 	}
 	slices.SortFunc(out, func(a, b Recovered) int { return a.Device.Compare(b.Device) })
@@ -98,9 +96,7 @@ func (b *Binder) recoverUnit(unit []changeRecord) []Recovered {
 	whole := true
 	for i := range unit {
 		c := &unit[i].Change
-		if b.check(*c) != nil || b.checkOverride(*c) != nil {
-			whole = false
-		}
+		whole = whole && c.check(b.Host) == nil
 	}
 	var out []Recovered
 	for i := range unit {

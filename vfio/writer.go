@@ -5,9 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -37,80 +38,146 @@ func ServeWrites() bool {
 	return true
 }
 
-// request is a sequence of writes for a device; each one is made when the one before it succeeded.
+// request is a sequence of writes for a device, each made when the one before it succeeded, with the change to be checked.
 type request struct {
-	ID     int64
-	Device iommu.Address
-	Steps  []Step
+	ID      int64
+	Device  iommu.Address // which the lock is for
+	Steps   []Step
+	Change  *Change // nil: the caller checks
+	Timeout time.Duration
+	Drop    bool // instead of all that: what was not begun yet is not to be
 }
 
-// reply tells how many steps are done, after each; Err is empty but for the last one that failed.
+// reply is what came of a request; there is one for each.
 type reply struct {
 	ID    int64
-	Done  int
-	Errno unix.Errno
 	Err   string
+	Errno unix.Errno
+	Stuck bool // the write of Step has not returned in time
+	Step  int
 }
 
-// serve is the child: it writes until its parent has no more requests or is gone, and then ends what it began, but no more.
+// writeError is an error of the child.
+type writeError struct {
+	text  string
+	errno unix.Errno
+}
+
+func (e *writeError) Error() string { return e.text }
+
+func (e *writeError) Unwrap() error {
+	if e.errno == 0 {
+		return nil
+	}
+	return e.errno
+}
+
+// How many requests are carried out side by side. The kernel serialises part of a probe, but a driver may take a second for
+// the rest.
+const parallel = 8
+
+// server is the child.
+type server struct {
+	host  *iommu.Host
+	locks *locks
+	slots chan struct{}
+	gone  chan struct{} // closed when the parent has no more requests or is no more
+
+	mu      sync.Mutex
+	replies *json.Encoder
+	running map[iommu.Address]bool
+}
+
+// serve writes until the parent has no more requests or is gone, and then ends what it is in the middle of, but no more.
 func serve(l *locks, requests io.Reader, replies io.Writer) error {
 	h, err := iommu.Open("")
 	if err != nil {
 		return err
 	}
 	defer h.Close()
-	var mu sync.Mutex
-	running, gone := map[iommu.Address]bool{}, false
-	send := json.NewEncoder(replies)
+	s := server{
+		host: h, locks: l, slots: make(chan struct{}, parallel), gone: make(chan struct{}),
+		replies: json.NewEncoder(replies), running: map[iommu.Address]bool{},
+	}
 	var wg sync.WaitGroup
+	drop := make(chan struct{})
 	for in := json.NewDecoder(requests); ; {
 		var r request
 		if err = in.Decode(&r); err != nil {
 			break
 		}
-		mu.Lock()
-		running[r.Device] = true
-		mu.Unlock()
+		if r.Drop {
+			close(drop)
+			drop = make(chan struct{})
+			continue
+		}
 		wg.Go(func() {
-			defer func() {
-				mu.Lock()
-				defer mu.Unlock()
-				delete(running, r.Device)
-				if gone {
-					l.free(r.Device)
-				}
-			}()
-			for i, s := range r.Steps {
-				mu.Lock()
-				stop := gone
-				mu.Unlock()
-				if stop {
-					return
-				}
-				answer := reply{ID: r.ID, Done: i + 1}
-				if err := h.Write(s.Path, s.Value); err != nil {
-					answer.Done, answer.Err = i, err.Error()
-					errors.As(err, &answer.Errno)
-				}
-				mu.Lock()
-				err := send.Encode(answer)
-				mu.Unlock()
-				if err != nil || answer.Err != "" {
-					return
-				}
+			select {
+			case s.slots <- struct{}{}:
+				s.do(r)
+			case <-drop:
+				s.answer(reply{ID: r.ID, Err: r.Device.String() + ": interrupted before it was touched"})
+			case <-s.gone:
 			}
 		})
 	}
-	mu.Lock()
-	gone = true
-	var still []iommu.Address
-	for a := range running {
-		still = append(still, a)
-	}
-	l.keepOnly(still) // the others are free for the next command, which finishes or undoes them
-	mu.Unlock()
+	s.mu.Lock()
+	close(s.gone)
+	l.keepOnly(slices.Collect(maps.Keys(s.running))) // the others are free for the next command, which finishes or undoes them
+	s.mu.Unlock()
 	wg.Wait()
 	return nil
+}
+
+func (s *server) over() bool {
+	select {
+	case <-s.gone:
+		return true
+	default:
+		return false
+	}
+}
+
+func (s *server) answer(a reply) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_ = s.replies.Encode(a) // without a parent, nobody need know
+}
+
+// do carries out a request that has a slot, which it frees at the deadline at the latest.
+func (s *server) do(r request) {
+	s.mu.Lock()
+	if s.over() {
+		s.mu.Unlock()
+		return
+	}
+	s.running[r.Device] = true
+	s.mu.Unlock()
+	var step atomic.Int32
+	late := time.AfterFunc(r.Timeout, func() {
+		s.answer(reply{ID: r.ID, Step: int(step.Load()), Stuck: true})
+		<-s.slots
+	})
+	err := carryOut(s.host, r.Steps, r.Change, func(i int) bool {
+		step.Store(int32(i))
+		return !s.over()
+	})
+	s.mu.Lock()
+	delete(s.running, r.Device)
+	if s.over() {
+		s.locks.free(r.Device)
+	}
+	s.mu.Unlock()
+	if !late.Stop() {
+		return // that is answered
+	}
+	a := reply{ID: r.ID}
+	if err != nil {
+		a.Err = err.Error()
+		errors.As(err, &a.Errno)
+	}
+	s.answer(a)
+	<-s.slots
 }
 
 // writer is the parent's side of the child.
@@ -155,8 +222,7 @@ func startWriter(h *iommu.Host, l *locks) (*writer, error) {
 		return nil, errors.Join(fmt.Errorf("start the child that writes: %w", err), in.Close(), out.Close())
 	}
 	w := &writer{out: out, send: json.NewEncoder(out), waiting: map[int64]chan reply{}, ended: make(chan struct{})}
-	w.process.PID = cmd.Process.Pid
-	w.process.Start, _ = startTime(h, cmd.Process.Pid)
+	w.process = named(h, cmd.Process.Pid)
 	go func() {
 		defer in.Close()
 		for replies := json.NewDecoder(in); ; {
@@ -181,13 +247,14 @@ func startWriter(h *iommu.Host, l *locks) (*writer, error) {
 	return w, nil
 }
 
-// run makes the writes. At the deadline it returns a *StuckError and leaves the child to it.
-func (w *writer) run(device iommu.Address, steps []Step, timeout time.Duration) error {
-	answers := make(chan reply, len(steps)) // never blocks the reader
+// run has the child make writes. At the deadline it returns a *StuckError and leaves the child to it.
+func (w *writer) run(r request) error {
+	answer := make(chan reply, 1) // never blocks the reader
+	since := time.Now()
 	w.mu.Lock()
 	w.next++
-	r := request{w.next, device, steps}
-	w.waiting[r.ID] = answers
+	r.ID = w.next
+	w.waiting[r.ID] = answer
 	err := w.dead
 	if err == nil {
 		err = w.send.Encode(r)
@@ -199,30 +266,32 @@ func (w *writer) run(device iommu.Address, steps []Step, timeout time.Duration) 
 		w.mu.Unlock()
 	}()
 	if err != nil {
-		return fmt.Errorf("%s: %w", device, err)
+		return fmt.Errorf("%s: %w", r.Device, err)
 	}
-	since, deadline := time.Now(), time.NewTimer(timeout)
-	defer deadline.Stop()
-	for done := 0; done < len(steps); {
+	var a reply
+	select {
+	case a = <-answer:
+	case <-w.ended: // and has read all there was to read
 		select {
-		case a := <-answers:
-			done = a.Done
-			if a.Errno != 0 {
-				return &fs.PathError{Op: "write", Path: "/" + steps[done].Path, Err: a.Errno}
-			}
-			if a.Err != "" {
-				return errors.New(a.Err)
-			}
-		case <-w.ended:
-			if len(answers) > 0 {
-				continue
-			}
-			return fmt.Errorf("%s: %w", device, w.dead)
-		case <-deadline.C:
-			return &StuckError{Device: device, What: steps[done].String(), Writer: w.process, Since: since}
+		case a = <-answer:
+		default:
+			return fmt.Errorf("%s: %w", r.Device, w.dead)
 		}
 	}
+	switch {
+	case a.Stuck:
+		return &StuckError{Device: r.Device, What: r.Steps[a.Step].String(), Writer: w.process, Since: since}
+	case a.Err != "":
+		return &writeError{a.Err, a.Errno}
+	}
 	return nil
+}
+
+// drop takes back the requests that the child has not begun: they fail.
+func (w *writer) drop() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	_ = w.send.Encode(request{Drop: true})
 }
 
 // StuckError says that a write has not returned: something holds the device. The write goes on in its child.

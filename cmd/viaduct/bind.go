@@ -20,7 +20,7 @@ import (
 type bindOptions struct {
 	selectors []iommu.Selector
 	driver    string
-	owner     *vfio.NodeOwner
+	owner     string
 	changeOptions
 }
 
@@ -28,6 +28,7 @@ type bindOptions struct {
 type changeOptions struct {
 	force     []vfio.Kind
 	keepGoing bool
+	save      bool
 	timeout   time.Duration
 }
 
@@ -69,28 +70,34 @@ func bindCommand(e *env) *cli.Command {
 		ArgsUsage: "SELECTOR...",
 		Description: "What is taken is the whole IOMMU group, but for its bridges. Refused, with exit status 3 and nothing touched: a device\n" +
 			"that the host uses (a mounted disk, an interface with an address or a route, the display), a PF with VFs, a device\n" +
-			"without an IOMMU. The binding holds until the next boot.\n\n" +
-			"Examples:\n  viaduct bind enp1s0/vf0\n  viaduct bind 0000:03:00.0 --dry-run\n  viaduct bind enp1s0/vf0 enp1s0/vf1 --node-owner qemu:kvm",
+			"without an IOMMU. The binding holds until the next boot. With --save the device is also written down, by what tells it\n" +
+			"from all others, and `bind --saved`, run at boot, takes all such devices again.\n\n" +
+			"Examples:\n  viaduct bind enp1s0/vf0\n  viaduct bind 0000:03:00.0 --dry-run\n  viaduct bind enp1s0/vf0 enp1s0/vf1 --node-owner qemu:kvm\n" +
+			"  viaduct bind 0000:03:00.0 --save\n  viaduct bind --saved",
 		Flags: append([]cli.Flag{
+			&cli.BoolFlag{Name: "save", Usage: "write the device down for bind --saved", Destination: &o.save},
+			&cli.BoolFlag{Name: "saved", Usage: "take the devices that were written down"},
 			&cli.StringFlag{Name: "driver", Usage: "the vfio driver `auto|NAME`; auto is the device's own variant driver, else vfio-pci", Value: vfio.Auto, Destination: &o.driver},
 			&cli.StringFlag{Name: "node-owner", Usage: "who is to own the device's nodes: `USER[:GROUP]`"},
 		}, o.flags(e)...),
 		BashComplete: e.completeSelectors,
 		Action: func(c *cli.Context) (err error) {
-			if o.selectors, err = selectors(c); err != nil {
+			if err := o.parse(c); err != nil {
 				return err
 			}
-			if err := o.parse(c); err != nil {
+			if c.Bool("saved") {
+				if c.Args().Present() || o.save || c.IsSet("driver") || c.IsSet("node-owner") {
+					return usagef("bind --saved takes what was written down, as it was: no devices, --save, --driver or --node-owner")
+				}
+				return runBindSaved(c.Context, e, o.changeOptions)
+			}
+			if o.selectors, err = selectors(c); err != nil {
 				return err
 			}
 			if o.driver != vfio.Auto && !iommu.IsVFIODriver(o.driver) && o.driver != "pci-stub" {
 				return usagef("bind: %q is no vfio driver; want auto, vfio-pci or the name of a variant driver", o.driver)
 			}
-			if name := c.String("node-owner"); name != "" {
-				if o.owner, err = vfio.ParseNodeOwner(name); err != nil {
-					return usagef("--node-owner: %w", err)
-				}
-			}
+			o.owner = c.String("node-owner")
 			return runBind(c.Context, e, o)
 		},
 	})
@@ -104,8 +111,10 @@ func unbindCommand(e *env) *cli.Command {
 		ArgsUsage: "SELECTOR...",
 		Description: "A device goes back to what it had when it was taken; one that viaduct did not take goes to the driver the host would\n" +
 			"use. Refused, with exit status 3, while a process has it open.\n\n" +
-			"Examples:\n  viaduct unbind enp1s0/vf0\n  viaduct unbind group=8",
-		Flags:        o.flags(e),
+			"Examples:\n  viaduct unbind enp1s0/vf0\n  viaduct unbind group=8\n  viaduct unbind 0000:03:00.0 --save",
+		Flags: append([]cli.Flag{
+			&cli.BoolFlag{Name: "save", Usage: "no longer take the device with bind --saved either", Destination: &o.save},
+		}, o.flags(e)...),
 		BashComplete: e.completeSelectors,
 		Action: func(c *cli.Context) error {
 			sel, err := selectors(c)
@@ -121,14 +130,65 @@ func unbindCommand(e *env) *cli.Command {
 }
 
 func runBind(ctx context.Context, e *env, o bindOptions) error {
+	var owner *vfio.NodeOwner
+	if o.owner != "" {
+		var err error
+		if owner, err = vfio.ParseNodeOwner(o.owner); err != nil {
+			return usagef("--node-owner: %w", err)
+		}
+	}
+	lasts := " (until the next boot)"
+	if o.save {
+		lasts = " (and again by bind --saved)"
+	}
 	return e.change(ctx, o.selectors, changer{
-		options: o.changeOptions, owner: o.owner,
+		options: o.changeOptions, owner: owner, lasts: lasts,
 		check: (*vfio.Gate).Take,
 		plan:  func(b *vfio.Binder, d *iommu.Device) (vfio.Change, error) { return b.PlanTake(d, o.driver) },
 		apply: func(b *vfio.Binder, ctx context.Context, units [][]*iommu.Device) []vfio.Result {
 			return b.Take(ctx, units, o.driver)
 		},
+		after: func(b *vfio.Binder, d *iommu.Device) error {
+			if o.save {
+				return b.Save(journal.In(vfio.SavedDir), d, o.driver)
+			}
+			return nil
+		},
 	})
+}
+
+// runBindSaved takes all devices that were written down. One that is not there, or is refused, does not keep the others back.
+func runBindSaved(ctx context.Context, e *env, o changeOptions) error {
+	h, t, err := e.lookToChange()
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	all, err := vfio.ReadSaved(journal.In(vfio.SavedDir))
+	if err != nil {
+		return err
+	}
+	if len(all) == 0 {
+		e.note("no device was written down (viaduct bind SELECTOR --save does)")
+	}
+	type way struct{ driver, owner string }
+	ways := map[way][]iommu.Selector{}
+	var errs []error
+	for _, s := range all {
+		d, err := s.Find(h, t)
+		if err == nil {
+			var sel iommu.Selector
+			sel, err = iommu.ParseSelector(d.Name)
+			w := way{s.Driver, s.NodeOwner}
+			ways[w] = append(ways[w], sel)
+		}
+		errs = append(errs, err)
+	}
+	o.keepGoing = true
+	for w, selectors := range ways {
+		errs = append(errs, runBind(ctx, e, bindOptions{selectors: selectors, driver: w.driver, owner: w.owner, changeOptions: o}))
+	}
+	return mixed(errors.Join(errs...), len(all) > 1)
 }
 
 func runUnbind(ctx context.Context, e *env, sel []iommu.Selector, o changeOptions) error {
@@ -137,6 +197,16 @@ func runUnbind(ctx context.Context, e *env, sel []iommu.Selector, o changeOption
 		check:   (*vfio.Gate).GiveBack,
 		plan:    (*vfio.Binder).PlanGiveBack,
 		apply:   (*vfio.Binder).GiveBack,
+		after: func(_ *vfio.Binder, d *iommu.Device) error {
+			saved := journal.In(vfio.SavedDir)
+			if o.save {
+				return saved.Delete(d.Name)
+			}
+			if known, err := saved.Get(d.Name, &vfio.Saved{}); known && err == nil {
+				e.note("%s is still written down: bind --saved takes it again (viaduct unbind %s --save ends that)", d.Name, d.Name)
+			}
+			return nil
+		},
 	})
 }
 
@@ -144,9 +214,11 @@ func runUnbind(ctx context.Context, e *env, sel []iommu.Selector, o changeOption
 type changer struct {
 	options changeOptions
 	owner   *vfio.NodeOwner
+	lasts   string // how long the change does, to be told
 	check   func(*vfio.Gate, [][]*iommu.Device) ([]error, error)
 	plan    func(*vfio.Binder, *iommu.Device) (vfio.Change, error)
 	apply   func(*vfio.Binder, context.Context, [][]*iommu.Device) []vfio.Result
+	after   func(*vfio.Binder, *iommu.Device) error // for each device that was asked for and is where it is to be
 }
 
 // changeView is one device's line of `bind --json` and `unbind --json`.
@@ -184,9 +256,10 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) error
 		if err := b.Lock(ctx, slices.Concat(units...)); err != nil {
 			return err
 		}
-		if gate.Stuck, err = e.recovered(b.Recover(ctx, false)); err != nil {
+		if gate.Stuck, err = b.Recover(ctx, false); err != nil {
 			return err
 		}
+		e.tellRecovered(gate.Stuck)
 		if err := refresh(h, units, gate.Stuck); err != nil {
 			return err
 		}
@@ -221,21 +294,29 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) error
 		results = c.apply(b, ctx, pass)
 	}
 	views := []changeView{}
-	claimed := map[iommu.ID]bool{}
+	var home []iommu.ID
 	for _, r := range results {
-		if where, ok := vfio.ClaimedByID(h, r.ID); ok && !iommu.IsVFIODriver(r.To) && !claimed[r.ID] {
-			claimed[r.ID] = true
-			e.note("vfio-pci.ids= in %s claims all %04x:%04x: at the next boot vfio-pci has them again", where, r.ID.Vendor, r.ID.Device)
+		if !iommu.IsVFIODriver(r.To) && !slices.Contains(home, r.ID) {
+			home = append(home, r.ID)
 		}
 		views = append(views, viewChange(r.Change, r.Err))
 		errs = append(errs, r.Err)
+		i := slices.IndexFunc(asked, func(d *iommu.Device) bool { return d.Name == r.Device.String() })
+		if r.Err == nil && !e.dryRun && i >= 0 {
+			errs = append(errs, c.after(b, asked[i]))
+		}
+	}
+	if len(home) > 0 {
+		for id, where := range vfio.ClaimedByID(h, home...) {
+			e.note("vfio-pci.ids= in %s claims all %04x:%04x: at the next boot vfio-pci has them again", where, id.Vendor, id.Device)
+		}
 	}
 	if e.json {
 		if err := writeJSON(e.stdout, views); err != nil {
 			return err
 		}
 	} else {
-		e.printChanges(views)
+		e.printChanges(views, c.lasts)
 	}
 	if t.InterruptRemapping != nil && !*t.InterruptRemapping {
 		e.note("interrupt remapping is off on this host, so VFIO will refuse to open the device")
@@ -294,6 +375,11 @@ func refresh(h *iommu.Host, units [][]*iommu.Device, stuck []vfio.Recovered) err
 		if !d.PCI || slices.ContainsFunc(stuck, func(r vfio.Recovered) bool { return r.Device == d.Address && r.Err != nil }) {
 			continue
 		}
+		driver, err1 := iommu.ReadDriver(h, d.Address)
+		override, err2 := iommu.ReadDriverOverride(h, d.Address)
+		if d.SRIOV == nil && err1 == nil && err2 == nil && driver == d.Driver && override == d.DriverOverride {
+			continue // as it was a moment ago
+		}
 		now, err := iommu.ReadDevice(h, d.Address)
 		if err != nil {
 			return err
@@ -308,8 +394,8 @@ func refresh(h *iommu.Host, units [][]*iommu.Device, stuck []vfio.Recovered) err
 	return nil
 }
 
-// recovered tells what became of interrupted changes, and returns those that are stuck still.
-func (e *env) recovered(all []vfio.Recovered, err error) ([]vfio.Recovered, error) {
+// tellRecovered tells what became of interrupted changes.
+func (e *env) tellRecovered(all []vfio.Recovered) {
 	for _, r := range all {
 		if r.Err != nil {
 			e.note("%v", r.Err)
@@ -317,7 +403,6 @@ func (e *env) recovered(all []vfio.Recovered, err error) ([]vfio.Recovered, erro
 			e.note("%s %s", r.Device, r.What)
 		}
 	}
-	return all, err
 }
 
 func recoverCommand(e *env) *cli.Command {
@@ -330,7 +415,10 @@ func recoverCommand(e *env) *cli.Command {
 			if c.Args().Present() {
 				return usagef("recover takes no arguments: it looks after all devices")
 			}
-			h, _, err := e.lookToChange()
+			if err := e.mayChange(); err != nil {
+				return err
+			}
+			h, err := e.open()
 			if err != nil {
 				return err
 			}
@@ -367,7 +455,7 @@ func viewChange(c vfio.Change, err error) changeView {
 	return v
 }
 
-func (e *env) printChanges(views []changeView) {
+func (e *env) printChanges(views []changeView, lasts string) {
 	for _, v := range views {
 		switch {
 		case v.Error != nil: // said by the error itself
@@ -378,7 +466,7 @@ func (e *env) printChanges(views []changeView) {
 		case !v.Changed:
 			fmt.Fprintf(e.stdout, "%s is on %s already\n", v.Address, driverText(v.To))
 		default:
-			fmt.Fprintf(e.stdout, "%s: %s -> %s\n", v.Address, driverText(v.From), driverText(v.To))
+			fmt.Fprintf(e.stdout, "%s: %s -> %s%s\n", v.Address, driverText(v.From), driverText(v.To), lasts)
 		}
 	}
 }

@@ -71,14 +71,22 @@ func (e *env) look() (*iommu.Host, *iommu.Topology, error) {
 	return h, t, nil
 }
 
-// lookToChange is look for a command that changes the host, or, with --dry-run, would.
-func (e *env) lookToChange() (*iommu.Host, *iommu.Topology, error) {
+// mayChange is asked first by every command that changes the host, or, with --dry-run, would.
+func (e *env) mayChange() error {
 	live := e.hostName == "" || e.hostName == "/"
 	switch {
 	case !live && !e.dryRun:
-		return nil, nil, usagef("%s is a captured host: it can be looked at, not changed", e.hostName)
+		return usagef("%s is a captured host: it can be looked at, not changed", e.hostName)
 	case live && !e.dryRun && os.Geteuid() != 0:
-		return nil, nil, fmt.Errorf("changing drivers and VFs takes root: %w", fs.ErrPermission)
+		return fmt.Errorf("changing drivers and VFs takes root: %w", fs.ErrPermission)
+	}
+	return nil
+}
+
+// lookToChange is look for a command that changes the host.
+func (e *env) lookToChange() (*iommu.Host, *iommu.Topology, error) {
+	if err := e.mayChange(); err != nil {
+		return nil, nil, err
 	}
 	return e.look()
 }

@@ -98,10 +98,18 @@ func TestSSH(t *testing.T) {
 	shell(t, "until ip netns exec client ping -c 1 -W 1 10.9.0.1 >/dev/null; do :; done; "+
 		"ip netns exec client ssh -o StrictHostKeyChecking=no -o BatchMode=yes root@10.9.0.1 'touch /run/logged-in; exec sleep 1000' </dev/null >/dev/null 2>&1 & "+
 		"echo $! >/run/ssh.pid; until [ -e /run/logged-in ]; do sleep 0.2; done")
-	before := fingerprint()
-	r := run(t, "env", "-i", "setsid", "-w", viaduct, "bind", spare)
-	if r.status != 3 || !strings.Contains(r.stderr, "the ssh connection of 10.9.0.2") || fingerprint() != before {
-		t.Errorf("bind of the port somebody is logged in over: exit status %d, %s", r.status, r.stderr)
+	for _, way := range []string{
+		"env -i setsid -w " + viaduct + " bind " + spare,
+		"ip netns exec client ssh -o StrictHostKeyChecking=no -o BatchMode=yes root@10.9.0.1 sudo -i " + viaduct + " bind " + spare,
+		"ip netns exec client ssh -tt -o StrictHostKeyChecking=no -o BatchMode=yes root@10.9.0.1 'rm -f /run/t*; tmux new-session -d \"" +
+			"sudo " + viaduct + " bind " + spare + " 2>/run/tmux.err; echo \\$? >/run/tmux.tmp; mv /run/tmux.tmp /run/tmux.status\"' </dev/null >/dev/null; " +
+			"until [ -e /run/tmux.status ]; do sleep 0.1; done; cat /run/tmux.err >&2; exit $(cat /run/tmux.status)",
+	} {
+		before := fingerprint()
+		r := run(t, "bash", "-c", way)
+		if r.status != 3 || !strings.Contains(r.stderr, "the ssh connection of 10.9.0.2") || fingerprint() != before {
+			t.Errorf("%s\nthe port somebody is logged in over: exit status %d, %s", way, r.status, r.stderr)
+		}
 	}
 	shell(t, "kill $(cat /run/ssh.pid) $(cat /run/sshd-test.pid); ip netns del client; ip addr flush dev "+pf)
 	do(t, "vf", "destroy", spare)
@@ -251,6 +259,23 @@ func TestFailures(t *testing.T) {
 			t.Errorf("%s: exit status %d, %s", f.what, r.status, r.stderr)
 		}
 	}
+	if r := run(t, "setpriv", "--reuid=nobody", viaduct, "bind", vf); r.status != 1 || !strings.Contains(r.stderr, "takes root") {
+		t.Errorf("not root: exit status %d, %s", r.status, r.stderr)
+	}
+	do(t, "bind", vf)
+	do(t, "unbind", vf)
+	hidden := func(what, hide, show, says string) {
+		t.Helper()
+		before := attr(devicesDir, vf, "driver_override")
+		shell(t, hide)
+		r := run(t, viaduct, "bind", vf, "--timeout", "2s")
+		shell(t, show)
+		if r.status != 1 || !strings.Contains(r.stderr, says) || bound(vf) != "" || attr(devicesDir, vf, "driver_override") != before {
+			t.Errorf("%s: exit status %d, %s; it is on %q with override %q", what, r.status, r.stderr, bound(vf), attr(devicesDir, vf, "driver_override"))
+		}
+	}
+	hidden("no module", "modprobe -r vfio_pci; mount -t tmpfs none /lib/modules", "umount /lib/modules; modprobe vfio_pci", "vfio_pci")
+	hidden("no node", "mount -t tmpfs none /dev/vfio", "umount /dev/vfio", "did not appear")
 	do(t, "bind", vf, "--driver", "pci-stub") // of which there are no nodes to wait for
 	if bound(vf) != "pci-stub" {
 		t.Errorf("--driver pci-stub: it is on %q", bound(vf))
@@ -260,6 +285,98 @@ func TestFailures(t *testing.T) {
 		t.Errorf("given back from pci-stub: on %q", bound(vf))
 	}
 	do(t, "vf", "destroy", spare)
+}
+
+// TestReason: a driver that refuses a device says why in the kernel's log only. An NVMe VF has no resources until the PF gives
+// it some, and so is of no use to the driver of its home; it stays where it was.
+func TestReason(t *testing.T) {
+	do(t, "vf", "create", nvme, "1")
+	vf := vfs(nvme)[0]
+	do(t, "bind", vf)
+	shell(t, "rm /run/viaduct/taken-"+vf+".json") // as if another tool had taken it
+	r := run(t, viaduct, "unbind", vf)
+	if r.status != 1 || !strings.Contains(r.stderr, "did not bind it to nvme; the kernel says: nvme") {
+		t.Errorf("exit status %d, %s", r.status, r.stderr)
+	}
+	if bound(vf) != "vfio-pci" || attr(devicesDir, vf, "driver_override") != "vfio-pci" {
+		t.Errorf("it is on %q with override %q", bound(vf), attr(devicesDir, vf, "driver_override"))
+	}
+	do(t, "vf", "destroy", nvme)
+}
+
+// TestGuest: a device that a guest has is named with the guest's name.
+func TestGuest(t *testing.T) {
+	do(t, "vf", "create", spare, "1", "--driver", "vfio")
+	vf := vfs(spare)[0]
+	qemu := exec.Command("qemu-system-x86_64", "-accel", "tcg", "-S", "-name", "guest=tenant7,debug-threads=on", "-m", "64", "-nodefaults", "-display", "none",
+		"-monitor", "stdio", "-device", "vfio-pci,host="+vf)
+	monitor, err := qemu.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := qemu.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	qemu.Stderr = os.Stderr
+	if err := qemu.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil { // its greeting, once all devices are there
+		t.Fatalf("%q, %v", line, err)
+	}
+	for _, args := range [][]string{{"unbind", vf}, {"vf", "destroy", spare}, {"vf", "create", spare, "2"}} {
+		before := fingerprint()
+		r := run(t, viaduct, args...)
+		if r.status != 3 || !strings.Contains(r.stderr, fmt.Sprintf("process %d (qemu-system", qemu.Process.Pid)) || !strings.Contains(r.stderr, "guest \"tenant7\"") || fingerprint() != before {
+			t.Errorf("%v while a guest has it: exit status %d, %s", args, r.status, r.stderr)
+		}
+	}
+	_, _ = monitor.Write([]byte("quit\n"))
+	_ = qemu.Wait()
+	do(t, "unbind", vf)
+	do(t, "vf", "destroy", spare)
+}
+
+// TestVariant: the kernel's variant driver for a device is found, loaded and bound, and the device comes home again.
+func TestVariant(t *testing.T) {
+	device := shell(t, "lspci -Dn -d 1af4:1041 | cut -d' ' -f1")
+	before := bound(device)
+	do(t, "bind", device)
+	if bound(device) != "virtio_vfio_pci" || attr(devicesDir, device, "driver_override") != "virtio_vfio_pci" {
+		t.Errorf("%s is on %q with override %q", device, bound(device), attr(devicesDir, device, "driver_override"))
+	}
+	do(t, "unbind", device)
+	if bound(device) != before || before != "virtio-pci" {
+		t.Errorf("given back, %s is on %q, was on %q", device, bound(device), before)
+	}
+}
+
+// TestSave: what was written down is taken again, if it is what was written down, and as long as it is.
+func TestSave(t *testing.T) {
+	home := bound(spare)
+	do(t, "bind", spare, "--save", "--node-owner", "nobody")
+	shell(t, "udevadm settle")
+	if r := run(t, viaduct, "unbind", spare); r.status != 0 || !strings.Contains(r.stderr, "still written down") || bound(spare) != home {
+		t.Errorf("unbind: exit status %d, %s, on %q", r.status, r.stderr, bound(spare))
+	}
+	shell(t, "udevadm settle")
+	do(t, "bind", "--saved")
+	shell(t, "udevadm settle")
+	if owner := shell(t, "stat -c %U /dev/vfio/"+link(devicesDir, spare, "iommu_group")); bound(spare) != "vfio-pci" || owner != "nobody" {
+		t.Errorf("bind --saved: on %q, its node belongs to %s", bound(spare), owner)
+	}
+	do(t, "unbind", spare)
+	file := "/var/lib/viaduct/saved/" + spare + ".json"
+	shell(t, "udevadm settle; sed -i 's/\"serial\":\"[^\"]*\"/\"serial\":\"00-11-22-33-44-55-66-77\"/' "+file)
+	before := fingerprint()
+	if r := run(t, viaduct, "bind", "--saved"); r.status != 1 || !strings.Contains(r.stderr, "serial number") || fingerprint() != before {
+		t.Errorf("another card in its place: exit status %d, %s", r.status, r.stderr)
+	}
+	do(t, "unbind", spare, "--save")
+	if _, err := os.Stat(file); err == nil {
+		t.Errorf("%s is left", file)
+	}
 }
 
 // TestKills: bind and unbind are killed at each of their writes in turn, the command, the child that writes, or both. Whatever

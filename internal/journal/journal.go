@@ -68,7 +68,7 @@ func WriteFile(file string, content []byte) (err error) {
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, os.Remove(tmp.Name()))
+			_ = os.Remove(tmp.Name())
 		}
 	}()
 	_, err = tmp.Write(content)
@@ -78,7 +78,14 @@ func WriteFile(file string, content []byte) (err error) {
 	if err = errors.Join(err, tmp.Close()); err != nil {
 		return err
 	}
-	return os.Rename(tmp.Name(), file)
+	if err = os.Rename(tmp.Name(), file); err != nil {
+		return err
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close()) // or a power cut may take the new name back
 }
 
 // Get reads a record; false if there is none, as in a nil Journal: that of a captured host.

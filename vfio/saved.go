@@ -1,0 +1,76 @@
+package vfio
+
+import (
+	"fmt"
+
+	"viaduct/internal/journal"
+	"viaduct/iommu"
+)
+
+// SavedDir is where the devices are named that are to be taken again after each boot, in a file each.
+const SavedDir = "/var/lib/viaduct/saved"
+
+// Saved is a device that is to be taken again after each boot, by what tells it from all others.
+type Saved struct {
+	Address   iommu.Address `json:"address"` // that it had; another boot may give it another
+	Identity  Identity      `json:"identity"`
+	Driver    string        `json:"driver"` // Auto, or a driver's name
+	NodeOwner string        `json:"node_owner,omitempty"`
+}
+
+// Save names a device that was taken, in a journal in SavedDir.
+func (b *Binder) Save(in *journal.Journal, d *iommu.Device, driver string) error {
+	s := Saved{Address: d.Address, Driver: driver}
+	r, known, err := b.taken(d)
+	switch {
+	case err != nil:
+		return err
+	case known:
+		s.Identity = r.Identity
+	default: // somebody else took it
+		s.Identity = b.identify(d)
+	}
+	if b.Owner != nil {
+		s.NodeOwner = b.Owner.Text
+	}
+	return in.Put(d.Name, s)
+}
+
+// ReadSaved are all saved devices, by address.
+func ReadSaved(from *journal.Journal) ([]Saved, error) {
+	keys, err := from.Keys("")
+	out := make([]Saved, len(keys))
+	for i, k := range keys {
+		if _, err := from.Get(k, &out[i]); err != nil {
+			return nil, err
+		}
+	}
+	return out, err
+}
+
+// Find is where the device is now: what is in its place has to be what was saved. It fails with an error that says what is
+// there instead.
+func (s *Saved) Find(h *iommu.Host, t *iommu.Topology) (*iommu.Device, error) {
+	var found *iommu.Device
+	t.All(func(d *iommu.Device) bool {
+		if p, err := iommu.PathOf(h, d); d.PCI && err == nil && p == s.Identity.Path {
+			found = d
+		}
+		return found == nil
+	})
+	if found == nil {
+		return nil, fmt.Errorf("%s, which was saved, is not there: nothing is at its place, path=%s", s.Address, s.Identity.Path)
+	}
+	if found.ID != s.Identity.ID {
+		return nil, fmt.Errorf("%s, which was saved, is not there: at its place, path=%s, is another device, %s (%04x:%04x)",
+			s.Address, s.Identity.Path, found.Name, found.Vendor, found.Device)
+	}
+	if found.PhysFn != nil {
+		return found, nil
+	}
+	if serial, err := iommu.ReadSerial(h, found.Address); err != nil || serial != s.Identity.Serial {
+		return nil, fmt.Errorf("%s, which was saved, is not there: at its place, path=%s, is %s with serial number %q instead of %q",
+			s.Address, s.Identity.Path, found.Name, serial, s.Identity.Serial)
+	}
+	return found, nil
+}

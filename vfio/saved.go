@@ -1,7 +1,11 @@
 package vfio
 
 import (
+	"errors"
 	"fmt"
+	"maps"
+	"slices"
+	"strings"
 
 	"viaduct/internal/journal"
 	"viaduct/iommu"
@@ -58,19 +62,26 @@ func (s *Saved) Find(h *iommu.Host, t *iommu.Topology) (*iommu.Device, error) {
 		}
 		return found == nil
 	})
+	gone := fmt.Sprintf("%s, which was saved, is not there: at its place, path=%s, is ", s.Address, s.Identity.Path)
 	if found == nil {
-		return nil, fmt.Errorf("%s, which was saved, is not there: nothing is at its place, path=%s", s.Address, s.Identity.Path)
+		return nil, errors.New(gone + "nothing")
 	}
 	if found.ID != s.Identity.ID {
-		return nil, fmt.Errorf("%s, which was saved, is not there: at its place, path=%s, is another device, %s (%04x:%04x)",
-			s.Address, s.Identity.Path, found.Name, found.Vendor, found.Device)
+		return nil, fmt.Errorf("%sanother device, %s (%04x:%04x)", gone, found.Name, found.Vendor, found.Device)
 	}
-	if found.PhysFn != nil {
+	if found.PhysFn != nil { // which has no number of its own, and any MAC address
 		return found, nil
 	}
 	if serial, err := iommu.ReadSerial(h, found.Address); err != nil || serial != s.Identity.Serial {
-		return nil, fmt.Errorf("%s, which was saved, is not there: at its place, path=%s, is %s with serial number %q instead of %q",
-			s.Address, s.Identity.Path, found.Name, serial, s.Identity.Serial)
+		return nil, fmt.Errorf("%s%s with serial number %q instead of %q", gone, found.Name, serial, s.Identity.Serial)
+	}
+	was, is := macs(s.Identity.MACs), macs(permanentMACs(h, found.Netdevs))
+	if len(was) > 0 && len(is) > 0 && !slices.ContainsFunc(is, func(mac string) bool { return slices.Contains(was, mac) }) {
+		return nil, fmt.Errorf("%s%s with MAC address %s instead of %s", gone, found.Name, strings.Join(is, ", "), strings.Join(was, ", "))
 	}
 	return found, nil
+}
+
+func macs(byInterface map[string]string) []string {
+	return slices.Sorted(maps.Values(byInterface))
 }

@@ -21,9 +21,12 @@ const DefaultTimeout = 30 * time.Second
 // back what came of it, and undoes what went wrong. One Binder serves one command; it is closed when that is over.
 type Binder struct {
 	Host    *iommu.Host
-	Journal *journal.Journal // nil: a captured host, on which nothing can be carried out
-	Timeout time.Duration    // how long one write may take; 0 is DefaultTimeout
-	Owner   *NodeOwner       // who is to own the nodes of what is taken; nil leaves them as they are
+	Journal *journal.Journal     // nil: a captured host, on which nothing can be carried out
+	Timeout time.Duration        // how long one write may take; 0 is DefaultTimeout
+	Owner   *NodeOwner           // who is to own the nodes of what is taken; nil leaves them as they are
+	Others  map[string]Recoverer // for the changes that other packages begin
+
+	loading sync.Mutex // of modules
 
 	mu      sync.Mutex
 	locks   *locks
@@ -73,14 +76,29 @@ func (b *Binder) GiveBack(ctx context.Context, units [][]*iommu.Device) []Result
 	return b.each(ctx, opGive, units, b.PlanGiveBack)
 }
 
-// each plans all units, with the modules they need, writes the journal, and has the child make all writes. Until these are
-// through this process keeps out of sysfs: each reader makes a probe, which adds dozens of files there, wait for a lock.
+// each plans units, with the modules they need, writes the journal, and has the child make the writes, without waiting for one
+// unit before the next. What is left to look at waits until all writes are through: each reader of sysfs makes a probe, which
+// adds dozens of files there, wait for a lock.
 func (b *Binder) each(ctx context.Context, op string, units [][]*iommu.Device, plan func(*iommu.Device) (Change, error)) []Result {
 	results := make([][]Result, len(units))
 	locked := b.Lock(ctx, slices.Concat(units...)) // what the caller has locked stays so
 	log := openKernelLog(b.Host)
 	defer log.close()
-	for i, unit := range units {
+	defer context.AfterFunc(ctx, func() {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		if b.writer != nil {
+			b.writer.drop()
+		}
+	})()
+	sideBySide := func(do func(i int, unit []*iommu.Device)) {
+		var wg sync.WaitGroup
+		for i, unit := range units {
+			wg.Go(func() { do(i, unit) })
+		}
+		wg.Wait()
+	}
+	sideBySide(func(i int, unit []*iommu.Device) {
 		results[i] = make([]Result, len(unit))
 		for j, d := range unit {
 			r := &results[i][j]
@@ -93,24 +111,10 @@ func (b *Binder) each(ctx context.Context, op string, units [][]*iommu.Device, p
 				r.Change, r.Err = b.loaded(ctx, d, plan)
 			}
 		}
-	}
-	defer context.AfterFunc(ctx, func() {
-		b.mu.Lock()
-		defer b.mu.Unlock()
-		if b.writer != nil {
-			b.writer.drop()
-		}
-	})()
-	sideBySide := func(do func(unit []*iommu.Device, results []Result)) {
-		var wg sync.WaitGroup
-		for i, unit := range units {
-			wg.Go(func() { do(unit, results[i]) })
-		}
-		wg.Wait()
-	}
-	sideBySide(func(unit []*iommu.Device, results []Result) { b.record(op, unit, results) })
-	sideBySide(func(_ []*iommu.Device, results []Result) { b.writeUnit(ctx, op, results, log) })
-	sideBySide(func(unit []*iommu.Device, results []Result) { b.endUnit(ctx, op, unit, results) })
+		b.record(op, unit, results[i])
+		b.writeUnit(ctx, op, results[i], log)
+	})
+	sideBySide(func(i int, unit []*iommu.Device) { b.endUnit(ctx, op, unit, results[i]) })
 	return slices.Concat(results...)
 }
 
@@ -118,6 +122,11 @@ func (b *Binder) each(ctx context.Context, op string, units [][]*iommu.Device, p
 func (b *Binder) loaded(ctx context.Context, d *iommu.Device, plan func(*iommu.Device) (Change, error)) (Change, error) {
 	c, err := plan(d)
 	if err != nil || c.Module == "" {
+		return c, err
+	}
+	b.loading.Lock()
+	defer b.loading.Unlock()
+	if c, err = plan(d); err != nil || c.Module == "" { // loaded for another device meanwhile
 		return c, err
 	}
 	module := c.Module
@@ -139,7 +148,7 @@ func (b *Binder) record(op string, unit []*iommu.Device, results []Result) {
 	if op == opTake && failed(results) {
 		return
 	}
-	r := changeRecord{Op: op, Since: time.Now()}
+	r := changeRecord{Op: op}
 	for _, d := range unit {
 		r.Unit = append(r.Unit, d.Address)
 	}
@@ -153,22 +162,12 @@ func (b *Binder) record(op string, unit []*iommu.Device, results []Result) {
 }
 
 func (b *Binder) recordOne(d *iommu.Device, r changeRecord) error {
-	if b.Host.Live() {
-		w, err := b.startedWriter()
-		if err != nil {
-			return err
-		}
-		r.Command, r.Writer = b.self, &w.process
-		if r.Nodes, err = nodesOf(b.Host, d); err != nil {
-			return err
-		}
-	}
 	if r.Op == opTake {
 		if err := errors.Join(b.remember(d), b.own(d)); err != nil {
 			return err
 		}
 	}
-	return b.Journal.Put(changeKey(d.Address), r)
+	return b.put([]*iommu.Device{d}, r)
 }
 
 // writeUnit makes the writes of one unit.
@@ -223,17 +222,8 @@ func (b *Binder) one(ctx context.Context, c Change, log *kernelLog) error {
 	if ctx.Err() != nil {
 		return fmt.Errorf("%s: interrupted before it was touched", c.Device)
 	}
-	err := b.write(c)
-	if stuck, ok := errors.AsType[*StuckError](err); ok { // the device is the child's until the write returns
-		r, _, readErr := b.change(c.Device)
-		if readErr != nil {
-			return errors.Join(err, readErr)
-		}
-		stuck.Holders = r.holders(b.Host)
-		r.Stuck = stuck.What
-		return errors.Join(err, b.Journal.Put(changeKey(c.Device), r))
-	}
-	if err != nil {
+	err := b.stuck(b.write(c))
+	if _, ok := errors.AsType[*StuckError](err); err != nil && !ok {
 		if why := log.about(c.Device.String()); why != "" {
 			err = fmt.Errorf("%w; the kernel says: %s", err, why)
 		}
@@ -241,20 +231,50 @@ func (b *Binder) one(ctx context.Context, c Change, log *kernelLog) error {
 	return err
 }
 
-// write makes a change's writes and checks them: in the child, or by itself on a host where there is nothing to block.
+// stuck writes down what a device's write waits for: the device is the child's until it returns.
+func (b *Binder) stuck(err error) error {
+	stuck, ok := errors.AsType[*StuckError](err)
+	if !ok {
+		return err
+	}
+	r, _, readErr := b.change(stuck.Device)
+	if readErr != nil {
+		return errors.Join(err, readErr)
+	}
+	stuck.Holders = r.holders(b.Host)
+	r.Stuck = stuck.What
+	return errors.Join(err, b.Journal.Put(changeKey(stuck.Device), r))
+}
+
+// write makes a change's writes and checks them.
 func (b *Binder) write(c Change) error {
 	steps := slices.DeleteFunc(slices.Clone(c.Steps), func(s Step) bool { return s.Module != "" })
 	if len(steps) == 0 {
 		return nil
 	}
+	return b.send(request{Device: c.Device, Steps: steps, Change: &c})
+}
+
+// Write makes writes for a device whose change was begun with [Binder.Begin], one after the other until one fails. One that
+// does not return within the Binder's Timeout is a *StuckError, and the device the child's until it does.
+func (b *Binder) Write(a iommu.Address, steps []Step) error {
+	if len(steps) == 0 {
+		return nil
+	}
+	return b.stuck(b.send(request{Device: a, Steps: steps}))
+}
+
+// send has the child make writes, or makes them itself on a host where there is nothing to block.
+func (b *Binder) send(r request) error {
 	if !b.Host.Live() {
-		return carryOut(b.Host, steps, &c, func(int) bool { return true })
+		return carryOut(b.Host, r.Steps, r.Change, func(int) bool { return true })
 	}
 	w, err := b.startedWriter()
 	if err != nil {
 		return err
 	}
-	return w.run(request{Device: c.Device, Steps: steps, Change: &c, Timeout: b.timeout()})
+	r.Timeout = b.timeout()
+	return w.run(r)
 }
 
 // carryOut makes writes until begin, asked before each, says no. With a change it looks after the probe, which succeeds even

@@ -83,6 +83,11 @@ func Holders(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 	return out, nil
 }
 
+// Refuse is the *RefusedError that holders are reason for, nil if force overrides them all.
+func Refuse(what string, holders []Holder, force []Kind, cure string) error {
+	return refused(what, unforced(holders, force), cure)
+}
+
 // unforced are the holders that force does not override, as sentences.
 func unforced(holders []Holder, force []Kind) []string {
 	var out []string

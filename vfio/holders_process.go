@@ -89,7 +89,7 @@ func openIn(h *iommu.Host, devices []*iommu.Device, nodes map[node]*iommu.Device
 func nodesOf(h *iommu.Host, d *iommu.Device) ([]node, error) {
 	var nodes []node
 	add := func(block bool, file string) {
-		if text, err := h.String(file); err == nil {
+		if text, err := h.Steady(file); err == nil {
 			if number, ok := parseNumber(text); ok {
 				nodes = append(nodes, node{block, number})
 			}

@@ -1,6 +1,8 @@
 package vfio
 
 import (
+	"context"
+	"encoding/json"
 	"errors"
 	"path"
 	"strconv"
@@ -17,15 +19,53 @@ import (
 
 // changeRecord is a change that is under way.
 type changeRecord struct {
-	Op      string          `json:"op"` // take or give
+	Op      string          `json:"op"` // take or give, or what a Recoverer knows
 	Unit    []iommu.Address `json:"unit"`
-	Change  Change          `json:"change"`
+	Change  Change          `json:"change,omitzero"`
+	Data    json.RawMessage `json:"data,omitempty"` // for the Recoverer
 	Command process         `json:"command"`
 	Writer  *process        `json:"writer"`
 	Since   time.Time       `json:"since"`
 	Stuck   string          `json:"stuck,omitempty"` // the write that had not returned when the command ended
 	Nodes   []node          `json:"nodes"`           // what led to the device: they are gone while an unbind waits for who has them open
 }
+
+// Recoverer finishes or undoes a change of a device that another package had written down with [Binder.Begin], and says what
+// became of it, as in "has its 7 VFs".
+type Recoverer func(ctx context.Context, b *Binder, device iommu.Address, data json.RawMessage) (string, error)
+
+// Begin writes down a change of a device that the caller has locked, before its first write. Users are the devices whose users
+// the change may have to wait for. End ends it; a run that is killed before leaves it to the Recoverer of this name.
+func (b *Binder) Begin(op string, d *iommu.Device, users []*iommu.Device, data any) error {
+	text, err := json.Marshal(data)
+	if err != nil {
+		return err
+	}
+	return b.put(users, changeRecord{Op: op, Unit: []iommu.Address{d.Address}, Change: begin(d), Data: text})
+}
+
+// put completes a record by the run that makes it.
+func (b *Binder) put(users []*iommu.Device, r changeRecord) error {
+	r.Since = time.Now()
+	if b.Host.Live() {
+		w, err := b.startedWriter()
+		if err != nil {
+			return err
+		}
+		r.Command, r.Writer = b.self, &w.process
+		for _, d := range users {
+			nodes, err := nodesOf(b.Host, d)
+			if err != nil {
+				return err
+			}
+			r.Nodes = append(r.Nodes, nodes...)
+		}
+	}
+	return b.Journal.Put(changeKey(r.Change.Device), r)
+}
+
+// End says that the change of a device is over, done or undone.
+func (b *Binder) End(a iommu.Address) error { return b.Journal.Delete(changeKey(a)) }
 
 const (
 	opTake = "take"

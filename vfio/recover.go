@@ -68,14 +68,22 @@ func (b *Binder) Recover(ctx context.Context, wait bool) ([]Recovered, error) {
 		b.release(a)
 	}
 	for _, first := range slices.SortedFunc(maps.Keys(records), iommu.Address.Compare) {
+		r, ok := records[first]
+		if !ok {
+			continue // it went with the unit of one before
+		}
 		var unit []changeRecord
-		for _, a := range records[first].Unit { // none, if it went with the unit of one before
+		for _, a := range r.Unit {
 			if m, ok := records[a]; ok {
 				unit = append(unit, m)
 				delete(records, a)
 			}
 		}
-		out = append(out, b.recoverUnit(unit)...)
+		if r.Op == opTake || r.Op == opGive {
+			out = append(out, b.recoverUnit(unit)...)
+		} else {
+			out = append(out, b.recoverOther(ctx, r))
+		}
 		for _, m := range unit {
 			b.release(m.Change.Device)
 		}
@@ -90,6 +98,26 @@ func (b *Binder) stillStuck(r changeRecord) error {
 		what = fmt.Sprintf("a write of viaduct (pid %d), which was killed,", r.Command.PID)
 	}
 	return &StuckError{Device: r.Change.Device, What: what, Writer: *r.Writer, Since: r.Since, Holders: r.holders(b.Host)}
+}
+
+func (b *Binder) recoverOther(ctx context.Context, r changeRecord) Recovered {
+	a := r.Change.Device
+	other := b.Others[r.Op]
+	if other == nil {
+		return Recovered{a, "was left alone", fmt.Errorf("%s: a change of another kind (%s) was interrupted", a, r.Op)}
+	}
+	now, err := iommu.ReadDevice(b.Host, a)
+	if errors.Is(err, iommu.ErrNotFound) || err == nil && now.ID != r.Change.ID {
+		return Recovered{a, "is gone", b.End(a)}
+	}
+	what, err := other(ctx, b, a, r.Data)
+	if err == nil {
+		err = b.End(a)
+	}
+	if err != nil {
+		err = fmt.Errorf("%s: %w", a, err)
+	}
+	return Recovered{a, what, err}
 }
 
 func (b *Binder) recoverUnit(unit []changeRecord) []Recovered {

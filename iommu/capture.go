@@ -21,11 +21,11 @@ var (
 	deviceFiles = []string{
 		"modalias", "vendor", "device", "subsystem_vendor", "subsystem_device", "class", "revision", "numa_node", "driver_override",
 		"power_state", "reset_method", "boot_vga", "resource", "enable", "config",
-		"current_link_speed", "max_link_speed", "current_link_width", "max_link_width",
+		"subordinate_bus_number", "current_link_speed", "max_link_speed", "current_link_width", "max_link_width",
 		"sriov_totalvfs", "sriov_offset", "sriov_stride", "sriov_vf_device", "sriov_drivers_autoprobe", "sriov_vf_total_msix",
 	}
 	deviceLinks = []string{"driver", "iommu", "iommu_group", "physfn", "subsystem"}
-	classFiles  = []string{"address", "operstate", "mtu", "phys_port_name", "phys_switch_id", "dev", "size"}
+	classFiles  = []string{"address", "operstate", "flags", "mtu", "phys_port_name", "phys_switch_id", "dev", "size"}
 	groupFiles  = []string{"name", "type", "reserved_regions"}
 	unitFiles   = []string{
 		"amd-iommu/cap", "amd-iommu/features", "intel-iommu/address", "intel-iommu/cap", "intel-iommu/ecap", "intel-iommu/version",
@@ -199,6 +199,7 @@ func (c *capture) device(d *Device) {
 		for _, p := range paths {
 			c.linked(path.Join(real, p, "subsystem"))
 			c.files(path.Join(real, p), classFiles)
+			c.files(path.Join("proc/sys/net/ipv6/conf", path.Base(p)), []string{"addr_gen_mode"})
 		}
 	}
 }

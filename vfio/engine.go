@@ -386,7 +386,7 @@ func (b *Binder) identify(d *iommu.Device) Identity {
 		id.Serial, _ = iommu.ReadSerial(b.Host, d.Address)
 	}
 	if len(d.Netdevs) > 0 {
-		id.MACs = permanentMACs(b.Host, d.Netdevs)
+		id.MACs = PermanentMACs(b.Host, d.Netdevs)
 	}
 	return id
 }

@@ -321,8 +321,8 @@ func parseTCP(b []byte, peers map[string]net.IP) {
 	}
 }
 
-// permanentMACs are the addresses that interfaces were made with, or those they have where the kernel does not know these.
-func permanentMACs(h *iommu.Host, names []string) map[string]string {
+// PermanentMACs are, by interface, the addresses that interfaces were made with, or those they have where the kernel does not know these.
+func PermanentMACs(h *iommu.Host, names []string) map[string]string {
 	out := map[string]string{}
 	for _, n := range names {
 		if mac, err := h.String(path.Join(netClass, n, "address")); err == nil {

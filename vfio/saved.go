@@ -75,7 +75,7 @@ func (s *Saved) Find(h *iommu.Host, t *iommu.Topology) (*iommu.Device, error) {
 	if serial, err := iommu.ReadSerial(h, found.Address); err != nil || serial != s.Identity.Serial {
 		return nil, fmt.Errorf("%s%s with serial number %q instead of %q", gone, found.Name, serial, s.Identity.Serial)
 	}
-	was, is := macs(s.Identity.MACs), macs(permanentMACs(h, found.Netdevs))
+	was, is := macs(s.Identity.MACs), macs(PermanentMACs(h, found.Netdevs))
 	if len(was) > 0 && len(is) > 0 && !slices.ContainsFunc(is, func(mac string) bool { return slices.Contains(was, mac) }) {
 		return nil, fmt.Errorf("%s%s with MAC address %s instead of %s", gone, found.Name, strings.Join(is, ", "), strings.Join(was, ", "))
 	}

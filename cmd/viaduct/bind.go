@@ -49,12 +49,21 @@ func kindNames() string {
 	return strings.Join(names, ", ")
 }
 
-func (o *changeOptions) parse(c *cli.Context) error {
-	for _, f := range c.StringSlice("force") {
-		if !slices.Contains(vfio.Kinds, vfio.Kind(f)) {
-			return usagef("--force %q: the kinds of holders are %s", f, kindNames())
+func parseKinds(names []string) ([]vfio.Kind, error) {
+	var kinds []vfio.Kind
+	for _, n := range names {
+		if !slices.Contains(vfio.Kinds, vfio.Kind(n)) {
+			return nil, usagef("--force %q: the kinds of holders are %s", n, kindNames())
 		}
-		o.force = append(o.force, vfio.Kind(f))
+		kinds = append(kinds, vfio.Kind(n))
+	}
+	return kinds, nil
+}
+
+func (o *changeOptions) parse(c *cli.Context) error {
+	var err error
+	if o.force, err = parseKinds(c.StringSlice("force")); err != nil {
+		return err
 	}
 	if o.timeout <= 0 {
 		return usagef("--timeout %s: want a time above zero, as 10s", o.timeout)
@@ -234,32 +243,26 @@ type changeView struct {
 // change resolves the devices, locks them, finishes what an interrupted run left, lets every gate speak before the first
 // write, and then carries out all units.
 func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) error {
-	h, t, err := e.lookToChange()
+	ctx, stop, on, err := e.beginChange(ctx, c.options.timeout)
 	if err != nil {
 		return err
 	}
-	defer h.Close()
-	b := &vfio.Binder{Host: h, Timeout: c.options.timeout, Owner: c.owner}
-	if h.Live() {
-		b.Journal = journal.In(journal.Dir)
-	}
-	defer b.Close()
+	defer stop()
+	h, t, b := on.host, on.topology, on.binder
+	b.Owner = c.owner
 	asked, units, err := resolveUnits(h, t, sel)
 	if err != nil {
 		return err
 	}
 	gate := &vfio.Gate{Host: h, Force: c.options.force}
-	if h.Live() && !e.dryRun {
-		var stop context.CancelFunc
-		ctx, stop = untilSignal(ctx)
-		defer stop()
+	if on.live() {
 		if err := b.Lock(ctx, slices.Concat(units...)); err != nil {
 			return err
 		}
-		if gate.Stuck, err = b.Recover(ctx, false); err != nil {
+		if err := on.recover(ctx); err != nil {
 			return err
 		}
-		e.tellRecovered(gate.Stuck)
+		gate.Stuck = on.stuck
 		if err := refresh(h, units, gate.Stuck); err != nil {
 			return err
 		}
@@ -423,7 +426,7 @@ func recoverCommand(e *env) *cli.Command {
 				return err
 			}
 			defer h.Close()
-			b := &vfio.Binder{Host: h, Journal: journal.In(journal.Dir)}
+			b := newBinder(h, 0)
 			defer b.Close()
 			ctx, stop := untilSignal(c.Context)
 			defer stop()

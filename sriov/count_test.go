@@ -3,8 +3,11 @@ package sriov
 import (
 	"context"
 	"errors"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -12,6 +15,7 @@ import (
 	"viaduct/internal/host/hosttest"
 	"viaduct/internal/journal"
 	"viaduct/iommu"
+	"viaduct/vfio"
 )
 
 const pf = "0000:01:00.0"
@@ -43,11 +47,24 @@ func device(t *testing.T, h *iommu.Host) *iommu.Device {
 
 func setCount(t *testing.T, ctx context.Context, k *hosttest.Kernel, n int, use Use) error {
 	t.Helper()
-	p, err := PlanCount(k.Host(), device(t, k.Host()), n, use)
+	topology, err := iommu.Scan(k.Host())
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := PlanCount(k.Host(), topology, device(t, k.Host()), n, use)
 	if err != nil {
 		return err
 	}
-	return Apply(ctx, k.Host(), journal.In(t.TempDir()), p)
+	b := &vfio.Binder{Host: k.Host(), Journal: journal.In(t.TempDir())}
+	defer b.Close()
+	if err := b.Lock(ctx, []*iommu.Device{p.PF}); err != nil {
+		return err
+	}
+	_, err = Apply(ctx, b, p)
+	if keys, _ := b.Journal.Keys("change-"); len(keys) > 0 {
+		t.Errorf("records are left: %q", keys)
+	}
+	return err
 }
 
 // state is how many VFs there are, on which drivers and overrides, and autoprobe.
@@ -139,7 +156,7 @@ func TestFailure(t *testing.T) {
 		says   string
 	}{
 		"no room":                   {func(k *hosttest.Kernel) { k.Fail[pfDir+"/sriov_numvfs"] = unix.ENOMEM }, "pci=realloc"},
-		"fewer than asked":          {func(k *hosttest.Kernel) { k.Partial = 1 }, "3 VFs were asked for, and its driver made 1"},
+		"fewer than asked":          {func(k *hosttest.Kernel) { k.Partial = 1 }, "3 VFs were asked for, and its driver igb made 1 without an error"},
 		"override refused":          {func(k *hosttest.Kernel) { k.Fail[pfDir+"/virtfn1/driver_override"] = unix.EACCES }, "virtfn1/driver_override"},
 		"autoprobe refused":         {func(k *hosttest.Kernel) { k.Fail[pfDir+"/sriov_drivers_autoprobe"] = unix.EACCES }, "sriov_drivers_autoprobe"},
 		"a VF cannot be taken":      {func(k *hosttest.Kernel) { k.Probe["vfio-pci"] = unix.EINVAL }, "did not bind it to vfio-pci"},
@@ -196,17 +213,122 @@ func TestPlanRefuses(t *testing.T) {
 	d := device(t, h)
 	var outOfRange *RangeError
 	for _, n := range []int{-1, 8} {
-		if _, err := PlanCount(h, d, n, UseNone); !errors.As(err, &outOfRange) {
+		if _, err := PlanCount(h, nil, d, n, UseNone); !errors.As(err, &outOfRange) {
 			t.Errorf("%d VFs: %v", n, err)
 		}
 	}
 	var notPF *NotPFError
 	vf := iommu.Device{Name: "0000:02:10.0", PhysFn: &d.Address}
-	if _, err := PlanCount(h, &vf, 1, UseNone); !errors.As(err, &notPF) || !strings.Contains(err.Error(), pf) {
+	if _, err := PlanCount(h, nil, &vf, 1, UseNone); !errors.As(err, &notPF) || !strings.Contains(err.Error(), pf) {
 		t.Errorf("VFs of a VF: %v", err)
 	}
 	d.Driver = ""
-	if _, err := PlanCount(h, d, 1, UseNone); err == nil || !strings.Contains(err.Error(), "no driver") {
+	if _, err := PlanCount(h, nil, d, 1, UseNone); err == nil || !strings.Contains(err.Error(), "no driver") {
 		t.Errorf("a PF without a driver: %v", err)
+	}
+}
+
+func vfDevice(index int) *iommu.Device { return &iommu.Device{Name: "0000:02:10.0", VFIndex: index} }
+
+// A run that was killed at any write is finished or undone by the next one, and autoprobe is as it was.
+func TestRecover(t *testing.T) {
+	for _, use := range []Use{UseNone, UseVFIO, UseHome} {
+		for _, from := range []int{0, 3} {
+			for n := range 12 {
+				k := newKernel(t)
+				if from > 0 {
+					if err := setCount(t, context.Background(), k, from, UseNone); err != nil {
+						t.Fatal(err)
+					}
+				}
+				dir := t.TempDir()
+				topology, err := iommu.Scan(k.Host())
+				if err != nil {
+					t.Fatal(err)
+				}
+				p, err := PlanCount(k.Host(), topology, device(t, k.Host()), 2, use)
+				if err != nil {
+					t.Fatal(err)
+				}
+				var mu sync.Mutex
+				var inFlight sync.WaitGroup
+				writes, killed := 0, make(chan struct{})
+				b := &vfio.Binder{Host: k.Host(), Journal: journal.In(dir)}
+				k.Before = func(string, string) {
+					mu.Lock()
+					if writes++; writes == n+1 {
+						close(killed)
+					}
+					if writes > n {
+						mu.Unlock()
+						select {} // as a process that is killed: nothing goes on
+					}
+					inFlight.Add(1)
+					mu.Unlock()
+				}
+				k.After = func(string, string) { inFlight.Done() }
+				go func() {
+					_, _ = Apply(context.Background(), b, p)
+					close(killed)
+				}()
+				<-killed
+				inFlight.Wait()
+				b.Close()
+				k.Before, k.After = nil, nil
+				next := &vfio.Binder{Host: k.Host(), Journal: journal.In(dir), Others: Recoverers}
+				recovered, err := next.Recover(context.Background(), false)
+				if err != nil {
+					t.Fatal(err)
+				}
+				for _, r := range recovered {
+					if r.Err != nil && !strings.Contains(r.Err.Error(), "had 3 VFs before and has 0 now") {
+						t.Errorf("%s from %d, killed before write %d: %v", use, from, n+1, r.Err)
+					}
+				}
+				got := strings.Fields(state(t, k))
+				autoprobe, vfs := got[len(got)-1], got[:len(got)-1]
+				if autoprobe != "1" || len(vfs) != 0 && len(vfs) != 2 && len(vfs) != from {
+					t.Errorf("%s from %d, killed before write %d: %v", use, from, n+1, got)
+				}
+				for _, vf := range vfs {
+					if use != UseHome && strings.HasPrefix(vf, "igbvf") || vf == "/" {
+						t.Errorf("%s from %d, killed before write %d: %v", use, from, n+1, got)
+					}
+				}
+				next.Close()
+			}
+		}
+	}
+}
+
+// What the kernel is going to refuse is known before it is asked.
+func TestForecast(t *testing.T) {
+	for name, c := range map[string]struct {
+		files map[string]string
+		says  string
+	}{
+		"room":        {nil, ""},
+		"no memory":   {map[string]string{"resource": strings.Repeat("0x0 0x0 0x0\n", 7) + "0x0 0x3fff 0x14220c\n"}, "no memory range for its VFs' BAR 0"},
+		"no buses":    {map[string]string{"sriov_offset": "384\n"}, "the last VF would be on bus 02"},
+		"far enough":  {map[string]string{"sriov_offset": "128\n"}, ""},
+		"a wide step": {map[string]string{"sriov_offset": "128\n", "sriov_stride": "256\n"}, "the last VF would be on bus 03"},
+	} {
+		k := newKernel(t)
+		for file, text := range c.files {
+			if err := os.WriteFile(filepath.Join(k.Dir(), pfDir, file), []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		port, err := filepath.EvalSymlinks(filepath.Join(k.Dir(), pfDir))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(port, "../subordinate_bus_number"), []byte("1\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		err = forecast(k.Host(), device(t, k.Host()), 3)
+		if c.says == "" && err != nil || c.says != "" && (err == nil || !strings.Contains(err.Error(), c.says)) {
+			t.Errorf("%s: %v, want %q", name, err, c.says)
+		}
 	}
 }

@@ -1,0 +1,109 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"viaduct/internal/journal"
+	"viaduct/iommu"
+	"viaduct/sriov"
+	"viaduct/vfio"
+)
+
+// changing is what a command works with that changes the host, or, with --dry-run or on a captured host, would.
+type changing struct {
+	env      *env
+	host     *iommu.Host
+	topology *iommu.Topology
+	binder   *vfio.Binder
+	stuck    []vfio.Recovered // what earlier changes still wait for
+}
+
+// newBinder is the binder of a command; its owner closes it.
+func newBinder(h *iommu.Host, timeout time.Duration) *vfio.Binder {
+	b := &vfio.Binder{Host: h, Timeout: timeout, Others: sriov.Recoverers}
+	if h.Live() {
+		b.Journal = journal.In(journal.Dir)
+	}
+	return b
+}
+
+// beginChange opens and scans the host. The caller calls stop at the end, which closes all; until then a first signal only
+// ends the context.
+func (e *env) beginChange(ctx context.Context, timeout time.Duration) (context.Context, func(), *changing, error) {
+	h, t, err := e.lookToChange()
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	c := &changing{env: e, host: h, topology: t, binder: newBinder(h, timeout)}
+	signals := func() {}
+	if c.live() {
+		ctx, signals = untilSignal(ctx)
+	}
+	return ctx, func() {
+		signals()
+		c.binder.Close()
+		h.Close()
+	}, c, nil
+}
+
+// live reports whether the host is really going to be changed.
+func (c *changing) live() bool { return c.host.Live() && !c.env.dryRun }
+
+// lock keeps other viaducts from devices, and finishes or undoes what interrupted ones left of them. One that is stuck in an
+// earlier change is refused.
+func (c *changing) lock(ctx context.Context, devices []*iommu.Device) error {
+	if !c.live() {
+		return nil
+	}
+	if err := c.binder.Lock(ctx, devices); err != nil {
+		return err
+	}
+	if err := c.recover(ctx); err != nil {
+		return err
+	}
+	for _, r := range c.stuck {
+		if r.Err != nil && slices.ContainsFunc(devices, func(d *iommu.Device) bool { return d.Address == r.Device }) {
+			return &vfio.RefusedError{What: "change " + r.Device.String(), Reasons: []string{r.Err.Error()}}
+		}
+	}
+	return nil
+}
+
+// recover finishes or undoes what interrupted runs left, and tells.
+func (c *changing) recover(ctx context.Context) (err error) {
+	c.stuck, err = c.binder.Recover(ctx, false)
+	c.env.tellRecovered(c.stuck)
+	return err
+}
+
+// lockPF finds a PF, or with vf the VF it names and its PF, locks it, and looks at all again as it is now.
+func (c *changing) lockPF(ctx context.Context, sel iommu.Selector, vf **iommu.Device) (*iommu.Device, error) {
+	find := func() (pf *iommu.Device, err error) {
+		d, err := sel.One(c.host, c.topology)
+		if err != nil || vf == nil {
+			return d, err
+		}
+		if d.PhysFn == nil {
+			return nil, usagef("%s is no VF; want PF/vfN or a VF's address", d.Name)
+		}
+		*vf = d
+		return c.topology.Find(*d.PhysFn)
+	}
+	pf, err := find()
+	if err != nil || !c.live() {
+		return pf, err
+	}
+	if err := c.lock(ctx, []*iommu.Device{pf}); err != nil {
+		return nil, err
+	}
+	if c.topology, err = iommu.Scan(c.host); err != nil {
+		return nil, err
+	}
+	if pf, err = find(); err != nil {
+		return nil, fmt.Errorf("it went while another viaduct was waited for: %w", err)
+	}
+	return pf, nil
+}

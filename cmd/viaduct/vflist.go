@@ -1,0 +1,172 @@
+package main
+
+import (
+	"bufio"
+	"fmt"
+	"strconv"
+	"strings"
+
+	"viaduct/iommu"
+	"viaduct/sriov"
+	"viaduct/vfio"
+)
+
+type vfListView struct {
+	PFs []pfView `json:"pfs"`
+}
+
+type pfView struct {
+	Address   string   `json:"address"`
+	Name      *string  `json:"name"`
+	Driver    *string  `json:"driver"`
+	Netdevs   []string `json:"netdevs"`
+	Total     int      `json:"total"`
+	Enabled   int      `json:"enabled"`
+	Autoprobe *bool    `json:"autoprobe"`
+	VFs       []vfView `json:"vfs"`
+}
+
+type vfView struct {
+	Index          int            `json:"index"`
+	Address        string         `json:"address"`
+	Group          *int           `json:"group"`
+	Driver         *string        `json:"driver"`
+	DriverOverride *string        `json:"driver_override"`
+	Netdevs        []string       `json:"netdevs"`
+	MAC            *string        `json:"mac"`
+	Settings       sriov.Settings `json:"settings"`
+	Statistics     *sriov.Stats   `json:"statistics"`
+	Representor    *string        `json:"representor"`
+	Holders        []string       `json:"holders"`
+}
+
+func runVFList(e *env, sel []iommu.Selector) error {
+	h, t, err := e.look()
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	keep, err := selection(h, t, sel)
+	if err != nil {
+		return err
+	}
+	names := iommu.OpenNames(h)
+	defer names.Close()
+	view := vfListView{PFs: []pfView{}}
+	t.All(func(d *iommu.Device) bool {
+		if keep != nil && keep[d.Name] && d.SRIOV == nil {
+			err = &sriov.NotPFError{Device: d.Address, VFOf: d.PhysFn}
+			return false
+		}
+		if d.SRIOV == nil || (keep != nil && !keep[d.Name]) {
+			return true
+		}
+		var pf pfView
+		if pf, err = viewPF(h, t, names, d); err != nil {
+			return false
+		}
+		view.PFs = append(view.PFs, pf)
+		return true
+	})
+	if err != nil {
+		return err
+	}
+	w := bufio.NewWriter(e.stdout)
+	if e.json {
+		err = writeJSON(w, view)
+	} else {
+		rows := [][]string{{"PF", "VF", "ADDRESS", "GROUP", "DRIVER", "OVERRIDE", "MAC", "SETTINGS", "HELD"}}
+		for _, p := range view.PFs {
+			label := p.Address
+			if len(p.Netdevs) > 0 {
+				label = p.Netdevs[0]
+			}
+			rows = append(rows, []string{label, fmt.Sprintf("%d/%d", p.Enabled, p.Total), p.Address, "", ptr(p.Driver), "", "", "", ""})
+			for _, v := range p.VFs {
+				group := ""
+				if v.Group != nil {
+					group = strconv.Itoa(*v.Group)
+				}
+				rows = append(rows, []string{label, "vf" + strconv.Itoa(v.Index), v.Address, group, ptr(v.Driver), ptr(v.DriverOverride), ptr(v.MAC), unusual(v.Settings), strings.Join(v.Holders, ", ")})
+			}
+		}
+		writeTable(w, rows)
+	}
+	if err != nil {
+		return err
+	}
+	return w.Flush()
+}
+
+func viewPF(h *iommu.Host, t *iommu.Topology, names *iommu.Names, d *iommu.Device) (pfView, error) {
+	v := pfView{
+		Address: d.Name, Name: known(deviceName(names, d)), Driver: known(d.Driver), Netdevs: deviceOf(d, names).Netdevs,
+		Total: d.SRIOV.Total, Enabled: len(d.SRIOV.VFs), VFs: []vfView{},
+	}
+	x, err := iommu.ReadDetails(h, d.Address)
+	if err != nil {
+		return v, err
+	}
+	if x.VFs != nil {
+		v.Autoprobe = x.VFs.Autoprobe
+	}
+	v.VFs, err = viewVFs(h, t, d)
+	return v, err
+}
+
+// viewVFs is what is to be told of a PF's VFs.
+func viewVFs(h *iommu.Host, t *iommu.Topology, pf *iommu.Device) ([]vfView, error) {
+	out := []vfView{}
+	var port *sriov.Port
+	var vfs []*iommu.Device
+	for _, at := range pf.SRIOV.VFs {
+		if vf, err := t.Find(at.Address); err == nil { // else made or removed just now
+			vfs = append(vfs, vf)
+		}
+	}
+	held := map[string][]string{}
+	if h.Live() && len(vfs) > 0 {
+		var err error
+		if port, err = sriov.ReadPort(h, pf); err != nil {
+			return out, err
+		}
+		holders, err := vfio.ProcessHolders(h, vfs)
+		if err != nil {
+			return out, err
+		}
+		for _, holder := range holders {
+			held[holder.Device] = append(held[holder.Device], holder.What)
+		}
+	}
+	for _, vf := range vfs {
+		info, _ := port.Of(vf.VFIndex)
+		representor, err := sriov.Representor(h, port, vf.VFIndex)
+		if err != nil {
+			return out, err
+		}
+		row := vfView{
+			Index: vf.VFIndex, Address: vf.Name, Driver: known(vf.Driver), DriverOverride: known(vf.DriverOverride), Netdevs: append([]string{}, vf.Netdevs...),
+			MAC: known(info.Settings[sriov.MAC]), Settings: info.Settings, Statistics: info.Stats, Representor: known(representor), Holders: append([]string{}, held[vf.Name]...),
+		}
+		if vf.Group >= 0 {
+			row.Group = &vf.Group
+		}
+		out = append(out, row)
+	}
+	return out, nil
+}
+
+// unusual are the settings that are not what a VF begins with, its MAC address aside.
+func unusual(s sriov.Settings) string {
+	show := sriov.Settings{}
+	usual := sriov.Settings{
+		sriov.VLAN: "0", sriov.QoS: "0", sriov.Proto: "802.1q", sriov.Trust: "off", sriov.SpoofChk: "on", sriov.LinkState: "auto",
+		sriov.MaxRate: "0", sriov.MinRate: "0", sriov.RSSQuery: "off",
+	}
+	for k, v := range s {
+		if k != sriov.MAC && usual[k] != v {
+			show[k] = v
+		}
+	}
+	return settingsText(show)
+}

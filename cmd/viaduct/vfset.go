@@ -1,0 +1,295 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"viaduct/iommu"
+	"viaduct/sriov"
+	"viaduct/vfio"
+)
+
+type setOptions struct {
+	vf      iommu.Selector
+	want    sriov.Settings
+	timeout time.Duration
+}
+
+func vfSetCommand(e *env) *cli.Command {
+	var o setOptions
+	return command(&cli.Command{
+		Name:      "set",
+		Usage:     "set what the PF decides for a VF",
+		ArgsUsage: "PF/vfN KEY=VALUE...",
+		Description: "Several keys are one change: all of them or, undone, none. What is right already is not written, what is written is read\n" +
+			"back. A driver that has the VF sees some settings only when it binds next.\n\n" +
+			"  mac=52:54:00:12:34:56     or mac=stable: derived from the PF's own address and the VF's index\n" +
+			"  vlan=100 qos=3            VLAN and priority of untagged frames; vlan=0 for none\n" +
+			"  proto=802.1q|802.1ad      the VLAN's protocol\n" +
+			"  trust=on|off              whether the guest may change its address and be promiscuous\n" +
+			"  spoofchk=on|off           whether frames with another address are dropped\n" +
+			"  link=auto|enable|disable  (or state=)\n" +
+			"  max_tx_rate=N min_tx_rate=N   Mbit/s, 0 for no limit\n" +
+			"  rss_query=on|off          (or query_rss=)\n" +
+			"  node_guid=... port_guid=...   of InfiniBand\n" +
+			"  msix=N                    interrupt vectors, while the VF has no driver; 0 for the default\n\n" +
+			"Examples:\n  viaduct vf set enp1s0/vf0 mac=52:54:00:12:34:56\n  viaduct vf set enp1s0/vf0 mac=stable vlan=100 trust=off spoofchk=on",
+		Flags: []cli.Flag{
+			&cli.DurationFlag{Name: "timeout", Usage: "how long another viaduct is waited for", Value: vfio.DefaultTimeout, Destination: &o.timeout},
+			e.dryRunFlag(), e.jsonFlag(),
+		},
+		BashComplete: e.completeVFs,
+		Action: func(c *cli.Context) (err error) {
+			if c.NArg() < 2 {
+				return usagef("vf set: want a VF and a setting, as enp1s0/vf0 mac=52:54:00:12:34:56")
+			}
+			if o.timeout <= 0 {
+				return usagef("--timeout %s: want a time above zero, as 10s", o.timeout)
+			}
+			if o.vf, err = iommu.ParseSelector(c.Args().First()); err != nil {
+				return err
+			}
+			if o.want, err = sriov.ParseSettings(c.Args().Tail()); err != nil {
+				return usagef("vf set: %w", err)
+			}
+			return runVFSet(c.Context, e, o)
+		},
+	})
+}
+
+// setView is what `vf set --json` prints, and `vf sync --json` for each VF.
+type setView struct {
+	VF         string         `json:"vf"`
+	PF         string         `json:"pf"`
+	Index      int            `json:"index"`
+	Changed    bool           `json:"changed"`
+	Steps      []string       `json:"steps"`
+	Settings   sriov.Settings `json:"settings"`
+	Unverified []string       `json:"unverified"`
+}
+
+func runVFSet(ctx context.Context, e *env, o setOptions) error {
+	ctx, stop, c, err := e.beginChange(ctx, o.timeout)
+	if err != nil {
+		return err
+	}
+	defer stop()
+	var vf *iommu.Device
+	pf, err := c.lockPF(ctx, o.vf, &vf)
+	if err != nil {
+		return err
+	}
+	view, err := c.set(ctx, pf, vf, o.want)
+	if err != nil {
+		return err
+	}
+	return e.printSet([]setView{view}, view)
+}
+
+// set sets a VF of a PF that is locked.
+func (c *changing) set(ctx context.Context, pf, vf *iommu.Device, want sriov.Settings) (setView, error) {
+	view := setView{VF: vf.Name, PF: pf.Name, Index: vf.VFIndex, Steps: []string{}, Unverified: []string{}}
+	if err := c.lock(ctx, []*iommu.Device{vf}); err != nil {
+		return view, err
+	}
+	plan, err := sriov.PlanSet(c.host, pf, vf, want)
+	if err != nil {
+		return view, err
+	}
+	view.Changed, view.Settings = len(plan.Settings) > 0, plan.Want
+	view.Steps = append(view.Steps, plan.Commands()...)
+	if c.env.dryRun {
+		return view, nil
+	}
+	unverified, err := sriov.Set(ctx, c.binder, plan)
+	view.Unverified = append(view.Unverified, unverified...)
+	return view, err
+}
+
+func (e *env) printSet(views []setView, data any) error {
+	if e.json {
+		return writeJSON(e.stdout, data)
+	}
+	for _, v := range views {
+		if e.dryRun {
+			for _, s := range v.Steps {
+				fmt.Fprintln(e.stdout, s)
+			}
+			continue
+		}
+		line := fmt.Sprintf("%s (vf%d of %s): %s", v.VF, v.Index, v.PF, settingsText(v.Settings))
+		if !v.Changed {
+			line += " (as it was)"
+		}
+		if len(v.Unverified) > 0 {
+			line += " (set, and not verifiable: " + strings.Join(v.Unverified, ", ") + ")"
+		}
+		fmt.Fprintln(e.stdout, line)
+	}
+	return nil
+}
+
+// settingsText is settings as vf set takes them.
+func settingsText(s sriov.Settings) string {
+	var words []string
+	for _, k := range sriov.Keys {
+		if v, ok := s[k]; ok {
+			words = append(words, string(k)+"="+v)
+		}
+	}
+	return strings.Join(words, " ")
+}
+
+func vfGetCommand(e *env) *cli.Command {
+	return command(&cli.Command{
+		Name:         "get",
+		Usage:        "what the PF's driver reports of a VF",
+		ArgsUsage:    "PF/vfN",
+		Description:  "What is not shown is not reported. The line can be given to vf set.\n\nExamples:\n  viaduct vf get enp1s0/vf0",
+		Flags:        []cli.Flag{e.jsonFlag()},
+		BashComplete: e.completeVFs,
+		Action: func(c *cli.Context) error {
+			arg, err := oneArgument(c, "the VF")
+			if err != nil {
+				return err
+			}
+			sel, err := iommu.ParseSelector(arg)
+			if err != nil {
+				return err
+			}
+			return runVFGet(e, sel)
+		},
+	})
+}
+
+func runVFGet(e *env, sel iommu.Selector) error {
+	h, t, err := e.look()
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	vf, err := sel.One(h, t)
+	if err != nil {
+		return err
+	}
+	if vf.PhysFn == nil {
+		return usagef("%s is no VF; want PF/vfN or a VF's address", vf.Name)
+	}
+	if !h.Live() {
+		return errors.New("a captured host cannot be asked for the settings of its VFs")
+	}
+	pf, err := t.Find(*vf.PhysFn)
+	if err != nil {
+		return err
+	}
+	view, err := viewVFs(h, t, pf)
+	if err != nil {
+		return err
+	}
+	i := slices.IndexFunc(view, func(v vfView) bool { return v.Index == vf.VFIndex })
+	if i < 0 {
+		return fmt.Errorf("%s went away just now", vf.Name)
+	}
+	if e.json {
+		return writeJSON(e.stdout, view[i])
+	}
+	_, err = fmt.Fprintln(e.stdout, settingsText(view[i].Settings))
+	return err
+}
+
+func vfSyncCommand(e *env) *cli.Command {
+	var timeout time.Duration
+	return command(&cli.Command{
+		Name:      "sync",
+		Usage:     "set VFs again as vf set had them, after their PF was reset",
+		ArgsUsage: "[PF...]",
+		Description: "Without a PF, all of them. What was set is known until the VFs are removed or the host is booted.\n\n" +
+			"Examples:\n  viaduct vf sync\n  viaduct vf sync enp1s0 --dry-run",
+		Flags: []cli.Flag{
+			&cli.DurationFlag{Name: "timeout", Usage: "how long another viaduct is waited for", Value: vfio.DefaultTimeout, Destination: &timeout},
+			e.dryRunFlag(), e.jsonFlag(),
+		},
+		BashComplete: e.completePFs,
+		Action: func(c *cli.Context) error {
+			sel, err := parseSelectors(c.Args().Slice())
+			if err != nil {
+				return err
+			}
+			if timeout <= 0 {
+				return usagef("--timeout %s: want a time above zero, as 10s", timeout)
+			}
+			return runVFSync(c.Context, e, sel, timeout)
+		},
+	})
+}
+
+func runVFSync(ctx context.Context, e *env, sel []iommu.Selector, timeout time.Duration) error {
+	ctx, stop, c, err := e.beginChange(ctx, timeout)
+	if err != nil {
+		return err
+	}
+	defer stop()
+	if len(sel) == 0 {
+		for _, pf := range pfs(c.topology) {
+			s, err := iommu.ParseSelector(pf.Name)
+			if err != nil {
+				return err
+			}
+			sel = append(sel, s)
+		}
+	}
+	views := []setView{}
+	var errs []error
+	for _, s := range sel {
+		pf, err := c.lockPF(ctx, s, nil)
+		if err != nil {
+			return errors.Join(append(errs, err)...)
+		}
+		if pf.SRIOV == nil {
+			return usageError{&sriov.NotPFError{Device: pf.Address, VFOf: pf.PhysFn}}
+		}
+		asked, err := sriov.Asked(c.binder, pf)
+		if err != nil {
+			return err
+		}
+		for _, index := range slices.Sorted(maps.Keys(asked)) {
+			vf, err := c.vfOf(pf, index)
+			if err != nil {
+				errs = append(errs, err)
+				continue
+			}
+			view, err := c.set(ctx, pf, vf, asked[index])
+			if errs = append(errs, err); err == nil {
+				views = append(views, view)
+			}
+		}
+	}
+	return errors.Join(errors.Join(errs...), e.printSet(views, views))
+}
+
+func (c *changing) vfOf(pf *iommu.Device, index int) (*iommu.Device, error) {
+	for _, v := range pf.SRIOV.VFs {
+		if v.Index == index {
+			return c.topology.Find(v.Address)
+		}
+	}
+	return nil, fmt.Errorf("%s has no vf%d any more", pf.Name, index)
+}
+
+func pfs(t *iommu.Topology) []*iommu.Device {
+	var out []*iommu.Device
+	t.All(func(d *iommu.Device) bool {
+		if d.SRIOV != nil {
+			out = append(out, d)
+		}
+		return true
+	})
+	return out
+}

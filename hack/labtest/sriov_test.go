@@ -1,0 +1,226 @@
+//go:build lab
+
+package labtest
+
+import (
+	"bufio"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+// fails runs viaduct, which must end with this exit status, say this, and have changed nothing.
+func fails(t *testing.T, status int, says string, args ...string) {
+	t.Helper()
+	before := fingerprint()
+	if r := run(t, viaduct, args...); r.status != status || !strings.Contains(r.stderr, says) || fingerprint() != before {
+		t.Errorf("viaduct %s: exit status %d, want %d, %q and nothing changed: %s%s", strings.Join(args, " "), r.status, status, says, r.stdout, r.stderr)
+	}
+}
+
+// vfLine is what ip says of a VF.
+func vfLine(t *testing.T, pf string, index int) string {
+	t.Helper()
+	for line := range strings.Lines(shell(t, "ip -d link show dev "+pf)) {
+		if strings.HasPrefix(strings.TrimSpace(line), fmt.Sprintf("vf %d ", index)) {
+			return line
+		}
+	}
+	return ""
+}
+
+// TestSettings sets all that igb knows, as ip sees it; what it does not know is an error of that setting, and several
+// settings are one change.
+func TestSettings(t *testing.T) {
+	pf := netdev(t, spare)
+	shell(t, "ip link set "+pf+" up; until [ $(cat /sys/class/net/"+pf+"/operstate) = up ]; do sleep 0.1; done") // rates need a link
+	do(t, "vf", "create", pf, "2")
+	has := func(words ...string) {
+		t.Helper()
+		line := vfLine(t, pf, 1)
+		for _, w := range words {
+			if !strings.Contains(line, w) {
+				t.Errorf("ip says %q, want %q", line, w)
+			}
+		}
+	}
+	do(t, "vf", "set", pf+"/vf1", "mac=52:54:00:77:00:01", "vlan=100", "qos=3", "trust=on", "spoofchk=off", "max_tx_rate=100")
+	has("52:54:00:77:00:01", "vlan 100, qos 3", "trust on", "spoof checking off", "max_tx_rate 100Mbps")
+	if out := do(t, "vf", "set", pf+"/vf1", "vlan=100", "--json"); !strings.Contains(out, `"changed": false`) {
+		t.Errorf("what is right already was written: %s", out)
+	}
+	get := do(t, "vf", "get", pf+"/vf1")
+	if want := "mac=52:54:00:77:00:01 vlan=100 qos=3 proto=802.1q trust=on spoofchk=off link=auto max_tx_rate=100 min_tx_rate=0"; !strings.HasPrefix(get, want) {
+		t.Errorf("vf get: %q, want %q", get, want)
+	}
+	refused := func(says string, words ...string) {
+		t.Helper()
+		before := vfLine(t, pf, 1)
+		fails(t, 1, says, append([]string{"vf", "set", pf + "/vf1"}, words...)...)
+		if now := vfLine(t, pf, 1); now != before {
+			t.Errorf("%v failed, and ip says %q, said %q", words, now, before)
+		}
+	}
+	refused("no VLAN protocol but 802.1q", "proto=802.1ad")
+	refused("has no setting link", "mac=52:54:00:77:00:02", "vlan=7", "link=enable")
+	refused("has no setting rss_query", "rss_query=on", "trust=off")
+	refused("min_tx_rate", "min_tx_rate=10")
+	refused("has no setting msix", "msix=4")
+	refused("is that of "+pf, "mac="+attr("/sys/class/net", pf, "address"))
+	do(t, "vf", "set", pf+"/vf0", "mac=stable")
+	stable := strings.TrimPrefix(strings.Fields(do(t, "vf", "get", pf+"/vf0"))[0], "mac=")
+	refused("is that of vf0", "mac="+stable)
+	do(t, "vf", "set", pf+"/vf1", "spoofchk=on", "trust=off", "vlan=0", "qos=0", "max_tx_rate=0", "mac=52:54:00:77:00:03")
+	has("52:54:00:77:00:03", "spoof checking on", "trust off")
+	if line := vfLine(t, pf, 1); strings.Contains(line, "vlan") || strings.Contains(line, "max_tx_rate") {
+		t.Errorf("ip says %q", line)
+	}
+
+	// What was set is set again after something else lost it.
+	shell(t, "ip link set "+pf+" vf 1 mac 52:54:00:77:00:99 vlan 9")
+	do(t, "vf", "sync", pf)
+	has("52:54:00:77:00:03")
+	if line := vfLine(t, pf, 1); strings.Contains(line, "vlan") {
+		t.Errorf("after vf sync ip says %q", line)
+	}
+	if list := do(t, "vf", "list", pf); !strings.Contains(list, stable) || !strings.Contains(list, "52:54:00:77:00:03") {
+		t.Errorf("vf list: %s", list)
+	}
+	do(t, "vf", "destroy", pf)
+}
+
+// TestCount: VFs that somebody has keep their PF's number from changing; a PF that is down is brought up without an address.
+func TestCount(t *testing.T) {
+	pf := netdev(t, spare)
+	shell(t, "ip link set "+pf+" down")
+	do(t, "vf", "create", pf, "2", "--driver", "vfio")
+	if state := shell(t, "ip -o link show dev "+pf+" | grep -c ',UP'; ip -6 -o addr show dev "+pf+" | wc -l; cat /proc/sys/net/ipv6/conf/"+pf+"/addr_gen_mode"); state != "1\n0\n0" {
+		t.Errorf("up, addresses, addr_gen_mode: %q, want 1, 0, 0", state)
+	}
+	vf := vfs(spare)[0]
+	node, err := os.OpenFile("/dev/vfio/"+link(devicesDir, vf, "iommu_group"), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	who := fmt.Sprintf("process %d", os.Getpid())
+	fails(t, 3, who, "vf", "create", pf, "7")
+	fails(t, 3, who, "vf", "destroy", pf)
+	node.Close()
+	do(t, "vf", "create", pf, "7")
+	if n := len(vfs(spare)); n != 7 {
+		t.Errorf("%d VFs, want 7", n)
+	}
+	do(t, "vf", "destroy", pf)
+
+	shell(t, "modprobe bonding max_bonds=0; ip link add b1 type bond; ip link set "+pf+" down; ip link set "+pf+" master b1; ip link set b1 up")
+	do(t, "vf", "create", pf, "3")
+	if master := link("/sys/class/net", pf, "master"); master != "b1" || len(vfs(spare)) != 3 {
+		t.Errorf("a bond's port: %d VFs, in %q", len(vfs(spare)), master)
+	}
+	do(t, "vf", "destroy", pf)
+	shell(t, "ip link del b1")
+}
+
+// TestKillsVF: the commands of VFs are killed at each write in turn. What is run next leaves the PF with the VFs it had, those
+// it was to have, or none, autoprobe as it was, and no record.
+func TestKillsVF(t *testing.T) {
+	pf := netdev(t, spare)
+	shell(t, "modprobe igbvf")
+	kills := 0
+	for _, c := range []struct{ name, before, command string }{
+		{"create", "vf create " + spare + " 0", "vf create " + spare + " 2 --driver vfio"},
+		{"resize", "vf create " + spare + " 1", "vf create " + spare + " 2"},
+		{"destroy", "vf create " + spare + " 2", "vf destroy " + spare},
+		{"set", "vf create " + spare + " 2", "vf set " + spare + "/vf0 mac=52:54:00:77:00:01 vlan=7"},
+	} {
+		for _, whom := range []string{"parent", "child", "both"} {
+			for n := 1; ; n++ {
+				if c.name == "create" {
+					shell(t, "ip link set "+pf+" down")
+				}
+				do(t, strings.Fields(c.before)...)
+				if c.name == "set" {
+					do(t, strings.Fields("vf set "+spare+"/vf0 mac=52:54:00:77:00:02 vlan=0")...)
+				}
+				cmd := exec.Command("./killat", append([]string{strconv.Itoa(n), whom, viaduct}, strings.Fields(c.command)...)...)
+				var stderr strings.Builder
+				cmd.Stderr = &stderr
+				out, err := cmd.StdoutPipe()
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := cmd.Start(); err != nil {
+					t.Fatal(err)
+				}
+				line, _ := bufio.NewReader(out).ReadString('\n')
+				if whom == "child" || line != "killed\n" {
+					_ = cmd.Wait()
+				}
+				if line != "killed\n" {
+					break
+				}
+				kills++
+				r := run(t, viaduct, "recover")
+				if whom != "child" {
+					_ = cmd.Wait()
+				}
+				all := vfs(spare)
+				wrong := attr(devicesDir, spare, "sriov_drivers_autoprobe") != "1" || len(all) > 2
+				for _, vf := range all {
+					wrong = wrong || bound(vf) != "" && bound(vf) != "vfio-pci" || attr(devicesDir, vf, "driver_override") == "(null)"
+				}
+				if c.name == "set" {
+					line := vfLine(t, pf, 0)
+					wrong = wrong || strings.Contains(line, "77:00:01") != strings.Contains(line, "vlan 7")
+				}
+				left, _ := filepath.Glob("/run/viaduct/change-*")
+				if wrong || len(left) > 0 || r.status != 0 && !strings.Contains(r.stderr, "VFs before and has 0 now") {
+					t.Errorf("%s killed at write %d of %s, then recover: %v, autoprobe %s, records %v, exit status %d\n%s%s%s%s", whom, n, c.name, all,
+						attr(devicesDir, spare, "sriov_drivers_autoprobe"), left, r.status, r.stdout, r.stderr, stderr.String(), vfLine(t, pf, 0))
+				}
+			}
+		}
+	}
+	t.Logf("%d kills", kills)
+	do(t, "vf", "destroy", spare)
+}
+
+// TestRace: one process changes the number of VFs while another sets one. What is there in the end is what came of one after
+// the other.
+func TestRace(t *testing.T) {
+	rounds := 20
+	if n, err := strconv.Atoi(os.Getenv("LAB_ROUNDS")); err == nil && n > 100 {
+		rounds = 100
+	}
+	pf := netdev(t, spare)
+	set := 0
+	for i := range rounds {
+		want := 2 - i%2*2
+		mac := fmt.Sprintf("52:54:00:78:00:%02x", i)
+		resize := exec.Command(viaduct, "vf", "create", spare, strconv.Itoa(want))
+		if err := resize.Start(); err != nil {
+			t.Fatal(err)
+		}
+		r := run(t, viaduct, "vf", "set", spare+"/vf0", "mac="+mac)
+		if err := resize.Wait(); err != nil || len(vfs(spare)) != want {
+			t.Errorf("round %d: resize to %d: %v, %d VFs", i, want, err, len(vfs(spare)))
+		}
+		switch {
+		case r.status == 0 && want > 0 && !strings.Contains(vfLine(t, pf, 0), mac):
+			t.Errorf("round %d: set reported success, and ip says %q", i, vfLine(t, pf, 0))
+		case r.status == 0:
+			set++
+		case !strings.Contains(r.stderr, "no such VF") && !strings.Contains(r.stderr, "no such device") && !strings.Contains(r.stderr, "it went while"):
+			t.Errorf("round %d: %s", i, r.stderr)
+		}
+		if autoprobe := attr(devicesDir, spare, "sriov_drivers_autoprobe"); autoprobe != "1" {
+			t.Errorf("round %d: autoprobe is %s", i, autoprobe)
+		}
+	}
+	t.Logf("%d rounds, in %d the setting came through", rounds, set)
+	do(t, "vf", "destroy", spare)
+}

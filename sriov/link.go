@@ -1,0 +1,111 @@
+package sriov
+
+import (
+	"errors"
+	"fmt"
+	"path"
+	"strconv"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"viaduct/internal/host"
+	"viaduct/iommu"
+)
+
+const netClass = "sys/class/net"
+
+// Link is an interface of a PF that is brought up. Many drivers make VFs of a PF that is down, which then do not work.
+type Link struct {
+	Name    string `json:"name"`
+	GenMode *int   `json:"gen_mode,omitempty"` // how it makes its IPv6 addresses; nil without IPv6
+}
+
+// genModes are the kernel's modes (include/uapi/linux/if_link.h) in the words of ip.
+var genModes = []string{"eui64", "none", "stable_secret", "random"}
+
+const genNone = 1
+
+// linksDown are a PF's own interfaces that are down.
+func linksDown(h *iommu.Host, pf *iommu.Device) ([]Link, error) {
+	var out []Link
+	for _, n := range ownInterfaces(h, pf) {
+		text, err := h.String(path.Join(netClass, n, "flags"))
+		if host.Absent(err) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		flags, err := strconv.ParseUint(text, 0, 32)
+		if err != nil {
+			return nil, fmt.Errorf("/%s: %w", path.Join(netClass, n, "flags"), err)
+		}
+		if flags&unix.IFF_UP != 0 {
+			continue
+		}
+		l := Link{Name: n}
+		if mode, err := h.Int(path.Join("proc/sys/net/ipv6/conf", n, "addr_gen_mode")); err == nil && mode != genNone {
+			l.GenMode = &mode
+		}
+		out = append(out, l)
+	}
+	return out, nil
+}
+
+// ownInterfaces are a PF's interfaces but for the representors of its VFs, whose phys_port_name is like pf0vf1.
+func ownInterfaces(h *iommu.Host, pf *iommu.Device) []string {
+	var out []string
+	for _, n := range pf.Netdevs {
+		port, err := h.String(path.Join(netClass, n, "phys_port_name"))
+		if err != nil || !strings.Contains(port, "pf") {
+			out = append(out, n)
+		}
+	}
+	return out
+}
+
+func (l Link) commands() []string {
+	set := "ip link set dev " + l.Name + " "
+	if l.GenMode == nil || *l.GenMode < 0 || *l.GenMode >= len(genModes) {
+		return []string{set + "up"}
+	}
+	return []string{set + "addrgenmode none", set + "up", set + "addrgenmode " + genModes[*l.GenMode]}
+}
+
+// up brings the interface up without giving it an address. Over netlink the old mode makes none when it comes back.
+func (l Link) up() error {
+	link, err := netlink.LinkByName(l.Name)
+	if err != nil {
+		return fmt.Errorf("interface %s: %w", l.Name, err)
+	}
+	if l.GenMode != nil {
+		if err := netlink.LinkSetIP6AddrGenMode(link, genNone); err != nil {
+			return fmt.Errorf("interface %s: turn off IPv6 addresses: %w", l.Name, err)
+		}
+	}
+	if err := netlink.LinkSetUp(link); err != nil {
+		return errors.Join(fmt.Errorf("bring %s up: %w", l.Name, err), l.restore(link))
+	}
+	return l.restore(link)
+}
+
+func (l Link) restore(link netlink.Link) error {
+	if l.GenMode == nil {
+		return nil
+	}
+	return netlink.LinkSetIP6AddrGenMode(link, *l.GenMode)
+}
+
+// down undoes up, whatever of it was done.
+func (l Link) down() error {
+	link, err := netlink.LinkByName(l.Name)
+	if err != nil {
+		return fmt.Errorf("interface %s: %w", l.Name, err)
+	}
+	if err := netlink.LinkSetDown(link); err != nil {
+		return fmt.Errorf("bring %s down: %w", l.Name, err)
+	}
+	return l.restore(link)
+}

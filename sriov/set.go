@@ -1,0 +1,457 @@
+package sriov
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+
+	"viaduct/iommu"
+	"viaduct/vfio"
+)
+
+const msixFile = "sriov_vf_msix_count"
+
+// Port is a PF's own network interface, over which its VFs' settings go, with what its driver reports of each VF.
+type Port struct {
+	PF       *iommu.Device
+	Name     string
+	SwitchID string // of its e-switch; "" if it is no port of one
+	VFs      []VFInfo
+
+	index int
+}
+
+// ReadPort asks for a PF's own interface; nil for a PF that has none, as one of NVMe. On a captured host nobody can be asked,
+// and nothing is known of the VFs.
+func ReadPort(h *iommu.Host, pf *iommu.Device) (*Port, error) {
+	var port *Port
+	for _, n := range ownInterfaces(h, pf) {
+		if !h.Live() {
+			return &Port{PF: pf, Name: n}, nil
+		}
+		l, err := readLink(n)
+		if err != nil {
+			return nil, fmt.Errorf("interface %s: %w", n, err)
+		}
+		if port == nil || len(l.vfs) > len(port.VFs) { // a card with several ports a function has its VFs on one
+			port = &Port{PF: pf, Name: l.name, SwitchID: l.switchID, VFs: l.vfs, index: l.index}
+		}
+	}
+	return port, nil
+}
+
+// Of is what is reported of a VF, false if nothing is.
+func (p *Port) Of(index int) (VFInfo, bool) {
+	if p != nil {
+		for _, vf := range p.VFs {
+			if vf.Index == index {
+				return vf, true
+			}
+		}
+	}
+	return VFInfo{Settings: Settings{}}, false
+}
+
+// readLink asks for one interface with its VFs: a dump of all has no room for many.
+func readLink(name string) (linkInfo, error) {
+	ask := func(filter uint32) ([][]byte, error) {
+		req := nl.NewNetlinkRequest(unix.RTM_GETLINK, 0)
+		req.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+		req.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)))
+		req.AddData(nl.NewRtAttr(unix.IFLA_EXT_MASK, nl.Uint32Attr(filter)))
+		return req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWLINK)
+	}
+	const withoutStats = 1 << 3 // RTEXT_FILTER_SKIP_STATS
+	answer, err := ask(nl.RTEXT_FILTER_VF)
+	if errors.Is(err, unix.EMSGSIZE) { // more VFs than an attribute of 64 KiB holds with their counters
+		answer, err = ask(nl.RTEXT_FILTER_VF | withoutStats)
+	}
+	if err != nil {
+		return linkInfo{}, err
+	}
+	if len(answer) == 0 {
+		return linkInfo{}, unix.ENODEV
+	}
+	return decodeLink(answer[0])
+}
+
+// send makes one setting. The kernel's own words come with its errno where it has some.
+func (p *Port) send(vf int, s Setting) error {
+	kind, value := s.encode(vf)
+	socket, err := nl.Subscribe(unix.NETLINK_ROUTE)
+	if err != nil {
+		return err
+	}
+	defer socket.Close()
+	if err := socket.SetExtAck(true); err != nil {
+		return err
+	}
+	req := nl.NewNetlinkRequest(unix.RTM_SETLINK, unix.NLM_F_ACK)
+	req.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: {Socket: socket}}
+	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	msg.Index = int32(p.index) // not the name, which may change meanwhile
+	req.AddData(msg)
+	list := nl.NewRtAttr(unix.IFLA_VFINFO_LIST, nil)
+	list.AddRtAttr(nl.IFLA_VF_INFO, nil).AddRtAttr(kind, value)
+	req.AddData(list)
+	_, err = req.Execute(unix.NETLINK_ROUTE, 0)
+	return err
+}
+
+// SettingError says which setting of a VF a PF's driver refused.
+type SettingError struct {
+	Keys   string
+	VF     string
+	Driver string
+	Err    error
+}
+
+func (e *SettingError) Error() string {
+	switch {
+	case errors.Is(e.Err, unix.EOPNOTSUPP):
+		return fmt.Sprintf("%s: driver %s has no setting %s for VFs", e.VF, e.Driver, e.Keys)
+	case errors.Is(e.Err, unix.EPROTONOSUPPORT):
+		return fmt.Sprintf("%s: driver %s has no VLAN protocol but 802.1q", e.VF, e.Driver)
+	}
+	return fmt.Sprintf("%s: driver %s refused %s: %v", e.VF, e.Driver, e.Keys, e.Err)
+}
+
+func (e *SettingError) Unwrap() error { return e.Err }
+
+// transient refusals come right after a VF was reset, and end with that.
+const (
+	retries    = 8
+	firstPause = 10 * time.Millisecond // doubled each time: 2.5 s in all
+)
+
+// change makes one setting of a VF.
+func (p *Port) change(ctx context.Context, b *vfio.Binder, vf *iommu.Device, s Setting) error {
+	if s.Keys[0] == MSIX {
+		err := b.Write(p.PF.Address, []vfio.Step{{Path: attribute(vf.Address, msixFile), Value: s.To[MSIX]}})
+		if errors.Is(err, unix.ENOENT) {
+			err = unix.EOPNOTSUPP
+		}
+		if err != nil {
+			return &SettingError{"msix", vf.Name, p.PF.Driver, err}
+		}
+		return nil
+	}
+	pause := firstPause
+	for try := 1; ; try++ {
+		err := p.send(vf.VFIndex, s)
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EBUSY) || try == retries {
+			return &SettingError{s.Keys.name(), vf.Name, p.PF.Driver, err}
+		}
+		select {
+		case <-time.After(pause):
+			pause *= 2
+		case <-ctx.Done():
+			return &SettingError{s.Keys.name(), vf.Name, p.PF.Driver, err}
+		}
+	}
+}
+
+// SetPlan is what it takes to set a VF.
+type SetPlan struct {
+	VF       *iommu.Device
+	Want     Settings
+	Settings []Setting // none: all is as wanted
+	port     *Port
+}
+
+// Commands are the plan as shell commands.
+func (p *SetPlan) Commands() []string {
+	var out []string
+	for _, s := range p.Settings {
+		out = append(out, s.command(p.port.Name, p.VF))
+	}
+	return out
+}
+
+// PlanSet plans how a VF of a PF gets settings. It refuses what can be told to be wrong beforehand: interrupt vectors while the
+// VF has a driver, a MAC address that something else on this host has.
+func PlanSet(h *iommu.Host, pf, vf *iommu.Device, want Settings) (*SetPlan, error) {
+	port, err := ReadPort(h, pf)
+	if err != nil {
+		return nil, err
+	}
+	want, err = resolved(h, pf, vf, want)
+	if err != nil {
+		return nil, err
+	}
+	if _, asked := want[MSIX]; asked && vf.Driver != "" {
+		return nil, fmt.Errorf("%s is on driver %s: its interrupt vectors can be set only while it has none", vf.Name, vf.Driver)
+	}
+	if port == nil {
+		for k := range want {
+			if k != MSIX {
+				return nil, fmt.Errorf("%s has no network interface, so its VFs have no %s to set", pf.Name, k)
+			}
+		}
+		port = &Port{PF: pf}
+	}
+	if mac := want[MAC]; h.Live() && mac != "" && mac != noMAC {
+		if owner, err := ownerOf(mac, port, vf); err != nil || owner != "" {
+			return nil, errors.Join(err, fmt.Errorf("MAC address %s is that of %s already", mac, owner))
+		}
+	}
+	now, _ := port.Of(vf.VFIndex)
+	return &SetPlan{VF: vf, Want: want, Settings: planSettings(now.Settings, want), port: port}, nil
+}
+
+// noMAC has a driver make up an address, or none.
+const noMAC = "00:00:00:00:00:00"
+
+// resolved puts the address that "stable" stands for in its place.
+func resolved(h *iommu.Host, pf, vf *iommu.Device, want Settings) (Settings, error) {
+	if want[MAC] != StableMAC {
+		return want, nil
+	}
+	own := ownInterfaces(h, pf)
+	if len(own) == 0 {
+		return nil, fmt.Errorf("%s has no network interface to derive a MAC address from", pf.Name)
+	}
+	permanent, err := net.ParseMAC(vfio.PermanentMACs(h, own[:1])[own[0]])
+	if err != nil {
+		return nil, fmt.Errorf("interface %s: %w", own[0], err)
+	}
+	mac, err := DeriveMAC(permanent, vf.VFIndex)
+	if err != nil {
+		return nil, err
+	}
+	out := Settings{}
+	for k, v := range want {
+		out[k] = v
+	}
+	out[MAC] = mac.String()
+	return out, nil
+}
+
+// ownerOf finds who has a MAC address on this host: a device's interface, or another VF.
+func ownerOf(mac string, port *Port, vf *iommu.Device) (string, error) {
+	links, err := netlink.LinkList()
+	if err != nil {
+		return "", fmt.Errorf("list network interfaces: %w", err)
+	}
+	for _, l := range links {
+		a := l.Attrs()
+		if a.ParentDev != "" && a.ParentDev != vf.Name && a.HardwareAddr.String() == mac {
+			return a.Name, nil
+		}
+		for _, other := range a.Vfs {
+			if other.Mac.String() == mac && (a.Index != port.index || other.ID != vf.VFIndex) {
+				return fmt.Sprintf("vf%d of %s", other.ID, a.Name), nil
+			}
+		}
+	}
+	return "", nil
+}
+
+// opSet is the kind of the record of settings that change.
+const opSet = "set"
+
+type setRecord struct {
+	VF    iommu.Address `json:"vf"`
+	Index int           `json:"index"`
+	Old   Settings      `json:"old"`
+}
+
+// Set carries out a plan, for a PF and a VF that the caller has locked: all of it or, undone, nothing. It reads back what came
+// of it, and names the keys that the driver takes and does not report.
+func Set(ctx context.Context, b *vfio.Binder, p *SetPlan) (unverified []string, err error) {
+	if len(p.Settings) == 0 {
+		return nil, nil
+	}
+	r := setRecord{p.VF.Address, p.VF.VFIndex, Settings{}}
+	for _, s := range p.Settings {
+		for k, v := range s.From {
+			r.Old[k] = v
+		}
+	}
+	if err := b.Begin(opSet, p.port.PF, nil, r); err != nil {
+		return nil, err
+	}
+	done := 0
+	for _, s := range p.Settings {
+		if ctx.Err() != nil {
+			err = fmt.Errorf("%s: interrupted before %s", p.VF.Name, s.Keys.name())
+		} else {
+			err = p.port.change(ctx, b, p.VF, s)
+		}
+		if err != nil {
+			break
+		}
+		done++
+	}
+	if _, stuck := errors.AsType[*vfio.StuckError](err); stuck {
+		return nil, err
+	}
+	if err == nil {
+		unverified, err = p.verify(b.Host)
+	}
+	if err != nil {
+		err = errors.Join(err, p.undo(b, p.Settings[:done]))
+	} else {
+		err = remember(b, p)
+	}
+	return unverified, errors.Join(err, b.End(p.port.PF.Address))
+}
+
+func (p *SetPlan) verify(h *iommu.Host) (unverified []string, err error) {
+	port, err := ReadPort(h, p.port.PF)
+	if err != nil {
+		return nil, err
+	}
+	now, _ := port.Of(p.VF.VFIndex)
+	changed := Settings{}
+	for _, s := range p.Settings {
+		for k, v := range s.To {
+			changed[k] = v
+		}
+	}
+	wrong, unknown := compare(now.Settings, changed)
+	if len(wrong) > 0 {
+		return nil, fmt.Errorf("%s: driver %s reported success, but %s", p.VF.Name, p.port.PF.Driver, strings.Join(wrong, "; "))
+	}
+	return unknown, nil
+}
+
+// undo sets what was set before, in reverse order. It has no context: that of the command may be over.
+func (p *SetPlan) undo(b *vfio.Binder, done []Setting) error {
+	var errs []error
+	for _, s := range slices.Backward(done) {
+		back := Setting{Keys: s.Keys, From: s.To, To: s.From}
+		if len(back.To) == 0 {
+			errs = append(errs, fmt.Errorf("%s: %s cannot be put back, as the driver does not report it", p.VF.Name, s.Keys.name()))
+			continue
+		}
+		errs = append(errs, p.port.change(context.Background(), b, p.VF, back))
+	}
+	return errors.Join(errs...)
+}
+
+// recoverSet puts a VF's settings back as they were.
+func recoverSet(ctx context.Context, b *vfio.Binder, pf iommu.Address, data json.RawMessage) (string, error) {
+	var r setRecord
+	if err := json.Unmarshal(data, &r); err != nil {
+		return "has a record that cannot be read", err
+	}
+	d, err := iommu.ReadDevice(b.Host, pf)
+	if err != nil {
+		return "cannot be read", err
+	}
+	if d.Netdevs, err = iommu.Netdevs(b.Host, pf); err != nil {
+		return "cannot be read", err
+	}
+	port, err := ReadPort(b.Host, &d)
+	if err != nil || port == nil {
+		return "has no interface any more", err
+	}
+	vf := &iommu.Device{Name: r.VF.String(), Address: r.VF, PCI: true, PhysFn: &pf, VFIndex: r.Index}
+	now, known := port.Of(r.Index)
+	if !known {
+		return fmt.Sprintf("has no vf%d any more, whose change of settings had been interrupted", r.Index), nil
+	}
+	for _, s := range planSettings(now.Settings, r.Old) {
+		if err := port.change(ctx, b, vf, s); err != nil {
+			return "is not done", err
+		}
+	}
+	return fmt.Sprintf("has the old settings of vf%d: their change had been interrupted", r.Index), nil
+}
+
+// asked is what was last set of a VF, kept until the VFs go or the host is booted, so that it can be set again after the PF
+// was reset.
+type asked struct {
+	PF       iommu.ID `json:"pf"`
+	Index    int      `json:"index"`
+	Settings Settings `json:"settings"`
+}
+
+// askedPrefix names the records of a PF's VFs, by the PF's place: its address may change within a boot, its place not.
+func askedPrefix(h *iommu.Host, pf *iommu.Device) (string, error) {
+	place, err := iommu.PathOf(h, pf)
+	return "asked-" + strings.ReplaceAll(place, "/", "_") + "-", err
+}
+
+func remember(b *vfio.Binder, p *SetPlan) error {
+	prefix, err := askedPrefix(b.Host, p.port.PF)
+	if err != nil {
+		return err
+	}
+	key := prefix + strconv.Itoa(p.VF.VFIndex)
+	var a asked
+	if known, err := b.Journal.Get(key, &a); err != nil || !known || a.PF != p.port.PF.ID {
+		a = asked{PF: p.port.PF.ID, Index: p.VF.VFIndex, Settings: Settings{}}
+	}
+	for k, v := range p.Want {
+		a.Settings[k] = v
+	}
+	return b.Journal.Put(key, a)
+}
+
+// Asked are the settings that were last asked for, by VF, of a PF's VFs.
+func Asked(b *vfio.Binder, pf *iommu.Device) (map[int]Settings, error) {
+	prefix, err := askedPrefix(b.Host, pf)
+	if err != nil {
+		return nil, err
+	}
+	keys, err := b.Journal.Keys(prefix)
+	out := map[int]Settings{}
+	for _, k := range keys {
+		var a asked
+		if _, err := b.Journal.Get(k, &a); err != nil {
+			return nil, err
+		}
+		if a.PF == pf.ID {
+			out[a.Index] = a.Settings
+		}
+	}
+	return out, err
+}
+
+// forgetAsked is for VFs that are no more.
+func forgetAsked(b *vfio.Binder, pf *iommu.Device) error {
+	prefix, err := askedPrefix(b.Host, pf)
+	if err != nil {
+		return err
+	}
+	keys, err := b.Journal.Keys(prefix)
+	for _, k := range keys {
+		err = errors.Join(err, b.Journal.Delete(k))
+	}
+	return err
+}
+
+// Representor is the interface that stands for a VF on its e-switch, "" if there is none.
+func Representor(h *iommu.Host, port *Port, index int) (string, error) {
+	if port == nil || port.SwitchID == "" {
+		return "", nil
+	}
+	names, err := h.Names(netClass)
+	if err != nil {
+		return "", err
+	}
+	for _, n := range names {
+		id, err1 := h.String(path.Join(netClass, n, "phys_switch_id"))
+		name, err2 := h.String(path.Join(netClass, n, "phys_port_name"))
+		if err1 == nil && err2 == nil && id == port.SwitchID && strings.HasSuffix(name, "vf"+strconv.Itoa(index)) && strings.Contains(name, "pf") {
+			return n, nil
+		}
+	}
+	return "", nil
+}

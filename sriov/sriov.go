@@ -1,0 +1,142 @@
+// Package sriov makes and removes virtual functions and sets what a PF decides for them.
+//
+// A number of VFs is planned first (PlanCount), asked for (Check) and then carried out (Apply) through a [vfio.Binder], which
+// writes in its child and keeps the journal. The settings of VFs (Settings) go over netlink.
+package sriov
+
+import (
+	"errors"
+	"fmt"
+	"path"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"viaduct/internal/host"
+	"viaduct/iommu"
+)
+
+// Use is what new VFs are for: the driver they get.
+type Use string
+
+// The uses of new VFs. UseNone and UseVFIO keep the host's own driver from ever seeing them.
+const (
+	UseNone Use = "none" // no driver until one is asked for: for guests
+	UseVFIO Use = "vfio" // a vfio driver at once: for guests
+	UseHome Use = "home" // the host's own driver
+)
+
+// RangeError says that a PF cannot have so many VFs.
+type RangeError struct {
+	PF          iommu.Address
+	Want, Total int
+	Hint        string
+}
+
+func (e *RangeError) Error() string {
+	return fmt.Sprintf("%s can have 0 to %d VFs, not %d%s", e.PF, e.Total, e.Want, e.Hint)
+}
+
+// NotPFError says that a device has no VFs to make.
+type NotPFError struct {
+	Device iommu.Address
+	VFOf   *iommu.Address // it is a VF itself
+	Hint   string
+}
+
+func (e *NotPFError) Error() string {
+	if e.VFOf != nil {
+		return fmt.Sprintf("%s is a VF of %s; VFs are made on the PF", e.Device, e.VFOf)
+	}
+	return fmt.Sprintf("%s is no PF: it has no SR-IOV capability%s", e.Device, e.Hint)
+}
+
+func notPF(h *iommu.Host, d *iommu.Device) error {
+	return &NotPFError{d.Address, d.PhysFn, firmwareHint(h, d)}
+}
+
+// firmwareHint names the firmware setting that decides how many VFs a card has, for the makers whose cards hide the capability
+// or lower its total by one; current values where devlink tells.
+func firmwareHint(h *iommu.Host, d *iommu.Device) string {
+	switch d.Vendor {
+	case 0x15b3:
+		return " (its firmware decides: mlxconfig settings SRIOV_EN and NUM_OF_VFS; a change takes effect with the next boot" + devlinkParam(h, d, "enable_sriov") + ")"
+	case 0x14e4:
+		return " (its firmware decides: NVM options of bnxtnvm, or devlink parameter enable_sriov; a change takes effect with the next boot" + devlinkParam(h, d, "enable_sriov") + ")"
+	}
+	return ""
+}
+
+// silentCause is why a driver makes no VFs and reports success, where that is known.
+func silentCause(pf *iommu.Device) string {
+	if pf.Driver == "bnxt_en" {
+		return " (bnxt_en makes none while the interface is down: ip link set dev " + strings.Join(pf.Netdevs, " ") + " up)"
+	}
+	return ""
+}
+
+// ForecastError says that the kernel would refuse to make so many VFs, before anything is touched.
+type ForecastError struct {
+	PF   iommu.Address
+	Want int
+	Why  string
+}
+
+func (e *ForecastError) Error() string {
+	return fmt.Sprintf("%s cannot have %d VFs: %s", e.PF, e.Want, e.Why)
+}
+
+const noRoom = "turn on SR-IOV and \"Above 4G decoding\" in the firmware, or boot with pci=realloc"
+
+// forecast looks at what sriov_enable of drivers/pci/iov.c is going to: memory ranges and bus numbers.
+func forecast(h *iommu.Host, pf *iommu.Device, n int) error {
+	ranges, err := h.Read(attribute(pf.Address, "resource"))
+	if err != nil && !host.Absent(err) {
+		return err
+	}
+	const firstVF, afterVFs = 7, 13 // six BARs and the ROM come before, bridge windows after (include/linux/pci.h)
+	for i, line := range strings.Split(string(ranges), "\n") {
+		f := strings.Fields(line)
+		if i >= firstVF && i < afterVFs && len(f) == 3 && number(f[0]) == 0 && number(f[2]) != 0 {
+			return &ForecastError{pf.Address, n, "the firmware left no memory range for its VFs' BAR " + strconv.Itoa(i-firstVF) + " (" + noRoom + ")"}
+		}
+	}
+	offset, err1 := h.Int(attribute(pf.Address, "sriov_offset"))
+	stride, err2 := h.Int(attribute(pf.Address, "sriov_stride"))
+	if err1 != nil || err2 != nil {
+		return nil // the kernel knows better
+	}
+	a := pf.Address
+	last := int(a.Bus) + (int(a.Device)<<3+int(a.Function)+offset+stride*(n-1))>>8
+	place, err := h.Link(path.Join("sys/bus/pci/devices", pf.Name))
+	if err != nil {
+		return err
+	}
+	highest, err := h.Int(path.Join("sys/bus/pci/devices", path.Base(path.Dir(place)), "subordinate_bus_number"))
+	if err == nil && last > highest {
+		return &ForecastError{pf.Address, n, fmt.Sprintf("the last VF would be on bus %02x, and the bridge above has bus numbers up to %02x (boot with pci=realloc or pci=assign-busses, or use another slot)", last, highest)}
+	}
+	return nil
+}
+
+func number(hex string) uint64 {
+	n, _ := strconv.ParseUint(hex, 0, 64)
+	return n
+}
+
+// explain adds the likely cure to the errnos of a write to sriov_numvfs (drivers/pci/iov.c, sriov_numvfs_store).
+func explain(err error, p *Plan) error {
+	for errno, cure := range map[unix.Errno]string{
+		unix.ENOMEM: "there is no room for the VFs' memory ranges or bus numbers: " + noRoom,
+		unix.ENOENT: "driver " + p.PF.Driver + " cannot make VFs",
+		unix.ERANGE: fmt.Sprintf("its driver now allows less than the %d VFs it did", p.Want),
+		unix.EBUSY:  "something else made VFs meanwhile: see viaduct vf list " + p.PF.Name,
+		unix.EPERM:  "its driver takes its VFs for assigned to a guest",
+	} {
+		if errors.Is(err, errno) {
+			return fmt.Errorf("%w (%s)", err, cure)
+		}
+	}
+	return err
+}

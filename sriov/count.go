@@ -180,6 +180,9 @@ func Apply(ctx context.Context, b *vfio.Binder, p *Plan) (notes []string, err er
 	}
 	if err != nil {
 		err = errors.Join(err, r.undo(b, p.PF.Address))
+		if lost := r.lost(b.Host, p.PF.Address); lost != "" {
+			err = errors.Join(err, errors.New(lost))
+		}
 	} else {
 		notes, err = sharedGroups(b.Host, p.PF.Address)
 	}
@@ -209,7 +212,21 @@ func (p *Plan) apply(ctx context.Context, b *vfio.Binder) error {
 	if err := b.Write(p.PF.Address, p.After); err != nil {
 		return err
 	}
+	if err := settle(ctx, b.Host, p.Up); err != nil {
+		return err
+	}
 	return p.verify(b.Host)
+}
+
+func settle(ctx context.Context, h *iommu.Host, up []Link) error {
+	if !h.Live() {
+		return nil
+	}
+	var errs []error
+	for _, l := range up {
+		errs = append(errs, l.settle(ctx))
+	}
+	return errors.Join(errs...)
 }
 
 // counted compares the links and the PF's own count with what was asked for: a driver may make fewer and report success.
@@ -296,10 +313,16 @@ func (r *countRecord) undo(b *vfio.Binder, pf iommu.Address) error {
 			errs = append(errs, l.down())
 		}
 	}
-	if now, err = iommu.ReadDevice(b.Host, pf); err == nil && len(now.SRIOV.VFs) != r.Have {
-		err = fmt.Errorf("%s had %d VFs before and has %d now", pf, r.Have, len(now.SRIOV.VFs))
+	return errors.Join(errs...)
+}
+
+// lost says which VFs an undone change cost.
+func (r *countRecord) lost(h *iommu.Host, pf iommu.Address) string {
+	now, err := iommu.ReadDevice(h, pf)
+	if err != nil || now.SRIOV == nil || len(now.SRIOV.VFs) == r.Have {
+		return ""
 	}
-	return errors.Join(append(errs, err)...)
+	return fmt.Sprintf("%s had %d VFs before and has %d now", pf, r.Have, len(now.SRIOV.VFs))
 }
 
 // restore puts autoprobe back.
@@ -312,7 +335,7 @@ func (r *countRecord) restore(b *vfio.Binder, pf iommu.Address) error {
 }
 
 // recoverCount finishes a change whose VFs are all there, or gone where that was wanted, and undoes every other.
-func recoverCount(_ context.Context, b *vfio.Binder, pf iommu.Address, data json.RawMessage) (string, error) {
+func recoverCount(ctx context.Context, b *vfio.Binder, pf iommu.Address, data json.RawMessage) (string, error) {
 	var r countRecord
 	if err := json.Unmarshal(data, &r); err != nil {
 		return "has a record that cannot be read", err
@@ -322,7 +345,11 @@ func recoverCount(_ context.Context, b *vfio.Binder, pf iommu.Address, data json
 		return "cannot be read", err
 	}
 	if now.SRIOV == nil || len(now.SRIOV.VFs) != r.Want {
-		return fmt.Sprintf("has the VFs it had, or none: the change from %d to %d had been interrupted", r.Have, r.Want), r.undo(b, pf)
+		what, err := fmt.Sprintf("is as it was: its change from %d to %d VFs had been interrupted", r.Have, r.Want), r.undo(b, pf)
+		if lost := r.lost(b.Host, pf); lost != "" {
+			what = fmt.Sprintf("has no VFs: its change from %d to %d had been interrupted", r.Have, r.Want)
+		}
+		return what, err
 	}
 	if r.Use != UseHome {
 		for _, v := range now.SRIOV.VFs {
@@ -338,7 +365,7 @@ func recoverCount(_ context.Context, b *vfio.Binder, pf iommu.Address, data json
 			}
 		}
 	}
-	return fmt.Sprintf("has %d VFs: its change from %d had been interrupted", r.Want, r.Have), r.restore(b, pf)
+	return fmt.Sprintf("has %d VFs: its change from %d had been interrupted", r.Want, r.Have), errors.Join(r.restore(b, pf), settle(ctx, b.Host, r.Up))
 }
 
 // sharedGroups warns of VFs that cannot be given to a guest by themselves.

@@ -1,11 +1,12 @@
 package sriov
 
 import (
-	"errors"
+	"context"
 	"fmt"
 	"path"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -74,7 +75,7 @@ func (l Link) commands() []string {
 	return []string{set + "addrgenmode none", set + "up", set + "addrgenmode " + genModes[*l.GenMode]}
 }
 
-// up brings the interface up without giving it an address. Over netlink the old mode makes none when it comes back.
+// up brings the interface up without giving it an address; settle has to follow.
 func (l Link) up() error {
 	link, err := netlink.LinkByName(l.Name)
 	if err != nil {
@@ -86,7 +87,45 @@ func (l Link) up() error {
 		}
 	}
 	if err := netlink.LinkSetUp(link); err != nil {
-		return errors.Join(fmt.Errorf("bring %s up: %w", l.Name, err), l.restore(link))
+		return fmt.Errorf("bring %s up: %w", l.Name, err)
+	}
+	return nil
+}
+
+// carrier is how long an interface is waited for that may have no cable.
+const carrier = 5 * time.Second
+
+// settle puts back how the interface makes its addresses. The kernel makes one when the link is first there, which is waited
+// for; after that, and over netlink, the old mode makes none any more.
+func (l Link) settle(ctx context.Context) error {
+	if l.GenMode == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, carrier)
+	defer cancel()
+	events := make(chan netlink.LinkUpdate)
+	done := make(chan struct{})
+	defer func() {
+		close(done)
+		go func() {
+			for range events { // its sender must not hang
+			}
+		}()
+	}()
+	if err := netlink.LinkSubscribe(events, done); err != nil {
+		return fmt.Errorf("watch network interfaces: %w", err)
+	}
+	link, err := netlink.LinkByName(l.Name)
+	if err != nil {
+		return fmt.Errorf("interface %s: %w", l.Name, err)
+	}
+	for there := link.Attrs().RawFlags&unix.IFF_RUNNING != 0; !there; {
+		select {
+		case e, ok := <-events:
+			there = !ok || int(e.Index) == link.Attrs().Index && e.IfInfomsg.Flags&unix.IFF_RUNNING != 0
+		case <-ctx.Done():
+			there = true // without a cable there is no address either, until there is one
+		}
 	}
 	return l.restore(link)
 }

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	"viaduct/internal/journal"
 	"viaduct/iommu"
@@ -18,6 +19,9 @@ type Recovered struct {
 	What   string
 	Err    error
 }
+
+// dying is how long a child whose command was killed is waited for in any case: it may only be about to end.
+const dying = 200 * time.Millisecond
 
 // Recover finishes or undoes what interrupted runs left: a take that did not get through is undone, unless its whole unit is
 // there; a device that was on its way back goes there. What another viaduct is at work on is left alone, and what still waits
@@ -47,11 +51,16 @@ func (b *Binder) Recover(ctx context.Context, wait bool) ([]Recovered, error) {
 			}
 		}
 		r, known, err := b.change(a) // it may have ended since the names were read
-		if !ok && err == nil && known && r.orphan(b.Host) {
-			if wait && r.Stuck == "" && l.wait(ctx, a) == nil {
-				ok = true
-				r, known, err = b.change(a)
-			} else {
+		if !ok && err == nil && known && !r.Command.alive(b.Host) {
+			patience := dying
+			if wait && r.Stuck == "" {
+				patience = b.timeout()
+			}
+			ctx, cancel := context.WithTimeout(ctx, patience)
+			ok = l.wait(ctx, a) == nil
+			cancel()
+			r, known, err = b.change(a)
+			if !ok && err == nil && known && r.orphan(b.Host) {
 				out = append(out, Recovered{a, "is still stuck", b.stillStuck(r)})
 			}
 		}

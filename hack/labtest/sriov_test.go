@@ -130,15 +130,18 @@ func TestCount(t *testing.T) {
 func TestKillsVF(t *testing.T) {
 	pf := netdev(t, spare)
 	shell(t, "modprobe igbvf")
-	kills := 0
+	kills, whoms, long := 0, []string{"parent", "child", "both"}, os.Getenv("LAB_ROUNDS") == "200"
 	for _, c := range []struct{ name, before, command string }{
 		{"create", "vf create " + spare + " 0", "vf create " + spare + " 2 --driver vfio"},
 		{"resize", "vf create " + spare + " 1", "vf create " + spare + " 2"},
 		{"destroy", "vf create " + spare + " 2", "vf destroy " + spare},
 		{"set", "vf create " + spare + " 2", "vf set " + spare + "/vf0 mac=52:54:00:77:00:01 vlan=7"},
 	} {
-		for _, whom := range []string{"parent", "child", "both"} {
+		for i, whom := range whoms {
 			for n := 1; ; n++ {
+				if !long && (n+i)%len(whoms) != 0 && n < 8 {
+					continue
+				}
 				if c.name == "create" {
 					shell(t, "ip link set "+pf+" down")
 				}
@@ -178,7 +181,7 @@ func TestKillsVF(t *testing.T) {
 					wrong = wrong || strings.Contains(line, "77:00:01") != strings.Contains(line, "vlan 7")
 				}
 				left, _ := filepath.Glob("/run/viaduct/change-*")
-				if wrong || len(left) > 0 || r.status != 0 && !strings.Contains(r.stderr, "VFs before and has 0 now") {
+				if wrong || len(left) > 0 || r.status != 0 {
 					t.Errorf("%s killed at write %d of %s, then recover: %v, autoprobe %s, records %v, exit status %d\n%s%s%s%s", whom, n, c.name, all,
 						attr(devicesDir, spare, "sriov_drivers_autoprobe"), left, r.status, r.stdout, r.stderr, stderr.String(), vfLine(t, pf, 0))
 				}

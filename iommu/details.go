@@ -212,7 +212,7 @@ func ClassDevices(h *Host, a Address) (map[string][]string, error) {
 // as paths below dir. It descends neither into other PCI devices nor along links.
 func classDevices(dir *host.Dir) (map[string][]string, error) {
 	found := map[string][]string{}
-	const depth = 10 // a disk behind a SAS expander is eight deep
+	const depth = 64 // a disk behind a SAS expander is eight deep, and each further one adds three
 	var walk func(at string, left int) error
 	walk = func(at string, left int) error {
 		names, err := dir.Names(at)

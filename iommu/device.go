@@ -49,9 +49,11 @@ type Device struct {
 
 // ID is what a PCI function says it is, as the kernel puts it into its modalias.
 type ID struct {
-	Vendor, Device       uint16
-	Subvendor, Subdevice uint16
-	Class                uint32 // 24 bits: base class, subclass, programming interface
+	Vendor    uint16 `json:"vendor"`
+	Device    uint16 `json:"device"`
+	Subvendor uint16 `json:"subvendor"`
+	Subdevice uint16 `json:"subdevice"`
+	Class     uint32 `json:"class"` // 24 bits: base class, subclass, programming interface
 }
 
 // SRIOV is a PF's count of VFs.

@@ -151,11 +151,15 @@ func (b *Binder) chooseVFIO(d *iommu.Device, wish string) (driver, module string
 	if err != nil {
 		return "", "", err
 	}
-	if len(modules) == 0 || modules[0] == genericModule {
-		return b.chooseVFIO(d, generic)
+	for _, m := range modules {
+		if m == genericModule {
+			break
+		}
+		if driver, module := b.choose(m); !b.useless(module) {
+			return driver, module, nil
+		}
 	}
-	driver, module = b.choose(modules[0])
-	return driver, module, nil
+	return b.chooseVFIO(d, generic) // also where the variant does not load
 }
 
 // choose is a module's driver, and the module if it has to be loaded first.
@@ -166,12 +170,20 @@ func (b *Binder) choose(name string) (driver, module string) {
 	return name, name
 }
 
-// chooseHome finds the driver that the host would use for a device; "" leaves the choice to the kernel.
+// chooseHome finds the driver that the host would use for a device: one that is there, else what modprobe loads for it, as udev
+// has it do, less what is blacklisted; "" leaves the choice to the kernel.
 func (b *Binder) chooseHome(d *iommu.Device) (driver, module string, err error) {
 	modules, err := b.candidates(d, false)
-	if err != nil || len(modules) == 0 {
+	if err != nil {
 		return "", "", err
 	}
-	driver, module = b.choose(modules[0])
-	return driver, module, nil
+	for _, m := range modules {
+		if driver := driverOf(b.Host, m); driver != "" {
+			return driver, "", nil
+		}
+	}
+	if len(modules) == 0 || b.useless(d.Modalias()) {
+		return "", "", nil
+	}
+	return "", d.Modalias(), nil
 }

@@ -27,6 +27,7 @@ type Binder struct {
 	Others  map[string]Recoverer // for the changes that other packages begin
 
 	loading sync.Mutex // of modules
+	tried   sync.Map   // modules and aliases that brought no driver
 
 	mu      sync.Mutex
 	locks   *locks
@@ -129,14 +130,31 @@ func (b *Binder) loaded(ctx context.Context, d *iommu.Device, plan func(*iommu.D
 	if c, err = plan(d); err != nil || c.Module == "" { // loaded for another device meanwhile
 		return c, err
 	}
-	module := c.Module
-	if err := modprobe(ctx, module); err != nil {
-		return c, err
+	for c.Module != "" {
+		module := c.Module
+		failed := modprobe(ctx, module, b.timeout())
+		next, err := plan(d)
+		if err != nil {
+			return c, err
+		}
+		if failed == nil && next.Module == module {
+			failed = fmt.Errorf("module %s is loaded, but there is no PCI driver %s", module, c.To)
+		}
+		if failed != nil { // then without it, where there is another way
+			b.tried.Store(module, true)
+			if next, err = plan(d); err != nil || next.Module == module {
+				return c, errors.Join(failed, err)
+			}
+		}
+		c = next
 	}
-	if c, err = plan(d); err == nil && c.Module != "" {
-		err = fmt.Errorf("module %s is loaded, but there is no PCI driver %s", module, c.To)
-	}
-	return c, err
+	return c, nil
+}
+
+// useless reports whether a module or alias was loaded, or tried to be, and brought no driver.
+func (b *Binder) useless(module string) bool {
+	_, tried := b.tried.Load(module)
+	return tried
 }
 
 func failed(results []Result) bool {
@@ -162,12 +180,16 @@ func (b *Binder) record(op string, unit []*iommu.Device, results []Result) {
 }
 
 func (b *Binder) recordOne(d *iommu.Device, r changeRecord) error {
-	if r.Op == opTake {
-		if err := errors.Join(b.remember(d), b.own(d)); err != nil {
-			return err
-		}
+	if err := b.put([]*iommu.Device{d}, r); err != nil || r.Op != opTake {
+		return err
 	}
-	return b.put([]*iommu.Device{d}, r)
+	if err := b.remember(d); err != nil {
+		return errors.Join(err, b.End(d.Address))
+	}
+	if b.Owner == nil && !iommu.IsVFIODriver(d.Driver) {
+		return b.disown(d.Address) // whom it belonged to when it was last taken is somebody else
+	}
+	return b.own(d)
 }
 
 // writeUnit makes the writes of one unit.
@@ -197,7 +219,11 @@ func (b *Binder) endUnit(ctx context.Context, op string, unit []*iommu.Device, r
 	}
 	for i := range results {
 		if r := &results[i]; r.begun && r.Err == nil {
-			r.Err = b.settle(op, r.Change)
+			var missing error
+			if op == opGive {
+				missing = b.awaitHome(ctx, unit[i])
+			}
+			r.Err = errors.Join(b.settle(op, r.Change), missing)
 		}
 	}
 }
@@ -365,13 +391,22 @@ func (b *Binder) settle(op string, c Change) error {
 // remember records what a device has before it is taken. A record of a device that has no driver now is what knows better:
 // of one that viaduct took and something else unbound.
 func (b *Binder) remember(d *iommu.Device) error {
-	_, known, err := b.taken(d)
+	old, known, err := b.taken(d)
+	if known && err == nil && b.Owner != nil && b.Owner.Text != old.NodeOwner {
+		old.NodeOwner = b.Owner.Text
+		err = b.Journal.Put(takenKey(d.Address), old)
+	}
 	if err != nil || iommu.IsVFIODriver(d.Driver) || (known && d.Driver == "") {
 		return err
 	}
 	r := takenRecord{
 		Vendor: d.Vendor, Device: d.Device, Driver: d.Driver, Override: d.DriverOverride, Identity: b.identify(d),
 	}
+	disks, err := blockDevices(b.Host, d)
+	if err != nil {
+		return err
+	}
+	r.Block = len(disks) > 0
 	if b.Owner != nil {
 		r.NodeOwner = b.Owner.Text
 	}

@@ -65,22 +65,25 @@ type Holder struct {
 func (h Holder) String() string { return h.Device + " " + h.What }
 
 // Holders says who uses the devices in a way that must not be cut off. It looks at the running host only: a captured one has
-// no users.
+// no users. With an error that matches [ErrBlind] it returns those that it could see.
 func Holders(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 	if !h.Live() {
 		return nil, nil
 	}
 	var out []Holder
+	var blind error
 	for _, look := range []func(*iommu.Host, []*iommu.Device) ([]Holder, error){
-		netHolders, diskHolders, displayHolders, ProcessHolders, owners,
+		netHolders, diskHolders, displayHolders, ProcessHolders, Owners,
 	} {
 		found, err := look(h, devices)
-		if err != nil {
+		if errors.Is(err, ErrBlind) {
+			blind = err
+		} else if err != nil {
 			return nil, err
 		}
 		out = append(out, found...)
 	}
-	return out, nil
+	return out, blind
 }
 
 // Refuse is the *RefusedError that holders are reason for, nil if force overrides them all.
@@ -107,7 +110,7 @@ func displayHolders(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 	var out []Holder
 	var frames map[string]string
 	for _, d := range devices {
-		if !d.PCI || d.Class>>16 != 3 || !d.Blocks() {
+		if !d.PCI || d.Class>>16 != 3 || iommu.IsVFIODriver(d.Driver) { // without a driver too: the console may be on its memory
 			continue
 		}
 		if boot, err := h.Steady(path.Join(devicePath(d.Address), "boot_vga")); err == nil && boot == "1" {

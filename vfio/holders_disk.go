@@ -37,7 +37,6 @@ func diskHolders(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 				return nil, err
 			}
 		}
-		before := len(out)
 		for _, b := range disks {
 			if u, ok := used[b]; ok {
 				out = append(out, Holder{Device: d.Name, Kind: u.kind, Final: u.final, What: fmt.Sprintf("(%s) %s", b, u.text)})
@@ -48,12 +47,28 @@ func diskHolders(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 		}
 		for _, b := range disks {
 			// ZFS, and whatever else takes a disk without a trace in sysfs, does so exclusively.
-			if len(out) == before && h.InUse("dev/"+strings.ReplaceAll(b, "!", "/")) {
-				out = append(out, Holder{Device: d.Name, Kind: Storage, What: fmt.Sprintf("(%s) is in exclusive use, as by ZFS", b)})
+			if _, known := used[b]; known || carries(h, b) || !h.InUse("dev/"+strings.ReplaceAll(b, "!", "/")) {
+				continue
 			}
+			out = append(out, Holder{Device: d.Name, Kind: Storage, Final: used[rootOnZFS].final, What: fmt.Sprintf("(%s) is in exclusive use, as by ZFS", b)})
 		}
 	}
 	return out, nil
+}
+
+// rootOnZFS is the key of a use that no block device has: the host runs on a pool, of which any disk may be part.
+const rootOnZFS = "zfs"
+
+// carries reports whether a block device has partitions or is under another one: who uses those uses it.
+func carries(h *iommu.Host, name string) bool {
+	below, _ := h.Names(path.Join(blockClass, name))
+	for _, n := range below {
+		if h.Exists(path.Join(blockClass, name, n, "partition")) {
+			return true
+		}
+	}
+	holders, _ := h.Names(path.Join(blockClass, name, "holders"))
+	return len(holders) > 0
 }
 
 // stackKind names a device-mapper or md device, "" if it is none.
@@ -108,7 +123,12 @@ func blockDevices(h *iommu.Host, d *iommu.Device) ([]string, error) {
 			}
 		}
 	}
+	loops, err := loopDevices(h)
+	if err != nil {
+		return nil, err
+	}
 	for i := 0; i < len(out); i++ {
+		out = append(out, loops[out[i]]...)
 		below, err := h.Names(path.Join(blockClass, out[i]))
 		if err != nil && !host.Absent(err) {
 			return nil, err
@@ -125,6 +145,27 @@ func blockDevices(h *iommu.Host, d *iommu.Device) ([]string, error) {
 		for _, n := range stacked {
 			if !slices.Contains(out, n) {
 				out = append(out, n)
+			}
+		}
+	}
+	return out, nil
+}
+
+// loopDevices are the loop devices over block devices, by those.
+func loopDevices(h *iommu.Host) (map[string][]string, error) {
+	out := map[string][]string{}
+	names, err := h.Names(blockClass)
+	if err != nil && !host.Absent(err) {
+		return nil, err
+	}
+	for _, n := range names {
+		if !strings.HasPrefix(n, "loop") {
+			continue
+		}
+		if file, err := h.String(path.Join(blockClass, n, "loop/backing_file")); err == nil {
+			if source, ok := strings.CutPrefix(file, "/dev/"); ok {
+				name := deviceNamed(source, nil)
+				out[name] = append(out[name], n)
 			}
 		}
 	}
@@ -152,9 +193,13 @@ func usedBlockDevices(h *iommu.Host) (map[string]use, error) {
 	}
 	for _, m := range tables {
 		for line := range strings.Lines(m.table) {
-			number, where, source, ok := parseMount(line)
+			number, where, kind, source, ok := parseMount(line)
 			if !ok {
 				continue
+			}
+			final := m.whose == "" && (where == "/" || where == "/usr")
+			if final && kind == "zfs" {
+				used[rootOnZFS] = use{final: true}
 			}
 			name := byNumber[number]
 			if name == "" { // btrfs and others have a number of their own; their source is the device
@@ -162,14 +207,14 @@ func usedBlockDevices(h *iommu.Host) (map[string]use, error) {
 					name = deviceNamed(source, mapped)
 				}
 			}
-			if _, known := used[name]; name == "" || known && where != "/" && where != "/usr" {
+			if _, known := used[name]; name == "" || known && !final {
 				continue
 			}
 			text := "is mounted on " + where
 			if m.whose != "" {
 				text += " in the mount namespace of process " + m.whose
 			}
-			used[name] = use{Mount, text, m.whose == "" && (where == "/" || where == "/usr")}
+			used[name] = use{Mount, text, final}
 		}
 	}
 	swaps, err := h.Read("proc/swaps")
@@ -192,9 +237,10 @@ func usedBlockDevices(h *iommu.Host) (map[string]use, error) {
 		if err != nil && !host.Absent(err) && !errors.Is(err, unix.ENOTDIR) {
 			return nil, err
 		}
+		root := slices.ContainsFunc(members, func(m string) bool { return used[m].final })
 		for _, m := range members {
 			if _, known := used[m]; !known {
-				used[m] = use{kind: Mount, text: "is part of a mounted btrfs"}
+				used[m] = use{kind: Mount, text: "is part of a mounted btrfs", final: root}
 			}
 		}
 	}
@@ -210,6 +256,9 @@ func mountTables(h *iommu.Host) ([]mountTable, error) {
 		return nil, err
 	}
 	out := []mountTable{{string(own), ""}}
+	if first, err := h.Read("proc/1/mountinfo"); err == nil { // the host's, wherever this runs
+		out = append(out, mountTable{string(first), ""})
+	}
 	err = namespaces(h, "mnt", func(pid string) bool {
 		table, err := h.Read(path.Join("proc", pid, "mountinfo"))
 		if err == nil {
@@ -221,14 +270,14 @@ func mountTables(h *iommu.Host) ([]mountTable, error) {
 }
 
 // parseMount reads a line of proc_pid_mountinfo(5):
-// id parent major:minor root mountpoint options [tags...] - type source options.
-func parseMount(line string) (number, where, source string, ok bool) {
+// id parent major:minor root mountpoint options [tags...] - kind source options.
+func parseMount(line string) (number, where, kind, source string, ok bool) {
 	f := strings.Fields(line)
 	sep := slices.Index(f, "-")
 	if sep < 6 || sep+2 >= len(f) {
-		return "", "", "", false
+		return "", "", "", "", false
 	}
-	return f[2], f[4], f[sep+2], true
+	return f[2], f[4], f[sep+1], f[sep+2], true
 }
 
 // deviceNamed is the kernel's name of what stands in /dev under source: dm-0 of mapper/root.

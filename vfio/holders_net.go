@@ -28,10 +28,18 @@ type network struct {
 	addrs  map[int][]string // that somebody gave, by interface
 	routes map[int][]string // that somebody made
 	ssh    map[int][]string // peers
+	others []elsewhere      // interfaces in other network namespaces
 	vague  bool             // a default route names no interface
 }
 
-// netHolders finds what stands on the devices' network interfaces.
+// elsewhere is an interface in another network namespace.
+type elsewhere struct {
+	link  netlink.Link
+	below bool // what it stands on, if it stands on something, is in this one
+	whose string
+}
+
+// netHolders finds what stands on the devices' network interfaces, in whichever namespace these are.
 func netHolders(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 	var out []Holder
 	var n *network
@@ -39,20 +47,19 @@ func netHolders(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 		if !d.PCI || !d.Blocks() {
 			continue
 		}
-		if len(d.Netdevs) == 0 {
-			if d.Class>>16 == 2 {
-				found, err := inNamespace(h, d)
-				if err != nil {
-					return nil, err
-				}
-				out = append(out, found...)
-			}
+		if len(d.Netdevs) == 0 && d.Class>>16 != 2 {
 			continue
 		}
 		if n == nil {
 			var err error
 			if n, err = readNetwork(h); err != nil {
 				return nil, err
+			}
+		}
+		for _, o := range n.others {
+			if belongs(h, o.link, d) {
+				what := fmt.Sprintf("(%s) is in the network namespace of %s", o.link.Attrs().Name, o.whose)
+				out = append(out, Holder{Device: d.Name, Kind: Namespace, What: what})
 			}
 		}
 		for _, name := range d.Netdevs {
@@ -79,10 +86,10 @@ func (n *network) holders(h *iommu.Host, d *iommu.Device, name string) ([]Holder
 	below := map[int]bool{}
 	for _, top := range stack {
 		index, err := h.Int(path.Join(netClass, top, "ifindex"))
-		if host.Absent(err) {
+		if host.Absent(err) && top != name {
 			continue
 		}
-		if err != nil {
+		if err != nil { // nobody knows who uses an interface that was just renamed
 			return nil, err
 		}
 		below[index] = true
@@ -105,6 +112,11 @@ func (n *network) holders(h *iommu.Host, d *iommu.Device, name string) ([]Holder
 	for index, l := range n.links { // tunnels have no upper_ link, but name the interface they go over
 		if below[l.Attrs().ParentIndex] && !below[index] && l.Attrs().NetNsID < 0 {
 			add(Stacked, "is under %s%s", n.kindOf(index), l.Attrs().Name)
+		}
+	}
+	for _, o := range n.others {
+		if o.below && below[o.link.Attrs().ParentIndex] {
+			add(Stacked, "is under %s %s in the network namespace of %s", o.link.Type(), o.link.Attrs().Name, o.whose)
 		}
 	}
 	return out, nil
@@ -159,7 +171,7 @@ func readNetwork(h *iommu.Host) (*network, error) {
 		return nil, fmt.Errorf("list addresses: %w", err)
 	}
 	for _, a := range addrs {
-		if !a.IP.IsLinkLocalUnicast() { // which the kernel gives every link that is up
+		if a.IP.To4() != nil || !a.IP.IsLinkLocalUnicast() { // which the kernel gives every link that is up
 			n.addrs[a.LinkIndex] = append(n.addrs[a.LinkIndex], a.IPNet.String())
 		}
 	}
@@ -187,16 +199,25 @@ func readNetwork(h *iommu.Host) (*network, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, peer := range peers {
-		routes, err := netlink.RouteGet(peer)
+	for _, c := range peers {
+		for _, a := range addrs { // a link-local peer is behind the interface with the connection's own address, whatever the routes
+			if c.peer.IsLinkLocalUnicast() && a.IP.Equal(c.local) {
+				n.ssh[a.LinkIndex] = append(n.ssh[a.LinkIndex], c.peer.String())
+			}
+		}
+		if c.peer.IsLinkLocalUnicast() {
+			continue
+		}
+		routes, err := netlink.RouteGetWithOptions(c.peer, &netlink.RouteGetOptions{SrcAddr: c.local})
 		if err != nil {
 			continue // no way back to it: the connection is dead already
 		}
 		for _, r := range routes {
-			n.ssh[r.LinkIndex] = append(n.ssh[r.LinkIndex], peer.String())
+			n.ssh[r.LinkIndex] = append(n.ssh[r.LinkIndex], c.peer.String())
 		}
 	}
-	return n, nil
+	n.others, err = linksElsewhere(h)
+	return n, err
 }
 
 const defaultRoute = "the default route"
@@ -211,18 +232,17 @@ func routeText(r netlink.Route) string {
 	return "the route to " + r.Dst.String()
 }
 
-// inNamespace looks for the interfaces of a network device that shows none here: in the other network namespaces, of
-// processes and under /run/netns.
-func inNamespace(h *iommu.Host, d *iommu.Device) ([]Holder, error) {
-	var out []Holder
+// linksElsewhere are the interfaces in all other network namespaces, of processes and under /run/netns.
+func linksElsewhere(h *iommu.Host) ([]elsewhere, error) {
+	var out []elsewhere
+	own, err := h.Link("proc/self/ns/net")
+	if err != nil {
+		return nil, err
+	}
+	seen := map[string]bool{}
 	look := func(file, whose string) bool {
-		links, err := linksIn(h.Path(file))
-		for _, l := range links {
-			if l.Attrs().ParentDev == d.Name {
-				what := fmt.Sprintf("(%s) is in the network namespace of %s", l.Attrs().Name, whose)
-				out = append(out, Holder{Device: d.Name, Kind: Namespace, What: what})
-			}
-		}
+		links, err := linksIn(h.Path(file), own, whose, seen)
+		out = append(out, links...)
 		return err == nil
 	}
 	names, err := h.Names("run/netns")
@@ -232,33 +252,62 @@ func inNamespace(h *iommu.Host, d *iommu.Device) ([]Holder, error) {
 	for _, n := range names {
 		look(path.Join("run/netns", n), n)
 	}
-	if len(out) > 0 {
-		return out[:1], nil // processes in it would only say the same
-	}
 	err = namespaces(h, "net", func(pid string) bool {
 		return look(path.Join("proc", pid, "ns/net"), fmt.Sprintf("process %s (%s)", pid, processName(h, pid)))
 	})
 	return out, err
 }
 
-func linksIn(file string) ([]netlink.Link, error) {
+// linksIn are the interfaces of a namespace that was not seen yet.
+func linksIn(file, own, whose string, seen map[string]bool) ([]elsewhere, error) {
 	ns, err := netns.GetFromPath(file)
 	if err != nil {
 		return nil, err
 	}
 	defer unix.Close(int(ns))
+	var st unix.Stat_t
+	if err := unix.Fstat(int(ns), &st); err != nil {
+		return nil, err
+	}
+	id := fmt.Sprintf("net:[%d]", st.Ino)
+	if id == own || seen[id] {
+		return nil, nil
+	}
 	there, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, err
 	}
 	defer there.Close()
-	return there.LinkList()
+	links, err := there.LinkList()
+	if err != nil {
+		return nil, err
+	}
+	seen[id] = true
+	here, err := there.GetNetNsIdByPid(unix.Getpid()) // what that namespace calls this one
+	var out []elsewhere
+	for _, l := range links {
+		out = append(out, elsewhere{l, err == nil && here >= 0 && l.Attrs().NetNsID == here, whose})
+	}
+	return out, nil
 }
 
-// sshPeers are the other ends of the established connections that an ssh server has: of any user, through sudo, tmux and
-// whatever else loses the environment variable that names it.
-func sshPeers(h *iommu.Host) ([]net.IP, error) {
-	peers := map[string]net.IP{} // by socket
+// belongs reports whether a device's driver made an interface, be it by way of a device on another bus, as virtio's.
+func belongs(h *iommu.Host, l netlink.Link, d *iommu.Device) bool {
+	bus, name := l.Attrs().ParentDevBus, l.Attrs().ParentDev
+	if name == "" || name == d.Name {
+		return name != ""
+	}
+	target, err := h.Link(path.Join("sys/bus", bus, "devices", name))
+	return err == nil && slices.Contains(strings.Split(target, "/"), d.Name)
+}
+
+// connection is one of TCP.
+type connection struct{ local, peer net.IP }
+
+// sshPeers are the established connections that an ssh server has: of any user, through sudo, tmux and whatever else loses the
+// environment variable that names one.
+func sshPeers(h *iommu.Host) ([]connection, error) {
+	all := map[string]connection{} // by socket
 	for _, file := range []string{"proc/self/net/tcp", "proc/self/net/tcp6"} {
 		b, err := h.Read(file)
 		if host.Absent(err) {
@@ -267,16 +316,16 @@ func sshPeers(h *iommu.Host) ([]net.IP, error) {
 		if err != nil {
 			return nil, err
 		}
-		parseTCP(b, peers)
+		parseTCP(b, all)
 	}
-	if len(peers) == 0 {
+	if len(all) == 0 {
 		return nil, nil
 	}
 	pids, err := processes(h)
 	if err != nil {
 		return nil, err
 	}
-	var out []net.IP
+	var out []connection
 	for _, pid := range pids {
 		if name := processName(h, pid); !strings.HasPrefix(name, "sshd") && name != "dropbear" {
 			continue
@@ -290,35 +339,44 @@ func sshPeers(h *iommu.Host) ([]net.IP, error) {
 			if err != nil {
 				continue
 			}
-			inode, ok := strings.CutPrefix(target, "socket:[")
-			if ip := peers[strings.TrimSuffix(inode, "]")]; ok && ip != nil && !slices.ContainsFunc(out, ip.Equal) {
-				out = append(out, ip)
+			inode, _ := strings.CutPrefix(target, "socket:[")
+			c, ok := all[strings.TrimSuffix(inode, "]")]
+			known := slices.ContainsFunc(out, func(o connection) bool { return o.local.Equal(c.local) && o.peer.Equal(c.peer) })
+			if ok && !known {
+				out = append(out, c)
 			}
 		}
 	}
 	return out, nil
 }
 
-// parseTCP adds the peers of established connections in a /proc/net/tcp or tcp6, by their sockets' inodes
+// parseTCP adds the established connections in a /proc/net/tcp or tcp6, by their sockets' inodes
 // (Documentation/networking/proc_net_tcp.rst).
-func parseTCP(b []byte, peers map[string]net.IP) {
+func parseTCP(b []byte, all map[string]connection) {
 	for lines := bufio.NewScanner(bytes.NewReader(b)); lines.Scan(); {
 		f := strings.Fields(lines.Text())
-		if len(f) < 10 || f[3] != "01" {
+		if len(f) < 10 || f[3] != "01" || f[9] == "0" {
 			continue
 		}
-		address, _, _ := strings.Cut(f[2], ":")
-		raw, err := hex.DecodeString(address)
-		if err != nil || (len(raw) != 4 && len(raw) != 16) {
-			continue
-		}
-		for i := 0; i < len(raw); i += 4 { // words in the machine's order
-			binary.NativeEndian.PutUint32(raw[i:], binary.BigEndian.Uint32(raw[i:]))
-		}
-		if _, err := strconv.ParseUint(f[9], 10, 64); err == nil && f[9] != "0" {
-			peers[f[9]] = net.IP(raw)
+		local, ok1 := parseIP(f[1])
+		peer, ok2 := parseIP(f[2])
+		if _, err := strconv.ParseUint(f[9], 10, 64); err == nil && ok1 && ok2 {
+			all[f[9]] = connection{local, peer}
 		}
 	}
+}
+
+// parseIP reads ADDRESS:PORT, the address in words of the machine's order.
+func parseIP(s string) (net.IP, bool) {
+	address, _, _ := strings.Cut(s, ":")
+	raw, err := hex.DecodeString(address)
+	if err != nil || (len(raw) != 4 && len(raw) != 16) {
+		return nil, false
+	}
+	for i := 0; i < len(raw); i += 4 {
+		binary.NativeEndian.PutUint32(raw[i:], binary.BigEndian.Uint32(raw[i:]))
+	}
+	return net.IP(raw), true
 }
 
 // PermanentMACs are, by interface, the addresses that interfaces were made with, or those they have where the kernel does not know these.

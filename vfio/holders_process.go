@@ -1,11 +1,15 @@
 package vfio
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"path"
 	"slices"
 	"strconv"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"viaduct/internal/host"
 	"viaduct/iommu"
@@ -16,6 +20,9 @@ type node struct {
 	Block  bool   `json:"block,omitempty"`
 	Number uint64 `json:"number"` // the major number in the upper 32 bits
 }
+
+// ErrBlind is matched by errors that say that what other processes have open could not be seen; what could is returned beside it.
+var ErrBlind = errors.New("who has the device open cannot be seen (that takes root with CAP_SYS_PTRACE, in the host's pid namespace)")
 
 // ProcessHolders finds processes that have a device open: the node of its group, its own node, or the nodes of what its
 // driver made of it (verbs, disks, render nodes). Unbinding a device that a guest has open blocks for as long as it has.
@@ -46,9 +53,13 @@ func openIn(h *iommu.Host, devices []*iommu.Device, nodes map[node]*iommu.Device
 		return nil, err
 	}
 	var out []Holder
+	var blind error
 	for _, pid := range pids {
 		dir := path.Join("proc", pid, "fd")
 		fds, err := h.Names(dir)
+		if errors.Is(err, fs.ErrPermission) {
+			blind = fmt.Errorf("%w: /%s: %w", ErrBlind, dir, unix.EACCES)
+		}
 		if err != nil {
 			continue // ended
 		}
@@ -82,7 +93,7 @@ func openIn(h *iommu.Host, devices []*iommu.Device, nodes map[node]*iommu.Device
 			out = append(out, Holder{Device: d.Name, Kind: Process, PID: number, What: "is open in " + describe(h, pid, name)})
 		}
 	}
-	return out, nil
+	return out, blind
 }
 
 // nodesOf are all nodes that lead to a device.
@@ -126,6 +137,9 @@ func nodesOf(h *iommu.Host, d *iommu.Device) ([]node, error) {
 	}
 	for _, n := range disks {
 		add(true, path.Join(blockClass, n, "dev"))
+		if number, ok := strings.CutPrefix(n, "nvme"); ok { // the same namespace as a character device
+			add(false, path.Join("sys/class/nvme-generic", "ng"+number, "dev"))
+		}
 	}
 	return nodes, nil
 }

@@ -8,8 +8,8 @@ import (
 	"viaduct/iommu"
 )
 
-// owners finds the devices that another tool has in its books. Two tools that act on one device undo each other's work.
-func owners(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
+// Owners finds the devices that another tool has in its books. Two tools that act on one device undo each other's work.
+func Owners(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 	var out []Holder
 	reserved, _ := h.Read("run/qemu-server/pci-id-reservations") // Proxmox VE: ADDRESS VMID [time|pid]:N a line
 	domains := libvirtDomains(h)
@@ -17,7 +17,7 @@ func owners(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 		add := func(format string, a ...any) {
 			out = append(out, Holder{Device: d.Name, Kind: Owner, What: fmt.Sprintf(format, a...)})
 		}
-		if driver, err := h.String(path.Join("etc/driverctl.d", "pci-"+d.Name)); err == nil && !iommu.IsVFIODriver(driver) {
+		if driver, err := h.String(path.Join("etc/driverctl.d", "pci-"+d.Name)); err == nil && iommu.IsVFIODriver(driver) == iommu.IsVFIODriver(d.Driver) {
 			add("is set to driver %s by driverctl", strings.TrimSpace(driver))
 		}
 		if h.Exists(path.Join("etc/sriov-operator/pci", d.Name)) {
@@ -29,7 +29,7 @@ func owners(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 			}
 		}
 		for name, xml := range domains {
-			if strings.Contains(xml, hostdev(d.Address)) {
+			if hasDevice(xml, d.Address) {
 				add("is given to libvirt domain %s", name)
 			}
 		}
@@ -55,9 +55,21 @@ func libvirtDomains(h *iommu.Host) map[string]string {
 	return out
 }
 
-// hostdev is how libvirt writes the address of a host device; a guest's own addresses have a type before them.
-func hostdev(a iommu.Address) string {
-	return fmt.Sprintf("<address domain='0x%04x' bus='0x%02x' slot='0x%02x' function='0x%x'/>", a.Domain, a.Bus, a.Device, a.Function)
+// hasDevice reports whether a domain has a device of the host: as a hostdev or as an interface of that type, whose sources
+// are addresses of the host. A guest's own addresses stand in no source.
+func hasDevice(domain string, a iommu.Address) bool {
+	address := fmt.Sprintf("domain='0x%04x' bus='0x%02x' slot='0x%02x' function='0x%x'", a.Domain, a.Bus, a.Device, a.Function)
+	for {
+		_, rest, found := strings.Cut(domain, "<source")
+		if !found {
+			return false
+		}
+		source, after, _ := strings.Cut(rest, "</source>")
+		if strings.Contains(source, address) {
+			return true
+		}
+		domain = after
+	}
 }
 
 // ClaimedByID says where vfio-pci.ids= claims devices by their ids, on the kernel's command line or in modprobe's files, for

@@ -1,7 +1,6 @@
 package vfio
 
 import (
-	"net"
 	"slices"
 	"strings"
 	"testing"
@@ -17,16 +16,17 @@ func TestOwners(t *testing.T) {
 		"etc/sriov-operator/pci/" + igb:               "{}\n",
 		"run/qemu-server/pci-id-reservations":         "0000:07:01.0 104 pid:12\nrubbish\n",
 		"run/libvirt/qemu/web.xml":                    "<source><address domain='0x0000' bus='0x01' slot='0x00' function='0x0'/></source>\n",
+		"run/libvirt/qemu/vf.xml":                     "<interface type='hostdev'><source>\n<address type='pci' domain='0x0000' bus='0x07' slot='0x01' function='0x0'/></source>\n",
 		"run/libvirt/qemu/other.xml":                  "<address type='pci' domain='0x0000' bus='0x07' slot='0x01' function='0x0'/>\n",
 		"run/libvirt/qemu/autostart/not-a-domain.txt": "",
 	})
 	b := &Binder{Host: hosttest.NewKernel(t, tree).Host()}
 	for address, want := range map[string][]string{
 		igb:   {"is given to libvirt domain web", "is managed by the SR-IOV network operator"},
-		e1000: {"is reserved for Proxmox guest 104", "is set to driver e1000e by driverctl"},
+		e1000: {"is given to libvirt domain vf", "is reserved for Proxmox guest 104", "is set to driver e1000e by driverctl"},
 		edu:   nil,
 	} {
-		found, err := owners(b.Host, []*iommu.Device{read(t, b, address)})
+		found, err := Owners(b.Host, []*iommu.Device{read(t, b, address)})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -73,7 +73,7 @@ func TestParseMount(t *testing.T) {
 		"- - - - - -":   {},
 		"":              {},
 	} {
-		number, where, source, ok := parseMount(line)
+		number, where, _, source, ok := parseMount(line)
 		if got := [3]string{number, where, source}; got != want || ok != (want != [3]string{}) {
 			t.Errorf("%q: %q, %v", line, got, ok)
 		}
@@ -83,14 +83,14 @@ func TestParseMount(t *testing.T) {
 func FuzzHostText(f *testing.F) {
 	f.Add("36 35 98:0 /mnt1 /mnt2 rw - ext3 /dev/root rw", "0: 0100007F:1F90 0200007F:A2C4 01 00000000:00000000 00:00000000 00000000 0 0 123 1")
 	f.Fuzz(func(t *testing.T, mount, tcp string) {
-		if _, _, _, ok := parseMount(mount); ok && !strings.Contains(mount, "-") {
+		if _, _, _, _, ok := parseMount(mount); ok && !strings.Contains(mount, "-") {
 			t.Errorf("%q", mount)
 		}
-		peers := map[string]net.IP{}
+		peers := map[string]connection{}
 		parseTCP([]byte(tcp), peers)
-		for _, ip := range peers {
-			if len(ip) != 4 && len(ip) != 16 {
-				t.Errorf("%q: %v", tcp, ip)
+		for _, c := range peers {
+			if len(c.peer) != 4 && len(c.peer) != 16 || len(c.local) != 4 && len(c.local) != 16 {
+				t.Errorf("%q: %v", tcp, c)
 			}
 		}
 		parseNumber(mount)
@@ -99,12 +99,12 @@ func FuzzHostText(f *testing.F) {
 }
 
 func TestParseTCP(t *testing.T) {
-	peers := map[string]net.IP{}
+	peers := map[string]connection{}
 	parseTCP([]byte("  sl  local_address rem_address   st\n"+
 		"   0: 0100007F:0016 0200007F:A2C4 01 00000000:00000000 02:00000000 00000000     0        0 123 1 0\n"+
 		"   1: 00000000:0016 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 124 1 0\n"+
 		"   2: 0000000000000000FFFF00000100007F:0016 0000000000000000FFFF00000300007F:A2C4 01 0:0 0:0 0 0 0 125 1 0\n"), peers)
-	if len(peers) != 2 || peers["123"].String() != "127.0.0.2" || peers["125"].String() != "127.0.0.3" {
+	if len(peers) != 2 || peers["123"].peer.String() != "127.0.0.2" || peers["125"].peer.String() != "127.0.0.3" || peers["125"].local.String() != "127.0.0.1" {
 		t.Errorf("%v", peers)
 	}
 }

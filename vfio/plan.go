@@ -91,6 +91,9 @@ func (b *Binder) PlanGiveBack(d *iommu.Device) (Change, error) {
 		c.To = None
 	default:
 		c.To = r.Driver
+		if !registered(b.Host, r.Driver) && !b.useless(d.Modalias()) {
+			c.Module = d.Modalias() // its module was unloaded meanwhile
+		}
 	}
 	c.ToOverride = r.Override
 	c.plan(d)

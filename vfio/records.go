@@ -80,6 +80,7 @@ type takenRecord struct {
 	Override  string   `json:"driver_override"`
 	Identity  Identity `json:"identity"`
 	NodeOwner string   `json:"node_owner,omitempty"`
+	Block     bool     `json:"block,omitempty"` // it had disks
 }
 
 // Identity is what tells a device from all others for longer than its address does. A device on a vfio driver has no network

@@ -38,6 +38,12 @@ func (b *Binder) Recover(ctx context.Context, wait bool) ([]Recovered, error) {
 	ctx, cancel := context.WithTimeout(ctx, b.timeout())
 	defer cancel()
 	records := map[iommu.Address]changeRecord{}
+	recorded := map[iommu.Address]bool{}
+	for _, k := range keys {
+		if a, err := iommu.ParseAddress(strings.TrimPrefix(k, journal.Changing)); err == nil {
+			recorded[a] = true
+		}
+	}
 	var out []Recovered
 	for _, k := range keys {
 		a, err := iommu.ParseAddress(strings.TrimPrefix(k, journal.Changing))
@@ -45,6 +51,9 @@ func (b *Binder) Recover(ctx context.Context, wait bool) ([]Recovered, error) {
 			continue
 		}
 		ok := b.holds(a)
+		if r, known, err := b.change(a); !ok && err == nil && known && r.Unit[0] != a && records[r.Unit[0]].Op == "" && recorded[r.Unit[0]] {
+			continue // whoever has the first of a unit has the unit
+		}
 		if !ok {
 			if ok, err = l.try(a); err != nil {
 				return nil, err
@@ -82,11 +91,20 @@ func (b *Binder) Recover(ctx context.Context, wait bool) ([]Recovered, error) {
 			continue // it went with the unit of one before
 		}
 		var unit []changeRecord
+		whole := true
 		for _, a := range r.Unit {
 			if m, ok := records[a]; ok {
 				unit = append(unit, m)
 				delete(records, a)
+			} else if _, known, err := b.change(a); known || err != nil {
+				whole = false // another has it, or its write is stuck: half a unit is not recovered
 			}
+		}
+		if !whole {
+			for _, m := range unit {
+				b.release(m.Change.Device)
+			}
+			continue
 		}
 		if r.Op == opTake || r.Op == opGive {
 			out = append(out, b.recoverUnit(unit)...)
@@ -142,7 +160,7 @@ func (b *Binder) recoverUnit(unit []changeRecord) []Recovered {
 		now, err := iommu.ReadDevice(b.Host, c.Device)
 		switch {
 		case errors.Is(err, iommu.ErrNotFound) || err == nil && now.ID != c.ID:
-			r.What, r.Err = "is gone", errors.Join(b.Journal.Delete(changeKey(c.Device)), b.Journal.Delete(takenKey(c.Device)))
+			r.What, r.Err = "is gone", errors.Join(b.End(c.Device), b.Journal.Delete(takenKey(c.Device)), b.disown(c.Device))
 		case err != nil:
 			r.What, r.Err = "cannot be read", err
 		case unit[i].Op == opGive || whole:

@@ -30,7 +30,7 @@ func (b *Binder) Save(in *journal.Journal, d *iommu.Device, driver string) error
 	case err != nil:
 		return err
 	case known:
-		s.Identity = r.Identity
+		s.Identity, s.NodeOwner = r.Identity, r.NodeOwner
 	default: // somebody else took it
 		s.Identity = b.identify(d)
 	}
@@ -50,6 +50,29 @@ func ReadSaved(from *journal.Journal) ([]Saved, error) {
 		}
 	}
 	return out, err
+}
+
+// SavedAs are the keys under which a device was saved: by its place, whatever its address was then.
+func SavedAs(h *iommu.Host, in *journal.Journal, d *iommu.Device) ([]string, error) {
+	place, err := iommu.PathOf(h, d)
+	if err != nil {
+		return nil, err
+	}
+	keys, err := in.Keys("")
+	if err != nil {
+		return nil, err
+	}
+	var out []string
+	for _, k := range keys {
+		var s Saved
+		if _, err := in.Get(k, &s); err != nil {
+			return nil, err
+		}
+		if s.Identity.Path == place {
+			out = append(out, k)
+		}
+	}
+	return out, nil
 }
 
 // Find is where the device is now: what is in its place has to be what was saved. It fails with an error that says what is

@@ -5,11 +5,8 @@
 package vfio
 
 import (
-	"context"
 	"fmt"
 	"strings"
-
-	"viaduct/iommu"
 )
 
 // Step is one write to a file of the host, or one module to load.
@@ -21,6 +18,9 @@ type Step struct {
 
 // String is the step as a shell command.
 func (s Step) String() string {
+	if isAlias(s.Module) {
+		return modprobePath + " -b " + s.Module
+	}
 	if s.Module != "" {
 		return modprobePath + " " + s.Module
 	}
@@ -28,15 +28,4 @@ func (s Step) String() string {
 		return fmt.Sprintf("echo %s > /%s", v, s.Path)
 	}
 	return fmt.Sprintf("echo > /%s", s.Path)
-}
-
-// Do carries out a step.
-func (s Step) Do(ctx context.Context, h *iommu.Host) error {
-	if err := ctx.Err(); err != nil {
-		return fmt.Errorf("interrupted before %q", s)
-	}
-	if s.Module != "" {
-		return modprobe(ctx, s.Module)
-	}
-	return h.Write(s.Path, s.Value)
 }

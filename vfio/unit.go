@@ -1,6 +1,7 @@
 package vfio
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -39,6 +40,9 @@ type Gate struct {
 	Topology *iommu.Topology
 	Asked    []*iommu.Device // what the user named; the rest of a unit comes along
 	Force    []Kind          // kinds of holders to override
+	Driver   string          // that is to be taken with; "" is Auto
+	DryRun   bool            // who cannot see all holders may still ask
+	Passed   []Holder        // those that Force overrode, for the user to know
 	Stuck    []Recovered     // what Recover reported
 }
 
@@ -46,7 +50,7 @@ type Gate struct {
 // itself uses, PFs with VFs, bridges, devices that no IOMMU is in front of. A nil error lets the unit pass.
 func (g *Gate) Take(units [][]*iommu.Device) ([]error, error) {
 	holders, err := Holders(g.Host, slices.Concat(units...))
-	if err != nil {
+	if err != nil && (!g.DryRun || !errors.Is(err, ErrBlind)) {
 		return nil, err
 	}
 	out := make([]error, len(units))
@@ -88,35 +92,51 @@ func (g *Gate) take(unit []*iommu.Device, holders []Holder) error {
 			}
 		}
 	}
-	reasons = append(reasons, unforced(of(unit, holders, true), g.Force)...)
+	reasons = append(reasons, g.unforced(unit, holders, g.taken)...)
 	return refused("take "+g.what(unit), append(reasons, g.stuck(unit)...), cure)
 }
 
 // GiveBack refuses to give back what a guest still has: the write would wait for the guest.
 func (g *Gate) GiveBack(units [][]*iommu.Device) ([]error, error) {
 	holders, err := ProcessHolders(g.Host, slices.Concat(units...))
-	if err != nil {
+	if err != nil && (!g.DryRun || !errors.Is(err, ErrBlind)) {
 		return nil, err
 	}
 	out := make([]error, len(units))
 	for i, unit := range units {
-		reasons := append(unforced(of(unit, holders, false), g.Force), g.stuck(unit)...)
+		reasons := g.unforced(unit, holders, func(d *iommu.Device) bool { return !iommu.IsVFIODriver(d.Driver) })
+		for _, d := range unit {
+			if d.SRIOV != nil && len(d.SRIOV.VFs) > 0 && iommu.IsVFIODriver(d.Driver) {
+				reasons = append(reasons, fmt.Sprintf("%s has %d VFs, which would go with its driver", d.Name, len(d.SRIOV.VFs)))
+			}
+		}
+		reasons = append(reasons, g.stuck(unit)...)
 		out[i] = refused("give back "+g.what(unit), reasons, "end the guest first")
 	}
 	return out, nil
 }
 
-// of are the holders of a unit. Who has a device that is taken already is no reason against taking it, nor who has one that
-// is at home against giving it back.
-func of(unit []*iommu.Device, holders []Holder, take bool) []Holder {
-	var out []Holder
+// taken reports whether a device is taken already, by the driver that is wanted.
+func (g *Gate) taken(d *iommu.Device) bool {
+	return iommu.IsVFIODriver(d.Driver) && (g.Driver == "" || g.Driver == Auto || g.Driver == d.Driver)
+}
+
+// unforced are the holders of a unit that are not overridden, as sentences. Who has a device that is where it is to be is no
+// reason against bringing it there.
+func (g *Gate) unforced(unit []*iommu.Device, holders []Holder, there func(*iommu.Device) bool) []string {
+	var reasons []string
 	for _, h := range holders {
 		i := slices.IndexFunc(unit, func(d *iommu.Device) bool { return d.Name == h.Device })
-		if i >= 0 && take != iommu.IsVFIODriver(unit[i].Driver) {
-			out = append(out, h)
+		if i < 0 || there(unit[i]) {
+			continue
+		}
+		if reason := unforced([]Holder{h}, g.Force); len(reason) > 0 {
+			reasons = append(reasons, reason...)
+		} else {
+			g.Passed = append(g.Passed, h)
 		}
 	}
-	return out
+	return reasons
 }
 
 func (g *Gate) stuck(unit []*iommu.Device) []string {

@@ -34,6 +34,10 @@ func ServeWrites() bool {
 	if os.Getenv(writerEnv) == "" {
 		return false
 	}
+	var in unix.Stat_t
+	if err := unix.Fstat(4, &in); err != nil || in.Mode&unix.S_IFMT != unix.S_IFIFO {
+		return false // somebody else set it
+	}
 	_ = serve(&locks{os.NewFile(3, "lock")}, os.NewFile(4, "requests"), os.NewFile(5, "replies"))
 	return true
 }
@@ -73,8 +77,11 @@ func (e *writeError) Unwrap() error {
 }
 
 // How many requests are carried out side by side. The kernel serialises part of a probe, but a driver may take a second for
-// the rest.
-const parallel = 8
+// the rest. A write that takes longer than the patience lets another begin: it may wait for a guest.
+const (
+	parallel = 8
+	patience = time.Second
+)
 
 // server is the child.
 type server struct {
@@ -144,7 +151,7 @@ func (s *server) answer(a reply) {
 	_ = s.replies.Encode(a) // without a parent, nobody need know
 }
 
-// do carries out a request that has a slot, which it frees at the deadline at the latest.
+// do carries out a request that has a slot, which it frees when it ends or has no more patience.
 func (s *server) do(r request) {
 	s.mu.Lock()
 	if s.over() {
@@ -156,12 +163,15 @@ func (s *server) do(r request) {
 	var step atomic.Int32
 	late := time.AfterFunc(r.Timeout, func() {
 		s.answer(reply{ID: r.ID, Step: int(step.Load()), Stuck: true})
-		<-s.slots
 	})
+	slow := time.AfterFunc(patience, func() { <-s.slots })
 	err := carryOut(s.host, r.Steps, r.Change, func(i int) bool {
 		step.Store(int32(i))
 		return !s.over()
 	})
+	if slow.Stop() {
+		<-s.slots
+	}
 	s.mu.Lock()
 	delete(s.running, r.Device)
 	if s.over() {
@@ -177,11 +187,11 @@ func (s *server) do(r request) {
 		errors.As(err, &a.Errno)
 	}
 	s.answer(a)
-	<-s.slots
 }
 
 // writer is the parent's side of the child.
 type writer struct {
+	host    *iommu.Host
 	process process
 	out     *os.File // requests
 	mu      sync.Mutex
@@ -221,7 +231,7 @@ func startWriter(h *iommu.Host, l *locks) (*writer, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("start the child that writes: %w", err), in.Close(), out.Close())
 	}
-	w := &writer{out: out, send: json.NewEncoder(out), waiting: map[int64]chan reply{}, ended: make(chan struct{})}
+	w := &writer{host: h, out: out, send: json.NewEncoder(out), waiting: map[int64]chan reply{}, ended: make(chan struct{})}
 	w.process = named(h, cmd.Process.Pid)
 	go func() {
 		defer in.Close()
@@ -269,13 +279,21 @@ func (w *writer) run(r request) error {
 		return fmt.Errorf("%s: %w", r.Device, err)
 	}
 	var a reply
-	select {
-	case a = <-answer:
-	case <-w.ended: // and has read all there was to read
+	for got := false; !got; {
 		select {
 		case a = <-answer:
-		default:
-			return fmt.Errorf("%s: %w", r.Device, w.dead)
+			got = true
+		case <-w.ended: // and has read all there was to read
+			select {
+			case a = <-answer:
+				got = true
+			default:
+				return fmt.Errorf("%s: %w", r.Device, w.dead)
+			}
+		case <-time.After(r.Timeout + patience): // a child that was killed in a write ends with that, and tells nothing until then
+			if state, _, ok := processStat(w.host, processDir(w.process.PID)); ok && state == "Z" {
+				a, got = reply{Stuck: true}, true
+			}
 		}
 	}
 	switch {

@@ -151,7 +151,7 @@ func runBind(ctx context.Context, e *env, o bindOptions) error {
 		lasts = " (and again by bind --saved)"
 	}
 	return e.change(ctx, o.selectors, changer{
-		options: o.changeOptions, owner: owner, lasts: lasts,
+		options: o.changeOptions, owner: owner, driver: o.driver, lasts: lasts,
 		check: (*vfio.Gate).Take,
 		plan:  func(b *vfio.Binder, d *iommu.Device) (vfio.Change, error) { return b.PlanTake(d, o.driver) },
 		apply: func(b *vfio.Binder, ctx context.Context, units [][]*iommu.Device) []vfio.Result {
@@ -206,15 +206,27 @@ func runUnbind(ctx context.Context, e *env, sel []iommu.Selector, o changeOption
 		check:   (*vfio.Gate).GiveBack,
 		plan:    (*vfio.Binder).PlanGiveBack,
 		apply:   (*vfio.Binder).GiveBack,
-		after: func(_ *vfio.Binder, d *iommu.Device) error {
+		after: func(b *vfio.Binder, d *iommu.Device) error {
 			saved := journal.In(vfio.SavedDir)
-			if o.save {
-				return saved.Delete(d.Name)
+			keys, err := vfio.SavedAs(b.Host, saved, d)
+			if err != nil {
+				return err
 			}
-			if known, err := saved.Get(d.Name, &vfio.Saved{}); known && err == nil {
+			owners, err := vfio.Owners(b.Host, []*iommu.Device{d})
+			for _, owner := range owners {
+				e.note("%s, which may take it again", owner)
+			}
+			switch {
+			case o.save && len(keys) == 0:
+				e.note("%s was not written down", d.Name)
+			case o.save:
+				for _, k := range keys {
+					err = errors.Join(err, saved.Delete(k))
+				}
+			case len(keys) > 0:
 				e.note("%s is still written down: bind --saved takes it again (viaduct unbind %s --save ends that)", d.Name, d.Name)
 			}
-			return nil
+			return err
 		},
 	})
 }
@@ -223,6 +235,7 @@ func runUnbind(ctx context.Context, e *env, sel []iommu.Selector, o changeOption
 type changer struct {
 	options changeOptions
 	owner   *vfio.NodeOwner
+	driver  string // to be taken with
 	lasts   string // how long the change does, to be told
 	check   func(*vfio.Gate, [][]*iommu.Device) ([]error, error)
 	plan    func(*vfio.Binder, *iommu.Device) (vfio.Change, error)
@@ -254,7 +267,7 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) error
 	if err != nil {
 		return err
 	}
-	gate := &vfio.Gate{Host: h, Force: c.options.force}
+	gate := &vfio.Gate{Host: h, Force: c.options.force, Driver: c.driver, DryRun: e.dryRun}
 	if on.live() {
 		if err := b.Lock(ctx, slices.Concat(units...)); err != nil {
 			return err
@@ -272,13 +285,16 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) error
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(refusals...); err != nil && !c.options.keepGoing {
+	for _, holder := range gate.Passed {
+		e.note("by force, although %s", holder)
+	}
+	if err := errors.Join(refusals...); err != nil && !c.options.keepGoing && !e.dryRun {
 		return err
 	}
 	var errs []error
 	pass := units[:0:0]
 	for i, err := range refusals {
-		if err == nil {
+		if err == nil || e.dryRun { // which also shows what is refused
 			pass = append(pass, units[i])
 		}
 		errs = append(errs, err)
@@ -324,7 +340,7 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) error
 	if t.InterruptRemapping != nil && !*t.InterruptRemapping {
 		e.note("interrupt remapping is off on this host, so VFIO will refuse to open the device")
 	}
-	return mixed(errors.Join(errs...), len(results) > 0)
+	return mixed(errors.Join(errs...), len(results) > 0 && !e.dryRun)
 }
 
 // takePrecedence puts this process, and the child it starts, before others. Each change wakes udev, whose rules for one device
@@ -375,6 +391,13 @@ func resolveUnits(h *iommu.Host, t *iommu.Topology, sel []iommu.Selector) (asked
 // read them would be to wait with them.
 func refresh(h *iommu.Host, units [][]*iommu.Device, stuck []vfio.Recovered) error {
 	for _, d := range slices.Concat(units...) {
+		if d.PCI && d.Blocks() { // interfaces may have been renamed while another viaduct was waited for
+			netdevs, err := iommu.Netdevs(h, d.Address)
+			if err != nil {
+				return err
+			}
+			d.Netdevs = netdevs
+		}
 		if !d.PCI || slices.ContainsFunc(stuck, func(r vfio.Recovered) bool { return r.Device == d.Address && r.Err != nil }) {
 			continue
 		}

@@ -43,8 +43,12 @@ func main() {
 // untilSignal is for commands that must not end in the middle: the first signal ends the context, a second one the process.
 // The others end at once, as processes do.
 func untilSignal(ctx context.Context) (context.Context, context.CancelFunc) {
-	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, unix.SIGTERM)
-	context.AfterFunc(ctx, stop)
+	signal.Ignore(unix.SIGPIPE) // what is begun is ended although nobody reads on
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, unix.SIGTERM, unix.SIGHUP)
+	context.AfterFunc(ctx, func() {
+		stop()
+		signal.Ignore(unix.SIGHUP) // the terminal is gone, and that may be told twice
+	})
 	return ctx, stop
 }
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -131,7 +132,7 @@ func viewVFs(h *iommu.Host, t *iommu.Topology, pf *iommu.Device) ([]vfView, erro
 			return out, err
 		}
 		holders, err := vfio.ProcessHolders(h, vfs)
-		if err != nil {
+		if err != nil && !errors.Is(err, vfio.ErrBlind) { // an ordinary user is not told of others' processes
 			return out, err
 		}
 		for _, holder := range holders {

@@ -49,6 +49,8 @@ func TestHolders(t *testing.T) {
 		{"bridge", "ip link add br0 type bridge; ip link set $pf master br0", "ip link del br0", "under bridge br0"},
 		{"VLAN only", "ip link add link $pf name v7 type vlan id 7", "ip link del v7", "under vlan v7"},
 		{"macvlan", "ip link add link $pf name m0 type macvlan", "ip link del m0", "under macvlan m0"},
+		{"macvlan in another namespace", "ip netns add away; ip link add link $pf name m0 type macvlan; ip link set m0 netns away", "ip netns del away; until ip link add link $pf name m0 type macvlan; do sleep 0.1; done; ip link del m0",
+			"under macvlan m0 in the network namespace of away"},
 		{"network namespace", "ip netns add away; ip link set $pf netns away", "ip -n away link set $pf netns 1; ip netns del away", "is in the network namespace of away"},
 	} {
 		shell(t, "pf="+pf+"; "+use.begin)
@@ -61,6 +63,7 @@ func TestHolders(t *testing.T) {
 		{"md", "mdadm --create /dev/md7 --run --force --quiet --level=1 --raid-devices=1 $disk", "mdadm --stop --quiet /dev/md7; mdadm --zero-superblock $disk", "under md raid1"},
 		{"a mount in another mount namespace", "mkfs.ext4 -qF $disk; mkdir -p /run/mnt2; unshare -m sh -c 'mount '$disk' /run/mnt2; echo $$ > /run/mnt2.pid; exec sleep 1000' </dev/null >/dev/null 2>&1 & " +
 			"until [ -s /run/mnt2.pid ]; do sleep 0.1; done", "kill $(cat /run/mnt2.pid); rm /run/mnt2.pid; until wipefs -qa $disk; do sleep 0.1; done", "mounted on /run/mnt2 in the mount namespace"},
+		{"its generic node", "sleep 1000 < ${disk/nvme/ng} >/dev/null 2>&1 & echo $! > /run/open.pid", "kill $(cat /run/open.pid)", "(sleep)"},
 		{"an open disk", "sleep 1000 < $disk >/dev/null 2>&1 & echo $! > /run/open.pid", "kill $(cat /run/open.pid)", "(sleep)"},
 	} {
 		shell(t, "disk="+disk+"; "+use.begin)
@@ -79,6 +82,17 @@ func TestHolders(t *testing.T) {
 	do(t, "bind", spare, "--force=address", "--force=route")
 	do(t, "unbind", spare)
 	shell(t, "udevadm settle")
+	if r := run(t, "setpriv", "--bounding-set", "-sys_ptrace", "--inh-caps", "-sys_ptrace", viaduct, "bind", nvme); r.status != 1 || !strings.Contains(r.stderr, "cannot be seen") {
+		t.Errorf("without the right to see others' files: exit status %d, %s", r.status, r.stderr)
+	}
+	away := exec.Command("unshare", "-m", "sleep", "1000") // another mount namespace with the same root
+	if err := away.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = away.Process.Kill()
+		_ = away.Wait()
+	}()
 	root := filepath.Base(shell(t, "readlink -f /sys/class/block/vda/device/.."))
 	refused("the host's own disk by force", "cannot be forced", "bind", root, "--force=mount", "--force=process")
 }
@@ -132,6 +146,7 @@ func TestStuck(t *testing.T) {
 	if r := run(t, viaduct, "unbind", vf); r.status != 3 || !strings.Contains(r.stderr, fmt.Sprintf("process %d", os.Getpid())) {
 		t.Errorf("unbind of an open device: exit status %d, %s", r.status, r.stderr)
 	}
+	fails(t, 3, "is open in", "bind", vf, "--driver", "pci-stub") // which would pull it out of a guest
 	cmd := exec.Command(viaduct, "unbind", vf, "--force=process", "--timeout", "3s")
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
@@ -391,14 +406,32 @@ func TestKills(t *testing.T) {
 	shell(t, "modprobe igbvf")
 	do(t, "vf", "create", spare, "1", "--driver", "home")
 	shell(t, "udevadm settle")
-	vf := vfs(spare)[0]
-	const taken, home = "vfio-pci vfio-pci", "igbvf (null)"
-	state := func() string { return bound(vf) + " " + attr(devicesDir, vf, "driver_override") }
+	kill(t, vfs(spare)[0], func() string { return deviceState(vfs(spare)[0]) }, "vfio-pci vfio-pci", "igbvf (null)", 1)
+	do(t, "vf", "destroy", spare)
+	every := 5
+	if os.Getenv("LAB_ROUNDS") == "200" {
+		every = 1
+	}
+	const e1000, edu = "0000:07:01.0", "0000:07:02.0" // one group
+	unit := func() string { return deviceState(e1000) + ", " + deviceState(edu) }
+	kill(t, e1000, unit, "vfio-pci vfio-pci, vfio-pci vfio-pci", "e1000 (null),  (null)", every)
+}
+
+func deviceState(address string) string {
+	return bound(address) + " " + attr(devicesDir, address, "driver_override")
+}
+
+// kill kills the commands at every so many of their writes.
+func kill(t *testing.T, vf string, state func() string, taken, home string, every int) {
+	t.Helper()
 	next := []struct{ command, leaves string }{{"bind " + vf, taken}, {"unbind " + vf, home}, {"recover", ""}}
 	kills := 0
 	for _, op := range []string{"bind", "unbind"} {
-		for _, whom := range []string{"parent", "child", "both"} {
+		for i, whom := range []string{"parent", "child", "both"} {
 			for n := 1; ; n++ {
+				if (n+i)%every != 0 && n < 8 {
+					continue
+				}
 				if op == "bind" {
 					do(t, "unbind", vf)
 				} else {
@@ -442,5 +475,29 @@ func TestKills(t *testing.T) {
 	}
 	t.Logf("%d kills", kills)
 	do(t, "unbind", vf)
+}
+
+// TestHangup: a login that breaks off in the middle of a command is no reason to leave devices in the middle.
+func TestHangup(t *testing.T) {
+	do(t, "vf", "create", spare, "7")
+	all := vfs(spare)
+	cmd := exec.Command(viaduct, append([]string{"bind"}, all...)...)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for begun := 0; begun == 0 && cmd.ProcessState == nil; {
+		records, _ := filepath.Glob("/run/viaduct/change-*")
+		begun = len(records)
+	}
+	_ = cmd.Process.Signal(unix.SIGHUP)
+	_ = cmd.Wait()
+	if left, _ := filepath.Glob("/run/viaduct/change-*"); len(left) > 0 || cmd.ProcessState.ExitCode() < 0 {
+		t.Errorf("%s, records are left: %v", cmd.ProcessState, left)
+	}
+	for _, vf := range all {
+		if state := deviceState(vf); state != "vfio-pci vfio-pci" && state != " none" {
+			t.Errorf("%s: %q", vf, state)
+		}
+	}
 	do(t, "vf", "destroy", spare)
 }

@@ -116,13 +116,11 @@ func count(pf *iommu.Device, n int) vfio.Step {
 func describe(vfs []*iommu.Device) string {
 	var out []string
 	for _, d := range vfs {
-		s := fmt.Sprintf("%s (vf%d", d.Name, d.VFIndex)
-		for _, what := range append([]string{d.Driver}, d.Netdevs...) {
-			if what != "" {
-				s += ", " + what
-			}
+		what := []string{fmt.Sprintf("vf%d", d.VFIndex)}
+		if d.Driver != "" {
+			what = append(what, d.Driver)
 		}
-		out = append(out, s+")")
+		out = append(out, d.Name+" ("+strings.Join(append(what, d.Netdevs...), ", ")+")")
 	}
 	return strings.Join(out, ", ")
 }

@@ -2,6 +2,7 @@ package sriov
 
 import (
 	"fmt"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 
@@ -17,10 +18,10 @@ func devlinkParam(h *iommu.Host, d *iommu.Device, name string) string {
 	if err != nil {
 		return ""
 	}
-	text := "; devlink " + name + ":"
+	var values []string
 	for _, v := range p.Values {
 		mode := map[uint8]string{0: "now", 1: "from the driver's start", 2: "for the next boot"}[v.CMODE]
-		text += fmt.Sprintf(" %v %s", v.Data, mode)
+		values = append(values, fmt.Sprintf("%v %s", v.Data, mode))
 	}
-	return text
+	return "; devlink " + name + ": " + strings.Join(values, ", ")
 }

@@ -122,7 +122,7 @@ func (l Link) settle(ctx context.Context) error {
 	for there := link.Attrs().RawFlags&unix.IFF_RUNNING != 0; !there; {
 		select {
 		case e, ok := <-events:
-			there = !ok || int(e.Index) == link.Attrs().Index && e.IfInfomsg.Flags&unix.IFF_RUNNING != 0
+			there = !ok || int(e.Index) == link.Attrs().Index && e.Flags&unix.IFF_RUNNING != 0
 		case <-ctx.Done():
 			there = true // without a cable there is no address either, until there is one
 		}

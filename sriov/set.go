@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"path"
 	"slices"
@@ -124,7 +125,11 @@ func (e *SettingError) Error() string {
 	case errors.Is(e.Err, unix.EPROTONOSUPPORT):
 		return fmt.Sprintf("%s: driver %s has no VLAN protocol but 802.1q", e.VF, e.Driver)
 	}
-	return fmt.Sprintf("%s: driver %s refused %s: %v", e.VF, e.Driver, e.Keys, e.Err)
+	hint := ""
+	if errors.Is(e.Err, unix.EINVAL) && strings.Contains(e.Keys, string(MaxRate)) {
+		hint = " (rates need the PF's link to be up, and go up to its speed; many drivers have no min_tx_rate)"
+	}
+	return fmt.Sprintf("%s: driver %s refused %s: %v%s", e.VF, e.Driver, e.Keys, e.Err, hint)
 }
 
 func (e *SettingError) Unwrap() error { return e.Err }
@@ -233,10 +238,7 @@ func resolved(h *iommu.Host, pf, vf *iommu.Device, want Settings) (Settings, err
 	if err != nil {
 		return nil, err
 	}
-	out := Settings{}
-	for k, v := range want {
-		out[k] = v
-	}
+	out := maps.Clone(want)
 	out[MAC] = mac.String()
 	return out, nil
 }
@@ -278,9 +280,7 @@ func Set(ctx context.Context, b *vfio.Binder, p *SetPlan) (unverified []string, 
 	}
 	r := setRecord{p.VF.Address, p.VF.VFIndex, Settings{}}
 	for _, s := range p.Settings {
-		for k, v := range s.From {
-			r.Old[k] = v
-		}
+		maps.Copy(r.Old, s.From)
 	}
 	if err := b.Begin(opSet, p.port.PF, nil, r); err != nil {
 		return nil, err
@@ -319,9 +319,7 @@ func (p *SetPlan) verify(h *iommu.Host) (unverified []string, err error) {
 	now, _ := port.Of(p.VF.VFIndex)
 	changed := Settings{}
 	for _, s := range p.Settings {
-		for k, v := range s.To {
-			changed[k] = v
-		}
+		maps.Copy(changed, s.To)
 	}
 	wrong, unknown := compare(now.Settings, changed)
 	if len(wrong) > 0 {
@@ -398,9 +396,7 @@ func remember(b *vfio.Binder, p *SetPlan) error {
 	if known, err := b.Journal.Get(key, &a); err != nil || !known || a.PF != p.port.PF.ID {
 		a = asked{PF: p.port.PF.ID, Index: p.VF.VFIndex, Settings: Settings{}}
 	}
-	for k, v := range p.Want {
-		a.Settings[k] = v
-	}
+	maps.Copy(a.Settings, p.Want)
 	return b.Journal.Put(key, a)
 }
 

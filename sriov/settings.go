@@ -223,17 +223,14 @@ func (s Setting) command(iface string, vf *iommu.Device) string {
 		return fmt.Sprintf("echo %s > /%s", s.To[MSIX], attribute(vf.Address, msixFile))
 	}
 	words := map[Key]string{LinkState: "state", RSSQuery: "query_rss"}
-	line := fmt.Sprintf("ip link set %s vf %d", iface, vf.VFIndex)
+	line := []string{fmt.Sprintf("ip link set %s vf %d", iface, vf.VFIndex)}
 	for _, k := range s.Keys {
 		v, ok := s.To[k]
-		if k == Proto {
-			v = strings.ToUpper(v[:min(len(v), 5)]) + v[min(len(v), 5):]
-		}
 		if name := words[k]; ok && name != "" {
-			line += " " + name + " " + v
+			line = append(line, name, v)
 		} else if ok {
-			line += " " + string(k) + " " + v
+			line = append(line, string(k), v)
 		}
 	}
-	return line
+	return strings.Join(line, " ")
 }

@@ -62,13 +62,32 @@ func netHolders(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 				out = append(out, Holder{Device: d.Name, Kind: Namespace, What: what})
 			}
 		}
-		for _, name := range d.Netdevs {
-			found, err := n.holders(h, d, name)
-			if err != nil {
-				return nil, err
+		found, err := n.ofDevice(h, d, d.Netdevs)
+		for try := 0; host.Absent(err) && try < renames; try++ { // udev names new interfaces, just now maybe
+			var names []string
+			if names, err = iommu.Netdevs(h, d.Address); err == nil {
+				found, err = n.ofDevice(h, d, names)
 			}
-			out = append(out, found...)
 		}
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, found...)
+	}
+	return out, nil
+}
+
+// renames is how often an interface may change its name while it is looked at.
+const renames = 10
+
+func (n *network) ofDevice(h *iommu.Host, d *iommu.Device, names []string) ([]Holder, error) {
+	var out []Holder
+	for _, name := range names {
+		found, err := n.holders(h, d, name)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, found...)
 	}
 	return out, nil
 }

@@ -57,16 +57,20 @@ func openIn(h *iommu.Host, devices []*iommu.Device, nodes map[node]*iommu.Device
 	for _, pid := range pids {
 		dir := path.Join("proc", pid, "fd")
 		fds, err := h.Names(dir)
-		if errors.Is(err, fs.ErrPermission) {
-			blind = fmt.Errorf("%w: /%s: %w", ErrBlind, dir, unix.EACCES)
+		unseen := func(err error) {
+			if errors.Is(err, fs.ErrPermission) {
+				blind = fmt.Errorf("%w: /%s: %w", ErrBlind, dir, unix.EACCES)
+			}
 		}
 		if err != nil {
-			continue // ended
+			unseen(err) // else it ended
+			continue
 		}
 		var held []*iommu.Device
 		for _, fd := range fds {
 			target, err := h.Link(path.Join(dir, fd))
 			if err != nil {
+				unseen(err)
 				continue
 			}
 			var d *iommu.Device

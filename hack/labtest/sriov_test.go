@@ -37,8 +37,8 @@ func vfLine(t *testing.T, pf string, index int) string {
 // settings are one change.
 func TestSettings(t *testing.T) {
 	pf := netdev(t, spare)
-	shell(t, "ip link set "+pf+" up; until [ $(cat /sys/class/net/"+pf+"/operstate) = up ]; do sleep 0.1; done") // rates need a link
 	do(t, "vf", "create", pf, "2")
+	shell(t, "ip link set "+pf+" up; until [ $(cat /sys/class/net/"+pf+"/operstate) = up ]; do sleep 0.1; done") // rates need a link
 	has := func(words ...string) {
 		t.Helper()
 		line := vfLine(t, pf, 1)

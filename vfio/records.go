@@ -122,6 +122,9 @@ func (r *changeRecord) orphan(h *iommu.Host) bool {
 
 func (b *Binder) change(a iommu.Address) (r changeRecord, known bool, err error) {
 	known, err = b.Journal.Get(changeKey(a), &r)
+	if len(r.Unit) == 0 {
+		r.Unit = []iommu.Address{a}
+	}
 	return r, known, err
 }
 

@@ -41,7 +41,7 @@ func ReadPort(h *iommu.Host, pf *iommu.Device) (*Port, error) {
 		if !h.Live() {
 			return &Port{PF: pf, Name: n}, nil
 		}
-		l, err := readLink(n)
+		l, err := readLink(n, 0)
 		if err != nil {
 			return nil, fmt.Errorf("interface %s: %w", n, err)
 		}
@@ -64,12 +64,25 @@ func (p *Port) Of(index int) (VFInfo, bool) {
 	return VFInfo{Settings: Settings{}}, false
 }
 
-// readLink asks for one interface with its VFs: a dump of all has no room for many.
-func readLink(name string) (linkInfo, error) {
+// again asks for the same interface, whatever its name is now.
+func (p *Port) again() (*Port, error) {
+	if p.index == 0 {
+		return p, nil
+	}
+	l, err := readLink("", p.index)
+	return &Port{PF: p.PF, Name: l.name, SwitchID: l.switchID, VFs: l.vfs, index: l.index}, err
+}
+
+// readLink asks for one interface, by name or by index, with its VFs: a dump of all has no room for many.
+func readLink(name string, index int) (linkInfo, error) {
 	ask := func(filter uint32) ([][]byte, error) {
 		req := nl.NewNetlinkRequest(unix.RTM_GETLINK, 0)
-		req.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
-		req.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)))
+		msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+		msg.Index = int32(index)
+		req.AddData(msg)
+		if index == 0 {
+			req.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)))
+		}
 		req.AddData(nl.NewRtAttr(unix.IFLA_EXT_MASK, nl.Uint32Attr(filter)))
 		return req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWLINK)
 	}
@@ -285,6 +298,18 @@ func Set(ctx context.Context, b *vfio.Binder, p *SetPlan) (unverified []string, 
 	if err := b.Begin(opSet, p.port.PF, nil, r); err != nil {
 		return nil, err
 	}
+	unverified, err = set(ctx, b, p)
+	if _, stuck := errors.AsType[*vfio.StuckError](err); stuck {
+		return nil, err
+	}
+	if err == nil {
+		err = remember(b, p)
+	}
+	return unverified, errors.Join(err, b.End(p.port.PF.Address))
+}
+
+// set makes the settings of a plan, and undoes those it made when one fails.
+func set(ctx context.Context, b *vfio.Binder, p *SetPlan) (unverified []string, err error) {
 	done := 0
 	for _, s := range p.Settings {
 		if ctx.Err() != nil {
@@ -301,18 +326,16 @@ func Set(ctx context.Context, b *vfio.Binder, p *SetPlan) (unverified []string, 
 		return nil, err
 	}
 	if err == nil {
-		unverified, err = p.verify(b.Host)
+		unverified, err = p.verify()
 	}
 	if err != nil {
 		err = errors.Join(err, p.undo(b, p.Settings[:done]))
-	} else {
-		err = remember(b, p)
 	}
-	return unverified, errors.Join(err, b.End(p.port.PF.Address))
+	return unverified, err
 }
 
-func (p *SetPlan) verify(h *iommu.Host) (unverified []string, err error) {
-	port, err := ReadPort(h, p.port.PF)
+func (p *SetPlan) verify() (unverified []string, err error) {
+	port, err := p.port.again()
 	if err != nil {
 		return nil, err
 	}

@@ -51,7 +51,7 @@ func TestBadInput(t *testing.T) {
 		{"vf destroy 0000:00:00.0", 2, "no PF"},
 		{"vf set " + pf + " mac=52:54:00:00:00:01", 2, "no VF"},
 		{"vf set " + pf + "/vf0 mac=52:54:00:00:00:01", 1, "no such VF"},
-		{"vf set " + pf + "/vf0 mac=hello", 2, "no MAC address"},
+		{"vf set " + pf + "/vf0 mac=hello", 2, "want a MAC address"},
 		{"vf set " + pf + "/vf0 mac=01:00:5e:00:00:01", 2, "multicast"},
 		{"vf set " + pf + "/vf0 colour=red", 2, "no setting"},
 		{"frobnicate", 2, "no command"},

@@ -374,7 +374,7 @@ func sharedGroups(h *iommu.Host, pf iommu.Address) ([]string, error) {
 	}
 	first, notes := map[string]iommu.Address{}, []string(nil)
 	for _, a := range append([]iommu.Address{pf}, addresses(now.SRIOV.VFs)...) {
-		group, err := h.LinkBase(path.Join(attribute(a, "iommu_group")))
+		group, err := h.LinkBase(attribute(a, "iommu_group"))
 		if err != nil {
 			continue // without an IOMMU there is none to share
 		}

@@ -123,6 +123,9 @@ func blockDevices(h *iommu.Host, d *iommu.Device) ([]string, error) {
 			}
 		}
 	}
+	if len(out) == 0 {
+		return nil, nil // most devices: nothing to look for loop devices over
+	}
 	loops, err := loopDevices(h)
 	if err != nil {
 		return nil, err

@@ -38,20 +38,16 @@ func (b *Binder) Recover(ctx context.Context, wait bool) ([]Recovered, error) {
 	ctx, cancel := context.WithTimeout(ctx, b.timeout())
 	defer cancel()
 	records := map[iommu.Address]changeRecord{}
-	recorded := map[iommu.Address]bool{}
+	var recorded []iommu.Address
 	for _, k := range keys {
 		if a, err := iommu.ParseAddress(strings.TrimPrefix(k, journal.Changing)); err == nil {
-			recorded[a] = true
+			recorded = append(recorded, a)
 		}
 	}
 	var out []Recovered
-	for _, k := range keys {
-		a, err := iommu.ParseAddress(strings.TrimPrefix(k, journal.Changing))
-		if err != nil {
-			continue
-		}
+	for _, a := range recorded {
 		ok := b.holds(a)
-		if r, known, err := b.change(a); !ok && err == nil && known && r.Unit[0] != a && records[r.Unit[0]].Op == "" && recorded[r.Unit[0]] {
+		if r, known, err := b.change(a); !ok && err == nil && known && r.Unit[0] != a && records[r.Unit[0]].Op == "" && slices.Contains(recorded, r.Unit[0]) {
 			continue // whoever has the first of a unit has the unit
 		}
 		if !ok {

@@ -65,8 +65,12 @@ func (o *changeOptions) parse(c *cli.Context) error {
 	if o.force, err = parseKinds(c.StringSlice("force")); err != nil {
 		return err
 	}
-	if o.timeout <= 0 {
-		return usagef("--timeout %s: want a time above zero, as 10s", o.timeout)
+	return checkTimeout(o.timeout)
+}
+
+func checkTimeout(d time.Duration) error {
+	if d <= 0 {
+		return usagef("--timeout %s: want a time above zero, as 10s", d)
 	}
 	return nil
 }
@@ -157,11 +161,14 @@ func runBind(ctx context.Context, e *env, o bindOptions) error {
 		apply: func(b *vfio.Binder, ctx context.Context, units [][]*iommu.Device) []vfio.Result {
 			return b.Take(ctx, units, o.driver)
 		},
-		after: func(b *vfio.Binder, d *iommu.Device) error {
-			if o.save {
-				return b.Save(journal.In(vfio.SavedDir), d, o.driver)
+		after: func(b *vfio.Binder, devices []*iommu.Device) error {
+			var errs []error
+			for _, d := range devices {
+				if o.save {
+					errs = append(errs, b.Save(journal.In(vfio.SavedDir), d, o.driver))
+				}
 			}
-			return nil
+			return errors.Join(errs...)
 		},
 	})
 }
@@ -206,29 +213,37 @@ func runUnbind(ctx context.Context, e *env, sel []iommu.Selector, o changeOption
 		check:   (*vfio.Gate).GiveBack,
 		plan:    (*vfio.Binder).PlanGiveBack,
 		apply:   (*vfio.Binder).GiveBack,
-		after: func(b *vfio.Binder, d *iommu.Device) error {
-			saved := journal.In(vfio.SavedDir)
-			keys, err := vfio.SavedAs(b.Host, saved, d)
-			if err != nil {
-				return err
-			}
-			owners, err := vfio.Owners(b.Host, []*iommu.Device{d})
+		after: func(b *vfio.Binder, devices []*iommu.Device) error {
+			owners, err := vfio.Owners(b.Host, devices)
 			for _, owner := range owners {
 				e.note("%s, which may take it again", owner)
 			}
-			switch {
-			case o.save && len(keys) == 0:
-				e.note("%s was not written down", d.Name)
-			case o.save:
-				for _, k := range keys {
-					err = errors.Join(err, saved.Delete(k))
-				}
-			case len(keys) > 0:
-				e.note("%s is still written down: bind --saved takes it again (viaduct unbind %s --save ends that)", d.Name, d.Name)
+			errs := []error{err}
+			for _, d := range devices {
+				errs = append(errs, e.tellSaved(b.Host, d, o.save))
 			}
-			return err
+			return errors.Join(errs...)
 		},
 	})
+}
+
+// tellSaved says that a device that was given back is still written down, or, with forget, ends that.
+func (e *env) tellSaved(h *iommu.Host, d *iommu.Device, forget bool) error {
+	saved := journal.In(vfio.SavedDir)
+	keys, err := vfio.SavedAs(h, saved, d)
+	switch {
+	case err != nil:
+		return err
+	case forget && len(keys) == 0:
+		e.note("%s was not written down", d.Name)
+	case forget:
+		for _, k := range keys {
+			err = errors.Join(err, saved.Delete(k))
+		}
+	case len(keys) > 0:
+		e.note("%s is still written down: bind --saved takes it again (viaduct unbind %s --save ends that)", d.Name, d.Name)
+	}
+	return err
 }
 
 // changer is what bind and unbind differ in.
@@ -240,7 +255,7 @@ type changer struct {
 	check   func(*vfio.Gate, [][]*iommu.Device) ([]error, error)
 	plan    func(*vfio.Binder, *iommu.Device) (vfio.Change, error)
 	apply   func(*vfio.Binder, context.Context, [][]*iommu.Device) []vfio.Result
-	after   func(*vfio.Binder, *iommu.Device) error // for each device that was asked for and is where it is to be
+	after   func(*vfio.Binder, []*iommu.Device) error // for the devices that were asked for and are where they are to be
 }
 
 // changeView is one device's line of `bind --json` and `unbind --json`.
@@ -313,6 +328,13 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) error
 		results = c.apply(b, ctx, pass)
 	}
 	views := []changeView{}
+	byAddress := map[iommu.Address]*iommu.Device{}
+	for _, d := range asked {
+		if d.PCI { // others have no address
+			byAddress[d.Address] = d
+		}
+	}
+	var arrived []*iommu.Device
 	var home []iommu.ID
 	for _, r := range results {
 		if !iommu.IsVFIODriver(r.To) && !slices.Contains(home, r.ID) {
@@ -320,10 +342,12 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) error
 		}
 		views = append(views, viewChange(r.Change, r.Err))
 		errs = append(errs, r.Err)
-		i := slices.IndexFunc(asked, func(d *iommu.Device) bool { return d.Name == r.Device.String() })
-		if r.Err == nil && !e.dryRun && i >= 0 {
-			errs = append(errs, c.after(b, asked[i]))
+		if d := byAddress[r.Device]; r.Err == nil && d != nil {
+			arrived = append(arrived, d)
 		}
+	}
+	if !e.dryRun && len(arrived) > 0 {
+		errs = append(errs, c.after(b, arrived))
 	}
 	if len(home) > 0 {
 		for id, where := range vfio.ClaimedByID(h, home...) {
@@ -391,31 +415,26 @@ func resolveUnits(h *iommu.Host, t *iommu.Topology, sel []iommu.Selector) (asked
 // read them would be to wait with them.
 func refresh(h *iommu.Host, units [][]*iommu.Device, stuck []vfio.Recovered) error {
 	for _, d := range slices.Concat(units...) {
-		if d.PCI && d.Blocks() { // interfaces may have been renamed while another viaduct was waited for
+		if !d.PCI || slices.ContainsFunc(stuck, func(r vfio.Recovered) bool { return r.Device == d.Address && r.Err != nil }) {
+			continue
+		}
+		driver, err1 := iommu.ReadDriver(h, d.Address)
+		override, err2 := iommu.ReadDriverOverride(h, d.Address)
+		before := d.Driver
+		if d.SRIOV != nil || err1 != nil || err2 != nil || driver != d.Driver || override != d.DriverOverride { // not as a moment ago
+			now, err := iommu.ReadDevice(h, d.Address)
+			if err != nil {
+				return err
+			}
+			d.Driver, d.DriverOverride, d.SRIOV = now.Driver, now.DriverOverride, now.SRIOV
+		}
+		if d.Driver != before || d.Blocks() { // its driver makes interfaces, and udev may just have named them
 			netdevs, err := iommu.Netdevs(h, d.Address)
 			if err != nil {
 				return err
 			}
 			d.Netdevs = netdevs
 		}
-		if !d.PCI || slices.ContainsFunc(stuck, func(r vfio.Recovered) bool { return r.Device == d.Address && r.Err != nil }) {
-			continue
-		}
-		driver, err1 := iommu.ReadDriver(h, d.Address)
-		override, err2 := iommu.ReadDriverOverride(h, d.Address)
-		if d.SRIOV == nil && err1 == nil && err2 == nil && driver == d.Driver && override == d.DriverOverride {
-			continue // as it was a moment ago
-		}
-		now, err := iommu.ReadDevice(h, d.Address)
-		if err != nil {
-			return err
-		}
-		if now.Driver != d.Driver { // its driver makes these
-			if d.Netdevs, err = iommu.Netdevs(h, d.Address); err != nil {
-				return err
-			}
-		}
-		d.Driver, d.DriverOverride, d.SRIOV = now.Driver, now.DriverOverride, now.SRIOV
 	}
 	return nil
 }

@@ -79,6 +79,14 @@ func (c *changing) recover(ctx context.Context) (err error) {
 	return err
 }
 
+// pfOf is the PF of a device that has to be a VF.
+func pfOf(t *iommu.Topology, vf *iommu.Device) (*iommu.Device, error) {
+	if vf.PhysFn == nil {
+		return nil, usagef("%s is no VF; want PF/vfN or a VF's address", vf.Name)
+	}
+	return t.Find(*vf.PhysFn)
+}
+
 // lockPF finds a PF, or with vf the VF it names and its PF, locks it, and looks at all again as it is now.
 func (c *changing) lockPF(ctx context.Context, sel iommu.Selector, vf **iommu.Device) (*iommu.Device, error) {
 	find := func() (pf *iommu.Device, err error) {
@@ -86,11 +94,8 @@ func (c *changing) lockPF(ctx context.Context, sel iommu.Selector, vf **iommu.De
 		if err != nil || vf == nil {
 			return d, err
 		}
-		if d.PhysFn == nil {
-			return nil, usagef("%s is no VF; want PF/vfN or a VF's address", d.Name)
-		}
 		*vf = d
-		return c.topology.Find(*d.PhysFn)
+		return pfOf(c.topology, d)
 	}
 	pf, err := find()
 	if err != nil || !c.live() {

@@ -69,8 +69,10 @@ func (o *createOptions) parse(c *cli.Context) (err error) {
 	if o.force, err = parseKinds(c.StringSlice("force")); err != nil {
 		return err
 	}
-	if c.IsSet("timeout") && o.timeout <= 0 {
-		return usagef("--timeout %s: want a time above zero, as 10s", o.timeout)
+	if c.IsSet("timeout") {
+		if err := checkTimeout(o.timeout); err != nil {
+			return err
+		}
 	}
 	o.pf, err = iommu.ParseSelector(c.Args().First())
 	return err

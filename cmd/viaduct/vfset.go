@@ -50,8 +50,8 @@ func vfSetCommand(e *env) *cli.Command {
 			if c.NArg() < 2 {
 				return usagef("vf set: want a VF and a setting, as enp1s0/vf0 mac=52:54:00:12:34:56")
 			}
-			if o.timeout <= 0 {
-				return usagef("--timeout %s: want a time above zero, as 10s", o.timeout)
+			if err := checkTimeout(o.timeout); err != nil {
+				return err
 			}
 			if o.vf, err = iommu.ParseSelector(c.Args().First()); err != nil {
 				return err
@@ -179,15 +179,12 @@ func runVFGet(e *env, sel iommu.Selector) error {
 	if err != nil {
 		return err
 	}
-	if vf.PhysFn == nil {
-		return usagef("%s is no VF; want PF/vfN or a VF's address", vf.Name)
+	pf, err := pfOf(t, vf)
+	if err != nil {
+		return err
 	}
 	if !h.Live() {
 		return errors.New("a captured host cannot be asked for the settings of its VFs")
-	}
-	pf, err := t.Find(*vf.PhysFn)
-	if err != nil {
-		return err
 	}
 	view, err := viewVFs(h, t, pf)
 	if err != nil {
@@ -222,8 +219,8 @@ func vfSyncCommand(e *env) *cli.Command {
 			if err != nil {
 				return err
 			}
-			if timeout <= 0 {
-				return usagef("--timeout %s: want a time above zero, as 10s", timeout)
+			if err := checkTimeout(timeout); err != nil {
+				return err
 			}
 			return runVFSync(c.Context, e, sel, timeout)
 		},

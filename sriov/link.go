@@ -2,6 +2,7 @@ package sriov
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"path"
 	"strconv"
@@ -20,6 +21,7 @@ const netClass = "sys/class/net"
 // Link is an interface of a PF that is brought up. Many drivers make VFs of a PF that is down, which then do not work.
 type Link struct {
 	Name    string `json:"name"`
+	Index   int    `json:"index"` // which it keeps when udev renames it
 	GenMode *int   `json:"gen_mode,omitempty"` // how it makes its IPv6 addresses; nil without IPv6
 }
 
@@ -28,13 +30,39 @@ var genModes = []string{"eui64", "none", "stable_secret", "random"}
 
 const genNone = 1
 
+// renames is how often an interface may change its name while it is looked at: udev names new ones.
+const renames = 10
+
+// byName looks at a PF's interfaces by their names, and again by their new ones if they were renamed meanwhile.
+func byName(h *iommu.Host, pf *iommu.Device, look func(*iommu.Device) error) error {
+	err := look(pf)
+	for try := 0; host.Absent(err) && h.Live() && try < renames; try++ {
+		now := *pf
+		if now.Netdevs, err = iommu.Netdevs(h, pf.Address); err == nil {
+			err = look(&now)
+		}
+	}
+	return err
+}
+
 // linksDown are a PF's own interfaces that are down.
 func linksDown(h *iommu.Host, pf *iommu.Device) ([]Link, error) {
 	var out []Link
+	err := byName(h, pf, func(pf *iommu.Device) (err error) {
+		out, err = readLinksDown(h, pf)
+		return err
+	})
+	return out, err
+}
+
+func readLinksDown(h *iommu.Host, pf *iommu.Device) ([]Link, error) {
+	var out []Link
 	for _, n := range ownInterfaces(h, pf) {
-		text, err := h.String(path.Join(netClass, n, "flags"))
-		if host.Absent(err) {
-			continue
+		text, err1 := h.String(path.Join(netClass, n, "flags"))
+		index, err2 := h.Int(path.Join(netClass, n, "ifindex"))
+		err := errors.Join(err1, err2)
+		if host.Absent(err) && !h.Live() {
+			continue // not captured
 		}
 		if err != nil {
 			return nil, err
@@ -46,7 +74,7 @@ func linksDown(h *iommu.Host, pf *iommu.Device) ([]Link, error) {
 		if flags&unix.IFF_UP != 0 {
 			continue
 		}
-		l := Link{Name: n}
+		l := Link{Name: n, Index: index}
 		if mode, err := h.Int(path.Join("proc/sys/net/ipv6/conf", n, "addr_gen_mode")); err == nil && mode != genNone {
 			l.GenMode = &mode
 		}
@@ -77,7 +105,7 @@ func (l Link) commands() []string {
 
 // up brings the interface up without giving it an address; settle has to follow.
 func (l Link) up() error {
-	link, err := netlink.LinkByName(l.Name)
+	link, err := netlink.LinkByIndex(l.Index)
 	if err != nil {
 		return fmt.Errorf("interface %s: %w", l.Name, err)
 	}
@@ -115,7 +143,7 @@ func (l Link) settle(ctx context.Context) error {
 	if err := netlink.LinkSubscribe(events, done); err != nil {
 		return fmt.Errorf("watch network interfaces: %w", err)
 	}
-	link, err := netlink.LinkByName(l.Name)
+	link, err := netlink.LinkByIndex(l.Index)
 	if err != nil {
 		return fmt.Errorf("interface %s: %w", l.Name, err)
 	}
@@ -139,7 +167,7 @@ func (l Link) restore(link netlink.Link) error {
 
 // down undoes up, whatever of it was done.
 func (l Link) down() error {
-	link, err := netlink.LinkByName(l.Name)
+	link, err := netlink.LinkByIndex(l.Index)
 	if err != nil {
 		return fmt.Errorf("interface %s: %w", l.Name, err)
 	}

@@ -5,6 +5,7 @@ package sriov
 import (
 	"context"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -35,6 +36,9 @@ func TestNetdevsim(t *testing.T) {
 	write(bus+"new_device", "7 1")
 	defer write(bus+"del_device", "7")
 	write(bus+"devices/netdevsim7/sriov_numvfs", "4")
+	if err := exec.Command("udevadm", "settle").Run(); err != nil { // it names the interfaces
+		t.Fatal(err)
+	}
 	found, err := filepath.Glob(bus + "devices/netdevsim7/net/*")
 	if err != nil || len(found) != 1 {
 		t.Fatalf("interfaces: %v, %v", found, err)

@@ -37,6 +37,15 @@ type Port struct {
 // and nothing is known of the VFs.
 func ReadPort(h *iommu.Host, pf *iommu.Device) (*Port, error) {
 	var port *Port
+	err := byName(h, pf, func(pf *iommu.Device) (err error) {
+		port, err = readPort(h, pf)
+		return err
+	})
+	return port, err
+}
+
+func readPort(h *iommu.Host, pf *iommu.Device) (*Port, error) {
+	var port *Port
 	for _, n := range ownInterfaces(h, pf) {
 		if !h.Live() {
 			return &Port{PF: pf, Name: n}, nil

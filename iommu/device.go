@@ -237,7 +237,7 @@ func readSRIOV(dir *host.Dir) (*SRIOV, error) {
 	return s, nil
 }
 
-// ReadDevice reads one PCI device, without its group and its place among a PF's VFs, which take a [Scan].
+// ReadDevice reads one PCI device, without its place among a PF's VFs, which takes a [Scan].
 func ReadDevice(h *Host, a Address) (Device, error) {
 	dir, err := h.Open(path.Join(pciDevices, a.String()))
 	if host.Absent(err) {
@@ -247,5 +247,16 @@ func ReadDevice(h *Host, a Address) (Device, error) {
 		return Device{}, err
 	}
 	defer dir.Close()
-	return readDevice(dir, a.String(), true)
+	d, err := readDevice(dir, a.String(), true)
+	if err != nil {
+		return d, err
+	}
+	group, err := dir.LinkBase("iommu_group")
+	if host.Absent(err) {
+		return d, nil
+	}
+	if err == nil {
+		d.Group, err = strconv.Atoi(group)
+	}
+	return d, err
 }

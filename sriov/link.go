@@ -21,7 +21,7 @@ const netClass = "sys/class/net"
 // Link is an interface of a PF that is brought up. Many drivers make VFs of a PF that is down, which then do not work.
 type Link struct {
 	Name    string `json:"name"`
-	Index   int    `json:"index"` // which it keeps when udev renames it
+	Index   int    `json:"index"`              // which it keeps when udev renames it
 	GenMode *int   `json:"gen_mode,omitempty"` // how it makes its IPv6 addresses; nil without IPv6
 }
 

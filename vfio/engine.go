@@ -30,6 +30,7 @@ type Binder struct {
 	tried   sync.Map   // modules and aliases that brought no driver
 
 	mu      sync.Mutex
+	closed  bool
 	locks   *locks
 	held    map[iommu.Address]bool // by Lock
 	writer  *writer
@@ -42,6 +43,7 @@ type Binder struct {
 func (b *Binder) Close() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	b.closed = true
 	if b.writer != nil {
 		b.writer.out.Close()
 		b.writer = nil
@@ -78,7 +80,7 @@ func (b *Binder) GiveBack(ctx context.Context, units [][]*iommu.Device) []Result
 }
 
 // each plans units, with the modules they need, writes the journal, and has the child make the writes, without waiting for one
-// unit before the next. What is left to look at waits until all writes are through: each reader of sysfs makes a probe, which
+// unit before the next. What came of them is looked at when all writes are through: each reader of sysfs makes a probe, which
 // adds dozens of files there, wait for a lock.
 func (b *Binder) each(ctx context.Context, op string, units [][]*iommu.Device, plan func(*iommu.Device) (Change, error)) []Result {
 	results := make([][]Result, len(units))
@@ -113,9 +115,9 @@ func (b *Binder) each(ctx context.Context, op string, units [][]*iommu.Device, p
 			}
 		}
 		b.record(op, unit, results[i])
-		b.writeUnit(ctx, op, results[i], log)
+		b.writeUnit(ctx, op, results[i])
 	})
-	sideBySide(func(i int, unit []*iommu.Device) { b.endUnit(ctx, op, unit, results[i]) })
+	sideBySide(func(i int, unit []*iommu.Device) { b.endUnit(ctx, op, unit, results[i], log) })
 	return slices.Concat(results...)
 }
 
@@ -193,37 +195,45 @@ func (b *Binder) recordOne(d *iommu.Device, r changeRecord) error {
 }
 
 // writeUnit makes the writes of one unit.
-func (b *Binder) writeUnit(ctx context.Context, op string, results []Result, log *kernelLog) {
+func (b *Binder) writeUnit(ctx context.Context, op string, results []Result) {
 	for i := range results {
 		r := &results[i]
 		if op == opTake && failed(results) {
 			return // a group that is not whole is of no use to a guest
 		}
 		if r.begun {
-			r.Err = b.one(ctx, r.Change, log)
-		}
-		if r.Err != nil && r.begun && op == opGive {
-			r.Err = errors.Join(r.Err, b.undo(r.Change, r.Err))
+			r.Err = b.one(ctx, r.Change)
 		}
 	}
 }
 
-// endUnit waits for a unit's nodes, and ends what succeeded or undoes it all.
-func (b *Binder) endUnit(ctx context.Context, op string, unit []*iommu.Device, results []Result) {
+// endUnit looks at what came of a unit's writes, waits for its nodes, and ends what succeeded or undoes it all.
+func (b *Binder) endUnit(ctx context.Context, op string, unit []*iommu.Device, results []Result, log *kernelLog) {
+	for i := range results {
+		if r := &results[i]; r.begun {
+			if r.Err == nil {
+				r.Err = r.check(b.Host)
+			}
+			r.Err = log.explain(r.Device, r.Err)
+		}
+	}
 	if op == opTake && !failed(results) {
-		results[len(results)-1].Err = b.nodes(ctx, unit)
+		results[len(results)-1].Err = b.nodes(ctx, unit, results)
 	}
 	if op == opTake && failed(results) {
 		b.putBack(results)
 		return
 	}
 	for i := range results {
-		if r := &results[i]; r.begun && r.Err == nil {
-			var missing error
-			if op == opGive {
-				missing = b.awaitHome(ctx, unit[i])
-			}
-			r.Err = errors.Join(b.settle(op, r.Change), missing)
+		switch r := &results[i]; {
+		case !r.begun:
+		case r.Err != nil:
+			r.Err = errors.Join(r.Err, b.undo(r.Change, r.Err))
+		case op == opGive:
+			r.Err = b.awaitHome(ctx, unit[i])
+			fallthrough
+		default:
+			r.Err = errors.Join(r.Err, b.settle(op, r.Change))
 		}
 	}
 }
@@ -244,17 +254,11 @@ func (b *Binder) putBack(results []Result) {
 }
 
 // one makes the writes of a device that is in the journal.
-func (b *Binder) one(ctx context.Context, c Change, log *kernelLog) error {
+func (b *Binder) one(ctx context.Context, c Change) error {
 	if ctx.Err() != nil {
 		return fmt.Errorf("%s: interrupted before it was touched", c.Device)
 	}
-	err := b.stuck(b.write(c))
-	if _, ok := errors.AsType[*StuckError](err); err != nil && !ok {
-		if why := log.about(c.Device.String()); why != "" {
-			err = fmt.Errorf("%w; the kernel says: %s", err, why)
-		}
-	}
-	return err
+	return b.stuck(b.send(c.request()))
 }
 
 // stuck writes down what a device's write waits for: the device is the child's until it returns.
@@ -272,13 +276,10 @@ func (b *Binder) stuck(err error) error {
 	return errors.Join(err, b.Journal.Put(changeKey(stuck.Device), r))
 }
 
-// write makes a change's writes and checks them.
-func (b *Binder) write(c Change) error {
+// request is what the child is to do for a change: its modules are loaded.
+func (c *Change) request() request {
 	steps := slices.DeleteFunc(slices.Clone(c.Steps), func(s Step) bool { return s.Module != "" })
-	if len(steps) == 0 {
-		return nil
-	}
-	return b.send(request{Device: c.Device, Steps: steps, Change: &c})
+	return request{Device: c.Device, Steps: steps, Change: c}
 }
 
 // Write makes writes for a device whose change was begun with [Binder.Begin], one after the other until one fails. One that
@@ -303,8 +304,8 @@ func (b *Binder) send(r request) error {
 	return w.run(r)
 }
 
-// carryOut makes writes until begin, asked before each, says no. With a change it looks after the probe, which succeeds even
-// when nothing was bound, and reads back at the end.
+// carryOut makes writes until begin, asked before each, says no. A probe succeeds even when nothing was bound: what follows it
+// is done only if the change has come about.
 func carryOut(h *iommu.Host, steps []Step, c *Change, begin func(step int) bool) error {
 	for i, s := range steps {
 		if !begin(i) {
@@ -313,17 +314,17 @@ func carryOut(h *iommu.Host, steps []Step, c *Change, begin func(step int) bool)
 		if err := h.Write(s.Path, s.Value); err != nil {
 			return err
 		}
-		if c != nil && strings.HasSuffix(s.Path, "drivers_probe") {
+		if c != nil && strings.HasSuffix(s.Path, "drivers_probe") && i+1 < len(steps) {
 			if err := c.checkDriver(h); err != nil {
 				return err
 			}
 		}
 	}
-	if c == nil {
-		return nil
-	}
-	return c.check(h)
+	return nil
 }
+
+// Start starts the child that writes, which takes as long as a scan does. Without it the child is started when it is needed.
+func (b *Binder) Start() { go func() { _, _ = b.startedWriter() }() }
 
 func (b *Binder) startedWriter() (*writer, error) {
 	l, err := b.openLocks()
@@ -332,6 +333,9 @@ func (b *Binder) startedWriter() (*writer, error) {
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if b.closed {
+		return nil, errors.New("vfio: the Binder is closed")
+	}
 	if b.writer != nil {
 		select {
 		case <-b.writer.ended:
@@ -375,7 +379,10 @@ func (b *Binder) arrive(c *Change) error {
 	if there.Steps = c.steps(&now); len(there.Steps) == 0 {
 		return nil
 	}
-	return b.write(there)
+	if err := b.send(there.request()); err != nil {
+		return err
+	}
+	return there.check(b.Host)
 }
 
 // settle ends a change that succeeded.

@@ -2,6 +2,7 @@ package vfio
 
 import (
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"sync"
@@ -33,6 +34,17 @@ func openKernelLog(h *iommu.Host) *kernelLog {
 		return &kernelLog{fd: -1}
 	}
 	return &kernelLog{fd: fd}
+}
+
+// explain adds what the kernel says of a device to the error of its change, but not to that of a write that has not returned.
+func (l *kernelLog) explain(a iommu.Address, err error) error {
+	if _, stuck := errors.AsType[*StuckError](err); err == nil || stuck {
+		return err
+	}
+	if why := l.about(a.String()); why != "" {
+		return fmt.Errorf("%w; the kernel says: %s", err, why)
+	}
+	return err
 }
 
 // about is the last message that names a device; "" if there is none.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/user"
 	"path"
@@ -68,37 +69,30 @@ func (o *NodeOwner) mode() uint32 {
 }
 
 // nodes waits until a unit's nodes are there, the group's and each device's own, and hands them to their owner.
-func (b *Binder) nodes(ctx context.Context, unit []*iommu.Device) error {
+func (b *Binder) nodes(ctx context.Context, unit []*iommu.Device, results []Result) error {
 	if !b.Host.Live() {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, b.timeout())
 	defer cancel()
-	for _, d := range unit {
-		if driver, err := iommu.ReadDriver(b.Host, d.Address); err != nil || !iommu.IsVFIODriver(driver) {
+	for i, d := range unit {
+		if !iommu.IsVFIODriver(results[i].To) {
 			continue // pci-stub makes none
 		}
-		group, err := b.Host.LinkBase(path.Join(devicePath(d.Address), "iommu_group"))
-		if err != nil {
-			return err
-		}
-		files := []string{"/dev/vfio/" + group}
+		group := strconv.Itoa(d.Group)
+		nodes := map[string]string{"/dev/vfio/" + group: "sys/class/vfio/" + group} // with what says that the kernel has such: CONFIG_VFIO_GROUP
 		names, err := b.Host.Names(path.Join(devicePath(d.Address), "vfio-dev"))
 		if err != nil && !host.Absent(err) {
 			return err
 		}
 		for _, n := range names {
-			if b.Host.Exists(path.Join(devicePath(d.Address), "vfio-dev", n, "dev")) { // else the kernel has none (CONFIG_VFIO_DEVICE_CDEV)
-				files = append(files, "/dev/vfio/devices/"+n)
-			}
+			nodes["/dev/vfio/devices/"+n] = path.Join(devicePath(d.Address), "vfio-dev", n, "dev") // CONFIG_VFIO_DEVICE_CDEV
 		}
-		if !b.Host.Exists("sys/class/vfio/" + group) { // CONFIG_VFIO_GROUP
-			files = files[1:]
-		}
-		if len(files) == 0 {
+		maps.DeleteFunc(nodes, func(node, sign string) bool { return !there(node) && !b.Host.Exists(sign) })
+		if len(nodes) == 0 {
 			return fmt.Errorf("%s: the kernel made no node for it, neither of its group nor its own", d.Name)
 		}
-		for _, f := range files {
+		for f := range nodes {
 			if err := appears(ctx, f); err != nil {
 				return fmt.Errorf("%s: node %s: %w", d.Name, f, err)
 			}
@@ -116,9 +110,10 @@ func (b *Binder) nodes(ctx context.Context, unit []*iommu.Device) error {
 	return nil
 }
 
+func there(file string) bool { return unix.Access(file, unix.F_OK) == nil }
+
 // appears waits for a file.
 func appears(ctx context.Context, file string) error {
-	there := func(f string) bool { return unix.Access(f, unix.F_OK) == nil }
 	if there(file) {
 		return nil
 	}

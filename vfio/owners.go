@@ -3,6 +3,7 @@ package vfio
 import (
 	"fmt"
 	"path"
+	"slices"
 	"strings"
 
 	"viaduct/iommu"
@@ -13,14 +14,20 @@ func Owners(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 	var out []Holder
 	reserved, _ := h.Read("run/qemu-server/pci-id-reservations") // Proxmox VE: ADDRESS VMID [time|pid]:N a line
 	domains := libvirtDomains(h)
+	const driverctl, operator = "etc/driverctl.d", "etc/sriov-operator/pci"
+	overridden, _ := h.Names(driverctl)
+	managed, _ := h.Names(operator)
 	for _, d := range devices {
 		add := func(format string, a ...any) {
 			out = append(out, Holder{Device: d.Name, Kind: Owner, What: fmt.Sprintf(format, a...)})
 		}
-		if driver, err := h.String(path.Join("etc/driverctl.d", "pci-"+d.Name)); err == nil && iommu.IsVFIODriver(driver) == iommu.IsVFIODriver(d.Driver) {
-			add("is set to driver %s by driverctl", strings.TrimSpace(driver))
+		if slices.Contains(overridden, "pci-"+d.Name) {
+			driver, err := h.String(path.Join(driverctl, "pci-"+d.Name))
+			if err == nil && iommu.IsVFIODriver(driver) == iommu.IsVFIODriver(d.Driver) {
+				add("is set to driver %s by driverctl", strings.TrimSpace(driver))
+			}
 		}
-		if h.Exists(path.Join("etc/sriov-operator/pci", d.Name)) {
+		if slices.Contains(managed, d.Name) {
 			add("is managed by the SR-IOV network operator")
 		}
 		for line := range strings.Lines(string(reserved)) {

@@ -54,11 +54,11 @@ func ReadSaved(from *journal.Journal) ([]Saved, error) {
 
 // SavedAs are the keys under which a device was saved: by its place, whatever its address was then.
 func SavedAs(h *iommu.Host, in *journal.Journal, d *iommu.Device) ([]string, error) {
-	place, err := iommu.PathOf(h, d)
-	if err != nil {
+	keys, err := in.Keys("")
+	if err != nil || len(keys) == 0 {
 		return nil, err
 	}
-	keys, err := in.Keys("")
+	place, err := iommu.PathOf(h, d)
 	if err != nil {
 		return nil, err
 	}

@@ -5,12 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
-	"golang.org/x/sys/unix"
 
 	"viaduct/internal/journal"
 	"viaduct/iommu"
@@ -175,7 +173,10 @@ func runBind(ctx context.Context, e *env, o bindOptions) error {
 
 // runBindSaved takes all devices that were written down. One that is not there, or is refused, does not keep the others back.
 func runBindSaved(ctx context.Context, e *env, o changeOptions) error {
-	h, t, err := e.lookToChange()
+	if err := e.mayChange(); err != nil {
+		return err
+	}
+	h, t, err := e.look()
 	if err != nil {
 		return err
 	}
@@ -324,7 +325,6 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) error
 			results = append(results, vfio.Result{Change: change, Err: err})
 		}
 	} else {
-		takePrecedence(h)
 		results = c.apply(b, ctx, pass)
 	}
 	views := []changeView{}
@@ -365,18 +365,6 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) error
 		e.note("interrupt remapping is off on this host, so VFIO will refuse to open the device")
 	}
 	return mixed(errors.Join(errs...), len(results) > 0 && !e.dryRun)
-}
-
-// takePrecedence puts this process, and the child it starts, before others. Each change wakes udev, whose rules for one device
-// take longer than the kernel does for the next: side by side with them a hundred devices take twenty times as long, for the
-// rules as well. Without the right to it, all stays as it is.
-func takePrecedence(h *iommu.Host) {
-	threads, _ := h.Names("proc/self/task")
-	for _, t := range threads {
-		if id, err := strconv.Atoi(t); err == nil {
-			_ = unix.Setpriority(unix.PRIO_PROCESS, id, -10)
-		}
-	}
 }
 
 // mixed makes refusals that were passed over a plain failure: something was touched.

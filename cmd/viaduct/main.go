@@ -87,14 +87,6 @@ func (e *env) mayChange() error {
 	return nil
 }
 
-// lookToChange is look for a command that changes the host.
-func (e *env) lookToChange() (*iommu.Host, *iommu.Topology, error) {
-	if err := e.mayChange(); err != nil {
-		return nil, nil, err
-	}
-	return e.look()
-}
-
 // note tells people something that is no part of the data.
 func (e *env) note(format string, a ...any) { fmt.Fprintf(e.stderr, "viaduct: "+format+"\n", a...) }
 

@@ -178,7 +178,6 @@ func runVFCount(ctx context.Context, e *env, o createOptions) error {
 		}
 	}
 	if !e.dryRun {
-		takePrecedence(c.host)
 		notes, err := sriov.Apply(ctx, c.binder, plan)
 		for _, n := range notes {
 			e.note("%s", n)

@@ -14,30 +14,78 @@ import (
 	"viaduct/vfio"
 )
 
-// Plan is what it takes to change a PF's number of VFs.
+// Wish is what a PF's VFs are to be.
+type Wish struct {
+	VFs     int // in all, afterwards
+	Use     Use
+	Eswitch Eswitch // what is not ""
+	MTU     int     // that VFs are to be able to have; 0 leaves the PF's, which is never lowered
+}
+
+// Plan is what it takes to change a PF's number of VFs, in the order of its fields.
 type Plan struct {
 	PF      *iommu.Device
 	Have    int
 	Want    int
 	Use     Use
 	Victims []*iommu.Device // the VFs that go
-	Up      []Link          // the PF's own interfaces that are down, and are brought up first
+	Up      []Link          // the PF's own interfaces that are down, and are brought up
+	Raise   []MTU           // those whose MTU is too low
+	Clear   []vfio.Step     // no VFs
 	Before  []vfio.Step     // up to the new count
 	After   []vfio.Step     // what the new VFs need, and the old settings restored
 	Notes   []string        // what the user should know and nothing refuses
 
-	autoprobe string // what it was, if it is changed
+	Eswitch   Eswitch // what is set of it, before the new count or after
+	was       Eswitch // what that undoes
+	autoprobe string  // what it was, if it is changed
+	nvme      string  // the controller that shares
+	shares    []action
+}
+
+// Changes reports whether there is anything to do.
+func (p *Plan) Changes() bool {
+	return p.Have != p.Want || p.Eswitch != Eswitch{} || len(p.Raise) > 0
+}
+
+// recounts reports whether VFs are made or removed.
+func (p *Plan) recounts() bool { return p.Have != p.Want || len(p.Clear) > 0 }
+
+// probeLate reports whether the host's drivers are to have the VFs only when these are ready for one.
+func (p *Plan) probeLate() bool { return p.Use == UseHome && (p.modeLate() || p.nvme != "") }
+
+// modeLate reports whether the e-switch is set when the VFs are there.
+func (p *Plan) modeLate() bool {
+	return p.Eswitch.Mode == switchdev && !slices.Contains(modeFirst, p.PF.Driver)
 }
 
 // Steps is the plan in its order, each as a shell command.
 func (p *Plan) Steps() []string {
 	var out []string
+	add := func(steps []vfio.Step) {
+		for _, s := range steps {
+			out = append(out, s.String())
+		}
+	}
 	for _, l := range p.Up {
 		out = append(out, l.commands()...)
 	}
-	for _, s := range slices.Concat(p.Before, p.After) {
-		out = append(out, s.String())
+	for _, m := range p.Raise {
+		out = append(out, fmt.Sprintf("ip link set dev %s mtu %d", m.Name, m.To))
 	}
+	add(p.Clear)
+	mode := func(late bool) {
+		if p.Eswitch != (Eswitch{}) && p.modeLate() == late {
+			out = append(out, p.Eswitch.command(p.PF.Name))
+		}
+	}
+	mode(false)
+	for _, a := range p.shares {
+		out = append(out, a.command(p.nvme))
+	}
+	add(p.Before)
+	mode(true)
+	add(p.After)
 	return out
 }
 
@@ -45,10 +93,11 @@ func attribute(pf iommu.Address, name string) string {
 	return path.Join("sys/bus/pci/devices", pf.String(), name)
 }
 
-// PlanCount plans how a PF gets to have n VFs in all. From one number to another it goes through none, which ends all VFs:
-// see [Check]. Nothing is planned when the number is right already. A *RangeError, *NotPFError or *ForecastError says that it
-// cannot be.
-func PlanCount(h *iommu.Host, t *iommu.Topology, pf *iommu.Device, n int, use Use) (*Plan, error) {
+// PlanCount plans how a PF gets to have its VFs. From one number to another, and to another mode of the e-switch, it goes
+// through none, which ends all VFs: see [Check]. Nothing is planned of what is right already. A *RangeError, *NotPFError or
+// *ForecastError says that it cannot be.
+func PlanCount(h *iommu.Host, t *iommu.Topology, pf *iommu.Device, wish Wish) (*Plan, error) {
+	n, use := wish.VFs, wish.Use
 	if pf.SRIOV == nil {
 		return nil, notPF(h, pf)
 	}
@@ -56,7 +105,21 @@ func PlanCount(h *iommu.Host, t *iommu.Topology, pf *iommu.Device, n int, use Us
 		return nil, &RangeError{pf.Address, n, pf.SRIOV.Total, firmwareHint(h, pf)}
 	}
 	p := &Plan{PF: pf, Have: len(pf.SRIOV.VFs), Want: n, Use: use}
-	if p.Have == n {
+	var err error
+	if wish.Eswitch != (Eswitch{}) {
+		now, err := ReadEswitch(h, pf)
+		if err != nil {
+			return nil, err
+		}
+		if now == nil {
+			return nil, fmt.Errorf("%s (driver %q) has no e-switch that devlink knows of", pf.Name, pf.Driver)
+		}
+		p.Eswitch, p.was = wish.Eswitch.differs(now)
+	}
+	if p.Raise, err = mtusBelow(h, pf, wish.MTU); err != nil {
+		return nil, err
+	}
+	if p.Have == n && p.Eswitch.Mode == "" {
 		return p, nil
 	}
 	if pf.Driver == "" {
@@ -69,7 +132,7 @@ func PlanCount(h *iommu.Host, t *iommu.Topology, pf *iommu.Device, n int, use Us
 	}
 	if len(p.Victims) > 0 {
 		p.Notes = append(p.Notes, "these VFs go: "+describe(p.Victims))
-		p.Before = append(p.Before, count(pf, 0))
+		p.Clear = append(p.Clear, count(pf, 0))
 	}
 	if n == 0 {
 		return p, nil
@@ -77,11 +140,13 @@ func PlanCount(h *iommu.Host, t *iommu.Topology, pf *iommu.Device, n int, use Us
 	if err := forecast(h, pf, n); err != nil {
 		return nil, err
 	}
-	var err error
 	if p.Up, err = linksDown(h, pf); err != nil {
 		return nil, err
 	}
-	if use != UseHome {
+	if p.nvme, p.shares, err = planShares(h, pf, n); err != nil {
+		return nil, err
+	}
+	if use != UseHome || p.probeLate() {
 		file := attribute(pf.Address, "sriov_drivers_autoprobe")
 		if p.autoprobe, err = h.String(file); err != nil {
 			return nil, fmt.Errorf("VFs for guests need a kernel that can leave them without a driver: %w", err)
@@ -98,6 +163,12 @@ func PlanCount(h *iommu.Host, t *iommu.Topology, pf *iommu.Device, n int, use Us
 			overrides = append(overrides, vfio.Step{Path: attribute(pf.Address, fmt.Sprintf("virtfn%d/driver_override", i)), Value: vfio.None})
 		}
 		p.After = append(overrides, p.After...)
+	}
+	if p.nvme != "" {
+		p.Notes = append(p.Notes, "then each VF is set online")
+	}
+	if p.probeLate() {
+		p.Notes = append(p.Notes, "then each VF is probed")
 	}
 	if use == UseVFIO {
 		p.Notes = append(p.Notes, "then each VF is taken as by viaduct bind")
@@ -128,15 +199,22 @@ func describe(vfs []*iommu.Device) string {
 // Check refuses a plan that would end VFs which somebody uses, as [vfio.Holders] tells; force overrides kinds of users. The
 // PF's own users are no reason to refuse: a PF that carries the host's traffic is the normal case.
 func Check(h *iommu.Host, t *iommu.Topology, p *Plan, force []vfio.Kind) error {
-	if p.Use == UseVFIO && p.Want > 0 && p.Have != p.Want && len(t.Groups) == 0 {
+	if p.Use == UseVFIO && p.Want > 0 && p.recounts() && len(t.Groups) == 0 {
 		return &vfio.RefusedError{What: "make VFs on a vfio driver", Reasons: []string{"no IOMMU is active on this host"}}
 	}
-	if len(p.Victims) == 0 {
+	users := p.Victims
+	if p.Eswitch.Mode != "" { // which makes the PF's own interface anew
+		users = append([]*iommu.Device{p.PF}, users...)
+	}
+	if len(users) == 0 {
 		return nil
 	}
-	holders, err := vfio.Holders(h, p.Victims)
+	holders, err := vfio.Holders(h, users)
 	if err != nil {
 		return err
+	}
+	if p.Eswitch.Mode != "" {
+		return vfio.Refuse("change the e-switch of "+p.PF.Name, holders, force, "end the users of the PF and of its VFs first")
 	}
 	return vfio.Refuse(fmt.Sprintf("remove the %d VFs of %s", p.Have, p.PF.Name), holders, force, "end their users first")
 }
@@ -145,11 +223,13 @@ func Check(h *iommu.Host, t *iommu.Topology, p *Plan, force []vfio.Kind) error {
 const opCount = "count"
 
 type countRecord struct {
-	Have      int    `json:"have"`
-	Want      int    `json:"want"`
-	Use       Use    `json:"use"`
-	Autoprobe string `json:"autoprobe,omitempty"`
-	Up        []Link `json:"up,omitempty"`
+	Have      int     `json:"have"`
+	Want      int     `json:"want"`
+	Use       Use     `json:"use"`
+	Autoprobe string  `json:"autoprobe,omitempty"`
+	Up        []Link  `json:"up,omitempty"`
+	Raised    []MTU   `json:"raised,omitempty"`
+	Eswitch   Eswitch `json:"eswitch,omitzero"` // what it was
 }
 
 // Recoverers finish or undo what this package's interrupted changes left; for [vfio.Binder].
@@ -159,19 +239,16 @@ var Recoverers = map[string]vfio.Recoverer{opCount: recoverCount, opSet: recover
 // failure the VFs it made are removed and the old settings restored; VFs that had to go first stay gone, which the error
 // says. It returns what the user should know of the new VFs.
 func Apply(ctx context.Context, b *vfio.Binder, p *Plan) (notes []string, err error) {
-	if p.Have == p.Want {
+	if !p.Changes() {
 		return nil, nil
 	}
-	r := countRecord{p.Have, p.Want, p.Use, p.autoprobe, p.Up}
+	r := countRecord{p.Have, p.Want, p.Use, p.autoprobe, p.Up, p.Raise, p.was}
 	if err := b.Begin(opCount, p.PF, p.Victims, r); err != nil {
 		return nil, err
 	}
 	err = p.apply(ctx, b)
-	if err == nil {
-		err = errors.Join(b.Forget(p.PF.SRIOV.VFs), forgetAsked(b, p.PF)) // whatever has their addresses now is another VF
-	}
-	if err == nil && p.Use == UseVFIO && p.Want > 0 {
-		err = takeAll(ctx, b, p.PF.Address)
+	if err == nil && p.recounts() {
+		err = p.finish(ctx, b)
 	}
 	if _, stuck := errors.AsType[*vfio.StuckError](err); stuck {
 		return nil, err
@@ -194,9 +271,29 @@ func (p *Plan) apply(ctx context.Context, b *vfio.Binder) error {
 				return err
 			}
 		}
+		for _, m := range p.Raise {
+			if err := m.set(m.To); err != nil {
+				return err
+			}
+		}
 	}
 	if ctx.Err() != nil {
 		return fmt.Errorf("%s: interrupted before its VFs were made", p.PF.Name)
+	}
+	if err := b.Write(p.PF.Address, p.Clear); err != nil {
+		return explain(err, p)
+	}
+	mode := func(late bool) error {
+		if p.Eswitch == (Eswitch{}) || p.modeLate() != late {
+			return nil
+		}
+		return setEswitch("pci", p.PF.Name, p.Eswitch)
+	}
+	if err := mode(false); err != nil {
+		return err
+	}
+	if err := doShares(b.Host, p.PF, p.shares); err != nil {
+		return err
 	}
 	if err := b.Write(p.PF.Address, p.Before); err != nil {
 		return explain(err, p)
@@ -207,6 +304,9 @@ func (p *Plan) apply(ctx context.Context, b *vfio.Binder) error {
 	if ctx.Err() != nil {
 		return fmt.Errorf("%s: interrupted after its VFs were made", p.PF.Name)
 	}
+	if err := mode(true); err != nil {
+		return err
+	}
 	if err := b.Write(p.PF.Address, p.After); err != nil {
 		return err
 	}
@@ -214,6 +314,23 @@ func (p *Plan) apply(ctx context.Context, b *vfio.Binder) error {
 		return err
 	}
 	return p.verify(b.Host)
+}
+
+// finish makes new VFs fit for use, and forgets the old ones: whatever has their addresses now is another VF.
+func (p *Plan) finish(ctx context.Context, b *vfio.Binder) error {
+	if err := errors.Join(b.Forget(p.PF.SRIOV.VFs), forgetAsked(b, p.PF)); err != nil || p.Want == 0 {
+		return err
+	}
+	if err := setOnline(b.Host, p.PF, p.Want); err != nil {
+		return err
+	}
+	switch {
+	case p.Use == UseVFIO:
+		return takeAll(ctx, b, p.PF.Address)
+	case p.probeLate():
+		return probeAll(b, p.PF.Address)
+	}
+	return nil
 }
 
 func settle(ctx context.Context, h *iommu.Host, up []Link) error {
@@ -273,6 +390,19 @@ func (p *Plan) verify(h *iommu.Host) error {
 	return nil
 }
 
+// probeAll lets the host's drivers have all VFs of a PF.
+func probeAll(b *vfio.Binder, pf iommu.Address) error {
+	now, err := iommu.ReadDevice(b.Host, pf)
+	if err != nil {
+		return err
+	}
+	var steps []vfio.Step
+	for _, v := range now.SRIOV.VFs {
+		steps = append(steps, vfio.Step{Path: "sys/bus/pci/drivers_probe", Value: v.Address.String()})
+	}
+	return b.Write(pf, steps)
+}
+
 // takeAll puts all VFs of a PF onto a vfio driver.
 func takeAll(ctx context.Context, b *vfio.Binder, pf iommu.Address) error {
 	now, err := iommu.ReadDevice(b.Host, pf)
@@ -301,17 +431,37 @@ func (r *countRecord) undo(b *vfio.Binder, pf iommu.Address) error {
 	if err != nil {
 		return err
 	}
-	var errs []error
-	if have := len(now.SRIOV.VFs); have > 0 && have != r.Have {
+	moved, err := r.moved(b.Host, pf)
+	errs := []error{err}
+	if have := len(now.SRIOV.VFs); have > 0 && (have != r.Have || moved) {
 		errs = append(errs, b.Write(pf, []vfio.Step{count(&now, 0)}), b.Forget(now.SRIOV.VFs))
 	}
 	errs = append(errs, r.restore(b, pf))
 	if b.Host.Live() {
+		if moved && errors.Join(errs...) == nil {
+			errs = append(errs, setEswitch("pci", pf.String(), r.Eswitch))
+		}
+		for _, m := range r.Raised {
+			errs = append(errs, m.set(m.From))
+		}
 		for _, l := range r.Up {
 			errs = append(errs, l.down())
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// moved reports whether the e-switch is no longer what it was.
+func (r *countRecord) moved(h *iommu.Host, pf iommu.Address) (bool, error) {
+	if r.Eswitch == (Eswitch{}) {
+		return false, nil
+	}
+	now, err := ReadEswitch(h, &iommu.Device{Name: pf.String()})
+	if err != nil || now == nil {
+		return false, err
+	}
+	back, _ := r.Eswitch.differs(now)
+	return back != Eswitch{}, nil
 }
 
 // lost says which VFs an undone change cost.
@@ -342,7 +492,11 @@ func recoverCount(ctx context.Context, b *vfio.Binder, pf iommu.Address, data js
 	if err != nil {
 		return "cannot be read", err
 	}
-	if now.SRIOV == nil || len(now.SRIOV.VFs) != r.Want {
+	moved, err := r.moved(b.Host, pf)
+	if err != nil {
+		return "cannot be read", err
+	}
+	if now.SRIOV == nil || len(now.SRIOV.VFs) != r.Want || r.Eswitch != (Eswitch{}) && !moved {
 		what, err := fmt.Sprintf("is as it was: its change from %d to %d VFs had been interrupted", r.Have, r.Want), r.undo(b, pf)
 		if lost := r.lost(b.Host, pf); lost != "" {
 			what = fmt.Sprintf("has no VFs: its change from %d to %d had been interrupted", r.Have, r.Want)
@@ -363,7 +517,8 @@ func recoverCount(ctx context.Context, b *vfio.Binder, pf iommu.Address, data js
 			}
 		}
 	}
-	return fmt.Sprintf("has %d VFs: its change from %d had been interrupted", r.Want, r.Have), errors.Join(r.restore(b, pf), settle(ctx, b.Host, r.Up))
+	return fmt.Sprintf("has %d VFs: its change from %d had been interrupted", r.Want, r.Have),
+		errors.Join(r.restore(b, pf), settle(ctx, b.Host, r.Up), setOnline(b.Host, &now, r.Want))
 }
 
 // sharedGroups warns of VFs that cannot be given to a guest by themselves.

@@ -51,7 +51,7 @@ func setCount(t *testing.T, ctx context.Context, k *hosttest.Kernel, n int, use 
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, err := PlanCount(k.Host(), topology, device(t, k.Host()), n, use)
+	p, err := PlanCount(k.Host(), topology, device(t, k.Host()), Wish{VFs: n, Use: use})
 	if err != nil {
 		return err
 	}
@@ -213,17 +213,17 @@ func TestPlanRefuses(t *testing.T) {
 	d := device(t, h)
 	var outOfRange *RangeError
 	for _, n := range []int{-1, 8} {
-		if _, err := PlanCount(h, nil, d, n, UseNone); !errors.As(err, &outOfRange) {
+		if _, err := PlanCount(h, nil, d, Wish{VFs: n, Use: UseNone}); !errors.As(err, &outOfRange) {
 			t.Errorf("%d VFs: %v", n, err)
 		}
 	}
 	var notPF *NotPFError
 	vf := iommu.Device{Name: "0000:02:10.0", PhysFn: &d.Address}
-	if _, err := PlanCount(h, nil, &vf, 1, UseNone); !errors.As(err, &notPF) || !strings.Contains(err.Error(), pf) {
+	if _, err := PlanCount(h, nil, &vf, Wish{VFs: 1, Use: UseNone}); !errors.As(err, &notPF) || !strings.Contains(err.Error(), pf) {
 		t.Errorf("VFs of a VF: %v", err)
 	}
 	d.Driver = ""
-	if _, err := PlanCount(h, nil, d, 1, UseNone); err == nil || !strings.Contains(err.Error(), "no driver") {
+	if _, err := PlanCount(h, nil, d, Wish{VFs: 1, Use: UseNone}); err == nil || !strings.Contains(err.Error(), "no driver") {
 		t.Errorf("a PF without a driver: %v", err)
 	}
 }
@@ -246,7 +246,7 @@ func TestRecover(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				p, err := PlanCount(k.Host(), topology, device(t, k.Host()), want, use)
+				p, err := PlanCount(k.Host(), topology, device(t, k.Host()), Wish{VFs: want, Use: use})
 				if err != nil {
 					t.Fatal(err)
 				}

@@ -176,3 +176,55 @@ func (l Link) down() error {
 	}
 	return l.restore(link)
 }
+
+// MTU is the MTU of an interface of a PF that is raised: a VF's can be no larger.
+type MTU struct {
+	Name  string `json:"name"`
+	Index int    `json:"index"`
+	From  int    `json:"from"`
+	To    int    `json:"to"`
+}
+
+// mtusBelow are a PF's own interfaces whose MTU is lower.
+func mtusBelow(h *iommu.Host, pf *iommu.Device, mtu int) ([]MTU, error) {
+	var out []MTU
+	if mtu == 0 {
+		return nil, nil
+	}
+	err := byName(h, pf, func(pf *iommu.Device) error {
+		out = nil
+		own := ownInterfaces(h, pf)
+		if len(own) == 0 {
+			return fmt.Errorf("%s has no network interface, and so no MTU", pf.Name)
+		}
+		for _, n := range own {
+			now, err1 := h.Int(path.Join(netClass, n, "mtu"))
+			index, err2 := h.Int(path.Join(netClass, n, "ifindex"))
+			if err := errors.Join(err1, err2); err != nil {
+				return err
+			}
+			if now < mtu {
+				out = append(out, MTU{n, index, now, mtu})
+			}
+		}
+		return nil
+	})
+	return out, err
+}
+
+func (m MTU) set(mtu int) error {
+	link, err := netlink.LinkByIndex(m.Index)
+	if err == nil {
+		err = netlink.LinkSetMTU(link, mtu)
+	}
+	if err == nil {
+		link, err = netlink.LinkByIndex(m.Index)
+	}
+	if err != nil {
+		return fmt.Errorf("set the MTU of %s to %d: %w", m.Name, mtu, err)
+	}
+	if is := link.Attrs().MTU; is != mtu {
+		return fmt.Errorf("interface %s: MTU was set to %d and is %d", m.Name, mtu, is)
+	}
+	return nil
+}

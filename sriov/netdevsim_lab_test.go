@@ -4,11 +4,16 @@ package sriov
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"viaduct/internal/journal"
 	"viaduct/iommu"
@@ -23,33 +28,56 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// TestNetdevsim sets all that the kernel's simulated NIC knows; it has no PCI function, only a network interface. It runs as
-// root in the lab (hack/test).
-func TestNetdevsim(t *testing.T) {
-	const bus = "/sys/bus/netdevsim/"
+const simulator = "/sys/bus/netdevsim/"
+
+// simulated makes one of the kernel's simulated NICs, with VFs. It has no PCI function, only network interfaces.
+func simulated(t *testing.T, vfs int) (*iommu.Host, *iommu.Device) {
+	t.Helper()
 	write := func(file, text string) {
 		t.Helper()
-		if err := os.WriteFile(file, []byte(text), 0o200); err != nil {
+		if err := os.WriteFile(simulator+file, []byte(text), 0o200); err != nil {
 			t.Fatal(err)
 		}
 	}
-	write(bus+"new_device", "7 1")
-	defer write(bus+"del_device", "7")
-	write(bus+"devices/netdevsim7/sriov_numvfs", "4")
-	if err := exec.Command("udevadm", "settle").Run(); err != nil { // it names the interfaces
-		t.Fatal(err)
-	}
-	found, err := filepath.Glob(bus + "devices/netdevsim7/net/*")
-	if err != nil || len(found) != 1 {
-		t.Fatalf("interfaces: %v, %v", found, err)
-	}
+	write("new_device", "7 1")
+	t.Cleanup(func() { write("del_device", "7") })
+	write("devices/netdevsim7/sriov_numvfs", strconv.Itoa(vfs))
+	udevSettle(t)
 	h, err := iommu.Open("")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer h.Close()
+	t.Cleanup(func() { h.Close() })
 	a, _ := iommu.ParseAddress("ffff:00:00.0")
-	pf := &iommu.Device{Name: "netdevsim7", Address: a, Driver: "netdevsim", Netdevs: []string{filepath.Base(found[0])}}
+	return h, interfaces(t, &iommu.Device{Name: "netdevsim7", Address: a, Driver: "netdevsim"})
+}
+
+// udevSettle waits until udev has named the interfaces.
+func udevSettle(t *testing.T) {
+	t.Helper()
+	if err := exec.Command("udevadm", "settle").Run(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// interfaces gives the device its interfaces as they are called now.
+func interfaces(t *testing.T, pf *iommu.Device) *iommu.Device {
+	t.Helper()
+	found, err := filepath.Glob(simulator + "devices/" + pf.Name + "/net/*")
+	if err != nil || len(found) == 0 {
+		t.Fatalf("interfaces: %v, %v", found, err)
+	}
+	now := *pf
+	now.Netdevs = nil
+	for _, f := range found {
+		now.Netdevs = append(now.Netdevs, filepath.Base(f))
+	}
+	return &now
+}
+
+// TestNetdevsim sets all that the kernel's simulated NIC knows. It runs as root in the lab (hack/test).
+func TestNetdevsim(t *testing.T) {
+	h, pf := simulated(t, 4)
 	vf := &iommu.Device{Name: "vf2", VFIndex: 2}
 	b := &vfio.Binder{Host: h, Journal: journal.In(t.TempDir())}
 	defer b.Close()
@@ -79,5 +107,45 @@ func TestNetdevsim(t *testing.T) {
 	}
 	if left := planSettings(now.Settings, want); len(left) > 0 {
 		t.Errorf("what is right already would be set again: %v", left)
+	}
+}
+
+// TestNetdevsimEswitch changes the mode of the simulated NIC's e-switch, and finds each VF's representor while there are some.
+func TestNetdevsimEswitch(t *testing.T) {
+	h, pf := simulated(t, 3)
+	for _, mode := range []string{switchdev, legacy, switchdev, legacy} {
+		if err := setEswitch("netdevsim", pf.Name, Eswitch{Mode: mode}); err != nil {
+			t.Fatal(err)
+		}
+		now, err := readEswitch("netdevsim", pf.Name)
+		if err != nil || now == nil || now.Mode != mode {
+			t.Fatalf("%+v, %v, want %s", now, err, mode)
+		}
+		udevSettle(t)
+		port, err := ReadPort(h, interfaces(t, pf))
+		if err != nil || port == nil {
+			t.Fatalf("%v, %v", port, err)
+		}
+		ports, err := ReadPorts(h, port)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := 0
+		if mode == switchdev {
+			want = 3
+		}
+		if len(ports.VFs) != want || len(ports.Uplinks) != 1 || ports.Uplinks[0] != port.Name {
+			t.Errorf("%s: %+v, want %d representors and %s", mode, ports, want, port.Name)
+		}
+		for vf, name := range ports.VFs {
+			said, err := exec.Command("ip", "-d", "link", "show", "dev", name).Output()
+			if err != nil || !strings.Contains(string(said), fmt.Sprintf("portname pf0vf%d ", vf)) {
+				t.Errorf("vf%d: ip says of %s: %s, %v", vf, name, said, err)
+			}
+		}
+	}
+	err := setEswitch("netdevsim", pf.Name, Eswitch{Inline: "link"})
+	if !errors.Is(err, unix.EOPNOTSUPP) {
+		t.Errorf("an inline mode, which netdevsim has not: %v", err)
 	}
 }

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"maps"
 	"net"
-	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -463,23 +462,4 @@ func forgetAsked(b *vfio.Binder, pf *iommu.Device) error {
 		err = errors.Join(err, b.Journal.Delete(k))
 	}
 	return err
-}
-
-// Representor is the interface that stands for a VF on its e-switch, "" if there is none.
-func Representor(h *iommu.Host, port *Port, index int) (string, error) {
-	if port == nil || port.SwitchID == "" {
-		return "", nil
-	}
-	names, err := h.Names(netClass)
-	if err != nil {
-		return "", err
-	}
-	for _, n := range names {
-		id, err1 := h.String(path.Join(netClass, n, "phys_switch_id"))
-		name, err2 := h.String(path.Join(netClass, n, "phys_port_name"))
-		if err1 == nil && err2 == nil && id == port.SwitchID && strings.HasSuffix(name, "vf"+strconv.Itoa(index)) && strings.Contains(name, "pf") {
-			return n, nil
-		}
-	}
-	return "", nil
 }

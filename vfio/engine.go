@@ -25,6 +25,7 @@ type Binder struct {
 	Timeout time.Duration        // how long one write may take; 0 is DefaultTimeout
 	Owner   *NodeOwner           // who is to own the nodes of what is taken; nil leaves them as they are
 	Others  map[string]Recoverer // for the changes that other packages begin
+	Gate    *Gate                // that let the change pass, if one was asked: what it found need not be looked for again
 
 	loading sync.Mutex // of modules
 	tried   sync.Map   // modules and aliases that brought no driver

@@ -27,20 +27,30 @@ var ErrBlind = errors.New("who has the device open cannot be seen (that takes ro
 // ProcessHolders finds processes that have a device open: the node of its group, its own node, or the nodes of what its
 // driver made of it (verbs, disks, render nodes). Unbinding a device that a guest has open blocks for as long as it has.
 func ProcessHolders(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
+	holders, _, err := processHolders(h, devices)
+	return holders, err
+}
+
+// processHolders also tells what nodes lead to each device.
+func processHolders(h *iommu.Host, devices []*iommu.Device) ([]Holder, map[iommu.Address][]node, error) {
 	if !h.Live() {
-		return nil, nil
+		return nil, nil, nil
 	}
-	nodes := map[node]*iommu.Device{}
+	nodes, of := map[node]*iommu.Device{}, map[iommu.Address][]node{}
 	for _, d := range devices {
 		found, err := nodesOf(h, d)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
+		}
+		if d.PCI {
+			of[d.Address] = found
 		}
 		for _, n := range found {
 			nodes[n] = d
 		}
 	}
-	return openIn(h, devices, nodes)
+	holders, err := openIn(h, devices, nodes)
+	return holders, of, err
 }
 
 // openIn finds the processes that have one of the nodes open.

@@ -54,9 +54,14 @@ func (b *Binder) put(users []*iommu.Device, r changeRecord) error {
 		}
 		r.Command, r.Writer = b.self, &w.process
 		for _, d := range users {
-			nodes, err := nodesOf(b.Host, d)
-			if err != nil {
-				return err
+			nodes, known := []node(nil), false
+			if b.Gate != nil {
+				nodes, known = b.Gate.nodes[d.Address]
+			}
+			if !known {
+				if nodes, err = nodesOf(b.Host, d); err != nil {
+					return err
+				}
 			}
 			r.Nodes = append(r.Nodes, nodes...)
 		}

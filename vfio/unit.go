@@ -44,6 +44,8 @@ type Gate struct {
 	DryRun   bool            // who cannot see all holders may still ask
 	Passed   []Holder        // those that Force overrode, for the user to know
 	Stuck    []Recovered     // what Recover reported
+
+	nodes map[iommu.Address][]node // that GiveBack found
 }
 
 // Take refuses, with a *RefusedError a unit that names every reason, what must not be or cannot be taken: devices the host
@@ -98,7 +100,8 @@ func (g *Gate) take(unit []*iommu.Device, holders []Holder) error {
 
 // GiveBack refuses to give back what a guest still has: the write would wait for the guest.
 func (g *Gate) GiveBack(units [][]*iommu.Device) ([]error, error) {
-	holders, err := ProcessHolders(g.Host, slices.Concat(units...))
+	holders, nodes, err := processHolders(g.Host, slices.Concat(units...))
+	g.nodes = nodes
 	if err != nil && (!g.DryRun || !errors.Is(err, ErrBlind)) {
 		return nil, err
 	}

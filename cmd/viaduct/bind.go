@@ -296,7 +296,7 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) error
 			return err
 		}
 	}
-	gate.Topology, gate.Asked = t, asked
+	gate.Topology, gate.Asked, b.Gate = t, asked, gate
 	refusals, err := c.check(gate, units)
 	if err != nil {
 		return err

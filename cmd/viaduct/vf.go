@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -50,8 +52,7 @@ func vfListCommand(e *env) *cli.Command {
 
 type createOptions struct {
 	pf      iommu.Selector
-	count   int
-	use     sriov.Use
+	wish    sriov.Wish
 	force   []vfio.Kind
 	timeout time.Duration
 }
@@ -88,26 +89,44 @@ func vfCreateCommand(e *env) *cli.Command {
 		Description: "N is the total afterwards: with 2 VFs there, `create PF 4` ends with 4. From one number to another all VFs go first,\n" +
 			"which is refused (exit status 3) while one is in use. The new VFs never meet the host's own driver unless --driver home\n" +
 			"says so: they have none (`bind` gives them one), or with --driver vfio a vfio driver at once. A PF that is down is brought\n" +
-			"up first, without an address.\n\n" +
-			"Examples:\n  viaduct vf create enp1s0 4\n  viaduct vf create 0000:01:00.0 7 --driver vfio\n  viaduct vf create enp1s0 4 --dry-run",
+			"up first, without an address. VFs of an NVMe controller get equal shares of its queues and interrupts and are set online.\n\n" +
+			"Examples:\n  viaduct vf create enp1s0 4\n  viaduct vf create 0000:01:00.0 7 --driver vfio\n  viaduct vf create enp1s0 4 --dry-run\n" +
+			"  viaduct vf create enp1s0np0 8 --eswitch switchdev --mtu 9000",
 		Flags: append([]cli.Flag{
 			&cli.StringFlag{Name: "driver", Usage: "what drives the VFs: `none|vfio|home`", Value: string(sriov.UseNone), Destination: &driver},
+			&cli.IntFlag{Name: "mtu", Usage: "raise the PF's MTU to `N` where it is lower, so that the VFs can have it", Destination: &o.wish.MTU},
+			&cli.StringFlag{Name: "eswitch", Usage: "the mode of the PF's e-switch: `legacy|switchdev`, set where the driver needs it: before the VFs or after", Destination: &o.wish.Eswitch.Mode},
+			&cli.StringFlag{Name: "inline-mode", Usage: "of the e-switch: `none|link|network|transport`", Destination: &o.wish.Eswitch.Inline},
+			&cli.StringFlag{Name: "encap", Usage: "of the e-switch: `none|basic`", Destination: &o.wish.Eswitch.Encap},
 		}, o.countFlags(e)...),
 		BashComplete: e.completePFs,
 		Action: func(c *cli.Context) error {
 			if c.NArg() != 2 {
 				return usagef("vf create: want the PF and the number of VFs it is to have")
 			}
-			o.use = sriov.Use(driver)
+			o.wish.Use = sriov.Use(driver)
 			if err := o.parse(c); err != nil {
 				return err
 			}
 			var err error
-			if o.count, err = strconv.Atoi(c.Args().Get(1)); err != nil || o.count < 0 {
+			if o.wish.VFs, err = strconv.Atoi(c.Args().Get(1)); err != nil || o.wish.VFs < 0 {
 				return usagef("vf create: %q is no number of VFs", c.Args().Get(1))
 			}
-			if o.use != sriov.UseNone && o.use != sriov.UseVFIO && o.use != sriov.UseHome {
+			if o.wish.Use != sriov.UseNone && o.wish.Use != sriov.UseVFIO && o.wish.Use != sriov.UseHome {
 				return usagef("vf create: --driver is none, vfio or home, not %q", driver)
+			}
+			for _, f := range []struct {
+				flag, value string
+				all         []string
+			}{
+				{"eswitch", o.wish.Eswitch.Mode, sriov.EswitchModes}, {"inline-mode", o.wish.Eswitch.Inline, sriov.InlineModes}, {"encap", o.wish.Eswitch.Encap, sriov.EncapModes},
+			} {
+				if c.IsSet(f.flag) && !slices.Contains(f.all, f.value) {
+					return usagef("vf create: --%s is %s, not %q", f.flag, strings.Join(f.all, " or "), f.value)
+				}
+			}
+			if c.IsSet("mtu") && (o.wish.MTU < 68 || o.wish.MTU > 65535) {
+				return usagef("vf create: --mtu is a number from 68 to 65535, not %d", o.wish.MTU)
 			}
 			return runVFCount(c.Context, e, o)
 		},
@@ -115,7 +134,7 @@ func vfCreateCommand(e *env) *cli.Command {
 }
 
 func vfDestroyCommand(e *env) *cli.Command {
-	o := createOptions{use: sriov.UseNone}
+	o := createOptions{wish: sriov.Wish{Use: sriov.UseNone}}
 	return command(&cli.Command{
 		Name:      "destroy",
 		Usage:     "remove all VFs of a PF",
@@ -150,7 +169,7 @@ type countView struct {
 // runVFCount is create and destroy: both set the number of VFs.
 func runVFCount(ctx context.Context, e *env, o createOptions) error {
 	if o.timeout == 0 {
-		o.timeout = vfio.DefaultTimeout + time.Duration(o.count)*time.Second
+		o.timeout = vfio.DefaultTimeout + time.Duration(o.wish.VFs)*time.Second
 	}
 	ctx, stop, c, err := e.beginChange(ctx, o.timeout)
 	if err != nil {
@@ -161,7 +180,7 @@ func runVFCount(ctx context.Context, e *env, o createOptions) error {
 	if err != nil {
 		return err
 	}
-	plan, err := sriov.PlanCount(c.host, c.topology, pf, o.count, o.use)
+	plan, err := sriov.PlanCount(c.host, c.topology, pf, o.wish)
 	if err != nil {
 		return usageIfMeant(err)
 	}
@@ -171,7 +190,7 @@ func runVFCount(ctx context.Context, e *env, o createOptions) error {
 	if err := sriov.Check(c.host, c.topology, plan, o.force); err != nil {
 		return err
 	}
-	view := countView{pf.Name, plan.Have, plan.Want, pf.SRIOV.Total, plan.Have != plan.Want, append([]string{}, plan.Steps()...), append([]string{}, plan.Notes...)}
+	view := countView{pf.Name, plan.Have, plan.Want, pf.SRIOV.Total, plan.Changes(), append([]string{}, plan.Steps()...), append([]string{}, plan.Notes...)}
 	if !e.json {
 		for _, n := range plan.Notes {
 			e.note("%s", n)

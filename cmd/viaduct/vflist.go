@@ -139,15 +139,15 @@ func viewVFs(h *iommu.Host, t *iommu.Topology, pf *iommu.Device) ([]vfView, erro
 			held[holder.Device] = append(held[holder.Device], holder.What)
 		}
 	}
+	ports, err := sriov.ReadPorts(h, port)
+	if err != nil {
+		return out, err
+	}
 	for _, vf := range vfs {
 		info, _ := port.Of(vf.VFIndex)
-		representor, err := sriov.Representor(h, port, vf.VFIndex)
-		if err != nil {
-			return out, err
-		}
 		row := vfView{
 			Index: vf.VFIndex, Address: vf.Name, Driver: known(vf.Driver), DriverOverride: known(vf.DriverOverride), Netdevs: append([]string{}, vf.Netdevs...),
-			MAC: known(info.Settings[sriov.MAC]), Settings: info.Settings, Statistics: info.Stats, Representor: known(representor), Holders: append([]string{}, held[vf.Name]...),
+			MAC: known(info.Settings[sriov.MAC]), Settings: info.Settings, Statistics: info.Stats, Representor: known(ports.VFs[vf.VFIndex]), Holders: append([]string{}, held[vf.Name]...),
 		}
 		if vf.Group >= 0 {
 			row.Group = &vf.Group

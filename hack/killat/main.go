@@ -3,11 +3,13 @@
 // Command killat kills a command at one of its writes to the host, for tests of what is left then:
 //
 //	killat N parent|child|both COMMAND...
+//	killat N run=SHELLCOMMAND COMMAND...
 //
 // It counts, over all threads and children of the command, the writes to files below /sys and the netlink messages that are no
 // queries. At the Nth, before the kernel carries it out, it kills the command, the child that writes, or both; with "parent" the
 // child's write is made a little later, as by one that was slow. It says "killed" as soon as that is done, or "ended, N writes"
-// when the command ended by itself.
+// when the command ended by itself. With "run=" it kills nothing: it runs something else at that moment, lets the command go on,
+// and ends with the command's exit status.
 package main
 
 import (
@@ -34,7 +36,7 @@ func main() {
 	log.SetFlags(0)
 	log.SetPrefix("killat: ")
 	if len(os.Args) < 4 {
-		log.Fatal("usage: killat N parent|child|both COMMAND...")
+		log.Fatal("usage: killat N parent|child|both|run=SHELLCOMMAND COMMAND...")
 	}
 	n, err := strconv.Atoi(os.Args[1])
 	if err != nil {
@@ -53,6 +55,8 @@ func main() {
 	}
 	if t.killed == 0 {
 		fmt.Printf("ended, %d writes\n", t.count)
+	} else if strings.HasPrefix(t.whom, "run=") {
+		os.Exit(t.status)
 	}
 }
 
@@ -62,6 +66,7 @@ type tracer struct {
 	count        int
 	killed, held int // the thread at whose write it happened; it is held until the root is gone
 	rootGone     bool
+	status       int // the root's exit status
 }
 
 func (t *tracer) trace() error {
@@ -89,7 +94,7 @@ func (t *tracer) trace() error {
 		}
 		if status.Exited() || status.Signaled() {
 			if pid == t.root {
-				t.rootGone = true
+				t.rootGone, t.status = true, status.ExitStatus()
 			}
 			if t.rootGone && t.held != 0 {
 				time.Sleep(late)
@@ -151,6 +156,14 @@ func (t *tracer) atWrite(pid int) bool {
 // kill reports whether the thread is to stay where it is.
 func (t *tracer) kill(pid int) bool {
 	t.killed = pid
+	if other, ok := strings.CutPrefix(t.whom, "run="); ok {
+		out, err := exec.Command("sh", "-c", other).CombinedOutput()
+		fmt.Printf("killed\n%s", out)
+		if err != nil {
+			log.Fatalf("%s: %v", other, err)
+		}
+		return false
+	}
 	writer := pid
 	if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid)); err == nil {
 		for line := range strings.Lines(string(b)) {

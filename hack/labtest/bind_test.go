@@ -5,6 +5,7 @@ package labtest
 import (
 	"bufio"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -319,12 +320,25 @@ func TestReason(t *testing.T) {
 	do(t, "vf", "destroy", nvme)
 }
 
-// TestGuest: a device that a guest has is named with the guest's name.
-func TestGuest(t *testing.T) {
-	do(t, "vf", "create", spare, "1", "--driver", "vfio")
-	vf := vfs(spare)[0]
-	qemu := exec.Command("qemu-system-x86_64", "-accel", "tcg", "-S", "-name", "guest=tenant7,debug-threads=on", "-m", "64", "-nodefaults", "-display", "none",
-		"-monitor", "stdio", "-device", "vfio-pci,host="+vf)
+// vmm is a QEMU that has devices, and runs nothing.
+type vmm struct {
+	cmd     *exec.Cmd
+	monitor io.Writer
+}
+
+func (v vmm) end() {
+	_, _ = v.monitor.Write([]byte("quit\n"))
+	_ = v.cmd.Wait()
+}
+
+// guest starts one, and returns when it has opened the devices.
+func guest(t *testing.T, name string, devices ...string) vmm {
+	t.Helper()
+	args := []string{"-accel", "tcg", "-S", "-name", "guest=" + name + ",debug-threads=on", "-m", "64", "-nodefaults", "-display", "none", "-monitor", "stdio"}
+	for _, d := range devices {
+		args = append(args, "-device", "vfio-pci,host="+d)
+	}
+	qemu := exec.Command("qemu-system-x86_64", args...)
 	monitor, err := qemu.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -343,25 +357,31 @@ func TestGuest(t *testing.T) {
 			t.Fatalf("qemu ended: %v", qemu.Wait())
 		}
 		if strings.HasPrefix(lines.Text(), "VM status") {
-			break
+			return vmm{qemu, monitor}
 		}
 	}
+}
+
+// TestGuest: a device that a guest has is named with the guest's name.
+func TestGuest(t *testing.T) {
+	do(t, "vf", "create", spare, "1", "--driver", "vfio")
+	vf := vfs(spare)[0]
+	qemu := guest(t, "tenant7", vf)
 	for _, args := range [][]string{{"unbind", vf}, {"vf", "destroy", spare}, {"vf", "create", spare, "2"}} {
 		before := fingerprint()
 		r := run(t, viaduct, args...)
-		if r.status != 3 || !strings.Contains(r.stderr, fmt.Sprintf("process %d (qemu-system", qemu.Process.Pid)) || !strings.Contains(r.stderr, "guest \"tenant7\"") || fingerprint() != before {
+		if r.status != 3 || !strings.Contains(r.stderr, fmt.Sprintf("process %d (qemu-system", qemu.cmd.Process.Pid)) || !strings.Contains(r.stderr, "guest \"tenant7\"") || fingerprint() != before {
 			t.Errorf("%v while a guest has it: exit status %d, %s", args, r.status, r.stderr)
 		}
 	}
-	_, _ = monitor.Write([]byte("quit\n"))
-	_ = qemu.Wait()
+	qemu.end()
 	do(t, "unbind", vf)
 	do(t, "vf", "destroy", spare)
 }
 
 // TestVariant: the kernel's variant driver for a device is found, loaded and bound, and the device comes home again.
 func TestVariant(t *testing.T) {
-	device := shell(t, "lspci -Dn -d 1af4:1041 | cut -d' ' -f1")
+	device := shell(t, "basename $(readlink -f /sys/class/net/$(grep -l 52:54:00:00:00:04 /sys/class/net/*/address | cut -d/ -f5)/device/..)")
 	before := bound(device)
 	do(t, "bind", device)
 	if bound(device) != "virtio_vfio_pci" || attr(devicesDir, device, "driver_override") != "virtio_vfio_pci" {

@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 )
 
 // fails runs viaduct, which must end with this exit status, say this, and have changed nothing.
@@ -231,7 +232,118 @@ func TestRace(t *testing.T) {
 // TestNetdevsim runs the package's own test on the kernel's simulated NIC, which knows more settings than igb.
 func TestNetdevsim(t *testing.T) {
 	shell(t, "modprobe netdevsim")
-	if r := run(t, "./sriov.test", "-test.v", "-test.run", "TestNetdevsim"); r.status != 0 || !strings.Contains(r.stdout, "--- PASS: TestNetdevsim") {
+	if r := run(t, "./sriov.test", "-test.v", "-test.run", "TestNetdevsim"); r.status != 0 || strings.Count(r.stdout, "--- PASS: TestNetdevsim") != 2 {
 		t.Errorf("exit status %d\n%s%s", r.status, r.stdout, r.stderr)
+	}
+}
+
+// TestFaults pulls the PF away from under a command at its writes in turn: its driver is unloaded, the card is removed, its
+// interface gets another name. What is reported is so, autoprobe is on again, and what is run next succeeds.
+func TestFaults(t *testing.T) {
+	pf := netdev(t, spare)
+	long, faults := os.Getenv("LAB_ROUNDS") == "200", 0
+	back := "; udevadm settle; until [ -e /sys/bus/pci/devices/" + spare + "/net/" + pf + " ]; do sleep 0.1; done"
+	for _, f := range []struct{ name, begin, end string }{
+		{"unloaded", "modprobe -r igb", "modprobe igb" + back},
+		{"removed", "echo 1 > /sys/bus/pci/devices/" + spare + "/remove", "echo 1 > /sys/bus/pci/rescan" + back},
+		{"renamed", "ip link set " + pf + " down; ip link set " + pf + " name other", "ip link set other down; ip link set other name " + pf},
+	} {
+		for i, c := range []string{"vf create " + spare + " 2 --driver vfio", "vf destroy " + spare, "vf set " + spare + "/vf0 mac=52:54:00:77:00:01 vlan=7"} {
+			for n := 1; ; n++ {
+				if !long && (n+i)%4 != 0 {
+					if n > 30 {
+						break
+					}
+					continue
+				}
+				do(t, "vf", "create", spare, "0")
+				if i > 0 {
+					do(t, "vf", "create", spare, "2")
+				} else {
+					shell(t, "ip link set "+pf+" down")
+				}
+				r := run(t, "timeout", append([]string{"60", "./killat", strconv.Itoa(n), "run=" + f.begin, viaduct}, strings.Fields(c)...)...)
+				if !strings.HasPrefix(r.stdout, "killed") {
+					break
+				}
+				faults++
+				wrong := ""
+				switch all := vfs(spare); {
+				case r.status != 0 && r.status != 1, r.status == 1 && r.stderr == "", strings.Contains(r.stderr, "panic"):
+					wrong = "no exit status or message of its own"
+				case r.status == 0 && i == 0 && (len(all) != 2 || bound(all[0]) != "vfio-pci" || bound(all[1]) != "vfio-pci"):
+					wrong = fmt.Sprintf("success, and its VFs are %v", all)
+				case r.status == 0 && i == 1 && len(all) != 0:
+					wrong = fmt.Sprintf("success, and its VFs are %v", all)
+				case r.status == 0 && i == 2:
+					name := pf
+					if f.name == "renamed" {
+						name = "other"
+					}
+					if line := vfLine(t, name, 0); !strings.Contains(line, "77:00:01") || !strings.Contains(line, "vlan 7") {
+						wrong = "success, and ip says " + line
+					}
+				}
+				shell(t, f.end)
+				next := run(t, viaduct, "recover")
+				left, _ := filepath.Glob("/run/viaduct/change-*")
+				if autoprobe := attr(devicesDir, spare, "sriov_drivers_autoprobe"); autoprobe != "1" {
+					wrong += "; autoprobe " + autoprobe
+				}
+				if wrong != "" || next.status != 0 || len(left) > 0 {
+					t.Errorf("%s at write %d of %s: %s\nexit status %d, %s%s\nthen recover: %d %s%s, records %v", f.name, n, c, wrong, r.status, r.stdout, r.stderr, next.status, next.stdout, next.stderr, left)
+				}
+			}
+		}
+	}
+	t.Logf("%d faults", faults)
+	do(t, "vf", "create", spare, "2")
+	do(t, "vf", "destroy", spare)
+}
+
+// TestStuckCount: VFs are removed although somebody has one open. The write waits for that; commands that look do not.
+func TestStuckCount(t *testing.T) {
+	do(t, "vf", "create", spare, "2", "--driver", "vfio")
+	vf := vfs(spare)[0]
+	cdevs := names(devicesDir, vf, "vfio-dev")
+	if len(cdevs) != 1 {
+		t.Skip("this kernel has no node a device: opening that of the group does not block a removal")
+	}
+	node, err := os.OpenFile("/dev/vfio/devices/"+cdevs[0], os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(viaduct, "vf", "destroy", spare, "--force=process", "--timeout", "4s")
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	begin := time.Now()
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for time.Since(begin) < 3*time.Second {
+		for _, args := range [][]string{{"list"}, {"vf", "list"}} {
+			asked := time.Now()
+			do(t, args...)
+			if took := time.Since(asked); took > time.Second {
+				t.Errorf("%v took %s beside a removal that blocks", args, took)
+			}
+		}
+	}
+	_ = cmd.Wait()
+	if s := stderr.String(); cmd.ProcessState.ExitCode() != 1 || !strings.Contains(s, "is stuck") || !strings.Contains(s, fmt.Sprintf("process %d", os.Getpid())) {
+		t.Errorf("exit status %d, %s", cmd.ProcessState.ExitCode(), s)
+	}
+	if r := run(t, viaduct, "vf", "create", spare, "4"); r.status != 3 || !strings.Contains(r.stderr, "is stuck") {
+		t.Errorf("create while it is stuck: exit status %d, %s", r.status, r.stderr)
+	}
+	node.Close()
+	shell(t, "until [ ! -e /sys/bus/pci/devices/"+spare+"/virtfn0 ] && [ \"$(cat /sys/bus/pci/devices/"+spare+"/sriov_numvfs)\" = 0 ]; do sleep 0.1; done")
+	do(t, "vf", "create", spare, "4")
+	if n := len(vfs(spare)); n != 4 {
+		t.Errorf("%d VFs, want 4", n)
+	}
+	do(t, "vf", "destroy", spare)
+	if left, _ := filepath.Glob("/run/viaduct/*.json"); len(left) > 0 {
+		t.Errorf("records are left: %v", left)
 	}
 }

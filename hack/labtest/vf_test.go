@@ -151,6 +151,25 @@ func TestNVMeVFs(t *testing.T) {
 			t.Errorf("%s met driver %s", vf, bound(vf))
 		}
 	}
+	secondary := shell(t, "nvme list-secondary /dev/"+names(devicesDir, nvme, "nvme")[0]+" -o json")
+	var list struct {
+		Controllers []struct {
+			State int `json:"secondary-controller-state"`
+			VF    int `json:"virtual-function-number"`
+			VQ    int `json:"num-virtual-queues"`
+			VI    int `json:"num-virtual-interrupts"`
+		} `json:"secondary-controllers"`
+	}
+	decode(t, secondary, &list)
+	ready := 0
+	for _, c := range list.Controllers {
+		if c.State == 1 && c.VF > 0 && c.VQ == 2 && c.VI == 1 {
+			ready++
+		}
+	}
+	if ready != 8 {
+		t.Errorf("%d of 8 VFs are online with 2 queues and an interrupt: %s", ready, secondary)
+	}
 	do(t, "bind", nvme+"/vf0", nvme+"/vf7")
 	if got := byDriver("vfio-pci"); !slices.Equal(got, []string{all[0], all[7]}) {
 		t.Errorf("on vfio-pci: %v", got)
@@ -170,6 +189,50 @@ func TestNVMeVFs(t *testing.T) {
 	do(t, "vf", "destroy", nvme)
 	if len(vfs(nvme)) != 0 {
 		t.Errorf("after destroy: %v", vfs(nvme))
+	}
+	do(t, "vf", "create", nvme, "4", "--driver", "home")
+	for _, vf := range vfs(nvme) {
+		if state := attr(devicesDir, vf, "nvme", strings.Join(names(devicesDir, vf, "nvme"), ""), "state"); bound(vf) != "nvme" || state != "live" {
+			t.Errorf("%s for the host: on %q, %q", vf, bound(vf), state)
+		}
+	}
+	do(t, "vf", "destroy", nvme)
+}
+
+// TestManyVFs makes as many VFs as a PF can have, on a vfio driver, and removes them.
+func TestManyVFs(t *testing.T) {
+	pf := shell(t, "for p in /sys/bus/pci/drivers/nvme/0000:*; do [ \"$(cat $p/sriov_totalvfs)\" != 127 ] || basename $p; done")
+	do(t, "vf", "create", pf, "127", "--driver", "vfio")
+	if n := len(byDriver("vfio-pci")); n != 127 || len(vfs(pf)) != 127 {
+		t.Errorf("%d VFs, %d on vfio-pci, want 127", len(vfs(pf)), n)
+	}
+	do(t, "vf", "destroy", pf)
+	if left, _ := filepath.Glob("/run/viaduct/*.json"); len(vfs(pf)) != 0 || len(left) != 0 {
+		t.Errorf("after destroy: %d VFs, records %v", len(vfs(pf)), left)
+	}
+}
+
+// TestVirtioVFs makes VFs of a virtio NIC and gives one to a QEMU, which opens it through VFIO.
+func TestVirtioVFs(t *testing.T) {
+	pf := shell(t, "for p in /sys/bus/pci/drivers/virtio-pci/0000:*; do [ ! -e $p/sriov_totalvfs ] || basename $p; done")
+	do(t, "vf", "create", pf, "4", "--driver", "vfio")
+	all := vfs(pf)
+	if len(all) != 4 {
+		t.Fatalf("%v, want 4 VFs", all)
+	}
+	for _, vf := range all {
+		if driver := bound(vf); driver != "vfio-pci" && driver != "virtio_vfio_pci" {
+			t.Errorf("%s is on %q", vf, driver)
+		}
+	}
+	qemu := guest(t, "four", all...)
+	if r := run(t, viaduct, "vf", "destroy", pf); r.status != 3 || !strings.Contains(r.stderr, "guest \"four\"") || len(vfs(pf)) != 4 {
+		t.Errorf("destroy while a guest has them: exit status %d, %s", r.status, r.stderr)
+	}
+	qemu.end()
+	do(t, "vf", "destroy", pf)
+	if n := len(vfs(pf)); n != 0 {
+		t.Errorf("%d VFs are left", n)
 	}
 }
 

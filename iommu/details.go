@@ -91,7 +91,9 @@ func ReadDetails(h *Host, a Address) (*Details, error) {
 			on := s == "1"
 			d.VFs.Autoprobe = &on
 		}
-		if dir.Exists("sriov_vf_total_msix") {
+		busy, err := changing(h)
+		r.keep(err)
+		if dir.Exists("sriov_vf_total_msix") && !busy[a.String()] { // reading it takes the device's lock
 			pool := r.number("sriov_vf_total_msix")
 			d.VFs.MSIXPool = &pool
 		}

@@ -137,8 +137,9 @@ func Scan(h *Host) (*Topology, error) {
 	return t, nil
 }
 
-// changing are the devices with a record of a change that is under way. Reading driver_override would wait for a write that is
-// stuck: the kernel takes the device's lock for both (drivers/base/dd.c; driver_override_show of older kernels).
+// changing are the devices with a record of a change that is under way, and the VFs that they have or may have had. Reading
+// driver_override would wait for a write that is stuck: the kernel takes the device's lock for both (drivers/base/dd.c;
+// driver_override_show of older kernels), of a PF and, while its VFs are removed, of a VF that no link leads to any more.
 func changing(h *Host) (map[string]bool, error) {
 	names, err := h.Names(journal.Dir[1:])
 	if host.Absent(err) || errors.Is(err, fs.ErrPermission) {
@@ -147,10 +148,33 @@ func changing(h *Host) (map[string]bool, error) {
 	busy := map[string]bool{}
 	for _, n := range names {
 		if key, ok := strings.CutPrefix(n, journal.Changing); ok {
-			busy[strings.TrimSuffix(key, ".json")] = true
+			name := strings.TrimSuffix(key, ".json")
+			busy[name] = true
+			if pf, err := ParseAddress(name); err == nil {
+				for _, vf := range possibleVFs(h, pf) {
+					busy[vf.String()] = true
+				}
+			}
 		}
 	}
 	return busy, err
+}
+
+// possibleVFs are the addresses at which a PF's VFs are when it has all it can have; none for any other device.
+func possibleVFs(h *Host, pf Address) []Address {
+	dir := path.Join(pciDevices, pf.String())
+	total, err1 := h.SteadyInt(path.Join(dir, "sriov_totalvfs"))
+	offset, err2 := h.SteadyInt(path.Join(dir, "sriov_offset"))
+	stride, err3 := h.SteadyInt(path.Join(dir, "sriov_stride"))
+	if err1 != nil || err2 != nil || err3 != nil {
+		return nil
+	}
+	var out []Address
+	for i := range min(total, 1<<16) {
+		at := int(pf.Bus)<<8 + int(pf.Device)<<3 + int(pf.Function) + offset + i*stride
+		out = append(out, Address{Domain: pf.Domain, Bus: uint8(at >> 8), Device: uint8(at>>3) & 31, Function: uint8(at) & 7})
+	}
+	return out
 }
 
 // CompareDevices orders PCI devices by address, and all others after them by name.

@@ -321,7 +321,7 @@ func TestStuckCount(t *testing.T) {
 		t.Fatal(err)
 	}
 	for time.Since(begin) < 3*time.Second {
-		for _, args := range [][]string{{"list"}, {"vf", "list"}} {
+		for _, args := range [][]string{{"list"}, {"vf", "list"}, {"show", spare}} {
 			asked := time.Now()
 			do(t, args...)
 			if took := time.Since(asked); took > time.Second {

@@ -151,7 +151,7 @@ func changing(h *Host) (map[string]bool, error) {
 			name := strings.TrimSuffix(key, ".json")
 			busy[name] = true
 			if pf, err := ParseAddress(name); err == nil {
-				for _, vf := range possibleVFs(h, pf) {
+				for _, vf := range VFAddresses(h, pf) {
 					busy[vf.String()] = true
 				}
 			}
@@ -160,8 +160,8 @@ func changing(h *Host) (map[string]bool, error) {
 	return busy, err
 }
 
-// possibleVFs are the addresses at which a PF's VFs are when it has all it can have; none for any other device.
-func possibleVFs(h *Host, pf Address) []Address {
+// VFAddresses are the addresses at which a PF's VFs are, by index, when it has all it can have; none for any other device.
+func VFAddresses(h *Host, pf Address) []Address {
 	dir := path.Join(pciDevices, pf.String())
 	total, err1 := h.SteadyInt(path.Join(dir, "sriov_totalvfs"))
 	offset, err2 := h.SteadyInt(path.Join(dir, "sriov_offset"))

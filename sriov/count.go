@@ -16,10 +16,11 @@ import (
 
 // Wish is what a PF's VFs are to be.
 type Wish struct {
-	VFs     int // in all, afterwards
-	Use     Use
-	Eswitch Eswitch // what is not ""
-	MTU     int     // that VFs are to be able to have; 0 leaves the PF's, which is never lowered
+	VFs      int // in all, afterwards
+	Use      Use
+	Settings Settings // of each VF
+	Eswitch  Eswitch  // what is not ""
+	MTU      int      // that VFs are to be able to have; 0 leaves the PF's, which is never lowered
 }
 
 // Plan is what it takes to change a PF's number of VFs, in the order of its fields.
@@ -34,12 +35,14 @@ type Plan struct {
 	Clear   []vfio.Step     // no VFs
 	Before  []vfio.Step     // up to the new count
 	After   []vfio.Step     // what the new VFs need, and the old settings restored
+	Set     []SetPlan       // of each VF
 	Notes   []string        // what the user should know and nothing refuses
 
 	Eswitch   Eswitch // what is set of it, before the new count or after
 	was       Eswitch // what that undoes
 	autoprobe string  // what it was, if it is changed
-	nvme      string  // the controller that shares
+	settings  Settings
+	nvme      string // the controller that shares
 	shares    []action
 }
 
@@ -52,7 +55,9 @@ func (p *Plan) Changes() bool {
 func (p *Plan) recounts() bool { return p.Have != p.Want || len(p.Clear) > 0 }
 
 // probeLate reports whether the host's drivers are to have the VFs only when these are ready for one.
-func (p *Plan) probeLate() bool { return p.Use == UseHome && (p.modeLate() || p.nvme != "") }
+func (p *Plan) probeLate() bool {
+	return p.Use == UseHome && (p.modeLate() || p.nvme != "" || len(p.settings) > 0)
+}
 
 // modeLate reports whether the e-switch is set when the VFs are there.
 func (p *Plan) modeLate() bool {
@@ -86,6 +91,9 @@ func (p *Plan) Steps() []string {
 	add(p.Before)
 	mode(true)
 	add(p.After)
+	for _, s := range p.Set {
+		out = append(out, s.Commands()...)
+	}
 	return out
 }
 
@@ -104,7 +112,7 @@ func PlanCount(h *iommu.Host, t *iommu.Topology, pf *iommu.Device, wish Wish) (*
 	if n < 0 || n > pf.SRIOV.Total {
 		return nil, &RangeError{pf.Address, n, pf.SRIOV.Total, firmwareHint(h, pf)}
 	}
-	p := &Plan{PF: pf, Have: len(pf.SRIOV.VFs), Want: n, Use: use}
+	p := &Plan{PF: pf, Have: len(pf.SRIOV.VFs), Want: n, Use: use, settings: wish.Settings}
 	var err error
 	if wish.Eswitch != (Eswitch{}) {
 		now, err := ReadEswitch(h, pf)
@@ -120,6 +128,9 @@ func PlanCount(h *iommu.Host, t *iommu.Topology, pf *iommu.Device, wish Wish) (*
 		return nil, err
 	}
 	if p.Have == n && p.Eswitch.Mode == "" {
+		if n > 0 && len(wish.Settings) > 0 {
+			p.Notes = append(p.Notes, "the VFs are there already, and their settings are left as they are (vf set changes them)")
+		}
 		return p, nil
 	}
 	if pf.Driver == "" {
@@ -163,6 +174,11 @@ func PlanCount(h *iommu.Host, t *iommu.Topology, pf *iommu.Device, wish Wish) (*
 			overrides = append(overrides, vfio.Step{Path: attribute(pf.Address, fmt.Sprintf("virtfn%d/driver_override", i)), Value: vfio.None})
 		}
 		p.After = append(overrides, p.After...)
+	}
+	if len(p.settings) > 0 {
+		if p.Set, err = planNew(h, pf, n, p.settings); err != nil {
+			return nil, err
+		}
 	}
 	if p.nvme != "" {
 		p.Notes = append(p.Notes, "then each VF is set online")
@@ -223,13 +239,14 @@ func Check(h *iommu.Host, t *iommu.Topology, p *Plan, force []vfio.Kind) error {
 const opCount = "count"
 
 type countRecord struct {
-	Have      int     `json:"have"`
-	Want      int     `json:"want"`
-	Use       Use     `json:"use"`
-	Autoprobe string  `json:"autoprobe,omitempty"`
-	Up        []Link  `json:"up,omitempty"`
-	Raised    []MTU   `json:"raised,omitempty"`
-	Eswitch   Eswitch `json:"eswitch,omitzero"` // what it was
+	Have      int      `json:"have"`
+	Want      int      `json:"want"`
+	Use       Use      `json:"use"`
+	Autoprobe string   `json:"autoprobe,omitempty"`
+	Up        []Link   `json:"up,omitempty"`
+	Raised    []MTU    `json:"raised,omitempty"`
+	Eswitch   Eswitch  `json:"eswitch,omitzero"` // what it was
+	Settings  Settings `json:"settings,omitempty"`
 }
 
 // Recoverers finish or undo what this package's interrupted changes left; for [vfio.Binder].
@@ -242,7 +259,7 @@ func Apply(ctx context.Context, b *vfio.Binder, p *Plan) (notes []string, err er
 	if !p.Changes() {
 		return nil, nil
 	}
-	r := countRecord{p.Have, p.Want, p.Use, p.autoprobe, p.Up, p.Raise, p.was}
+	r := countRecord{p.Have, p.Want, p.Use, p.autoprobe, p.Up, p.Raise, p.was, p.settings}
 	if err := b.Begin(opCount, p.PF, p.Victims, r); err != nil {
 		return nil, err
 	}
@@ -319,6 +336,9 @@ func (p *Plan) apply(ctx context.Context, b *vfio.Binder) error {
 // finish makes new VFs fit for use, and forgets the old ones: whatever has their addresses now is another VF.
 func (p *Plan) finish(ctx context.Context, b *vfio.Binder) error {
 	if err := errors.Join(b.Forget(p.PF.SRIOV.VFs), forgetAsked(b, p.PF)); err != nil || p.Want == 0 {
+		return err
+	}
+	if err := configure(ctx, b, p.PF.Address, p.settings); err != nil {
 		return err
 	}
 	if err := setOnline(b.Host, p.PF, p.Want); err != nil {
@@ -518,7 +538,7 @@ func recoverCount(ctx context.Context, b *vfio.Binder, pf iommu.Address, data js
 		}
 	}
 	return fmt.Sprintf("has %d VFs: its change from %d had been interrupted", r.Want, r.Have),
-		errors.Join(r.restore(b, pf), settle(ctx, b.Host, r.Up), setOnline(b.Host, &now, r.Want))
+		errors.Join(r.restore(b, pf), settle(ctx, b.Host, r.Up), configure(ctx, b, pf, r.Settings), setOnline(b.Host, &now, r.Want))
 }
 
 // sharedGroups warns of VFs that cannot be given to a guest by themselves.

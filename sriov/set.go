@@ -215,7 +215,15 @@ func PlanSet(h *iommu.Host, pf, vf *iommu.Device, want Settings) (*SetPlan, erro
 	if err != nil {
 		return nil, err
 	}
-	want, err = resolved(h, pf, vf, want)
+	links, err := linksIfAsked(h, want)
+	if err != nil {
+		return nil, err
+	}
+	return planSet(h, pf, vf, want, port, links)
+}
+
+func planSet(h *iommu.Host, pf, vf *iommu.Device, want Settings, port *Port, links []netlink.Link) (*SetPlan, error) {
+	want, err := resolved(h, pf, vf, want)
 	if err != nil {
 		return nil, err
 	}
@@ -230,13 +238,84 @@ func PlanSet(h *iommu.Host, pf, vf *iommu.Device, want Settings) (*SetPlan, erro
 		}
 		port = &Port{PF: pf}
 	}
-	if mac := want[MAC]; h.Live() && mac != "" && mac != noMAC {
-		if owner, err := ownerOf(mac, port, vf); err != nil || owner != "" {
-			return nil, errors.Join(err, fmt.Errorf("MAC address %s is that of %s already", mac, owner))
-		}
+	if err := ownedByNone(links, want[MAC], port, vf); err != nil {
+		return nil, err
 	}
 	now, _ := port.Of(vf.VFIndex)
 	return &SetPlan{VF: vf, Want: want, Settings: planSettings(now.Settings, want), port: port}, nil
+}
+
+// planNew plans the settings of n VFs that are still to be made.
+func planNew(h *iommu.Host, pf *iommu.Device, n int, want Settings) ([]SetPlan, error) {
+	if mac := want[MAC]; n > 1 && mac != "" && mac != StableMAC && mac != noMAC {
+		return nil, fmt.Errorf("mac=%s for %d VFs: each needs one of its own (mac=%s makes them)", mac, n, StableMAC)
+	}
+	port, err1 := ReadPort(h, pf)
+	links, err2 := linksIfAsked(h, want)
+	if err := errors.Join(err1, err2); err != nil {
+		return nil, err
+	}
+	var out []SetPlan
+	for i, a := range iommu.VFAddresses(h, pf.Address) {
+		if i == n {
+			break
+		}
+		vf := &iommu.Device{Name: a.String(), Address: a, PCI: true, PhysFn: &pf.Address, VFIndex: i}
+		p, err := planSet(h, pf, vf, want, port, links)
+		if err != nil {
+			return nil, err
+		}
+		p.Settings = planSettings(Settings{}, p.Want)
+		out = append(out, *p)
+	}
+	return out, nil
+}
+
+// configure gives all VFs of a PF settings. None has a driver yet; on failure its caller removes them.
+func configure(ctx context.Context, b *vfio.Binder, pf iommu.Address, want Settings) error {
+	if len(want) == 0 || !b.Host.Live() {
+		return nil
+	}
+	d, err := iommu.ReadDevice(b.Host, pf)
+	if err != nil {
+		return err
+	}
+	if d.Netdevs, err = iommu.Netdevs(b.Host, pf); err != nil {
+		return err
+	}
+	port, err := ReadPort(b.Host, &d)
+	if err != nil {
+		return err
+	}
+	if port == nil {
+		port = &Port{PF: &d}
+	}
+	var plans []SetPlan
+	for _, v := range d.SRIOV.VFs {
+		vf := &iommu.Device{Name: v.Address.String(), Address: v.Address, PCI: true, PhysFn: &pf, VFIndex: v.Index}
+		want, err := resolved(b.Host, &d, vf, want)
+		if err != nil {
+			return err
+		}
+		now, _ := port.Of(v.Index)
+		p := SetPlan{VF: vf, Want: want, Settings: planSettings(now.Settings, want), port: port}
+		if _, err := p.make(ctx, b); err != nil {
+			return err
+		}
+		plans = append(plans, p)
+	}
+	if port, err = port.again(); err != nil {
+		return err
+	}
+	for _, p := range plans {
+		if _, err := p.verify(port); err != nil {
+			return err
+		}
+		if err := remember(b, &p); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // noMAC has a driver make up an address, or none.
@@ -264,24 +343,32 @@ func resolved(h *iommu.Host, pf, vf *iommu.Device, want Settings) (Settings, err
 	return out, nil
 }
 
-// ownerOf finds who has a MAC address on this host: a device's interface, or another VF.
-func ownerOf(mac string, port *Port, vf *iommu.Device) (string, error) {
+// linksIfAsked are all interfaces of this host, if a MAC address is wanted.
+func linksIfAsked(h *iommu.Host, want Settings) ([]netlink.Link, error) {
+	if want[MAC] == "" || want[MAC] == noMAC || !h.Live() {
+		return nil, nil
+	}
 	links, err := netlink.LinkList()
 	if err != nil {
-		return "", fmt.Errorf("list network interfaces: %w", err)
+		return nil, fmt.Errorf("list network interfaces: %w", err)
 	}
+	return links, nil
+}
+
+// ownedByNone refuses a MAC address that something else on this host has: a device's interface, or another VF.
+func ownedByNone(links []netlink.Link, mac string, port *Port, vf *iommu.Device) error {
 	for _, l := range links {
 		a := l.Attrs()
 		if a.ParentDev != "" && a.ParentDev != vf.Name && a.HardwareAddr.String() == mac {
-			return a.Name, nil
+			return fmt.Errorf("MAC address %s is that of %s already", mac, a.Name)
 		}
 		for _, other := range a.Vfs {
 			if other.Mac.String() == mac && (a.Index != port.index || other.ID != vf.VFIndex) {
-				return fmt.Sprintf("vf%d of %s", other.ID, a.Name), nil
+				return fmt.Errorf("MAC address %s is that of vf%d of %s already", mac, other.ID, a.Name)
 			}
 		}
 	}
-	return "", nil
+	return nil
 }
 
 // opSet is the kind of the record of settings that change.
@@ -318,23 +405,15 @@ func Set(ctx context.Context, b *vfio.Binder, p *SetPlan) (unverified []string, 
 
 // set makes the settings of a plan, and undoes those it made when one fails.
 func set(ctx context.Context, b *vfio.Binder, p *SetPlan) (unverified []string, err error) {
-	done := 0
-	for _, s := range p.Settings {
-		if ctx.Err() != nil {
-			err = fmt.Errorf("%s: interrupted before %s", p.VF.Name, s.Keys.name())
-		} else {
-			err = p.port.change(ctx, b, p.VF, s)
-		}
-		if err != nil {
-			break
-		}
-		done++
-	}
+	done, err := p.make(ctx, b)
 	if _, stuck := errors.AsType[*vfio.StuckError](err); stuck {
 		return nil, err
 	}
 	if err == nil {
-		unverified, err = p.verify()
+		var port *Port
+		if port, err = p.port.again(); err == nil {
+			unverified, err = p.verify(port)
+		}
 	}
 	if err != nil {
 		err = errors.Join(err, p.undo(b, p.Settings[:done]))
@@ -342,11 +421,22 @@ func set(ctx context.Context, b *vfio.Binder, p *SetPlan) (unverified []string, 
 	return unverified, err
 }
 
-func (p *SetPlan) verify() (unverified []string, err error) {
-	port, err := p.port.again()
-	if err != nil {
-		return nil, err
+// make makes the settings of a plan until one fails, and says how many it made.
+func (p *SetPlan) make(ctx context.Context, b *vfio.Binder) (done int, err error) {
+	for _, s := range p.Settings {
+		if ctx.Err() != nil {
+			return done, fmt.Errorf("%s: interrupted before %s", p.VF.Name, s.Keys.name())
+		}
+		if err := p.port.change(ctx, b, p.VF, s); err != nil {
+			return done, err
+		}
+		done++
 	}
+	return done, nil
+}
+
+// verify compares with what the port now reports.
+func (p *SetPlan) verify(port *Port) (unverified []string, err error) {
 	now, _ := port.Of(p.VF.VFIndex)
 	changed := Settings{}
 	for _, s := range p.Settings {

@@ -104,6 +104,42 @@ func (c *changing) recover(ctx context.Context) (err error) {
 	return err
 }
 
+// lockPFs finds PFs, locks them, and looks at all again as it is now.
+func (c *changing) lockPFs(ctx context.Context, selectors []iommu.Selector) ([]*iommu.Device, error) {
+	find := func() (pfs []*iommu.Device, err error) {
+		for _, s := range selectors {
+			pf, err := s.One(c.host, c.topology)
+			if err != nil {
+				return nil, err
+			}
+			if slices.ContainsFunc(pfs, func(d *iommu.Device) bool { return d.Name == pf.Name }) {
+				return nil, usagef("%s is named twice", pf.Name)
+			}
+			pfs = append(pfs, pf)
+		}
+		return pfs, nil
+	}
+	return c.lockFound(ctx, find)
+}
+
+// lockFound locks what find finds, and finds it again, as another viaduct may have been waited for.
+func (c *changing) lockFound(ctx context.Context, find func() ([]*iommu.Device, error)) ([]*iommu.Device, error) {
+	found, err := find()
+	if err != nil || !c.live() {
+		return found, err
+	}
+	if err := c.lock(ctx, found); err != nil {
+		return nil, err
+	}
+	if c.topology, err = iommu.Scan(c.host); err != nil {
+		return nil, err
+	}
+	if found, err = find(); err != nil {
+		return nil, fmt.Errorf("it went while another viaduct was waited for: %w", err)
+	}
+	return found, nil
+}
+
 // pfOf is the PF of a device that has to be a VF.
 func pfOf(t *iommu.Topology, vf *iommu.Device) (*iommu.Device, error) {
 	if vf.PhysFn == nil {
@@ -112,28 +148,18 @@ func pfOf(t *iommu.Topology, vf *iommu.Device) (*iommu.Device, error) {
 	return t.Find(*vf.PhysFn)
 }
 
-// lockPF finds a PF, or with vf the VF it names and its PF, locks it, and looks at all again as it is now.
-func (c *changing) lockPF(ctx context.Context, sel iommu.Selector, vf **iommu.Device) (*iommu.Device, error) {
-	find := func() (pf *iommu.Device, err error) {
-		d, err := sel.One(c.host, c.topology)
-		if err != nil || vf == nil {
-			return d, err
+// lockVF finds a VF, and locks its PF.
+func (c *changing) lockVF(ctx context.Context, sel iommu.Selector) (pf, vf *iommu.Device, err error) {
+	pfs, err := c.lockFound(ctx, func() ([]*iommu.Device, error) {
+		var err error
+		if vf, err = sel.One(c.host, c.topology); err != nil {
+			return nil, err
 		}
-		*vf = d
-		return pfOf(c.topology, d)
+		pf, err := pfOf(c.topology, vf)
+		return []*iommu.Device{pf}, err
+	})
+	if err != nil {
+		return nil, nil, err
 	}
-	pf, err := find()
-	if err != nil || !c.live() {
-		return pf, err
-	}
-	if err := c.lock(ctx, []*iommu.Device{pf}); err != nil {
-		return nil, err
-	}
-	if c.topology, err = iommu.Scan(c.host); err != nil {
-		return nil, err
-	}
-	if pf, err = find(); err != nil {
-		return nil, fmt.Errorf("it went while another viaduct was waited for: %w", err)
-	}
-	return pf, nil
+	return pfs[0], vf, nil
 }

@@ -51,7 +51,7 @@ func vfListCommand(e *env) *cli.Command {
 }
 
 type createOptions struct {
-	pf      iommu.Selector
+	pfs     []iommu.Selector
 	wish    sriov.Wish
 	force   []vfio.Kind
 	timeout time.Duration
@@ -75,8 +75,7 @@ func (o *createOptions) parse(c *cli.Context) (err error) {
 			return err
 		}
 	}
-	o.pf, err = iommu.ParseSelector(c.Args().First())
-	return err
+	return nil
 }
 
 func vfCreateCommand(e *env) *cli.Command {
@@ -85,13 +84,14 @@ func vfCreateCommand(e *env) *cli.Command {
 	return command(&cli.Command{
 		Name:      "create",
 		Usage:     "make N the number of VFs of a PF",
-		ArgsUsage: "PF N",
+		ArgsUsage: "PF... N [KEY=VALUE...]",
 		Description: "N is the total afterwards: with 2 VFs there, `create PF 4` ends with 4. From one number to another all VFs go first,\n" +
 			"which is refused (exit status 3) while one is in use. The new VFs never meet the host's own driver unless --driver home\n" +
 			"says so: they have none (`bind` gives them one), or with --driver vfio a vfio driver at once. A PF that is down is brought\n" +
-			"up first, without an address. VFs of an NVMe controller get equal shares of its queues and interrupts and are set online.\n\n" +
+			"up first, without an address. VFs of an NVMe controller get equal shares of its queues and interrupts and are set online.\n" +
+			"The settings, as those of vf set, are given to each VF before a driver has it.\n\n" +
 			"Examples:\n  viaduct vf create enp1s0 4\n  viaduct vf create 0000:01:00.0 7 --driver vfio\n  viaduct vf create enp1s0 4 --dry-run\n" +
-			"  viaduct vf create enp1s0np0 8 --eswitch switchdev --mtu 9000",
+			"  viaduct vf create enp1s0 enp2s0 7 mac=stable vlan=100 --driver vfio\n  viaduct vf create enp1s0np0 8 --eswitch switchdev --mtu 9000",
 		Flags: append([]cli.Flag{
 			&cli.StringFlag{Name: "driver", Usage: "what drives the VFs: `none|vfio|home`", Value: string(sriov.UseNone), Destination: &driver},
 			&cli.IntFlag{Name: "mtu", Usage: "raise the PF's MTU to `N` where it is lower, so that the VFs can have it", Destination: &o.wish.MTU},
@@ -101,16 +101,28 @@ func vfCreateCommand(e *env) *cli.Command {
 		}, o.countFlags(e)...),
 		BashComplete: e.completePFs,
 		Action: func(c *cli.Context) error {
-			if c.NArg() != 2 {
-				return usagef("vf create: want the PF and the number of VFs it is to have")
-			}
 			o.wish.Use = sriov.Use(driver)
-			if err := o.parse(c); err != nil {
+			err := o.parse(c)
+			if err != nil {
 				return err
 			}
-			var err error
-			if o.wish.VFs, err = strconv.Atoi(c.Args().Get(1)); err != nil || o.wish.VFs < 0 {
-				return usagef("vf create: %q is no number of VFs", c.Args().Get(1))
+			words := c.Args().Slice()
+			at := slices.IndexFunc(words, func(w string) bool { n, err := strconv.Atoi(w); return err == nil && n >= 0 })
+			switch {
+			case at < 0 && len(words) == 2:
+				return usagef("vf create: %q is no number of VFs", words[1])
+			case at < 1:
+				return usagef("vf create: want the PF and the number of VFs it is to have")
+			}
+			if o.pfs, err = parseSelectors(words[:at]); err != nil {
+				return err
+			}
+			o.wish.VFs, _ = strconv.Atoi(words[at])
+			if o.wish.Settings, err = sriov.ParseSettings(words[at+1:]); err != nil {
+				return usagef("vf create: %w", err)
+			}
+			if o.wish.VFs == 0 && len(o.wish.Settings) > 0 {
+				return usagef("vf create: no VFs, and settings for them")
 			}
 			if o.wish.Use != sriov.UseNone && o.wish.Use != sriov.UseVFIO && o.wish.Use != sriov.UseHome {
 				return usagef("vf create: --driver is none, vfio or home, not %q", driver)
@@ -138,13 +150,14 @@ func vfDestroyCommand(e *env) *cli.Command {
 	return command(&cli.Command{
 		Name:      "destroy",
 		Usage:     "remove all VFs of a PF",
-		ArgsUsage: "PF",
+		ArgsUsage: "PF...",
 		Description: "Refused (exit status 3) while somebody uses a VF, as bind is.\n\n" +
 			"Examples:\n  viaduct vf destroy enp1s0",
 		Flags:        o.countFlags(e),
 		BashComplete: e.completePFs,
 		Action: func(c *cli.Context) error {
-			if _, err := oneArgument(c, "the PF"); err != nil {
+			var err error
+			if o.pfs, err = selectors(c); err != nil {
 				return err
 			}
 			if err := o.parse(c); err != nil {
@@ -166,7 +179,7 @@ type countView struct {
 	Notes   []string `json:"notes"`
 }
 
-// runVFCount is create and destroy: both set the number of VFs.
+// runVFCount is create and destroy: both set the number of VFs. All PFs are planned and asked for before the first is changed.
 func runVFCount(ctx context.Context, e *env, o createOptions) error {
 	if o.timeout == 0 {
 		o.timeout = vfio.DefaultTimeout + time.Duration(o.wish.VFs)*time.Second
@@ -176,21 +189,54 @@ func runVFCount(ctx context.Context, e *env, o createOptions) error {
 		return err
 	}
 	defer stop()
-	pf, err := c.lockPF(ctx, o.pf, nil)
+	pfs, err := c.lockPFs(ctx, o.pfs)
 	if err != nil {
 		return err
 	}
-	plan, err := sriov.PlanCount(c.host, c.topology, pf, o.wish)
-	if err != nil {
-		return usageIfMeant(err)
+	var plans []*sriov.Plan
+	var victims []*iommu.Device
+	for _, pf := range pfs {
+		plan, err := sriov.PlanCount(c.host, c.topology, pf, o.wish)
+		if err != nil {
+			return usageIfMeant(err)
+		}
+		plans, victims = append(plans, plan), append(victims, plan.Victims...)
 	}
-	if err := c.lock(ctx, plan.Victims); err != nil {
+	if len(victims) > 0 {
+		if err := c.lock(ctx, victims); err != nil {
+			return err
+		}
+	}
+	var errs []error
+	for _, plan := range plans {
+		errs = append(errs, sriov.Check(c.host, c.topology, plan, o.force))
+	}
+	if err := errors.Join(errs...); err != nil {
 		return err
 	}
-	if err := sriov.Check(c.host, c.topology, plan, o.force); err != nil {
-		return err
+	views := []countView{}
+	for _, plan := range plans {
+		view, err := c.count(ctx, plan)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		views = append(views, view)
 	}
-	view := countView{pf.Name, plan.Have, plan.Want, pf.SRIOV.Total, plan.Changes(), append([]string{}, plan.Steps()...), append([]string{}, plan.Notes...)}
+	if e.json && len(plans) > 1 {
+		errs = append(errs, writeJSON(e.stdout, views))
+	} else if e.json && len(views) > 0 {
+		errs = append(errs, writeJSON(e.stdout, views[0]))
+	}
+	return mixed(errors.Join(errs...), len(views) > 0)
+}
+
+// count carries out one PF's plan, and tells people.
+func (c *changing) count(ctx context.Context, plan *sriov.Plan) (countView, error) {
+	e := c.env
+	view := countView{
+		plan.PF.Name, plan.Have, plan.Want, plan.PF.SRIOV.Total, plan.Changes(), append([]string{}, plan.Steps()...), append([]string{}, plan.Notes...),
+	}
 	if !e.json {
 		for _, n := range plan.Notes {
 			e.note("%s", n)
@@ -202,23 +248,22 @@ func runVFCount(ctx context.Context, e *env, o createOptions) error {
 			e.note("%s", n)
 		}
 		if err != nil {
-			return err
+			return view, err
 		}
 		view.Notes = append(view.Notes, notes...)
 	}
 	switch {
 	case e.json:
-		return writeJSON(e.stdout, view)
 	case e.dryRun:
 		for _, s := range view.Steps {
 			fmt.Fprintln(e.stdout, s)
 		}
 	case !view.Changed:
-		fmt.Fprintf(e.stdout, "%s has %d of %d VFs already\n", pf.Name, plan.Want, pf.SRIOV.Total)
+		fmt.Fprintf(e.stdout, "%s has %d of %d VFs already\n", view.PF, view.To, view.Total)
 	default:
-		fmt.Fprintf(e.stdout, "%s: %d -> %d of %d VFs\n", pf.Name, plan.Have, plan.Want, pf.SRIOV.Total)
+		fmt.Fprintf(e.stdout, "%s: %d -> %d of %d VFs\n", view.PF, view.From, view.To, view.Total)
 	}
-	return nil
+	return view, nil
 }
 
 // usageIfMeant makes errors of the request itself (no PF, too many) usage errors.

@@ -81,8 +81,7 @@ func runVFSet(ctx context.Context, e *env, o setOptions) error {
 		return err
 	}
 	defer stop()
-	var vf *iommu.Device
-	pf, err := c.lockPF(ctx, o.vf, &vf)
+	pf, vf, err := c.lockVF(ctx, o.vf)
 	if err != nil {
 		return err
 	}
@@ -243,12 +242,12 @@ func runVFSync(ctx context.Context, e *env, sel []iommu.Selector, timeout time.D
 		}
 	}
 	views := []setView{}
+	all, err := c.lockPFs(ctx, sel)
+	if err != nil {
+		return err
+	}
 	var errs []error
-	for _, s := range sel {
-		pf, err := c.lockPF(ctx, s, nil)
-		if err != nil {
-			return errors.Join(append(errs, err)...)
-		}
+	for _, pf := range all {
 		if pf.SRIOV == nil {
 			return usageError{&sriov.NotPFError{Device: pf.Address, VFOf: pf.PhysFn}}
 		}

@@ -292,8 +292,10 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) error
 			return err
 		}
 		gate.Stuck = on.stuck
-		if err := refresh(h, units, gate.Stuck); err != nil {
-			return err
+		if !on.undisturbed() {
+			if err := refresh(h, units, gate.Stuck); err != nil {
+				return err
+			}
 		}
 	}
 	gate.Topology, gate.Asked, b.Gate = t, asked, gate

@@ -22,6 +22,9 @@ type changing struct {
 	topology *iommu.Topology
 	binder   *vfio.Binder
 	stuck    []vfio.Recovered // what earlier changes still wait for
+
+	began   time.Time // before the scan
+	changed time.Time // when a viaduct had last changed anything, then
 }
 
 // newBinder is the binder of a command; its owner closes it.
@@ -55,6 +58,10 @@ func (e *env) beginChange(ctx context.Context, timeout time.Duration) (context.C
 		c.binder.Start()
 		ctx, signals = untilSignal(ctx)
 	}
+	c.began = time.Now()
+	if c.live() {
+		c.changed = c.binder.Journal.Changed()
+	}
 	if c.topology, err = iommu.Scan(h); err != nil {
 		stop()
 		return nil, nil, nil, err
@@ -72,6 +79,12 @@ func takePrecedence(h *iommu.Host) {
 			_ = unix.Setpriority(unix.PRIO_PROCESS, id, -20)
 		}
 	}
+}
+
+// undisturbed reports whether no viaduct has changed anything since the scan: each change begins and ends with a record.
+func (c *changing) undisturbed() bool {
+	const tick = 50 * time.Millisecond // more than the kernel's, within which two changes are one
+	return c.changed.Equal(c.binder.Journal.Changed()) && c.began.Sub(c.changed) > tick
 }
 
 // live reports whether the host is really going to be changed.
@@ -128,8 +141,8 @@ func (c *changing) lockFound(ctx context.Context, find func() ([]*iommu.Device, 
 	if err != nil || !c.live() {
 		return found, err
 	}
-	if err := c.lock(ctx, found); err != nil {
-		return nil, err
+	if err := c.lock(ctx, found); err != nil || c.undisturbed() {
+		return found, err
 	}
 	if c.topology, err = iommu.Scan(c.host); err != nil {
 		return nil, err

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 )
 
 // Dir is where a running host's journal is.
@@ -40,6 +41,14 @@ func (j *Journal) Keys(prefix string) ([]string, error) {
 		}
 	}
 	return keys, err
+}
+
+// Changed is when a record was last made, replaced or removed, as finely as the kernel keeps time; zero if there was none yet.
+func (j *Journal) Changed() time.Time {
+	if st, err := os.Stat(j.dir); err == nil {
+		return st.ModTime()
+	}
+	return time.Time{}
 }
 
 func (j *Journal) file(key string) string { return filepath.Join(j.dir, key+".json") }

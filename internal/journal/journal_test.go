@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 )
 
 type entry struct{ Driver string }
@@ -45,5 +46,29 @@ func TestJournal(t *testing.T) {
 	}
 	if known, err := (*Journal)(nil).Get("a", &e); known || err != nil {
 		t.Errorf("the journal of a captured host: %v, %v", known, err)
+	}
+}
+
+func TestChanged(t *testing.T) {
+	j := In(filepath.Join(t.TempDir(), "not", "there", "yet"))
+	if at := j.Changed(); !at.IsZero() {
+		t.Errorf("before anything was put: %v", at)
+	}
+	last := time.Time{}
+	for _, change := range []func() error{
+		func() error { return j.Put("a", entry{"igb"}) }, func() error { return j.Put("a", entry{"e1000"}) }, func() error { return j.Delete("a") },
+	} {
+		old := time.Unix(1, 0)
+		if !last.IsZero() {
+			if err := os.Chtimes(j.Dir(), old, old); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := change(); err != nil {
+			t.Fatal(err)
+		}
+		if last = j.Changed(); !last.After(old) {
+			t.Errorf("a change did not show: %v", last)
+		}
 	}
 }

@@ -20,6 +20,7 @@ type Wish struct {
 	Use      Use
 	Settings Settings // of each VF
 	Eswitch  Eswitch  // what is not ""
+	Offload  string   // of the e-switch's rules to the NIC (hw-tc-offload): on, off, or "" for as it is
 	MTU      int      // that VFs are to be able to have; 0 leaves the PF's, which is never lowered
 }
 
@@ -32,6 +33,7 @@ type Plan struct {
 	Victims []*iommu.Device // the VFs that go
 	Up      []Link          // the PF's own interfaces that are down, and are brought up
 	Raise   []MTU           // those whose MTU is too low
+	Offload []Offload       // those whose hw-tc-offload is to be another
 	Clear   []vfio.Step     // no VFs
 	Before  []vfio.Step     // up to the new count
 	After   []vfio.Step     // what the new VFs need, and the old settings restored
@@ -48,7 +50,7 @@ type Plan struct {
 
 // Changes reports whether there is anything to do.
 func (p *Plan) Changes() bool {
-	return p.Have != p.Want || p.Eswitch != Eswitch{} || len(p.Raise) > 0
+	return p.Have != p.Want || p.Eswitch != Eswitch{} || len(p.Raise) > 0 || len(p.Offload) > 0
 }
 
 // recounts reports whether VFs are made or removed.
@@ -79,6 +81,9 @@ func (p *Plan) Steps() []string {
 		out = append(out, fmt.Sprintf("ip link set dev %s mtu %d", m.Name, m.To))
 	}
 	add(p.Clear)
+	for _, o := range p.Offload {
+		out = append(out, o.command())
+	}
 	mode := func(late bool) {
 		if p.Eswitch != (Eswitch{}) && p.modeLate() == late {
 			out = append(out, p.Eswitch.command(p.PF.Name))
@@ -125,6 +130,9 @@ func PlanCount(h *iommu.Host, t *iommu.Topology, pf *iommu.Device, wish Wish) (*
 		p.Eswitch, p.was = wish.Eswitch.differs(now)
 	}
 	if p.Raise, err = mtusBelow(h, pf, wish.MTU); err != nil {
+		return nil, err
+	}
+	if p.Offload, err = offloadsBut(h, pf, wish.Offload); err != nil {
 		return nil, err
 	}
 	if p.Have == n && p.Eswitch.Mode == "" {
@@ -239,14 +247,15 @@ func Check(h *iommu.Host, t *iommu.Topology, p *Plan, force []vfio.Kind) error {
 const opCount = "count"
 
 type countRecord struct {
-	Have      int      `json:"have"`
-	Want      int      `json:"want"`
-	Use       Use      `json:"use"`
-	Autoprobe string   `json:"autoprobe,omitempty"`
-	Up        []Link   `json:"up,omitempty"`
-	Raised    []MTU    `json:"raised,omitempty"`
-	Eswitch   Eswitch  `json:"eswitch,omitzero"` // what it was
-	Settings  Settings `json:"settings,omitempty"`
+	Have      int       `json:"have"`
+	Want      int       `json:"want"`
+	Use       Use       `json:"use"`
+	Autoprobe string    `json:"autoprobe,omitempty"`
+	Up        []Link    `json:"up,omitempty"`
+	Raised    []MTU     `json:"raised,omitempty"`
+	Offload   []Offload `json:"offload,omitempty"`
+	Eswitch   Eswitch   `json:"eswitch,omitzero"` // what it was
+	Settings  Settings  `json:"settings,omitempty"`
 }
 
 // Recoverers finish or undo what this package's interrupted changes left; for [vfio.Binder].
@@ -259,7 +268,7 @@ func Apply(ctx context.Context, b *vfio.Binder, p *Plan) (notes []string, err er
 	if !p.Changes() {
 		return nil, nil
 	}
-	r := countRecord{p.Have, p.Want, p.Use, p.autoprobe, p.Up, p.Raise, p.was, p.settings}
+	r := countRecord{p.Have, p.Want, p.Use, p.autoprobe, p.Up, p.Raise, p.Offload, p.was, p.settings}
 	if err := b.Begin(opCount, p.PF, p.Victims, r); err != nil {
 		return nil, err
 	}
@@ -305,6 +314,13 @@ func (p *Plan) apply(ctx context.Context, b *vfio.Binder) error {
 			return nil
 		}
 		return setEswitch("pci", p.PF.Name, p.Eswitch)
+	}
+	if b.Host.Live() {
+		for _, o := range p.Offload {
+			if err := setTCOffload(o.Name, o.On); err != nil {
+				return err
+			}
+		}
 	}
 	if err := mode(false); err != nil {
 		return err
@@ -460,6 +476,9 @@ func (r *countRecord) undo(b *vfio.Binder, pf iommu.Address) error {
 	if b.Host.Live() {
 		if moved && errors.Join(errs...) == nil {
 			errs = append(errs, setEswitch("pci", pf.String(), r.Eswitch))
+		}
+		for _, o := range r.Offload {
+			errs = append(errs, setTCOffload(o.Name, !o.On))
 		}
 		for _, m := range r.Raised {
 			errs = append(errs, m.set(m.From))

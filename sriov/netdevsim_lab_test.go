@@ -144,6 +144,22 @@ func TestNetdevsimEswitch(t *testing.T) {
 			}
 		}
 	}
+	own := interfaces(t, pf)
+	for _, want := range []string{off, on} {
+		changes, err := offloadsBut(h, own, want)
+		if err != nil || len(changes) > 1 {
+			t.Fatalf("%v, %v", changes, err)
+		}
+		for _, o := range changes {
+			if err := setTCOffload(o.Name, o.On); err != nil {
+				t.Error(err)
+			}
+			said, err := exec.Command("ethtool", "-k", o.Name).Output()
+			if err != nil || !strings.Contains(string(said), "hw-tc-offload: "+want) {
+				t.Errorf("ethtool says %s, %v; want hw-tc-offload %s", said, err, want)
+			}
+		}
+	}
 	err := setEswitch("netdevsim", pf.Name, Eswitch{Inline: "link"})
 	if !errors.Is(err, unix.EOPNOTSUPP) {
 		t.Errorf("an inline mode, which netdevsim has not: %v", err)

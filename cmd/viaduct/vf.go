@@ -97,6 +97,7 @@ func vfCreateCommand(e *env) *cli.Command {
 			&cli.IntFlag{Name: "mtu", Usage: "raise the PF's MTU to `N` where it is lower, so that the VFs can have it", Destination: &o.wish.MTU},
 			&cli.StringFlag{Name: "eswitch", Usage: "the mode of the PF's e-switch: `legacy|switchdev`, set where the driver needs it: before the VFs or after", Destination: &o.wish.Eswitch.Mode},
 			&cli.StringFlag{Name: "inline-mode", Usage: "of the e-switch: `none|link|network|transport`", Destination: &o.wish.Eswitch.Inline},
+			&cli.StringFlag{Name: "hw-tc-offload", Usage: "whether the NIC carries out the e-switch's rules: `on|off`", Destination: &o.wish.Offload},
 			&cli.StringFlag{Name: "encap", Usage: "of the e-switch: `none|basic`", Destination: &o.wish.Eswitch.Encap},
 		}, o.countFlags(e)...),
 		BashComplete: e.completePFs,
@@ -132,6 +133,7 @@ func vfCreateCommand(e *env) *cli.Command {
 				all         []string
 			}{
 				{"eswitch", o.wish.Eswitch.Mode, sriov.EswitchModes}, {"inline-mode", o.wish.Eswitch.Inline, sriov.InlineModes}, {"encap", o.wish.Eswitch.Encap, sriov.EncapModes},
+				{"hw-tc-offload", o.wish.Offload, []string{"on", "off"}},
 			} {
 				if c.IsSet(f.flag) && !slices.Contains(f.all, f.value) {
 					return usagef("vf create: --%s is %s, not %q", f.flag, strings.Join(f.all, " or "), f.value)

@@ -17,14 +17,16 @@ type vfListView struct {
 }
 
 type pfView struct {
-	Address   string   `json:"address"`
-	Name      *string  `json:"name"`
-	Driver    *string  `json:"driver"`
-	Netdevs   []string `json:"netdevs"`
-	Total     int      `json:"total"`
-	Enabled   int      `json:"enabled"`
-	Autoprobe *bool    `json:"autoprobe"`
-	VFs       []vfView `json:"vfs"`
+	Address   string         `json:"address"`
+	Name      *string        `json:"name"`
+	Driver    *string        `json:"driver"`
+	Netdevs   []string       `json:"netdevs"`
+	Total     int            `json:"total"`
+	Enabled   int            `json:"enabled"`
+	Autoprobe *bool          `json:"autoprobe"`
+	Eswitch   *sriov.Eswitch `json:"eswitch"`
+	Uplinks   []string       `json:"uplinks"`
+	VFs       []vfView       `json:"vfs"`
 }
 
 type vfView struct {
@@ -82,13 +84,13 @@ func runVFList(e *env, sel []iommu.Selector) error {
 			if len(p.Netdevs) > 0 {
 				label = p.Netdevs[0]
 			}
-			rows = append(rows, []string{label, fmt.Sprintf("%d/%d", p.Enabled, p.Total), p.Address, "", ptr(p.Driver), "", "", "", ""})
+			rows = append(rows, []string{label, fmt.Sprintf("%d/%d", p.Enabled, p.Total), p.Address, "", ptr(p.Driver), "", "", eswitchText(p), ""})
 			for _, v := range p.VFs {
 				group := ""
 				if v.Group != nil {
 					group = strconv.Itoa(*v.Group)
 				}
-				rows = append(rows, []string{label, "vf" + strconv.Itoa(v.Index), v.Address, group, ptr(v.Driver), ptr(v.DriverOverride), ptr(v.MAC), unusual(v.Settings), strings.Join(v.Holders, ", ")})
+				rows = append(rows, []string{label, "vf" + strconv.Itoa(v.Index), v.Address, group, ptr(v.Driver), ptr(v.DriverOverride), ptr(v.MAC), unusual(v), strings.Join(v.Holders, ", ")})
 			}
 		}
 		writeTable(w, rows)
@@ -111,13 +113,16 @@ func viewPF(h *iommu.Host, t *iommu.Topology, names *iommu.Names, d *iommu.Devic
 	if x.VFs != nil {
 		v.Autoprobe = x.VFs.Autoprobe
 	}
-	v.VFs, err = viewVFs(h, t, d)
+	if v.Eswitch, err = sriov.ReadEswitch(h, d); err != nil {
+		return v, err
+	}
+	v.VFs, v.Uplinks, err = viewVFs(h, t, d)
 	return v, err
 }
 
-// viewVFs is what is to be told of a PF's VFs.
-func viewVFs(h *iommu.Host, t *iommu.Topology, pf *iommu.Device) ([]vfView, error) {
-	out := []vfView{}
+// viewVFs is what is to be told of a PF's VFs, and what of its e-switch stands for the wires.
+func viewVFs(h *iommu.Host, t *iommu.Topology, pf *iommu.Device) (out []vfView, uplinks []string, err error) {
+	out = []vfView{}
 	var port *sriov.Port
 	var vfs []*iommu.Device
 	for _, at := range pf.SRIOV.VFs {
@@ -127,13 +132,12 @@ func viewVFs(h *iommu.Host, t *iommu.Topology, pf *iommu.Device) ([]vfView, erro
 	}
 	held := map[string][]string{}
 	if h.Live() && len(vfs) > 0 {
-		var err error
 		if port, err = sriov.ReadPort(h, pf); err != nil {
-			return out, err
+			return out, nil, err
 		}
 		holders, err := vfio.ProcessHolders(h, vfs)
 		if err != nil && !errors.Is(err, vfio.ErrBlind) { // an ordinary user is not told of others' processes
-			return out, err
+			return out, nil, err
 		}
 		for _, holder := range holders {
 			held[holder.Device] = append(held[holder.Device], holder.What)
@@ -141,7 +145,7 @@ func viewVFs(h *iommu.Host, t *iommu.Topology, pf *iommu.Device) ([]vfView, erro
 	}
 	ports, err := sriov.ReadPorts(h, port)
 	if err != nil {
-		return out, err
+		return out, nil, err
 	}
 	for _, vf := range vfs {
 		info, _ := port.Of(vf.VFIndex)
@@ -154,20 +158,32 @@ func viewVFs(h *iommu.Host, t *iommu.Topology, pf *iommu.Device) ([]vfView, erro
 		}
 		out = append(out, row)
 	}
-	return out, nil
+	return out, append([]string{}, ports.Uplinks...), nil
 }
 
-// unusual are the settings that are not what a VF begins with, its MAC address aside.
-func unusual(s sriov.Settings) string {
+// eswitchText is a PF's e-switch if it is not what every NIC begins with.
+func eswitchText(p pfView) string {
+	if p.Eswitch == nil || p.Eswitch.Mode == "legacy" {
+		return ""
+	}
+	return strings.Join(append([]string{p.Eswitch.Mode}, p.Uplinks...), " ")
+}
+
+// unusual are the settings that are not what a VF begins with, its MAC address aside, and its representor.
+func unusual(v vfView) string {
 	show := sriov.Settings{}
 	usual := sriov.Settings{
 		sriov.VLAN: "0", sriov.QoS: "0", sriov.Proto: "802.1q", sriov.Trust: "off", sriov.SpoofChk: "on", sriov.LinkState: "auto",
 		sriov.MaxRate: "0", sriov.MinRate: "0", sriov.RSSQuery: "off",
 	}
-	for k, v := range s {
-		if k != sriov.MAC && usual[k] != v {
-			show[k] = v
+	for k, value := range v.Settings {
+		if k != sriov.MAC && usual[k] != value {
+			show[k] = value
 		}
 	}
-	return settingsText(show)
+	text := settingsText(show)
+	if v.Representor != nil {
+		text = strings.TrimSpace(text + " representor=" + *v.Representor)
+	}
+	return text
 }

@@ -185,7 +185,7 @@ func runVFGet(e *env, sel iommu.Selector) error {
 	if !h.Live() {
 		return errors.New("a captured host cannot be asked for the settings of its VFs")
 	}
-	view, err := viewVFs(h, t, pf)
+	view, _, err := viewVFs(h, t, pf)
 	if err != nil {
 		return err
 	}

@@ -196,10 +196,7 @@ func TestKillsVF(t *testing.T) {
 // TestRace: one process changes the number of VFs while another sets one. What is there in the end is what came of one after
 // the other.
 func TestRace(t *testing.T) {
-	rounds := 20
-	if n, err := strconv.Atoi(os.Getenv("LAB_ROUNDS")); err == nil && n > 100 {
-		rounds = 100
-	}
+	const rounds = 100
 	pf := netdev(t, spare)
 	set := 0
 	for i := range rounds {

@@ -332,3 +332,49 @@ func TestForecast(t *testing.T) {
 		}
 	}
 }
+
+// A driver that makes as many VFs as there were before, and not those that were asked for: they are new ones all the same.
+func TestPartialAfterOthers(t *testing.T) {
+	k := newKernel(t)
+	if err := setCount(t, context.Background(), k, 2, UseNone); err != nil {
+		t.Fatal(err)
+	}
+	k.Partial = 2
+	err := setCount(t, context.Background(), k, 4, UseNone)
+	if err == nil || !strings.Contains(err.Error(), "made 2 without an error") || !strings.Contains(err.Error(), "had 2 VFs before and has 0 now") {
+		t.Errorf("error %v", err)
+	}
+	if got := state(t, k); got != "1" {
+		t.Errorf("left: %s", got)
+	}
+}
+
+// VFs for the host get its driver also where autoprobe is off, and it is off again afterwards.
+func TestHomeWithoutAutoprobe(t *testing.T) {
+	k := newKernel(t)
+	if err := k.Host().Write("sys/bus/pci/devices/"+pf+"/sriov_drivers_autoprobe", "0"); err != nil {
+		t.Fatal(err)
+	}
+	if err := setCount(t, context.Background(), k, 2, UseHome); err != nil {
+		t.Fatal(err)
+	}
+	if got := state(t, k); got != "igbvf/ igbvf/ 0" {
+		t.Errorf("%s", got)
+	}
+}
+
+// A count that is right already is left alone, with what it was made for; what is not so is said.
+func TestRightCount(t *testing.T) {
+	k := newKernel(t)
+	if err := setCount(t, context.Background(), k, 2, UseHome); err != nil {
+		t.Fatal(err)
+	}
+	topology, err := iommu.Scan(k.Host())
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := PlanCount(k.Host(), topology, device(t, k.Host()), Wish{VFs: 2, Use: UseVFIO, Settings: Settings{VLAN: "7"}})
+	if err != nil || p.Changes() || len(p.Notes) != 2 || !strings.Contains(p.Notes[0], "settings are left") || !strings.Contains(p.Notes[1], "not all on a vfio driver") {
+		t.Errorf("%+v, %v", p, err)
+	}
+}

@@ -120,6 +120,14 @@ func (l Link) up() error {
 	return nil
 }
 
+// unlessGone passes over what can no longer be done to an interface, as it is no more: its driver was loaded anew.
+func unlessGone(err error) error {
+	if _, gone := errors.AsType[netlink.LinkNotFoundError](err); gone || errors.Is(err, unix.ENODEV) {
+		return nil
+	}
+	return err
+}
+
 // carrier is how long an interface is waited for that may have no cable.
 const carrier = 5 * time.Second
 

@@ -5,7 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path"
-	"slices"
+	"runtime"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -48,7 +48,14 @@ func decodePrimary(b []byte) (map[resource]pool, error) {
 			Most: uint32(binary.LittleEndian.Uint16(b[o+12:])), Unit: uint32(binary.LittleEndian.Uint16(b[o+14:])),
 		}
 	}
-	return map[resource]pool{queues: at(32), interrupts: at(64)}, nil
+	pools := map[resource]pool{}
+	if b[4]&1 != 0 { // CRT: what it shares at all
+		pools[queues] = at(32)
+	}
+	if b[4]&2 != 0 {
+		pools[interrupts] = at(64)
+	}
+	return pools, nil
 }
 
 // secondary is one of the controllers that VFs are.
@@ -114,6 +121,9 @@ func (p pool) share(n int) uint32 {
 func shareOut(pools map[resource]pool, all []secondary, n int) ([]action, error) {
 	var take, give []action
 	for _, r := range []resource{queues, interrupts} {
+		if _, shared := pools[r]; !shared {
+			continue
+		}
 		each := pools[r].share(n)
 		if least := map[resource]uint32{queues: 2, interrupts: 1}[r]; each < least {
 			return nil, fmt.Errorf("%d VFs would get %d %s each, and need %d: it has %d to share, and %d are its own (nvme virt-mgmt -a 1 and a reset of the controller free these)",
@@ -201,6 +211,13 @@ const (
 	secondaryFromID = 16 // the lowest controller of a page, in the upper half of CDW10
 )
 
+// nvmeStatus is the status code and its type, as a controller answers.
+type nvmeStatus uint16
+
+const invalidField nvmeStatus = 0x002 // also of commands for capabilities that a controller has not
+
+func (s nvmeStatus) Error() string { return fmt.Sprintf("NVMe status %#x", uint16(s)) }
+
 func (c *nvmePF) admin(cmd *passthru) error {
 	cmd.TimeoutMS = adminTimeout
 	for {
@@ -210,7 +227,7 @@ func (c *nvmePF) admin(cmd *passthru) error {
 		case errno != 0:
 			return errno
 		case status != 0:
-			return fmt.Errorf("NVMe status %#x", status&0x7ff) // without the bits "more" and "do not retry"
+			return nvmeStatus(status & 0x7ff) // without the bits "more" and "do not retry"
 		default:
 			return nil
 		}
@@ -220,6 +237,7 @@ func (c *nvmePF) admin(cmd *passthru) error {
 func (c *nvmePF) identify(what, from uint32) ([]byte, error) {
 	b := make([]byte, identifyLength)
 	err := c.admin(&passthru{Opcode: opIdentify, Addr: uint64(uintptr(unsafe.Pointer(&b[0]))), DataLen: identifyLength, CDW10: what | from<<secondaryFromID})
+	runtime.KeepAlive(b)
 	if err != nil {
 		return nil, fmt.Errorf("/dev/%s: identify %#x: %w", c.name, what, err)
 	}
@@ -264,11 +282,14 @@ func planShares(h *iommu.Host, pf *iommu.Device, n int) (name string, actions []
 	}
 	defer c.close()
 	b, err := c.identify(primaryCaps, 0)
+	if errors.Is(err, invalidField) {
+		return "", nil, nil
+	}
 	if err != nil {
 		return "", nil, err
 	}
 	pools, err := decodePrimary(b)
-	if err != nil || pools[queues].Total == 0 && pools[interrupts].Total == 0 {
+	if err != nil || len(pools) == 0 {
 		return "", nil, err
 	}
 	all, err := c.secondaries()
@@ -295,8 +316,12 @@ func doShares(h *iommu.Host, pf *iommu.Device, actions []action) error {
 }
 
 // setOnline lets the first n VFs of a PF begin, and reads back that they have what works.
-func setOnline(h *iommu.Host, pf *iommu.Device, n int) error {
-	c, err := openNVMe(h, pf)
+func setOnline(h *iommu.Host, pf iommu.Address, n int) error {
+	d, err := iommu.ReadDevice(h, pf)
+	if err != nil {
+		return err
+	}
+	c, err := openNVMe(h, &d)
 	if c == nil {
 		return err
 	}
@@ -312,10 +337,7 @@ func setOnline(h *iommu.Host, pf *iommu.Device, n int) error {
 		return err
 	}
 	if left := goOnline(all, n); len(left) > 0 {
-		return fmt.Errorf("%s: %d of its VFs did not come online", pf.Name, len(left))
-	}
-	if i := slices.IndexFunc(all, func(s secondary) bool { return s.VF >= 1 && s.VF <= n && s.Has[queues] < 2 }); i >= 0 {
-		return errors.New(pf.Name + ": a VF came online without queues")
+		return fmt.Errorf("%s: %d of its VFs did not come online", pf, len(left))
 	}
 	return nil
 }

@@ -9,6 +9,7 @@ import (
 // primaryPage is what a controller answers with: the pools at 32 (queues) and 64 (interrupts).
 func primaryPage(q, v pool) []byte {
 	b := make([]byte, identifyLength)
+	b[4] = 3
 	for at, p := range map[int]pool{32: q, 64: v} {
 		binary.LittleEndian.PutUint32(b[at:], p.Total)
 		binary.LittleEndian.PutUint16(b[at+8:], uint16(p.Primary))

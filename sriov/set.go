@@ -7,12 +7,12 @@ import (
 	"fmt"
 	"maps"
 	"net"
+	"path"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
 
-	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
@@ -96,8 +96,10 @@ func readLink(name string, index int) (linkInfo, error) {
 	}
 	const withoutStats = 1 << 3 // RTEXT_FILTER_SKIP_STATS
 	answer, err := ask(nl.RTEXT_FILTER_VF)
-	if errors.Is(err, unix.EMSGSIZE) { // more VFs than an attribute of 64 KiB holds with their counters
-		answer, err = ask(nl.RTEXT_FILTER_VF | withoutStats)
+	for _, less := range []uint32{nl.RTEXT_FILTER_VF | withoutStats, 0} {
+		if errors.Is(err, unix.EMSGSIZE) || errors.Is(err, unix.EINVAL) { // more VFs than an attribute, or a message, of 64 KiB holds
+			answer, err = ask(less)
+		}
 	}
 	if err != nil {
 		return linkInfo{}, err
@@ -222,7 +224,7 @@ func PlanSet(h *iommu.Host, pf, vf *iommu.Device, want Settings) (*SetPlan, erro
 	return planSet(h, pf, vf, want, port, links)
 }
 
-func planSet(h *iommu.Host, pf, vf *iommu.Device, want Settings, port *Port, links []netlink.Link) (*SetPlan, error) {
+func planSet(h *iommu.Host, pf, vf *iommu.Device, want Settings, port *Port, links []linkInfo) (*SetPlan, error) {
 	want, err := resolved(h, pf, vf, want)
 	if err != nil {
 		return nil, err
@@ -271,7 +273,7 @@ func planNew(h *iommu.Host, pf *iommu.Device, n int, want Settings) ([]SetPlan, 
 	return out, nil
 }
 
-// configure gives all VFs of a PF settings. None has a driver yet; on failure its caller removes them.
+// configure gives all VFs of a PF settings. On failure its caller removes them.
 func configure(ctx context.Context, b *vfio.Binder, pf iommu.Address, want Settings) error {
 	if len(want) == 0 || !b.Host.Live() {
 		return nil
@@ -296,6 +298,12 @@ func configure(ctx context.Context, b *vfio.Binder, pf iommu.Address, want Setti
 		want, err := resolved(b.Host, &d, vf, want)
 		if err != nil {
 			return err
+		}
+		if driver, err := iommu.ReadDriver(b.Host, v.Address); err != nil {
+			return err
+		} else if driver != "" { // an interrupted run has come as far as that
+			want = maps.Clone(want)
+			delete(want, MSIX)
 		}
 		now, _ := port.Of(v.Index)
 		p := SetPlan{VF: vf, Want: want, Settings: planSettings(now.Settings, want), port: port}
@@ -343,28 +351,43 @@ func resolved(h *iommu.Host, pf, vf *iommu.Device, want Settings) (Settings, err
 	return out, nil
 }
 
-// linksIfAsked are all interfaces of this host, if a MAC address is wanted.
-func linksIfAsked(h *iommu.Host, want Settings) ([]netlink.Link, error) {
+// linksIfAsked are the interfaces of this host that devices have, each with its VFs, if a MAC address is wanted.
+func linksIfAsked(h *iommu.Host, want Settings) ([]linkInfo, error) {
 	if want[MAC] == "" || want[MAC] == noMAC || !h.Live() {
 		return nil, nil
 	}
-	links, err := netlink.LinkList()
+	names, err := h.Names(netClass)
 	if err != nil {
-		return nil, fmt.Errorf("list network interfaces: %w", err)
+		return nil, err
 	}
-	return links, nil
+	var out []linkInfo
+	for _, n := range names {
+		device, err := h.LinkBase(path.Join(netClass, n, "device"))
+		if err != nil {
+			continue // of no device
+		}
+		l, err := readLink(n, 0)
+		if errors.Is(err, unix.ENODEV) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("interface %s: %w", n, err)
+		}
+		l.device = device
+		out = append(out, l)
+	}
+	return out, nil
 }
 
 // ownedByNone refuses a MAC address that something else on this host has: a device's interface, or another VF.
-func ownedByNone(links []netlink.Link, mac string, port *Port, vf *iommu.Device) error {
+func ownedByNone(links []linkInfo, mac string, port *Port, vf *iommu.Device) error {
 	for _, l := range links {
-		a := l.Attrs()
-		if a.ParentDev != "" && a.ParentDev != vf.Name && a.HardwareAddr.String() == mac {
-			return fmt.Errorf("MAC address %s is that of %s already", mac, a.Name)
+		if l.device != vf.Name && l.address.String() == mac {
+			return fmt.Errorf("MAC address %s is that of %s already", mac, l.name)
 		}
-		for _, other := range a.Vfs {
-			if other.Mac.String() == mac && (a.Index != port.index || other.ID != vf.VFIndex) {
-				return fmt.Errorf("MAC address %s is that of vf%d of %s already", mac, other.ID, a.Name)
+		for _, other := range l.vfs {
+			if other.Settings[MAC] == mac && (l.index != port.index || other.Index != vf.VFIndex) {
+				return fmt.Errorf("MAC address %s is that of vf%d of %s already", mac, other.Index, l.name)
 			}
 		}
 	}
@@ -384,7 +407,7 @@ type setRecord struct {
 // of it, and names the keys that the driver takes and does not report.
 func Set(ctx context.Context, b *vfio.Binder, p *SetPlan) (unverified []string, err error) {
 	if len(p.Settings) == 0 {
-		return nil, nil
+		return nil, remember(b, p)
 	}
 	r := setRecord{p.VF.Address, p.VF.VFIndex, Settings{}}
 	for _, s := range p.Settings {

@@ -41,6 +41,7 @@ type linkInfo struct {
 	switchID string // of its e-switch, "" if it is none's port
 	portName string
 	vfs      []VFInfo
+	device   string // that it is of, where its asker knows
 }
 
 const statsPad = 6 // IFLA_VF_STATS_PAD, between multicast and rx_dropped

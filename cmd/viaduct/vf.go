@@ -183,9 +183,6 @@ type countView struct {
 
 // runVFCount is create and destroy: both set the number of VFs. All PFs are planned and asked for before the first is changed.
 func runVFCount(ctx context.Context, e *env, o createOptions) error {
-	if o.timeout == 0 {
-		o.timeout = vfio.DefaultTimeout + time.Duration(o.wish.VFs)*time.Second
-	}
 	ctx, stop, c, err := e.beginChange(ctx, o.timeout)
 	if err != nil {
 		return err
@@ -195,25 +192,37 @@ func runVFCount(ctx context.Context, e *env, o createOptions) error {
 	if err != nil {
 		return err
 	}
-	var plans []*sriov.Plan
-	var victims []*iommu.Device
-	for _, pf := range pfs {
-		plan, err := sriov.PlanCount(c.host, c.topology, pf, o.wish)
-		if err != nil {
-			return usageIfMeant(err)
+	if o.timeout == 0 {
+		most := o.wish.VFs
+		for _, pf := range pfs {
+			if pf.SRIOV != nil {
+				most = max(most, len(pf.SRIOV.VFs))
+			}
 		}
-		plans, victims = append(plans, plan), append(victims, plan.Victims...)
+		c.binder.Timeout = vfio.DefaultTimeout + time.Duration(most)*time.Second
+	}
+	plans, victims, err := c.planCounts(pfs, o.wish)
+	if err != nil {
+		return err
 	}
 	if len(victims) > 0 {
 		if err := c.lock(ctx, victims); err != nil {
 			return err
 		}
+		if c.live() && !c.undisturbed() { // they may be another's by now
+			if pfs, err = c.lockPFs(ctx, o.pfs); err != nil {
+				return err
+			}
+			if plans, _, err = c.planCounts(pfs, o.wish); err != nil {
+				return err
+			}
+		}
 	}
 	var errs []error
 	for _, plan := range plans {
-		errs = append(errs, sriov.Check(c.host, c.topology, plan, o.force))
+		errs = append(errs, sriov.Check(c.host, c.topology, plan, o.force, e.dryRun))
 	}
-	if err := errors.Join(errs...); err != nil {
+	if err := errors.Join(errs...); err != nil && !e.dryRun {
 		return err
 	}
 	views := []countView{}
@@ -230,7 +239,19 @@ func runVFCount(ctx context.Context, e *env, o createOptions) error {
 	} else if e.json && len(views) > 0 {
 		errs = append(errs, writeJSON(e.stdout, views[0]))
 	}
-	return mixed(errors.Join(errs...), len(views) > 0)
+	return mixed(errors.Join(errs...), len(views) > 0 && !e.dryRun)
+}
+
+// planCounts plans for each PF, and says which VFs go.
+func (c *changing) planCounts(pfs []*iommu.Device, wish sriov.Wish) (plans []*sriov.Plan, victims []*iommu.Device, err error) {
+	for _, pf := range pfs {
+		plan, err := sriov.PlanCount(c.host, c.topology, pf, wish)
+		if err != nil {
+			return nil, nil, usageIfMeant(err)
+		}
+		plans, victims = append(plans, plan), append(victims, plan.Victims...)
+	}
+	return plans, victims, nil
 }
 
 // count carries out one PF's plan, and tells people.

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
+	"io/fs"
 	"strconv"
 	"strings"
 
@@ -113,7 +114,7 @@ func viewPF(h *iommu.Host, t *iommu.Topology, names *iommu.Names, d *iommu.Devic
 	if x.VFs != nil {
 		v.Autoprobe = x.VFs.Autoprobe
 	}
-	if v.Eswitch, err = sriov.ReadEswitch(h, d); err != nil {
+	if v.Eswitch, err = sriov.ReadEswitch(h, d); err != nil && !errors.Is(err, fs.ErrPermission) { // root alone is told
 		return v, err
 	}
 	v.VFs, v.Uplinks, err = viewVFs(h, t, d)

@@ -261,7 +261,12 @@ func runVFSync(ctx context.Context, e *env, sel []iommu.Selector, timeout time.D
 				errs = append(errs, err)
 				continue
 			}
-			view, err := c.set(ctx, pf, vf, asked[index])
+			want := asked[index]
+			if _, vectors := want[sriov.MSIX]; vectors && vf.Driver != "" {
+				e.note("%s: msix is left as it is, as it is on driver %s", vf.Name, vf.Driver)
+				delete(want, sriov.MSIX)
+			}
+			view, err := c.set(ctx, pf, vf, want)
 			if errs = append(errs, err); err == nil {
 				views = append(views, view)
 			}

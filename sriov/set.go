@@ -509,8 +509,12 @@ func recoverSet(ctx context.Context, b *vfio.Binder, pf iommu.Address, data json
 		return fmt.Sprintf("has no vf%d any more, whose change of settings had been interrupted", r.Index), nil
 	}
 	for _, s := range planSettings(now.Settings, r.Old) {
-		if err := port.change(ctx, b, vf, s); err != nil {
+		err := port.change(ctx, b, vf, s)
+		if _, stuck := errors.AsType[*vfio.StuckError](err); stuck {
 			return "is not done", err
+		}
+		if err != nil { // told once: a record that stays would keep the PF from all further changes
+			return "is not done", errors.Join(err, b.End(pf))
 		}
 	}
 	return fmt.Sprintf("has the old settings of vf%d: their change had been interrupted", r.Index), nil

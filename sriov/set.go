@@ -9,11 +9,9 @@ import (
 	"net"
 	"path"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
-	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"viaduct/iommu"
@@ -21,117 +19,6 @@ import (
 )
 
 const msixFile = "sriov_vf_msix_count"
-
-// Port is a PF's own network interface, over which its VFs' settings go, with what its driver reports of each VF.
-type Port struct {
-	PF       *iommu.Device
-	Name     string
-	SwitchID string // of its e-switch; "" if it is no port of one
-	VFs      []VFInfo
-
-	index int
-}
-
-// ReadPort asks for a PF's own interface; nil for a PF that has none, as one of NVMe. On a captured host nobody can be asked,
-// and nothing is known of the VFs.
-func ReadPort(h *iommu.Host, pf *iommu.Device) (*Port, error) {
-	var port *Port
-	err := byName(h, pf, func(pf *iommu.Device) (err error) {
-		port, err = readPort(h, pf)
-		return err
-	})
-	return port, err
-}
-
-func readPort(h *iommu.Host, pf *iommu.Device) (*Port, error) {
-	var port *Port
-	for _, n := range ownInterfaces(h, pf) {
-		if !h.Live() {
-			return &Port{PF: pf, Name: n}, nil
-		}
-		l, err := readLink(n, 0)
-		if err != nil {
-			return nil, fmt.Errorf("interface %s: %w", n, err)
-		}
-		if port == nil || len(l.vfs) > len(port.VFs) { // a card with several ports a function has its VFs on one
-			port = &Port{PF: pf, Name: l.name, SwitchID: l.switchID, VFs: l.vfs, index: l.index}
-		}
-	}
-	return port, nil
-}
-
-// Of is what is reported of a VF, false if nothing is.
-func (p *Port) Of(index int) (VFInfo, bool) {
-	if p != nil {
-		for _, vf := range p.VFs {
-			if vf.Index == index {
-				return vf, true
-			}
-		}
-	}
-	return VFInfo{Settings: Settings{}}, false
-}
-
-// again asks for the same interface, whatever its name is now.
-func (p *Port) again() (*Port, error) {
-	if p.index == 0 {
-		return p, nil
-	}
-	l, err := readLink("", p.index)
-	return &Port{PF: p.PF, Name: l.name, SwitchID: l.switchID, VFs: l.vfs, index: l.index}, err
-}
-
-// readLink asks for one interface, by name or by index, with its VFs: a dump of all has no room for many.
-func readLink(name string, index int) (linkInfo, error) {
-	ask := func(filter uint32) ([][]byte, error) {
-		req := nl.NewNetlinkRequest(unix.RTM_GETLINK, 0)
-		msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
-		msg.Index = int32(index)
-		req.AddData(msg)
-		if index == 0 {
-			req.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)))
-		}
-		req.AddData(nl.NewRtAttr(unix.IFLA_EXT_MASK, nl.Uint32Attr(filter)))
-		return req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWLINK)
-	}
-	const withoutStats = 1 << 3 // RTEXT_FILTER_SKIP_STATS
-	answer, err := ask(nl.RTEXT_FILTER_VF)
-	for _, less := range []uint32{nl.RTEXT_FILTER_VF | withoutStats, 0} {
-		if errors.Is(err, unix.EMSGSIZE) || errors.Is(err, unix.EINVAL) { // more VFs than an attribute, or a message, of 64 KiB holds
-			answer, err = ask(less)
-		}
-	}
-	if err != nil {
-		return linkInfo{}, err
-	}
-	if len(answer) == 0 {
-		return linkInfo{}, unix.ENODEV
-	}
-	return decodeLink(answer[0])
-}
-
-// send makes one setting. The kernel's own words come with its errno where it has some.
-func (p *Port) send(vf int, s Setting) error {
-	kind, value := s.encode(vf)
-	socket, err := nl.Subscribe(unix.NETLINK_ROUTE)
-	if err != nil {
-		return err
-	}
-	defer socket.Close()
-	if err := socket.SetExtAck(true); err != nil {
-		return err
-	}
-	req := nl.NewNetlinkRequest(unix.RTM_SETLINK, unix.NLM_F_ACK)
-	req.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: {Socket: socket}}
-	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
-	msg.Index = int32(p.index) // not the name, which may change meanwhile
-	req.AddData(msg)
-	list := nl.NewRtAttr(unix.IFLA_VFINFO_LIST, nil)
-	list.AddRtAttr(nl.IFLA_VF_INFO, nil).AddRtAttr(kind, value)
-	req.AddData(list)
-	_, err = req.Execute(unix.NETLINK_ROUTE, 0)
-	return err
-}
 
 // SettingError says which setting of a VF a PF's driver refused.
 type SettingError struct {
@@ -518,65 +405,4 @@ func recoverSet(ctx context.Context, b *vfio.Binder, pf iommu.Address, data json
 		}
 	}
 	return fmt.Sprintf("has the old settings of vf%d: their change had been interrupted", r.Index), nil
-}
-
-// asked is what was last set of a VF, kept until the VFs go or the host is booted, so that it can be set again after the PF
-// was reset.
-type asked struct {
-	PF       iommu.ID `json:"pf"`
-	Index    int      `json:"index"`
-	Settings Settings `json:"settings"`
-}
-
-// askedPrefix names the records of a PF's VFs, by the PF's place: its address may change within a boot, its place not.
-func askedPrefix(h *iommu.Host, pf *iommu.Device) (string, error) {
-	place, err := iommu.PathOf(h, pf)
-	return "asked-" + strings.ReplaceAll(place, "/", "_") + "-", err
-}
-
-func remember(b *vfio.Binder, p *SetPlan) error {
-	prefix, err := askedPrefix(b.Host, p.port.PF)
-	if err != nil {
-		return err
-	}
-	key := prefix + strconv.Itoa(p.VF.VFIndex)
-	var a asked
-	if known, err := b.Journal.Get(key, &a); err != nil || !known || a.PF != p.port.PF.ID {
-		a = asked{PF: p.port.PF.ID, Index: p.VF.VFIndex, Settings: Settings{}}
-	}
-	maps.Copy(a.Settings, p.Want)
-	return b.Journal.Put(key, a)
-}
-
-// Asked are the settings that were last asked for, by VF, of a PF's VFs.
-func Asked(b *vfio.Binder, pf *iommu.Device) (map[int]Settings, error) {
-	prefix, err := askedPrefix(b.Host, pf)
-	if err != nil {
-		return nil, err
-	}
-	keys, err := b.Journal.Keys(prefix)
-	out := map[int]Settings{}
-	for _, k := range keys {
-		var a asked
-		if _, err := b.Journal.Get(k, &a); err != nil {
-			return nil, err
-		}
-		if a.PF == pf.ID {
-			out[a.Index] = a.Settings
-		}
-	}
-	return out, err
-}
-
-// forgetAsked is for VFs that are no more.
-func forgetAsked(b *vfio.Binder, pf *iommu.Device) error {
-	prefix, err := askedPrefix(b.Host, pf)
-	if err != nil {
-		return err
-	}
-	keys, err := b.Journal.Keys(prefix)
-	for _, k := range keys {
-		err = errors.Join(err, b.Journal.Delete(k))
-	}
-	return err
 }

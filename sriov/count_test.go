@@ -378,3 +378,21 @@ func TestRightCount(t *testing.T) {
 		t.Errorf("%+v, %v", p, err)
 	}
 }
+
+func TestVectors(t *testing.T) {
+	k := newKernel(t)
+	if err := os.WriteFile(filepath.Join(k.Dir(), pfDir, "sriov_vf_total_msix"), []byte("10\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	topology, err := iommu.Scan(k.Host())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for vectors, fits := range map[string]bool{"2": true, "3": false} {
+		_, err := PlanCount(k.Host(), topology, device(t, k.Host()), Wish{VFs: 4, Settings: Settings{MSIX: vectors}})
+		var why *ForecastError
+		if errors.As(err, &why) == fits {
+			t.Errorf("%s vectors for each of 4 VFs of 10: %v", vectors, err)
+		}
+	}
+}

@@ -1,9 +1,14 @@
 package sriov
 
 import (
+	"slices"
+	"strings"
 	"testing"
 
 	"github.com/vishvananda/netlink/nl"
+
+	"viaduct/iommu"
+	"viaduct/vfio"
 )
 
 func TestDecodeEswitch(t *testing.T) {
@@ -34,6 +39,34 @@ func TestParsePortName(t *testing.T) {
 	} {
 		if pf, vf, kind := parsePortName(name); kind != want.kind || kind != 0 && (pf != want.pf || vf != want.vf) {
 			t.Errorf("%q: %d, %d, %q, want %+v", name, pf, vf, kind, want)
+		}
+	}
+}
+
+// The mode is set where the driver needs it: ice has none but without VFs, mlx5 becomes switchdev when they are there and have no
+// driver, and legacy before.
+func TestEswitchOrder(t *testing.T) {
+	for _, c := range []struct{ driver, mode, want string }{
+		{"ice", switchdev, "clear mode count override"},
+		{"ice", legacy, "clear mode count override"},
+		{"mlx5_core", switchdev, "clear count mode override"},
+		{"mlx5_core", legacy, "clear mode count override"},
+	} {
+		step := func(word string) []vfio.Step { return []vfio.Step{{Path: word, Value: "1"}} }
+		p := Plan{
+			PF: &iommu.Device{Name: "0000:01:00.0", Driver: c.driver}, Eswitch: Eswitch{Mode: c.mode},
+			Clear: step("clear"), Before: step("count"), After: step("override"),
+		}
+		var got []string
+		for _, line := range p.Steps() {
+			for _, word := range []string{"clear", "mode", "count", "override"} {
+				if strings.Contains(line, word) {
+					got = append(got, word)
+				}
+			}
+		}
+		if !slices.Equal(got, strings.Fields(c.want)) {
+			t.Errorf("%s to %s: %v, want %s", c.driver, c.mode, got, c.want)
 		}
 	}
 }

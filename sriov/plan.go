@@ -165,6 +165,9 @@ func PlanCount(h *iommu.Host, t *iommu.Topology, pf *iommu.Device, wish Wish) (*
 	if err := forecast(h, pf, n); err != nil {
 		return nil, err
 	}
+	if err := vectorsLeft(h, pf, n, wish.Settings); err != nil {
+		return nil, err
+	}
 	if p.Up, err = linksDown(h, pf); err != nil {
 		return nil, err
 	}

@@ -120,6 +120,22 @@ func forecast(h *iommu.Host, pf *iommu.Device, n int) error {
 	return nil
 }
 
+// vectorsLeft refuses more interrupt vectors for new VFs than the PF has to give (sriov_vf_total_msix).
+func vectorsLeft(h *iommu.Host, pf *iommu.Device, n int, settings Settings) error {
+	each, err := strconv.Atoi(settings[MSIX])
+	if err != nil {
+		return nil // none are asked for
+	}
+	pool, err := h.Int(attribute(pf.Address, "sriov_vf_total_msix"))
+	if err != nil || pool == 0 {
+		return nil // its driver has no such pool, and will say so
+	}
+	if each*n > pool {
+		return &ForecastError{pf.Address, n, fmt.Sprintf("with %d interrupt vectors each they need %d, and it has %d for all VFs", each, each*n, pool)}
+	}
+	return nil
+}
+
 func number(hex string) uint64 {
 	n, _ := strconv.ParseUint(hex, 0, 64)
 	return n

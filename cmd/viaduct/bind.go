@@ -141,11 +141,23 @@ func unbindCommand(e *env) *cli.Command {
 }
 
 func runBind(ctx context.Context, e *env, o bindOptions) error {
+	return e.tellChanges(e.bind(ctx, o))
+}
+
+// tellChanges prints what --json prints of a change, whatever came of it.
+func (e *env) tellChanges(views []changeView, err error) error {
+	if e.json && views != nil {
+		err = errors.Join(err, writeJSON(e.stdout, views))
+	}
+	return err
+}
+
+func (e *env) bind(ctx context.Context, o bindOptions) ([]changeView, error) {
 	var owner *vfio.NodeOwner
 	if o.owner != "" {
 		var err error
 		if owner, err = vfio.ParseNodeOwner(o.owner); err != nil {
-			return usagef("--node-owner: %w", err)
+			return nil, usagef("--node-owner: %w", err)
 		}
 	}
 	lasts := " (until the next boot)"
@@ -202,14 +214,16 @@ func runBindSaved(ctx context.Context, e *env, o changeOptions) error {
 		errs = append(errs, err)
 	}
 	o.keepGoing = true
+	views := []changeView{}
 	for w, selectors := range ways {
-		errs = append(errs, runBind(ctx, e, bindOptions{selectors: selectors, driver: w.driver, owner: w.owner, changeOptions: o}))
+		done, err := e.bind(ctx, bindOptions{selectors: selectors, driver: w.driver, owner: w.owner, changeOptions: o})
+		views, errs = append(views, done...), append(errs, err)
 	}
-	return mixed(errors.Join(errs...), len(all) > 1)
+	return e.tellChanges(views, mixed(errors.Join(errs...), len(all) > 1))
 }
 
 func runUnbind(ctx context.Context, e *env, sel []iommu.Selector, o changeOptions) error {
-	return e.change(ctx, sel, changer{
+	views, err := e.change(ctx, sel, changer{
 		options: o,
 		check:   (*vfio.Gate).GiveBack,
 		plan:    (*vfio.Binder).PlanGiveBack,
@@ -226,6 +240,7 @@ func runUnbind(ctx context.Context, e *env, sel []iommu.Selector, o changeOption
 			return errors.Join(errs...)
 		},
 	})
+	return e.tellChanges(views, err)
 }
 
 // tellSaved says that a device that was given back is still written down, or, with forget, ends that.
@@ -271,43 +286,43 @@ type changeView struct {
 
 // change resolves the devices, locks them, finishes what an interrupted run left, lets every gate speak before the first
 // write, and then carries out all units.
-func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) error {
+func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) ([]changeView, error) {
 	ctx, stop, on, err := e.beginChange(ctx, c.options.timeout)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer stop()
 	h, t, b := on.host, on.topology, on.binder
 	b.Owner = c.owner
 	asked, units, err := resolveUnits(h, t, sel)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	gate := &vfio.Gate{Host: h, Force: c.options.force, Driver: c.driver, DryRun: e.dryRun}
 	if on.live() {
 		if err := b.Lock(ctx, slices.Concat(units...)); err != nil {
-			return err
+			return nil, err
 		}
 		if err := on.recover(ctx); err != nil {
-			return err
+			return nil, err
 		}
 		gate.Stuck = on.stuck
 		if !on.undisturbed() {
 			if err := refresh(h, units, gate.Stuck); err != nil {
-				return err
+				return nil, err
 			}
 		}
 	}
 	gate.Topology, gate.Asked, b.Gate = t, asked, gate
 	refusals, err := c.check(gate, units)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for _, holder := range gate.Passed {
 		e.note("by force, although %s", holder)
 	}
 	if err := errors.Join(refusals...); err != nil && !c.options.keepGoing && !e.dryRun {
-		return err
+		return nil, err
 	}
 	var errs []error
 	pass := units[:0:0]
@@ -356,17 +371,13 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) error
 			e.note("vfio-pci.ids= in %s claims all %04x:%04x: at the next boot vfio-pci has them again", where, id.Vendor, id.Device)
 		}
 	}
-	if e.json {
-		if err := writeJSON(e.stdout, views); err != nil {
-			return err
-		}
-	} else {
+	if !e.json {
 		e.printChanges(views, c.lasts)
 	}
 	if t.InterruptRemapping != nil && !*t.InterruptRemapping {
 		e.note("interrupt remapping is off on this host, so VFIO will refuse to open the device")
 	}
-	return mixed(errors.Join(errs...), len(results) > 0 && !e.dryRun)
+	return views, mixed(errors.Join(errs...), len(results) > 0 && !e.dryRun)
 }
 
 // mixed makes refusals that were passed over a plain failure: something was touched.

@@ -309,7 +309,7 @@ func TestReason(t *testing.T) {
 	do(t, "vf", "create", nvme, "1")
 	vf := vfs(nvme)[0]
 	do(t, "bind", vf)
-	shell(t, "rm /run/viaduct/taken-"+vf+".json") // as if another tool had taken it
+	shell(t, "rm /run/viaduct/taken-"+vf+".json")                                    // as if another tool had taken it
 	shell(t, "nvme virt-mgmt /dev/"+names(devicesDir, nvme, "nvme")[0]+" -c 1 -a 7") // offline, no driver can have it
 	r := run(t, viaduct, "unbind", vf)
 	if r.status != 1 || !strings.Contains(r.stderr, "did not bind it to nvme; the kernel says: nvme") {

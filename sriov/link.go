@@ -58,13 +58,15 @@ func linksDown(h *iommu.Host, pf *iommu.Device) ([]Link, error) {
 func readLinksDown(h *iommu.Host, pf *iommu.Device) ([]Link, error) {
 	var out []Link
 	for _, n := range ownInterfaces(h, pf) {
-		text, err1 := h.String(path.Join(netClass, n, "flags"))
-		index, err2 := h.Int(path.Join(netClass, n, "ifindex"))
-		err := errors.Join(err1, err2)
+		text, err := h.String(path.Join(netClass, n, "flags"))
 		if host.Absent(err) && !h.Live() {
 			continue // not captured
 		}
 		if err != nil {
+			return nil, err
+		}
+		index, err := h.Int(path.Join(netClass, n, "ifindex"))
+		if err != nil && h.Live() { // nobody needs it of a captured host
 			return nil, err
 		}
 		flags, err := strconv.ParseUint(text, 0, 32)
@@ -206,9 +208,12 @@ func mtusBelow(h *iommu.Host, pf *iommu.Device, mtu int) ([]MTU, error) {
 			return fmt.Errorf("%s has no network interface, and so no MTU", pf.Name)
 		}
 		for _, n := range own {
-			now, err1 := h.Int(path.Join(netClass, n, "mtu"))
-			index, err2 := h.Int(path.Join(netClass, n, "ifindex"))
-			if err := errors.Join(err1, err2); err != nil {
+			now, err := h.Int(path.Join(netClass, n, "mtu"))
+			if err != nil {
+				return err
+			}
+			index, err := h.Int(path.Join(netClass, n, "ifindex"))
+			if err != nil && h.Live() {
 				return err
 			}
 			if now < mtu {

@@ -72,20 +72,16 @@ func eswitchRequest(command uint8, bus, device string) (*nl.NetlinkRequest, func
 	if err != nil {
 		return nil, nil, err
 	}
-	socket, err := nl.Subscribe(unix.NETLINK_GENERIC)
+	session, err := socket(unix.NETLINK_GENERIC)
 	if err != nil {
 		return nil, nil, err
 	}
-	if err := socket.SetExtAck(true); err != nil {
-		socket.Close()
-		return nil, nil, err
-	}
 	req := nl.NewNetlinkRequest(int(family.ID), unix.NLM_F_ACK)
-	req.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_GENERIC: {Socket: socket}}
+	req.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_GENERIC: session}
 	req.AddData(&nl.Genlmsg{Command: command, Version: nl.GENL_DEVLINK_VERSION})
 	req.AddData(nl.NewRtAttr(nl.DEVLINK_ATTR_BUS_NAME, nl.ZeroTerminated(bus)))
 	req.AddData(nl.NewRtAttr(nl.DEVLINK_ATTR_DEV_NAME, nl.ZeroTerminated(device)))
-	return req, socket.Close, nil
+	return req, session.Socket.Close, nil
 }
 
 // readEswitch asks for a device's e-switch: nil if it has none.

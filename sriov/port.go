@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"viaduct/iommu"
+	"viaduct/vfio"
 )
 
 // Port is a PF's own network interface, over which its VFs' settings go, with what its driver reports of each VF.
@@ -17,7 +18,44 @@ type Port struct {
 	SwitchID string // of its e-switch; "" if it is no port of one
 	VFs      []VFInfo
 
-	index int
+	index     int
+	permanent string           // its permanent MAC address, once it was asked for
+	session   *nl.SocketHandle // for many settings, between open and close
+}
+
+// open has all settings up to close go over one socket.
+func (p *Port) open() error {
+	s, err := socket(unix.NETLINK_ROUTE)
+	p.session = s
+	return err
+}
+
+func (p *Port) close() {
+	if p.session != nil {
+		p.session.Socket.Close()
+		p.session = nil
+	}
+}
+
+// socket is one on which the kernel's own words come with its errnos.
+func socket(protocol int) (*nl.SocketHandle, error) {
+	s, err := nl.Subscribe(protocol)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.SetExtAck(true); err != nil {
+		s.Close()
+		return nil, err
+	}
+	return &nl.SocketHandle{Socket: s}, nil
+}
+
+// permanentMAC is what the addresses of VFs are derived from.
+func (p *Port) permanentMAC(h *iommu.Host) string {
+	if p.permanent == "" {
+		p.permanent = vfio.PermanentMACs(h, []string{p.Name})[p.Name]
+	}
+	return p.permanent
 }
 
 // ReadPort asks for a PF's own interface; nil for a PF that has none, as one of NVMe. On a captured host nobody can be asked,
@@ -101,22 +139,20 @@ func readLink(name string, index int) (linkInfo, error) {
 // send makes one setting. The kernel's own words come with its errno where it has some.
 func (p *Port) send(vf int, s Setting) error {
 	kind, value := s.encode(vf)
-	socket, err := nl.Subscribe(unix.NETLINK_ROUTE)
-	if err != nil {
-		return err
-	}
-	defer socket.Close()
-	if err := socket.SetExtAck(true); err != nil {
-		return err
+	if p.session == nil {
+		if err := p.open(); err != nil {
+			return err
+		}
+		defer p.close()
 	}
 	req := nl.NewNetlinkRequest(unix.RTM_SETLINK, unix.NLM_F_ACK)
-	req.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: {Socket: socket}}
+	req.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: p.session}
 	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
 	msg.Index = int32(p.index) // not the name, which may change meanwhile
 	req.AddData(msg)
 	list := nl.NewRtAttr(unix.IFLA_VFINFO_LIST, nil)
 	list.AddRtAttr(nl.IFLA_VF_INFO, nil).AddRtAttr(kind, value)
 	req.AddData(list)
-	_, err = req.Execute(unix.NETLINK_ROUTE, 0)
+	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
 	return err
 }

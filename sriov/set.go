@@ -9,6 +9,7 @@ import (
 	"net"
 	"path"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -112,7 +113,7 @@ func PlanSet(h *iommu.Host, pf, vf *iommu.Device, want Settings) (*SetPlan, erro
 }
 
 func planSet(h *iommu.Host, pf, vf *iommu.Device, want Settings, port *Port, links []linkInfo) (*SetPlan, error) {
-	want, err := resolved(h, pf, vf, want)
+	want, err := resolved(h, pf, vf, want, port)
 	if err != nil {
 		return nil, err
 	}
@@ -179,10 +180,16 @@ func configure(ctx context.Context, b *vfio.Binder, pf iommu.Address, want Setti
 	if port == nil {
 		port = &Port{PF: &d}
 	}
+	if port.index != 0 {
+		if err := port.open(); err != nil {
+			return err
+		}
+		defer port.close()
+	}
 	var plans []SetPlan
 	for _, v := range d.SRIOV.VFs {
 		vf := &iommu.Device{Name: v.Address.String(), Address: v.Address, PCI: true, PhysFn: &pf, VFIndex: v.Index}
-		want, err := resolved(b.Host, &d, vf, want)
+		want, err := resolved(b.Host, &d, vf, want, port)
 		if err != nil {
 			return err
 		}
@@ -199,14 +206,19 @@ func configure(ctx context.Context, b *vfio.Binder, pf iommu.Address, want Setti
 		}
 		plans = append(plans, p)
 	}
-	if port, err = port.again(); err != nil {
+	now, err := port.again()
+	if err != nil {
+		return err
+	}
+	prefix, err := askedPrefix(b.Host, &d)
+	if err != nil {
 		return err
 	}
 	for _, p := range plans {
-		if _, err := p.verify(port); err != nil {
+		if _, err := p.verify(now); err != nil {
 			return err
 		}
-		if err := remember(b, &p); err != nil {
+		if err := b.Journal.Put(prefix+strconv.Itoa(p.VF.VFIndex), asked{d.ID, p.VF.VFIndex, p.Want}); err != nil {
 			return err
 		}
 	}
@@ -217,17 +229,16 @@ func configure(ctx context.Context, b *vfio.Binder, pf iommu.Address, want Setti
 const noMAC = "00:00:00:00:00:00"
 
 // resolved puts the address that "stable" stands for in its place.
-func resolved(h *iommu.Host, pf, vf *iommu.Device, want Settings) (Settings, error) {
+func resolved(h *iommu.Host, pf *iommu.Device, vf *iommu.Device, want Settings, port *Port) (Settings, error) {
 	if want[MAC] != StableMAC {
 		return want, nil
 	}
-	own := ownInterfaces(h, pf)
-	if len(own) == 0 {
+	if port == nil || port.Name == "" {
 		return nil, fmt.Errorf("%s has no network interface to derive a MAC address from", pf.Name)
 	}
-	permanent, err := net.ParseMAC(vfio.PermanentMACs(h, own[:1])[own[0]])
+	permanent, err := net.ParseMAC(port.permanentMAC(h))
 	if err != nil {
-		return nil, fmt.Errorf("interface %s: %w", own[0], err)
+		return nil, fmt.Errorf("interface %s: %w", port.Name, err)
 	}
 	mac, err := DeriveMAC(permanent, vf.VFIndex)
 	if err != nil {

@@ -166,18 +166,13 @@ func (p *Plan) verify(h *iommu.Host) error {
 
 // takeAll puts all VFs of a PF onto a vfio driver.
 func takeAll(ctx context.Context, b *vfio.Binder, pf iommu.Address) error {
-	now, err := iommu.ReadDevice(b.Host, pf)
+	vfs, err := vfDevices(b.Host, pf)
 	if err != nil {
 		return err
 	}
 	var units [][]*iommu.Device
-	for _, v := range now.SRIOV.VFs {
-		vf, err := iommu.ReadDevice(b.Host, v.Address)
-		if err != nil {
-			return err
-		}
-		vf.PhysFn, vf.VFIndex = &pf, v.Index
-		units = append(units, []*iommu.Device{&vf})
+	for _, vf := range vfs {
+		units = append(units, []*iommu.Device{vf})
 	}
 	var errs []error
 	for _, r := range b.Take(ctx, units, vfio.Auto) {

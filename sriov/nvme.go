@@ -19,7 +19,7 @@ import (
 
 const nvmeClass = 0x010802
 
-// Resource is a kind of what a primary controller shares with its VFs.
+// resource is a kind of what a primary controller shares with its VFs.
 type resource uint32
 
 const (

@@ -105,6 +105,9 @@ func attribute(pf iommu.Address, name string) string {
 	return path.Join("sys/bus/pci/devices", pf.String(), name)
 }
 
+// autoprobe is the file that says whether the kernel offers new VFs to drivers.
+func autoprobe(pf iommu.Address) string { return attribute(pf, "sriov_drivers_autoprobe") }
+
 // PlanCount plans how a PF gets to have its VFs. From one number to another, and to another mode of the e-switch, it goes
 // through none, which ends all VFs: see [Check]. Nothing is planned of what is right already. A *RangeError, *NotPFError or
 // *ForecastError says that it cannot be.
@@ -177,7 +180,7 @@ func PlanCount(h *iommu.Host, t *iommu.Topology, pf *iommu.Device, wish Wish) (*
 	} else if err != nil {
 		return nil, err
 	}
-	file := attribute(pf.Address, "sriov_drivers_autoprobe")
+	file := autoprobe(pf.Address)
 	if p.autoprobe, err = h.String(file); err != nil && use != UseHome {
 		return nil, fmt.Errorf("VFs for guests need a kernel that can leave them without a driver: %w", err)
 	}

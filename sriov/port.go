@@ -69,6 +69,19 @@ func ReadPort(h *iommu.Host, pf *iommu.Device) (*Port, error) {
 	return port, err
 }
 
+// portOf reads a PF as it is now, and its port.
+func portOf(h *iommu.Host, pf iommu.Address) (*iommu.Device, *Port, error) {
+	d, err := iommu.ReadDevice(h, pf)
+	if err != nil {
+		return nil, nil, err
+	}
+	if d.Netdevs, err = iommu.Netdevs(h, pf); err != nil {
+		return nil, nil, err
+	}
+	port, err := ReadPort(h, &d)
+	return &d, port, err
+}
+
 func readPort(h *iommu.Host, pf *iommu.Device) (*Port, error) {
 	var port *Port
 	for _, n := range ownInterfaces(h, pf) {

@@ -58,10 +58,17 @@ func (r *countRecord) undo(b *vfio.Binder, pf iommu.Address, late bool) error {
 	errs := []error{err}
 	removable := now.SRIOV != nil && r.Recounts && r.Cleared && len(now.SRIOV.VFs) > 0
 	if removable && late {
-		users, err := used(b.Host, vfDevices(b.Host, &now))
-		if errs = append(errs, err); users != "" || err != nil {
+		vfs, err := vfDevices(b.Host, pf)
+		users := ""
+		if err == nil {
+			users, err = used(b.Host, vfs)
+		}
+		if users != "" {
+			err = fmt.Errorf("its VFs stay, as %s", users)
+		}
+		if err != nil {
 			removable, moved = false, false
-			errs = append(errs, fmt.Errorf("its VFs stay, as %s", users))
+			errs = append(errs, err)
 		}
 	}
 	if removable {
@@ -116,17 +123,25 @@ func used(h *iommu.Host, devices []*iommu.Device) (string, error) {
 	return "", err
 }
 
-// vfDevices are a PF's VFs, read one by one.
-func vfDevices(h *iommu.Host, pf *iommu.Device) []*iommu.Device {
-	var out []*iommu.Device
-	for _, v := range pf.SRIOV.VFs {
-		if vf, err := iommu.ReadDevice(h, v.Address); err == nil { // else it went
-			vf.PhysFn, vf.VFIndex = &pf.Address, v.Index
-			vf.Netdevs, _ = iommu.Netdevs(h, v.Address)
-			out = append(out, &vf)
-		}
+// vfDevices are a PF's VFs as they are now, with their interfaces where a driver of the host makes some.
+func vfDevices(h *iommu.Host, pf iommu.Address) ([]*iommu.Device, error) {
+	now, err := iommu.ReadDevice(h, pf)
+	if err != nil || now.SRIOV == nil {
+		return nil, err
 	}
-	return out
+	var out []*iommu.Device
+	for _, v := range now.SRIOV.VFs {
+		vf, err := iommu.ReadDevice(h, v.Address)
+		if err == nil && vf.Blocks() {
+			vf.Netdevs, err = iommu.Netdevs(h, v.Address)
+		}
+		if err != nil {
+			return nil, err
+		}
+		vf.PhysFn, vf.VFIndex = &pf, v.Index
+		out = append(out, &vf)
+	}
+	return out, nil
 }
 
 // moved reports whether the e-switch is no longer what it was.
@@ -153,7 +168,7 @@ func (r *countRecord) lost(h *iommu.Host, pf iommu.Address) string {
 
 // restore puts autoprobe back.
 func (r *countRecord) restore(b *vfio.Binder, pf iommu.Address) error {
-	file := attribute(pf, "sriov_drivers_autoprobe")
+	file := autoprobe(pf)
 	if now, err := b.Host.String(file); r.Autoprobe == "" || err == nil && now == r.Autoprobe {
 		return nil
 	}
@@ -188,7 +203,7 @@ func recoverCount(ctx context.Context, b *vfio.Binder, pf iommu.Address, data js
 	}
 	change := fmt.Sprintf("its change from %d to %d VFs had been interrupted", r.Have, r.Want)
 	if r.Recounts && r.Cleared && len(now.SRIOV.VFs) == r.Want && (r.Eswitch == (Eswitch{}) || moved) {
-		err := r.finish(ctx, b, &now)
+		err := r.finish(ctx, b, pf)
 		if _, stuck := errors.AsType[*vfio.StuckError](err); err == nil || stuck {
 			return fmt.Sprintf("has %d VFs: %s", r.Want, change), err
 		}
@@ -205,25 +220,29 @@ func recoverCount(ctx context.Context, b *vfio.Binder, pf iommu.Address, data js
 }
 
 // finish makes new VFs fit for use: what was not done of it before an interruption.
-func (r *countRecord) finish(ctx context.Context, b *vfio.Binder, pf *iommu.Device) error {
+func (r *countRecord) finish(ctx context.Context, b *vfio.Binder, pf iommu.Address) error {
 	if r.Want > 0 && r.Use != UseHome {
-		for _, vf := range vfDevices(b.Host, pf) {
+		vfs, err := vfDevices(b.Host, pf)
+		if err != nil {
+			return err
+		}
+		for _, vf := range vfs {
 			if vf.Driver == "" && vf.DriverOverride == "" {
-				if err := b.Write(pf.Address, []vfio.Step{{Path: attribute(vf.Address, "driver_override"), Value: vfio.None}}); err != nil {
+				if err := b.Write(pf, []vfio.Step{{Path: attribute(vf.Address, "driver_override"), Value: vfio.None}}); err != nil {
 					return err
 				}
 			}
 		}
 	}
 	if !r.Probe {
-		if err := r.restore(b, pf.Address); err != nil {
+		if err := r.restore(b, pf); err != nil {
 			return err
 		}
 	}
 	if err := settle(ctx, b.Host, r.Up); err != nil {
 		return err
 	}
-	return r.ready(ctx, b, pf.Address)
+	return r.ready(ctx, b, pf)
 }
 
 // ready gives new VFs their settings, and then to the driver they are for.
@@ -250,12 +269,12 @@ func (r *countRecord) ready(ctx context.Context, b *vfio.Binder, pf iommu.Addres
 
 // probeAll lets the host's drivers have all VFs of a PF, and puts autoprobe back, without which the kernel probes none.
 func (r *countRecord) probeAll(b *vfio.Binder, pf iommu.Address) error {
-	now, err := iommu.ReadDevice(b.Host, pf)
+	vfs, err := vfDevices(b.Host, pf)
 	if err != nil {
 		return err
 	}
-	steps := []vfio.Step{{Path: attribute(pf, "sriov_drivers_autoprobe"), Value: "1"}}
-	for _, vf := range vfDevices(b.Host, &now) {
+	steps := []vfio.Step{{Path: autoprobe(pf), Value: "1"}}
+	for _, vf := range vfs {
 		if vf.Driver == "" {
 			steps = append(steps, vfio.Step{Path: "sys/bus/pci/drivers_probe", Value: vf.Name})
 		}

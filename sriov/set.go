@@ -135,6 +135,11 @@ func planSet(h *iommu.Host, pf, vf *iommu.Device, want Settings, port *Port, lin
 	return &SetPlan{VF: vf, Want: want, Settings: planSettings(now.Settings, want), port: port}, nil
 }
 
+// vfAt is a VF as far as its settings need to know it.
+func vfAt(pf, vf iommu.Address, index int) *iommu.Device {
+	return &iommu.Device{Name: vf.String(), Address: vf, PCI: true, PhysFn: &pf, VFIndex: index}
+}
+
 // planNew plans the settings of n VFs that are still to be made.
 func planNew(h *iommu.Host, pf *iommu.Device, n int, want Settings) ([]SetPlan, error) {
 	if mac := want[MAC]; n > 1 && mac != "" && mac != StableMAC && mac != noMAC {
@@ -150,7 +155,7 @@ func planNew(h *iommu.Host, pf *iommu.Device, n int, want Settings) ([]SetPlan, 
 		if i == n {
 			break
 		}
-		vf := &iommu.Device{Name: a.String(), Address: a, PCI: true, PhysFn: &pf.Address, VFIndex: i}
+		vf := vfAt(pf.Address, a, i)
 		p, err := planSet(h, pf, vf, want, port, links)
 		if err != nil {
 			return nil, err
@@ -166,19 +171,12 @@ func configure(ctx context.Context, b *vfio.Binder, pf iommu.Address, want Setti
 	if len(want) == 0 || !b.Host.Live() {
 		return nil
 	}
-	d, err := iommu.ReadDevice(b.Host, pf)
-	if err != nil {
-		return err
-	}
-	if d.Netdevs, err = iommu.Netdevs(b.Host, pf); err != nil {
-		return err
-	}
-	port, err := ReadPort(b.Host, &d)
+	d, port, err := portOf(b.Host, pf)
 	if err != nil {
 		return err
 	}
 	if port == nil {
-		port = &Port{PF: &d}
+		port = &Port{PF: d}
 	}
 	if port.index != 0 {
 		if err := port.open(); err != nil {
@@ -188,8 +186,8 @@ func configure(ctx context.Context, b *vfio.Binder, pf iommu.Address, want Setti
 	}
 	var plans []SetPlan
 	for _, v := range d.SRIOV.VFs {
-		vf := &iommu.Device{Name: v.Address.String(), Address: v.Address, PCI: true, PhysFn: &pf, VFIndex: v.Index}
-		want, err := resolved(b.Host, &d, vf, want, port)
+		vf := vfAt(pf, v.Address, v.Index)
+		want, err := resolved(b.Host, d, vf, want, port)
 		if err != nil {
 			return err
 		}
@@ -210,7 +208,7 @@ func configure(ctx context.Context, b *vfio.Binder, pf iommu.Address, want Setti
 	if err != nil {
 		return err
 	}
-	prefix, err := askedPrefix(b.Host, &d)
+	prefix, err := askedPrefix(b.Host, d)
 	if err != nil {
 		return err
 	}
@@ -390,18 +388,14 @@ func recoverSet(ctx context.Context, b *vfio.Binder, pf iommu.Address, data json
 	if err := json.Unmarshal(data, &r); err != nil {
 		return "has a record that cannot be read", err
 	}
-	d, err := iommu.ReadDevice(b.Host, pf)
+	_, port, err := portOf(b.Host, pf)
 	if err != nil {
 		return "cannot be read", err
 	}
-	if d.Netdevs, err = iommu.Netdevs(b.Host, pf); err != nil {
-		return "cannot be read", err
+	if port == nil {
+		return "has no interface any more", nil
 	}
-	port, err := ReadPort(b.Host, &d)
-	if err != nil || port == nil {
-		return "has no interface any more", err
-	}
-	vf := &iommu.Device{Name: r.VF.String(), Address: r.VF, PCI: true, PhysFn: &pf, VFIndex: r.Index}
+	vf := vfAt(pf, r.VF, r.Index)
 	now, known := port.Of(r.Index)
 	if !known {
 		return fmt.Sprintf("has no vf%d any more, whose change of settings had been interrupted", r.Index), nil

@@ -54,19 +54,24 @@ func (b *Binder) put(users []*iommu.Device, r changeRecord) error {
 		}
 		r.Command, r.Writer = b.self, &w.process
 		for _, d := range users {
-			nodes, known := []node(nil), false
-			if b.Gate != nil {
-				nodes, known = b.Gate.nodes[d.Address]
-			}
-			if !known {
-				if nodes, err = nodesOf(b.Host, d); err != nil {
-					return err
-				}
+			nodes, err := b.nodesOf(d)
+			if err != nil {
+				return err
 			}
 			r.Nodes = append(r.Nodes, nodes...)
 		}
 	}
 	return b.Journal.Put(changeKey(r.Change.Device), r)
+}
+
+// nodesOf are the nodes that lead to a device: those that the gate found, else as they are now.
+func (b *Binder) nodesOf(d *iommu.Device) ([]node, error) {
+	if b.Gate != nil {
+		if nodes, known := b.Gate.nodes[d.Address]; known {
+			return nodes, nil
+		}
+	}
+	return nodesOf(b.Host, d)
 }
 
 // End says that the change of a device is over, done or undone.

@@ -20,16 +20,15 @@ func Apply(ctx context.Context, b *vfio.Binder, p *Plan) (notes []string, err er
 	if err := b.Begin(opCount, p.PF, p.Victims, r); err != nil {
 		return nil, err
 	}
-	err = p.apply(ctx, b, &r)
-	if err == nil && r.Recounts {
-		err = r.ready(ctx, b, p.PF.Address)
+	vfs, err := p.apply(ctx, b, &r)
+	if err == nil {
+		err = r.ready(ctx, b, p.PF.Address, vfs)
 	}
 	if _, stuck := errors.AsType[*vfio.StuckError](err); stuck {
 		return nil, err
 	}
 	if err == nil {
-		notes, err = sharedGroups(b.Host, p.PF.Address)
-		return notes, errors.Join(err, b.End(p.PF.Address))
+		return sharedGroups(p.PF, vfs), b.End(p.PF.Address)
 	}
 	undone := r.undo(b, p.PF.Address, false)
 	if lost := r.lost(b.Host, p.PF.Address); lost != "" {
@@ -41,30 +40,30 @@ func Apply(ctx context.Context, b *vfio.Binder, p *Plan) (notes []string, err er
 	return nil, errors.Join(err, b.End(p.PF.Address))
 }
 
-// apply makes the plan's changes up to the VFs, which are then there and have no driver, but where the kernel gave them one.
-func (p *Plan) apply(ctx context.Context, b *vfio.Binder, r *countRecord) error {
+// apply makes the plan's changes up to the new VFs, which it returns. They have no driver, but where the kernel gave them one.
+func (p *Plan) apply(ctx context.Context, b *vfio.Binder, r *countRecord) ([]*iommu.Device, error) {
 	if b.Host.Live() {
 		for _, l := range p.Up {
 			if err := l.up(); err != nil {
-				return err
+				return nil, err
 			}
 		}
 		for _, m := range p.Raise {
 			if err := m.set(m.To); err != nil {
-				return err
+				return nil, err
 			}
 		}
 	}
 	if ctx.Err() != nil {
-		return fmt.Errorf("%s: interrupted before its VFs were made", p.PF.Name)
+		return nil, fmt.Errorf("%s: interrupted before its VFs were made", p.PF.Name)
 	}
 	if err := b.Write(p.PF.Address, p.Clear); err != nil {
-		return explain(err, p)
+		return nil, explain(err, p)
 	}
 	if len(p.Clear) > 0 {
 		r.Cleared = true
 		if err := errors.Join(r.forget(b, p.PF), b.Begin(opCount, p.PF, nil, *r)); err != nil {
-			return err
+			return nil, err
 		}
 	}
 	mode := func(late bool) error {
@@ -76,35 +75,36 @@ func (p *Plan) apply(ctx context.Context, b *vfio.Binder, r *countRecord) error 
 	if b.Host.Live() {
 		for _, o := range p.Offload {
 			if err := setTCOffload(o.Name, o.On); err != nil {
-				return err
+				return nil, err
 			}
 		}
 	}
 	if err := mode(false); err != nil || !r.Recounts {
-		return err
+		return nil, err
 	}
 	if err := doShares(b.Host, p.PF, p.shares); err != nil {
-		return err
+		return nil, err
 	}
 	if err := b.Write(p.PF.Address, p.Before); err != nil {
-		return explain(err, p)
+		return nil, explain(err, p)
 	}
-	if err := counted(b.Host, p.PF, p.Want); err != nil {
-		return err
+	vfs, err := vfDevices(b.Host, p.PF.Address)
+	if err != nil {
+		return nil, err
+	}
+	if err := p.counted(b.Host, vfs); err != nil {
+		return nil, err
 	}
 	if ctx.Err() != nil {
-		return fmt.Errorf("%s: interrupted after its VFs were made", p.PF.Name)
+		return nil, fmt.Errorf("%s: interrupted after its VFs were made", p.PF.Name)
 	}
 	if err := mode(true); err != nil {
-		return err
+		return nil, err
 	}
-	if err := b.Write(p.PF.Address, p.After); err != nil {
-		return err
+	if err := p.finish(b, vfs); err != nil {
+		return nil, err
 	}
-	if err := settle(ctx, b.Host, p.Up); err != nil {
-		return err
-	}
-	return p.verify(b.Host)
+	return vfs, settle(ctx, b.Host, p.Up)
 }
 
 func settle(ctx context.Context, h *iommu.Host, up []Link) error {
@@ -118,26 +118,31 @@ func settle(ctx context.Context, h *iommu.Host, up []Link) error {
 	return errors.Join(errs...)
 }
 
-// counted compares the links and the PF's own count with what was asked for: a driver may make fewer and report success.
-func counted(h *iommu.Host, pf *iommu.Device, want int) error {
-	now, err := iommu.ReadDevice(h, pf.Address)
+// counted compares the VFs that are there and the PF's own count with what was asked for: a driver may make fewer and report
+// success.
+func (p *Plan) counted(h *iommu.Host, vfs []*iommu.Device) error {
+	number, err := h.Int(attribute(p.PF.Address, "sriov_numvfs"))
 	if err != nil {
 		return err
 	}
-	number, err := h.Int(attribute(pf.Address, "sriov_numvfs"))
-	if err != nil {
-		return err
+	if len(vfs) != p.Want || number != p.Want {
+		return fmt.Errorf("%s: %d VFs were asked for, and its driver %s made %d without an error%s", p.PF.Name, p.Want, p.PF.Driver, number, silentCause(p.PF))
 	}
-	if now.SRIOV == nil || len(now.SRIOV.VFs) != want || number != want {
-		return fmt.Errorf("%s: %d VFs were asked for, and its driver %s made %d without an error%s", pf.Name, want, pf.Driver, number, silentCause(pf))
+	for _, vf := range vfs {
+		if p.Use != UseHome && vf.Driver != "" {
+			return fmt.Errorf("VF %s was to have no driver and is on %s", vf.Name, vf.Driver)
+		}
 	}
 	return nil
 }
 
-// verify reads back what the steps after the count set.
-func (p *Plan) verify(h *iommu.Host) error {
+// finish makes the writes after the count, and reads them back.
+func (p *Plan) finish(b *vfio.Binder, vfs []*iommu.Device) error {
+	if err := b.Write(p.PF.Address, p.After); err != nil {
+		return err
+	}
 	for _, s := range p.After {
-		got, err := h.String(s.Path)
+		got, err := b.Host.String(s.Path)
 		if err != nil {
 			return err
 		}
@@ -145,31 +150,16 @@ func (p *Plan) verify(h *iommu.Host) error {
 			return fmt.Errorf("/%s: wrote %s and read back %s", s.Path, s.Value, got)
 		}
 	}
-	if p.Use == UseHome || p.Want == 0 {
-		return nil
-	}
-	now, err := iommu.ReadDevice(h, p.PF.Address)
-	if err != nil {
-		return err
-	}
-	for _, v := range now.SRIOV.VFs {
-		driver, err := iommu.ReadDriver(h, v.Address)
-		if err != nil {
-			return err
-		}
-		if driver != "" {
-			return fmt.Errorf("VF %s was to have no driver and is on %s", v.Address, driver)
+	for _, vf := range vfs {
+		if p.Use != UseHome {
+			vf.DriverOverride = vfio.None
 		}
 	}
 	return nil
 }
 
-// takeAll puts all VFs of a PF onto a vfio driver.
-func takeAll(ctx context.Context, b *vfio.Binder, pf iommu.Address) error {
-	vfs, err := vfDevices(b.Host, pf)
-	if err != nil {
-		return err
-	}
+// takeAll puts VFs onto a vfio driver.
+func takeAll(ctx context.Context, b *vfio.Binder, vfs []*iommu.Device) error {
 	var units [][]*iommu.Device
 	for _, vf := range vfs {
 		units = append(units, []*iommu.Device{vf})
@@ -182,30 +172,14 @@ func takeAll(ctx context.Context, b *vfio.Binder, pf iommu.Address) error {
 }
 
 // sharedGroups warns of VFs that cannot be given to a guest by themselves.
-func sharedGroups(h *iommu.Host, pf iommu.Address) ([]string, error) {
-	now, err := iommu.ReadDevice(h, pf)
-	if err != nil {
-		return nil, err
-	}
-	first, notes := map[string]iommu.Address{}, []string(nil)
-	for _, a := range append([]iommu.Address{pf}, addresses(now.SRIOV.VFs)...) {
-		group, err := h.LinkBase(attribute(a, "iommu_group"))
-		if err != nil {
-			continue // without an IOMMU there is none to share
-		}
-		if with, shared := first[group]; shared {
-			notes = append(notes, fmt.Sprintf("%s shares IOMMU group %s with %s: they can only be taken together", a, group, with))
+func sharedGroups(pf *iommu.Device, vfs []*iommu.Device) []string {
+	first, notes := map[int]string{pf.Group: pf.Name}, []string(nil)
+	for _, vf := range vfs {
+		if with, shared := first[vf.Group]; shared && vf.Group >= 0 { // without an IOMMU there is none to share
+			notes = append(notes, fmt.Sprintf("%s shares IOMMU group %d with %s: they can only be taken together", vf.Name, vf.Group, with))
 		} else {
-			first[group] = a
+			first[vf.Group] = vf.Name
 		}
 	}
-	return notes, nil
-}
-
-func addresses(vfs []iommu.VF) []iommu.Address {
-	out := make([]iommu.Address, len(vfs))
-	for i, v := range vfs {
-		out[i] = v.Address
-	}
-	return out
+	return notes
 }

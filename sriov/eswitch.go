@@ -66,45 +66,40 @@ func (e *Eswitch) differs(now *Eswitch) (set, back Eswitch) {
 	return set, back
 }
 
-// eswitchRequest is a devlink request about a device, with the socket that brings the kernel's own words along.
-func eswitchRequest(command uint8, bus, device string) (*nl.NetlinkRequest, func(), error) {
+// askEswitch makes a devlink request about a device, with attributes beside its name.
+func askEswitch(command uint8, bus, device string, attributes ...nl.NetlinkRequestData) ([]byte, error) {
 	family, err := netlink.GenlFamilyGet(nl.GENL_DEVLINK_NAME)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	session, err := socket(unix.NETLINK_GENERIC)
+	k, err := dial(unix.NETLINK_GENERIC)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
+	defer k.close()
 	req := nl.NewNetlinkRequest(int(family.ID), unix.NLM_F_ACK)
-	req.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_GENERIC: session}
 	req.AddData(&nl.Genlmsg{Command: command, Version: nl.GENL_DEVLINK_VERSION})
 	req.AddData(nl.NewRtAttr(nl.DEVLINK_ATTR_BUS_NAME, nl.ZeroTerminated(bus)))
 	req.AddData(nl.NewRtAttr(nl.DEVLINK_ATTR_DEV_NAME, nl.ZeroTerminated(device)))
-	return req, session.Socket.Close, nil
+	for _, a := range attributes {
+		req.AddData(a)
+	}
+	return k.ask(req)
 }
 
 // readEswitch asks for a device's e-switch: nil if it has none.
 func readEswitch(bus, device string) (*Eswitch, error) {
-	req, done, err := eswitchRequest(nl.DEVLINK_CMD_ESWITCH_GET, bus, device)
-	if errors.Is(err, unix.ENOENT) {
-		return nil, nil // a kernel without devlink
-	}
-	if err != nil {
-		return nil, fmt.Errorf("devlink: %w", err)
-	}
-	defer done()
-	answer, err := req.Execute(unix.NETLINK_GENERIC, 0)
-	if errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EOPNOTSUPP) {
+	answer, err := askEswitch(nl.DEVLINK_CMD_ESWITCH_GET, bus, device)
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EOPNOTSUPP) { // the first: no devlink at all
 		return nil, nil
 	}
 	if err != nil {
 		return nil, fmt.Errorf("devlink %s/%s: %w", bus, device, err)
 	}
-	if len(answer) == 0 || len(answer[0]) < nl.SizeofGenlmsg {
+	if len(answer) < nl.SizeofGenlmsg {
 		return nil, nil
 	}
-	return decodeEswitch(answer[0][nl.SizeofGenlmsg:]), nil
+	return decodeEswitch(answer[nl.SizeofGenlmsg:]), nil
 }
 
 // decodeEswitch reads the attributes of a devlink answer.
@@ -131,21 +126,17 @@ func decodeEswitch(b []byte) *Eswitch {
 
 // setEswitch sets what is not "", and reads it back.
 func setEswitch(bus, device string, want Eswitch) error {
-	req, done, err := eswitchRequest(nl.DEVLINK_CMD_ESWITCH_SET, bus, device)
-	if err != nil {
-		return fmt.Errorf("devlink: %w", err)
-	}
-	defer done()
+	var set []nl.NetlinkRequestData
 	if i := slices.Index(EswitchModes, want.Mode); i >= 0 {
-		req.AddData(nl.NewRtAttr(attrEswitchMode, nl.Uint16Attr(uint16(i))))
+		set = append(set, nl.NewRtAttr(attrEswitchMode, nl.Uint16Attr(uint16(i))))
 	}
 	if i := slices.Index(InlineModes, want.Inline); i >= 0 {
-		req.AddData(nl.NewRtAttr(attrInlineMode, nl.Uint8Attr(uint8(i))))
+		set = append(set, nl.NewRtAttr(attrInlineMode, nl.Uint8Attr(uint8(i))))
 	}
 	if i := slices.Index(EncapModes, want.Encap); i >= 0 {
-		req.AddData(nl.NewRtAttr(attrEncapMode, nl.Uint8Attr(uint8(i))))
+		set = append(set, nl.NewRtAttr(attrEncapMode, nl.Uint8Attr(uint8(i))))
 	}
-	if _, err := req.Execute(unix.NETLINK_GENERIC, 0); err != nil {
+	if _, err := askEswitch(nl.DEVLINK_CMD_ESWITCH_SET, bus, device, set...); err != nil {
 		return fmt.Errorf("set the e-switch of %s/%s to %s: %w", bus, device, &want, err)
 	}
 	now, err := readEswitch(bus, device)

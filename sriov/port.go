@@ -19,35 +19,19 @@ type Port struct {
 	VFs      []VFInfo
 
 	index     int
-	permanent string           // its permanent MAC address, once it was asked for
-	session   *nl.SocketHandle // for many settings, between open and close
+	permanent string  // its permanent MAC address, once it was asked for
+	session   *kernel // for many settings, between open and close
 }
 
-// open has all settings up to close go over one socket.
-func (p *Port) open() error {
-	s, err := socket(unix.NETLINK_ROUTE)
-	p.session = s
+// open has all requests up to close go over one socket.
+func (p *Port) open() (err error) {
+	p.session, err = dial(unix.NETLINK_ROUTE)
 	return err
 }
 
 func (p *Port) close() {
-	if p.session != nil {
-		p.session.Socket.Close()
-		p.session = nil
-	}
-}
-
-// socket is one on which the kernel's own words come with its errnos.
-func socket(protocol int) (*nl.SocketHandle, error) {
-	s, err := nl.Subscribe(protocol)
-	if err != nil {
-		return nil, err
-	}
-	if err := s.SetExtAck(true); err != nil {
-		s.Close()
-		return nil, err
-	}
-	return &nl.SocketHandle{Socket: s}, nil
+	p.session.close()
+	p.session = nil
 }
 
 // permanentMAC is what the addresses of VFs are derived from.
@@ -83,12 +67,21 @@ func portOf(h *iommu.Host, pf iommu.Address) (*iommu.Device, *Port, error) {
 }
 
 func readPort(h *iommu.Host, pf *iommu.Device) (*Port, error) {
+	own := ownInterfaces(h, pf)
+	switch {
+	case len(own) == 0:
+		return nil, nil
+	case !h.Live():
+		return &Port{PF: pf, Name: own[0]}, nil
+	}
+	k, err := dial(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, err
+	}
+	defer k.close()
 	var port *Port
-	for _, n := range ownInterfaces(h, pf) {
-		if !h.Live() {
-			return &Port{PF: pf, Name: n}, nil
-		}
-		l, err := readLink(n, 0)
+	for _, n := range own {
+		l, err := k.link(n, 0)
 		if err != nil {
 			return nil, fmt.Errorf("interface %s: %w", n, err)
 		}
@@ -116,13 +109,19 @@ func (p *Port) again() (*Port, error) {
 	if p.index == 0 {
 		return p, nil
 	}
-	l, err := readLink("", p.index)
+	if p.session == nil {
+		if err := p.open(); err != nil {
+			return nil, err
+		}
+		defer p.close()
+	}
+	l, err := p.session.link("", p.index)
 	return &Port{PF: p.PF, Name: l.name, SwitchID: l.switchID, VFs: l.vfs, index: l.index}, err
 }
 
-// readLink asks for one interface, by name or by index, with its VFs: a dump of all has no room for many.
-func readLink(name string, index int) (linkInfo, error) {
-	ask := func(filter uint32) ([][]byte, error) {
+// link asks for one interface, by name or by index, with its VFs: a dump of all has no room for many.
+func (k *kernel) link(name string, index int) (linkInfo, error) {
+	ask := func(filter uint32) ([]byte, error) {
 		req := nl.NewNetlinkRequest(unix.RTM_GETLINK, 0)
 		msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
 		msg.Index = int32(index)
@@ -131,7 +130,7 @@ func readLink(name string, index int) (linkInfo, error) {
 			req.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)))
 		}
 		req.AddData(nl.NewRtAttr(unix.IFLA_EXT_MASK, nl.Uint32Attr(filter)))
-		return req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWLINK)
+		return k.ask(req)
 	}
 	const withoutStats = 1 << 3 // RTEXT_FILTER_SKIP_STATS
 	answer, err := ask(nl.RTEXT_FILTER_VF)
@@ -143,29 +142,25 @@ func readLink(name string, index int) (linkInfo, error) {
 	if err != nil {
 		return linkInfo{}, err
 	}
-	if len(answer) == 0 {
-		return linkInfo{}, unix.ENODEV
-	}
-	return decodeLink(answer[0])
+	return decodeLink(answer)
 }
 
-// send makes one setting. The kernel's own words come with its errno where it has some.
+// send makes one setting.
 func (p *Port) send(vf int, s Setting) error {
-	kind, value := s.encode(vf)
 	if p.session == nil {
 		if err := p.open(); err != nil {
 			return err
 		}
 		defer p.close()
 	}
+	kind, value := s.encode(vf)
 	req := nl.NewNetlinkRequest(unix.RTM_SETLINK, unix.NLM_F_ACK)
-	req.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: p.session}
 	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
 	msg.Index = int32(p.index) // not the name, which may change meanwhile
 	req.AddData(msg)
 	list := nl.NewRtAttr(unix.IFLA_VFINFO_LIST, nil)
 	list.AddRtAttr(nl.IFLA_VF_INFO, nil).AddRtAttr(kind, value)
 	req.AddData(list)
-	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
+	_, err := p.session.ask(req)
 	return err
 }

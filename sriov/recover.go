@@ -221,17 +221,16 @@ func recoverCount(ctx context.Context, b *vfio.Binder, pf iommu.Address, data js
 
 // finish makes new VFs fit for use: what was not done of it before an interruption.
 func (r *countRecord) finish(ctx context.Context, b *vfio.Binder, pf iommu.Address) error {
-	if r.Want > 0 && r.Use != UseHome {
-		vfs, err := vfDevices(b.Host, pf)
-		if err != nil {
-			return err
-		}
-		for _, vf := range vfs {
-			if vf.Driver == "" && vf.DriverOverride == "" {
-				if err := b.Write(pf, []vfio.Step{{Path: attribute(vf.Address, "driver_override"), Value: vfio.None}}); err != nil {
-					return err
-				}
+	vfs, err := vfDevices(b.Host, pf)
+	if err != nil {
+		return err
+	}
+	for _, vf := range vfs {
+		if r.Use != UseHome && vf.Driver == "" && vf.DriverOverride == "" {
+			if err := b.Write(pf, []vfio.Step{{Path: attribute(vf.Address, "driver_override"), Value: vfio.None}}); err != nil {
+				return err
 			}
+			vf.DriverOverride = vfio.None
 		}
 	}
 	if !r.Probe {
@@ -242,15 +241,15 @@ func (r *countRecord) finish(ctx context.Context, b *vfio.Binder, pf iommu.Addre
 	if err := settle(ctx, b.Host, r.Up); err != nil {
 		return err
 	}
-	return r.ready(ctx, b, pf)
+	return r.ready(ctx, b, pf, vfs)
 }
 
 // ready gives new VFs their settings, and then to the driver they are for.
-func (r *countRecord) ready(ctx context.Context, b *vfio.Binder, pf iommu.Address) error {
-	if r.Want == 0 {
+func (r *countRecord) ready(ctx context.Context, b *vfio.Binder, pf iommu.Address, vfs []*iommu.Device) error {
+	if len(vfs) == 0 {
 		return nil
 	}
-	if err := configure(ctx, b, pf, r.Settings); err != nil {
+	if err := configure(ctx, b, pf, vfs, r.Settings); err != nil {
 		return err
 	}
 	if r.Online {
@@ -260,19 +259,15 @@ func (r *countRecord) ready(ctx context.Context, b *vfio.Binder, pf iommu.Addres
 	}
 	switch {
 	case r.Use == UseVFIO:
-		return takeAll(ctx, b, pf)
+		return takeAll(ctx, b, vfs)
 	case r.Probe:
-		return r.probeAll(b, pf)
+		return r.probeAll(b, pf, vfs)
 	}
 	return nil
 }
 
 // probeAll lets the host's drivers have all VFs of a PF, and puts autoprobe back, without which the kernel probes none.
-func (r *countRecord) probeAll(b *vfio.Binder, pf iommu.Address) error {
-	vfs, err := vfDevices(b.Host, pf)
-	if err != nil {
-		return err
-	}
+func (r *countRecord) probeAll(b *vfio.Binder, pf iommu.Address, vfs []*iommu.Device) error {
 	steps := []vfio.Step{{Path: autoprobe(pf), Value: "1"}}
 	for _, vf := range vfs {
 		if vf.Driver == "" {

@@ -9,7 +9,6 @@ import (
 	"net"
 	"path"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -167,7 +166,7 @@ func planNew(h *iommu.Host, pf *iommu.Device, n int, want Settings) ([]SetPlan, 
 }
 
 // configure gives all VFs of a PF settings. On failure its caller removes them.
-func configure(ctx context.Context, b *vfio.Binder, pf iommu.Address, want Settings) error {
+func configure(ctx context.Context, b *vfio.Binder, pf iommu.Address, vfs []*iommu.Device, want Settings) error {
 	if len(want) == 0 || !b.Host.Live() {
 		return nil
 	}
@@ -185,19 +184,16 @@ func configure(ctx context.Context, b *vfio.Binder, pf iommu.Address, want Setti
 		defer port.close()
 	}
 	var plans []SetPlan
-	for _, v := range d.SRIOV.VFs {
-		vf := vfAt(pf, v.Address, v.Index)
+	for _, vf := range vfs {
 		want, err := resolved(b.Host, d, vf, want, port)
 		if err != nil {
 			return err
 		}
-		if driver, err := iommu.ReadDriver(b.Host, v.Address); err != nil {
-			return err
-		} else if driver != "" { // an interrupted run has come as far as that
+		if vf.Driver != "" { // an interrupted run has come as far as that
 			want = maps.Clone(want)
 			delete(want, MSIX)
 		}
-		now, _ := port.Of(v.Index)
+		now, _ := port.Of(vf.VFIndex)
 		p := SetPlan{VF: vf, Want: want, Settings: planSettings(now.Settings, want), port: port}
 		if _, err := p.make(ctx, b); err != nil {
 			return err
@@ -208,19 +204,12 @@ func configure(ctx context.Context, b *vfio.Binder, pf iommu.Address, want Setti
 	if err != nil {
 		return err
 	}
-	prefix, err := askedPrefix(b.Host, d)
-	if err != nil {
-		return err
-	}
 	for _, p := range plans {
 		if _, err := p.verify(now); err != nil {
 			return err
 		}
-		if err := b.Journal.Put(prefix+strconv.Itoa(p.VF.VFIndex), asked{d.ID, p.VF.VFIndex, p.Want}); err != nil {
-			return err
-		}
 	}
-	return nil
+	return remember(b, d, plans...)
 }
 
 // noMAC has a driver make up an address, or none.
@@ -256,13 +245,18 @@ func linksIfAsked(h *iommu.Host, want Settings) ([]linkInfo, error) {
 	if err != nil {
 		return nil, err
 	}
+	k, err := dial(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, err
+	}
+	defer k.close()
 	var out []linkInfo
 	for _, n := range names {
 		device, err := h.LinkBase(path.Join(netClass, n, "device"))
 		if err != nil {
 			continue // of no device
 		}
-		l, err := readLink(n, 0)
+		l, err := k.link(n, 0)
 		if errors.Is(err, unix.ENODEV) {
 			continue
 		}
@@ -303,7 +297,7 @@ type setRecord struct {
 // of it, and names the keys that the driver takes and does not report.
 func Set(ctx context.Context, b *vfio.Binder, p *SetPlan) (unverified []string, err error) {
 	if len(p.Settings) == 0 {
-		return nil, remember(b, p)
+		return nil, remember(b, p.port.PF, *p)
 	}
 	r := setRecord{p.VF.Address, p.VF.VFIndex, Settings{}}
 	for _, s := range p.Settings {
@@ -317,7 +311,7 @@ func Set(ctx context.Context, b *vfio.Binder, p *SetPlan) (unverified []string, 
 		return nil, err
 	}
 	if err == nil {
-		err = remember(b, p)
+		err = remember(b, p.port.PF, *p)
 	}
 	return unverified, errors.Join(err, b.End(p.port.PF.Address))
 }

@@ -15,7 +15,7 @@ import (
 // VF of a PF (enp1s0/vf3), ids (8086:10c9), mac=, path= (see [PhysicalPath]), serial=, group=, class=.
 type Selector struct {
 	text    string
-	kind    selectorKind
+	kind    Form
 	value   string
 	address Address
 	number  int // vf: index; group: id
@@ -23,18 +23,20 @@ type Selector struct {
 	pf      *Selector
 }
 
-type selectorKind int
+// Form is what a selector names devices by.
+type Form int
 
+// The forms.
 const (
-	byAddress selectorKind = iota
-	byNetdev
-	byVF
-	byIDs
-	byMAC
-	byPath
-	bySerial
-	byGroup
-	byClass
+	ByAddress Form = iota
+	ByNetdev
+	ByVF
+	ByIDs
+	ByMAC
+	ByPath
+	BySerial
+	ByGroup
+	ByClass
 )
 
 // ErrSyntax is wrapped by errors about a selector that no host could resolve.
@@ -89,7 +91,7 @@ func ParseSelector(s string) (Selector, error) {
 			if sel.value = strings.ToLower(value); !isMAC(sel.value) {
 				return bad("want mac= and six pairs of hexadecimal digits, as mac=52:54:00:12:34:56")
 			}
-			sel.kind = byMAC
+			sel.kind = ByMAC
 		case "path":
 			first, rest, below := strings.Cut(strings.ToLower(value), "/")
 			root, err := ParseAddress(first)
@@ -99,23 +101,23 @@ func ParseSelector(s string) (Selector, error) {
 			if sel.value = root.String(); below {
 				sel.value += "/" + rest
 			}
-			sel.kind = byPath
+			sel.kind = ByPath
 		case "serial":
 			if value == "" {
 				return bad("want serial= and the serial number as `viaduct show` prints it")
 			}
-			sel.kind = bySerial
+			sel.kind = BySerial
 		case "group":
 			n, err := strconv.ParseUint(value, 10, 31)
 			if err != nil {
 				return bad("want group= and a number, as group=8")
 			}
-			sel.kind, sel.number = byGroup, int(n)
+			sel.kind, sel.number = ByGroup, int(n)
 		case "class":
 			if _, err := strconv.ParseUint(value, 16, 32); err != nil || len(value) < 2 || len(value) > 6 || len(value)%2 != 0 {
 				return bad("want class= and two, four or six hexadecimal digits, as class=0200")
 			}
-			sel.kind, sel.value = byClass, strings.ToLower(value)
+			sel.kind, sel.value = ByClass, strings.ToLower(value)
 		default:
 			return bad("the keys are mac, path, serial, group and class")
 		}
@@ -128,14 +130,14 @@ func ParseSelector(s string) (Selector, error) {
 			return bad("want a PF and the index of its VF, as enp1s0/vf3")
 		}
 		parent, err := ParseSelector(pf)
-		if err != nil || (parent.kind != byAddress && parent.kind != byNetdev) {
+		if err != nil || (parent.kind != ByAddress && parent.kind != ByNetdev) {
 			return bad("want the PF's address or network interface before /vf" + index)
 		}
-		sel.kind, sel.pf, sel.number = byVF, &parent, int(n)
+		sel.kind, sel.pf, sel.number = ByVF, &parent, int(n)
 		return sel, nil
 	}
 	if a, err := ParseAddress(s); err == nil {
-		sel.kind, sel.address = byAddress, a
+		sel.kind, sel.address = ByAddress, a
 		return sel, nil
 	}
 	if vendor, device, ok := strings.Cut(s, ":"); ok {
@@ -144,14 +146,14 @@ func ParseSelector(s string) (Selector, error) {
 		if len(vendor) != 4 || len(device) != 4 || err1 != nil || err2 != nil {
 			return bad("want a PCI address, as 0000:01:00.0, or ids, as 8086:10c9")
 		}
-		sel.kind, sel.ids = byIDs, [2]uint16{uint16(v), uint16(d)}
+		sel.kind, sel.ids = ByIDs, [2]uint16{uint16(v), uint16(d)}
 		return sel, nil
 	}
 	// What is left can only be an interface's name, by the kernel's own rule (net/core/dev.c, dev_valid_name).
 	if s == "" || len(s) > 15 || s == "." || s == ".." || strings.ContainsAny(s, " \t\n\v\f\r") || s[0] == '-' {
 		return bad("want a PCI address, a network interface, PF/vfN, vendor:device, or mac=, path=, serial=, group=, class=")
 	}
-	sel.kind, sel.value = byNetdev, s
+	sel.kind, sel.value = ByNetdev, s
 	return sel, nil
 }
 
@@ -168,8 +170,14 @@ func isMAC(s string) bool {
 // String is the selector as it was written.
 func (s Selector) String() string { return s.text }
 
+// Form is what the selector names devices by.
+func (s Selector) Form() Form { return s.kind }
+
+// Value is the word that a selector with a key, or of an interface, looks for, in the spelling of the kernel.
+func (s Selector) Value() string { return s.value }
+
 // Group is the number of a group=N selector.
-func (s Selector) Group() (int, bool) { return s.number, s.kind == byGroup }
+func (s Selector) Group() (int, bool) { return s.number, s.kind == ByGroup }
 
 // One resolves a selector to the one device it names; *NotFoundError or *AmbiguousError if it names none or several.
 func (s Selector) One(h *Host, t *Topology) (*Device, error) {
@@ -217,19 +225,19 @@ func (s Selector) Resolve(h *Host, t *Topology) ([]*Device, error) {
 // matcher is what decides whether a device is meant. Only the keys that need it read anything beyond the topology.
 func (s Selector) matcher(h *Host, t *Topology) (func(*Device) (bool, error), error) {
 	switch s.kind {
-	case byAddress:
+	case ByAddress:
 		return func(d *Device) (bool, error) { return d.PCI && d.Address == s.address, nil }, nil
-	case byNetdev:
+	case ByNetdev:
 		return func(d *Device) (bool, error) { return slices.Contains(d.Netdevs, s.value), nil }, nil
-	case byIDs:
+	case ByIDs:
 		return func(d *Device) (bool, error) { return d.PCI && [2]uint16{d.Vendor, d.Device} == s.ids, nil }, nil
-	case byGroup:
+	case ByGroup:
 		return func(d *Device) (bool, error) { return d.Group == s.number, nil }, nil
-	case byClass:
+	case ByClass:
 		return func(d *Device) (bool, error) {
 			return d.PCI && strings.HasPrefix(fmt.Sprintf("%06x", d.Class), s.value), nil
 		}, nil
-	case byVF:
+	case ByVF:
 		pf, err := s.pf.One(h, t)
 		if err != nil {
 			return nil, err
@@ -240,7 +248,7 @@ func (s Selector) matcher(h *Host, t *Topology) (func(*Device) (bool, error), er
 		return func(d *Device) (bool, error) {
 			return d.PhysFn != nil && *d.PhysFn == pf.Address && d.VFIndex == s.number, nil
 		}, nil
-	case byMAC:
+	case ByMAC:
 		return func(d *Device) (bool, error) {
 			for _, n := range d.Netdevs {
 				if mac, err := optional(h.String(path.Join(netClass, n, "address"))); err != nil || mac == s.value {
@@ -249,7 +257,7 @@ func (s Selector) matcher(h *Host, t *Topology) (func(*Device) (bool, error), er
 			}
 			return false, nil
 		}, nil
-	case byPath:
+	case ByPath:
 		return func(d *Device) (bool, error) {
 			if !d.PCI {
 				return false, nil
@@ -260,7 +268,7 @@ func (s Selector) matcher(h *Host, t *Topology) (func(*Device) (bool, error), er
 			}
 			return p == s.value, err
 		}, nil
-	default: // bySerial
+	default: // BySerial
 		return func(d *Device) (bool, error) {
 			if !d.PCI {
 				return false, nil
@@ -294,19 +302,19 @@ func (s Selector) notFound(h *Host, t *Topology) error {
 		})
 	}
 	switch s.kind {
-	case byAddress:
+	case ByAddress:
 		e.What = "no such device"
 		pci(func(d *Device) string { return d.Name })
-	case byNetdev:
+	case ByNetdev:
 		e.What = "no network interface of a PCI device has this name"
 		each(func(d *Device) []string { return d.Netdevs })
-	case byIDs:
+	case ByIDs:
 		e.What = "no device has these ids"
 		pci(func(d *Device) string { return fmt.Sprintf("%04x:%04x", d.Vendor, d.Device) })
-	case byClass:
+	case ByClass:
 		e.What = "no device is of this class"
 		pci(func(d *Device) string { return fmt.Sprintf("class=%04x", d.Class>>8) })
-	case byGroup:
+	case ByGroup:
 		e.What = "no such IOMMU group"
 		if len(t.Groups) == 0 {
 			e.What = "this host has no IOMMU groups"
@@ -318,7 +326,7 @@ func (s Selector) notFound(h *Host, t *Topology) error {
 		for _, g := range t.Groups {
 			e.Candidates = append(e.Candidates, "group="+strconv.Itoa(g.ID))
 		}
-	case byVF:
+	case ByVF:
 		each(func(d *Device) []string {
 			if d.PhysFn == nil {
 				return nil
@@ -329,7 +337,7 @@ func (s Selector) notFound(h *Host, t *Topology) error {
 		if len(e.Candidates) == 0 {
 			e.What = "no such VF; none is enabled on this host (viaduct vf create " + s.pf.text + " N)"
 		}
-	case byMAC:
+	case ByMAC:
 		e.What = "no network interface has this MAC address (a device on a vfio driver shows none)"
 		each(func(d *Device) []string {
 			var macs []string
@@ -340,7 +348,7 @@ func (s Selector) notFound(h *Host, t *Topology) error {
 			}
 			return macs
 		})
-	case byPath:
+	case ByPath:
 		e.What = "no device is at this place"
 		pci(func(d *Device) string {
 			if _, p, err := readPath(h, d.Address); err == nil {
@@ -348,7 +356,7 @@ func (s Selector) notFound(h *Host, t *Topology) error {
 			}
 			return ""
 		})
-	case bySerial:
+	case BySerial:
 		e.What = "no device has this serial number (root alone can read them)"
 		pci(func(d *Device) string {
 			if serial, err := ReadSerial(h, d.Address); err == nil && serial != "" {

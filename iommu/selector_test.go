@@ -10,31 +10,31 @@ import (
 func TestParseSelector(t *testing.T) {
 	nicAddress := addr(t, "0000:01:00.0")
 	for text, want := range map[string]Selector{
-		"0000:01:00.0":           {kind: byAddress, address: nicAddress},
-		"01:00.0":                {kind: byAddress, address: nicAddress},
-		"10000:e1:00.0":          {kind: byAddress, address: Address{0x10000, 0xe1, 0, 0}},
-		"enp1s0":                 {kind: byNetdev, value: "enp1s0"},
-		"eth0.5@x":               {kind: byNetdev, value: "eth0.5@x"},
-		"fifteencharslon":        {kind: byNetdev, value: "fifteencharslon"},
-		"enp1s0/vf3":             {kind: byVF, number: 3, pf: &Selector{text: "enp1s0", kind: byNetdev, value: "enp1s0"}},
-		"01:00.0/vf0":            {kind: byVF, pf: &Selector{text: "01:00.0", kind: byAddress, address: nicAddress}},
-		"8086:10c9":              {kind: byIDs, ids: [2]uint16{0x8086, 0x10c9}},
-		"1AF4:1041":              {kind: byIDs, ids: [2]uint16{0x1af4, 0x1041}},
-		"mac=52:54:00:AB:cd:ef":  {kind: byMAC, value: "52:54:00:ab:cd:ef"},
-		"path=0000:00:01.0/00.0": {kind: byPath, value: "0000:00:01.0/00.0"},
-		"serial=01-02":           {kind: bySerial, value: "01-02"},
-		"group=8":                {kind: byGroup, value: "8", number: 8},
-		"group=0":                {kind: byGroup, value: "0"},
-		"class=02":               {kind: byClass, value: "02"},
-		"class=0C03":             {kind: byClass, value: "0c03"},
-		"class=010802":           {kind: byClass, value: "010802"},
+		"0000:01:00.0":           {kind: ByAddress, address: nicAddress},
+		"01:00.0":                {kind: ByAddress, address: nicAddress},
+		"10000:e1:00.0":          {kind: ByAddress, address: Address{0x10000, 0xe1, 0, 0}},
+		"enp1s0":                 {kind: ByNetdev, value: "enp1s0"},
+		"eth0.5@x":               {kind: ByNetdev, value: "eth0.5@x"},
+		"fifteencharslon":        {kind: ByNetdev, value: "fifteencharslon"},
+		"enp1s0/vf3":             {kind: ByVF, number: 3, pf: &Selector{text: "enp1s0", kind: ByNetdev, value: "enp1s0"}},
+		"01:00.0/vf0":            {kind: ByVF, pf: &Selector{text: "01:00.0", kind: ByAddress, address: nicAddress}},
+		"8086:10c9":              {kind: ByIDs, ids: [2]uint16{0x8086, 0x10c9}},
+		"1AF4:1041":              {kind: ByIDs, ids: [2]uint16{0x1af4, 0x1041}},
+		"mac=52:54:00:AB:cd:ef":  {kind: ByMAC, value: "52:54:00:ab:cd:ef"},
+		"path=0000:00:01.0/00.0": {kind: ByPath, value: "0000:00:01.0/00.0"},
+		"serial=01-02":           {kind: BySerial, value: "01-02"},
+		"group=8":                {kind: ByGroup, value: "8", number: 8},
+		"group=0":                {kind: ByGroup, value: "0"},
+		"class=02":               {kind: ByClass, value: "02"},
+		"class=0C03":             {kind: ByClass, value: "0c03"},
+		"class=010802":           {kind: ByClass, value: "010802"},
 	} {
 		want.text = text
 		got, err := ParseSelector(text)
 		if err != nil || !reflect.DeepEqual(got, want) || got.String() != text {
 			t.Errorf("%q: %+v, %v\nwant %+v", text, got, err, want)
 		}
-		if n, ok := got.Group(); ok != (want.kind == byGroup) || (ok && n != want.number) {
+		if n, ok := got.Group(); ok != (want.kind == ByGroup) || (ok && n != want.number) {
 			t.Errorf("%q: group %d, %v", text, n, ok)
 		}
 	}

@@ -128,8 +128,8 @@ func (p *Plan) counted(h *iommu.Host, vfs []*iommu.Device) error {
 	if len(vfs) != p.Want || number != p.Want {
 		return fmt.Errorf("%s: %d VFs were asked for, and its driver %s made %d without an error%s", p.PF.Name, p.Want, p.PF.Driver, number, silentCause(p.PF))
 	}
-	for _, vf := range vfs {
-		if p.Use != UseHome && vf.Driver != "" {
+	for i, vf := range vfs {
+		if forGuests(p.VFs[i]) && vf.Driver != "" {
 			return fmt.Errorf("VF %s was to have no driver and is on %s", vf.Name, vf.Driver)
 		}
 	}
@@ -150,8 +150,8 @@ func (p *Plan) finish(b *vfio.Binder, vfs []*iommu.Device) error {
 			return fmt.Errorf("/%s: wrote %s and read back %s", s.Path, s.Value, got)
 		}
 	}
-	for _, vf := range vfs {
-		if p.Use != UseHome {
+	for i, vf := range vfs {
+		if forGuests(p.VFs[i]) {
 			vf.DriverOverride = vfio.None
 		}
 	}

@@ -51,7 +51,7 @@ func setCount(t *testing.T, ctx context.Context, k *hosttest.Kernel, n int, use 
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, err := PlanCount(k.Host(), topology, device(t, k.Host()), Wish{VFs: n, Use: use})
+	p, err := PlanCount(k.Host(), topology, device(t, k.Host()), Wish{VFs: Same(n, VFWish{Use: use})})
 	if err != nil {
 		return err
 	}
@@ -212,18 +212,18 @@ func TestPlanRefuses(t *testing.T) {
 	h := k.Host()
 	d := device(t, h)
 	var outOfRange *RangeError
-	for _, n := range []int{-1, 8} {
-		if _, err := PlanCount(h, nil, d, Wish{VFs: n, Use: UseNone}); !errors.As(err, &outOfRange) {
+	for _, n := range []int{8} {
+		if _, err := PlanCount(h, nil, d, Wish{VFs: Same(n, VFWish{Use: UseNone})}); !errors.As(err, &outOfRange) {
 			t.Errorf("%d VFs: %v", n, err)
 		}
 	}
 	var notPF *NotPFError
 	vf := iommu.Device{Name: "0000:02:10.0", PhysFn: &d.Address}
-	if _, err := PlanCount(h, nil, &vf, Wish{VFs: 1, Use: UseNone}); !errors.As(err, &notPF) || !strings.Contains(err.Error(), pf) {
+	if _, err := PlanCount(h, nil, &vf, Wish{VFs: Same(1, VFWish{Use: UseNone})}); !errors.As(err, &notPF) || !strings.Contains(err.Error(), pf) {
 		t.Errorf("VFs of a VF: %v", err)
 	}
 	d.Driver = ""
-	if _, err := PlanCount(h, nil, d, Wish{VFs: 1, Use: UseNone}); err == nil || !strings.Contains(err.Error(), "no driver") {
+	if _, err := PlanCount(h, nil, d, Wish{VFs: Same(1, VFWish{Use: UseNone})}); err == nil || !strings.Contains(err.Error(), "no driver") {
 		t.Errorf("a PF without a driver: %v", err)
 	}
 }
@@ -246,7 +246,7 @@ func TestRecover(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				p, err := PlanCount(k.Host(), topology, device(t, k.Host()), Wish{VFs: want, Use: use})
+				p, err := PlanCount(k.Host(), topology, device(t, k.Host()), Wish{VFs: Same(want, VFWish{Use: use})})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -373,9 +373,36 @@ func TestRightCount(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, err := PlanCount(k.Host(), topology, device(t, k.Host()), Wish{VFs: 2, Use: UseVFIO, Settings: Settings{VLAN: "7"}})
+	p, err := PlanCount(k.Host(), topology, device(t, k.Host()), Wish{VFs: Same(2, VFWish{UseVFIO, Settings{VLAN: "7"}})})
 	if err != nil || p.Changes() || len(p.Notes) != 2 || !strings.Contains(p.Notes[0], "settings are left") || !strings.Contains(p.Notes[1], "not all on a vfio driver") {
 		t.Errorf("%+v, %v", p, err)
+	}
+}
+
+// VFs of one PF may be for different uses: those for guests never meet the host's driver, which the others get last.
+func TestMixedUses(t *testing.T) {
+	k := newKernel(t)
+	topology, err := iommu.Scan(k.Host())
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := PlanCount(k.Host(), topology, device(t, k.Host()), Wish{VFs: []VFWish{{Use: UseNone}, {Use: UseVFIO}, {Use: UseHome}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if notes := strings.Join(p.Notes, "; "); !strings.Contains(notes, "each VF of 2 is probed") || !strings.Contains(notes, "each VF of 1 is taken") {
+		t.Error(notes)
+	}
+	b := &vfio.Binder{Host: k.Host(), Journal: journal.In(t.TempDir())}
+	defer b.Close()
+	if err := b.Lock(context.Background(), []*iommu.Device{p.PF}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Apply(context.Background(), b, p); err != nil {
+		t.Fatal(err)
+	}
+	if got := state(t, k); got != "/none vfio-pci/vfio-pci igbvf/ 1" {
+		t.Error(got)
 	}
 }
 
@@ -389,7 +416,7 @@ func TestVectors(t *testing.T) {
 		t.Fatal(err)
 	}
 	for vectors, fits := range map[string]bool{"2": true, "3": false} {
-		_, err := PlanCount(k.Host(), topology, device(t, k.Host()), Wish{VFs: 4, Settings: Settings{MSIX: vectors}})
+		_, err := PlanCount(k.Host(), topology, device(t, k.Host()), Wish{VFs: Same(4, VFWish{Settings: Settings{MSIX: vectors}})})
 		var why *ForecastError
 		if errors.As(err, &why) == fits {
 			t.Errorf("%s vectors for each of 4 VFs of 10: %v", vectors, err)

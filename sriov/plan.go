@@ -13,22 +13,37 @@ import (
 	"viaduct/vfio"
 )
 
-// Wish is what a PF's VFs are to be.
+// Wish is what a PF and its VFs are to be.
 type Wish struct {
-	VFs      int // in all, afterwards
-	Use      Use
-	Settings Settings // of each VF
-	Eswitch  Eswitch  // what is not ""
-	Offload  string   // of the e-switch's rules to the NIC (hw-tc-offload): on, off, or "" for as it is
-	MTU      int      // that VFs are to be able to have; 0 leaves the PF's, which is never lowered
+	VFs     []VFWish // all there are to be afterwards, by index
+	Eswitch Eswitch  // what is not ""
+	Offload string   // of the e-switch's rules to the NIC (hw-tc-offload): on, off, or "" for as it is
+	MTU     int      // that VFs are to be able to have; 0 leaves the PF's, which is never lowered
 }
+
+// VFWish is what one VF is to be.
+type VFWish struct {
+	Use      Use      `json:"use"`
+	Settings Settings `json:"settings,omitempty"`
+}
+
+// Same are n VFs that are alike.
+func Same(n int, vf VFWish) []VFWish { return slices.Repeat([]VFWish{vf}, n) }
+
+// anyVF reports whether one of the VFs is such a one.
+func anyVF(vfs []VFWish, such func(VFWish) bool) bool { return slices.ContainsFunc(vfs, such) }
+
+func forHost(vf VFWish) bool     { return vf.Use == UseHome }
+func forGuests(vf VFWish) bool   { return vf.Use != UseHome }
+func onVFIO(vf VFWish) bool      { return vf.Use == UseVFIO }
+func hasSettings(vf VFWish) bool { return len(vf.Settings) > 0 }
 
 // Plan is what it takes to change a PF's number of VFs, in the order of its fields.
 type Plan struct {
 	PF      *iommu.Device
 	Have    int
 	Want    int
-	Use     Use
+	VFs     []VFWish        // the new ones
 	Victims []*iommu.Device // the VFs that go
 	Up      []Link          // the PF's own interfaces that are down, and are brought up
 	Raise   []MTU           // those whose MTU is too low
@@ -42,8 +57,7 @@ type Plan struct {
 	Eswitch   Eswitch // what is set of it, before the new count or after
 	was       Eswitch // what that undoes
 	autoprobe string  // what it was, if it is changed
-	settings  Settings
-	nvme      string // the controller that shares
+	nvme      string  // the controller that shares
 	shares    []action
 }
 
@@ -57,7 +71,7 @@ func (p *Plan) recounts() bool { return p.Have != p.Want || len(p.Clear) > 0 }
 
 // probeLate reports whether the host's drivers are to have the VFs only when these are ready for one.
 func (p *Plan) probeLate() bool {
-	return p.Use == UseHome && (p.modeLate() || p.nvme != "" || len(p.settings) > 0 || p.autoprobe == "0")
+	return anyVF(p.VFs, forHost) && (p.modeLate() || p.nvme != "" || anyVF(p.VFs, hasSettings) || p.autoprobe == "0" || anyVF(p.VFs, forGuests))
 }
 
 // modeLate reports whether the e-switch is set when the VFs are there.
@@ -112,14 +126,14 @@ func autoprobe(pf iommu.Address) string { return attribute(pf, "sriov_drivers_au
 // through none, which ends all VFs: see [Check]. Nothing is planned of what is right already. A *RangeError, *NotPFError or
 // *ForecastError says that it cannot be.
 func PlanCount(h *iommu.Host, t *iommu.Topology, pf *iommu.Device, wish Wish) (*Plan, error) {
-	n, use := wish.VFs, wish.Use
+	n := len(wish.VFs)
 	if pf.SRIOV == nil {
 		return nil, notPF(h, pf)
 	}
-	if n < 0 || n > pf.SRIOV.Total {
+	if n > pf.SRIOV.Total {
 		return nil, &RangeError{pf.Address, n, pf.SRIOV.Total, firmwareHint(h, pf)}
 	}
-	p := &Plan{PF: pf, Have: len(pf.SRIOV.VFs), Want: n, Use: use, settings: wish.Settings}
+	p := &Plan{PF: pf, Have: len(pf.SRIOV.VFs), Want: n, VFs: wish.VFs}
 	var err error
 	if wish.Eswitch != (Eswitch{}) {
 		now, err := ReadEswitch(h, pf)
@@ -138,13 +152,13 @@ func PlanCount(h *iommu.Host, t *iommu.Topology, pf *iommu.Device, wish Wish) (*
 		return nil, err
 	}
 	if p.Have == n && p.Eswitch.Mode == "" {
-		p.settings = nil
-		if n > 0 && len(wish.Settings) > 0 {
+		p.VFs = nil
+		if anyVF(wish.VFs, hasSettings) {
 			p.Notes = append(p.Notes, "the VFs are there already, and their settings are left as they are (vf set changes them)")
 		}
-		if use == UseVFIO && slices.ContainsFunc(pf.SRIOV.VFs, func(v iommu.VF) bool {
+		if slices.ContainsFunc(pf.SRIOV.VFs, func(v iommu.VF) bool {
 			vf, err := t.Find(v.Address)
-			return err == nil && !iommu.IsVFIODriver(vf.Driver)
+			return err == nil && v.Index < n && onVFIO(wish.VFs[v.Index]) && !iommu.IsVFIODriver(vf.Driver)
 		}) {
 			p.Notes = append(p.Notes, "the VFs are there already, and not all on a vfio driver (bind takes them)")
 		}
@@ -168,7 +182,7 @@ func PlanCount(h *iommu.Host, t *iommu.Topology, pf *iommu.Device, wish Wish) (*
 	if err := forecast(h, pf, n); err != nil {
 		return nil, err
 	}
-	if err := vectorsLeft(h, pf, n, wish.Settings); err != nil {
+	if err := vectorsLeft(h, pf, wish.VFs); err != nil {
 		return nil, err
 	}
 	if p.Up, err = linksDown(h, pf); err != nil {
@@ -181,25 +195,24 @@ func PlanCount(h *iommu.Host, t *iommu.Topology, pf *iommu.Device, wish Wish) (*
 		return nil, err
 	}
 	file := autoprobe(pf.Address)
-	if p.autoprobe, err = h.String(file); err != nil && use != UseHome {
+	if p.autoprobe, err = h.String(file); err != nil && anyVF(p.VFs, forGuests) {
 		return nil, fmt.Errorf("VFs for guests need a kernel that can leave them without a driver: %w", err)
 	}
-	if p.autoprobe == "1" && (use != UseHome || p.probeLate()) {
+	off := p.autoprobe == "1" && (anyVF(p.VFs, forGuests) || p.probeLate())
+	if off {
 		p.Before = append(p.Before, vfio.Step{Path: file, Value: "0"})
-		if use != UseHome {
-			p.After = append(p.After, vfio.Step{Path: file, Value: p.autoprobe})
-		}
 	}
 	p.Before = append(p.Before, count(pf, n))
-	if use != UseHome { // before autoprobe is restored: from then on a module that is loaded takes what has no override
-		var overrides []vfio.Step
-		for i := range n {
-			overrides = append(overrides, vfio.Step{Path: attribute(pf.Address, fmt.Sprintf("virtfn%d/driver_override", i)), Value: vfio.None})
+	for i, vf := range p.VFs { // before autoprobe is restored: from then on a module that is loaded takes what has no override
+		if forGuests(vf) {
+			p.After = append(p.After, vfio.Step{Path: attribute(pf.Address, fmt.Sprintf("virtfn%d/driver_override", i)), Value: vfio.None})
 		}
-		p.After = append(overrides, p.After...)
 	}
-	if len(p.settings) > 0 {
-		if p.Set, err = planNew(h, pf, n, p.settings); err != nil {
+	if off && !p.probeLate() {
+		p.After = append(p.After, vfio.Step{Path: file, Value: p.autoprobe})
+	}
+	if anyVF(p.VFs, hasSettings) {
+		if p.Set, err = planNew(h, pf, p.VFs); err != nil {
 			return nil, err
 		}
 	}
@@ -207,15 +220,29 @@ func PlanCount(h *iommu.Host, t *iommu.Topology, pf *iommu.Device, wish Wish) (*
 		p.Notes = append(p.Notes, "then each VF is set online")
 	}
 	if p.probeLate() {
-		p.Notes = append(p.Notes, "then each VF is probed")
+		p.Notes = append(p.Notes, "then each VF"+unlessAll(p.VFs, forHost)+" is probed")
 	}
-	if use == UseVFIO {
-		p.Notes = append(p.Notes, "then each VF is taken as by viaduct bind")
+	if anyVF(p.VFs, onVFIO) {
+		p.Notes = append(p.Notes, "then each VF"+unlessAll(p.VFs, onVFIO)+" is taken as by viaduct bind")
 	}
 	if len(pf.Netdevs) > 0 {
 		p.Notes = append(p.Notes, fmt.Sprintf("the link of %s may flap", pf.Netdevs[0]))
 	}
 	return p, nil
+}
+
+// unlessAll says which VFs are such, where that are not all.
+func unlessAll(vfs []VFWish, such func(VFWish) bool) string {
+	var indexes []string
+	for i, vf := range vfs {
+		if such(vf) {
+			indexes = append(indexes, strconv.Itoa(i))
+		}
+	}
+	if len(indexes) == len(vfs) {
+		return ""
+	}
+	return " of " + strings.Join(indexes, ", ")
 }
 
 func count(pf *iommu.Device, n int) vfio.Step {
@@ -240,7 +267,7 @@ func describe(vfs []*iommu.Device) string {
 //
 // With dry, who cannot see all users may still ask.
 func Check(h *iommu.Host, t *iommu.Topology, p *Plan, force []vfio.Kind, dry bool) error {
-	if p.Use == UseVFIO && p.Want > 0 && p.recounts() && len(t.Groups) == 0 {
+	if anyVF(p.VFs, onVFIO) && p.recounts() && len(t.Groups) == 0 {
 		return &vfio.RefusedError{What: "make VFs on a vfio driver", Reasons: []string{"no IOMMU is active on this host"}}
 	}
 	users := p.Victims

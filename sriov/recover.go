@@ -17,7 +17,7 @@ const opCount = "count"
 type countRecord struct {
 	Have      int        `json:"have"`
 	Want      int        `json:"want"`
-	Use       Use        `json:"use"`
+	VFs       []VFWish   `json:"vfs,omitempty"` // that are to be
 	Recounts  bool       `json:"recounts"`      // VFs are removed or made
 	Cleared   bool       `json:"cleared"`       // those that were there are gone: what is there now was made by this change
 	Old       []iommu.VF `json:"old,omitempty"` // that were there
@@ -28,14 +28,13 @@ type countRecord struct {
 	Raised    []MTU      `json:"raised,omitempty"`
 	Offload   []Offload  `json:"offload,omitempty"`
 	Eswitch   Eswitch    `json:"eswitch,omitzero"` // what it was
-	Settings  Settings   `json:"settings,omitempty"`
 }
 
 func (p *Plan) record() countRecord {
 	return countRecord{
-		Have: p.Have, Want: p.Want, Use: p.Use, Recounts: p.recounts(), Cleared: p.recounts() && p.Have == 0, Old: p.PF.SRIOV.VFs,
+		Have: p.Have, Want: p.Want, VFs: p.VFs, Recounts: p.recounts(), Cleared: p.recounts() && p.Have == 0, Old: p.PF.SRIOV.VFs,
 		Autoprobe: p.autoprobe, Probe: p.probeLate(), Online: p.nvme != "",
-		Up: p.Up, Raised: p.Raise, Offload: p.Offload, Eswitch: p.was, Settings: p.settings,
+		Up: p.Up, Raised: p.Raise, Offload: p.Offload, Eswitch: p.was,
 	}
 }
 
@@ -225,8 +224,11 @@ func (r *countRecord) finish(ctx context.Context, b *vfio.Binder, pf iommu.Addre
 	if err != nil {
 		return err
 	}
-	for _, vf := range vfs {
-		if r.Use != UseHome && vf.Driver == "" && vf.DriverOverride == "" {
+	if len(vfs) != len(r.VFs) {
+		return fmt.Errorf("%s has %d VFs by now", pf, len(vfs))
+	}
+	for i, vf := range vfs {
+		if forGuests(r.VFs[i]) && vf.Driver == "" && vf.DriverOverride == "" {
 			if err := b.Write(pf, []vfio.Step{{Path: attribute(vf.Address, "driver_override"), Value: vfio.None}}); err != nil {
 				return err
 			}
@@ -249,7 +251,7 @@ func (r *countRecord) ready(ctx context.Context, b *vfio.Binder, pf iommu.Addres
 	if len(vfs) == 0 {
 		return nil
 	}
-	if err := configure(ctx, b, pf, vfs, r.Settings); err != nil {
+	if err := configure(ctx, b, pf, vfs, r.VFs); err != nil {
 		return err
 	}
 	if r.Online {
@@ -257,16 +259,22 @@ func (r *countRecord) ready(ctx context.Context, b *vfio.Binder, pf iommu.Addres
 			return err
 		}
 	}
-	switch {
-	case r.Use == UseVFIO:
-		return takeAll(ctx, b, vfs)
-	case r.Probe:
-		return r.probeAll(b, pf, vfs)
+	var taken, home []*iommu.Device
+	for i, vf := range vfs {
+		switch r.VFs[i].Use {
+		case UseVFIO:
+			taken = append(taken, vf)
+		case UseHome:
+			home = append(home, vf)
+		}
 	}
-	return nil
+	if err := takeAll(ctx, b, taken); err != nil || !r.Probe {
+		return err
+	}
+	return r.probeAll(b, pf, home)
 }
 
-// probeAll lets the host's drivers have all VFs of a PF, and puts autoprobe back, without which the kernel probes none.
+// probeAll lets the host's drivers have VFs, and puts autoprobe back, without which the kernel probes none.
 func (r *countRecord) probeAll(b *vfio.Binder, pf iommu.Address, vfs []*iommu.Device) error {
 	steps := []vfio.Step{{Path: autoprobe(pf), Value: "1"}}
 	for _, vf := range vfs {

@@ -104,7 +104,7 @@ func PlanSet(h *iommu.Host, pf, vf *iommu.Device, want Settings) (*SetPlan, erro
 	if err != nil {
 		return nil, err
 	}
-	links, err := linksIfAsked(h, want)
+	links, err := linksIfAsked(h, []VFWish{{Settings: want}})
 	if err != nil {
 		return nil, err
 	}
@@ -139,23 +139,26 @@ func vfAt(pf, vf iommu.Address, index int) *iommu.Device {
 	return &iommu.Device{Name: vf.String(), Address: vf, PCI: true, PhysFn: &pf, VFIndex: index}
 }
 
-// planNew plans the settings of n VFs that are still to be made.
-func planNew(h *iommu.Host, pf *iommu.Device, n int, want Settings) ([]SetPlan, error) {
-	if mac := want[MAC]; n > 1 && mac != "" && mac != StableMAC && mac != noMAC {
-		return nil, fmt.Errorf("mac=%s for %d VFs: each needs one of its own (mac=%s makes them)", mac, n, StableMAC)
-	}
+// planNew plans the settings of VFs that are still to be made.
+func planNew(h *iommu.Host, pf *iommu.Device, vfs []VFWish) ([]SetPlan, error) {
 	port, err1 := ReadPort(h, pf)
-	links, err2 := linksIfAsked(h, want)
+	links, err2 := linksIfAsked(h, vfs)
 	if err := errors.Join(err1, err2); err != nil {
 		return nil, err
 	}
 	var out []SetPlan
+	macs := map[string]bool{}
 	for i, a := range iommu.VFAddresses(h, pf.Address) {
-		if i == n {
+		if i == len(vfs) {
 			break
 		}
 		vf := vfAt(pf.Address, a, i)
-		p, err := planSet(h, pf, vf, want, port, links)
+		mac := vfs[i].Settings[MAC]
+		if macs[mac] {
+			return nil, fmt.Errorf("mac=%s for several VFs: each needs one of its own (mac=%s makes them)", mac, StableMAC)
+		}
+		macs[mac] = mac != "" && mac != StableMAC && mac != noMAC
+		p, err := planSet(h, pf, vf, vfs[i].Settings, port, links)
 		if err != nil {
 			return nil, err
 		}
@@ -165,9 +168,9 @@ func planNew(h *iommu.Host, pf *iommu.Device, n int, want Settings) ([]SetPlan, 
 	return out, nil
 }
 
-// configure gives all VFs of a PF settings. On failure its caller removes them.
-func configure(ctx context.Context, b *vfio.Binder, pf iommu.Address, vfs []*iommu.Device, want Settings) error {
-	if len(want) == 0 || !b.Host.Live() {
+// configure gives all VFs of a PF their settings. On failure its caller removes them.
+func configure(ctx context.Context, b *vfio.Binder, pf iommu.Address, vfs []*iommu.Device, wish []VFWish) error {
+	if !anyVF(wish, hasSettings) || !b.Host.Live() {
 		return nil
 	}
 	d, port, err := portOf(b.Host, pf)
@@ -184,8 +187,11 @@ func configure(ctx context.Context, b *vfio.Binder, pf iommu.Address, vfs []*iom
 		defer port.close()
 	}
 	var plans []SetPlan
-	for _, vf := range vfs {
-		want, err := resolved(b.Host, d, vf, want, port)
+	for i, vf := range vfs {
+		if !hasSettings(wish[i]) {
+			continue
+		}
+		want, err := resolved(b.Host, d, vf, wish[i].Settings, port)
 		if err != nil {
 			return err
 		}
@@ -237,8 +243,8 @@ func resolved(h *iommu.Host, pf *iommu.Device, vf *iommu.Device, want Settings, 
 }
 
 // linksIfAsked are the interfaces of this host that devices have, each with its VFs, if a MAC address is wanted.
-func linksIfAsked(h *iommu.Host, want Settings) ([]linkInfo, error) {
-	if want[MAC] == "" || want[MAC] == noMAC || !h.Live() {
+func linksIfAsked(h *iommu.Host, vfs []VFWish) ([]linkInfo, error) {
+	if !h.Live() || !anyVF(vfs, func(vf VFWish) bool { return vf.Settings[MAC] != "" && vf.Settings[MAC] != noMAC }) {
 		return nil, nil
 	}
 	names, err := h.Names(netClass)

@@ -121,17 +121,21 @@ func forecast(h *iommu.Host, pf *iommu.Device, n int) error {
 }
 
 // vectorsLeft refuses more interrupt vectors for new VFs than the PF has to give (sriov_vf_total_msix).
-func vectorsLeft(h *iommu.Host, pf *iommu.Device, n int, settings Settings) error {
-	each, err := strconv.Atoi(settings[MSIX])
-	if err != nil {
-		return nil // none are asked for
+func vectorsLeft(h *iommu.Host, pf *iommu.Device, vfs []VFWish) error {
+	need := 0
+	for _, vf := range vfs {
+		n, _ := strconv.Atoi(vf.Settings[MSIX])
+		need += n
+	}
+	if need == 0 {
+		return nil
 	}
 	pool, err := h.Int(attribute(pf.Address, "sriov_vf_total_msix"))
 	if err != nil || pool == 0 {
 		return nil // its driver has no such pool, and will say so
 	}
-	if each*n > pool {
-		return &ForecastError{pf.Address, n, fmt.Sprintf("with %d interrupt vectors each they need %d, and it has %d for all VFs", each, each*n, pool)}
+	if need > pool {
+		return &ForecastError{pf.Address, len(vfs), fmt.Sprintf("they are to have %d interrupt vectors in all, and it has %d for its VFs", need, pool)}
 	}
 	return nil
 }

@@ -52,6 +52,8 @@ func vfListCommand(e *env) *cli.Command {
 
 type createOptions struct {
 	pfs     []iommu.Selector
+	count   int
+	vf      sriov.VFWish // each
 	wish    sriov.Wish
 	force   []vfio.Kind
 	timeout time.Duration
@@ -102,7 +104,7 @@ func vfCreateCommand(e *env) *cli.Command {
 		}, o.countFlags(e)...),
 		BashComplete: e.completePFs,
 		Action: func(c *cli.Context) error {
-			o.wish.Use = sriov.Use(driver)
+			o.vf.Use = sriov.Use(driver)
 			err := o.parse(c)
 			if err != nil {
 				return err
@@ -118,14 +120,16 @@ func vfCreateCommand(e *env) *cli.Command {
 			if o.pfs, err = parseSelectors(words[:at]); err != nil {
 				return err
 			}
-			o.wish.VFs, _ = strconv.Atoi(words[at])
-			if o.wish.Settings, err = sriov.ParseSettings(words[at+1:]); err != nil {
+			if o.count, _ = strconv.Atoi(words[at]); o.count > 65535 {
+				return usagef("vf create: %s VFs are more than any PF can have (65535)", words[at])
+			}
+			if o.vf.Settings, err = sriov.ParseSettings(words[at+1:]); err != nil {
 				return usagef("vf create: %w", err)
 			}
-			if o.wish.VFs == 0 && len(o.wish.Settings) > 0 {
+			if o.count == 0 && len(o.vf.Settings) > 0 {
 				return usagef("vf create: no VFs, and settings for them")
 			}
-			if o.wish.Use != sriov.UseNone && o.wish.Use != sriov.UseVFIO && o.wish.Use != sriov.UseHome {
+			if o.vf.Use != sriov.UseNone && o.vf.Use != sriov.UseVFIO && o.vf.Use != sriov.UseHome {
 				return usagef("vf create: --driver is none, vfio or home, not %q", driver)
 			}
 			for _, f := range []struct {
@@ -148,7 +152,7 @@ func vfCreateCommand(e *env) *cli.Command {
 }
 
 func vfDestroyCommand(e *env) *cli.Command {
-	o := createOptions{wish: sriov.Wish{Use: sriov.UseNone}}
+	var o createOptions
 	return command(&cli.Command{
 		Name:      "destroy",
 		Usage:     "remove all VFs of a PF",
@@ -183,6 +187,7 @@ type countView struct {
 
 // runVFCount is create and destroy: both set the number of VFs. All PFs are planned and asked for before the first is changed.
 func runVFCount(ctx context.Context, e *env, o createOptions) error {
+	o.wish.VFs = sriov.Same(o.count, o.vf)
 	ctx, stop, c, err := e.beginChange(ctx, o.timeout)
 	if err != nil {
 		return err
@@ -193,7 +198,7 @@ func runVFCount(ctx context.Context, e *env, o createOptions) error {
 		return err
 	}
 	if o.timeout == 0 {
-		most := o.wish.VFs
+		most := o.count
 		for _, pf := range pfs {
 			if pf.SRIOV != nil {
 				most = max(most, len(pf.SRIOV.VFs))

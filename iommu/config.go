@@ -10,18 +10,32 @@ import (
 	"viaduct/internal/host"
 )
 
-// ReadSerial reads a device's PCIe serial number, as "00-00-c9-ff-ff-00-00-00"; "" if it has none. It reads config space,
-// which wakes a sleeping device and, past its first 64 bytes, needs CAP_SYS_ADMIN.
+// ReadSerial reads a device's PCIe serial number, as "00-00-c9-ff-ff-00-00-00", else that of an NVMe controller, which its driver
+// tells; "" if it has none. It reads config space, which wakes a sleeping device and, past its first 64 bytes, needs
+// CAP_SYS_ADMIN.
 func ReadSerial(h *Host, a Address) (string, error) {
 	f, err := h.File(path.Join(pciDevices, a.String(), "config"))
 	if host.Absent(err) {
-		return "", nil
+		return nvmeSerial(h, a)
 	}
 	if err != nil {
 		return "", err
 	}
 	defer f.Close()
-	return serialNumber(f), nil
+	if serial := serialNumber(f); serial != "" {
+		return serial, nil
+	}
+	return nvmeSerial(h, a)
+}
+
+func nvmeSerial(h *Host, a Address) (string, error) {
+	dir := path.Join(pciDevices, a.String(), "nvme")
+	names, err := h.Names(dir)
+	if err != nil || len(names) == 0 {
+		return optional("", err)
+	}
+	serial, err := optional(h.String(path.Join(dir, names[0], "serial")))
+	return strings.TrimSpace(serial), err
 }
 
 // serialNumber decodes the Device Serial Number capability (PCIe base specification 7.9.3: id 3, lower dword first).

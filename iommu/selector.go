@@ -274,7 +274,7 @@ func (s Selector) matcher(h *Host, t *Topology) (func(*Device) (bool, error), er
 				return false, nil
 			}
 			serial, err := ReadSerial(h, d.Address)
-			return serial == strings.ToLower(s.value), err
+			return strings.EqualFold(serial, s.value), err
 		}, nil
 	}
 }

@@ -111,6 +111,34 @@ func PlanSet(h *iommu.Host, pf, vf *iommu.Device, want Settings) (*SetPlan, erro
 	return planSet(h, pf, vf, want, port, links)
 }
 
+// PlanSets plans how VFs of a PF get the settings of their wishes, with one look at all. What the driver does not report is taken
+// to be as it was last set.
+func PlanSets(b *vfio.Binder, pf *iommu.Device, vfs []*iommu.Device, wish []VFWish) ([]*SetPlan, error) {
+	port, err1 := ReadPort(b.Host, pf)
+	links, err2 := linksIfAsked(b.Host, wish)
+	asked, err3 := Asked(b, pf)
+	if err := errors.Join(err1, err2, err3); err != nil {
+		return nil, err
+	}
+	var out []*SetPlan
+	for _, vf := range vfs {
+		now, reported := port.Of(vf.VFIndex)
+		want := maps.Clone(wish[vf.VFIndex].Settings)
+		maps.DeleteFunc(want, func(k Key, v string) bool {
+			_, known := now.Settings[k]
+			return reported && !known && asked[vf.VFIndex][k] == v
+		})
+		p, err := planSet(b.Host, pf, vf, want, port, links)
+		if err != nil {
+			return nil, err
+		}
+		if len(p.Settings) > 0 {
+			out = append(out, p)
+		}
+	}
+	return out, nil
+}
+
 func planSet(h *iommu.Host, pf, vf *iommu.Device, want Settings, port *Port, links []linkInfo) (*SetPlan, error) {
 	want, err := resolved(h, pf, vf, want, port)
 	if err != nil {

@@ -141,6 +141,9 @@ func devicePath(a iommu.Address) string { return path.Join("sys/bus/pci/devices"
 // chooseVFIO finds the best vfio driver for a device. With a module, that has to be loaded first, and the driver's name is
 // a guess until it is.
 func (b *Binder) chooseVFIO(d *iommu.Device, wish string) (driver, module string, err error) {
+	if wish == None {
+		return None, "", nil
+	}
 	if wish != Auto {
 		if registered(b.Host, wish) {
 			return wish, "", nil

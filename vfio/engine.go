@@ -80,6 +80,11 @@ func (b *Binder) GiveBack(ctx context.Context, units [][]*iommu.Device) []Result
 	return b.each(ctx, opGive, units, b.PlanGiveBack)
 }
 
+// Home leads units to the host's drivers, as [Binder.PlanHome] has it. One that fails is put back as it was.
+func (b *Binder) Home(ctx context.Context, units [][]*iommu.Device) []Result {
+	return b.each(ctx, opGive, units, b.PlanHome)
+}
+
 // each plans units, with the modules they need, writes the journal, and has the child make the writes, without waiting for one
 // unit before the next. What came of them is looked at when all writes are through: each reader of sysfs makes a probe, which
 // adds dozens of files there, wait for a lock.
@@ -408,7 +413,7 @@ func (b *Binder) remember(d *iommu.Device) error {
 		return err
 	}
 	r := takenRecord{
-		Vendor: d.Vendor, Device: d.Device, Driver: d.Driver, Override: d.DriverOverride, Identity: b.identify(d),
+		Vendor: d.Vendor, Device: d.Device, Driver: d.Driver, Override: d.DriverOverride, Identity: b.Identify(d),
 	}
 	disks, err := blockDevices(b.Host, d)
 	if err != nil {
@@ -419,17 +424,4 @@ func (b *Binder) remember(d *iommu.Device) error {
 		r.NodeOwner = b.Owner.Text
 	}
 	return b.Journal.Put(takenKey(d.Address), r)
-}
-
-// identify is what can be said of a device while its own driver has it. What cannot be read is left out.
-func (b *Binder) identify(d *iommu.Device) Identity {
-	id := Identity{ID: d.ID}
-	id.Path, _ = iommu.PathOf(b.Host, d)
-	if d.PhysFn == nil { // a VF has no number of its own, and reading config space takes time
-		id.Serial, _ = iommu.ReadSerial(b.Host, d.Address)
-	}
-	if len(d.Netdevs) > 0 {
-		id.MACs = PermanentMACs(b.Host, d.Netdevs)
-	}
-	return id
 }

@@ -6,8 +6,7 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
+	"viaduct/internal/uevent"
 	"viaduct/iommu"
 )
 
@@ -18,11 +17,11 @@ func (b *Binder) awaitHome(ctx context.Context, d *iommu.Device) error {
 	if err != nil || !known || !b.Host.Live() || len(r.Identity.MACs) == 0 && !r.Block {
 		return err
 	}
-	events, err := openUevents() // before the first look
+	events, err := uevent.Open() // before the first look
 	if err != nil {
 		return err
 	}
-	defer unix.Close(events)
+	defer events.Close()
 	ctx, cancel := context.WithTimeout(ctx, b.timeout())
 	defer cancel()
 	for {
@@ -52,32 +51,6 @@ func (b *Binder) awaitHome(ctx context.Context, d *iommu.Device) error {
 			}
 			return fmt.Errorf("%s is on %s again, but has not made %s, which it had", d.Name, now.Driver, strings.Join(missing, " and "))
 		}
-		awaitUevent(ctx, events)
-	}
-}
-
-// openUevents hears what the kernel tells udev (NETLINK_KOBJECT_UEVENT).
-func openUevents() (int, error) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_KOBJECT_UEVENT)
-	if err != nil {
-		return -1, fmt.Errorf("hear of new devices: %w", err)
-	}
-	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: 1}); err != nil {
-		unix.Close(fd)
-		return -1, fmt.Errorf("hear of new devices: %w", err)
-	}
-	return fd, nil
-}
-
-// awaitUevent returns when something happened, or once a second, or when the context ends.
-func awaitUevent(ctx context.Context, fd int) {
-	deadline, _ := ctx.Deadline()
-	wait := max(min(time.Until(deadline), time.Second), 0)
-	_, _ = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(wait.Milliseconds())+1)
-	var event [8192]byte
-	for {
-		if _, err := unix.Read(fd, event[:]); err != nil {
-			return // all are read
-		}
+		events.Await(ctx, time.Second)
 	}
 }

@@ -135,14 +135,31 @@ func (b *Binder) Lock(ctx context.Context, devices []*iommu.Device) error {
 		if err != nil {
 			return err
 		}
-		b.mu.Lock()
-		if b.held == nil {
-			b.held = map[iommu.Address]bool{}
-		}
-		b.held[d.Address] = true
-		b.mu.Unlock()
+		b.hold(d.Address)
 	}
 	return nil
+}
+
+// TryLock locks a device as Lock does, unless another viaduct has it.
+func (b *Binder) TryLock(d *iommu.Device) (bool, error) {
+	l, err := b.openLocks()
+	if l == nil {
+		return false, err
+	}
+	ok, err := l.try(d.Address)
+	if ok {
+		b.hold(d.Address)
+	}
+	return ok, err
+}
+
+func (b *Binder) hold(a iommu.Address) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.held == nil {
+		b.held = map[iommu.Address]bool{}
+	}
+	b.held[a] = true
 }
 
 // holds reports whether Lock has the device.

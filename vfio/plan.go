@@ -52,7 +52,8 @@ func orNewline(s string) string {
 	return s
 }
 
-// PlanTake plans how a device gets onto a vfio driver; driver is Auto or a driver's name. The override stays.
+// PlanTake plans how a device gets onto a vfio driver; driver is Auto, a driver's name, or None, which takes it from the host and
+// leaves it without. The override stays.
 func (b *Binder) PlanTake(d *iommu.Device, driver string) (Change, error) {
 	c := begin(d)
 	if driver == Auto && iommu.IsVFIODriver(d.Driver) {
@@ -96,6 +97,24 @@ func (b *Binder) PlanGiveBack(d *iommu.Device) (Change, error) {
 		}
 	}
 	c.ToOverride = r.Override
+	c.plan(d)
+	return c, nil
+}
+
+// PlanHome plans how a device gets to the host's driver, also one that was kept without any: to the one it had when it was
+// taken, else to its home driver.
+func (b *Binder) PlanHome(d *iommu.Device) (Change, error) {
+	if r, known, err := b.taken(d); err != nil || d.Blocks() || known && r.Driver != "" {
+		if err != nil {
+			return begin(d), err
+		}
+		return b.PlanGiveBack(d)
+	}
+	c := begin(d)
+	var err error
+	if c.To, c.Module, err = b.chooseHome(d); err != nil {
+		return c, err
+	}
 	c.plan(d)
 	return c, nil
 }

@@ -93,15 +93,6 @@ type takenRecord struct {
 	Block     bool     `json:"block,omitempty"` // it had disks
 }
 
-// Identity is what tells a device from all others for longer than its address does. A device on a vfio driver has no network
-// interface to ask for its MAC address, so it is recorded when the device is taken.
-type Identity struct {
-	Path   string            `json:"path,omitempty"` // see iommu.PhysicalPath
-	Serial string            `json:"serial,omitempty"`
-	ID     iommu.ID          `json:"id"`
-	MACs   map[string]string `json:"macs,omitempty"` // permanent where the interface tells, by interface
-}
-
 func takenKey(a iommu.Address) string  { return "taken-" + a.String() }
 func changeKey(a iommu.Address) string { return journal.Changing + a.String() }
 

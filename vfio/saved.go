@@ -3,9 +3,6 @@ package vfio
 import (
 	"errors"
 	"fmt"
-	"maps"
-	"slices"
-	"strings"
 
 	"viaduct/internal/journal"
 	"viaduct/iommu"
@@ -32,7 +29,7 @@ func (b *Binder) Save(in *journal.Journal, d *iommu.Device, driver string) error
 	case known:
 		s.Identity, s.NodeOwner = r.Identity, r.NodeOwner
 	default: // somebody else took it
-		s.Identity = b.identify(d)
+		s.Identity = b.Identify(d)
 	}
 	if b.Owner != nil {
 		s.NodeOwner = b.Owner.Text
@@ -89,22 +86,8 @@ func (s *Saved) Find(h *iommu.Host, t *iommu.Topology) (*iommu.Device, error) {
 	if found == nil {
 		return nil, errors.New(gone + "nothing")
 	}
-	if found.ID != s.Identity.ID {
-		return nil, fmt.Errorf("%sanother device, %s (%04x:%04x)", gone, found.Name, found.Vendor, found.Device)
-	}
-	if found.PhysFn != nil { // which has no number of its own, and any MAC address
-		return found, nil
-	}
-	if serial, err := iommu.ReadSerial(h, found.Address); err != nil || serial != s.Identity.Serial {
-		return nil, fmt.Errorf("%s%s with serial number %q instead of %q", gone, found.Name, serial, s.Identity.Serial)
-	}
-	was, is := macs(s.Identity.MACs), macs(PermanentMACs(h, found.Netdevs))
-	if len(was) > 0 && len(is) > 0 && !slices.ContainsFunc(is, func(mac string) bool { return slices.Contains(was, mac) }) {
-		return nil, fmt.Errorf("%s%s with MAC address %s instead of %s", gone, found.Name, strings.Join(is, ", "), strings.Join(was, ", "))
+	if why := Differs(h, &s.Identity, found); why != "" {
+		return nil, fmt.Errorf("%sanother device, %s: %s", gone, found.Name, why)
 	}
 	return found, nil
-}
-
-func macs(byInterface map[string]string) []string {
-	return slices.Sorted(maps.Values(byInterface))
 }

@@ -10,6 +10,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"viaduct/cmd/internal/declared"
 	"viaduct/internal/journal"
 	"viaduct/iommu"
 	"viaduct/vfio"
@@ -475,6 +476,8 @@ func recoverCommand(e *env) *cli.Command {
 			defer stop()
 			all, err := b.Recover(ctx, true)
 			errs := []error{err}
+			undone, err := (&declared.Manager{Host: h, Binder: b}).Recover()
+			all, errs = append(all, undone...), append(errs, err)
 			for _, r := range all {
 				if r.Err == nil {
 					fmt.Fprintf(e.stdout, "%s %s\n", r.Device, r.What)

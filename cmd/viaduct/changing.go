@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"viaduct/cmd/internal/declared"
 	"viaduct/internal/journal"
 	"viaduct/iommu"
 	"viaduct/sriov"
@@ -114,6 +115,12 @@ func (c *changing) lock(ctx context.Context, devices []*iommu.Device) error {
 func (c *changing) recover(ctx context.Context) (err error) {
 	c.stuck, err = c.binder.Recover(ctx, false)
 	c.env.tellRecovered(c.stuck)
+	m := declared.Manager{Host: c.host, Binder: c.binder}
+	if err != nil || !m.Interrupted() {
+		return err
+	}
+	undone, err := m.Recover()
+	c.env.tellRecovered(undone)
 	return err
 }
 

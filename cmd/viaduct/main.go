@@ -28,6 +28,7 @@ const (
 	exitFailed  = 1
 	exitUsage   = 2
 	exitRefused = 3
+	exitDiffers = 4 // of plan and status
 )
 
 func main() {
@@ -107,6 +108,9 @@ func run(args []string, stdout, stderr io.Writer) int {
 	if err == nil {
 		return exitDone
 	}
+	if errors.Is(err, errDiffers) {
+		return exitDiffers
+	}
 	for line := range strings.SplitSeq(err.Error(), "\n") {
 		e.note("%s", line)
 	}
@@ -152,7 +156,7 @@ func newApp(e *env) *cli.App {
 			"  8086:10c9               vendor and device id\n" +
 			"  class=0200  group=8     PCI class, IOMMU group\n" +
 			"  mac=52:54:00:12:34:56   path=0000:00:01.0/00.0   serial=...\n\n" +
-			"Exit status: 0 done, 1 failed, 2 wrong usage, 3 refused by a safety check and nothing was touched.",
+			"Exit status: 0 done, 1 failed, 2 wrong usage, 3 refused by a safety check and nothing was touched;\n4 there is a difference (plan and status only).",
 		Writer:                    e.stdout,
 		ErrWriter:                 e.stderr,
 		HideHelpCommand:           true,
@@ -178,6 +182,8 @@ func newApp(e *env) *cli.App {
 		},
 		Commands: []*cli.Command{
 			listCommand(e), showCommand(e), bindCommand(e), unbindCommand(e), recoverCommand(e), vfCommand(e),
+			planCommand(e), applyCommand(e), statusCommand(e), undoCommand(e), adoptCommand(e), schemaCommand(e),
+			installCommand(e), uninstallCommand(e), watchCommand(e),
 			snapshotCommand(e), completionCommand(e), manCommand(e), versionCommand(e),
 		},
 	}

@@ -122,7 +122,7 @@ func (d *decoder) decode(n *yaml.Node, v reflect.Value, f *reflect.StructField) 
 	if n.Kind == yaml.AliasNode && n.Alias != nil {
 		n = n.Alias
 	}
-	if s, ok := v.Addr().Interface().(scalar); ok {
+	if s, ok := reflect.TypeAssert[scalar](v.Addr()); ok {
 		if text, ok := d.text(n); ok {
 			if err := s.parse(text); err != nil {
 				d.fail(n, text, "%v", err)
@@ -249,8 +249,8 @@ func setPos(v reflect.Value, at Pos) {
 }
 
 func fieldOf(t reflect.Type, key string) (*reflect.StructField, bool) {
-	for i := range t.NumField() {
-		if f := t.Field(i); key != "-" && f.Tag.Get("yaml") == key {
+	for f := range t.Fields() {
+		if key != "-" && f.Tag.Get("yaml") == key {
 			return &f, true
 		}
 	}
@@ -271,8 +271,8 @@ func settingsOf(v reflect.Value) (reflect.Value, bool) {
 // keysOf are a struct's keys as they are written.
 func keysOf(t reflect.Type) []string {
 	var out []string
-	for i := range t.NumField() {
-		switch name := t.Field(i).Tag.Get("yaml"); name {
+	for f := range t.Fields() {
+		switch name := f.Tag.Get("yaml"); name {
 		case "-":
 		case ",settings":
 			for _, k := range sriov.Keys {

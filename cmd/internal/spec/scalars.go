@@ -21,7 +21,7 @@ type scalar interface {
 type Match struct{ Selectors []iommu.Selector }
 
 func (m *Match) parse(text string) error {
-	for _, word := range strings.Fields(text) {
+	for word := range strings.FieldsSeq(text) {
 		s, err := iommu.ParseSelector(word)
 		if err != nil {
 			return reason(err)
@@ -35,7 +35,7 @@ func (m *Match) parse(text string) error {
 		m.Selectors = append(m.Selectors, s)
 	}
 	if len(m.Selectors) == 0 {
-		return errors.New("want a selector, as mac=52:54:00:12:34:56, path=0000:00:01.0/00.0 or serial=...")
+		return errors.New("want a selector, as mac=52:54:00:12:34:56, path=0000:00:01.0/00.0")
 	}
 	return nil
 }
@@ -58,6 +58,9 @@ type Range struct{ spans [][2]int }
 
 // Span is the range of all indexes from first to last.
 func Span(first, last int) Range { return Range{[][2]int{{first, last}}} }
+
+// To is the range with all indexes up to last.
+func (r Range) To(last int) Range { return Span(r.spans[0][0], last) }
 
 const maxIndex = 65534
 

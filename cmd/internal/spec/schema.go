@@ -31,8 +31,7 @@ func schemaOf(t reflect.Type, f *reflect.StructField) map[string]any {
 			return schemaOf(field.Type, f)
 		}
 		properties, required := map[string]any{}, []string{}
-		for i := range t.NumField() {
-			field := t.Field(i)
+		for field := range t.Fields() {
 			name := field.Tag.Get("yaml")
 			switch name {
 			case "-":

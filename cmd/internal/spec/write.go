@@ -30,7 +30,7 @@ func (h *Host) YAML(comments map[string]string) ([]byte, error) {
 
 // nodeOf is a value as YAML, nil if it says nothing.
 func nodeOf(v reflect.Value, comments map[string]string) *yaml.Node {
-	if s, ok := v.Addr().Interface().(scalar); ok {
+	if s, ok := reflect.TypeAssert[scalar](v.Addr()); ok {
 		return word(s.String())
 	}
 	switch v.Kind() {

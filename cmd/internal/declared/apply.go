@@ -1,0 +1,256 @@
+package declared
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"viaduct/cmd/internal/spec"
+	"viaduct/iommu"
+	"viaduct/sriov"
+	"viaduct/vfio"
+)
+
+// before is what it takes to bring one item back: a PF's declaration of itself, or the devices that are to be given back. It is
+// written down before the item's first write, and dropped after its last.
+type before struct {
+	Device  iommu.Address   `json:"device"`
+	PF      string          `json:"pf,omitempty"` // as YAML
+	Release []iommu.Address `json:"release,omitempty"`
+}
+
+const (
+	applying = "apply-" // and the device's address: what is being done to it
+	lastDone = "undo"   // what the last apply did, for undo
+)
+
+// Apply does what items take, one PF or device after the other, and tells each. One that fails is put back as it was, and the
+// others go on. The caller has locked all their devices, and Check let them pass.
+func (m *Manager) Apply(ctx context.Context, items []*Item, tell func(*Item, error)) error {
+	var errs []error
+	var done []before
+	for _, i := range items {
+		if i.State != Differs {
+			continue
+		}
+		if ctx.Err() != nil {
+			errs = append(errs, fmt.Errorf("%s: interrupted before it was touched", i.Name))
+			continue
+		}
+		was, err := m.before(i)
+		if err == nil {
+			done = append(done, was)
+			err = m.Binder.Journal.Put(lastDone, done) // before it is touched: undo may find it as it is
+		}
+		if err == nil {
+			err = m.applyOne(ctx, i, was)
+		}
+		if err != nil {
+			err = fmt.Errorf("%s: %w", i.Name, err)
+		} else {
+			i.State = OK
+		}
+		tell(i, err)
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// before declares an item's device as it is.
+func (m *Manager) before(i *Item) (before, error) {
+	b := before{Device: i.Device.Address}
+	if i.unit != nil {
+		for _, d := range i.unit {
+			if !iommu.IsVFIODriver(d.Driver) {
+				b.Release = append(b.Release, d.Address)
+			}
+		}
+		return b, nil
+	}
+	pf, err := m.describe(i.Device, true)
+	if err != nil {
+		return b, err
+	}
+	text, err := (&spec.Host{PFs: []spec.PF{pf}}).YAML(nil)
+	b.PF = string(text)
+	return b, err
+}
+
+func (m *Manager) applyOne(ctx context.Context, i *Item, was before) error {
+	key := applying + i.Device.Name
+	if err := m.Binder.Journal.Put(key, was); err != nil {
+		return err
+	}
+	err := m.do(ctx, i)
+	if _, stuck := errors.AsType[*vfio.StuckError](err); stuck {
+		return errors.Join(err, m.Binder.Journal.Delete(key)) // what is left of it is the engines'
+	}
+	if err != nil {
+		if undone := m.back(was); undone != nil {
+			err = errors.Join(err, fmt.Errorf("and it could not be put back as it was: %w", undone))
+		}
+	}
+	return errors.Join(err, m.Binder.Journal.Delete(key))
+}
+
+// do does what an item takes.
+func (m *Manager) do(ctx context.Context, i *Item) error {
+	b := m.Binder
+	if i.count != nil {
+		notes, err := sriov.Apply(ctx, b, i.count)
+		i.Notes = append(i.Notes, notes...)
+		if err != nil {
+			return err
+		}
+	}
+	var errs []error
+	for _, s := range i.sets {
+		unverified, err := sriov.Set(ctx, b, s)
+		if err != nil {
+			return err
+		}
+		if len(unverified) > 0 {
+			i.Notes = append(i.Notes, fmt.Sprintf("%s: set, not verifiable, as the driver does not report it: %s", s.VF.Name, strings.Join(unverified, ", ")))
+		}
+	}
+	b.Owner = i.owner
+	defer func() { b.Owner = nil }()
+	all := b.Take(ctx, each(i.none), vfio.None)
+	all = append(all, b.Take(ctx, each(i.take), vfio.Auto)...)
+	if i.unit != nil {
+		all = append(all, b.Take(ctx, [][]*iommu.Device{i.unit}, i.driver)...)
+	}
+	all = append(all, b.Home(ctx, each(i.home))...)
+	for _, r := range all {
+		errs = append(errs, r.Err)
+	}
+	return errors.Join(errs...)
+}
+
+// back brings one item back to what it was. It has no context: that of the command may be over.
+func (m *Manager) back(was before) error {
+	ctx := context.Background()
+	var err error
+	if m.Topology, err = iommu.Scan(m.Host); err != nil {
+		return err
+	}
+	m.index = nil
+	if was.PF == "" {
+		var units [][]*iommu.Device
+		for _, a := range was.Release {
+			d, err := m.Topology.Find(a)
+			if err != nil {
+				return err
+			}
+			if iommu.IsVFIODriver(d.Driver) {
+				units = append(units, []*iommu.Device{d})
+			}
+		}
+		var errs []error
+		for _, r := range m.Binder.GiveBack(ctx, units) {
+			errs = append(errs, r.Err)
+		}
+		return errors.Join(errs...)
+	}
+	s, err := spec.Parse("record", []byte(was.PF))
+	if err != nil {
+		return err
+	}
+	// What was written down of a boot before does not matter here, nor whether it is one.
+	plain := &Manager{Host: m.Host, Topology: m.Topology, Binder: m.Binder, Force: m.Force, Late: true, exact: true}
+	items, err := plain.Plan(s)
+	if err != nil {
+		return err
+	}
+	for _, i := range items {
+		if i.Err != nil {
+			return i.Err
+		}
+		if err := m.Binder.Lock(ctx, i.Devices()); err != nil {
+			return err
+		}
+	}
+	if err := plain.Check(items, false); err != nil {
+		return err
+	}
+	for _, i := range items {
+		if i.State == Refused {
+			return i.Err
+		}
+		if i.State == Differs {
+			if err := plain.do(ctx, i); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// Recover puts back what an apply left that was killed in the middle, and says of what. What another viaduct is at work on is
+// left alone.
+func (m *Manager) Recover() ([]vfio.Recovered, error) {
+	keys, err := m.Binder.Journal.Keys(applying)
+	if err != nil {
+		return nil, err
+	}
+	var out []vfio.Recovered
+	for _, key := range keys {
+		var was before
+		known, err := m.Binder.Journal.Get(key, &was)
+		if err != nil || !known {
+			out = append(out, vfio.Recovered{Device: was.Device, What: "has a record that cannot be read", Err: err})
+			continue
+		}
+		ours, err := m.Binder.TryLock(&iommu.Device{Address: was.Device, PCI: true})
+		if err != nil {
+			return out, err
+		}
+		if !ours {
+			continue
+		}
+		if known, _ = m.Binder.Journal.Get(key, &was); !known {
+			continue // it has ended meanwhile
+		}
+		r := vfio.Recovered{Device: was.Device, What: "is as it was: viaduct apply had been interrupted"}
+		r.Err = errors.Join(m.back(was), m.Binder.Journal.Delete(key)) // told once: a record that stays would be in the way for good
+		out = append(out, r)
+	}
+	return out, nil
+}
+
+// Interrupted reports whether an apply may have been killed in the middle.
+func (m *Manager) Interrupted() bool {
+	keys, err := m.Binder.Journal.Keys(applying)
+	return err == nil && len(keys) > 0
+}
+
+// Last is what the last apply touched, for Undo; false if nothing is known of one since the boot.
+func (m *Manager) Last() ([]iommu.Address, bool, error) {
+	var done []before
+	known, err := m.Binder.Journal.Get(lastDone, &done)
+	var out []iommu.Address
+	for _, was := range done {
+		out = append(append(out, was.Device), was.Release...)
+	}
+	return out, known, err
+}
+
+// Undo brings back all that the last apply touched, the last first. The caller has locked its devices.
+func (m *Manager) Undo(tell func(iommu.Address, error)) error {
+	var done []before
+	if _, err := m.Binder.Journal.Get(lastDone, &done); err != nil {
+		return err
+	}
+	var errs []error
+	for _, was := range slices.Backward(done) {
+		err := m.back(was)
+		tell(was.Device, err)
+		errs = append(errs, err)
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	return m.Binder.Journal.Delete(lastDone)
+}

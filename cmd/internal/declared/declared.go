@@ -1,0 +1,342 @@
+// Package declared makes a host what is declared of it: it finds what the declaration names, plans what is different, has the
+// engines of vfio and sriov do that, and puts a PF back as it was if it could not be brought all the way.
+package declared
+
+import (
+	"errors"
+	"fmt"
+
+	"viaduct/cmd/internal/spec"
+	"viaduct/internal/journal"
+	"viaduct/iommu"
+	"viaduct/sriov"
+	"viaduct/vfio"
+)
+
+// StateDir is where is kept what must outlive a boot.
+const StateDir = "/var/lib/viaduct"
+
+// Manager is what the declared host is planned and applied with. It changes nothing that Binder has not locked.
+type Manager struct {
+	Host     *iommu.Host
+	Topology *iommu.Topology
+	Binder   *vfio.Binder
+	State    *journal.Journal // in StateDir; nil on a captured host
+	Force    []vfio.Kind      // holders to override
+	Boot     bool             // nobody can hold anything yet: what was protected when the host ran is refused
+	Accept   bool             // what changed since is as it is to be
+	Late     bool             // also what waits for a bond
+
+	exact bool // VFs that are to have no driver must not be on a vfio driver either
+	index *index
+}
+
+// State is how a declared device is, in one word.
+type State string
+
+// The states.
+const (
+	OK      State = "ok"      // as declared
+	Differs State = "differs" // steps lead to what is declared
+	Missing State = "missing" // not there
+	Changed State = "changed" // what is there is not what was there: not touched until that is accepted
+	Refused State = "refused" // it must not be brought there, or cannot
+
+	Unmanaged State = "unmanaged" // not declared, and has VFs or is on a vfio driver
+)
+
+// Item is one declared PF or device, how it is, and what it takes.
+type Item struct {
+	Name     string
+	At       spec.Pos
+	Optional bool
+	Device   *iommu.Device // nil if it is missing
+	State    State
+	Err      error    // why it is in this state, if it is not OK or Differs
+	Steps    []string // as shell commands, where they are some
+	Notes    []string // what the user should know
+	Waits    bool     // what it takes is done when the bond is there
+
+	count      *sriov.Plan
+	sets       []*sriov.SetPlan
+	take, none []*iommu.Device
+	home       []*iommu.Device
+	unit       []*iommu.Device // of a device, its group
+	driver     string          // to take it with
+	owner      *vfio.NodeOwner
+	known      *known
+}
+
+// Devices are all that a change of the item touches.
+func (i *Item) Devices() []*iommu.Device {
+	var out []*iommu.Device
+	if i.Device != nil {
+		out = append(out, i.Device)
+	}
+	if i.count != nil {
+		out = append(out, i.count.Victims...)
+	}
+	for _, s := range i.sets {
+		out = append(out, s.VF)
+	}
+	out = append(append(append(append(out, i.take...), i.none...), i.home...), i.unit...)
+	return out
+}
+
+// Plan compares what is declared with the host.
+func (m *Manager) Plan(s *spec.Host) ([]*Item, error) {
+	guard, err := m.guard(s)
+	if err != nil {
+		return nil, err
+	}
+	var items []*Item
+	seen := map[string]*Item{}
+	add := func(i *Item) {
+		if i.Device != nil {
+			if first := seen[i.Device.Name]; first != nil {
+				i.refuse(fmt.Errorf("%s: %s is %s, which is declared at %s already", i.At, i.Name, i.Device.Name, first.At))
+			}
+			seen[i.Device.Name] = i
+		}
+		items = append(items, i)
+	}
+	for k := range s.PFs {
+		add(m.planPF(&s.PFs[k], guard))
+	}
+	for k := range s.Devices {
+		add(m.planDevice(&s.Devices[k], guard))
+	}
+	return items, nil
+}
+
+func (i *Item) refuse(err error) { i.State, i.Err, i.Steps = Refused, err, nil }
+
+// found looks for the item's device.
+func (m *Manager) found(i *Item, match spec.Match) bool {
+	d, err := m.find(match)
+	if err != nil {
+		i.State, i.Err = Missing, err
+		if _, ambiguous := errors.AsType[*iommu.AmbiguousError](err); ambiguous {
+			i.State = Refused
+		}
+		return false
+	}
+	i.Device = d
+	if i.known, err = m.identify(match, d); err != nil {
+		i.refuse(err)
+		return false
+	}
+	if why := m.changed(i.known, d); why != "" && !m.Accept {
+		i.State, i.Err = Changed, fmt.Errorf("%s: %s (viaduct apply --accept takes it as it is now)", i.Name, why)
+		return false
+	}
+	if !match.Has(iommu.ByMAC, iommu.ByPath, iommu.BySerial) {
+		i.Notes = append(i.Notes, fmt.Sprintf("%s: %s may name another device at the next boot; path=, serial= or mac= do not", i.At, match.String()))
+	}
+	return true
+}
+
+func (m *Manager) planPF(pf *spec.PF, guard *guard) *Item {
+	i := &Item{Name: pf.Select.String(), At: pf.At, Optional: pf.Optional, State: OK}
+	if !m.found(i, pf.Select) {
+		return i
+	}
+	if err := guard.declared(i.Device); err != nil {
+		i.refuse(err)
+		return i
+	}
+	each := pf.Each()
+	wish := sriov.Wish{
+		Eswitch: sriov.Eswitch{Mode: pf.Eswitch, Inline: pf.Inline, Encap: pf.Encap}, Offload: pf.Offload, MTU: pf.MTU,
+	}
+	for _, vf := range each {
+		use := vf.Use
+		if pf.AfterLAG && !m.Late {
+			use = sriov.UseNone
+			i.Waits = true
+		}
+		wish.VFs = append(wish.VFs, sriov.VFWish{Use: use, Settings: vf.Settings})
+	}
+	plan, err := sriov.PlanCount(m.Host, m.Topology, i.Device, wish)
+	if err != nil {
+		i.refuse(err)
+		return i
+	}
+	if plan.Changes() {
+		i.count = plan
+		i.Steps = append(i.Steps, plan.Steps()...)
+		i.Notes = append(i.Notes, plan.Notes...)
+	}
+	if plan.Have == plan.Want && plan.Eswitch.Mode == "" {
+		if err := m.planVFs(i, wish.VFs); err != nil {
+			i.refuse(err)
+			return i
+		}
+	}
+	if len(i.Steps) > 0 {
+		i.State = Differs
+	}
+	return i
+}
+
+// planVFs is what VFs that are there lack.
+func (m *Manager) planVFs(i *Item, wish []sriov.VFWish) error {
+	var vfs []*iommu.Device
+	for _, v := range i.Device.SRIOV.VFs {
+		vf, err := m.Topology.Find(v.Address)
+		if err != nil {
+			return err
+		}
+		vfs = append(vfs, vf)
+	}
+	if m.Host.Live() { // of a captured host, nobody can be asked for settings
+		var err error
+		if i.sets, err = sriov.PlanSets(m.Binder, i.Device, vfs, wish); err != nil {
+			return err
+		}
+	}
+	for _, s := range i.sets {
+		i.Steps = append(i.Steps, s.Commands()...)
+	}
+	for _, vf := range vfs {
+		var change vfio.Change
+		var err error
+		switch use := wish[vf.VFIndex].Use; {
+		case use == sriov.UseVFIO && !iommu.IsVFIODriver(vf.Driver):
+			i.take = append(i.take, vf)
+			change, err = m.Binder.PlanTake(vf, vfio.Auto)
+		case use == sriov.UseNone && (vf.Blocks() || m.exact && vf.Driver != ""): // with vfio, a guest may have been given it
+			i.none = append(i.none, vf)
+			change, err = m.Binder.PlanTake(vf, vfio.None)
+		case use == sriov.UseHome && !vf.Blocks():
+			i.home = append(i.home, vf)
+			change, err = m.Binder.PlanHome(vf)
+		}
+		if err != nil {
+			return err
+		}
+		for _, s := range change.Steps {
+			i.Steps = append(i.Steps, s.String())
+		}
+	}
+	return nil
+}
+
+func (m *Manager) planDevice(dev *spec.Device, guard *guard) *Item {
+	i := &Item{Name: dev.Select.String(), At: dev.At, Optional: dev.Optional, State: OK, driver: dev.Driver}
+	if i.driver == "" {
+		i.driver = vfio.Auto
+	}
+	if !m.found(i, dev.Select) {
+		return i
+	}
+	if dev.Owner != "" {
+		var err error
+		if i.owner, err = vfio.ParseNodeOwner(dev.Owner); err != nil {
+			i.refuse(fmt.Errorf("%s: node_owner: %w", dev.At, err))
+			return i
+		}
+	}
+	units, err := vfio.Units(m.Topology, []*iommu.Device{i.Device})
+	if err == nil && len(units) == 0 {
+		err = fmt.Errorf("%s is a bridge, which no guest can have", i.Device.Name)
+	}
+	if err != nil {
+		i.refuse(err)
+		return i
+	}
+	i.unit = units[0]
+	for _, d := range i.unit {
+		change, err := m.Binder.PlanTake(d, i.driver)
+		if err != nil {
+			i.refuse(err)
+			return i
+		}
+		for _, s := range change.Steps {
+			i.Steps = append(i.Steps, s.String())
+		}
+	}
+	if len(i.Steps) == 0 {
+		return i
+	}
+	i.State = Differs
+	if joined := m.joined(i); joined != "" && !m.Accept {
+		i.State, i.Steps = Changed, nil
+		i.Err = fmt.Errorf("%s: %s (viaduct apply --accept takes it along)", i.Name, joined)
+		return i
+	}
+	if err := guard.take(i.unit); err != nil {
+		i.refuse(err)
+	}
+	return i
+}
+
+// Check asks, before the first write, who uses what a change would end. Items that are refused say why.
+func (m *Manager) Check(items []*Item, dry bool) error {
+	for _, i := range items {
+		if i.State != Differs {
+			continue
+		}
+		if i.count != nil {
+			if err := sriov.Check(m.Host, m.Topology, i.count, m.Force, dry); errors.Is(err, vfio.ErrRefused) {
+				i.refuse(err)
+				continue
+			} else if err != nil {
+				return err
+			}
+		}
+		for _, s := range []struct {
+			devices []*iommu.Device
+			driver  string
+			ask     func(*vfio.Gate, [][]*iommu.Device) ([]error, error)
+		}{
+			{i.take, vfio.Auto, (*vfio.Gate).Take}, {i.none, vfio.None, (*vfio.Gate).Take}, {i.home, "", (*vfio.Gate).GiveBack},
+			{i.unit, i.driver, (*vfio.Gate).Take},
+		} {
+			if len(s.devices) == 0 {
+				continue
+			}
+			gate := &vfio.Gate{Host: m.Host, Topology: m.Topology, Asked: s.devices, Force: m.Force, Driver: s.driver, DryRun: dry}
+			units := [][]*iommu.Device{s.devices}
+			if i.unit == nil {
+				units = each(s.devices)
+			}
+			refusals, err := s.ask(gate, units)
+			if err != nil {
+				return err
+			}
+			if err := errors.Join(refusals...); err != nil {
+				i.refuse(err)
+				break
+			}
+		}
+	}
+	return nil
+}
+
+// each makes a unit of each device, as a VF is one by itself.
+func each(devices []*iommu.Device) [][]*iommu.Device {
+	var out [][]*iommu.Device
+	for _, d := range devices {
+		out = append(out, []*iommu.Device{d})
+	}
+	return out
+}
+
+// Unmanaged are the devices that are as a declaration would have them, and that nothing declares.
+func (m *Manager) Unmanaged(items []*Item) []*iommu.Device {
+	ours := map[string]bool{}
+	for _, i := range items {
+		for _, d := range i.Devices() {
+			ours[d.Name] = true
+		}
+	}
+	var out []*iommu.Device
+	m.Topology.All(func(d *iommu.Device) bool {
+		if d.PCI && d.PhysFn == nil && !ours[d.Name] && (d.SRIOV != nil && len(d.SRIOV.VFs) > 0 || iommu.IsVFIODriver(d.Driver)) {
+			out = append(out, d)
+		}
+		return true
+	})
+	return out
+}

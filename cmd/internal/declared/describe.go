@@ -1,0 +1,155 @@
+package declared
+
+import (
+	"maps"
+	"net"
+	"strings"
+
+	"viaduct/cmd/internal/spec"
+	"viaduct/iommu"
+	"viaduct/sriov"
+	"viaduct/vfio"
+)
+
+// usual are the settings that a VF begins with on most drivers.
+var usual = sriov.Settings{
+	sriov.VLAN: "0", sriov.QoS: "0", sriov.Proto: "802.1q", sriov.Trust: "off", sriov.SpoofChk: "on", sriov.LinkState: "auto",
+	sriov.MaxRate: "0", sriov.MinRate: "0", sriov.RSSQuery: "off",
+}
+
+// at is the match of a device by its place.
+func at(h *iommu.Host, d *iommu.Device) (spec.Match, error) {
+	place, err := iommu.PathOf(h, d)
+	if err != nil {
+		return spec.Match{}, err
+	}
+	sel, err := iommu.ParseSelector("path=" + place)
+	return spec.Match{Selectors: []iommu.Selector{sel}}, err
+}
+
+// describe declares a PF as it is now, in full: also what it began with.
+func (m *Manager) describe(d *iommu.Device, full bool) (pf spec.PF, err error) {
+	if pf.Select, err = at(m.Host, d); err != nil {
+		return pf, err
+	}
+	pf.Count = len(d.SRIOV.VFs)
+	var port *sriov.Port
+	var permanent net.HardwareAddr
+	if m.Host.Live() {
+		eswitch, err := sriov.ReadEswitch(m.Host, d)
+		if err != nil {
+			return pf, err
+		}
+		if eswitch != nil && (full || eswitch.Mode == "switchdev") {
+			pf.Eswitch, pf.Inline, pf.Encap = eswitch.Mode, eswitch.Inline, eswitch.Encap
+		}
+		if port, err = sriov.ReadPort(m.Host, d); err != nil {
+			return pf, err
+		}
+		for _, mac := range vfio.PermanentMACs(m.Host, d.Netdevs) {
+			permanent, _ = net.ParseMAC(mac)
+		}
+	}
+	for _, v := range d.SRIOV.VFs {
+		vf, err := m.Topology.Find(v.Address)
+		if err != nil {
+			return pf, err
+		}
+		info, _ := port.Of(v.Index)
+		r := spec.VFs{Range: spec.Span(v.Index, v.Index), Driver: sriov.UseNone, Settings: map[spec.Key]spec.Valued{}}
+		switch {
+		case iommu.IsVFIODriver(vf.Driver):
+			r.Driver = sriov.UseVFIO
+		case vf.Blocks():
+			r.Driver = sriov.UseHome
+		}
+		for k, value := range info.Settings {
+			if k == sriov.MAC {
+				if value == "00:00:00:00:00:00" {
+					continue // it has none, and to set that is not to leave it
+				}
+				if stable, err := sriov.DeriveMAC(permanent, v.Index); err == nil && stable.String() == value {
+					value = sriov.StableMAC
+				}
+			} else if !full && (usual[k] == value || k == sriov.Proto && info.Settings[sriov.VLAN] == "0") {
+				continue
+			}
+			r.Settings[k] = spec.Value(value)
+		}
+		if n := len(pf.VFs) - 1; n >= 0 && !full && alike(&pf.VFs[n], &r) {
+			pf.VFs[n].Range = pf.VFs[n].Range.To(v.Index)
+			continue
+		}
+		pf.VFs = append(pf.VFs, r)
+	}
+	return pf, nil
+}
+
+func alike(a, b *spec.VFs) bool {
+	return a.Driver == b.Driver && maps.Equal(a.Settings, b.Settings) && (b.Settings[sriov.MAC] == spec.Valued{} || b.Settings[sriov.MAC] == spec.Value(sriov.StableMAC))
+}
+
+// Adopt declares the host as it is now: PFs with VFs, and devices on vfio drivers. Comments say what each is.
+func (m *Manager) Adopt() (*spec.Host, map[string]string, error) {
+	out, comments := &spec.Host{}, map[string]string{}
+	var all []*iommu.Device
+	m.Topology.All(func(d *iommu.Device) bool {
+		all = append(all, d)
+		return true
+	})
+	names := iommu.OpenNames(m.Host)
+	defer names.Close()
+	units := map[int]bool{}
+	for _, d := range all {
+		switch {
+		case d.SRIOV != nil && len(d.SRIOV.VFs) > 0:
+			pf, err := m.describe(d, false)
+			if err != nil {
+				return nil, nil, err
+			}
+			if pf.Select, err = m.stable(d); err != nil {
+				return nil, nil, err
+			}
+			out.PFs = append(out.PFs, pf)
+			comments[pf.Select.String()] = comment(names, d)
+		case d.PCI && d.PhysFn == nil && iommu.IsVFIODriver(d.Driver) && !units[d.Group]:
+			units[d.Group] = true // one of a group takes all
+			match, err := m.stable(d)
+			if err != nil {
+				return nil, nil, err
+			}
+			out.Devices = append(out.Devices, spec.Device{Select: match, Driver: d.Driver})
+			comments[match.String()] = comment(names, d)
+		}
+	}
+	return out, comments, nil
+}
+
+func comment(names *iommu.Names, d *iommu.Device) string {
+	words := append([]string{d.Name}, d.Netdevs...)
+	return strings.TrimSpace(strings.Join(append(words, names.Device(d.Vendor, d.Device)), " "))
+}
+
+// stable is the best match for a device: what stays with the card, else its place.
+func (m *Manager) stable(d *iommu.Device) (spec.Match, error) {
+	for _, form := range []struct {
+		form iommu.Form
+		key  string
+	}{{iommu.ByMAC, "mac="}, {iommu.BySerial, "serial="}} {
+		keys, err := m.keys(form.form, d)
+		if err != nil {
+			return spec.Match{}, err
+		}
+		for _, k := range keys {
+			sel, err := iommu.ParseSelector(form.key + k)
+			if err != nil {
+				continue // with blanks in it
+			}
+			match := spec.Match{Selectors: []iommu.Selector{sel}}
+			if found, err := m.find(match); err == nil && found == d {
+				return match, nil
+			}
+		}
+	}
+	return at(m.Host, d)
+}

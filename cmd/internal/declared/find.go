@@ -1,0 +1,171 @@
+package declared
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"viaduct/cmd/internal/spec"
+	"viaduct/iommu"
+	"viaduct/vfio"
+)
+
+// index finds devices by what takes long to read, with one look at each. VFs are not in it: they are declared below their PF.
+type index struct {
+	macs, paths, serials map[string][]*iommu.Device
+}
+
+// find is the one device that all selectors of a match name.
+func (m *Manager) find(match spec.Match) (*iommu.Device, error) {
+	var all []*iommu.Device
+	for n, s := range match.Selectors {
+		some, err := m.resolve(s)
+		if err != nil {
+			return nil, err
+		}
+		if n == 0 {
+			all = some
+			continue
+		}
+		all = slices.DeleteFunc(slices.Clone(all), func(d *iommu.Device) bool { return !slices.Contains(some, d) })
+		if len(all) == 0 {
+			return nil, &iommu.NotFoundError{Selector: match.String(), What: "no device is all of this"}
+		}
+	}
+	if len(all) > 1 {
+		var names []string
+		for _, d := range all {
+			names = append(names, d.Name)
+		}
+		return nil, &iommu.AmbiguousError{Selector: match.String(), Candidates: names}
+	}
+	return all[0], nil
+}
+
+// resolve are the devices of a selector. A device on a vfio driver has no interface to ask for its MAC address: it is found by
+// what was written down when it was taken.
+func (m *Manager) resolve(s iommu.Selector) ([]*iommu.Device, error) {
+	var by *map[string][]*iommu.Device
+	if m.index == nil {
+		m.index = &index{}
+	}
+	switch s.Form() {
+	case iommu.ByMAC:
+		by = &m.index.macs
+	case iommu.ByPath:
+		by = &m.index.paths
+	case iommu.BySerial:
+		by = &m.index.serials
+	default:
+		return s.Resolve(m.Host, m.Topology)
+	}
+	if *by == nil {
+		*by = map[string][]*iommu.Device{}
+		var errs []error
+		m.Topology.All(func(d *iommu.Device) bool {
+			if d.PCI && d.PhysFn == nil {
+				keys, err := m.keys(s.Form(), d)
+				errs = append(errs, err)
+				for _, k := range keys {
+					(*by)[k] = append((*by)[k], d)
+				}
+			}
+			return true
+		})
+		if err := errors.Join(errs...); err != nil {
+			return nil, err
+		}
+	}
+	if found := (*by)[strings.ToLower(s.Value())]; len(found) > 0 {
+		return found, nil
+	}
+	return s.Resolve(m.Host, m.Topology) // which says what there is instead, and knows addresses that are no permanent ones
+}
+
+// keys are what a device is found by.
+func (m *Manager) keys(form iommu.Form, d *iommu.Device) ([]string, error) {
+	switch form {
+	case iommu.ByPath:
+		p, err := iommu.PathOf(m.Host, d)
+		return []string{p}, err
+	case iommu.BySerial:
+		serial, err := iommu.ReadSerial(m.Host, d.Address)
+		if err != nil || serial != "" || !iommu.IsVFIODriver(d.Driver) {
+			return some(strings.ToLower(serial)), err
+		}
+		taken, err := m.Binder.Taken(d)
+		return some(strings.ToLower(taken.Serial)), err
+	}
+	if own := slices.Collect(maps.Values(vfio.PermanentMACs(m.Host, d.Netdevs))); len(own) > 0 || !iommu.IsVFIODriver(d.Driver) {
+		return own, nil
+	}
+	taken, err := m.Binder.Taken(d)
+	return slices.Collect(maps.Values(taken.MACs)), err
+}
+
+func some(key string) []string {
+	if key == "" {
+		return nil
+	}
+	return []string{key}
+}
+
+// guard is what must not be touched.
+type guard struct {
+	manager *Manager
+	names   map[string]string // why, by device
+	any     bool              // something is protected at all
+}
+
+// guard reads what is protected: by the declaration, and at boot by what carried the host when it ran.
+func (m *Manager) guard(s *spec.Host) (*guard, error) {
+	g := &guard{manager: m, names: map[string]string{}, any: len(s.Protect) > 0}
+	for _, p := range s.Protect {
+		var all []*iommu.Device
+		for n, sel := range p.Match.Selectors {
+			some, err := m.resolve(sel)
+			if err != nil && !errors.Is(err, iommu.ErrNotFound) {
+				return nil, fmt.Errorf("%s: %w", p.At, err)
+			}
+			if n > 0 {
+				some = slices.DeleteFunc(slices.Clone(all), func(d *iommu.Device) bool { return !slices.Contains(some, d) })
+			}
+			all = some
+		}
+		for _, d := range all {
+			g.names[d.Name] = "it is declared at " + p.At.String() + " as never to be touched"
+		}
+	}
+	if m.Boot {
+		if err := m.recorded(g); err != nil {
+			return nil, err
+		}
+	}
+	return g, nil
+}
+
+// declared refuses a PF that is protected by name. What only carried the host may have VFs: that is the normal case.
+func (g *guard) declared(d *iommu.Device) error {
+	if why := g.names[d.Name]; strings.HasPrefix(why, "it is declared") {
+		return &vfio.RefusedError{What: "change " + d.Name, Reasons: []string{why}}
+	}
+	return nil
+}
+
+// take refuses to take devices that are protected.
+func (g *guard) take(unit []*iommu.Device) error {
+	var reasons []string
+	for _, d := range unit {
+		if why := g.names[d.Name]; why != "" {
+			reasons = append(reasons, d.Name+": "+why)
+		} else if g.manager.Boot && !g.any && d.PhysFn == nil && d.Class>>16 == 0x02 && !iommu.IsVFIODriver(d.Driver) {
+			reasons = append(reasons, d.Name+" is a NIC, and nothing says which NICs this host needs: run viaduct apply once while it is up, or name some in protect")
+		}
+	}
+	if len(reasons) == 0 {
+		return nil
+	}
+	return &vfio.RefusedError{What: "take " + unit[0].Name, Reasons: reasons}
+}

@@ -1,0 +1,229 @@
+// Package install puts viaduct into a host's boot: systemd units, and a hook for the initramfs.
+package install
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"viaduct/internal/journal"
+)
+
+// Options are what is installed.
+type Options struct {
+	Program   string   // absolute path of viaduct
+	Watch     bool     // a service that keeps the host as declared
+	Late      bool     // a second unit, when the network is up, for what waits for a bond
+	Initramfs []string // places of what the initramfs keeps for passthrough; nil for no hook
+}
+
+// Where a host keeps such things.
+const (
+	units  = "/etc/systemd/system"
+	wanted = units + "/multi-user.target.wants"
+
+	initramfsTools = "/etc/initramfs-tools"
+	dracutModule   = "/usr/lib/dracut/modules.d/91viaduct"
+)
+
+const marker = "Written by viaduct install; viaduct uninstall removes it."
+
+// The early unit does everything, before anybody else looks at network interfaces or starts guests. It orders itself, as the
+// default dependencies would put it behind what has to wait for it.
+const early = `# ` + marker + `
+[Unit]
+Description=SR-IOV virtual functions and passthrough devices as declared
+Documentation=man:viaduct(8)
+DefaultDependencies=no
+RequiresMountsFor=/etc/viaduct /var/lib/viaduct
+After=systemd-udevd.service systemd-udev-trigger.service systemd-modules-load.service systemd-remount-fs.service
+Wants=network-pre.target
+Before=network-pre.target libvirtd.service virtqemud.service libvirt-guests.service machines.target kubelet.service podman.service
+Conflicts=shutdown.target
+Before=shutdown.target
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=%s apply --boot
+TimeoutStartSec=infinity
+
+[Install]
+WantedBy=multi-user.target
+`
+
+// The late unit does what waits for a bond that others make.
+const late = `# ` + marker + `
+[Unit]
+Description=SR-IOV virtual functions of bonded ports as declared
+Documentation=man:viaduct(8)
+After=viaduct.service network-online.target
+Wants=network-online.target
+Before=libvirtd.service virtqemud.service libvirt-guests.service kubelet.service podman.service
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=%s apply --boot --late
+
+[Install]
+WantedBy=multi-user.target
+`
+
+const watch = `# ` + marker + `
+[Unit]
+Description=keeps SR-IOV virtual functions and passthrough devices as declared
+Documentation=man:viaduct(8)
+After=viaduct.service
+
+[Service]
+ExecStart=%s watch
+Restart=on-failure
+RestartSec=5
+
+[Install]
+WantedBy=multi-user.target
+`
+
+// A card that comes later has the unit run that brings it to what is declared. Nothing is run by the rule itself: udev waits for
+// what a rule runs, and kills it.
+const rule = `# ` + marker + `
+ACTION=="add", SUBSYSTEM=="net|nvme", ATTRS{sriov_totalvfs}=="?*", TAG+="systemd", ENV{SYSTEMD_WANTS}+="viaduct-hotplug.service"
+`
+
+const hotplug = `# ` + marker + `
+[Unit]
+Description=brings a device that came later to what is declared
+Documentation=man:viaduct(8)
+After=viaduct.service
+ConditionPathExists=/run/systemd/system
+
+[Service]
+Type=oneshot
+ExecStart=%s apply --boot --wait 0s
+`
+
+// File is one file of the host, or a link.
+type File struct {
+	Path    string
+	Content string
+	Link    string // to this, instead of a content
+	Mode    fs.FileMode
+}
+
+// Files are what the options come to.
+func (o *Options) Files(initramfs Generator) ([]File, error) {
+	unit := func(name, text string, enabled bool) []File {
+		if strings.Contains(text, "%s") {
+			text = fmt.Sprintf(text, o.Program)
+		}
+		out := []File{{Path: filepath.Join(units, name), Content: text, Mode: 0o644}}
+		if enabled {
+			out = append(out, File{Path: filepath.Join(wanted, name), Link: filepath.Join(units, name)})
+		}
+		return out
+	}
+	all := unit("viaduct.service", early, true)
+	all = append(all, unit("viaduct-hotplug.service", hotplug, false)...)
+	all = append(all, File{Path: "/etc/udev/rules.d/72-viaduct.rules", Content: rule, Mode: 0o644})
+	if o.Late {
+		all = append(all, unit("viaduct-late.service", late, true)...)
+	}
+	if o.Watch {
+		all = append(all, unit("viaduct-watch.service", watch, true)...)
+	}
+	if o.Initramfs != nil {
+		more, err := initramfs.files(o)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, more...)
+	}
+	return all, nil
+}
+
+// everything is all that any options come to, for what an earlier install left.
+func everything() []File {
+	o := Options{Program: "/", Watch: true, Late: true, Initramfs: []string{}}
+	var all []File
+	for _, g := range []Generator{InitramfsTools, Dracut} {
+		files, _ := o.Files(g)
+		all = append(all, files...)
+	}
+	return all
+}
+
+// Write makes the files, and removes those of an earlier install that are not among them. It returns what it changed.
+func Write(files []File) (changed []string, err error) {
+	for _, old := range everything() {
+		if !slices.ContainsFunc(files, func(f File) bool { return f.Path == old.Path }) {
+			if err := remove(old, &changed); err != nil {
+				return changed, err
+			}
+		}
+	}
+	for _, f := range files {
+		if err := f.write(&changed); err != nil {
+			return changed, err
+		}
+	}
+	return changed, nil
+}
+
+func (f *File) write(changed *[]string) error {
+	if f.Link != "" {
+		if target, err := os.Readlink(f.Path); err == nil && target == f.Link {
+			return nil
+		}
+		if err := errors.Join(os.MkdirAll(filepath.Dir(f.Path), 0o755), os.Symlink(f.Link, f.Path)); err != nil {
+			return err
+		}
+		*changed = append(*changed, f.Path)
+		return nil
+	}
+	old, err := os.ReadFile(f.Path)
+	switch {
+	case err == nil && string(old) == f.Content:
+		return nil
+	case err == nil && !strings.Contains(string(old), marker):
+		return fmt.Errorf("%s is there, and is not by viaduct install: it is left alone (move it away first)", f.Path)
+	}
+	if err := journal.WriteFile(f.Path, []byte(f.Content)); err != nil {
+		return err
+	}
+	*changed = append(*changed, f.Path)
+	return os.Chmod(f.Path, f.Mode)
+}
+
+// Remove removes all that any install made, and returns what was there.
+func Remove() (changed []string, err error) {
+	for _, f := range everything() {
+		if err := remove(f, &changed); err != nil {
+			return changed, err
+		}
+	}
+	return changed, nil
+}
+
+func remove(f File, changed *[]string) error {
+	if f.Link == "" {
+		if old, err := os.ReadFile(f.Path); err == nil && !strings.Contains(string(old), marker) {
+			return nil // somebody else's
+		}
+	}
+	err := os.Remove(f.Path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err == nil {
+		*changed = append(*changed, f.Path)
+	}
+	return err
+}
+
+// Watches reports whether the service that watches is installed.
+func Watches() bool { return there(filepath.Join(units, "viaduct-watch.service")) }

@@ -1,0 +1,348 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"viaduct/cmd/internal/declared"
+	"viaduct/cmd/internal/spec"
+	"viaduct/iommu"
+	"viaduct/vfio"
+)
+
+func applyCommand(e *env) *cli.Command {
+	var o declaredOptions
+	return command(&cli.Command{
+		Name:  "apply",
+		Usage: "make the host what is declared of it",
+		Description: "Does what viaduct plan prints, one PF or device after the other. All are asked for before the first write: one refusal\n" +
+			"refuses the whole command (exit status 3), unless --keep-going. One that fails is put back as it was, and the others go on.\n" +
+			"What is as declared already is not written. With --confirm, what was applied is undone after that time unless viaduct apply --confirmed is run before, also when the\n" +
+			"login is lost; and a boot uses what was confirmed last.\n\n" +
+			"Examples:\n  viaduct apply\n  viaduct apply --dry-run\n  viaduct apply --confirm 60s && viaduct apply --confirmed",
+		Flags: append(o.flags(e),
+			&cli.BoolFlag{Name: "keep-going", Usage: "do what is not refused, although something is", Destination: &o.keepGoing},
+			&cli.DurationFlag{Name: "confirm", Usage: "undo it all after `TIME`, as 60s, unless viaduct apply --confirmed is run before", Destination: &o.confirm},
+			&cli.BoolFlag{Name: "confirmed", Usage: "keep what was applied with --confirm"},
+			&cli.BoolFlag{Name: "boot", Usage: "as the boot unit does: wait for the devices, take none that carried the host when it last ran, keep going", Destination: &o.boot},
+			&cli.DurationFlag{Name: "wait", Usage: "with --boot: how long devices are waited for", Value: 30 * time.Second, Destination: &o.wait},
+			&cli.StringSliceFlag{Name: "force", Usage: "go on although a holder of this `KIND` uses what is changed: " + kindNames() + " (may be repeated)"},
+			&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", DefaultText: "30s, and 1s for each VF", Destination: &o.timeout},
+			e.dryRunFlag(),
+		),
+		Action: func(c *cli.Context) (err error) {
+			if c.Args().Present() {
+				return usagef("apply takes no arguments: it does all that is declared")
+			}
+			if o.force, err = parseKinds(c.StringSlice("force")); err != nil {
+				return err
+			}
+			if c.IsSet("timeout") {
+				if err := checkTimeout(o.timeout); err != nil {
+					return err
+				}
+			}
+			if c.Bool("confirmed") {
+				if c.NumFlags() > 1 {
+					return usagef("apply --confirmed only keeps what was applied: no other option")
+				}
+				return runConfirmed(e)
+			}
+			if c.IsSet("confirm") && (o.confirm < time.Second || o.boot || e.dryRun) {
+				return usagef("apply: --confirm is a time of a second or more, as 60s, and is for neither --boot nor --dry-run")
+			}
+			if o.wait < 0 {
+				return usagef("apply: --wait is no time that can be waited: %s", o.wait)
+			}
+			if e.dryRun {
+				return runPlan(e, &o, e.printPlan)
+			}
+			return runApply(c.Context, e, &o)
+		},
+	})
+}
+
+// planLocked plans what is declared, locks all that it changes, and plans again if another viaduct changed anything meanwhile.
+func (c *changing) planLocked(ctx context.Context, o *declaredOptions, s *spec.Host) (*declared.Manager, []*declared.Item, error) {
+	m := o.manager(c.host, c.topology, c.binder)
+	for again := false; ; again = true {
+		items, err := m.Plan(s)
+		if err != nil {
+			return nil, nil, err
+		}
+		var devices []*iommu.Device
+		for _, i := range items {
+			if i.State == declared.Differs {
+				devices = append(devices, i.Devices()...)
+			}
+		}
+		if len(devices) > 0 {
+			if err := c.lock(ctx, devices); err != nil {
+				return nil, nil, err
+			}
+		}
+		if again || c.undisturbed() {
+			return m, items, nil
+		}
+		if c.topology, err = iommu.Scan(c.host); err != nil {
+			return nil, nil, err
+		}
+		m = o.manager(c.host, c.topology, c.binder)
+	}
+}
+
+func runApply(ctx context.Context, e *env, o *declaredOptions) error {
+	ctx, stop, c, err := e.beginChange(ctx, o.timeout)
+	if err != nil {
+		return err
+	}
+	defer stop()
+	s, err := o.load(c.host)
+	if err != nil {
+		return usageError{err}
+	}
+	if o.timeout == 0 {
+		most := 0
+		for _, pf := range s.PFs {
+			most = max(most, pf.Count)
+		}
+		c.binder.Timeout = vfio.DefaultTimeout + time.Duration(most)*time.Second
+	}
+	if o.boot {
+		o.keepGoing = true
+		m := o.manager(c.host, c.topology, c.binder)
+		waiting, done := context.WithTimeout(ctx, o.wait)
+		err := m.Wait(waiting, s)
+		done()
+		if err != nil {
+			return err
+		}
+		c.topology = m.Topology
+		instead := false
+		if s, instead, err = m.Booted(s); err != nil {
+			return err
+		}
+		if instead {
+			e.note("what is declared was never confirmed: this boot uses what was confirmed last")
+		}
+	}
+	if err := c.recover(ctx); err != nil {
+		return err
+	}
+	m, items, err := c.planLocked(ctx, o, s)
+	if err != nil {
+		return err
+	}
+	if err := m.Check(items, false); err != nil {
+		return err
+	}
+	var errs []error
+	refused := false
+	for _, i := range items {
+		switch {
+		case i.Err == nil:
+		case i.State == declared.Missing && i.Optional:
+			e.note("%v, which is optional", i.Err)
+		default:
+			errs = append(errs, i.Err)
+			refused = refused || i.State != declared.Missing
+		}
+	}
+	if refused && !o.keepGoing {
+		if err := errors.Join(errs...); errors.Is(err, vfio.ErrRefused) {
+			return err
+		}
+		return &vfio.RefusedError{What: "apply", Reasons: reasons(errs)}
+	}
+	if !o.boot {
+		if err := m.Protect(); err != nil {
+			return err
+		}
+	}
+	if o.confirm > 0 {
+		if err := m.Begin(s, o.confirm); err != nil {
+			return err
+		}
+		if err := guard(); err != nil {
+			return err
+		}
+	}
+	changed := 0
+	errs = append(errs, m.Apply(ctx, items, func(i *declared.Item, err error) {
+		for _, n := range i.Notes {
+			e.note("%s", n)
+		}
+		if err == nil {
+			changed++
+			if !e.json {
+				fmt.Fprintf(e.stdout, "%s: as declared (%d steps)\n", itemName(i), len(i.Steps))
+			}
+		} else {
+			i.Err = err
+		}
+	}))
+	errs = append(errs, m.Remember(items))
+	switch {
+	case o.confirm > 0:
+		e.note("it is undone in %s, unless viaduct apply --confirmed is run before", o.confirm)
+	case !o.boot && o.file == "":
+		errs = append(errs, m.Keep(s))
+	}
+	if e.json {
+		views := []itemView{}
+		for _, i := range items {
+			views = append(views, viewItem(i))
+		}
+		errs = append(errs, writeJSON(e.stdout, views))
+	} else if changed == 0 && errors.Join(errs...) == nil {
+		fmt.Fprintln(e.stdout, "all is as declared already")
+	}
+	return mixed(errors.Join(errs...), changed > 0)
+}
+
+func reasons(errs []error) []string {
+	var out []string
+	for _, err := range errs {
+		out = append(out, err.Error())
+	}
+	return out
+}
+
+func undoCommand(e *env) *cli.Command {
+	var timeout time.Duration
+	return command(&cli.Command{
+		Name:  "undo",
+		Usage: "bring back what the last apply changed",
+		Description: "PFs get the VFs, settings and drivers that they had before, and devices that were taken go back to the host. What is\n" +
+			"known of that dies with the boot. A raised MTU stays.\n\n" +
+			"Examples:\n  viaduct undo",
+		Flags: []cli.Flag{
+			&cli.BoolFlag{Name: "unless-confirmed", Usage: "wait for viaduct apply --confirmed, and undo what was applied with --confirm when its time is over (apply --confirm starts this)"},
+			&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", Value: vfio.DefaultTimeout, Destination: &timeout},
+		},
+		Action: func(c *cli.Context) error {
+			if c.Bool("unless-confirmed") {
+				return runGuard(c.Context, e, timeout)
+			}
+			if c.Args().Present() {
+				return usagef("undo takes no arguments: it brings back all that the last apply changed")
+			}
+			if err := checkTimeout(timeout); err != nil {
+				return err
+			}
+			return runUndo(c.Context, e, timeout)
+		},
+	})
+}
+
+func runUndo(ctx context.Context, e *env, timeout time.Duration) error {
+	ctx, stop, c, err := e.beginChange(ctx, timeout)
+	if err != nil {
+		return err
+	}
+	defer stop()
+	o := declaredOptions{}
+	m := o.manager(c.host, c.topology, c.binder)
+	addresses, known, err := m.Last()
+	if err != nil {
+		return err
+	}
+	if !known {
+		fmt.Fprintln(e.stdout, "nothing was applied since the boot, or it was undone already")
+		return nil
+	}
+	var devices []*iommu.Device
+	for _, a := range addresses {
+		if d, err := c.topology.Find(a); err == nil {
+			devices = append(append(devices, d), vfsOf(c.topology, d)...)
+		}
+	}
+	if err := c.lock(ctx, devices); err != nil {
+		return err
+	}
+	return m.Undo(func(a iommu.Address, err error) {
+		if err == nil {
+			fmt.Fprintf(e.stdout, "%s: as before\n", a)
+		}
+	})
+}
+
+func vfsOf(t *iommu.Topology, pf *iommu.Device) []*iommu.Device {
+	var out []*iommu.Device
+	if pf.SRIOV != nil {
+		for _, v := range pf.SRIOV.VFs {
+			if vf, err := t.Find(v.Address); err == nil {
+				out = append(out, vf)
+			}
+		}
+	}
+	return out
+}
+
+func adoptCommand(e *env) *cli.Command {
+	var file string
+	return command(&cli.Command{
+		Name:  "adopt",
+		Usage: "describe the host as it is as a host.yaml",
+		Description: "PFs with their VFs and settings, and the devices that are on a vfio driver, named by what stays with the card. A plan\n" +
+			"against it is empty.\n\n" +
+			"Examples:\n  viaduct adopt\n  viaduct adopt -o /etc/viaduct/host.yaml",
+		Flags: []cli.Flag{
+			&cli.StringFlag{Name: "output", Aliases: []string{"o"}, Usage: "write `FILE`, which must not be there yet, instead of standard output", Destination: &file, TakesFile: true},
+		},
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return usagef("adopt takes no arguments: it describes the whole host")
+			}
+			return runAdopt(e, file)
+		},
+	})
+}
+
+func runAdopt(e *env, file string) error {
+	h, t, err := e.look()
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	b := newBinder(h, 0)
+	defer b.Close()
+	m := (&declaredOptions{}).manager(h, t, b)
+	s, comments, err := m.Adopt()
+	if err != nil {
+		return err
+	}
+	text, err := s.YAML(comments)
+	if err != nil {
+		return err
+	}
+	if file == "" {
+		_, err = e.stdout.Write(text)
+		return err
+	}
+	f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(text)
+	return errors.Join(err, f.Sync(), f.Close())
+}
+
+func schemaCommand(e *env) *cli.Command {
+	return command(&cli.Command{
+		Name:        "schema",
+		Usage:       "the JSON Schema of host.yaml, for editors",
+		Description: "Examples:\n  viaduct schema > host.schema.json",
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return usagef("schema takes no arguments")
+			}
+			return writeJSON(e.stdout, spec.Schema())
+		},
+	})
+}

@@ -1,0 +1,91 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"viaduct/cmd/internal/declared"
+	"viaduct/internal/journal"
+	"viaduct/iommu"
+)
+
+func runConfirmed(e *env) error {
+	if err := e.mayChange(); err != nil {
+		return err
+	}
+	h, err := e.open()
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	if err := (&declared.Manager{Host: h, State: journal.In(declared.StateDir)}).Confirm(); err != nil {
+		return err
+	}
+	fmt.Fprintln(e.stdout, "confirmed: a boot uses it too")
+	return nil
+}
+
+// guard starts the process that undoes what is not confirmed. It has a session of its own, so that no hangup reaches it, and is
+// put into the root of the control groups, as a session's are killed with it (KillUserProcesses of logind.conf).
+func guard() error {
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer null.Close()
+	p, err := os.StartProcess("/proc/self/exe", []string{"viaduct", "undo", "--unless-confirmed"}, &os.ProcAttr{
+		Dir: "/", Env: []string{}, Files: []*os.File{null, null, null}, Sys: &syscall.SysProcAttr{Setsid: true},
+	})
+	if err != nil {
+		return fmt.Errorf("start what undoes it unless it is confirmed: %w", err)
+	}
+	h, err := iommu.Open("")
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	for _, root := range []string{"sys/fs/cgroup/cgroup.procs", "sys/fs/cgroup/systemd/cgroup.procs"} {
+		if h.Exists(root) {
+			if err := h.Write(root, strconv.Itoa(p.Pid)); err != nil {
+				return errors.Join(fmt.Errorf("what undoes it would end with this login: %w", err), p.Kill())
+			}
+			break
+		}
+	}
+	return p.Release()
+}
+
+// runGuard is that process. What it has to say goes to the kernel's log, as nobody else may be there.
+func runGuard(ctx context.Context, e *env, timeout time.Duration) error {
+	if err := e.mayChange(); err != nil {
+		return err
+	}
+	log, err := os.OpenFile("/dev/kmsg", os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	h, err := e.open()
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	m := &declared.Manager{Host: h, State: journal.In(declared.StateDir)}
+	late, err := m.AwaitConfirmed()
+	if err == nil && !late {
+		return nil
+	}
+	fmt.Fprintf(log, "<4>viaduct: what was applied was not confirmed in time, and is undone")
+	e.stdout, e.stderr = log, log
+	err = errors.Join(err, runUndo(ctx, e, timeout), m.RolledBack())
+	if err != nil {
+		fmt.Fprintf(log, "<3>viaduct: %s", strings.ReplaceAll(err.Error(), "\n", "; "))
+	}
+	return err
+}

@@ -1,0 +1,242 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"viaduct/cmd/internal/declared"
+	"viaduct/cmd/internal/spec"
+	"viaduct/internal/journal"
+	"viaduct/iommu"
+	"viaduct/vfio"
+)
+
+// errDiffers is what plan and status end with when there is something to do. Nothing is said of it: they have.
+var errDiffers = errors.New("the host is not as declared")
+
+// declaredOptions are what plan, apply and status have in common.
+type declaredOptions struct {
+	file      string // instead of host.yaml and its drop-ins
+	accept    bool
+	late      bool
+	boot      bool
+	keepGoing bool
+	wait      time.Duration // at boot, for devices
+	confirm   time.Duration // 0: it need not be
+	force     []vfio.Kind
+	timeout   time.Duration
+}
+
+func (o *declaredOptions) flags(e *env) []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "file", Aliases: []string{"f"}, Usage: "read `FILE` instead of /etc/viaduct/host.yaml and host.d; - is standard input", Destination: &o.file, TakesFile: true},
+		&cli.BoolFlag{Name: "accept", Usage: "take what changed since (another card in a slot, a group that has grown) as it is now", Destination: &o.accept},
+		&cli.BoolFlag{Name: "late", Usage: "also what waits for a bond that others make (after_bond)", Destination: &o.late},
+		e.jsonFlag(),
+	}
+}
+
+// load reads what is declared.
+func (o *declaredOptions) load(h *iommu.Host) (*spec.Host, error) {
+	if o.file == "" {
+		return spec.Load(h)
+	}
+	content, err := io.ReadAll(os.Stdin)
+	if o.file != "-" {
+		content, err = os.ReadFile(o.file)
+	}
+	if err != nil {
+		return nil, err
+	}
+	s, err := spec.Parse(o.file, content)
+	if err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+func (o *declaredOptions) manager(h *iommu.Host, t *iommu.Topology, b *vfio.Binder) *declared.Manager {
+	m := &declared.Manager{Host: h, Topology: t, Binder: b, Force: o.force, Accept: o.accept, Late: o.late, Boot: o.boot}
+	if h.Live() {
+		m.State = journal.In(declared.StateDir)
+	}
+	return m
+}
+
+func planCommand(e *env) *cli.Command {
+	var o declaredOptions
+	return command(&cli.Command{
+		Name:  "plan",
+		Usage: "what it takes to make the host what is declared of it",
+		Description: "Compares /etc/viaduct/host.yaml and the files of /etc/viaduct/host.d with the host, and prints the writes in their order.\n" +
+			"Nothing is changed. Exit status 0: nothing is to be done; 4: something is, or cannot be done.\n\n" +
+			"Examples:\n  viaduct plan\n  viaduct plan -f host.yaml --json",
+		Flags: o.flags(e),
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return usagef("plan takes no arguments: it looks at all that is declared")
+			}
+			return runPlan(e, &o, e.printPlan)
+		},
+	})
+}
+
+func statusCommand(e *env) *cli.Command {
+	var o declaredOptions
+	return command(&cli.Command{
+		Name:  "status",
+		Usage: "whether the host is what is declared of it",
+		Description: "One line for each declared device: ok, differs, missing, changed (another device is there than when it was last applied),\n" +
+			"refused; and for each that has VFs or is on a vfio driver without being declared: unmanaged. Exit status 0: all is as\n" +
+			"declared; 4: something is not.\n\n" +
+			"Examples:\n  viaduct status\n  viaduct status --json",
+		Flags: o.flags(e),
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return usagef("status takes no arguments: it looks at all that is declared")
+			}
+			return runPlan(e, &o, e.printStatus)
+		},
+	})
+}
+
+// runPlan is plan and status: they differ in what they print.
+func runPlan(e *env, o *declaredOptions, show func(*declared.Manager, []*declared.Item) error) error {
+	h, t, err := e.look()
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	b := newBinder(h, 0)
+	defer b.Close()
+	s, err := o.load(h)
+	if err != nil {
+		return usageError{err}
+	}
+	m := o.manager(h, t, b)
+	items, err := m.Plan(s)
+	if err != nil {
+		return err
+	}
+	if h.Live() {
+		if err := m.Check(items, true); err != nil {
+			return err
+		}
+	}
+	return show(m, items)
+}
+
+// itemView is one declared device in plan and status --json.
+type itemView struct {
+	Selector string         `json:"selector"`
+	At       string         `json:"at"`
+	Address  *string        `json:"address"`
+	State    declared.State `json:"state"`
+	Optional bool           `json:"optional"`
+	Why      *string        `json:"why"`
+	Steps    []string       `json:"steps"`
+	Notes    []string       `json:"notes"`
+}
+
+func viewItem(i *declared.Item) itemView {
+	v := itemView{
+		Selector: i.Name, At: i.At.String(), State: i.State, Optional: i.Optional,
+		Steps: append([]string{}, i.Steps...), Notes: append([]string{}, i.Notes...),
+	}
+	if i.Device != nil {
+		v.Address = &i.Device.Name
+	}
+	if i.Err != nil {
+		text := i.Err.Error()
+		v.Why = &text
+	}
+	return v
+}
+
+// differs is what plan and status end with. A device that may be missing, and is, is no difference.
+func differs(items []*declared.Item) error {
+	for _, i := range items {
+		if i.State != declared.OK && (i.State != declared.Missing || !i.Optional) {
+			return errDiffers
+		}
+	}
+	return nil
+}
+
+func (e *env) printItems(items []*declared.Item) error {
+	views := []itemView{}
+	for _, i := range items {
+		views = append(views, viewItem(i))
+	}
+	return errors.Join(writeJSON(e.stdout, views), differs(items))
+}
+
+func itemName(i *declared.Item) string {
+	if i.Device == nil || i.Device.Name == i.Name {
+		return i.Name
+	}
+	return i.Device.Name + " (" + i.Name + ")"
+}
+
+func (e *env) printPlan(_ *declared.Manager, items []*declared.Item) error {
+	if e.json {
+		return e.printItems(items)
+	}
+	for _, i := range items {
+		switch i.State {
+		case declared.OK:
+			continue
+		case declared.Differs:
+			fmt.Fprintf(e.stdout, "%s:\n", itemName(i))
+		default:
+			fmt.Fprintf(e.stdout, "%s: %s: %v\n", itemName(i), i.State, i.Err)
+		}
+		for _, s := range i.Steps {
+			fmt.Fprintf(e.stdout, "  %s\n", s)
+		}
+		for _, n := range i.Notes {
+			fmt.Fprintf(e.stdout, "  # %s\n", n)
+		}
+	}
+	if len(items) == 0 {
+		e.note("nothing is declared in /%s or /%s (viaduct adopt describes this host)", spec.File, spec.Dir)
+	}
+	return differs(items)
+}
+
+func (e *env) printStatus(m *declared.Manager, items []*declared.Item) error {
+	for _, d := range m.Unmanaged(items) {
+		items = append(items, &declared.Item{Name: d.Name, Device: d, State: declared.Unmanaged, Optional: true})
+	}
+	if e.json {
+		return e.printItems(items)
+	}
+	rows := [][]string{{"STATE", "DEVICE", "DECLARED AS", "WHAT"}}
+	for _, i := range items {
+		row := []string{string(i.State), "", i.Name, ""}
+		if i.Device != nil {
+			row[1] = i.Device.Name
+		}
+		switch {
+		case i.Err != nil:
+			row[3] = i.Err.Error()
+		case len(i.Steps) == 1:
+			row[3] = "1 step (viaduct plan)"
+		case len(i.Steps) > 1:
+			row[3] = fmt.Sprintf("%d steps (viaduct plan)", len(i.Steps))
+		case i.State == declared.Unmanaged:
+			row[2] = ""
+		}
+		rows = append(rows, row)
+	}
+	if len(rows) > 1 {
+		writeTable(e.stdout, rows)
+	}
+	return differs(slices.DeleteFunc(items, func(i *declared.Item) bool { return i.State == declared.Unmanaged }))
+}

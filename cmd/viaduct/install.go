@@ -1,0 +1,249 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+
+	"viaduct/cmd/internal/declared"
+	"viaduct/cmd/internal/install"
+	"viaduct/cmd/internal/spec"
+)
+
+func installCommand(e *env) *cli.Command {
+	var o install.Options
+	var initramfs bool
+	return command(&cli.Command{
+		Name:  "install",
+		Usage: "have the host brought to what is declared at each boot",
+		Description: "Writes units for systemd: one that runs viaduct apply --boot before the network comes up and before guests start, and one\n" +
+			"that a udev rule starts when a card comes later; another for bonds if some are declared (after_bond). What carries the host\n" +
+			"now is written down, and not taken by a boot.\n\n" +
+			"Examples:\n  viaduct install\n  viaduct install --watch\n  viaduct install --initramfs --dry-run",
+		Flags: []cli.Flag{
+			&cli.BoolFlag{Name: "watch", Usage: "also a service that keeps the host as declared, after driver reloads, hotplug and resets", Destination: &o.Watch},
+			&cli.BoolFlag{Name: "initramfs", Usage: "also a hook that keeps devices with initramfs: true from their own drivers from the first moment on", Destination: &initramfs},
+			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "print the files, and write none", Destination: &e.dryRun},
+		},
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return usagef("install takes no arguments")
+			}
+			return runInstall(c.Context, e, o, initramfs)
+		},
+	})
+}
+
+func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) error {
+	if err := e.mayChange(); err != nil {
+		return err
+	}
+	h, t, err := e.look()
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	s, err := spec.Load(h)
+	if err != nil {
+		return usageError{err}
+	}
+	if o.Program, err = os.Executable(); err != nil {
+		return err
+	}
+	b := newBinder(h, 0)
+	defer b.Close()
+	m := (&declaredOptions{}).manager(h, t, b)
+	o.Late = slices.ContainsFunc(s.PFs, func(pf spec.PF) bool { return pf.AfterLAG })
+	generator := install.Found()
+	if initramfs {
+		if o.Initramfs, err = m.Early(s); err != nil {
+			return err
+		}
+	}
+	files, err := o.Files(generator)
+	if err != nil {
+		return err
+	}
+	if e.dryRun {
+		for _, f := range files {
+			if f.Link != "" {
+				fmt.Fprintf(e.stdout, "ln -s %s %s\n", f.Link, f.Path)
+			} else {
+				fmt.Fprintf(e.stdout, "cat > %s <<'END'\n%sEND\n", f.Path, f.Content)
+			}
+		}
+		return nil
+	}
+	for _, volatile := range []string{"/tmp/", "/run/", "/dev/", "/home/", "/root/"} {
+		if strings.HasPrefix(o.Program, volatile) {
+			e.note("the units run %s, which may not be there at a boot: a place as /usr/local/sbin is better", o.Program)
+		}
+	}
+	if err := m.Protect(); err != nil {
+		return err
+	}
+	changed, err := install.Write(files)
+	for _, f := range changed {
+		fmt.Fprintln(e.stdout, f)
+	}
+	if err != nil {
+		return err
+	}
+	if initramfs {
+		e.note("now make the initramfs anew: %s", generator.Rebuild())
+	}
+	if len(changed) == 0 {
+		fmt.Fprintln(e.stdout, "all is installed already")
+		return nil
+	}
+	start := []string{}
+	if o.Watch {
+		start = append(start, "viaduct-watch.service")
+	}
+	return reload(ctx, start)
+}
+
+func uninstallCommand(e *env) *cli.Command {
+	return command(&cli.Command{
+		Name:        "uninstall",
+		Usage:       "remove all that install made",
+		Description: "What is declared, and what is known of devices (/var/lib/viaduct), stays.\n\nExamples:\n  viaduct uninstall",
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return usagef("uninstall takes no arguments")
+			}
+			if err := e.mayChange(); err != nil {
+				return err
+			}
+			if systemd() {
+				if err := systemctl(c.Context, "stop", "viaduct-watch.service"); err != nil && install.Watches() {
+					return err
+				}
+			}
+			changed, err := install.Remove()
+			for _, f := range changed {
+				fmt.Fprintln(e.stdout, f)
+				if strings.Contains(f, "initramfs") || strings.Contains(f, "dracut") {
+					defer e.note("now make the initramfs anew: %s", install.Found().Rebuild())
+				}
+			}
+			if err != nil || len(changed) == 0 {
+				return err
+			}
+			return reload(c.Context, nil)
+		},
+	})
+}
+
+// systemd reports whether it runs this host (sd_booted(3)).
+func systemd() bool {
+	_, err := os.Stat("/run/systemd/system")
+	return err == nil
+}
+
+// reload tells systemd and udev of files that changed, where they run.
+func reload(ctx context.Context, start []string) error {
+	if !systemd() {
+		return nil
+	}
+	errs := []error{systemctl(ctx, "daemon-reload"), tool(ctx, "udevadm", "control", "--reload")}
+	for _, unit := range start {
+		errs = append(errs, systemctl(ctx, "restart", unit))
+	}
+	return errors.Join(errs...)
+}
+
+func systemctl(ctx context.Context, args ...string) error { return tool(ctx, "systemctl", args...) }
+
+// tool runs one of the system's own tools.
+func tool(ctx context.Context, name string, args ...string) error {
+	for _, dir := range []string{"/usr/bin", "/bin", "/usr/sbin", "/sbin"} {
+		file := filepath.Join(dir, name)
+		if _, err := os.Stat(file); err != nil {
+			continue
+		}
+		if out, err := exec.CommandContext(ctx, file, args...).CombinedOutput(); err != nil {
+			return fmt.Errorf("%s %s: %w: %s", file, strings.Join(args, " "), err, strings.TrimSpace(string(out)))
+		}
+		return nil
+	}
+	return fmt.Errorf("%s is not on this host", name)
+}
+
+func watchCommand(e *env) *cli.Command {
+	o := declaredOptions{boot: true, keepGoing: true}
+	return command(&cli.Command{
+		Name:  "watch",
+		Usage: "keep the host as declared until it is ended",
+		Description: "Looks when the kernel tells of a device or a link that changed, and each minute, and applies what is declared where the host\n" +
+			"is not as that. install --watch has systemd run it.\n\n" +
+			"Examples:\n  viaduct watch",
+		Flags: []cli.Flag{
+			&cli.StringFlag{Name: "file", Aliases: []string{"f"}, Usage: "read `FILE` instead of /etc/viaduct/host.yaml and host.d", Destination: &o.file, TakesFile: true},
+		},
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return usagef("watch takes no arguments")
+			}
+			return runWatch(c.Context, e, &o)
+		},
+	})
+}
+
+func runWatch(ctx context.Context, e *env, o *declaredOptions) error {
+	if err := e.mayChange(); err != nil {
+		return err
+	}
+	ctx, stop := untilSignal(ctx)
+	defer stop()
+	said := ""
+	return declared.Watch(ctx, func() {
+		err := e.keep(ctx, o)
+		now := ""
+		if err != nil {
+			now = err.Error()
+		}
+		if now != said && ctx.Err() == nil { // each once, not each minute
+			for line := range strings.Lines(now) {
+				e.note("%s", strings.TrimSpace(line))
+			}
+		}
+		said = now
+	})
+}
+
+// keep is one look, and what it takes.
+func (e *env) keep(ctx context.Context, o *declaredOptions) error {
+	h, t, err := e.look()
+	if err != nil {
+		return err
+	}
+	b := newBinder(h, 0)
+	s, err := o.load(h)
+	var items []*declared.Item
+	if err == nil {
+		items, err = o.manager(h, t, b).Plan(s)
+	}
+	b.Close()
+	h.Close()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, i := range items {
+		if i.State == declared.Differs {
+			return runApply(ctx, e, o)
+		}
+		if i.State != declared.OK && (i.State != declared.Missing || !i.Optional) {
+			errs = append(errs, i.Err)
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,63 @@
+// Package uevent hears what the kernel tells of devices and links that come, go and change.
+package uevent
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Events is a subscription. Its owner closes it.
+type Events struct{ devices, links int }
+
+// Open subscribes to what the kernel tells udev (NETLINK_KOBJECT_UEVENT) and to changes of network interfaces (RTNLGRP_LINK). Who
+// opens before a first look misses nothing.
+func Open() (*Events, error) {
+	e := &Events{-1, -1}
+	for _, s := range []struct {
+		family int
+		groups uint32
+		fd     *int
+	}{{unix.NETLINK_KOBJECT_UEVENT, 1, &e.devices}, {unix.NETLINK_ROUTE, unix.RTMGRP_LINK, &e.links}} {
+		fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, s.family)
+		if err == nil {
+			*s.fd = fd
+			err = unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: s.groups})
+		}
+		if err != nil {
+			e.Close()
+			return nil, fmt.Errorf("hear of new devices: %w", err)
+		}
+	}
+	return e, nil
+}
+
+// Close ends the subscription.
+func (e *Events) Close() {
+	for _, fd := range []int{e.devices, e.links} {
+		if fd >= 0 {
+			unix.Close(fd)
+		}
+	}
+}
+
+// Await returns true when something happened, and false after a time, of which no more than a second passes after the context
+// has ended. Not all that matters comes with an event, so who waits for a state looks again each time.
+func (e *Events) Await(ctx context.Context, most time.Duration) bool {
+	if deadline, ok := ctx.Deadline(); ok {
+		most = min(most, time.Until(deadline))
+	}
+	heard := []unix.PollFd{{Fd: int32(e.devices), Events: unix.POLLIN}, {Fd: int32(e.links), Events: unix.POLLIN}}
+	n, _ := unix.Poll(heard, int(max(min(most, time.Second), 0).Milliseconds())+1)
+	for _, s := range heard {
+		var event [8192]byte
+		for s.Revents != 0 {
+			if _, err := unix.Read(int(s.Fd), event[:]); err != nil {
+				break // all are read, or too much was to be told, which is something too
+			}
+		}
+	}
+	return n > 0
+}

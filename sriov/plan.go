@@ -135,7 +135,13 @@ func PlanCount(h *iommu.Host, t *iommu.Topology, pf *iommu.Device, wish Wish) (*
 	}
 	p := &Plan{PF: pf, Have: len(pf.SRIOV.VFs), Want: n, VFs: wish.VFs}
 	var err error
-	if wish.Eswitch != (Eswitch{}) {
+	switch {
+	case wish.Eswitch == Eswitch{}:
+	case !h.Live(): // a captured host's cannot be asked for: where VFs are made it is set
+		if p.Have != n {
+			p.Eswitch = wish.Eswitch
+		}
+	default:
 		now, err := ReadEswitch(h, pf)
 		if err != nil {
 			return nil, err

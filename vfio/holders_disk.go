@@ -92,6 +92,9 @@ func stackKind(h *iommu.Host, name string) string {
 
 const blockClass = "sys/class/block"
 
+// Disks are a device's disks and all that is made of them, by the names of sysfs.
+func Disks(h *iommu.Host, d *iommu.Device) ([]string, error) { return blockDevices(h, d) }
+
 // blockDevices are a device's disks and all that is made of them, by name.
 func blockDevices(h *iommu.Host, d *iommu.Device) ([]string, error) {
 	if !d.PCI || !d.Blocks() {

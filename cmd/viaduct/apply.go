@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -246,8 +248,7 @@ func runUndo(ctx context.Context, e *env, timeout time.Duration) error {
 		return err
 	}
 	defer stop()
-	o := declaredOptions{}
-	m := o.manager(c.host, c.topology, c.binder)
+	m := c.declared()
 	addresses, known, err := m.Last()
 	if err != nil {
 		return err
@@ -285,26 +286,30 @@ func vfsOf(t *iommu.Topology, pf *iommu.Device) []*iommu.Device {
 }
 
 func adoptCommand(e *env) *cli.Command {
-	var file string
+	var file, source string
 	return command(&cli.Command{
 		Name:  "adopt",
 		Usage: "describe the host as it is as a host.yaml",
 		Description: "PFs with their VFs and settings, and the devices that are on a vfio driver, named by what stays with the card. A plan\n" +
-			"against it is empty.\n\n" +
-			"Examples:\n  viaduct adopt\n  viaduct adopt -o /etc/viaduct/host.yaml",
+			"against it is empty. With --import, what another tool's files declare instead.\n\n" +
+			"Examples:\n  viaduct adopt\n  viaduct adopt -o /etc/viaduct/host.yaml\n  viaduct adopt --import driverctl",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "output", Aliases: []string{"o"}, Usage: "write `FILE`, which must not be there yet, instead of standard output", Destination: &file, TakesFile: true},
+			&cli.StringFlag{Name: "import", Usage: "what the files of this tool declare, instead of the host as it is: `" + strings.Join(declared.Sources, "|") + "`", Destination: &source},
 		},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
 				return usagef("adopt takes no arguments: it describes the whole host")
 			}
-			return runAdopt(e, file)
+			if c.IsSet("import") && !slices.Contains(declared.Sources, source) {
+				return usagef("adopt: --import is %s, not %q", strings.Join(declared.Sources, " or "), source)
+			}
+			return runAdopt(e, file, source)
 		},
 	})
 }
 
-func runAdopt(e *env, file string) error {
+func runAdopt(e *env, file, source string) error {
 	h, t, err := e.look()
 	if err != nil {
 		return err
@@ -313,9 +318,19 @@ func runAdopt(e *env, file string) error {
 	b := newBinder(h, 0)
 	defer b.Close()
 	m := (&declaredOptions{}).manager(h, t, b)
-	s, comments, err := m.Adopt()
+	var s *spec.Host
+	var comments map[string]string
+	var notes []string
+	if source == "" {
+		s, comments, err = m.Adopt()
+	} else {
+		s, notes, err = m.Import(source)
+	}
 	if err != nil {
 		return err
+	}
+	for _, n := range notes {
+		e.note("%s", n)
 	}
 	text, err := s.YAML(comments)
 	if err != nil {

@@ -11,7 +11,6 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"viaduct/cmd/internal/declared"
-	"viaduct/internal/journal"
 	"viaduct/iommu"
 	"viaduct/vfio"
 )
@@ -82,13 +81,12 @@ func bindCommand(e *env) *cli.Command {
 		ArgsUsage: "SELECTOR...",
 		Description: "What is taken is the whole IOMMU group, but for its bridges. Refused, with exit status 3 and nothing touched: a device\n" +
 			"that the host uses (a mounted disk, an interface with an address or a route, the display), a PF with VFs, a device\n" +
-			"without an IOMMU. The binding holds until the next boot. With --save the device is also written down, by what tells it\n" +
-			"from all others, and `bind --saved`, run at boot, takes all such devices again.\n\n" +
+			"without an IOMMU. The binding holds until the next boot. With --save the device is also declared, in a file of\n" +
+			"/etc/viaduct/host.d, and viaduct apply, which viaduct install has each boot run, takes it again.\n\n" +
 			"Examples:\n  viaduct bind enp1s0/vf0\n  viaduct bind 0000:03:00.0 --dry-run\n  viaduct bind enp1s0/vf0 enp1s0/vf1 --node-owner qemu:kvm\n" +
-			"  viaduct bind 0000:03:00.0 --save\n  viaduct bind --saved",
+			"  viaduct bind 0000:03:00.0 --save",
 		Flags: append([]cli.Flag{
-			&cli.BoolFlag{Name: "save", Usage: "write the device down for bind --saved", Destination: &o.save},
-			&cli.BoolFlag{Name: "saved", Usage: "take the devices that were written down"},
+			&cli.BoolFlag{Name: "save", Usage: "declare the device as well, for each boot", Destination: &o.save},
 			&cli.StringFlag{Name: "driver", Usage: "the vfio driver `auto|NAME`; auto is the device's own variant driver, else vfio-pci", Value: vfio.Auto, Destination: &o.driver},
 			&cli.StringFlag{Name: "node-owner", Usage: "who is to own the device's nodes: `USER[:GROUP]`"},
 		}, o.flags(e)...),
@@ -96,12 +94,6 @@ func bindCommand(e *env) *cli.Command {
 		Action: func(c *cli.Context) (err error) {
 			if err := o.parse(c); err != nil {
 				return err
-			}
-			if c.Bool("saved") {
-				if c.Args().Present() || o.save || c.IsSet("driver") || c.IsSet("node-owner") {
-					return usagef("bind --saved takes what was written down, as it was: no devices, --save, --driver or --node-owner")
-				}
-				return runBindSaved(c.Context, e, o.changeOptions)
 			}
 			if o.selectors, err = selectors(c); err != nil {
 				return err
@@ -125,7 +117,7 @@ func unbindCommand(e *env) *cli.Command {
 			"use. Refused, with exit status 3, while a process has it open.\n\n" +
 			"Examples:\n  viaduct unbind enp1s0/vf0\n  viaduct unbind group=8\n  viaduct unbind 0000:03:00.0 --save",
 		Flags: append([]cli.Flag{
-			&cli.BoolFlag{Name: "save", Usage: "no longer take the device with bind --saved either", Destination: &o.save},
+			&cli.BoolFlag{Name: "save", Usage: "no longer declare the device either", Destination: &o.save},
 		}, o.flags(e)...),
 		BashComplete: e.completeSelectors,
 		Action: func(c *cli.Context) error {
@@ -163,7 +155,7 @@ func (e *env) bind(ctx context.Context, o bindOptions) ([]changeView, error) {
 	}
 	lasts := " (until the next boot)"
 	if o.save {
-		lasts = " (and again by bind --saved)"
+		lasts = " (and declared for each boot)"
 	}
 	return e.change(ctx, o.selectors, changer{
 		options: o.changeOptions, owner: owner, driver: o.driver, lasts: lasts,
@@ -172,55 +164,19 @@ func (e *env) bind(ctx context.Context, o bindOptions) ([]changeView, error) {
 		apply: func(b *vfio.Binder, ctx context.Context, units [][]*iommu.Device) []vfio.Result {
 			return b.Take(ctx, units, o.driver)
 		},
-		after: func(b *vfio.Binder, devices []*iommu.Device) error {
+		after: func(on *changing, devices []*iommu.Device) error {
 			var errs []error
 			for _, d := range devices {
 				if o.save {
-					errs = append(errs, b.Save(journal.In(vfio.SavedDir), d, o.driver))
+					file, err := on.declared().Save(d, o.driver, o.owner)
+					if errs = append(errs, err); err == nil {
+						e.note("%s is declared in %s", d.Name, file)
+					}
 				}
 			}
 			return errors.Join(errs...)
 		},
 	})
-}
-
-// runBindSaved takes all devices that were written down. One that is not there, or is refused, does not keep the others back.
-func runBindSaved(ctx context.Context, e *env, o changeOptions) error {
-	if err := e.mayChange(); err != nil {
-		return err
-	}
-	h, t, err := e.look()
-	if err != nil {
-		return err
-	}
-	defer h.Close()
-	all, err := vfio.ReadSaved(journal.In(vfio.SavedDir))
-	if err != nil {
-		return err
-	}
-	if len(all) == 0 {
-		e.note("no device was written down (viaduct bind SELECTOR --save does)")
-	}
-	type way struct{ driver, owner string }
-	ways := map[way][]iommu.Selector{}
-	var errs []error
-	for _, s := range all {
-		d, err := s.Find(h, t)
-		if err == nil {
-			var sel iommu.Selector
-			sel, err = iommu.ParseSelector(d.Name)
-			w := way{s.Driver, s.NodeOwner}
-			ways[w] = append(ways[w], sel)
-		}
-		errs = append(errs, err)
-	}
-	o.keepGoing = true
-	views := []changeView{}
-	for w, selectors := range ways {
-		done, err := e.bind(ctx, bindOptions{selectors: selectors, driver: w.driver, owner: w.owner, changeOptions: o})
-		views, errs = append(views, done...), append(errs, err)
-	}
-	return e.tellChanges(views, mixed(errors.Join(errs...), len(all) > 1))
 }
 
 func runUnbind(ctx context.Context, e *env, sel []iommu.Selector, o changeOptions) error {
@@ -229,14 +185,14 @@ func runUnbind(ctx context.Context, e *env, sel []iommu.Selector, o changeOption
 		check:   (*vfio.Gate).GiveBack,
 		plan:    (*vfio.Binder).PlanGiveBack,
 		apply:   (*vfio.Binder).GiveBack,
-		after: func(b *vfio.Binder, devices []*iommu.Device) error {
-			owners, err := vfio.Owners(b.Host, devices)
+		after: func(on *changing, devices []*iommu.Device) error {
+			owners, err := vfio.Owners(on.host, devices)
 			for _, owner := range owners {
 				e.note("%s, which may take it again", owner)
 			}
 			errs := []error{err}
 			for _, d := range devices {
-				errs = append(errs, e.tellSaved(b.Host, d, o.save))
+				errs = append(errs, e.tellSaved(on.declared(), d, o.save))
 			}
 			return errors.Join(errs...)
 		},
@@ -244,23 +200,20 @@ func runUnbind(ctx context.Context, e *env, sel []iommu.Selector, o changeOption
 	return e.tellChanges(views, err)
 }
 
-// tellSaved says that a device that was given back is still written down, or, with forget, ends that.
-func (e *env) tellSaved(h *iommu.Host, d *iommu.Device, forget bool) error {
-	saved := journal.In(vfio.SavedDir)
-	keys, err := vfio.SavedAs(h, saved, d)
+// tellSaved says that a device that was given back is still declared by bind --save, or, with forget, ends that.
+func (e *env) tellSaved(m *declared.Manager, d *iommu.Device, forget bool) error {
+	file, err := m.Saved(d)
 	switch {
 	case err != nil:
 		return err
-	case forget && len(keys) == 0:
-		e.note("%s was not written down", d.Name)
+	case forget && file == "":
+		e.note("%s was not declared by bind --save", d.Name)
 	case forget:
-		for _, k := range keys {
-			err = errors.Join(err, saved.Delete(k))
-		}
-	case len(keys) > 0:
-		e.note("%s is still written down: bind --saved takes it again (viaduct unbind %s --save ends that)", d.Name, d.Name)
+		return m.Forget(d)
+	case file != "":
+		e.note("%s is still declared in %s: viaduct apply takes it again (viaduct unbind %s --save ends that)", d.Name, file, d.Name)
 	}
-	return err
+	return nil
 }
 
 // changer is what bind and unbind differ in.
@@ -272,7 +225,7 @@ type changer struct {
 	check   func(*vfio.Gate, [][]*iommu.Device) ([]error, error)
 	plan    func(*vfio.Binder, *iommu.Device) (vfio.Change, error)
 	apply   func(*vfio.Binder, context.Context, [][]*iommu.Device) []vfio.Result
-	after   func(*vfio.Binder, []*iommu.Device) error // for the devices that were asked for and are where they are to be
+	after   func(*changing, []*iommu.Device) error // for the devices that were asked for and are where they are to be
 }
 
 // changeView is one device's line of `bind --json` and `unbind --json`.
@@ -365,7 +318,7 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) ([]ch
 		}
 	}
 	if !e.dryRun && len(arrived) > 0 {
-		errs = append(errs, c.after(b, arrived))
+		errs = append(errs, c.after(on, arrived))
 	}
 	if len(home) > 0 {
 		for id, where := range vfio.ClaimedByID(h, home...) {

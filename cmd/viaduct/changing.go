@@ -111,6 +111,11 @@ func (c *changing) lock(ctx context.Context, devices []*iommu.Device) error {
 	return nil
 }
 
+// declared is what works with the declared host.
+func (c *changing) declared() *declared.Manager {
+	return (&declaredOptions{}).manager(c.host, c.topology, c.binder)
+}
+
 // recover finishes or undoes what interrupted runs left, and tells.
 func (c *changing) recover(ctx context.Context) (err error) {
 	c.stuck, err = c.binder.Recover(ctx, false)

@@ -229,7 +229,10 @@ func (e *env) keep(ctx context.Context, o *declaredOptions) error {
 	s, err := o.load(h)
 	var items []*declared.Item
 	if err == nil {
-		items, err = o.manager(h, t, b).Plan(s)
+		m := o.manager(h, t, b)
+		if s, _, err = m.Booted(s); err == nil {
+			items, err = m.Plan(s)
+		}
 	}
 	b.Close()
 	h.Close()

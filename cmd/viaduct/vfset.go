@@ -11,6 +11,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"viaduct/cmd/internal/spec"
 	"viaduct/iommu"
 	"viaduct/sriov"
 	"viaduct/vfio"
@@ -204,9 +205,10 @@ func vfSyncCommand(e *env) *cli.Command {
 	var timeout time.Duration
 	return command(&cli.Command{
 		Name:      "sync",
-		Usage:     "set VFs again as vf set had them, after their PF was reset",
+		Usage:     "set VFs again as they are declared, or as vf set had them, after their PF was reset",
 		ArgsUsage: "[PF...]",
-		Description: "Without a PF, all of them. What was set is known until the VFs are removed or the host is booted.\n\n" +
+		Description: "Without a PF, all of them. VFs of a PF that is declared (/etc/viaduct/host.yaml) get the settings from there; what vf set\n" +
+			"did is known until the VFs are removed or the host is booted.\n\n" +
 			"Examples:\n  viaduct vf sync\n  viaduct vf sync enp1s0 --dry-run",
 		Flags: []cli.Flag{
 			&cli.DurationFlag{Name: "timeout", Usage: "how long another viaduct is waited for", Value: vfio.DefaultTimeout, Destination: &timeout},
@@ -246,14 +248,21 @@ func runVFSync(ctx context.Context, e *env, sel []iommu.Selector, timeout time.D
 	if err != nil {
 		return err
 	}
+	host, err := spec.Load(c.host)
+	if err != nil {
+		return usageError{err}
+	}
+	m := c.declared()
 	var errs []error
 	for _, pf := range all {
 		if pf.SRIOV == nil {
 			return usageError{&sriov.NotPFError{Device: pf.Address, VFOf: pf.PhysFn}}
 		}
-		asked, err := sriov.Asked(c.binder, pf)
-		if err != nil {
-			return err
+		asked, known := m.Settings(host, pf)
+		if !known {
+			if asked, err = sriov.Asked(c.binder, pf); err != nil {
+				return err
+			}
 		}
 		for _, index := range slices.Sorted(maps.Keys(asked)) {
 			vf, err := c.vfOf(pf, index)

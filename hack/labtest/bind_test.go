@@ -399,25 +399,24 @@ func TestSave(t *testing.T) {
 	home := bound(spare)
 	do(t, "bind", spare, "--save", "--node-owner", "nobody")
 	shell(t, "udevadm settle")
-	if r := run(t, viaduct, "unbind", spare); r.status != 0 || !strings.Contains(r.stderr, "still written down") || bound(spare) != home {
+	if r := run(t, viaduct, "unbind", spare); r.status != 0 || !strings.Contains(r.stderr, "still declared") || bound(spare) != home {
 		t.Errorf("unbind: exit status %d, %s, on %q", r.status, r.stderr, bound(spare))
 	}
 	shell(t, "udevadm settle")
-	do(t, "bind", "--saved")
+	do(t, "apply")
 	shell(t, "udevadm settle")
 	if owner := shell(t, "stat -c %U /dev/vfio/"+link(devicesDir, spare, "iommu_group")); bound(spare) != "vfio-pci" || owner != "nobody" {
-		t.Errorf("bind --saved: on %q, its node belongs to %s", bound(spare), owner)
+		t.Errorf("apply: on %q, its node belongs to %s", bound(spare), owner)
 	}
 	do(t, "unbind", spare)
-	file := "/var/lib/viaduct/saved/" + spare + ".json"
-	shell(t, "udevadm settle; sed -i 's/52:54:00:00:00:02/52:54:00:00:00:99/' "+file)
+	shell(t, "udevadm settle; sed -i 's/52:54:00:00:00:02/52:54:00:00:00:99/' /var/lib/viaduct/known-path*.json")
 	before := fingerprint()
-	if r := run(t, viaduct, "bind", "--saved"); r.status != 1 || !strings.Contains(r.stderr, "MAC address 52:54:00:00:00:02 instead of 52:54:00:00:00:99") || fingerprint() != before {
+	if r := run(t, viaduct, "apply"); r.status != 3 || !strings.Contains(r.stderr, "MAC address is 52:54:00:00:00:02 instead of 52:54:00:00:00:99") || fingerprint() != before {
 		t.Errorf("another card in its place: exit status %d, %s", r.status, r.stderr)
 	}
 	do(t, "unbind", spare, "--save")
-	if _, err := os.Stat(file); err == nil {
-		t.Errorf("%s is left", file)
+	if left := names("/etc/viaduct/host.d"); len(left) > 0 {
+		t.Errorf("%v is left", left)
 	}
 }
 

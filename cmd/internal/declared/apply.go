@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 
 	"viaduct/cmd/internal/spec"
 	"viaduct/iommu"
@@ -26,34 +27,52 @@ const (
 	lastDone = "undo"   // what the last apply did, for undo
 )
 
-// Apply does what items take, one PF or device after the other, and tells each. One that fails is put back as it was, and the
-// others go on. The caller has locked all their devices, and Check let them pass.
+// Apply does what items take, and tells each. PFs are worked on side by side, up to what the kernel does one after the other, then
+// devices. One that fails is put back as it was, and the others go on. The caller has locked all their devices, and Check let
+// them pass.
 func (m *Manager) Apply(ctx context.Context, items []*Item, tell func(*Item, error)) error {
-	var errs []error
-	var done []before
+	var todo []*Item
+	var all []before
 	for _, i := range items {
-		if i.State != Differs {
-			continue
+		if i.State == Differs {
+			was, err := m.before(i)
+			if err != nil {
+				return fmt.Errorf("%s: %w", i.Name, err)
+			}
+			todo, all = append(todo, i), append(all, was)
 		}
-		if ctx.Err() != nil {
-			errs = append(errs, fmt.Errorf("%s: interrupted before it was touched", i.Name))
-			continue
-		}
-		was, err := m.before(i)
-		if err == nil {
-			done = append(done, was)
-			err = m.Binder.Journal.Put(lastDone, done) // before it is touched: undo may find it as it is
-		}
-		if err == nil {
-			err = m.applyOne(ctx, i, was)
-		}
+	}
+	if len(todo) == 0 {
+		return nil
+	}
+	if err := m.Binder.Journal.Put(lastDone, all); err != nil { // before they are touched: undo may find some as they are
+		return err
+	}
+	errs := make([]error, len(todo))
+	var mu sync.Mutex
+	one := func(n int) {
+		err := m.applyOne(ctx, todo[n], all[n])
 		if err != nil {
-			err = fmt.Errorf("%s: %w", i.Name, err)
+			err = fmt.Errorf("%s: %w", todo[n].Name, err)
 		} else {
-			i.State = OK
+			todo[n].State = OK
 		}
-		tell(i, err)
-		errs = append(errs, err)
+		mu.Lock()
+		defer mu.Unlock()
+		errs[n] = err
+		tell(todo[n], err)
+	}
+	var wg sync.WaitGroup
+	for n, i := range todo {
+		if i.unit == nil {
+			wg.Go(func() { one(n) })
+		}
+	}
+	wg.Wait()
+	for n, i := range todo {
+		if i.unit != nil {
+			one(n)
+		}
 	}
 	return errors.Join(errs...)
 }
@@ -79,6 +98,9 @@ func (m *Manager) before(i *Item) (before, error) {
 }
 
 func (m *Manager) applyOne(ctx context.Context, i *Item, was before) error {
+	if ctx.Err() != nil {
+		return errors.New("interrupted before it was touched")
+	}
 	key := applying + i.Device.Name
 	if err := m.Binder.Journal.Put(key, was); err != nil {
 		return err
@@ -115,12 +137,12 @@ func (m *Manager) do(ctx context.Context, i *Item) error {
 			i.Notes = append(i.Notes, fmt.Sprintf("%s: set, not verifiable, as the driver does not report it: %s", s.VF.Name, strings.Join(unverified, ", ")))
 		}
 	}
-	b.Owner = i.owner
-	defer func() { b.Owner = nil }()
 	all := b.Take(ctx, each(i.none), vfio.None)
 	all = append(all, b.Take(ctx, each(i.take), vfio.Auto)...)
-	if i.unit != nil {
+	if i.unit != nil { // the only item then that is worked on
+		b.Owner = i.owner
 		all = append(all, b.Take(ctx, [][]*iommu.Device{i.unit}, i.driver)...)
+		b.Owner = nil
 	}
 	all = append(all, b.Home(ctx, each(i.home))...)
 	for _, r := range all {
@@ -132,15 +154,14 @@ func (m *Manager) do(ctx context.Context, i *Item) error {
 // back brings one item back to what it was. It has no context: that of the command may be over.
 func (m *Manager) back(was before) error {
 	ctx := context.Background()
-	var err error
-	if m.Topology, err = iommu.Scan(m.Host); err != nil {
+	t, err := iommu.Scan(m.Host)
+	if err != nil {
 		return err
 	}
-	m.index = nil
 	if was.PF == "" {
 		var units [][]*iommu.Device
 		for _, a := range was.Release {
-			d, err := m.Topology.Find(a)
+			d, err := t.Find(a)
 			if err != nil {
 				return err
 			}
@@ -159,7 +180,7 @@ func (m *Manager) back(was before) error {
 		return err
 	}
 	// What was written down of a boot before does not matter here, nor whether it is one.
-	plain := &Manager{Host: m.Host, Topology: m.Topology, Binder: m.Binder, Force: m.Force, Late: true, exact: true}
+	plain := &Manager{Host: m.Host, Topology: t, Binder: m.Binder, Force: m.Force, Late: true, exact: true}
 	items, err := plain.Plan(s)
 	if err != nil {
 		return err

@@ -82,14 +82,15 @@ func (m *Manager) Confirm() error {
 	return m.keep(u.Spec)
 }
 
-// Booted is the declaration that a boot is to use: the confirmed one, if the one at hand was never confirmed.
+// Booted is the declaration that a boot, or the watch service, is to use: the confirmed one, if the time to confirm the one at hand
+// is over.
 func (m *Manager) Booted(s *spec.Host) (use *spec.Host, instead bool, err error) {
 	var u unconfirmed
 	if known, err := m.State.Get(unconfirmedKey, &u); err != nil || !known {
 		return s, false, err
 	}
 	y, err := text(s)
-	if err != nil || y != u.Spec {
+	if err != nil || y != u.Spec || u.Boot == m.bootID() && !u.Over && time.Now().Before(u.Until) {
 		return s, false, err
 	}
 	content, err := os.ReadFile(m.confirmedFile())

@@ -340,3 +340,20 @@ func (m *Manager) Unmanaged(items []*Item) []*iommu.Device {
 	})
 	return out
 }
+
+// Settings are what is declared of the settings of a PF's VFs, by index; false if the PF is not declared.
+func (m *Manager) Settings(s *spec.Host, d *iommu.Device) (map[int]sriov.Settings, bool) {
+	for k := range s.PFs {
+		if found, err := m.find(s.PFs[k].Select); err != nil || found.Name != d.Name {
+			continue
+		}
+		out := map[int]sriov.Settings{}
+		for i, vf := range s.PFs[k].Each() {
+			if len(vf.Settings) > 0 {
+				out[i] = vf.Settings
+			}
+		}
+		return out, true
+	}
+	return nil, false
+}

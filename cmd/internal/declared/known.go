@@ -11,8 +11,7 @@ import (
 	"viaduct/vfio"
 )
 
-// What outlives a boot, in StateDir: known-SELECTOR is what a declaration named when it was last applied; protected is what
-// carried the host then.
+// What a declaration named when it was last applied is kept in StateDir, as known-SELECTOR.
 
 // known is what a declared device was.
 type known struct {
@@ -69,7 +68,7 @@ func (m *Manager) joined(i *Item) string {
 	return "its group has grown by what the host uses: " + strings.Join(out, ", ")
 }
 
-// Remember writes down what the items are now, and what carries the host, for the next boot.
+// Remember writes down what the items are now.
 func (m *Manager) Remember(items []*Item) error {
 	if m.State == nil {
 		return nil
@@ -80,82 +79,17 @@ func (m *Manager) Remember(items []*Item) error {
 			continue
 		}
 		k := known{Selector: i.Name, Address: i.Device.Address, Identity: m.Binder.Identify(i.Device)}
+		if taken, err := m.Binder.Taken(i.Device); err == nil && taken.Path != "" {
+			k.Identity = taken // from when it could still be asked
+		}
 		for _, d := range i.unit {
 			if place, err := iommu.PathOf(m.Host, d); err == nil {
 				k.Group = append(k.Group, place)
 			}
 		}
-		if i.known == nil || !slices.Equal(k.Group, i.known.Group) || k.Address != i.known.Address {
+		if i.known == nil || m.Accept || !slices.Equal(k.Group, i.known.Group) || k.Address != i.known.Address {
 			errs = append(errs, m.State.Put(knownKey(i.Name), k))
 		}
 	}
 	return errors.Join(errs...)
-}
-
-const protectedKey = "protected"
-
-// protected is a device that carried the host.
-type protected struct {
-	Address  iommu.Address `json:"address"`
-	Identity vfio.Identity `json:"identity"`
-	Why      string        `json:"why"`
-}
-
-// Protect writes down which devices carry the host: its addresses and routes, its mounted file systems and its swap.
-func (m *Manager) Protect() error {
-	var all []*iommu.Device
-	m.Topology.All(func(d *iommu.Device) bool {
-		if d.PCI && d.PhysFn == nil && d.Blocks() {
-			all = append(all, d)
-		}
-		return true
-	})
-	holders, err := vfio.Holders(m.Host, all)
-	if err != nil {
-		return err
-	}
-	out := []protected{}
-	for _, d := range all {
-		n := slices.IndexFunc(holders, func(h vfio.Holder) bool { return h.Device == d.Name && h.Kind != vfio.Process })
-		if n >= 0 {
-			out = append(out, protected{d.Address, m.Binder.Identify(d), holders[n].What})
-		}
-	}
-	var before []protected
-	if _, err := m.State.Get(protectedKey, &before); err != nil {
-		return err
-	}
-	if slices.EqualFunc(before, out, func(a, b protected) bool { return a.Address == b.Address && a.Why == b.Why }) {
-		return nil
-	}
-	return m.State.Put(protectedKey, out)
-}
-
-// recorded adds what carried the host when it ran to what must not be taken.
-func (m *Manager) recorded(g *guard) error {
-	var all []protected
-	found, err := m.State.Get(protectedKey, &all)
-	if err != nil {
-		return err
-	}
-	g.any = g.any || found
-	m.Topology.All(func(d *iommu.Device) bool {
-		for k := range all {
-			if d.PCI && g.names[d.Name] == "" && vfio.Differs(m.Host, &all[k].Identity, d) == "" && m.same(&all[k].Identity, d) {
-				g.names[d.Name] = "it carried this host when that last ran: it " + all[k].Why
-			}
-		}
-		return true
-	})
-	return nil
-}
-
-// same reports whether this is the device that was identified: by its own numbers where both are known, else by its place.
-func (m *Manager) same(id *vfio.Identity, d *iommu.Device) bool {
-	serial, err := iommu.ReadSerial(m.Host, d.Address)
-	if err == nil && serial != "" && id.Serial != "" || len(id.MACs) > 0 && len(d.Netdevs) > 0 {
-		return true // and Differs found nothing
-	}
-	place, err := iommu.PathOf(m.Host, d)
-	return err == nil && place == id.Path
 }

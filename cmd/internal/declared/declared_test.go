@@ -1,0 +1,474 @@
+package declared
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"viaduct/cmd/internal/spec"
+	"viaduct/internal/host/hosttest"
+	"viaduct/internal/journal"
+	"viaduct/iommu"
+	"viaduct/vfio"
+)
+
+const (
+	pf    = "0000:01:00.0"
+	pfDir = "sys/bus/pci/devices/" + pf
+)
+
+func newKernel(t *testing.T) *hosttest.Kernel {
+	t.Helper()
+	k := hosttest.NewKernel(t, hosttest.Load(t, "../../../internal/host/hosttest/testdata/amd-vi.txt"))
+	k.Register("vfio-pci")
+	k.Register("igb", "8086:10c9")
+	k.Register("igbvf", "8086:10ca")
+	return k
+}
+
+func newManager(t *testing.T, k *hosttest.Kernel) *Manager {
+	t.Helper()
+	topology, err := iommu.Scan(k.Host())
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := &Manager{
+		Host: k.Host(), Topology: topology, State: journal.In(filepath.Join(t.TempDir(), "state")),
+		Binder: &vfio.Binder{Host: k.Host(), Journal: journal.In(filepath.Join(t.TempDir(), "run"))},
+	}
+	t.Cleanup(m.Binder.Close)
+	return m
+}
+
+// again is the same manager on the host as it is now.
+func again(t *testing.T, m *Manager) *Manager {
+	t.Helper()
+	n := *m
+	n.index = nil
+	var err error
+	if n.Topology, err = iommu.Scan(m.Host); err != nil {
+		t.Fatal(err)
+	}
+	return &n
+}
+
+func parse(t *testing.T, text string) *spec.Host {
+	t.Helper()
+	s, err := spec.Parse("host.yaml", []byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func plan(t *testing.T, m *Manager, text string) []*Item {
+	t.Helper()
+	items, err := m.Plan(parse(t, text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return items
+}
+
+func apply(t *testing.T, m *Manager, text string) error {
+	t.Helper()
+	items := plan(t, m, text)
+	for _, i := range items {
+		if i.Err != nil {
+			t.Fatal(i.Err)
+		}
+		if err := m.Binder.Lock(context.Background(), i.Devices()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	err := m.Apply(context.Background(), items, func(*Item, error) {})
+	return errors.Join(err, m.Remember(items))
+}
+
+// state is how many VFs there are, and their drivers and overrides.
+func state(t *testing.T, k *hosttest.Kernel) string {
+	t.Helper()
+	var out []string
+	a, _ := iommu.ParseAddress(pf)
+	d, err := iommu.ReadDevice(k.Host(), a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, v := range d.SRIOV.VFs {
+		vf, err := iommu.ReadDevice(k.Host(), v.Address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		out = append(out, vf.Driver+"/"+vf.DriverOverride)
+	}
+	return strings.Join(out, " ")
+}
+
+const mixed = "pfs:\n  - select: " + pf + "\n    count: 3\n    vfs:\n      - {range: 0, driver: vfio}\n      - {range: 1, driver: home}\n"
+
+func TestApply(t *testing.T) {
+	k := newKernel(t)
+	m := newManager(t, k)
+	if err := apply(t, m, mixed); err != nil {
+		t.Fatal(err)
+	}
+	const want = "vfio-pci/vfio-pci igbvf/ /none"
+	if got := state(t, k); got != want {
+		t.Fatalf("%s, want %s", got, want)
+	}
+	k.Log = nil
+	m = again(t, m)
+	if err := apply(t, m, mixed); err != nil || len(k.Log) != 0 {
+		t.Errorf("again: %v, wrote %q", err, k.Log)
+	}
+	other := strings.ReplaceAll(strings.ReplaceAll(strings.ReplaceAll(mixed, "driver: vfio", "driver: x"), "driver: home", "driver: vfio"), "driver: x", "driver: home")
+	m = again(t, m)
+	if err := apply(t, m, other); err != nil {
+		t.Fatal(err)
+	}
+	if got := state(t, k); got != "igbvf/ vfio-pci/vfio-pci /none" {
+		t.Errorf("with the drivers changed: %s", got)
+	}
+	m = again(t, m)
+	if err := m.Undo(func(iommu.Address, error) {}); err != nil {
+		t.Fatal(err)
+	}
+	if got := state(t, k); got != want {
+		t.Errorf("after undo: %s, want %s", got, want)
+	}
+	if _, known, err := m.Last(); known || err != nil {
+		t.Errorf("there is more to undo: %v", err)
+	}
+}
+
+// What fails in the middle is put back as it was, VFs that had to go included.
+func TestApplyFails(t *testing.T) {
+	for _, fails := range []string{"vfio-pci", "override of VF 3"} {
+		k := newKernel(t)
+		m := newManager(t, k)
+		if err := apply(t, m, strings.ReplaceAll(mixed, "driver: vfio", "driver: none")); err != nil {
+			t.Fatal(err)
+		}
+		was := state(t, k)
+		if fails == "vfio-pci" {
+			k.Probe["vfio-pci"] = unix.EINVAL
+		} else {
+			k.Fail[pfDir+"/virtfn3/driver_override"] = unix.EACCES
+		}
+		m = again(t, m)
+		err := apply(t, m, "pfs:\n  - select: "+pf+"\n    count: 4\n    vfs:\n      - {driver: vfio}\n")
+		if err == nil {
+			t.Fatalf("%s: it went through: %s", fails, state(t, k))
+		}
+		if got := state(t, k); got != was {
+			t.Errorf("%s: %s, was %s: %v", fails, got, was, err)
+		}
+		if keys, _ := m.Binder.Journal.Keys(applying); len(keys) > 0 {
+			t.Errorf("%s: records %q", fails, keys)
+		}
+	}
+}
+
+// Whatever write an apply is killed at, the next command brings the PF back.
+func TestRecover(t *testing.T) {
+	k := newKernel(t)
+	m := newManager(t, k)
+	if err := apply(t, m, mixed); err != nil {
+		t.Fatal(err)
+	}
+	was := state(t, k)
+	items := plan(t, again(t, m), strings.ReplaceAll(mixed, "count: 3", "count: 5"))
+	before, err := again(t, m).before(items[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(m.Binder.Journal.Put(applying+pf, before), k.Write(pfDir+"/sriov_numvfs", "0")); err != nil { // as far as that it came
+		t.Fatal(err)
+	}
+	out, err := again(t, m).Recover()
+	if err != nil || len(out) != 1 || out[0].Err != nil {
+		t.Fatalf("%v, %v", out, err)
+	}
+	if got := state(t, k); got != was {
+		t.Errorf("%s, was %s", got, was)
+	}
+	if m.Interrupted() {
+		t.Error("the record is left")
+	}
+}
+
+func TestPlanStates(t *testing.T) {
+	k := newKernel(t)
+	m := newManager(t, k)
+	one := func(text string) *Item {
+		t.Helper()
+		return plan(t, again(t, m), text)[0]
+	}
+	for _, c := range []struct {
+		text  string
+		state State
+		says  string
+	}{
+		{"pfs:\n  - {select: " + pf + ", count: 0}\n", OK, ""},
+		{"pfs:\n  - {select: " + pf + ", count: 2}\n", Differs, ""},
+		{"pfs:\n  - {select: \"0000:7f:00.0\", count: 2}\n", Missing, "no such device"},
+		{"pfs:\n  - {select: \"mac=52:54:00:ff:ff:ff\", count: 2}\n", Missing, "no network interface has this MAC"},
+		{"pfs:\n  - {select: \"8086:10c9\", count: 2}\n", Refused, "names 2 devices"},
+		{"pfs:\n  - {select: " + pf + ", count: 99}\n", Refused, "0 to 7 VFs"},
+		{"pfs:\n  - {select: " + pf + ", count: 2}\nprotect:\n  - 8086:10c9\n", Refused, "never to be touched"},
+		{"devices:\n  - {select: " + pf + "}\nprotect:\n  - " + pf + "\n", Refused, "never to be touched"},
+		{"devices:\n  - {select: " + pf + "}\n", Differs, ""},
+	} {
+		i := one(c.text)
+		if i.State != c.state || c.says != "" && (i.Err == nil || !strings.Contains(i.Err.Error(), c.says)) {
+			t.Errorf("%s: %s, %v, want %s and %q", c.text, i.State, i.Err, c.state, c.says)
+		}
+		if (i.State == Differs) != (len(i.Steps) > 0) {
+			t.Errorf("%s: %s with steps %q", c.text, i.State, i.Steps)
+		}
+	}
+	if i := one("pfs:\n  - {select: " + pf + ", count: 0}\n"); len(i.Notes) != 1 || !strings.Contains(i.Notes[0], "another device at the next boot") {
+		t.Errorf("a bare address: %q", i.Notes)
+	}
+
+	// A boot takes no NIC of which nothing is known, and none that carried the host.
+	m.Boot = true
+	if i := one("devices:\n  - {select: " + pf + "}\n"); i.State != Refused || !strings.Contains(i.Err.Error(), "nothing says which NICs") {
+		t.Errorf("a boot without a record: %s, %v", i.State, i.Err)
+	}
+	d, err := m.Topology.Find(mustParse(t, pf))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.State.Put(protectedKey, []protected{{d.Address, m.Binder.Identify(d), "carries the default route"}}); err != nil {
+		t.Fatal(err)
+	}
+	if i := one("devices:\n  - {select: " + pf + "}\n"); i.State != Refused || !strings.Contains(i.Err.Error(), "carries the default route") {
+		t.Errorf("a boot, and a device that carried the host: %s, %v", i.State, i.Err)
+	}
+	if i := one("pfs:\n  - {select: " + pf + ", count: 2}\n"); i.State != Differs {
+		t.Errorf("VFs of a PF that carried the host: %s, %v", i.State, i.Err)
+	}
+	m.Boot = false
+
+	// Another card at the address that was declared.
+	if err := m.Remember(plan(t, again(t, m), "pfs:\n  - {select: "+pf+", count: 0}\n")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(k.Dir(), pfDir, "modalias"), []byte("pci:v000015B3d00001017sv000015B3sd00000020bc02sc00i00\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if i := one("pfs:\n  - {select: " + pf + ", count: 2}\n"); i.State != Changed || !strings.Contains(i.Err.Error(), "15b3:1017") {
+		t.Errorf("another card in the slot: %s, %v", i.State, i.Err)
+	}
+	m.Accept = true
+	if i := one("pfs:\n  - {select: " + pf + ", count: 2}\n"); i.State != Differs {
+		t.Errorf("accepted: %s, %v", i.State, i.Err)
+	}
+}
+
+func mustParse(t *testing.T, s string) iommu.Address {
+	t.Helper()
+	a, err := iommu.ParseAddress(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
+// VFs of PFs that others bond are made early and get their drivers late. (Unproven on hardware: no emulated NIC has switchdev.)
+func TestAfterBond(t *testing.T) {
+	k := newKernel(t)
+	m := newManager(t, k)
+	text := "pfs:\n  - select: " + pf + "\n    count: 2\n    eswitch: switchdev\n    after_bond: true\n    vfs:\n      - {range: 0, driver: vfio}\n      - {range: 1, driver: home}\n"
+	early := plan(t, m, text)[0]
+	if got, want := strings.Join(early.Steps, "\n"), strings.ReplaceAll(`echo 0 > /DIR/sriov_drivers_autoprobe
+echo 2 > /DIR/sriov_numvfs
+devlink dev eswitch set pci/`+pf+` mode switchdev
+echo none > /DIR/virtfn0/driver_override
+echo none > /DIR/virtfn1/driver_override
+echo 1 > /DIR/sriov_drivers_autoprobe`, "DIR", pfDir); got != want || !early.Waits {
+		t.Errorf("early, waits %v:\n%s\nwant\n%s", early.Waits, got, want)
+	}
+	if err := apply(t, m, "pfs:\n  - {select: "+pf+", count: 2}\n"); err != nil { // but for the mode, which no fake has
+		t.Fatal(err)
+	}
+	m = again(t, m)
+	if i := plan(t, m, text)[0]; i.State != OK {
+		t.Errorf("early, when it is done: %s %q", i.State, i.Steps)
+	}
+	m.Late = true
+	late := plan(t, m, text)[0]
+	if got, want := strings.Join(late.Steps, "\n"), `echo vfio-pci > /sys/bus/pci/devices/0000:01:10.0/driver_override
+echo 0000:01:10.0 > /sys/bus/pci/drivers_probe
+echo > /sys/bus/pci/devices/0000:01:10.2/driver_override
+echo 0000:01:10.2 > /sys/bus/pci/drivers_probe`; got != want || late.Waits {
+		t.Errorf("late:\n%s\nwant\n%s", got, want)
+	}
+}
+
+// A plan against what was adopted is empty, and names devices by what stays with them.
+func TestAdopt(t *testing.T) {
+	k := newKernel(t)
+	m := newManager(t, k)
+	if err := apply(t, m, mixed+"devices:\n  - select: 0000:02:00.0\n"); err != nil {
+		t.Log(err) // not every tree has it
+	}
+	m = again(t, m)
+	s, comments, err := m.Adopt()
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := s.YAML(comments)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(s.PFs) != 1 || s.PFs[0].Count != 3 || len(s.PFs[0].VFs) != 3 || strings.Contains(string(text), "select: \""+pf) {
+		t.Errorf("%s", text)
+	}
+	for _, i := range plan(t, again(t, m), string(text)) {
+		if i.State != OK {
+			t.Errorf("%s: %s %v %q\n%s", i.Name, i.State, i.Err, i.Steps, text)
+		}
+	}
+}
+
+func TestConfirm(t *testing.T) {
+	k := newKernel(t)
+	m := newManager(t, k)
+	old, next := parse(t, "pfs:\n  - {select: "+pf+", count: 1}\n"), parse(t, "pfs:\n  - {select: "+pf+", count: 2}\n")
+	booted := func(s *spec.Host) string {
+		t.Helper()
+		use, instead, err := m.Booted(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n := -1
+		if len(use.PFs) > 0 {
+			n = use.PFs[0].Count
+		}
+		return fmt.Sprint(n, instead)
+	}
+	if err := m.Confirm(); err == nil {
+		t.Error("nothing was there to confirm")
+	}
+	if err := errors.Join(m.Keep(old), m.Begin(next, 60e9)); err != nil {
+		t.Fatal(err)
+	}
+	if got := booted(next); got != "2 false" {
+		t.Errorf("while it may be confirmed: %s", got)
+	}
+	if err := m.RolledBack(); err != nil {
+		t.Fatal(err)
+	}
+	if got := booted(next); got != "1 true" {
+		t.Errorf("rolled back: %s", got)
+	}
+	if got := booted(parse(t, "pfs:\n  - {select: "+pf+", count: 3}\n")); got != "3 false" {
+		t.Errorf("another declaration: %s", got)
+	}
+	if err := m.Confirm(); err == nil {
+		t.Error("it was confirmed when it had been rolled back")
+	}
+	if err := errors.Join(m.Begin(next, 60e9), m.Confirm()); err != nil {
+		t.Fatal(err)
+	}
+	if got := booted(next); got != "2 false" {
+		t.Errorf("confirmed: %s", got)
+	}
+	if late, err := m.AwaitConfirmed(); late || err != nil {
+		t.Errorf("nothing waits to be confirmed: %v, %v", late, err)
+	}
+	if err := m.Begin(next, 1e6); err != nil {
+		t.Fatal(err)
+	}
+	if late, err := m.AwaitConfirmed(); !late || err != nil {
+		t.Errorf("nobody confirmed it: %v, %v", late, err)
+	}
+}
+
+// What the host's own files name is needed, mounted or not.
+func TestNeeded(t *testing.T) {
+	k := newKernel(t)
+	for name, content := range map[string]string{
+		"etc/fstab":     "# /dev/sdz1 /old ext4\nUUID=1-2 / ext4\n/dev/mapper/vg-data /srv ext4 noauto\nLABEL=\"a/b\" none swap\ntmpfs /tmp tmpfs\n",
+		"etc/crypttab":  "secret /dev/sdc3 none luks\n",
+		"proc/cmdline":  "quiet root=/dev/cciss/c0d0p1 resume=PARTUUID=9 ip=::::host:enp9s0:dhcp BOOTIF=01-52-54-00-AA-BB-CC\n",
+		"dev/.unneeded": "",
+	} {
+		if err := errors.Join(os.MkdirAll(filepath.Join(k.Dir(), filepath.Dir(name)), 0o755), os.WriteFile(filepath.Join(k.Dir(), name), []byte(content), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for link, target := range map[string]string{
+		"disk/by-uuid/1-2": "../../sda1", "mapper/vg-data": "../dm-3", `disk/by-label/a\x2fb`: "../../sdb2", "disk/by-partuuid/9": "../../nvme0n1p2",
+	} {
+		file := filepath.Join(k.Dir(), "dev", link)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.Symlink(target, file)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n := needed(k.Host())
+	for _, disk := range []string{"sda1", "dm-3", "sdb2", "sdc3", "cciss!c0d0p1", "nvme0n1p2"} {
+		if n.disks[disk] == "" {
+			t.Errorf("%s is not needed: %v", disk, n.disks)
+		}
+	}
+	if len(n.disks) != 6 || n.links["enp9s0"] == "" || n.links["52:54:00:aa:bb:cc"] == "" {
+		t.Errorf("%v, %v", n.disks, n.links)
+	}
+}
+
+func TestImport(t *testing.T) {
+	k := newKernel(t)
+	for name, content := range map[string]string{
+		"etc/driverctl.d/pci-0000:01:00.0":  "vfio-pci\n",
+		"etc/driverctl.d/pci-0000:7f:00.0":  "vfio-pci\n",
+		"etc/driverctl.d/pci-0000:03:00.0":  "uio_pci_generic\n",
+		"etc/netplan/10-a.yaml":             "network:\n  ethernets:\n    enp9s0:\n      virtual-function-count: 4\n      embedded-switch-mode: switchdev\n      delay-virtual-functions-rebind: true\n    enp8s0: {match: {macaddress: 52:54:00:aa:00:01}}\n    vf1: {link: enp8s0}\n    vf2: {link: enp8s0}\n    plain: {dhcp4: true}\n  vlans:\n    v: {id: 5, link: vf1, renderer: sriov}\n",
+		"etc/systemd/network/10-x.link":     "[Match]\nPermanentMACAddress=52:54:00:AA:00:02\n[Link]\nSR-IOVVirtualFunctions=3\n[SR-IOV]\nVirtualFunction=0\nVLANId=7\nTrust=yes\nLinkState=auto\nMACAddress=52:54:00:bb:00:00\n",
+		"etc/systemd/network/20-x.network":  "# c\n[Match]\nPermanentMACAddress=52:54:00:aa:00:02\n[SR-IOV]\nVirtualFunction=1\nMACSpoofCheck=no\nFuture=1\n",
+		"usr/lib/systemd/network/10-x.link": "[Match]\nName=hidden\n[Link]\nSR-IOVVirtualFunctions=9\n",
+		"usr/lib/systemd/network/99-d.link": "[Match]\nOriginalName=*\n[Link]\nNamePolicy=keep\n",
+	} {
+		file := filepath.Join(k.Dir(), name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, []byte(content), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	m := newManager(t, k)
+	d, err := m.Topology.Find(mustParse(t, pf))
+	if err != nil {
+		t.Fatal(err)
+	}
+	first, err := m.stable(d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for source, want := range map[string]struct{ text, note string }{
+		"driverctl": {"devices:\n  - select: \"" + first.String() + "\"\n    driver: vfio-pci\n  - select: \"0000:7f:00.0\"\n    driver: vfio-pci\n", "uio_pci_generic"},
+		"netplan": {"pfs:\n  - select: \"mac=52:54:00:aa:00:01\"\n    count: 2\n    vfs:\n      - driver: home\n" +
+			"  - select: enp9s0\n    count: 4\n    eswitch: switchdev\n    after_bond: true\n    vfs:\n      - driver: home\n", "VLAN v"},
+		"systemd": {"pfs:\n  - select: \"mac=52:54:00:aa:00:02\"\n    count: 3\n    vfs:\n      - range: 0\n        driver: home\n        mac: \"52:54:00:bb:00:00\"\n        vlan: 7\n        trust: on\n        link: auto\n" +
+			"      - range: 1\n        driver: home\n        spoofchk: off\n", "Future="},
+	} {
+		s, notes, err := m.Import(source)
+		if err != nil {
+			t.Errorf("%s: %v", source, err)
+			continue
+		}
+		text, err := s.YAML(nil)
+		if err != nil || string(text) != want.text || !strings.Contains(strings.Join(notes, "\n"), want.note) {
+			t.Errorf("%s: %v\n%s\nwant\n%s\nnotes %q", source, err, text, want.text, notes)
+		}
+		if _, err := spec.Parse("imported", text); err != nil {
+			t.Errorf("%s: %v", source, err)
+		}
+	}
+}

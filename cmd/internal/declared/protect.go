@@ -1,0 +1,159 @@
+package declared
+
+import (
+	"path"
+	"slices"
+	"strings"
+
+	"viaduct/iommu"
+	"viaduct/vfio"
+)
+
+const protectedKey = "protected"
+
+// protected is a device that carries the host.
+type protected struct {
+	Address  iommu.Address `json:"address"`
+	Identity vfio.Identity `json:"identity"`
+	Why      string        `json:"why"`
+}
+
+// Protect writes down which devices carry the host, for boots, which cannot see that yet: those with its addresses, routes, mounts
+// and swap, and those behind fstab, crypttab, and root= and ip= of the kernel's command line.
+func (m *Manager) Protect() error {
+	var all []*iommu.Device
+	m.Topology.All(func(d *iommu.Device) bool {
+		if d.PCI && d.PhysFn == nil && d.Blocks() {
+			all = append(all, d)
+		}
+		return true
+	})
+	holders, err := vfio.Holders(m.Host, all)
+	if err != nil {
+		return err
+	}
+	needs := needed(m.Host)
+	out := []protected{}
+	for _, d := range all {
+		why := ""
+		if n := slices.IndexFunc(holders, func(h vfio.Holder) bool {
+			return h.Device == d.Name && h.Kind != vfio.Process && h.Kind != vfio.Owner
+		}); n >= 0 {
+			why = holders[n].What
+		} else if why, err = needs.of(m.Host, d); err != nil {
+			return err
+		}
+		if why != "" {
+			out = append(out, protected{d.Address, m.Binder.Identify(d), why})
+		}
+	}
+	var before []protected
+	if _, err := m.State.Get(protectedKey, &before); err != nil {
+		return err
+	}
+	if before != nil && slices.EqualFunc(before, out, func(a, b protected) bool { return a.Address == b.Address && a.Why == b.Why }) {
+		return nil
+	}
+	return m.State.Put(protectedKey, out)
+}
+
+// recorded adds what carried the host when it ran to what must not be taken.
+func (m *Manager) recorded(g *guard) error {
+	var all []protected
+	found, err := m.State.Get(protectedKey, &all)
+	if err != nil {
+		return err
+	}
+	g.any = g.any || found
+	m.Topology.All(func(d *iommu.Device) bool {
+		for k := range all {
+			if d.PCI && g.names[d.Name] == "" && vfio.Differs(m.Host, &all[k].Identity, d) == "" && m.same(&all[k].Identity, d) {
+				g.names[d.Name] = "it carried this host when that last ran: it " + all[k].Why
+			}
+		}
+		return true
+	})
+	return nil
+}
+
+// same reports whether this is the device that was identified: by its own numbers where both are known, else by its place.
+func (m *Manager) same(id *vfio.Identity, d *iommu.Device) bool {
+	serial, err := iommu.ReadSerial(m.Host, d.Address)
+	if err == nil && serial != "" && id.Serial != "" || len(id.MACs) > 0 && len(d.Netdevs) > 0 {
+		return true // and Differs found nothing
+	}
+	place, err := iommu.PathOf(m.Host, d)
+	return err == nil && place == id.Path
+}
+
+// needs is what the host's own files say that it needs, mounted now or not: where that is said, by block device and interface.
+type needs struct{ disks, links map[string]string }
+
+// needed reads them; what is not there, or says something else, needs nothing.
+func needed(h *iommu.Host) needs {
+	n := needs{map[string]string{}, map[string]string{}}
+	for _, table := range []struct {
+		file  string
+		field int
+	}{{"etc/fstab", 0}, {"etc/crypttab", 1}} {
+		content, _ := h.Read(table.file)
+		for line := range strings.Lines(string(content)) {
+			if f := strings.Fields(line); len(f) > table.field && !strings.HasPrefix(f[0], "#") {
+				n.disk(h, f[table.field], "/"+table.file)
+			}
+		}
+	}
+	line, _ := h.String("proc/cmdline")
+	for word := range strings.FieldsSeq(line) {
+		switch key, value, _ := strings.Cut(word, "="); key {
+		case "root", "resume":
+			n.disk(h, value, "the kernel's command line ("+key+"=)")
+		case "ip": // CLIENT:SERVER:GATEWAY:MASK:NAME:INTERFACE:..., or INTERFACE:...; Documentation/admin-guide/nfs/nfsroot.rst, dracut.cmdline(7)
+			for field := range strings.SplitSeq(value, ":") {
+				n.links[field] = "the kernel's command line (ip=)"
+			}
+		case "BOOTIF": // 01-52-54-00-12-34-56
+			if len(value) > 3 {
+				n.links[strings.ToLower(strings.ReplaceAll(value[3:], "-", ":"))] = "the kernel's command line (BOOTIF=)"
+			}
+		}
+	}
+	return n
+}
+
+// disk adds what a source of a mount means: a node, a link to one, or UUID= and the like, by udev's links.
+func (n *needs) disk(h *iommu.Host, source, where string) {
+	name, isNode := strings.CutPrefix(source, "/dev/")
+	if !isNode {
+		kind, value, ok := strings.Cut(source, "=")
+		if !ok {
+			return
+		}
+		name = path.Join("disk", "by-"+strings.ToLower(kind), strings.ReplaceAll(strings.Trim(value, `"`), "/", `\x2f`))
+	}
+	if target, err := h.LinkBase(path.Join("dev", name)); err == nil {
+		name = target
+	}
+	n.disks[strings.ReplaceAll(name, "/", "!")] = where // as sysfs writes a slash
+}
+
+// of says what needs a device; "" if nothing does.
+func (n *needs) of(h *iommu.Host, d *iommu.Device) (string, error) {
+	disks, err := vfio.Disks(h, d)
+	if err != nil {
+		return "", err
+	}
+	for _, b := range disks {
+		if where := n.disks[b]; where != "" {
+			return "(" + b + ") is named in " + where, nil
+		}
+	}
+	for name, mac := range vfio.PermanentMACs(h, d.Netdevs) {
+		for _, word := range []string{name, mac} {
+			if where := n.links[word]; where != "" {
+				return "(" + name + ") is named in " + where, nil
+			}
+		}
+	}
+	return "", nil
+}

@@ -149,7 +149,7 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 		switch {
 		case i.Err == nil:
 		case i.State == declared.Missing && i.Optional:
-			e.note("%v, which is optional", i.Err)
+			e.note("%s is not there, which is optional", i.Name)
 		default:
 			errs = append(errs, i.Err)
 			refused = refused || i.State != declared.Missing

@@ -196,7 +196,10 @@ func TestKillsVF(t *testing.T) {
 // TestRace: one process changes the number of VFs while another sets one. What is there in the end is what came of one after
 // the other.
 func TestRace(t *testing.T) {
-	const rounds = 100
+	rounds := 40
+	if os.Getenv("LAB_ROUNDS") == "200" {
+		rounds = 100
+	}
 	pf := netdev(t, spare)
 	set := 0
 	for i := range rounds {

@@ -75,8 +75,8 @@ func (m *Manager) Remember(items []*Item) error {
 	}
 	var errs []error
 	for _, i := range items {
-		if i.Device == nil || i.State == Changed || i.State == Refused {
-			continue
+		if i.Device == nil || i.State == Changed {
+			continue // but also of what was refused: at the next boot something else may be there
 		}
 		k := known{Selector: i.Name, Address: i.Device.Address, Identity: m.Binder.Identify(i.Device)}
 		if taken, err := m.Binder.Taken(i.Device); err == nil && taken.Path != "" {

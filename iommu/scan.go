@@ -23,6 +23,14 @@ type Topology struct {
 	InterruptRemapping *bool   // nil if it cannot be told
 	Groups             []Group // by ID; the numbers have gaps
 	Ungrouped          []Device
+
+	lookup *lookup
+}
+
+// lookup finds devices of a topology that was scanned. It is made when it is first needed: who only lists needs none.
+type lookup struct {
+	once sync.Once
+	by   map[Address]*Device
 }
 
 // Group is an IOMMU group: the smallest set of devices that the IOMMU can tell from all others.
@@ -80,17 +88,24 @@ func (t *Topology) All(f func(*Device) bool) {
 }
 
 // Find returns a PCI device by its address.
-func (t *Topology) Find(a Address) (found *Device, err error) {
-	t.All(func(d *Device) bool {
-		if d.PCI && d.Address == a {
-			found = d
-		}
-		return found == nil
-	})
-	if found == nil {
-		return nil, fmt.Errorf("%s: %w", a, ErrNotFound)
+func (t *Topology) Find(a Address) (*Device, error) {
+	l := t.lookup
+	if l == nil { // made by hand
+		l = &lookup{}
 	}
-	return found, nil
+	l.once.Do(func() {
+		l.by = map[Address]*Device{}
+		t.All(func(d *Device) bool {
+			if d.PCI {
+				l.by[d.Address] = d
+			}
+			return true
+		})
+	})
+	if d := l.by[a]; d != nil {
+		return d, nil
+	}
+	return nil, fmt.Errorf("%s: %w", a, ErrNotFound)
 }
 
 // Scan reads all PCI devices and IOMMU groups in one pass. A device that vanishes meanwhile is left out.
@@ -115,7 +130,7 @@ func Scan(h *Host) (*Topology, error) {
 	if !slices.IsSortedFunc(devices, CompareDevices) { // as with domains of different length
 		slices.SortFunc(devices, CompareDevices)
 	}
-	t := &Topology{}
+	t := &Topology{lookup: &lookup{}}
 	if t.Units, err = readUnits(h); err != nil {
 		return nil, err
 	}

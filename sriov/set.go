@@ -122,11 +122,11 @@ func PlanSets(b *vfio.Binder, pf *iommu.Device, vfs []*iommu.Device, wish []VFWi
 	}
 	var out []*SetPlan
 	for _, vf := range vfs {
-		now, reported := port.Of(vf.VFIndex)
+		now, _ := port.Of(vf.VFIndex)
 		want := maps.Clone(wish[vf.VFIndex].Settings)
 		maps.DeleteFunc(want, func(k Key, v string) bool {
 			_, known := now.Settings[k]
-			return reported && !known && asked[vf.VFIndex][k] == v
+			return !known && asked[vf.VFIndex][k] == v
 		})
 		p, err := planSet(b.Host, pf, vf, want, port, links)
 		if err != nil {

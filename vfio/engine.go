@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"viaduct/internal/journal"
@@ -93,11 +94,12 @@ func (b *Binder) each(ctx context.Context, op string, units [][]*iommu.Device, p
 	locked := b.Lock(ctx, slices.Concat(units...)) // what the caller has locked stays so
 	log := openKernelLog(b.Host)
 	defer log.close()
+	batch := batches.Add(1)
 	defer context.AfterFunc(ctx, func() {
 		b.mu.Lock()
 		defer b.mu.Unlock()
 		if b.writer != nil {
-			b.writer.drop()
+			b.writer.drop(batch)
 		}
 	})()
 	sideBySide := func(do func(i int, unit []*iommu.Device)) {
@@ -121,7 +123,7 @@ func (b *Binder) each(ctx context.Context, op string, units [][]*iommu.Device, p
 			}
 		}
 		b.record(op, unit, results[i])
-		b.writeUnit(ctx, op, results[i])
+		b.writeUnit(ctx, batch, op, results[i])
 	})
 	sideBySide(func(i int, unit []*iommu.Device) { b.endUnit(ctx, op, unit, results[i], log) })
 	return slices.Concat(results...)
@@ -201,14 +203,14 @@ func (b *Binder) recordOne(d *iommu.Device, r changeRecord) error {
 }
 
 // writeUnit makes the writes of one unit.
-func (b *Binder) writeUnit(ctx context.Context, op string, results []Result) {
+func (b *Binder) writeUnit(ctx context.Context, batch int64, op string, results []Result) {
 	for i := range results {
 		r := &results[i]
 		if op == opTake && failed(results) {
 			return // a group that is not whole is of no use to a guest
 		}
 		if r.begun {
-			r.Err = b.one(ctx, r.Change)
+			r.Err = b.one(ctx, batch, r.Change)
 		}
 	}
 }
@@ -260,12 +262,17 @@ func (b *Binder) putBack(results []Result) {
 }
 
 // one makes the writes of a device that is in the journal.
-func (b *Binder) one(ctx context.Context, c Change) error {
+func (b *Binder) one(ctx context.Context, batch int64, c Change) error {
 	if ctx.Err() != nil {
 		return fmt.Errorf("%s: interrupted before it was touched", c.Device)
 	}
-	return b.stuck(b.send(c.request()))
+	r := c.request()
+	r.Batch = batch
+	return b.stuck(b.send(r))
 }
+
+// batches tells the requests of one interrupted call from all others, as those that undo what it did.
+var batches atomic.Int64
 
 // stuck writes down what a device's write waits for: the device is the child's until it returns.
 func (b *Binder) stuck(err error) error {

@@ -49,7 +49,8 @@ type request struct {
 	Steps   []Step
 	Change  *Change // nil: the caller checks
 	Timeout time.Duration
-	Drop    bool // instead of all that: what was not begun yet is not to be
+	Batch   int64 // that it can be taken back with; 0 for what is not
+	Drop    bool  // instead of all that: what was not begun yet of the batch is not to be
 }
 
 // reply is what came of a request; there is one for each.
@@ -107,22 +108,27 @@ func serve(l *locks, requests io.Reader, replies io.Writer) error {
 		replies: json.NewEncoder(replies), running: map[iommu.Address]bool{},
 	}
 	var wg sync.WaitGroup
-	drop := make(chan struct{})
+	drops := map[int64]chan struct{}{} // by batch
 	for in := json.NewDecoder(requests); ; {
 		var r request
 		if err = in.Decode(&r); err != nil {
 			break
 		}
+		dropped := drops[r.Batch]
+		if dropped == nil && r.Batch != 0 {
+			dropped = make(chan struct{})
+			drops[r.Batch] = dropped
+		}
 		if r.Drop {
-			close(drop)
-			drop = make(chan struct{})
+			close(dropped)
+			delete(drops, r.Batch)
 			continue
 		}
 		wg.Go(func() {
 			select {
 			case s.slots <- struct{}{}:
 				s.do(r)
-			case <-drop:
+			case <-dropped:
 				s.answer(reply{ID: r.ID, Err: r.Device.String() + ": interrupted before it was touched"})
 			case <-s.gone:
 			}
@@ -305,11 +311,11 @@ func (w *writer) run(r request) error {
 	return nil
 }
 
-// drop takes back the requests that the child has not begun: they fail.
-func (w *writer) drop() {
+// drop takes back the requests of a batch that the child has not begun: they fail.
+func (w *writer) drop(batch int64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	_ = w.send.Encode(request{Drop: true})
+	_ = w.send.Encode(request{Drop: true, Batch: batch})
 }
 
 // StuckError says that a write has not returned: something holds the device. The write goes on in its child.

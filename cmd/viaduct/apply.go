@@ -62,7 +62,10 @@ func applyCommand(e *env) *cli.Command {
 				return usagef("apply: --wait is no time that can be waited: %s", o.wait)
 			}
 			if e.dryRun {
-				return runPlan(e, &o, e.printPlan)
+				if err := runPlan(e, &o, e.printPlan); !errors.Is(err, errDiffers) {
+					return err
+				}
+				return nil
 			}
 			return runApply(c.Context, e, &o)
 		},
@@ -105,8 +108,22 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 	}
 	defer stop()
 	s, err := o.load(c.host)
+	if err != nil && o.boot {
+		e.note("%v", err)
+		e.note("what is declared cannot be read: what was confirmed last is used")
+		s, err = c.declared().Confirmed()
+	}
 	if err != nil {
 		return usageError{err}
+	}
+	if o.boot {
+		instead := false
+		if s, instead, err = c.declared().Booted(s); err != nil {
+			return err
+		}
+		if instead {
+			e.note("what is declared was never confirmed: what was confirmed last is used")
+		}
 	}
 	if o.timeout == 0 {
 		most := 0
@@ -125,13 +142,6 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 			return err
 		}
 		c.topology = m.Topology
-		instead := false
-		if s, instead, err = m.Booted(s); err != nil {
-			return err
-		}
-		if instead {
-			e.note("what is declared was never confirmed: this boot uses what was confirmed last")
-		}
 	}
 	if err := c.recover(ctx); err != nil {
 		return err
@@ -140,9 +150,7 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 	if err != nil {
 		return err
 	}
-	if err := m.Check(items, false); err != nil {
-		return err
-	}
+	m.Check(items, false)
 	var errs []error
 	refused := false
 	for _, i := range items {
@@ -167,15 +175,21 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 		}
 	}
 	if o.confirm > 0 {
-		if err := m.Begin(s, o.confirm); err != nil {
+		if err := errors.Join(m.Clean(), m.Begin(s, o.confirm)); err != nil {
 			return err
 		}
 		if err := guard(); err != nil {
 			return err
 		}
 	}
-	changed := 0
+	if !o.boot {
+		if err := m.Hold(o.file != ""); err != nil {
+			return err
+		}
+	}
+	changed, touched := 0, false
 	errs = append(errs, m.Apply(ctx, items, func(i *declared.Item, err error) {
+		touched = true
 		for _, n := range i.Notes {
 			e.note("%s", n)
 		}
@@ -191,8 +205,9 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 	errs = append(errs, m.Remember(items))
 	switch {
 	case o.confirm > 0:
+		errs = append(errs, m.Begin(s, o.confirm)) // the time is counted from now
 		e.note("it is undone in %s, unless viaduct apply --confirmed is run before", o.confirm)
-	case !o.boot && o.file == "":
+	case !o.boot && o.file == "" && errors.Join(errs...) == nil:
 		errs = append(errs, m.Keep(s))
 	}
 	if e.json {
@@ -204,7 +219,7 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 	} else if changed == 0 && errors.Join(errs...) == nil {
 		fmt.Fprintln(e.stdout, "all is as declared already")
 	}
-	return mixed(errors.Join(errs...), changed > 0)
+	return mixed(errors.Join(errs...), touched)
 }
 
 func reasons(errs []error) []string {
@@ -221,10 +236,11 @@ func undoCommand(e *env) *cli.Command {
 		Name:  "undo",
 		Usage: "bring back what the last apply changed",
 		Description: "PFs get the VFs, settings and drivers that they had before, and devices that were taken go back to the host. What is\n" +
-			"known of that dies with the boot. A raised MTU stays.\n\n" +
+			"known of that dies with the boot. A raised MTU and hw-tc-offload stay. The watch service leaves it so until the next apply.\n\n" +
 			"Examples:\n  viaduct undo",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "unless-confirmed", Usage: "wait for viaduct apply --confirmed, and undo what was applied with --confirm when its time is over (apply --confirm starts this)"},
+			&cli.StringSliceFlag{Name: "force", Usage: "go on although a holder of this `KIND` uses what is changed: " + kindNames() + " (may be repeated)"},
 			&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", Value: vfio.DefaultTimeout, Destination: &timeout},
 		},
 		Action: func(c *cli.Context) error {
@@ -237,18 +253,23 @@ func undoCommand(e *env) *cli.Command {
 			if err := checkTimeout(timeout); err != nil {
 				return err
 			}
-			return runUndo(c.Context, e, timeout)
+			force, err := parseKinds(c.StringSlice("force"))
+			if err != nil {
+				return err
+			}
+			return runUndo(c.Context, e, force, timeout)
 		},
 	})
 }
 
-func runUndo(ctx context.Context, e *env, timeout time.Duration) error {
+func runUndo(ctx context.Context, e *env, force []vfio.Kind, timeout time.Duration) error {
 	ctx, stop, c, err := e.beginChange(ctx, timeout)
 	if err != nil {
 		return err
 	}
 	defer stop()
 	m := c.declared()
+	m.Force = force
 	addresses, known, err := m.Last()
 	if err != nil {
 		return err
@@ -266,11 +287,14 @@ func runUndo(ctx context.Context, e *env, timeout time.Duration) error {
 	if err := c.lock(ctx, devices); err != nil {
 		return err
 	}
-	return m.Undo(func(a iommu.Address, err error) {
+	done := 0
+	err = m.Undo(func(a iommu.Address, err error) {
 		if err == nil {
+			done++
 			fmt.Fprintf(e.stdout, "%s: as before\n", a)
 		}
 	})
+	return mixed(errors.Join(err, m.Hold(true)), done > 0)
 }
 
 func vfsOf(t *iommu.Topology, pf *iommu.Device) []*iommu.Device {

@@ -13,6 +13,7 @@ import (
 	"viaduct/cmd/internal/declared"
 	"viaduct/internal/journal"
 	"viaduct/iommu"
+	"viaduct/vfio"
 )
 
 func runConfirmed(e *env) error {
@@ -47,7 +48,7 @@ func guard() error {
 	}
 	h, err := iommu.Open("")
 	if err != nil {
-		return err
+		return errors.Join(err, p.Kill())
 	}
 	defer h.Close()
 	for _, root := range []string{"sys/fs/cgroup/cgroup.procs", "sys/fs/cgroup/systemd/cgroup.procs"} {
@@ -77,15 +78,30 @@ func runGuard(ctx context.Context, e *env, timeout time.Duration) error {
 	}
 	defer h.Close()
 	m := &declared.Manager{Host: h, State: journal.In(declared.StateDir)}
-	late, err := m.AwaitConfirmed()
-	if err == nil && !late {
-		return nil
-	}
-	fmt.Fprintf(log, "<4>viaduct: what was applied was not confirmed in time, and is undone")
 	e.stdout, e.stderr = log, log
-	err = errors.Join(err, runUndo(ctx, e, timeout), m.RolledBack())
-	if err != nil {
+	for {
+		late, force, err := m.AwaitConfirmed()
+		if err == nil && !late {
+			return nil
+		}
+		if err == nil {
+			fmt.Fprintf(log, "<4>viaduct: what was applied was not confirmed in time, and is undone")
+			err = runUndo(ctx, e, force, timeout)
+		}
+		if err == nil || ctx.Err() != nil || errors.Is(err, vfio.ErrRefused) {
+			err = errors.Join(err, m.RolledBack(), (&declared.Manager{Binder: newBinder(h, 0)}).Hold(false)) // the watch service has what was confirmed
+		}
+		if err == nil {
+			return nil
+		}
 		fmt.Fprintf(log, "<3>viaduct: %s", strings.ReplaceAll(err.Error(), "\n", "; "))
+		if late, _, again := m.AwaitConfirmed(); again == nil && !late {
+			return err
+		}
+		select { // an apply may still be at it
+		case <-time.After(10 * time.Second):
+		case <-ctx.Done():
+			return err
+		}
 	}
-	return err
 }

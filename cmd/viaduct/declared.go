@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"errors"
 	"fmt"
 	"io"
@@ -108,26 +109,35 @@ func statusCommand(e *env) *cli.Command {
 
 // runPlan is plan and status: they differ in what they print.
 func runPlan(e *env, o *declaredOptions, show func(*declared.Manager, []*declared.Item) error) error {
-	h, t, err := e.look()
+	h, err := e.open()
 	if err != nil {
 		return err
 	}
 	defer h.Close()
+	var s *spec.Host
+	var wrong error
+	read := make(chan struct{})
+	go func() { // beside the scan: of ten thousand VFs it takes as long
+		defer close(read)
+		s, wrong = o.load(h)
+	}()
+	t, err := iommu.Scan(h)
+	<-read
+	if wrong != nil {
+		return usageError{wrong}
+	}
+	if err != nil {
+		return err
+	}
 	b := newBinder(h, 0)
 	defer b.Close()
-	s, err := o.load(h)
-	if err != nil {
-		return usageError{err}
-	}
 	m := o.manager(h, t, b)
 	items, err := m.Plan(s)
 	if err != nil {
 		return err
 	}
 	if h.Live() {
-		if err := m.Check(items, true); err != nil {
-			return err
-		}
+		m.Check(items, true)
 	}
 	return show(m, items)
 }
@@ -188,21 +198,25 @@ func (e *env) printPlan(_ *declared.Manager, items []*declared.Item) error {
 	if e.json {
 		return e.printItems(items)
 	}
+	w := bufio.NewWriter(e.stdout)
 	for _, i := range items {
 		switch i.State {
 		case declared.OK:
 			continue
 		case declared.Differs:
-			fmt.Fprintf(e.stdout, "%s:\n", itemName(i))
+			fmt.Fprintf(w, "%s:\n", itemName(i))
 		default:
-			fmt.Fprintf(e.stdout, "%s: %s: %v\n", itemName(i), i.State, i.Err)
+			fmt.Fprintf(w, "%s: %s: %v\n", itemName(i), i.State, i.Err)
 		}
 		for _, s := range i.Steps {
-			fmt.Fprintf(e.stdout, "  %s\n", s)
+			fmt.Fprintf(w, "  %s\n", s)
 		}
 		for _, n := range i.Notes {
-			fmt.Fprintf(e.stdout, "  # %s\n", n)
+			fmt.Fprintf(w, "  # %s\n", n)
 		}
+	}
+	if err := w.Flush(); err != nil {
+		return err
 	}
 	if len(items) == 0 {
 		e.note("nothing is declared in /%s or /%s (viaduct adopt describes this host)", spec.File, spec.Dir)

@@ -89,14 +89,15 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 	if err := m.Protect(); err != nil {
 		return err
 	}
-	changed, err := install.Write(files)
+	watched := install.Watches()
+	changed, err := install.Write("/", files)
 	for _, f := range changed {
 		fmt.Fprintln(e.stdout, f)
 	}
 	if err != nil {
 		return err
 	}
-	if initramfs {
+	if initramfs || slices.ContainsFunc(changed, install.InInitramfs) {
 		e.note("now make the initramfs anew: %s", generator.Rebuild())
 	}
 	if len(changed) == 0 {
@@ -106,6 +107,10 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 	start := []string{}
 	if o.Watch {
 		start = append(start, "viaduct-watch.service")
+	} else if watched && systemd() {
+		if err := systemctl(ctx, "stop", "viaduct-watch.service"); err != nil {
+			return err
+		}
 	}
 	return reload(ctx, start)
 }
@@ -127,10 +132,10 @@ func uninstallCommand(e *env) *cli.Command {
 					return err
 				}
 			}
-			changed, err := install.Remove()
+			changed, err := install.Remove("/")
 			for _, f := range changed {
 				fmt.Fprintln(e.stdout, f)
-				if strings.Contains(f, "initramfs") || strings.Contains(f, "dracut") {
+				if install.InInitramfs(f) {
 					defer e.note("now make the initramfs anew: %s", install.Found().Rebuild())
 				}
 			}
@@ -204,8 +209,8 @@ func runWatch(ctx context.Context, e *env, o *declaredOptions) error {
 	ctx, stop := untilSignal(ctx)
 	defer stop()
 	said := ""
-	return declared.Watch(ctx, func() {
-		err := e.keep(ctx, o)
+	return declared.Watch(ctx, func() bool {
+		tried, err := e.keep(ctx, o)
 		now := ""
 		if err != nil {
 			now = err.Error()
@@ -216,37 +221,38 @@ func runWatch(ctx context.Context, e *env, o *declaredOptions) error {
 			}
 		}
 		said = now
+		return tried && err != nil
 	})
 }
 
-// keep is one look, and what it takes.
-func (e *env) keep(ctx context.Context, o *declaredOptions) error {
+// keep is one look, and what it takes; it says whether it tried to change something.
+func (e *env) keep(ctx context.Context, o *declaredOptions) (tried bool, err error) {
 	h, t, err := e.look()
 	if err != nil {
-		return err
+		return false, err
 	}
 	b := newBinder(h, 0)
 	s, err := o.load(h)
 	var items []*declared.Item
 	if err == nil {
 		m := o.manager(h, t, b)
-		if s, _, err = m.Booted(s); err == nil {
+		if s, _, err = m.Booted(s); err == nil && !m.Held() {
 			items, err = m.Plan(s)
 		}
 	}
 	b.Close()
 	h.Close()
 	if err != nil {
-		return err
+		return false, err
 	}
 	var errs []error
 	for _, i := range items {
 		if i.State == declared.Differs {
-			return runApply(ctx, e, o)
+			return true, runApply(ctx, e, o)
 		}
 		if i.State != declared.OK && (i.State != declared.Missing || !i.Optional) {
 			errs = append(errs, i.Err)
 		}
 	}
-	return errors.Join(errs...)
+	return false, errors.Join(errs...)
 }

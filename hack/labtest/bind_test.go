@@ -110,7 +110,7 @@ func TestSSH(t *testing.T) {
 	shell(t, "mkdir -p /root/.ssh /run/sshd; chmod 700 /root/.ssh; rm -f /root/.ssh/id_ed25519; ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/id_ed25519; "+
 		"cp /root/.ssh/id_ed25519.pub /root/.ssh/authorized_keys; ssh-keygen -A >/dev/null; "+
 		"/usr/sbin/sshd -o PidFile=/run/sshd-test.pid -o ListenAddress=10.9.0.1 -o UsePAM=no -o UseDNS=no")
-	shell(t, "until ip netns exec client ping -c 1 -W 1 10.9.0.1 >/dev/null; do :; done; "+
+	shell(t, "until ip netns exec client ping -c 1 -W 1 10.9.0.1 >/dev/null; do ip -n client link set "+vf+" down; ip -n client link set "+vf+" up; done; "+ // the PF's own start may have made it deaf
 		"ip netns exec client ssh -o StrictHostKeyChecking=no -o BatchMode=yes root@10.9.0.1 'touch /run/logged-in; exec sleep 1000' </dev/null >/dev/null 2>&1 & "+
 		"echo $! >/run/ssh.pid; until [ -e /run/logged-in ]; do sleep 0.2; done")
 	for _, way := range []string{

@@ -33,19 +33,22 @@ const (
 func (m *Manager) Apply(ctx context.Context, items []*Item, tell func(*Item, error)) error {
 	var todo []*Item
 	var all []before
+	var failed []error
 	for _, i := range items {
 		if i.State == Differs {
 			was, err := m.before(i)
 			if err != nil {
-				return fmt.Errorf("%s: %w", i.Name, err)
+				failed = append(failed, fmt.Errorf("%s: %w", i.Name, err))
+				tell(i, failed[len(failed)-1])
+				continue
 			}
 			todo, all = append(todo, i), append(all, was)
 		}
 	}
 	if len(todo) == 0 {
-		return nil
+		return errors.Join(failed...)
 	}
-	if err := m.Binder.Journal.Put(lastDone, all); err != nil { // before they are touched: undo may find some as they are
+	if err := m.record(all); err != nil { // before they are touched: undo may find some as they are
 		return err
 	}
 	errs := make([]error, len(todo))
@@ -74,7 +77,33 @@ func (m *Manager) Apply(ctx context.Context, items []*Item, tell func(*Item, err
 			one(n)
 		}
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(failed, errs...)...)
+}
+
+// record writes down what is about to be changed, for undo. What a boot or the watch service repairs is no apply of the user's, and
+// while one waits to be confirmed, the first state of each device is what all goes back to.
+func (m *Manager) record(all []before) error {
+	var old []before
+	if known, err := m.Binder.Journal.Get(lastDone, &old); err != nil || known && m.Boot {
+		return err
+	}
+	if waits, err := m.waits(); err != nil {
+		return err
+	} else if waits {
+		all = slices.DeleteFunc(all, func(b before) bool {
+			return slices.ContainsFunc(old, func(o before) bool { return o.Device == b.Device })
+		})
+		all = append(old, all...)
+	}
+	return m.Binder.Journal.Put(lastDone, all)
+}
+
+// Clean forgets what there was to undo, for an apply that is to be undone by itself.
+func (m *Manager) Clean() error {
+	if waits, err := m.waits(); err != nil || waits {
+		return err
+	}
+	return m.Binder.Journal.Delete(lastDone)
 }
 
 // before declares an item's device as it is.
@@ -137,14 +166,21 @@ func (m *Manager) do(ctx context.Context, i *Item) error {
 			i.Notes = append(i.Notes, fmt.Sprintf("%s: set, not verifiable, as the driver does not report it: %s", s.VF.Name, strings.Join(unverified, ", ")))
 		}
 	}
-	all := b.Take(ctx, each(i.none), vfio.None)
-	all = append(all, b.Take(ctx, each(i.take), vfio.Auto)...)
+	var all []vfio.Result
+	if len(i.none) > 0 {
+		all = append(all, b.Take(ctx, each(i.none), vfio.None)...)
+	}
+	if len(i.take) > 0 {
+		all = append(all, b.Take(ctx, each(i.take), vfio.Auto)...)
+	}
 	if i.unit != nil { // the only item then that is worked on
 		b.Owner = i.owner
 		all = append(all, b.Take(ctx, [][]*iommu.Device{i.unit}, i.driver)...)
 		b.Owner = nil
 	}
-	all = append(all, b.Home(ctx, each(i.home))...)
+	if len(i.home) > 0 {
+		all = append(all, b.Home(ctx, each(i.home))...)
+	}
 	for _, r := range all {
 		errs = append(errs, r.Err)
 	}
@@ -161,15 +197,15 @@ func (m *Manager) back(was before) error {
 	if was.PF == "" {
 		var units [][]*iommu.Device
 		for _, a := range was.Release {
-			d, err := t.Find(a)
-			if err != nil {
-				return err
-			}
-			if iommu.IsVFIODriver(d.Driver) {
+			if d, err := t.Find(a); err == nil && iommu.IsVFIODriver(d.Driver) { // else it is gone, or home already
 				units = append(units, []*iommu.Device{d})
 			}
 		}
-		var errs []error
+		gate := &vfio.Gate{Host: m.Host, Topology: t, Asked: slices.Concat(units...), Force: m.Force}
+		errs, err := gate.GiveBack(units)
+		if err = errors.Join(append(errs, err)...); err != nil {
+			return err
+		}
 		for _, r := range m.Binder.GiveBack(ctx, units) {
 			errs = append(errs, r.Err)
 		}
@@ -193,9 +229,7 @@ func (m *Manager) back(was before) error {
 			return err
 		}
 	}
-	if err := plain.Check(items, false); err != nil {
-		return err
-	}
+	plain.Check(items, false)
 	for _, i := range items {
 		if i.State == Refused {
 			return i.Err

@@ -2,7 +2,6 @@ package declared
 
 import (
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
 	"time"
@@ -11,6 +10,7 @@ import (
 
 	"viaduct/cmd/internal/spec"
 	"viaduct/internal/journal"
+	"viaduct/vfio"
 )
 
 // A declaration that is applied with --confirm is written down before the first write, and stays so until it is confirmed: also
@@ -20,10 +20,25 @@ const unconfirmedKey = "unconfirmed"
 
 // unconfirmed is a declaration that nobody has confirmed.
 type unconfirmed struct {
-	Spec  string    `json:"spec"` // as YAML
-	Until time.Time `json:"until"`
-	Boot  string    `json:"boot"` // what was applied in another boot is gone
-	Over  bool      `json:"over"` // rolled back
+	Spec  string        `json:"spec"`  // as YAML
+	Until time.Duration `json:"until"` // since the boot, as the clock of the day may be set meanwhile
+	Boot  string        `json:"boot"`  // what was applied in another boot is gone
+	Force []vfio.Kind   `json:"force"` // what was overridden for it, and is for its rollback
+	Over  bool          `json:"over"`  // rolled back
+}
+
+// sinceBoot is the time since the boot, sleep included.
+func sinceBoot() time.Duration {
+	var t unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_BOOTTIME, &t)
+	return time.Duration(t.Nano())
+}
+
+// waits reports whether something that was applied in this boot waits to be confirmed.
+func (m *Manager) waits() (bool, error) {
+	var u unconfirmed
+	known, err := m.State.Get(unconfirmedKey, &u)
+	return known && !u.Over && u.Boot == m.bootID(), err
 }
 
 // confirmedFile has the declaration that was confirmed last.
@@ -45,7 +60,7 @@ func (m *Manager) Begin(s *spec.Host, within time.Duration) error {
 	if err != nil {
 		return err
 	}
-	return m.State.Put(unconfirmedKey, unconfirmed{Spec: y, Until: time.Now().Add(within), Boot: m.bootID()})
+	return m.State.Put(unconfirmedKey, unconfirmed{Spec: y, Until: sinceBoot() + within, Boot: m.bootID(), Force: m.Force})
 }
 
 // Keep makes a declaration the confirmed one.
@@ -76,8 +91,8 @@ func (m *Manager) Confirm() error {
 		return err
 	case !known:
 		return errors.New("nothing waits to be confirmed")
-	case u.Over || u.Boot != m.bootID() || time.Now().After(u.Until):
-		return fmt.Errorf("the time to confirm ended at %s: it is rolled back, or was with the last boot", u.Until.Format(time.TimeOnly))
+	case u.Over || u.Boot != m.bootID() || sinceBoot() > u.Until:
+		return errors.New("the time to confirm is over: it is rolled back, or was with the last boot")
 	}
 	return m.keep(u.Spec)
 }
@@ -90,48 +105,52 @@ func (m *Manager) Booted(s *spec.Host) (use *spec.Host, instead bool, err error)
 		return s, false, err
 	}
 	y, err := text(s)
-	if err != nil || y != u.Spec || u.Boot == m.bootID() && !u.Over && time.Now().Before(u.Until) {
+	if err != nil || y != u.Spec || u.Boot == m.bootID() && !u.Over && sinceBoot() < u.Until {
 		return s, false, err
 	}
-	content, err := os.ReadFile(m.confirmedFile())
-	if errors.Is(err, os.ErrNotExist) {
-		return &spec.Host{}, true, nil
-	}
-	if err != nil {
-		return nil, false, err
-	}
-	use, err = spec.Parse(m.confirmedFile(), content)
+	use, err = m.Confirmed()
 	return use, true, err
 }
 
-// AwaitConfirmed waits until what is unconfirmed now is confirmed, or another apply has taken its place, and reports whether
-// neither has come by its time.
-func (m *Manager) AwaitConfirmed() (late bool, err error) {
-	watch, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+// Confirmed is the declaration that was confirmed last; nothing if none was.
+func (m *Manager) Confirmed() (*spec.Host, error) {
+	content, err := os.ReadFile(m.confirmedFile())
+	if errors.Is(err, os.ErrNotExist) {
+		return &spec.Host{}, nil
+	}
 	if err != nil {
-		return false, os.NewSyscallError("inotify_init1", err)
+		return nil, err
 	}
-	defer unix.Close(watch)
-	if _, err := unix.InotifyAddWatch(watch, m.State.Dir(), unix.IN_MOVED_TO|unix.IN_DELETE); err != nil {
-		return false, os.NewSyscallError("inotify_add_watch", err)
+	return spec.Parse(m.confirmedFile(), content)
+}
+
+// AwaitConfirmed waits until what is unconfirmed is confirmed, and reports whether that has not come by its time, and what was
+// overridden for it. Another apply with --confirm sets the time anew.
+func (m *Manager) AwaitConfirmed() (late bool, force []vfio.Kind, err error) {
+	watch, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	if err == nil {
+		defer unix.Close(watch)
+		_, err = unix.InotifyAddWatch(watch, m.State.Dir(), unix.IN_MOVED_TO|unix.IN_DELETE)
 	}
-	var first, now unconfirmed
-	if known, err := m.State.Get(unconfirmedKey, &first); err != nil || !known {
-		return false, err
+	most := time.Hour
+	if err != nil {
+		watch, most = -1, time.Second // a host may have no more of them: then it looks each second
 	}
 	for {
-		now = unconfirmed{}
-		known, err := m.State.Get(unconfirmedKey, &now)
-		if err != nil || !known || now.Over || !now.Until.Equal(first.Until) {
-			return false, err
+		var u unconfirmed
+		known, err := m.State.Get(unconfirmedKey, &u)
+		if err != nil || !known || u.Over || u.Boot != m.bootID() {
+			return false, nil, err
 		}
-		left := time.Until(first.Until)
+		left := u.Until - sinceBoot()
 		if left <= 0 {
-			return true, nil
+			return true, u.Force, nil
 		}
-		_, _ = unix.Poll([]unix.PollFd{{Fd: int32(watch), Events: unix.POLLIN}}, int(left.Milliseconds())+1)
+		_, _ = unix.Poll([]unix.PollFd{{Fd: int32(watch), Events: unix.POLLIN}}, int(min(left, most).Milliseconds())+1)
 		var events [4096]byte
-		_, _ = unix.Read(watch, events[:])
+		if watch >= 0 {
+			_, _ = unix.Read(watch, events[:])
+		}
 	}
 }
 

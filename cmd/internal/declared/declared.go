@@ -5,6 +5,7 @@ package declared
 import (
 	"errors"
 	"fmt"
+	"slices"
 
 	"viaduct/cmd/internal/spec"
 	"viaduct/internal/journal"
@@ -92,11 +93,20 @@ func (m *Manager) Plan(s *spec.Host) ([]*Item, error) {
 	var items []*Item
 	seen := map[string]*Item{}
 	add := func(i *Item) {
-		if i.Device != nil {
-			if first := seen[i.Device.Name]; first != nil {
-				i.refuse(fmt.Errorf("%s: %s is %s, which is declared at %s already", i.At, i.Name, i.Device.Name, first.At))
+		touched := i.unit
+		if i.unit == nil && i.Device != nil {
+			touched = []*iommu.Device{i.Device}
+		}
+		for _, d := range touched {
+			if first := seen[d.Name]; first != nil {
+				i.refuse(fmt.Errorf("%s: %s takes %s, which is declared at %s already", i.At, i.Name, d.Name, first.At))
+				break
 			}
-			seen[i.Device.Name] = i
+		}
+		for _, d := range touched {
+			if seen[d.Name] == nil {
+				seen[d.Name] = i
+			}
 		}
 		items = append(items, i)
 	}
@@ -149,11 +159,11 @@ func (m *Manager) planPF(pf *spec.PF, guard *guard) *Item {
 	wish := sriov.Wish{
 		Eswitch: sriov.Eswitch{Mode: pf.Eswitch, Inline: pf.Inline, Encap: pf.Encap}, Offload: pf.Offload, MTU: pf.MTU,
 	}
+	i.Waits = pf.AfterLAG && !m.Late && !m.bonded(i.Device)
 	for _, vf := range each {
 		use := vf.Use
-		if pf.AfterLAG && !m.Late {
+		if i.Waits {
 			use = sriov.UseNone
-			i.Waits = true
 		}
 		wish.VFs = append(wish.VFs, sriov.VFWish{Use: use, Settings: vf.Settings})
 	}
@@ -168,6 +178,10 @@ func (m *Manager) planPF(pf *spec.PF, guard *guard) *Item {
 		i.Notes = append(i.Notes, plan.Notes...)
 	}
 	if plan.Have == plan.Want && plan.Eswitch.Mode == "" {
+		if n := len(i.Device.SRIOV.VFs); n > 0 && i.Device.SRIOV.VFs[n-1].Index != n-1 {
+			i.refuse(fmt.Errorf("%s: VFs of it are missing in between, as while they are made or removed", i.Device.Name))
+			return i
+		}
 		if err := m.planVFs(i, wish.VFs); err != nil {
 			i.refuse(err)
 			return i
@@ -177,6 +191,11 @@ func (m *Manager) planPF(pf *spec.PF, guard *guard) *Item {
 		i.State = Differs
 	}
 	return i
+}
+
+// bonded reports whether a PF's interface is in a bond or the like.
+func (m *Manager) bonded(d *iommu.Device) bool {
+	return slices.ContainsFunc(d.Netdevs, func(n string) bool { return m.Host.Exists("sys/class/net/" + n + "/master") })
 }
 
 // planVFs is what VFs that are there lack.
@@ -205,6 +224,7 @@ func (m *Manager) planVFs(i *Item, wish []sriov.VFWish) error {
 		case use == sriov.UseVFIO && !iommu.IsVFIODriver(vf.Driver):
 			i.take = append(i.take, vf)
 			change, err = m.Binder.PlanTake(vf, vfio.Auto)
+		case i.Waits && vf.Driver != "": // which the bond that was there let it have
 		case use == sriov.UseNone && (vf.Blocks() || m.exact && vf.Driver != ""): // with vfio, a guest may have been given it
 			i.none = append(i.none, vf)
 			change, err = m.Binder.PlanTake(vf, vfio.None)
@@ -272,17 +292,15 @@ func (m *Manager) planDevice(dev *spec.Device, guard *guard) *Item {
 }
 
 // Check asks, before the first write, who uses what a change would end. Items that are refused say why.
-func (m *Manager) Check(items []*Item, dry bool) error {
+func (m *Manager) Check(items []*Item, dry bool) {
 	for _, i := range items {
 		if i.State != Differs {
 			continue
 		}
 		if i.count != nil {
-			if err := sriov.Check(m.Host, m.Topology, i.count, m.Force, dry); errors.Is(err, vfio.ErrRefused) {
+			if err := sriov.Check(m.Host, m.Topology, i.count, m.Force, dry); err != nil {
 				i.refuse(err)
 				continue
-			} else if err != nil {
-				return err
 			}
 		}
 		for _, s := range []struct {
@@ -302,16 +320,12 @@ func (m *Manager) Check(items []*Item, dry bool) error {
 				units = each(s.devices)
 			}
 			refusals, err := s.ask(gate, units)
-			if err != nil {
-				return err
-			}
-			if err := errors.Join(refusals...); err != nil {
+			if err := errors.Join(append(refusals, err)...); err != nil {
 				i.refuse(err)
 				break
 			}
 		}
 	}
-	return nil
 }
 
 // each makes a unit of each device, as a VF is one by itself.

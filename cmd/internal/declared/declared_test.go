@@ -382,14 +382,15 @@ func TestConfirm(t *testing.T) {
 	if got := booted(next); got != "2 false" {
 		t.Errorf("confirmed: %s", got)
 	}
-	if late, err := m.AwaitConfirmed(); late || err != nil {
+	if late, _, err := m.AwaitConfirmed(); late || err != nil {
 		t.Errorf("nothing waits to be confirmed: %v, %v", late, err)
 	}
+	m.Force = []vfio.Kind{vfio.Route}
 	if err := m.Begin(next, 1e6); err != nil {
 		t.Fatal(err)
 	}
-	if late, err := m.AwaitConfirmed(); !late || err != nil {
-		t.Errorf("nobody confirmed it: %v, %v", late, err)
+	if late, force, err := m.AwaitConfirmed(); !late || err != nil || len(force) != 1 {
+		t.Errorf("nobody confirmed it: %v, %v, %v", late, force, err)
 	}
 }
 

@@ -19,12 +19,19 @@ func dropIn(match spec.Match) string {
 	return filepath.Join("/", spec.Dir, "50-bind-"+strings.ReplaceAll(place, "/", "_")+".yaml")
 }
 
-// Save declares a device that was taken, in a drop-in of its own, and writes down what it is, so that no other card in its place
-// is taken for it. It returns the file, which it writes anew.
+// Save declares a device that was taken, in a drop-in of its own, unless it is declared already, and writes down what it is, so
+// that no other card in its place is taken for it. It returns where it is declared.
 func (m *Manager) Save(d *iommu.Device, driver, owner string) (file string, err error) {
 	match, err := at(m.Host, d)
 	if err != nil {
 		return "", err
+	}
+	if declared, err := spec.Load(m.Host); err == nil { // one that is wrong is apply's matter
+		for _, other := range declared.Devices {
+			if found, err := m.find(other.Select); err == nil && found.Name == d.Name && other.At.File != dropIn(match) {
+				return other.At.String(), nil
+			}
+		}
 	}
 	dev := spec.Device{Select: match, Driver: driver, Owner: owner}
 	if driver == vfio.Auto {

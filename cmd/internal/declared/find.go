@@ -63,20 +63,15 @@ func (m *Manager) resolve(s iommu.Selector) ([]*iommu.Device, error) {
 	}
 	if *by == nil {
 		*by = map[string][]*iommu.Device{}
-		var errs []error
 		m.Topology.All(func(d *iommu.Device) bool {
 			if d.PCI && d.PhysFn == nil {
-				keys, err := m.keys(s.Form(), d)
-				errs = append(errs, err)
+				keys, _ := m.keys(s.Form(), d) // of one that cannot be asked nothing is known, and it is not found by it
 				for _, k := range keys {
 					(*by)[k] = append((*by)[k], d)
 				}
 			}
 			return true
 		})
-		if err := errors.Join(errs...); err != nil {
-			return nil, err
-		}
 	}
 	if found := (*by)[strings.ToLower(s.Value())]; len(found) > 0 {
 		return found, nil
@@ -116,12 +111,13 @@ func some(key string) []string {
 type guard struct {
 	manager *Manager
 	names   map[string]string // why, by device
+	never   map[string]bool   // whether that is declared
 	any     bool              // something is protected at all
 }
 
 // guard reads what is protected: by the declaration, and at boot by what carried the host when it ran.
 func (m *Manager) guard(s *spec.Host) (*guard, error) {
-	g := &guard{manager: m, names: map[string]string{}, any: len(s.Protect) > 0}
+	g := &guard{manager: m, names: map[string]string{}, never: map[string]bool{}, any: len(s.Protect) > 0}
 	for _, p := range s.Protect {
 		var all []*iommu.Device
 		for n, sel := range p.Match.Selectors {
@@ -135,7 +131,7 @@ func (m *Manager) guard(s *spec.Host) (*guard, error) {
 			all = some
 		}
 		for _, d := range all {
-			g.names[d.Name] = "it is declared at " + p.At.String() + " as never to be touched"
+			g.names[d.Name], g.never[d.Name] = "it is declared at "+p.At.String()+" as never to be touched", true
 		}
 	}
 	if m.Boot {
@@ -148,8 +144,8 @@ func (m *Manager) guard(s *spec.Host) (*guard, error) {
 
 // declared refuses a PF that is protected by name. What only carried the host may have VFs: that is the normal case.
 func (g *guard) declared(d *iommu.Device) error {
-	if why := g.names[d.Name]; strings.HasPrefix(why, "it is declared") {
-		return &vfio.RefusedError{What: "change " + d.Name, Reasons: []string{why}}
+	if g.never[d.Name] {
+		return &vfio.RefusedError{What: "change " + d.Name, Reasons: []string{g.names[d.Name]}}
 	}
 	return nil
 }

@@ -2,6 +2,7 @@ package declared
 
 import (
 	"path"
+	"reflect"
 	"slices"
 	"strings"
 
@@ -51,7 +52,15 @@ func (m *Manager) Protect() error {
 	if _, err := m.State.Get(protectedKey, &before); err != nil {
 		return err
 	}
-	if before != nil && slices.EqualFunc(before, out, func(a, b protected) bool { return a.Address == b.Address && a.Why == b.Why }) {
+	if !m.Accept { // what carried the host once may be down just now: it stays protected as long as it is there
+		for _, old := range before {
+			still := slices.ContainsFunc(all, func(d *iommu.Device) bool { return m.same(&old.Identity, d) })
+			if still && !slices.ContainsFunc(out, func(p protected) bool { return reflect.DeepEqual(p.Identity, old.Identity) }) {
+				out = append(out, old)
+			}
+		}
+	}
+	if before != nil && reflect.DeepEqual(before, out) {
 		return nil
 	}
 	return m.State.Put(protectedKey, out)
@@ -67,7 +76,7 @@ func (m *Manager) recorded(g *guard) error {
 	g.any = g.any || found
 	m.Topology.All(func(d *iommu.Device) bool {
 		for k := range all {
-			if d.PCI && g.names[d.Name] == "" && vfio.Differs(m.Host, &all[k].Identity, d) == "" && m.same(&all[k].Identity, d) {
+			if d.PCI && g.names[d.Name] == "" && m.same(&all[k].Identity, d) {
 				g.names[d.Name] = "it carried this host when that last ran: it " + all[k].Why
 			}
 		}
@@ -76,14 +85,24 @@ func (m *Manager) recorded(g *guard) error {
 	return nil
 }
 
-// same reports whether this is the device that was identified: by its own numbers where both are known, else by its place.
+// same reports whether this is the device that was identified: by its own numbers where both are known, else by its place. The
+// functions of a card share its serial number.
 func (m *Manager) same(id *vfio.Identity, d *iommu.Device) bool {
-	serial, err := iommu.ReadSerial(m.Host, d.Address)
-	if err == nil && serial != "" && id.Serial != "" || len(id.MACs) > 0 && len(d.Netdevs) > 0 {
-		return true // and Differs found nothing
+	if vfio.Differs(m.Host, id, d) != "" {
+		return false
+	}
+	if len(id.MACs) > 0 && len(d.Netdevs) > 0 {
+		return true // and they were compared
 	}
 	place, err := iommu.PathOf(m.Host, d)
-	return err == nil && place == id.Path
+	if err != nil {
+		return false
+	}
+	serial, err := iommu.ReadSerial(m.Host, d.Address)
+	if err == nil && serial != "" && id.Serial != "" {
+		return place[len(place)-1] == id.Path[max(len(id.Path)-1, 0)] // the function
+	}
+	return place == id.Path
 }
 
 // needs is what the host's own files say that it needs, mounted now or not: where that is said, by block device and interface.

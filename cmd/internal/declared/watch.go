@@ -17,15 +17,24 @@ const (
 	quiet   = 500 * time.Millisecond
 )
 
-// Watch calls look at once, when devices or links change, and each minute, until the context ends.
-func Watch(ctx context.Context, look func()) error {
+// Watch calls look at once, when devices or links change, and each minute, until the context ends. After one that tried something
+// and failed, which by itself makes events, it waits longer each time.
+func Watch(ctx context.Context, look func() (failed bool)) error {
 	events, err := uevent.Open()
 	if err != nil {
 		return err
 	}
 	defer events.Close()
+	pause := quiet
 	for ctx.Err() == nil {
-		look()
+		if look() {
+			pause = min(2*pause, atLeast)
+			for since := time.Now(); ctx.Err() == nil && time.Since(since) < pause; {
+				events.Await(ctx, pause-time.Since(since))
+			}
+			continue
+		}
+		pause = quiet
 		for since := time.Now(); ctx.Err() == nil && time.Since(since) < atLeast; {
 			if events.Await(ctx, min(time.Second, atLeast-time.Since(since))) {
 				for n := 0; n < 20 && events.Await(ctx, quiet); n++ { // busy for good is no reason never to look
@@ -35,6 +44,25 @@ func Watch(ctx context.Context, look func()) error {
 		}
 	}
 	return nil
+}
+
+// hold says that the host is not as declared on purpose, which the watch service leaves alone: it was undone, or something else was
+// applied.
+const hold = "hold"
+
+// Hold writes that down, or ends it.
+func (m *Manager) Hold(on bool) error {
+	if on {
+		return m.Binder.Journal.Put(hold, true)
+	}
+	return m.Binder.Journal.Delete(hold)
+}
+
+// Held reports whether the host is not as declared on purpose.
+func (m *Manager) Held() bool {
+	var on bool
+	known, err := m.Binder.Journal.Get(hold, &on)
+	return known && err == nil
 }
 
 // Early are the places of the devices that the initramfs is to keep from their drivers.

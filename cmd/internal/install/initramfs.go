@@ -32,6 +32,11 @@ func there(name string) bool {
 	return err == nil
 }
 
+// InInitramfs reports whether a file of an install is part of what an initramfs is made of.
+func InInitramfs(file string) bool {
+	return strings.HasPrefix(file, initramfsTools) || strings.HasPrefix(file, dracutModule)
+}
+
 // Rebuild is the command that makes the initramfs anew, which is left to the user: on some hosts it is signed.
 func (g Generator) Rebuild() string {
 	return map[Generator]string{InitramfsTools: "update-initramfs -u", Dracut: "dracut --force"}[g]

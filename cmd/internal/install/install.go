@@ -157,65 +157,67 @@ func everything() []File {
 	return all
 }
 
-// Write makes the files, and removes those of an earlier install that are not among them. It returns what it changed.
-func Write(files []File) (changed []string, err error) {
+// Write makes the files below root, and removes those of an earlier install that are not among them. It returns what it changed.
+func Write(root string, files []File) (changed []string, err error) {
 	for _, old := range everything() {
 		if !slices.ContainsFunc(files, func(f File) bool { return f.Path == old.Path }) {
-			if err := remove(old, &changed); err != nil {
+			if err := remove(root, old, &changed); err != nil {
 				return changed, err
 			}
 		}
 	}
 	for _, f := range files {
-		if err := f.write(&changed); err != nil {
+		if err := f.write(root, &changed); err != nil {
 			return changed, err
 		}
 	}
 	return changed, nil
 }
 
-func (f *File) write(changed *[]string) error {
+func (f *File) write(root string, changed *[]string) error {
+	file := filepath.Join(root, f.Path)
 	if f.Link != "" {
-		if target, err := os.Readlink(f.Path); err == nil && target == f.Link {
+		if target, err := os.Readlink(file); err == nil && target == f.Link {
 			return nil
 		}
-		if err := errors.Join(os.MkdirAll(filepath.Dir(f.Path), 0o755), os.Symlink(f.Link, f.Path)); err != nil {
+		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.Symlink(f.Link, file)); err != nil {
 			return err
 		}
 		*changed = append(*changed, f.Path)
 		return nil
 	}
-	old, err := os.ReadFile(f.Path)
+	old, err := os.ReadFile(file)
 	switch {
 	case err == nil && string(old) == f.Content:
 		return nil
 	case err == nil && !strings.Contains(string(old), marker):
 		return fmt.Errorf("%s is there, and is not by viaduct install: it is left alone (move it away first)", f.Path)
 	}
-	if err := journal.WriteFile(f.Path, []byte(f.Content)); err != nil {
+	if err := journal.WriteFile(file, []byte(f.Content)); err != nil {
 		return err
 	}
 	*changed = append(*changed, f.Path)
-	return os.Chmod(f.Path, f.Mode)
+	return os.Chmod(file, f.Mode)
 }
 
-// Remove removes all that any install made, and returns what was there.
-func Remove() (changed []string, err error) {
+// Remove removes all that any install made below root, and returns what was there.
+func Remove(root string) (changed []string, err error) {
 	for _, f := range everything() {
-		if err := remove(f, &changed); err != nil {
+		if err := remove(root, f, &changed); err != nil {
 			return changed, err
 		}
 	}
 	return changed, nil
 }
 
-func remove(f File, changed *[]string) error {
+func remove(root string, f File, changed *[]string) error {
+	file := filepath.Join(root, f.Path)
 	if f.Link == "" {
-		if old, err := os.ReadFile(f.Path); err == nil && !strings.Contains(string(old), marker) {
+		if old, err := os.ReadFile(file); err == nil && !strings.Contains(string(old), marker) {
 			return nil // somebody else's
 		}
 	}
-	err := os.Remove(f.Path)
+	err := os.Remove(file)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

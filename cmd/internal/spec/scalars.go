@@ -62,7 +62,10 @@ func Span(first, last int) Range { return Range{[][2]int{{first, last}}} }
 // To is the range with all indexes up to last.
 func (r Range) To(last int) Range { return Span(r.spans[0][0], last) }
 
-const maxIndex = 65534
+const (
+	maxIndex  = 65534
+	mostSpans = 1024
+)
 
 func (r *Range) parse(text string) error {
 	want := errors.New("want VF indexes, as 3, 0-3 or 0-3,6")
@@ -79,7 +82,14 @@ func (r *Range) parse(text string) error {
 		if a > b {
 			return fmt.Errorf("%d-%d ends before it begins", a, b)
 		}
-		r.spans = append(r.spans, [2]int{a, b})
+		for _, s := range r.spans {
+			if a <= s[1] && s[0] <= b {
+				return fmt.Errorf("%d-%d and %d-%d overlap", s[0], s[1], a, b)
+			}
+		}
+		if r.spans = append(r.spans, [2]int{a, b}); len(r.spans) > mostSpans {
+			return fmt.Errorf("more than %d parts", mostSpans)
+		}
 	}
 	return nil
 }

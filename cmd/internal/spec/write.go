@@ -45,7 +45,11 @@ func nodeOf(v reflect.Value, comments map[string]string) *yaml.Node {
 		}
 		out := &yaml.Node{Kind: yaml.SequenceNode}
 		for i := range v.Len() {
-			out.Content = append(out.Content, nodeOf(v.Index(i), comments))
+			n := nodeOf(v.Index(i), comments)
+			if n == nil {
+				n = &yaml.Node{Kind: yaml.MappingNode}
+			}
+			out.Content = append(out.Content, n)
 		}
 		return out
 	case reflect.Bool:

@@ -303,6 +303,7 @@ func (m *Manager) Check(items []*Item, dry bool) {
 				continue
 			}
 		}
+		i.Notes = append(i.Notes, m.under(i)...)
 		for _, s := range []struct {
 			devices []*iommu.Device
 			driver  string
@@ -326,6 +327,24 @@ func (m *Manager) Check(items []*Item, dry bool) {
 			}
 		}
 	}
+}
+
+// under tells whose VFs get other settings while they use them. That is no reason against it: what a PF's reset took from a guest's
+// VF, as its VLAN, must come back.
+func (m *Manager) under(i *Item) []string {
+	var vfs []*iommu.Device
+	for _, s := range i.sets {
+		vfs = append(vfs, s.VF)
+	}
+	if len(vfs) == 0 || !m.Host.Live() {
+		return nil
+	}
+	holders, _ := vfio.ProcessHolders(m.Host, vfs) // who cannot see all is told of those that can be seen
+	var out []string
+	for _, h := range holders {
+		out = append(out, "its settings change while "+h.String())
+	}
+	return out
 }
 
 // each makes a unit of each device, as a VF is one by itself.

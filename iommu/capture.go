@@ -17,7 +17,7 @@ import (
 // What a snapshot holds. These are lists of what is wanted, never of what is not: some files of sysfs block, wake the
 // device, or act when they are touched, and a snapshot is handed to other people.
 var (
-	hostFiles   = []string{"proc/cmdline", "proc/sys/kernel/osrelease", "sys/firmware/acpi/tables/IVRS", "sys/firmware/acpi/tables/DMAR"}
+	hostFiles   = []string{"proc/cmdline", "proc/sys/kernel/osrelease", "sys/firmware/acpi/tables/IVRS", "sys/firmware/acpi/tables/DMAR", "etc/viaduct/host.yaml"}
 	deviceFiles = []string{
 		"modalias", "vendor", "device", "subsystem_vendor", "subsystem_device", "class", "revision", "numa_node", "driver_override",
 		"power_state", "reset_method", "boot_vga", "resource", "enable", "config",
@@ -25,7 +25,7 @@ var (
 		"sriov_totalvfs", "sriov_offset", "sriov_stride", "sriov_vf_device", "sriov_drivers_autoprobe", "sriov_vf_total_msix",
 	}
 	deviceLinks = []string{"driver", "iommu", "iommu_group", "physfn", "subsystem"}
-	classFiles  = []string{"address", "operstate", "flags", "mtu", "phys_port_name", "phys_switch_id", "dev", "size"}
+	classFiles  = []string{"address", "operstate", "flags", "mtu", "phys_port_name", "phys_switch_id", "dev", "size", "serial"}
 	groupFiles  = []string{"name", "type", "reserved_regions"}
 	unitFiles   = []string{
 		"amd-iommu/cap", "amd-iommu/features", "intel-iommu/address", "intel-iommu/cap", "intel-iommu/ecap", "intel-iommu/version",
@@ -48,6 +48,10 @@ func Capture(h *Host, w io.Writer) error {
 	c.dir("sys/kernel") // Scan takes its absence for an unmounted sysfs
 	c.dir(pciDevices)
 	c.files("", hostFiles)
+	const dropIns = "etc/viaduct/host.d"
+	if names, err := h.Names(dropIns); err == nil {
+		c.files(dropIns, names)
+	}
 	c.interrupts()
 	for _, u := range t.Units {
 		real := c.linked(path.Join(unitsDir, u.Name))

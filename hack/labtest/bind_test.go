@@ -396,6 +396,7 @@ func TestVariant(t *testing.T) {
 
 // TestSave: what was written down is taken again, if it is what was written down, and as long as it is.
 func TestSave(t *testing.T) {
+	t.Cleanup(forget)
 	home := bound(spare)
 	do(t, "bind", spare, "--save", "--node-owner", "nobody")
 	shell(t, "udevadm settle")

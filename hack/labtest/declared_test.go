@@ -32,6 +32,13 @@ func status(t *testing.T, want int, args ...string) result {
 	return r
 }
 
+// forget drops what apply and undo keep until the next boot.
+func forget() {
+	for _, n := range []string{"undo", "hold"} {
+		_ = os.Remove("/run/viaduct/" + n + ".json")
+	}
+}
+
 // rootDisk is the PCI device that the root file system is on.
 func rootDisk(t *testing.T) string {
 	t.Helper()
@@ -78,6 +85,7 @@ devices:
 
 // TestDeclared: what is declared is made, twice without a write the second time, and undone. ip, sysfs and lspci judge.
 func TestDeclared(t *testing.T) {
+	t.Cleanup(forget)
 	pf := netdev(t, spare)
 	shell(t, "modprobe igbvf; ip link set "+pf+" up")
 	for _, a := range []string{uplink, spare, nvme} {
@@ -173,6 +181,7 @@ func TestDeclared(t *testing.T) {
 // TestDeclaredRefused: the root disk and the uplink, listed by mistake, are refused, and nothing else is touched either, unless
 // that is asked for.
 func TestDeclaredRefused(t *testing.T) {
+	t.Cleanup(forget)
 	do(t, "vf", "destroy", spare, uplink)
 	up := netdev(t, uplink)
 	shell(t, "ip link set "+up+" up; ip addr add 10.0.2.15/24 dev "+up+"; ip route add default via 10.0.2.2 dev "+up)
@@ -212,6 +221,7 @@ func TestDeclaredRefused(t *testing.T) {
 
 // TestKillsApply: an apply is killed at its writes, and after viaduct recover each PF is as declared or as before.
 func TestKillsApply(t *testing.T) {
+	t.Cleanup(forget)
 	pf := netdev(t, spare)
 	shell(t, "modprobe igbvf; ip link set "+pf+" up")
 	first := declare(t, "pfs:\n  - select: mac=52:54:00:00:00:02\n    count: 2\n    vfs:\n      - range: 0\n        mac: 52:54:00:66:00:00\n        driver: home\n        vlan: 5\n      - range: 1\n        driver: home\n        vlan: 6\n")

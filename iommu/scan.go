@@ -108,6 +108,20 @@ func (t *Topology) Find(a Address) (*Device, error) {
 	return nil, fmt.Errorf("%s: %w", a, ErrNotFound)
 }
 
+// VFs are a PF's VFs, by index; those that were made or removed during the scan may be missing. None of a device that is no PF.
+func (t *Topology) VFs(pf *Device) []*Device {
+	if pf.SRIOV == nil {
+		return nil
+	}
+	var out []*Device
+	for _, v := range pf.SRIOV.VFs {
+		if vf, err := t.Find(v.Address); err == nil {
+			out = append(out, vf)
+		}
+	}
+	return out
+}
+
 // Scan reads all PCI devices and IOMMU groups in one pass. A device that vanishes meanwhile is left out.
 func Scan(h *Host) (*Topology, error) {
 	names, err := h.Names(pciDevices)

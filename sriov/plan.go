@@ -173,11 +173,7 @@ func PlanCount(h *iommu.Host, t *iommu.Topology, pf *iommu.Device, wish Wish) (*
 	if pf.Driver == "" {
 		return nil, fmt.Errorf("%s has no driver, and VFs are made by the PF's driver", pf.Address)
 	}
-	for _, v := range pf.SRIOV.VFs {
-		if vf, err := t.Find(v.Address); err == nil {
-			p.Victims = append(p.Victims, vf)
-		}
-	}
+	p.Victims = t.VFs(pf)
 	if len(p.Victims) > 0 {
 		p.Notes = append(p.Notes, "these VFs go: "+describe(p.Victims))
 		p.Clear = append(p.Clear, count(pf, 0))

@@ -49,6 +49,11 @@ const (
 	dot1ad  = "802.1ad"
 )
 
+// Usual are the settings that a VF begins with on most drivers.
+var Usual = Settings{
+	VLAN: "0", QoS: "0", Proto: dot1q, Trust: off, SpoofChk: on, LinkState: "auto", MaxRate: "0", MinRate: "0", RSSQuery: off,
+}
+
 // linkStates by the kernel's numbers (include/uapi/linux/if_link.h).
 var linkStates = []string{"auto", "enable", "disable"}
 

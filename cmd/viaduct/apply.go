@@ -22,10 +22,10 @@ func applyCommand(e *env) *cli.Command {
 	return command(&cli.Command{
 		Name:  "apply",
 		Usage: "make the host what is declared of it",
-		Description: "Does what viaduct plan prints, one PF or device after the other. All are asked for before the first write: one refusal\n" +
+		Description: "Does what viaduct plan prints, PFs side by side and then devices. All are asked for before the first write: one refusal\n" +
 			"refuses the whole command (exit status 3), unless --keep-going. One that fails is put back as it was, and the others go on.\n" +
-			"What is as declared already is not written. With --confirm, what was applied is undone after that time unless viaduct apply --confirmed is run before, also when the\n" +
-			"login is lost; and a boot uses what was confirmed last.\n\n" +
+			"What is as declared already is not written. With --confirm, what was applied is undone after that time unless\n" +
+			"viaduct apply --confirmed is run before, also when the login is lost; and a boot uses what was confirmed last.\n\n" +
 			"Examples:\n  viaduct apply\n  viaduct apply --dry-run\n  viaduct apply --confirm 60s && viaduct apply --confirmed",
 		Flags: append(o.flags(e),
 			&cli.BoolFlag{Name: "keep-going", Usage: "do what is not refused, although something is", Destination: &o.keepGoing},
@@ -156,7 +156,7 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 	for _, i := range items {
 		switch {
 		case i.Err == nil:
-		case i.State == declared.Missing && i.Optional:
+		case !i.Wrong():
 			e.note("%s is not there, which is optional", i.Name)
 		default:
 			errs = append(errs, i.Err)
@@ -281,7 +281,7 @@ func runUndo(ctx context.Context, e *env, force []vfio.Kind, timeout time.Durati
 	var devices []*iommu.Device
 	for _, a := range addresses {
 		if d, err := c.topology.Find(a); err == nil {
-			devices = append(append(devices, d), vfsOf(c.topology, d)...)
+			devices = append(append(devices, d), c.topology.VFs(d)...)
 		}
 	}
 	if err := c.lock(ctx, devices); err != nil {
@@ -295,18 +295,6 @@ func runUndo(ctx context.Context, e *env, force []vfio.Kind, timeout time.Durati
 		}
 	})
 	return mixed(errors.Join(err, m.Hold(true)), done > 0)
-}
-
-func vfsOf(t *iommu.Topology, pf *iommu.Device) []*iommu.Device {
-	var out []*iommu.Device
-	if pf.SRIOV != nil {
-		for _, v := range pf.SRIOV.VFs {
-			if vf, err := t.Find(v.Address); err == nil {
-				out = append(out, vf)
-			}
-		}
-	}
-	return out
 }
 
 func adoptCommand(e *env) *cli.Command {

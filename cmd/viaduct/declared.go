@@ -172,7 +172,7 @@ func viewItem(i *declared.Item) itemView {
 // differs is what plan and status end with. A device that may be missing, and is, is no difference.
 func differs(items []*declared.Item) error {
 	for _, i := range items {
-		if i.State != declared.OK && (i.State != declared.Missing || !i.Optional) {
+		if i.Wrong() {
 			return errDiffers
 		}
 	}

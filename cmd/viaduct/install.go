@@ -250,7 +250,7 @@ func (e *env) keep(ctx context.Context, o *declaredOptions) (tried bool, err err
 		if i.State == declared.Differs {
 			return true, runApply(ctx, e, o)
 		}
-		if i.State != declared.OK && (i.State != declared.Missing || !i.Optional) {
+		if i.Wrong() {
 			errs = append(errs, i.Err)
 		}
 	}

@@ -125,12 +125,7 @@ func viewPF(h *iommu.Host, t *iommu.Topology, names *iommu.Names, d *iommu.Devic
 func viewVFs(h *iommu.Host, t *iommu.Topology, pf *iommu.Device) (out []vfView, uplinks []string, err error) {
 	out = []vfView{}
 	var port *sriov.Port
-	var vfs []*iommu.Device
-	for _, at := range pf.SRIOV.VFs {
-		if vf, err := t.Find(at.Address); err == nil { // else made or removed just now
-			vfs = append(vfs, vf)
-		}
-	}
+	vfs := t.VFs(pf)
 	held := map[string][]string{}
 	if h.Live() && len(vfs) > 0 {
 		if port, err = sriov.ReadPort(h, pf); err != nil {
@@ -173,12 +168,8 @@ func eswitchText(p pfView) string {
 // unusual are the settings that are not what a VF begins with, its MAC address aside, and its representor.
 func unusual(v vfView) string {
 	show := sriov.Settings{}
-	usual := sriov.Settings{
-		sriov.VLAN: "0", sriov.QoS: "0", sriov.Proto: "802.1q", sriov.Trust: "off", sriov.SpoofChk: "on", sriov.LinkState: "auto",
-		sriov.MaxRate: "0", sriov.MinRate: "0", sriov.RSSQuery: "off",
-	}
 	for k, value := range v.Settings {
-		if k != sriov.MAC && usual[k] != value {
+		if k != sriov.MAC && sriov.Usual[k] != value {
 			show[k] = value
 		}
 	}

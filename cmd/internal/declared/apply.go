@@ -121,8 +121,7 @@ func (m *Manager) before(i *Item) (before, error) {
 	if err != nil {
 		return b, err
 	}
-	text, err := (&spec.Host{PFs: []spec.PF{pf}}).YAML(nil)
-	b.PF = string(text)
+	b.PF, err = text(&spec.Host{PFs: []spec.PF{pf}})
 	return b, err
 }
 

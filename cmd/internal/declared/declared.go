@@ -68,6 +68,9 @@ type Item struct {
 	known      *known
 }
 
+// Wrong reports whether the item is not as declared. That one is missing which may be is not wrong.
+func (i *Item) Wrong() bool { return i.State != OK && (i.State != Missing || !i.Optional) }
+
 // Devices are all that a change of the item touches.
 func (i *Item) Devices() []*iommu.Device {
 	var out []*iommu.Device
@@ -132,7 +135,7 @@ func (m *Manager) found(i *Item, match spec.Match) bool {
 		return false
 	}
 	i.Device = d
-	if i.known, err = m.identify(match, d); err != nil {
+	if i.known, err = m.remembered(match); err != nil {
 		i.refuse(err)
 		return false
 	}
@@ -200,13 +203,9 @@ func (m *Manager) bonded(d *iommu.Device) bool {
 
 // planVFs is what VFs that are there lack.
 func (m *Manager) planVFs(i *Item, wish []sriov.VFWish) error {
-	var vfs []*iommu.Device
-	for _, v := range i.Device.SRIOV.VFs {
-		vf, err := m.Topology.Find(v.Address)
-		if err != nil {
-			return err
-		}
-		vfs = append(vfs, vf)
+	vfs := m.Topology.VFs(i.Device)
+	if len(vfs) != len(i.Device.SRIOV.VFs) {
+		return fmt.Errorf("%s: VFs of it were made or removed just now", i.Device.Name)
 	}
 	if m.Host.Live() { // of a captured host, nobody can be asked for settings
 		var err error

@@ -11,12 +11,6 @@ import (
 	"viaduct/vfio"
 )
 
-// usual are the settings that a VF begins with on most drivers.
-var usual = sriov.Settings{
-	sriov.VLAN: "0", sriov.QoS: "0", sriov.Proto: "802.1q", sriov.Trust: "off", sriov.SpoofChk: "on", sriov.LinkState: "auto",
-	sriov.MaxRate: "0", sriov.MinRate: "0", sriov.RSSQuery: "off",
-}
-
 // at is the match of a device by its place.
 func at(h *iommu.Host, d *iommu.Device) (spec.Match, error) {
 	place, err := iommu.PathOf(h, d)
@@ -71,7 +65,7 @@ func (m *Manager) describe(d *iommu.Device, full bool) (pf spec.PF, err error) {
 				if stable, err := sriov.DeriveMAC(permanent, v.Index); err == nil && stable.String() == value {
 					value = sriov.StableMAC
 				}
-			} else if !full && (usual[k] == value || k == sriov.Proto && info.Settings[sriov.VLAN] == "0") {
+			} else if !full && (sriov.Usual[k] == value || k == sriov.Proto && info.Settings[sriov.VLAN] == "0") {
 				continue
 			}
 			r.Settings[k] = spec.Value(value)

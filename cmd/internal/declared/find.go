@@ -17,22 +17,11 @@ type index struct {
 	macs, paths, serials map[string][]*iommu.Device
 }
 
-// find is the one device that all selectors of a match name.
+// find is the one device that a match names.
 func (m *Manager) find(match spec.Match) (*iommu.Device, error) {
-	var all []*iommu.Device
-	for n, s := range match.Selectors {
-		some, err := m.resolve(s)
-		if err != nil {
-			return nil, err
-		}
-		if n == 0 {
-			all = some
-			continue
-		}
-		all = slices.DeleteFunc(slices.Clone(all), func(d *iommu.Device) bool { return !slices.Contains(some, d) })
-		if len(all) == 0 {
-			return nil, &iommu.NotFoundError{Selector: match.String(), What: "no device is all of this"}
-		}
+	all, err := m.all(match)
+	if err != nil {
+		return nil, err
 	}
 	if len(all) > 1 {
 		var names []string
@@ -42,6 +31,24 @@ func (m *Manager) find(match spec.Match) (*iommu.Device, error) {
 		return nil, &iommu.AmbiguousError{Selector: match.String(), Candidates: names}
 	}
 	return all[0], nil
+}
+
+// all are the devices that all selectors of a match name, at least one; an ErrNotFound if there is none.
+func (m *Manager) all(match spec.Match) ([]*iommu.Device, error) {
+	var all []*iommu.Device
+	for n, s := range match.Selectors {
+		some, err := m.resolve(s)
+		if err != nil {
+			return nil, err
+		}
+		if n > 0 {
+			some = slices.DeleteFunc(slices.Clone(all), func(d *iommu.Device) bool { return !slices.Contains(some, d) })
+		}
+		if all = some; len(all) == 0 {
+			return nil, &iommu.NotFoundError{Selector: match.String(), What: "no device is all of this"}
+		}
+	}
+	return all, nil
 }
 
 // resolve are the devices of a selector. A device on a vfio driver has no interface to ask for its MAC address: it is found by
@@ -119,16 +126,9 @@ type guard struct {
 func (m *Manager) guard(s *spec.Host) (*guard, error) {
 	g := &guard{manager: m, names: map[string]string{}, never: map[string]bool{}, any: len(s.Protect) > 0}
 	for _, p := range s.Protect {
-		var all []*iommu.Device
-		for n, sel := range p.Match.Selectors {
-			some, err := m.resolve(sel)
-			if err != nil && !errors.Is(err, iommu.ErrNotFound) {
-				return nil, fmt.Errorf("%s: %w", p.At, err)
-			}
-			if n > 0 {
-				some = slices.DeleteFunc(slices.Clone(all), func(d *iommu.Device) bool { return !slices.Contains(some, d) })
-			}
-			all = some
+		all, err := m.all(p.Match)
+		if err != nil && !errors.Is(err, iommu.ErrNotFound) {
+			return nil, fmt.Errorf("%s: %w", p.At, err)
 		}
 		for _, d := range all {
 			g.names[d.Name], g.never[d.Name] = "it is declared at "+p.At.String()+" as never to be touched", true

@@ -30,8 +30,8 @@ func knownKey(selector string) string {
 	}, selector)
 }
 
-// identify is what is known of a device that a match names, nil if nothing is.
-func (m *Manager) identify(match spec.Match, _ *iommu.Device) (*known, error) {
+// remembered is what a match named when it was last applied, nil if it was not.
+func (m *Manager) remembered(match spec.Match) (*known, error) {
 	var k known
 	if ok, err := m.State.Get(knownKey(match.String()), &k); !ok {
 		return nil, err

@@ -36,7 +36,7 @@ type Binder struct {
 	locks   *locks
 	held    map[iommu.Address]bool // by Lock
 	writer  *writer
-	self    process // known once the writer is started
+	self    Proc // known once the writer is started
 	aliases []byte
 	modules map[string][]string // by alias
 }
@@ -356,7 +356,7 @@ func (b *Binder) startedWriter() (*writer, error) {
 			return b.writer, nil
 		}
 	}
-	b.self = named(b.Host, os.Getpid())
+	b.self = NameProcess(b.Host, os.Getpid())
 	b.writer, err = startWriter(b.Host, l)
 	return b.writer, err
 }

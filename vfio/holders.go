@@ -38,6 +38,7 @@ type Kind string
 // The kinds of holders.
 const (
 	Process   Kind = "process"   // has the device's node open
+	Lease     Kind = "lease"     // it is a guest's, running or not
 	Mount     Kind = "mount"     // a mounted file system
 	Swap      Kind = "swap"      // in use as swap
 	Storage   Kind = "storage"   // under device-mapper, md, LVM, ZFS
@@ -51,7 +52,7 @@ const (
 )
 
 // Kinds are all kinds of holders.
-var Kinds = []Kind{Process, Mount, Swap, Storage, Route, Addressed, Stacked, Namespace, SSH, Display, Owner}
+var Kinds = []Kind{Process, Lease, Mount, Swap, Storage, Route, Addressed, Stacked, Namespace, SSH, Display, Owner}
 
 // Holder is one user of a device.
 type Holder struct {
@@ -59,6 +60,7 @@ type Holder struct {
 	Kind   Kind
 	What   string // as in "(enp1s0) carries the default route"
 	PID    int    // of a process, else 0
+	Guest  string // whose the device is, or which a process runs, where that is known
 	Final  bool   // cannot be overridden
 }
 
@@ -73,7 +75,7 @@ func Holders(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 	var out []Holder
 	var blind error
 	for _, look := range []func(*iommu.Host, []*iommu.Device) ([]Holder, error){
-		netHolders, diskHolders, displayHolders, ProcessHolders, Owners,
+		netHolders, diskHolders, displayHolders, ProcessHolders, LeaseHolders, Owners,
 	} {
 		found, err := look(h, devices)
 		if errors.Is(err, ErrBlind) {

@@ -104,7 +104,8 @@ func openIn(h *iommu.Host, devices []*iommu.Device, nodes map[node]*iommu.Device
 		}
 		number, _ := strconv.Atoi(pid)
 		for _, d := range held {
-			out = append(out, Holder{Device: d.Name, Kind: Process, PID: number, What: "is open in " + describe(h, pid, name)})
+			guest := guestName(h, pid, name)
+			out = append(out, Holder{Device: d.Name, Kind: Process, PID: number, Guest: guest, What: "is open in " + describe(pid, name, guest)})
 		}
 	}
 	return out, blind
@@ -211,10 +212,10 @@ func processName(h *iommu.Host, pid string) string {
 }
 
 // describe is a process with what a user can find it by.
-func describe(h *iommu.Host, pid, name string) string {
+func describe(pid, name, guest string) string {
 	s := fmt.Sprintf("process %s (%s)", pid, name)
-	if vm := guestName(h, pid, name); vm != "" {
-		s += fmt.Sprintf(", guest %q", vm)
+	if guest != "" {
+		s += fmt.Sprintf(", guest %q", guest)
 	}
 	return s
 }

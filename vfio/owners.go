@@ -1,11 +1,15 @@
 package vfio
 
 import (
+	"encoding/json"
+	"errors"
 	"fmt"
 	"path"
 	"slices"
 	"strings"
 
+	"viaduct/internal/host"
+	"viaduct/internal/journal"
 	"viaduct/iommu"
 )
 
@@ -38,6 +42,42 @@ func Owners(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 		for name, xml := range domains {
 			if hasDevice(xml, d.Address) {
 				add("is given to libvirt domain %s", name)
+			}
+		}
+	}
+	return out, nil
+}
+
+// Leases begin the keys of the journal's records of devices that are assigned to guests. What LeaseHolders reads of one is its
+// guest, and its devices with their addresses.
+const Leases = "lease-"
+
+// LeaseHolders finds the guests that devices are assigned to, whether they run or not.
+func LeaseHolders(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
+	dir := strings.TrimPrefix(journal.Dir, "/")
+	names, err := h.Names(dir)
+	if err != nil && !host.Absent(err) {
+		return nil, err
+	}
+	var out []Holder
+	for _, n := range names {
+		if !strings.HasPrefix(n, Leases) {
+			continue
+		}
+		text, err := h.Read(path.Join(dir, n))
+		if host.Absent(err) {
+			continue // it has just ended
+		}
+		var l struct {
+			Guest   string
+			Devices []struct{ Address iommu.Address }
+		}
+		if err = errors.Join(err, json.Unmarshal(text, &l)); err != nil {
+			return nil, fmt.Errorf("%s: %w", n, err)
+		}
+		for _, of := range l.Devices {
+			if i := slices.IndexFunc(devices, func(d *iommu.Device) bool { return d.PCI && d.Address == of.Address }); i >= 0 {
+				out = append(out, Holder{Device: devices[i].Name, Kind: Lease, Guest: l.Guest, What: fmt.Sprintf("is assigned to guest %q", l.Guest)})
 			}
 		}
 	}

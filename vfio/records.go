@@ -4,9 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"path"
-	"strconv"
-	"strings"
 	"time"
 
 	"viaduct/internal/journal"
@@ -23,8 +20,8 @@ type changeRecord struct {
 	Unit    []iommu.Address `json:"unit"`
 	Change  Change          `json:"change,omitzero"`
 	Data    json.RawMessage `json:"data,omitempty"` // for the Recoverer
-	Command process         `json:"command"`
-	Writer  *process        `json:"writer"`
+	Command Proc            `json:"command"`
+	Writer  *Proc           `json:"writer"`
 	Since   time.Time       `json:"since"`
 	Stuck   string          `json:"stuck,omitempty"` // the write that had not returned when the command ended
 	Nodes   []node          `json:"nodes"`           // what led to the device: they are gone while an unbind waits for who has them open
@@ -118,7 +115,7 @@ func (r *changeRecord) holders(h *iommu.Host) []Holder {
 
 // orphan reports whether the child still writes for a command that is over.
 func (r *changeRecord) orphan(h *iommu.Host) bool {
-	return r.Writer != nil && r.Writer.alive(h) && !r.Command.alive(h)
+	return r.Writer != nil && r.Writer.Alive(h) && !r.Command.Alive(h)
 }
 
 func (b *Binder) change(a iommu.Address) (r changeRecord, known bool, err error) {
@@ -136,45 +133,4 @@ func (b *Binder) Forget(vfs []iommu.VF) error {
 		errs = append(errs, b.Journal.Delete(takenKey(vf.Address)), b.disown(vf.Address))
 	}
 	return errors.Join(errs...)
-}
-
-// processStat are the state of a process or thread and when it started, in clock ticks since the boot: fields 3 and 22 of
-// proc_pid_stat(5).
-func processStat(h *iommu.Host, dir string) (state string, start uint64, ok bool) {
-	stat, err := h.String(path.Join(dir, "stat"))
-	if err != nil {
-		return "", 0, false
-	}
-	f := strings.Fields(stat[strings.LastIndexByte(stat, ')')+1:]) // the name may hold anything
-	if len(f) < 20 {
-		return "", 0, false
-	}
-	start, err = strconv.ParseUint(f[19], 10, 64)
-	return f[0], start, err == nil
-}
-
-func processDir(pid int) string { return path.Join("proc", strconv.Itoa(pid)) }
-
-// named is a process that runs now, named for good.
-func named(h *iommu.Host, pid int) process {
-	_, start, _ := processStat(h, processDir(pid))
-	return process{pid, start}
-}
-
-// alive reports whether any thread of a process still runs. One that was killed in a write lives on without its first thread.
-func (p process) alive(h *iommu.Host) bool {
-	if _, start, ok := processStat(h, processDir(p.PID)); !ok || start != p.Start {
-		return false
-	}
-	dir := path.Join(processDir(p.PID), "task")
-	threads, err := h.Names(dir)
-	if err != nil {
-		return false
-	}
-	for _, t := range threads {
-		if state, _, ok := processStat(h, path.Join(dir, t)); ok && state != "Z" && state != "X" {
-			return true
-		}
-	}
-	return false
 }

@@ -56,7 +56,7 @@ func (b *Binder) Recover(ctx context.Context, wait bool) ([]Recovered, error) {
 			}
 		}
 		r, known, err := b.change(a) // it may have ended since the names were read
-		if !ok && err == nil && known && !r.Command.alive(b.Host) {
+		if !ok && err == nil && known && !r.Command.Alive(b.Host) {
 			patience := dying
 			if wait && r.Stuck == "" {
 				patience = b.timeout()

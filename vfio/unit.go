@@ -105,6 +105,11 @@ func (g *Gate) GiveBack(units [][]*iommu.Device) ([]error, error) {
 	if err != nil && (!g.DryRun || !errors.Is(err, ErrBlind)) {
 		return nil, err
 	}
+	leased, err := LeaseHolders(g.Host, slices.Concat(units...))
+	if err != nil {
+		return nil, err
+	}
+	holders = append(holders, leased...)
 	out := make([]error, len(units))
 	for i, unit := range units {
 		reasons := g.unforced(unit, holders, func(d *iommu.Device) bool { return !iommu.IsVFIODriver(d.Driver) })
@@ -114,7 +119,7 @@ func (g *Gate) GiveBack(units [][]*iommu.Device) ([]error, error) {
 			}
 		}
 		reasons = append(reasons, g.stuck(unit)...)
-		out[i] = refused("give back "+g.what(unit), reasons, "end the guest first")
+		out[i] = refused("give back "+g.what(unit), reasons, "end the guest, or release what is assigned to it, first")
 	}
 	return out, nil
 }

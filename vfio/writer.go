@@ -198,7 +198,7 @@ func (s *server) do(r request) {
 // writer is the parent's side of the child.
 type writer struct {
 	host    *iommu.Host
-	process process
+	process Proc
 	out     *os.File // requests
 	mu      sync.Mutex
 	send    *json.Encoder
@@ -206,12 +206,6 @@ type writer struct {
 	waiting map[int64]chan reply
 	dead    error // why it serves no more
 	ended   chan struct{}
-}
-
-// process names a process for good: its number may be another's tomorrow.
-type process struct {
-	PID   int    `json:"pid"`
-	Start uint64 `json:"start"` // in clock ticks since the boot (proc_pid_stat(5))
 }
 
 func startWriter(h *iommu.Host, l *locks) (*writer, error) {
@@ -238,7 +232,7 @@ func startWriter(h *iommu.Host, l *locks) (*writer, error) {
 		return nil, errors.Join(fmt.Errorf("start the child that writes: %w", err), in.Close(), out.Close())
 	}
 	w := &writer{host: h, out: out, send: json.NewEncoder(out), waiting: map[int64]chan reply{}, ended: make(chan struct{})}
-	w.process = named(h, cmd.Process.Pid)
+	w.process = NameProcess(h, cmd.Process.Pid)
 	go func() {
 		defer in.Close()
 		for replies := json.NewDecoder(in); ; {
@@ -322,7 +316,7 @@ func (w *writer) drop(batch int64) {
 type StuckError struct {
 	Device  iommu.Address
 	What    string // the write
-	Writer  process
+	Writer  Proc
 	Since   time.Time
 	Holders []Holder // what it waits for, where that can be seen
 }

@@ -203,6 +203,9 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 		}
 	}))
 	errs = append(errs, m.Remember(items))
+	if o.boot {
+		errs = append(errs, c.restoreLeases(ctx))
+	}
 	switch {
 	case o.confirm > 0:
 		errs = append(errs, m.Begin(s, o.confirm)) // the time is counted from now

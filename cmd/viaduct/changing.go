@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"time"
@@ -10,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"viaduct/cmd/internal/declared"
+	"viaduct/cmd/internal/lease"
 	"viaduct/internal/journal"
 	"viaduct/iommu"
 	"viaduct/sriov"
@@ -30,7 +32,9 @@ type changing struct {
 
 // newBinder is the binder of a command; its owner closes it.
 func newBinder(h *iommu.Host, timeout time.Duration) *vfio.Binder {
-	b := &vfio.Binder{Host: h, Timeout: timeout, Others: sriov.Recoverers}
+	others := maps.Clone(sriov.Recoverers)
+	maps.Copy(others, lease.Recoverers)
+	b := &vfio.Binder{Host: h, Timeout: timeout, Others: others}
 	if h.Live() {
 		b.Journal = journal.In(journal.Dir)
 	}

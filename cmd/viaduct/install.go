@@ -29,6 +29,7 @@ func installCommand(e *env) *cli.Command {
 			"Examples:\n  viaduct install\n  viaduct install --watch\n  viaduct install --initramfs --dry-run",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "watch", Usage: "also a service that keeps the host as declared, after driver reloads, hotplug and resets", Destination: &o.Watch},
+			&cli.BoolFlag{Name: "libvirt", Usage: "also a hook that has libvirt check, take and scrub what is assigned to its domains", Destination: &o.Libvirt},
 			&cli.BoolFlag{Name: "initramfs", Usage: "also a hook that keeps devices with initramfs: true from their own drivers from the first moment on", Destination: &initramfs},
 			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "print the files, and write none", Destination: &e.dryRun},
 		},
@@ -99,6 +100,9 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 	}
 	if initramfs || slices.ContainsFunc(changed, install.InInitramfs) {
 		e.note("now make the initramfs anew: %s", generator.Rebuild())
+	}
+	if slices.Contains(changed, install.LibvirtHook) {
+		e.note("libvirt looks for hooks when it starts: systemctl restart libvirtd (or virtqemud); running domains are not touched")
 	}
 	if len(changed) == 0 {
 		fmt.Fprintln(e.stdout, "all is installed already")

@@ -111,8 +111,15 @@ func run(args []string, stdout, stderr io.Writer) int {
 	if errors.Is(err, errDiffers) {
 		return exitDiffers
 	}
+	ended, ran := errors.AsType[*vmmEnded](err)
+	if ran && ended.error == nil {
+		return ended.status
+	}
 	for line := range strings.SplitSeq(err.Error(), "\n") {
 		e.note("%s", line)
+	}
+	if ran {
+		return ended.status
 	}
 	return exitStatus(err)
 }
@@ -184,6 +191,7 @@ func newApp(e *env) *cli.App {
 			listCommand(e), showCommand(e), bindCommand(e), unbindCommand(e), recoverCommand(e), vfCommand(e),
 			planCommand(e), applyCommand(e), statusCommand(e), undoCommand(e), adoptCommand(e), schemaCommand(e),
 			installCommand(e), uninstallCommand(e), watchCommand(e),
+			assignCommand(e), releaseCommand(e), leasesCommand(e), runCommand(e), poolCommand(e), libvirtHookCommand(e),
 			snapshotCommand(e), completionCommand(e), manCommand(e), versionCommand(e),
 		},
 	}

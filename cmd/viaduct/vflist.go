@@ -41,6 +41,7 @@ type vfView struct {
 	Settings       sriov.Settings `json:"settings"`
 	Statistics     *sriov.Stats   `json:"statistics"`
 	Representor    *string        `json:"representor"`
+	Lease          *string        `json:"lease"` // the guest it is assigned to
 	Holders        []string       `json:"holders"`
 }
 
@@ -79,19 +80,19 @@ func runVFList(e *env, sel []iommu.Selector) error {
 	if e.json {
 		err = writeJSON(w, view)
 	} else {
-		rows := [][]string{{"PF", "VF", "ADDRESS", "GROUP", "DRIVER", "OVERRIDE", "MAC", "SETTINGS", "HELD"}}
+		rows := [][]string{{"PF", "VF", "ADDRESS", "GROUP", "DRIVER", "OVERRIDE", "MAC", "SETTINGS", "LEASE", "HELD"}}
 		for _, p := range view.PFs {
 			label := p.Address
 			if len(p.Netdevs) > 0 {
 				label = p.Netdevs[0]
 			}
-			rows = append(rows, []string{label, fmt.Sprintf("%d/%d", p.Enabled, p.Total), p.Address, "", ptr(p.Driver), "", "", eswitchText(p), ""})
+			rows = append(rows, []string{label, fmt.Sprintf("%d/%d", p.Enabled, p.Total), p.Address, "", ptr(p.Driver), "", "", eswitchText(p), "", ""})
 			for _, v := range p.VFs {
 				group := ""
 				if v.Group != nil {
 					group = strconv.Itoa(*v.Group)
 				}
-				rows = append(rows, []string{label, "vf" + strconv.Itoa(v.Index), v.Address, group, ptr(v.Driver), ptr(v.DriverOverride), ptr(v.MAC), unusual(v), strings.Join(v.Holders, ", ")})
+				rows = append(rows, []string{label, "vf" + strconv.Itoa(v.Index), v.Address, group, ptr(v.Driver), ptr(v.DriverOverride), ptr(v.MAC), unusual(v), ptr(v.Lease), strings.Join(v.Holders, ", ")})
 			}
 		}
 		writeTable(w, rows)
@@ -139,6 +140,14 @@ func viewVFs(h *iommu.Host, t *iommu.Topology, pf *iommu.Device) (out []vfView, 
 			held[holder.Device] = append(held[holder.Device], holder.What)
 		}
 	}
+	leased, err := vfio.LeaseHolders(h, vfs)
+	if err != nil {
+		return out, nil, err
+	}
+	guests := map[string]string{}
+	for _, l := range leased {
+		guests[l.Device] = l.Guest
+	}
 	ports, err := sriov.ReadPorts(h, port)
 	if err != nil {
 		return out, nil, err
@@ -147,7 +156,7 @@ func viewVFs(h *iommu.Host, t *iommu.Topology, pf *iommu.Device) (out []vfView, 
 		info, _ := port.Of(vf.VFIndex)
 		row := vfView{
 			Index: vf.VFIndex, Address: vf.Name, Driver: known(vf.Driver), DriverOverride: known(vf.DriverOverride), Netdevs: append([]string{}, vf.Netdevs...),
-			MAC: known(info.Settings[sriov.MAC]), Settings: info.Settings, Statistics: info.Stats, Representor: known(ports.VFs[vf.VFIndex]), Holders: append([]string{}, held[vf.Name]...),
+			MAC: known(info.Settings[sriov.MAC]), Settings: info.Settings, Statistics: info.Stats, Representor: known(ports.VFs[vf.VFIndex]), Lease: known(guests[vf.Name]), Holders: append([]string{}, held[vf.Name]...),
 		}
 		if vf.Group >= 0 {
 			row.Group = &vf.Group

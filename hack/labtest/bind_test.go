@@ -335,10 +335,17 @@ func (v vmm) end() {
 // guest starts one, and returns when it has opened the devices.
 func guest(t *testing.T, name string, devices ...string) vmm {
 	t.Helper()
-	args := []string{"-accel", "tcg", "-S", "-name", "guest=" + name + ",debug-threads=on", "-m", "64", "-nodefaults", "-display", "none", "-monitor", "stdio"}
+	var args []string
 	for _, d := range devices {
 		args = append(args, "-device", "vfio-pci,host="+d)
 	}
+	return guestWith(t, name, args...)
+}
+
+// guestWith starts one with these arguments.
+func guestWith(t *testing.T, name string, more ...string) vmm {
+	t.Helper()
+	args := append([]string{"-accel", "tcg", "-machine", "q35", "-S", "-name", "guest=" + name + ",debug-threads=on", "-m", "64", "-nodefaults", "-display", "none", "-monitor", "stdio"}, more...)
 	qemu := exec.Command("qemu-system-x86_64", args...)
 	monitor, err := qemu.StdinPipe()
 	if err != nil {

@@ -5,6 +5,7 @@ package declared
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 
 	"viaduct/cmd/internal/spec"
@@ -27,6 +28,9 @@ type Manager struct {
 	Boot     bool             // nobody can hold anything yet: what was protected when the host ran is refused
 	Accept   bool             // what changed since is as it is to be
 	Late     bool             // also what waits for a bond
+
+	// Leased are the settings that guests' VFs have instead of what is declared; the drivers of all that is in it are left alone.
+	Leased map[iommu.Address]sriov.Settings
 
 	exact bool // VFs that are to have no driver must not be on a vfio driver either
 	index *index
@@ -163,10 +167,20 @@ func (m *Manager) planPF(pf *spec.PF, guard *guard) *Item {
 		Eswitch: sriov.Eswitch{Mode: pf.Eswitch, Inline: pf.Inline, Encap: pf.Encap}, Offload: pf.Offload, MTU: pf.MTU,
 	}
 	i.Waits = pf.AfterLAG && !m.Late && !m.bonded(i.Device)
-	for _, vf := range each {
+	var places []iommu.Address
+	if len(m.Leased) > 0 {
+		places = iommu.VFAddresses(m.Host, i.Device.Address)
+	}
+	for n, vf := range each {
 		use := vf.Use
 		if i.Waits {
 			use = sriov.UseNone
+		}
+		if n < len(places) {
+			if own, leased := m.Leased[places[n]]; leased {
+				use = sriov.UseVFIO
+				maps.Copy(vf.Settings, own)
+			}
 		}
 		wish.VFs = append(wish.VFs, sriov.VFWish{Use: use, Settings: vf.Settings})
 	}
@@ -314,7 +328,11 @@ func (m *Manager) Check(items []*Item, dry bool) {
 			if len(s.devices) == 0 {
 				continue
 			}
-			gate := &vfio.Gate{Host: m.Host, Topology: m.Topology, Asked: s.devices, Force: m.Force, Driver: s.driver, DryRun: dry}
+			force := m.Force
+			if i.unit == nil && s.driver == vfio.Auto { // a guest's VF goes where the guest needs it
+				force = append(slices.Clone(force), vfio.Lease)
+			}
+			gate := &vfio.Gate{Host: m.Host, Topology: m.Topology, Asked: s.devices, Force: force, Driver: s.driver, DryRun: dry}
 			units := [][]*iommu.Device{s.devices}
 			if i.unit == nil {
 				units = each(s.devices)

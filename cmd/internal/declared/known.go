@@ -47,7 +47,7 @@ func (m *Manager) changed(k *known, d *iommu.Device) string {
 	if why := vfio.Differs(m.Host, &k.Identity, d); why != "" {
 		return fmt.Sprintf("%s is another device than %s was: %s", d.Name, k.Address, why)
 	}
-	if place, err := iommu.PathOf(m.Host, d); err == nil && place != k.Identity.Path && !m.same(&k.Identity, d) {
+	if place, err := iommu.PathOf(m.Host, d); err == nil && place != k.Identity.Path && !m.Same(&k.Identity, d) {
 		return fmt.Sprintf("%s is at path=%s instead of %s, and nothing tells whether it is the same device", d.Name, place, k.Identity.Path)
 	}
 	return ""

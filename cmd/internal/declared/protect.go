@@ -38,7 +38,7 @@ func (m *Manager) Protect() error {
 	for _, d := range all {
 		why := ""
 		if n := slices.IndexFunc(holders, func(h vfio.Holder) bool {
-			return h.Device == d.Name && h.Kind != vfio.Process && h.Kind != vfio.Owner
+			return h.Device == d.Name && !slices.Contains([]vfio.Kind{vfio.Process, vfio.Lease, vfio.Owner}, h.Kind)
 		}); n >= 0 {
 			why = holders[n].What
 		} else if why, err = needs.of(m.Host, d); err != nil {
@@ -54,7 +54,7 @@ func (m *Manager) Protect() error {
 	}
 	if !m.Accept { // what carried the host once may be down just now: it stays protected as long as it is there
 		for _, old := range before {
-			still := slices.ContainsFunc(all, func(d *iommu.Device) bool { return m.same(&old.Identity, d) })
+			still := slices.ContainsFunc(all, func(d *iommu.Device) bool { return m.Same(&old.Identity, d) })
 			if still && !slices.ContainsFunc(out, func(p protected) bool { return reflect.DeepEqual(p.Identity, old.Identity) }) {
 				out = append(out, old)
 			}
@@ -76,7 +76,7 @@ func (m *Manager) recorded(g *guard) error {
 	g.any = g.any || found
 	m.Topology.All(func(d *iommu.Device) bool {
 		for k := range all {
-			if d.PCI && g.names[d.Name] == "" && m.same(&all[k].Identity, d) {
+			if d.PCI && g.names[d.Name] == "" && m.Same(&all[k].Identity, d) {
 				g.names[d.Name] = "it carried this host when that last ran: it " + all[k].Why
 			}
 		}
@@ -85,9 +85,9 @@ func (m *Manager) recorded(g *guard) error {
 	return nil
 }
 
-// same reports whether this is the device that was identified: by its own numbers where both are known, else by its place. The
+// Same reports whether this is the device that was identified: by its own numbers where both are known, else by its place. The
 // functions of a card share its serial number.
-func (m *Manager) same(id *vfio.Identity, d *iommu.Device) bool {
+func (m *Manager) Same(id *vfio.Identity, d *iommu.Device) bool {
 	if vfio.Differs(m.Host, id, d) != "" {
 		return false
 	}

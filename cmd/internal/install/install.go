@@ -18,6 +18,7 @@ type Options struct {
 	Program   string   // absolute path of viaduct
 	Watch     bool     // a service that keeps the host as declared
 	Late      bool     // a second unit, when the network is up, for what waits for a bond
+	Libvirt   bool     // a hook that checks, takes and scrubs what domains have
 	Initramfs []string // places of what the initramfs keeps for passthrough; nil for no hook
 }
 
@@ -28,6 +29,9 @@ const (
 
 	initramfsTools = "/etc/initramfs-tools"
 	dracutModule   = "/usr/lib/dracut/modules.d/91viaduct"
+
+	// LibvirtHook is the hook that libvirt runs for each QEMU domain.
+	LibvirtHook = "/etc/libvirt/hooks/qemu.d/viaduct"
 )
 
 const marker = "Written by viaduct install; viaduct uninstall removes it."
@@ -107,6 +111,12 @@ Type=oneshot
 ExecStart=%s apply --boot --wait 0s
 `
 
+// A hook of libvirt's (docs/hooks.rst there; the folder since 6.5). What it is called for, and what it refuses, is the program's.
+const libvirtHook = `#!/bin/sh
+# ` + marker + `
+exec %s libvirt-hook "$@"
+`
+
 // File is one file of the host, or a link.
 type File struct {
 	Path    string
@@ -136,6 +146,9 @@ func (o *Options) Files(initramfs Generator) ([]File, error) {
 	if o.Watch {
 		all = append(all, unit("viaduct-watch.service", watch, true)...)
 	}
+	if o.Libvirt {
+		all = append(all, File{Path: LibvirtHook, Content: fmt.Sprintf(libvirtHook, o.Program), Mode: 0o755})
+	}
 	if o.Initramfs != nil {
 		more, err := initramfs.files(o)
 		if err != nil {
@@ -148,7 +161,7 @@ func (o *Options) Files(initramfs Generator) ([]File, error) {
 
 // everything is all that any options come to, for what an earlier install left.
 func everything() []File {
-	o := Options{Program: "/", Watch: true, Late: true, Initramfs: []string{}}
+	o := Options{Program: "/", Watch: true, Late: true, Libvirt: true, Initramfs: []string{}}
 	var all []File
 	for _, g := range []Generator{InitramfsTools, Dracut} {
 		files, _ := o.Files(g)

@@ -1,0 +1,62 @@
+package declared
+
+import (
+	"fmt"
+	"slices"
+
+	"viaduct/cmd/internal/spec"
+	"viaduct/iommu"
+)
+
+// Pools are the names of the pools that are declared, in their order.
+func Pools(s *spec.Host) []string {
+	var out []string
+	for k := range s.PFs {
+		for _, r := range s.PFs[k].VFs {
+			if r.Pool != "" && !slices.Contains(out, r.Pool) {
+				out = append(out, r.Pool)
+			}
+		}
+	}
+	return out
+}
+
+// Pool are the VFs of a pool that are there. PFs that are missing, or are other devices than they were when they were last
+// applied, add none: the error says which, if no VF is left.
+func (m *Manager) Pool(s *spec.Host, name string) ([]*iommu.Device, error) {
+	var out []*iommu.Device
+	var last error
+	for k := range s.PFs {
+		pf := &s.PFs[k]
+		if !slices.ContainsFunc(pf.VFs, func(r spec.VFs) bool { return r.Pool == name }) {
+			continue
+		}
+		i := &Item{Name: pf.Select.String()}
+		if !m.found(i, pf.Select) {
+			last = i.Err
+			continue
+		}
+		each := pf.Each()
+		for _, vf := range m.Topology.VFs(i.Device) {
+			if vf.VFIndex < len(each) && each[vf.VFIndex].Pool == name {
+				out = append(out, vf)
+			}
+		}
+	}
+	if len(out) == 0 {
+		if last == nil {
+			last = fmt.Errorf("its VFs are not made yet (viaduct apply)")
+		}
+		return nil, fmt.Errorf("pool %q: %w", name, last)
+	}
+	return out, nil
+}
+
+// Protected refuses to take devices that are declared as never to be touched.
+func (m *Manager) Protected(s *spec.Host, unit []*iommu.Device) error {
+	guard, err := m.guard(s)
+	if err != nil {
+		return err
+	}
+	return guard.take(unit)
+}

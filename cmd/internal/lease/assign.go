@@ -1,0 +1,553 @@
+package lease
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"viaduct/cmd/internal/declared"
+	"viaduct/cmd/internal/spec"
+	"viaduct/iommu"
+	"viaduct/sriov"
+	"viaduct/vfio"
+)
+
+// Manager is what leases are worked on with.
+type Manager struct {
+	Host     *iommu.Host
+	Topology *iommu.Topology
+	Binder   *vfio.Binder
+	Book     *Book
+	Spec     *spec.Host                                   // for its pools, and what it protects
+	Lock     func(context.Context, []*iommu.Device) error // of devices, for as long as the Binder is open
+	Timeout  time.Duration                                // how long another viaduct is waited for
+}
+
+// Request is what a guest asks for.
+type Request struct {
+	Guest, From string
+	Count       int
+	Settings    sriov.Settings
+	Memory      uint64 // the guest's, in bytes; 0: not known
+	Moves       bool   // its VMM keeps guest memory off the range that AMD's IOMMUs reserve
+	NUMA        *int
+	NodeOwner   string
+	TTL         time.Duration
+	OwnerPID    int
+	Unit        string
+	Persist     bool
+	exactly     []iommu.Address // these, whoever drew them
+}
+
+func (m *Manager) declared() *declared.Manager {
+	return &declared.Manager{Host: m.Host, Topology: m.Topology, Binder: m.Binder, State: m.Book.State}
+}
+
+func (m *Manager) timeout() time.Duration {
+	if m.Timeout > 0 {
+		return m.Timeout
+	}
+	return vfio.DefaultTimeout
+}
+
+// all are all leases; those that are still to be made in this boot hold what they are going to have.
+func (m *Manager) all() ([]*Lease, error) {
+	all, err := m.Book.All()
+	for _, l := range all {
+		if l.Maker == (vfio.Proc{}) && l.Persist && !l.Ready {
+			m.relocate(l)
+		}
+	}
+	return all, err
+}
+
+// Assign gives a guest devices: draws them, under the lock of the books, and then configures and takes them. Asked again for the
+// same guest it finishes what is there. It returns what the user should know beside the lease.
+func (m *Manager) Assign(ctx context.Context, r *Request) (*Lease, []string, error) {
+	mine, err := m.Book.lockGuest(ctx, r.Guest, m.timeout())
+	if err != nil {
+		return nil, nil, err
+	}
+	defer mine.Close()
+	units, err := m.units(r)
+	if err != nil {
+		old, _ := m.Book.Get(r.Guest)
+		if old == nil || old.From != r.From { // what it was drawn from may be gone from the declaration
+			return nil, nil, err
+		}
+	}
+	skip := map[string]bool{}
+	for {
+		l, fresh, err := m.reserve(ctx, r, units, skip)
+		if err != nil {
+			return nil, nil, err
+		}
+		notes, err := m.finish(ctx, l, r)
+		if err == nil || !fresh {
+			return l, notes, err
+		}
+		if undone := m.undo(ctx, l); undone != nil { // the lease stays, for release to end
+			return nil, notes, errors.Join(err, fmt.Errorf("%s keeps what it was given, for viaduct release %s: %w", r.Guest, r.Guest, undone))
+		}
+		used, refused := errors.AsType[*inUseError](err)
+		if !refused || ctx.Err() != nil {
+			return nil, notes, err
+		}
+		for _, d := range used.devices { // by what keeps no books: the next one, then
+			skip[d.Name] = true
+		}
+		if len(units) == r.Count || r.exactly != nil {
+			return nil, notes, used.error
+		}
+	}
+}
+
+// units are what a request may be given.
+func (m *Manager) units(r *Request) ([][]*iommu.Device, error) {
+	if r.exactly == nil {
+		return m.source(r.From)
+	}
+	var devices []*iommu.Device
+	for _, a := range r.exactly {
+		d, err := m.Topology.Find(a)
+		if err != nil {
+			return nil, err
+		}
+		devices = append(devices, d)
+	}
+	return vfio.Units(m.Topology, devices)
+}
+
+// reserve draws devices for a guest and writes that down; fresh is false if it has some already.
+func (m *Manager) reserve(ctx context.Context, r *Request, units [][]*iommu.Device, skip map[string]bool) (l *Lease, fresh bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, m.timeout())
+	defer cancel()
+	held, err := m.Book.lock(ctx, books)
+	if err != nil {
+		return nil, false, fmt.Errorf("the books of all leases are locked: %w", err)
+	}
+	defer held.Close()
+	all, err := m.all()
+	if err != nil {
+		return nil, false, err
+	}
+	if i := slices.IndexFunc(all, func(l *Lease) bool { return l.Guest == r.Guest }); i >= 0 {
+		l := all[i]
+		if why := l.differs(r); why != "" {
+			return nil, false, &vfio.RefusedError{What: "assign to " + r.Guest, Reasons: []string{fmt.Sprintf("it has a lease already, %s", why)}, Cure: "viaduct release " + r.Guest}
+		}
+		l.Maker = m.self()
+		return l, false, m.Book.put(l)
+	}
+	drawn, err := m.free(all, r, units, skip)
+	if err != nil {
+		return nil, false, err
+	}
+	l = &Lease{
+		Guest: r.Guest, From: r.From, Count: r.Count, Made: time.Now(), TTL: r.TTL, Unit: r.Unit, Persist: r.Persist, NodeOwner: r.NodeOwner, Drawn: r.exactly != nil,
+		Maker: m.self(), Holders: []Holder{},
+	}
+	if r.OwnerPID != 0 {
+		owner := vfio.NameProcess(m.Host, r.OwnerPID)
+		l.Owner = &owner
+	}
+	for _, d := range slices.Concat(drawn...) {
+		l.Devices = append(l.Devices, m.describe(d, r.Settings))
+	}
+	return l, true, m.Book.put(l)
+}
+
+func (m *Manager) self() vfio.Proc { return vfio.NameProcess(m.Host, os.Getpid()) }
+
+func (m *Manager) describe(d *iommu.Device, want sriov.Settings) Device {
+	out := Device{Address: d.Address, ID: d.ID, Index: d.VFIndex, Home: !iommu.IsVFIODriver(d.Driver)}
+	if d.PhysFn == nil {
+		id := m.Binder.Identify(d)
+		out.Identity = &id
+		return out
+	}
+	out.Wanted = maps.Clone(want)
+	if pf, err := m.Topology.Find(*d.PhysFn); err == nil {
+		id := m.Binder.Identify(pf)
+		out.PF = &id
+	}
+	return out
+}
+
+// differs says how a lease is not what is asked for.
+func (l *Lease) differs(r *Request) string {
+	switch {
+	case l.From != r.From:
+		return fmt.Sprintf("drawn from %s", l.From)
+	case l.Persist != r.Persist:
+		return "which is to outlive the boot or not, unlike what is asked for now"
+	}
+	for _, d := range l.Devices {
+		if d.PF != nil && !maps.Equal(d.Wanted, r.Settings) {
+			return fmt.Sprintf("with %s", settingsText(d.Wanted))
+		}
+	}
+	if l.Count != r.Count {
+		return fmt.Sprintf("with --count %d", l.Count)
+	}
+	return ""
+}
+
+func settingsText(s sriov.Settings) string {
+	var out []string
+	for _, k := range sriov.Keys {
+		if v, ok := s[k]; ok {
+			out = append(out, fmt.Sprintf("%s=%s", k, v))
+		}
+	}
+	if len(out) == 0 {
+		return "no settings"
+	}
+	return strings.Join(out, " ")
+}
+
+// inUseError is why a device that was drawn cannot be had: something that keeps no books uses it.
+type inUseError struct {
+	error
+	devices []*iommu.Device
+}
+
+func (e *inUseError) Unwrap() error { return e.error }
+
+// finish makes what a lease says: settings, drivers, nodes. What is there already is not written again.
+func (m *Manager) finish(ctx context.Context, l *Lease, r *Request) (notes []string, err error) {
+	devices, err := m.devices(l)
+	if err != nil {
+		return nil, err
+	}
+	if r != nil {
+		fits, err := m.fits(l, devices, r)
+		if notes = append(notes, fits...); err != nil {
+			return notes, err
+		}
+	}
+	if l.NodeOwner != "" {
+		if m.Binder.Owner, err = vfio.ParseNodeOwner(l.NodeOwner); err != nil {
+			return notes, err
+		}
+	}
+	if err := m.Lock(ctx, m.withPFs(devices, l.configured())); err != nil {
+		return notes, err
+	}
+	if err := refresh(m.Host, devices); err != nil {
+		return notes, err
+	}
+	units, err := vfio.Units(m.Topology, devices)
+	if err != nil {
+		return notes, err
+	}
+	if m.Host.Live() {
+		gate := &vfio.Gate{Host: m.Host, Topology: m.Topology, Asked: devices, Force: []vfio.Kind{vfio.Lease}}
+		refusals, err := gate.Take(units)
+		if err != nil {
+			return notes, err
+		}
+		if err := m.inUse(l, units, refusals); err != nil {
+			return notes, err
+		}
+		if !l.Drawn {
+			if err := m.before(l); err != nil {
+				return notes, err
+			}
+		}
+		set, err := m.configure(ctx, l, devices)
+		if notes = append(notes, set...); err != nil {
+			return notes, err
+		}
+	}
+	for _, unit := range units {
+		if err := m.declared().Protected(m.Spec, unit); err != nil {
+			return notes, err
+		}
+	}
+	var errs []error
+	for _, result := range m.Binder.Take(ctx, units, vfio.Auto) {
+		errs = append(errs, result.Err)
+	}
+	if err := errors.Join(errs...); err != nil {
+		return notes, err
+	}
+	l.Ready = true
+	return notes, m.Book.put(l)
+}
+
+// inUse are the refusals of units, and those that are because somebody has the device open who keeps no books.
+func (m *Manager) inUse(l *Lease, units [][]*iommu.Device, refusals []error) error {
+	if err := errors.Join(refusals...); err != nil {
+		used := &inUseError{error: err}
+		for i, unit := range units {
+			if refusals[i] != nil {
+				used.devices = append(used.devices, unit...)
+			}
+		}
+		return used
+	}
+	if l.Ready || len(l.Holders) > 0 {
+		return nil // it may run
+	}
+	holders, err := vfio.ProcessHolders(m.Host, slices.Concat(units...)) // of those on a vfio driver, which the gate lets pass
+	if err != nil || len(holders) == 0 {
+		return err
+	}
+	used := &inUseError{error: vfio.Refuse("assign "+holders[0].Device, holders, nil, "end it first")}
+	for _, unit := range units {
+		for _, d := range unit {
+			if slices.ContainsFunc(holders, func(h vfio.Holder) bool { return h.Device == d.Name }) {
+				used.devices = append(used.devices, unit...)
+			}
+		}
+	}
+	return used
+}
+
+// configured reports whether a lease's VFs get settings.
+func (l *Lease) configured() bool {
+	return slices.ContainsFunc(l.Devices, func(d Device) bool { return len(d.Wanted) > 0 })
+}
+
+// devices are a lease's devices as the scan found them.
+func (m *Manager) devices(l *Lease) ([]*iommu.Device, error) {
+	var out []*iommu.Device
+	for i := range l.Devices {
+		d, err := m.Topology.Find(l.Devices[i].Address)
+		if err != nil || d.ID != l.Devices[i].ID {
+			return nil, fmt.Errorf("%s of %s is lost: it is not there any more (viaduct release %s ends the lease)", l.Devices[i].Address, l.Guest, l.Guest)
+		}
+		out = append(out, d)
+	}
+	return out, nil
+}
+
+// withPFs adds the PFs of VFs, whose lock the settings are under.
+func (m *Manager) withPFs(devices []*iommu.Device, too bool) []*iommu.Device {
+	out := slices.Clone(devices)
+	for _, d := range devices {
+		if !too || d.PhysFn == nil {
+			continue
+		}
+		if pf, err := m.Topology.Find(*d.PhysFn); err == nil && !slices.Contains(out, pf) {
+			out = append(out, pf)
+		}
+	}
+	return out
+}
+
+// refresh reads devices again, as they are now that nobody else changes them.
+func refresh(h *iommu.Host, devices []*iommu.Device) error {
+	for _, d := range devices {
+		now, err := iommu.ReadDevice(h, d.Address)
+		if err != nil {
+			return err
+		}
+		d.Driver, d.DriverOverride, d.SRIOV = now.Driver, now.DriverOverride, now.SRIOV
+		if d.Netdevs = nil; d.Blocks() {
+			if d.Netdevs, err = iommu.Netdevs(h, d.Address); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// byPF calls do for each PF of a lease's VFs, with them.
+func (m *Manager) byPF(l *Lease, do func(pf *iommu.Device, devices []*Device) error) error {
+	of := map[iommu.Address][]*Device{}
+	var order []*iommu.Device
+	for i := range l.Devices {
+		d, err := m.Topology.Find(l.Devices[i].Address)
+		if err != nil || d.PhysFn == nil {
+			continue
+		}
+		pf, err := m.Topology.Find(*d.PhysFn)
+		if err != nil {
+			return err
+		}
+		if of[pf.Address] == nil {
+			order = append(order, pf)
+		}
+		of[pf.Address] = append(of[pf.Address], &l.Devices[i])
+	}
+	for _, pf := range order {
+		if err := do(pf, of[pf.Address]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// before writes down what VFs have, before the first change, for the scrub.
+func (m *Manager) before(l *Lease) error {
+	changed := false
+	err := m.byPF(l, func(pf *iommu.Device, devices []*Device) error {
+		port, err := sriov.ReadPort(m.Host, pf)
+		if err != nil {
+			return err
+		}
+		for _, d := range devices {
+			if now, known := port.Of(d.Index); known && d.Before == nil {
+				d.Before, changed = now.Settings, true
+			}
+		}
+		return nil
+	})
+	if err != nil || !changed {
+		return err
+	}
+	return m.Book.put(l)
+}
+
+// configure gives a lease's VFs what they are to have, and notes what they have then.
+func (m *Manager) configure(ctx context.Context, l *Lease, devices []*iommu.Device) (notes []string, err error) {
+	return notes, m.byPF(l, func(pf *iommu.Device, vfs []*Device) error {
+		for _, d := range vfs {
+			if len(d.Wanted) == 0 {
+				continue
+			}
+			vf := devices[slices.IndexFunc(devices, func(x *iommu.Device) bool { return x.Address == d.Address })]
+			plan, err := sriov.PlanSet(m.Host, pf, vf, d.Wanted)
+			if err != nil {
+				return err
+			}
+			unverified, err := sriov.Set(ctx, m.Binder, plan)
+			if err != nil {
+				return err
+			}
+			if len(unverified) > 0 {
+				notes = append(notes, fmt.Sprintf("%s: set, not verifiable, as the driver does not report it: %s", vf.Name, strings.Join(unverified, ", ")))
+			}
+		}
+		port, err := sriov.ReadPort(m.Host, pf)
+		if err != nil {
+			return err
+		}
+		for _, d := range vfs {
+			now, _ := port.Of(d.Index)
+			d.Now = maps.Clone(d.Wanted)
+			if now.Settings != nil {
+				d.Now = now.Settings
+			}
+		}
+		return nil
+	})
+}
+
+// undo brings the devices of a lease that could not be made back to what they were, and ends it.
+func (m *Manager) undo(ctx context.Context, l *Lease) error {
+	ctx = context.WithoutCancel(ctx) // that of the command may be over
+	for i := range l.Devices {
+		d, err := m.Topology.Find(l.Devices[i].Address)
+		if err != nil {
+			continue
+		}
+		if l.configured() { // then its PF is locked
+			err = m.restore(ctx, &l.Devices[i], d)
+		}
+		if err := errors.Join(err, m.giveBack(ctx, &l.Devices[i], d)); err != nil {
+			return err
+		}
+	}
+	return m.Book.drop(l)
+}
+
+// restore gives a VF the settings that it had before it was assigned.
+func (m *Manager) restore(ctx context.Context, dev *Device, d *iommu.Device) error {
+	if len(dev.Before) == 0 || d.PhysFn == nil {
+		return nil
+	}
+	pf, err := m.Topology.Find(*d.PhysFn)
+	if err != nil {
+		return err
+	}
+	plan, err := sriov.PlanSet(m.Host, pf, d, dev.Before)
+	if err != nil {
+		return err
+	}
+	_, err = sriov.Set(ctx, m.Binder, plan)
+	return err
+}
+
+// giveBack gives a device back to what it had, if that was no vfio driver.
+func (m *Manager) giveBack(ctx context.Context, dev *Device, d *iommu.Device) error {
+	if !dev.Home {
+		return nil
+	}
+	now, err := iommu.ReadDevice(m.Host, d.Address)
+	if err != nil || !iommu.IsVFIODriver(now.Driver) {
+		return err
+	}
+	d.Driver, d.DriverOverride = now.Driver, now.DriverOverride
+	var errs []error
+	for _, result := range m.Binder.GiveBack(ctx, [][]*iommu.Device{{d}}) {
+		errs = append(errs, result.Err)
+	}
+	return errors.Join(errs...)
+}
+
+// Preview is what Assign would do, as shell commands.
+func (m *Manager) Preview(r *Request) ([]string, error) {
+	all, err := m.all()
+	if err != nil {
+		return nil, err
+	}
+	var devices []*iommu.Device
+	if i := slices.IndexFunc(all, func(l *Lease) bool { return l.Guest == r.Guest }); i >= 0 {
+		if devices, err = m.devices(all[i]); err != nil {
+			return nil, err
+		}
+	} else {
+		units, err := m.source(r.From)
+		if err != nil {
+			return nil, err
+		}
+		drawn, err := m.free(all, r, units, nil)
+		if err != nil {
+			return nil, err
+		}
+		devices = slices.Concat(drawn...)
+		if m.Host.Live() {
+			gate := &vfio.Gate{Host: m.Host, Topology: m.Topology, Asked: devices, DryRun: true}
+			refusals, err := gate.Take(drawn)
+			if err := errors.Join(append(refusals, err)...); err != nil {
+				return nil, err
+			}
+		}
+	}
+	if _, err := m.fits(&Lease{Guest: r.Guest}, devices, r); err != nil {
+		return nil, err
+	}
+	var out []string
+	for _, d := range devices {
+		if d.PhysFn != nil && len(r.Settings) > 0 && m.Host.Live() {
+			pf, err := m.Topology.Find(*d.PhysFn)
+			if err != nil {
+				return nil, err
+			}
+			plan, err := sriov.PlanSet(m.Host, pf, d, r.Settings)
+			if err != nil {
+				return nil, err
+			}
+			out = append(out, plan.Commands()...)
+		}
+		change, err := m.Binder.PlanTake(d, vfio.Auto)
+		if err != nil {
+			return nil, err
+		}
+		for _, s := range change.Steps {
+			out = append(out, s.String())
+		}
+		if len(change.Steps) == 0 {
+			out = append(out, "# "+d.Name+" is on "+d.Driver+" already")
+		}
+	}
+	return out, nil
+}

@@ -1,0 +1,137 @@
+package lease
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"viaduct/cmd/internal/declared"
+	"viaduct/iommu"
+	"viaduct/vfio"
+)
+
+// ExhaustedError says that there is nothing left to draw.
+type ExhaustedError struct {
+	From                               string
+	Wanted, Of                         int
+	Leased, Quarantined, Used, Refused int
+}
+
+func (e *ExhaustedError) Error() string {
+	out := []string{fmt.Sprintf("pool exhausted: %q has %d, of which %d are assigned (viaduct leases)", e.From, e.Of, e.Leased)}
+	for _, more := range []struct {
+		n    int
+		what string
+	}{{e.Quarantined, "in quarantine"}, {e.Used, "in another tool's books"}, {e.Refused, "in use"}} {
+		if more.n > 0 {
+			out = append(out, fmt.Sprintf("%d %s", more.n, more.what))
+		}
+	}
+	if e.Wanted > 1 {
+		out = append(out, fmt.Sprintf("and %d are wanted", e.Wanted))
+	}
+	return strings.Join(out, ", ")
+}
+
+// source is what a guest may draw from: units of devices, each of which it gets whole. A VF is a unit by itself where its PF
+// isolates it, as PFs do.
+func (m *Manager) source(from string) ([][]*iommu.Device, error) {
+	var devices []*iommu.Device
+	if slices.Contains(declared.Pools(m.Spec), from) {
+		var err error
+		if devices, err = m.declared().Pool(m.Spec, from); err != nil {
+			return nil, err
+		}
+		return vfio.Units(m.Topology, devices)
+	}
+	noPool := "no pool is called so"
+	if all := declared.Pools(m.Spec); len(all) > 0 {
+		noPool = "the pools are " + strings.Join(all, ", ")
+	}
+	sel, err := iommu.ParseSelector(from)
+	if err != nil {
+		return nil, fmt.Errorf("%w; and %s", err, noPool)
+	}
+	found, err := sel.Resolve(m.Host, m.Topology)
+	if err != nil {
+		return nil, fmt.Errorf("%w; and %s", err, noPool)
+	}
+	for _, d := range found {
+		switch {
+		case d.IsBridge():
+			err = &vfio.RefusedError{What: "assign " + d.Name, Reasons: []string{d.Name + " is a bridge, which no guest can have"}}
+		case d.SRIOV == nil || iommu.IsVFIODriver(d.Driver):
+			devices = append(devices, d)
+		case len(d.SRIOV.VFs) > 0:
+			devices = append(devices, m.Topology.VFs(d)...)
+		case d.SRIOV.Total > 0:
+			err = &vfio.RefusedError{What: "draw from " + d.Name, Reasons: []string{d.Name + " is a PF without VFs"},
+				Cure: fmt.Sprintf("viaduct vf create %s N; or, to assign the PF itself, viaduct bind %s first", d.Name, d.Name)}
+		default:
+			devices = append(devices, d)
+		}
+	}
+	if len(devices) == 0 && err != nil {
+		return nil, err
+	}
+	return vfio.Units(m.Topology, devices)
+}
+
+// free are the units that nobody has, the best first: on the guest's NUMA node, on a vfio driver already, without any, and by
+// address. Those that are skipped were seen to be in use.
+func (m *Manager) free(all []*Lease, r *Request, units [][]*iommu.Device, skip map[string]bool) ([][]*iommu.Device, error) {
+	leased := map[iommu.Address]bool{}
+	for _, l := range all {
+		for _, d := range l.Devices {
+			leased[d.Address] = true
+		}
+	}
+	quarantine, err1 := m.Book.Quarantined()
+	owners, err2 := vfio.Owners(m.Host, slices.Concat(units...))
+	if err := errors.Join(err1, err2); err != nil {
+		return nil, err
+	}
+	e := &ExhaustedError{From: r.From, Wanted: r.Count, Of: len(units)}
+	var out [][]*iommu.Device
+	for _, unit := range units {
+		has := func(what func(*iommu.Device) bool) bool { return slices.ContainsFunc(unit, what) }
+		switch {
+		case has(func(d *iommu.Device) bool { return leased[d.Address] }):
+			e.Leased++
+		case len(quarantine) > 0 && has(func(d *iommu.Device) bool {
+			place, err := iommu.PathOf(m.Host, d)
+			_, in := quarantine[place]
+			return err != nil || in
+		}):
+			e.Quarantined++
+		case has(func(d *iommu.Device) bool {
+			return slices.ContainsFunc(owners, func(h vfio.Holder) bool { return h.Device == d.Name })
+		}):
+			e.Used++
+		case has(func(d *iommu.Device) bool { return skip[d.Name] }):
+			e.Refused++
+		default:
+			out = append(out, unit)
+		}
+	}
+	if len(out) < r.Count {
+		return nil, e
+	}
+	rank := func(unit []*iommu.Device) int {
+		d, n := unit[0], 0
+		if r.NUMA != nil && d.NUMANode != *r.NUMA {
+			n += 4
+		}
+		switch {
+		case iommu.IsVFIODriver(d.Driver):
+		case d.Driver == "":
+			n++
+		default:
+			n += 2
+		}
+		return n
+	}
+	slices.SortStableFunc(out, func(a, b []*iommu.Device) int { return rank(a) - rank(b) })
+	return out[:r.Count], nil
+}

@@ -1,0 +1,194 @@
+// Package lease assigns devices to guests and gets them back clean: it draws VFs from pools, configures and takes them, keeps the
+// books, and scrubs what a guest leaves before anybody else gets it.
+package lease
+
+import (
+	"fmt"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+
+	"viaduct/internal/journal"
+	"viaduct/iommu"
+	"viaduct/sriov"
+	"viaduct/vfio"
+)
+
+// Lease is devices that are assigned to a guest. It is written down before the first of them is touched, and is there until the
+// last is scrubbed.
+type Lease struct {
+	Guest     string        `json:"guest"`
+	From      string        `json:"from"`  // what it was drawn from: a pool, or a selector
+	Count     int           `json:"count"` // of what was drawn: VFs, or groups of devices
+	Devices   []Device      `json:"devices"`
+	Made      time.Time     `json:"made"`
+	TTL       time.Duration `json:"ttl"`             // how long it waits for a holder; 0: for good
+	Owner     *vfio.Proc    `json:"owner,omitempty"` // it ends with this process
+	Unit      string        `json:"unit,omitempty"`  // and with this systemd unit
+	Persist   bool          `json:"persist"`         // it outlives the boot
+	NodeOwner string        `json:"node_owner,omitempty"`
+	Drawn     bool          `json:"drawn,omitempty"` // by libvirt, from a network: it ends with the domain
+
+	Ready   bool      `json:"ready"`   // its devices are configured and taken
+	Maker   vfio.Proc `json:"maker"`   // who last was at work on it
+	Holders []Holder  `json:"holders"` // seen last
+}
+
+// Device is one device of a lease.
+type Device struct {
+	Address  iommu.Address  `json:"address"`
+	ID       iommu.ID       `json:"id"`
+	PF       *vfio.Identity `json:"pf,omitempty"` // of a VF, whose address is its PF's and its index's
+	Index    int            `json:"vf_index"`
+	Identity *vfio.Identity `json:"identity,omitempty"` // of a device that is no VF
+	Home     bool           `json:"home"`               // it goes back to what it had: it was not on a vfio driver
+	Wanted   sriov.Settings `json:"wanted,omitempty"`   // what the guest is to have
+	Before   sriov.Settings `json:"before,omitempty"`   // what it had, and gets back; known before the first change
+	Now      sriov.Settings `json:"now,omitempty"`      // what it has had since it was ready
+}
+
+// Holder is a process that has a lease's device open.
+type Holder struct {
+	vfio.Proc
+	Name string `json:"name"` // as in "process 12 (qemu-system-x86), guest \"web\""
+}
+
+// Book is where leases are written down. Those that outlive a boot are in State too, and so is what is quarantined.
+type Book struct {
+	Run   *journal.Journal // /run/viaduct; nil on a captured host
+	State *journal.Journal
+}
+
+const (
+	quarantined = "quarantine-" // and the device's place
+	scrubbed    = "scrubbed-"   // and its address: the certificate of its last scrub
+)
+
+// CheckGuest refuses what is no name of a guest: it stands in command lines, file names and tables.
+func CheckGuest(name string) error {
+	if name == "" || len(name) > 120 || strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r == '/' || r == 0x7f }) || name[0] == '-' {
+		return fmt.Errorf("%q is no name of a guest: want up to 120 letters, digits and signs, without blanks and slashes", name)
+	}
+	return nil
+}
+
+func key(guest string) string { return vfio.Leases + url.PathEscape(guest) }
+
+// Get is a guest's lease; nil if it has none.
+func (b *Book) Get(guest string) (*Lease, error) {
+	var l Lease
+	known, err := b.Run.Get(key(guest), &l)
+	if err != nil || known {
+		return &l, err
+	}
+	if known, err = b.State.Get(key(guest), &l); err != nil || !known {
+		return nil, err
+	}
+	l.rebooted()
+	return &l, nil
+}
+
+// rebooted is for a lease of an earlier boot: what it has is still to be made.
+func (l *Lease) rebooted() { l.Ready, l.Maker, l.Holders = false, vfio.Proc{}, nil }
+
+// All are all leases, by guest, those of earlier boots that are still to be made included.
+func (b *Book) All() ([]*Lease, error) {
+	if b.Run == nil {
+		return nil, nil
+	}
+	var out []*Lease
+	seen := map[string]bool{}
+	for _, j := range []*journal.Journal{b.Run, b.State} {
+		keys, err := j.Keys(vfio.Leases)
+		if err != nil {
+			return nil, err
+		}
+		for _, k := range keys {
+			if seen[k] {
+				continue
+			}
+			l := &Lease{}
+			if known, err := j.Get(k, l); err != nil {
+				return nil, err
+			} else if !known {
+				continue // it has just ended
+			}
+			if j == b.State {
+				l.rebooted()
+			}
+			seen[k] = true
+			out = append(out, l)
+		}
+	}
+	return out, nil
+}
+
+// Settings are what the VFs of leases are to have, by address. One that cannot be read is told of where leases are looked at.
+func (b *Book) Settings() map[iommu.Address]sriov.Settings {
+	all, _ := b.All()
+	out := map[iommu.Address]sriov.Settings{}
+	for _, l := range all {
+		for _, d := range l.Devices {
+			if l.Ready && d.PF != nil {
+				out[d.Address] = d.Wanted
+			}
+		}
+	}
+	return out
+}
+
+// put writes a lease down.
+func (b *Book) put(l *Lease) error {
+	if l.Persist {
+		if err := b.State.Put(key(l.Guest), l); err != nil {
+			return err
+		}
+	}
+	return b.Run.Put(key(l.Guest), l)
+}
+
+// drop ends a lease. What outlives a boot goes first: power may be cut in between.
+func (b *Book) drop(l *Lease) error {
+	if err := b.State.Delete(key(l.Guest)); err != nil {
+		return err
+	}
+	return b.Run.Delete(key(l.Guest))
+}
+
+// Quarantine is a device that nobody is given, as it could not be scrubbed.
+type Quarantine struct {
+	Address iommu.Address `json:"address"`
+	Place   string        `json:"place"`
+	Guest   string        `json:"guest"` // that had it last
+	Since   time.Time     `json:"since"`
+	Why     string        `json:"why"`
+	Device  Device        `json:"device"`
+}
+
+func quarantineKey(place string) string { return quarantined + url.PathEscape(place) }
+
+// Quarantined are all devices that are in quarantine, by place.
+func (b *Book) Quarantined() (map[string]Quarantine, error) {
+	out := map[string]Quarantine{}
+	if b.State == nil {
+		return out, nil
+	}
+	keys, err := b.State.Keys(quarantined)
+	if err != nil {
+		return nil, err
+	}
+	for _, k := range keys {
+		var q Quarantine
+		if _, err := b.State.Get(k, &q); err != nil {
+			return nil, err
+		}
+		out[q.Place] = q
+	}
+	return out, nil
+}
+
+// Has reports whether a lease has the device at an address.
+func (l *Lease) Has(a iommu.Address) bool {
+	return slices.ContainsFunc(l.Devices, func(d Device) bool { return d.Address == a })
+}

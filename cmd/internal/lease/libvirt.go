@@ -1,0 +1,243 @@
+package lease
+
+import (
+	"context"
+	"encoding/xml"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"viaduct/cmd/internal/declared"
+	"viaduct/iommu"
+	"viaduct/sriov"
+	"viaduct/vfio"
+)
+
+// Domain is what a libvirt domain says of its host devices.
+type Domain struct {
+	Name    string
+	Devices []DomainDevice
+}
+
+// DomainDevice is a host device of a domain: a hostdev, or an interface of that type.
+type DomainDevice struct {
+	Address   iommu.Address
+	Managed   bool   // libvirt changes drivers itself
+	MAC, VLAN string // of an interface; "" if not said
+}
+
+// domainXML is as much of a domain as matters here (docs/formatdomain.rst of libvirt).
+type domainXML struct {
+	Name    string `xml:"name"`
+	Devices struct {
+		Hostdevs   []hostdevXML `xml:"hostdev"`
+		Interfaces []hostdevXML `xml:"interface"`
+	} `xml:"devices"`
+}
+
+type hostdevXML struct {
+	Mode    string `xml:"mode,attr"`
+	Type    string `xml:"type,attr"`
+	Managed string `xml:"managed,attr"`
+	MAC     struct {
+		Address string `xml:"address,attr"`
+	} `xml:"mac"`
+	VLAN struct {
+		Tags []struct {
+			ID string `xml:"id,attr"`
+		} `xml:"tag"`
+	} `xml:"vlan"`
+	Source struct {
+		Address struct {
+			Domain   string `xml:"domain,attr"`
+			Bus      string `xml:"bus,attr"`
+			Slot     string `xml:"slot,attr"`
+			Function string `xml:"function,attr"`
+		} `xml:"address"`
+	} `xml:"source"`
+}
+
+// ParseDomain reads a domain, as libvirt gives it to its hooks.
+func ParseDomain(text []byte) (*Domain, error) {
+	var x domainXML
+	if err := xml.Unmarshal(text, &x); err != nil {
+		return nil, fmt.Errorf("the domain that libvirt handed over: %w", err)
+	}
+	out := &Domain{Name: x.Name}
+	for _, h := range append(slices.Clone(x.Devices.Hostdevs), x.Devices.Interfaces...) {
+		s := h.Source.Address
+		if s.Bus == "" || s.Slot == "" { // no PCI device of the host, as a USB one
+			continue
+		}
+		trim := func(n string) string { return strings.TrimPrefix(n, "0x") }
+		if s.Domain == "" {
+			s.Domain = "0"
+		}
+		if s.Function == "" {
+			s.Function = "0"
+		}
+		pad := func(n string, digits int) string { return strings.Repeat("0", max(0, digits-len(n))) + n }
+		a, err := iommu.ParseAddress(pad(trim(s.Domain), 4) + ":" + pad(trim(s.Bus), 2) + ":" + pad(trim(s.Slot), 2) + "." + trim(s.Function))
+		if err != nil {
+			return nil, fmt.Errorf("domain %s: %w", x.Name, err)
+		}
+		d := DomainDevice{Address: a, Managed: h.Managed == "yes", MAC: strings.ToLower(h.MAC.Address)}
+		if len(h.VLAN.Tags) == 1 {
+			d.VLAN = h.VLAN.Tags[0].ID
+		}
+		out.Devices = append(out.Devices, d)
+	}
+	return out, nil
+}
+
+func (d *Domain) has(a iommu.Address) *DomainDevice {
+	if i := slices.IndexFunc(d.Devices, func(x DomainDevice) bool { return x.Address == a }); i >= 0 {
+		return &d.Devices[i]
+	}
+	return nil
+}
+
+// mismatch says how a domain does not have exactly what is assigned to it, or has what it must not.
+func (d *Domain) mismatch(l *Lease, all []*Lease, quarantined func(iommu.Address) string) []string {
+	var out []string
+	for _, x := range d.Devices {
+		if why := quarantined(x.Address); why != "" {
+			out = append(out, fmt.Sprintf("%s is in quarantine: %s", x.Address, why))
+		}
+		for _, other := range all {
+			if other.Guest != d.Name && other.Has(x.Address) {
+				out = append(out, fmt.Sprintf("%s is assigned to guest %q", x.Address, other.Guest))
+			}
+		}
+	}
+	if l == nil {
+		return out
+	}
+	for _, dev := range l.Devices {
+		x := d.has(dev.Address)
+		switch want, vlan := dev.Now[sriov.MAC], dev.Now[sriov.VLAN]; {
+		case x == nil:
+			out = append(out, fmt.Sprintf("%s is assigned to it and is not in its XML (viaduct assign %s --from %s --format libvirt prints what has to be there)", dev.Address, d.Name, l.From))
+		case x.Managed:
+			out = append(out, fmt.Sprintf("%s has managed='yes', with which libvirt changes its driver: it has to be managed='no'", dev.Address))
+		case x.MAC != "" && want != "" && x.MAC != want:
+			out = append(out, fmt.Sprintf("%s has MAC address %s in the XML, and %s in its lease", dev.Address, x.MAC, want))
+		case x.MAC != "" && vlan != "" && vlan != "0" && x.VLAN != vlan:
+			out = append(out, fmt.Sprintf("%s has VLAN %q in the XML, and %s in its lease", dev.Address, x.VLAN, vlan))
+		}
+	}
+	return out
+}
+
+// Hook does what libvirt's hook is for (docs/hooks.rst of libvirt): before a domain starts its devices are checked, configured and
+// taken, or its start fails; when it has stopped they are scrubbed. It never calls libvirt.
+func (m *Manager) Hook(ctx context.Context, d *Domain, op, sub string) ([]Certificate, error) {
+	switch op + " " + sub {
+	case "prepare begin":
+		return nil, m.prepare(ctx, d)
+	case "start begin": // what comes from a network is known by now
+		return nil, m.claim(ctx, d)
+	case "started begin":
+		_, err := m.Look()
+		return nil, err
+	case "release end":
+		return m.stopped(ctx, d)
+	case "reconnect begin": // the domain runs, whatever the books say
+		_, _ = m.Look()
+	}
+	return nil, nil
+}
+
+func (m *Manager) quarantined() (func(iommu.Address) string, error) {
+	all, err := m.Book.Quarantined()
+	return func(a iommu.Address) string {
+		d, err := m.Topology.Find(a)
+		if err != nil || len(all) == 0 {
+			return ""
+		}
+		place, _ := iommu.PathOf(m.Host, d)
+		return all[place].Why
+	}, err
+}
+
+func (m *Manager) prepare(ctx context.Context, d *Domain) error {
+	l, err := m.match(d)
+	if l == nil || err != nil {
+		return err
+	}
+	return m.Again(ctx, d.Name)
+}
+
+// match is the lease of a domain that has exactly what is assigned to it; nil if nothing is.
+func (m *Manager) match(d *Domain) (*Lease, error) {
+	all, err1 := m.all()
+	quarantined, err2 := m.quarantined()
+	if err := errors.Join(err1, err2); err != nil {
+		return nil, err
+	}
+	var l *Lease
+	if i := slices.IndexFunc(all, func(l *Lease) bool { return l.Guest == d.Name }); i >= 0 {
+		l = all[i]
+	}
+	if wrong := d.mismatch(l, all, quarantined); len(wrong) > 0 {
+		return nil, &vfio.RefusedError{What: "start " + d.Name, Reasons: wrong}
+	}
+	return l, nil
+}
+
+// claim writes down what a domain drew from a network that was made of a pool.
+func (m *Manager) claim(ctx context.Context, d *Domain) error {
+	l, err := m.match(d)
+	if l != nil || err != nil {
+		return err
+	}
+	for _, pool := range declared.Pools(m.Spec) {
+		vfs, err := m.declared().Pool(m.Spec, pool)
+		if err != nil {
+			continue // none of it is there
+		}
+		r := &Request{Guest: d.Name, From: pool}
+		for _, x := range d.Devices {
+			if slices.ContainsFunc(vfs, func(vf *iommu.Device) bool { return vf.Address == x.Address }) {
+				r.exactly = append(r.exactly, x.Address)
+			}
+		}
+		if r.Count = len(r.exactly); r.Count > 0 {
+			_, _, err := m.Assign(ctx, r)
+			return err
+		}
+	}
+	return nil
+}
+
+// stopped scrubs what a domain had. A lease that outlives the boot waits for the domain's next start; any other ends.
+func (m *Manager) stopped(ctx context.Context, d *Domain) ([]Certificate, error) {
+	l, err := m.Book.Get(d.Name)
+	if l == nil || err != nil {
+		return nil, err
+	}
+	const most = 20 * time.Second // its VMM has ended
+	if !l.Persist {
+		return m.Release(ctx, d.Name, most, nil)
+	}
+	mine, err := m.Book.lockGuest(ctx, d.Name, m.timeout())
+	if err != nil {
+		return nil, err
+	}
+	defer mine.Close()
+	if l, err = m.known(d.Name); err != nil {
+		return nil, err
+	}
+	devices := m.present(l)
+	if err := m.awaitGone(ctx, d.Name, devices, most); err != nil {
+		return nil, err
+	}
+	if err := m.Lock(ctx, m.withPFs(devices, true)); err != nil {
+		return nil, err
+	}
+	certificates, err := m.scrubAll(ctx, l)
+	l.rebooted() // to be made again
+	return certificates, errors.Join(err, m.Book.put(l))
+}

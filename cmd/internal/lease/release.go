@@ -1,0 +1,442 @@
+package lease
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"path"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"viaduct/internal/host"
+	"viaduct/iommu"
+	"viaduct/sriov"
+	"viaduct/vfio"
+)
+
+// Certificate is what came of the scrub of a device that a guest had.
+type Certificate struct {
+	Guest    string         `json:"guest"`
+	Address  iommu.Address  `json:"address"`
+	ID       iommu.ID       `json:"id"`
+	Place    string         `json:"place,omitempty"` // its physical path
+	Time     time.Time      `json:"time"`
+	Result   Result         `json:"result"`
+	Why      string         `json:"why,omitempty"`      // it is not clean
+	Reset    string         `json:"reset,omitempty"`    // the ways to reset it, the first of which the kernel took
+	Found    sriov.Settings `json:"found,omitempty"`    // what it had
+	Settings sriov.Settings `json:"settings,omitempty"` // what it has now, read back
+	Driver   string         `json:"driver,omitempty"`   // that it is on now
+}
+
+// Result is how a scrub ended.
+type Result string
+
+// The results.
+const (
+	Clean   Result = "clean"      // and free for the next
+	Fouled  Result = "quarantine" // nobody gets it
+	Missing Result = "lost"       // it is not there any more
+)
+
+// Recoverers end what was interrupted; for vfio.Binder.
+var Recoverers = map[string]vfio.Recoverer{
+	opReset: func(_ context.Context, b *vfio.Binder, a iommu.Address, _ json.RawMessage) (string, error) {
+		return "was being reset when viaduct was interrupted: the release is to be done again", b.End(a)
+	},
+}
+
+const opReset = "reset"
+
+// NoLeaseError says that a guest has no lease.
+type NoLeaseError struct {
+	Guest string
+	Have  []string
+}
+
+func (e *NoLeaseError) Error() string {
+	if len(e.Have) == 0 {
+		return fmt.Sprintf("%s has no lease, and nobody else has", e.Guest)
+	}
+	return fmt.Sprintf("%s has no lease; these have: %s", e.Guest, strings.Join(e.Have, ", "))
+}
+
+// Release ends a guest's lease: it waits, at most for the given time, until nobody has its devices open, and scrubs them. One
+// that cannot be scrubbed goes into quarantine, and the error says why. Only, if not nil, has the last word once nobody else can
+// touch the lease.
+func (m *Manager) Release(ctx context.Context, guest string, wait time.Duration, only func(*Lease) bool) ([]Certificate, error) {
+	mine, err := m.Book.lockGuest(ctx, guest, m.timeout())
+	if err != nil {
+		return nil, err
+	}
+	defer mine.Close()
+	l, err := m.known(guest)
+	if err != nil || only != nil && !only(l) {
+		return nil, err
+	}
+	devices := m.present(l)
+	if err := m.awaitGone(ctx, guest, devices, wait); err != nil {
+		return nil, err
+	}
+	if err := m.Lock(ctx, m.withPFs(devices, true)); err != nil {
+		return nil, err
+	}
+	l.Ready, l.Maker = false, m.self()
+	if err := m.Book.put(l); err != nil {
+		return nil, err
+	}
+	certificates, err := m.scrubAll(ctx, l)
+	if ctx.Err() != nil && err != nil {
+		return certificates, err // the lease stays, interrupted
+	}
+	return certificates, errors.Join(err, m.Book.drop(l))
+}
+
+// known is a guest's lease, with the devices it has, or is going to have, in this boot.
+func (m *Manager) known(guest string) (*Lease, error) {
+	all, err := m.all()
+	if err != nil {
+		return nil, err
+	}
+	none := &NoLeaseError{Guest: guest}
+	for _, l := range all {
+		if l.Guest == guest {
+			return l, nil
+		}
+		none.Have = append(none.Have, l.Guest)
+	}
+	return nil, none
+}
+
+// present are the devices of a lease that are there.
+func (m *Manager) present(l *Lease) []*iommu.Device {
+	var out []*iommu.Device
+	for _, d := range l.Devices {
+		if found, err := m.Topology.Find(d.Address); err == nil && found.ID == d.ID {
+			out = append(out, found)
+		}
+	}
+	return out
+}
+
+// awaitGone waits until no process has the devices open. Without time to wait it refuses, naming who has.
+func (m *Manager) awaitGone(ctx context.Context, guest string, devices []*iommu.Device, wait time.Duration) error {
+	for end := time.Now().Add(wait); ; {
+		holders, err := vfio.ProcessHolders(m.Host, devices)
+		if err != nil || len(holders) == 0 {
+			return err
+		}
+		left := time.Until(end)
+		if left <= 0 || ctx.Err() != nil {
+			cure := "end the guest first, or have it waited for with --wait 60s"
+			if wait > 0 {
+				cure = fmt.Sprintf("end the guest first; it was waited for, for %s", wait)
+			}
+			return vfio.Refuse("release "+guest, holders, nil, cure)
+		}
+		awaitEnd(ctx, holders, min(left, time.Second)) // a holder may also let go of a device and live on
+	}
+}
+
+// awaitEnd waits until one of the processes has ended.
+func awaitEnd(ctx context.Context, holders []vfio.Holder, most time.Duration) {
+	var fds []unix.PollFd
+	for _, h := range holders {
+		if fd, err := unix.PidfdOpen(h.PID, 0); err == nil {
+			defer unix.Close(fd)
+			fds = append(fds, unix.PollFd{Fd: int32(fd), Events: unix.POLLIN})
+		} else if errors.Is(err, unix.ESRCH) {
+			return
+		}
+	}
+	for end := time.Now().Add(most); ctx.Err() == nil && time.Now().Before(end); {
+		n, err := unix.Poll(fds, int(min(time.Until(end), 100*time.Millisecond).Milliseconds())+1)
+		if n > 0 || err != nil && !errors.Is(err, unix.EINTR) {
+			return
+		}
+	}
+}
+
+// scrubAll scrubs what is left of a lease's devices, and writes the certificates.
+func (m *Manager) scrubAll(ctx context.Context, l *Lease) ([]Certificate, error) {
+	var out []Certificate
+	var errs []error
+	for i := range l.Devices {
+		dev := &l.Devices[i]
+		c := Certificate{Guest: l.Guest, Address: dev.Address, ID: dev.ID, Time: time.Now(), Result: Clean}
+		d, err := m.Topology.Find(dev.Address)
+		if err != nil || d.ID != dev.ID {
+			c.Result, c.Why = Missing, "it is not there any more"
+			out = append(out, c)
+			continue
+		}
+		c.Place, _ = iommu.PathOf(m.Host, d)
+		err = m.scrub(ctx, dev, d, l.Drawn, &c)
+		if err != nil && ctx.Err() != nil {
+			return out, err
+		}
+		if err != nil {
+			c.Result, c.Why = Fouled, strings.ReplaceAll(err.Error(), "\n", "; ")
+			q := Quarantine{Address: d.Address, Place: c.Place, Guest: l.Guest, Since: c.Time, Why: c.Why, Device: *dev}
+			errs = append(errs, fmt.Errorf("%s could not be scrubbed, and is in quarantine: %w", d.Name, err), m.Book.State.Put(quarantineKey(c.Place), q))
+		}
+		errs = append(errs, m.Book.Run.Put(scrubbed+d.Name, c))
+		out = append(out, c)
+	}
+	return out, errors.Join(errs...)
+}
+
+// scrub resets a device, gives it back what it had before it was assigned, and reads that back.
+func (m *Manager) scrub(ctx context.Context, dev *Device, d *iommu.Device, drawn bool, c *Certificate) error {
+	if err := refresh(m.Host, []*iommu.Device{d}); err != nil {
+		return err
+	}
+	if ctx.Err() != nil {
+		return errors.New("interrupted before it was touched")
+	}
+	if d.Blocks() {
+		return fmt.Errorf("it is on driver %s of the host: somebody else took it from its guest", d.Driver)
+	}
+	if err := m.reset(d, c); err != nil {
+		return err
+	}
+	if d.PhysFn != nil {
+		if err := m.reconfigure(ctx, dev, d, drawn, c); err != nil {
+			return err
+		}
+	}
+	if err := m.giveBack(context.WithoutCancel(ctx), dev, d); err != nil {
+		return err
+	}
+	now, err := iommu.ReadDevice(m.Host, d.Address)
+	c.Driver = now.Driver
+	return err
+}
+
+// reset resets a device: by its own function level reset where it has one, or what else the kernel knows.
+func (m *Manager) reset(d *iommu.Device, c *Certificate) error {
+	dir := path.Join("sys/bus/pci/devices", d.Name)
+	c.Reset, _ = m.Host.String(path.Join(dir, "reset_method"))
+	if !m.Host.Exists(path.Join(dir, "reset")) {
+		return errors.New("the kernel knows no way to reset it")
+	}
+	if err := m.Binder.Begin(opReset, d, []*iommu.Device{d}, nil); err != nil {
+		return err
+	}
+	err := m.Binder.Write(d.Address, []vfio.Step{{Path: path.Join(dir, "reset"), Value: "1"}})
+	if _, stuck := errors.AsType[*vfio.StuckError](err); stuck {
+		return err
+	}
+	if host.Absent(err) {
+		err = fmt.Errorf("the kernel could not reset it: %w", err)
+	}
+	return errors.Join(err, m.Binder.End(d.Address))
+}
+
+// reconfigure gives a VF what it had, and compares all that the PF's driver tells.
+func (m *Manager) reconfigure(ctx context.Context, dev *Device, d *iommu.Device, drawn bool, c *Certificate) error {
+	pf, err := m.Topology.Find(*d.PhysFn)
+	if err != nil {
+		return err
+	}
+	read := func() (sriov.Settings, error) {
+		port, err := sriov.ReadPort(m.Host, pf)
+		if err != nil {
+			return nil, err
+		}
+		now, _ := port.Of(d.VFIndex)
+		return now.Settings, nil
+	}
+	if c.Found, err = read(); err != nil {
+		return err
+	}
+	if dev.Before == nil && drawn && c.Found != nil {
+		dev.Before = m.fresh(pf, d.VFIndex, c.Found)
+	}
+	if err := m.restore(ctx, dev, d); err != nil {
+		return err
+	}
+	if c.Settings, err = read(); err != nil {
+		return err
+	}
+	var wrong []string
+	for _, k := range sriov.Keys {
+		if want, known := dev.Before[k]; known && c.Settings[k] != want {
+			wrong = append(wrong, fmt.Sprintf("%s is %s instead of %s", k, c.Settings[k], want))
+		}
+	}
+	if len(wrong) > 0 {
+		return errors.New("it does not have what it had: " + strings.Join(wrong, ", "))
+	}
+	return nil
+}
+
+// fresh is what a VF is to have that libvirt configured before it was seen: what is declared of it, and else what VFs begin with.
+// Its MAC address libvirt has put back itself.
+func (m *Manager) fresh(pf *iommu.Device, index int, found sriov.Settings) sriov.Settings {
+	own, _ := m.declared().Settings(m.Spec, pf)
+	out := sriov.Settings{}
+	for k, now := range found {
+		usual, known := sriov.Usual[k]
+		switch value, declared := own[index][k]; {
+		case k == sriov.MAC:
+			out[k] = now
+		case declared:
+			out[k] = value
+		case known:
+			out[k] = usual
+		}
+	}
+	return out
+}
+
+// Lift scrubs devices in quarantine again, and frees those that are clean then.
+func (m *Manager) Lift(ctx context.Context, devices []*iommu.Device) ([]Certificate, error) {
+	all, err := m.Book.Quarantined()
+	if err != nil {
+		return nil, err
+	}
+	var out []Certificate
+	var errs []error
+	for _, d := range devices {
+		place, err := iommu.PathOf(m.Host, d)
+		if err != nil {
+			return out, err
+		}
+		q, in := all[place]
+		if !in {
+			errs = append(errs, fmt.Errorf("%s is in no quarantine (viaduct leases tells what is)", d.Name))
+			continue
+		}
+		if err := m.awaitGone(ctx, q.Guest, []*iommu.Device{d}, 0); err != nil {
+			return out, err
+		}
+		if err := m.Lock(ctx, m.withPFs([]*iommu.Device{d}, true)); err != nil {
+			return out, err
+		}
+		q.Device.Address, q.Device.ID = d.Address, d.ID
+		if q.Device.PF == nil && d.PhysFn != nil {
+			q.Device.Index = d.VFIndex
+		}
+		some, err := m.scrubAll(ctx, &Lease{Guest: q.Guest, Devices: []Device{q.Device}})
+		out = append(out, some...)
+		if err == nil {
+			err = m.Book.State.Delete(quarantineKey(place))
+		}
+		errs = append(errs, err)
+	}
+	return out, errors.Join(errs...)
+}
+
+// Scrubbed are the certificates of this boot, by address.
+func (m *Manager) Scrubbed(a iommu.Address) (*Certificate, error) {
+	var c Certificate
+	known, err := m.Book.Run.Get(scrubbed+a.String(), &c)
+	if !known {
+		return nil, err
+	}
+	return &c, err
+}
+
+// Reclaim releases all leases that are dead.
+func (m *Manager) Reclaim(ctx context.Context) ([]Certificate, error) {
+	looks, err := m.Look()
+	if err != nil {
+		return nil, err
+	}
+	var out []Certificate
+	var errs []error
+	for _, look := range looks {
+		if look.State != Dead {
+			continue
+		}
+		some, err := m.Release(ctx, look.Guest, 0, func(l *Lease) bool { // it may be somebody's again
+			state, _ := m.state(l, nil, time.Now(), true)
+			return state == Dead
+		})
+		if _, gone := errors.AsType[*NoLeaseError](err); gone {
+			err = nil
+		}
+		out = append(out, some...)
+		errs = append(errs, err)
+	}
+	return out, errors.Join(errs...)
+}
+
+// Restore makes the leases again that outlive a boot. One whose devices are not there is left for later.
+func (m *Manager) Restore(ctx context.Context) (done []string, err error) {
+	if m.Book.State == nil {
+		return nil, nil
+	}
+	keys, err := m.Book.State.Keys(vfio.Leases)
+	if err != nil {
+		return nil, err
+	}
+	var errs []error
+	for _, k := range keys {
+		var l Lease
+		if known, err := m.Book.Run.Get(k, &l); err != nil || known && l.Ready {
+			errs = append(errs, err)
+			continue
+		}
+		if known, err := m.Book.State.Get(k, &l); err != nil || !known {
+			errs = append(errs, err)
+			continue
+		}
+		if err := m.Again(ctx, l.Guest); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", l.Guest, err))
+			continue
+		}
+		done = append(done, l.Guest)
+	}
+	return done, errors.Join(errs...)
+}
+
+// Again makes what a guest's lease says, whatever became of it: after a boot, or before its VMM starts.
+func (m *Manager) Again(ctx context.Context, guest string) error {
+	mine, err := m.Book.lockGuest(ctx, guest, m.timeout())
+	if err != nil {
+		return err
+	}
+	defer mine.Close()
+	l, err := m.known(guest)
+	if err != nil {
+		return err
+	}
+	l.Maker = m.self()
+	if err := m.Book.put(l); err != nil {
+		return err
+	}
+	_, err = m.finish(ctx, l, nil)
+	return err
+}
+
+// relocate finds the devices of a lease of an earlier boot: a VF is that of its index of the PF, wherever that is now.
+func (m *Manager) relocate(l *Lease) {
+	for i := range l.Devices {
+		dev := &l.Devices[i]
+		want := dev.Identity
+		if want == nil {
+			want = dev.PF
+		}
+		found := false
+		m.Topology.All(func(d *iommu.Device) bool {
+			if !d.PCI || d.PhysFn != nil || !m.declared().Same(want, d) {
+				return true
+			}
+			if dev.PF == nil {
+				dev.Address, found = d.Address, true
+			} else if n := slices.IndexFunc(m.Topology.VFs(d), func(vf *iommu.Device) bool { return vf.VFIndex == dev.Index }); n >= 0 {
+				dev.Address, found = m.Topology.VFs(d)[n].Address, true
+			}
+			return !found
+		})
+		if !found {
+			dev.Address = iommu.Address{} // which is no device of a guest
+		}
+	}
+}

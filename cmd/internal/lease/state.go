@@ -1,0 +1,187 @@
+package lease
+
+import (
+	"fmt"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"viaduct/iommu"
+	"viaduct/vfio"
+)
+
+// State is where a lease is in its life.
+type State string
+
+// The states. What is dead may be reclaimed; what is lost may come back.
+const (
+	Making   State = "making"   // a viaduct is at work on it
+	Reserved State = "reserved" // nobody has opened its devices yet
+	Active   State = "active"   // a process has them open
+	Dead     State = "dead"     // its holder, or what it was to end with, is gone
+	Lost     State = "lost"     // a device of it is gone
+)
+
+// Look is a lease, as it is.
+type Look struct {
+	*Lease
+	State State
+	Why   string // "" of what is reserved or active
+	Now   []vfio.Holder
+}
+
+// Look looks at all leases. Holders that it sees are written down: when they are gone, the lease is dead. For who cannot see
+// holders, those are used that were seen last.
+func (m *Manager) Look() ([]Look, error) {
+	all, err := m.all()
+	if err != nil {
+		return nil, err
+	}
+	var devices []*iommu.Device
+	for _, l := range all {
+		for _, d := range l.Devices {
+			if found, err := m.Topology.Find(d.Address); err == nil {
+				devices = append(devices, found)
+			}
+		}
+	}
+	holders, blind := vfio.ProcessHolders(m.Host, devices)
+	var out []Look
+	for _, l := range all {
+		look := Look{Lease: l}
+		for _, h := range holders {
+			if slices.ContainsFunc(l.Devices, func(d Device) bool { return d.Address.String() == h.Device }) {
+				look.Now = append(look.Now, h)
+			}
+		}
+		look.State, look.Why = m.state(l, look.Now, time.Now(), blind == nil)
+		if blind == nil && len(look.Now) > 0 {
+			m.saw(l, look.Now)
+		}
+		out = append(out, look)
+	}
+	return out, nil
+}
+
+// saw writes down who holds a lease's devices.
+func (m *Manager) saw(l *Lease, now []vfio.Holder) {
+	var holders []Holder
+	for _, h := range now {
+		p := vfio.NameProcess(m.Host, h.PID)
+		if !slices.ContainsFunc(holders, func(old Holder) bool { return old.Proc == p }) {
+			holders = append(holders, Holder{p, strings.TrimPrefix(h.What, "is open in ")})
+		}
+	}
+	if slices.Equal(holders, l.Holders) {
+		return
+	}
+	mine := m.Book.tryGuest(l.Guest)
+	if mine == nil {
+		return // somebody else is at work on it, or looks
+	}
+	defer mine.Close()
+	if now, err := m.Book.Get(l.Guest); err == nil && now != nil && now.Ready {
+		now.Holders = holders
+		if m.Book.put(now) == nil {
+			l.Holders = holders
+		}
+	}
+}
+
+// state says where a lease is in its life, with all who hold its devices now, as far as they can be seen.
+func (m *Manager) state(l *Lease, now []vfio.Holder, at time.Time, seen bool) (State, string) {
+	for _, d := range l.Devices {
+		found, err := m.Topology.Find(d.Address)
+		if err != nil || found.ID != d.ID {
+			return Lost, fmt.Sprintf("%s is not there any more", d.Address)
+		}
+	}
+	if len(now) > 0 {
+		return Active, ""
+	}
+	alive := slices.ContainsFunc(l.Holders, func(h Holder) bool { return h.Alive(m.Host) })
+	made := l.Maker.PID != 0 && l.Maker.Alive(m.Host)
+	switch {
+	case !l.Ready && made:
+		return Making, fmt.Sprintf("process %d is at work on it", l.Maker.PID)
+	case alive:
+		return Active, ""
+	case l.Persist && l.Maker == (vfio.Proc{}):
+		return Reserved, "since before the boot, and to be made again"
+	case !l.Ready:
+		return Dead, "its making, or its release, was interrupted"
+	case l.Owner != nil && !l.Owner.Alive(m.Host):
+		return Dead, fmt.Sprintf("process %d, which it was to end with, is gone", l.Owner.PID)
+	case l.Unit != "" && !UnitRuns(m.Host, l.Unit):
+		return Dead, fmt.Sprintf("unit %s, which it was to end with, does not run", l.Unit)
+	case l.Persist:
+		return Reserved, ""
+	case len(l.Holders) > 0:
+		return Dead, fmt.Sprintf("%s is gone", l.Holders[0].Name)
+	case l.TTL > 0 && at.Sub(l.Made) > l.TTL && l.Owner == nil && l.Unit == "":
+		return Dead, fmt.Sprintf("nobody opened its devices within %s", l.TTL)
+	}
+	return Reserved, ""
+}
+
+// unitProcesses is where a systemd unit's processes are listed: its control group has its name; "" if there is none.
+func unitProcesses(h *iommu.Host, unit string) string {
+	for _, root := range []string{"sys/fs/cgroup", "sys/fs/cgroup/systemd"} {
+		for dirs, depth := []string{root}, 0; len(dirs) > 0 && depth < 6; depth++ {
+			var next []string
+			for _, dir := range dirs {
+				names, _ := h.Names(dir)
+				for _, n := range names {
+					switch below := path.Join(dir, n); {
+					case n == unit:
+						return path.Join(below, "cgroup.procs")
+					case strings.HasSuffix(n, ".slice") || strings.HasSuffix(n, ".service") && strings.HasPrefix(n, "user@"):
+						next = append(next, below)
+					}
+				}
+			}
+			dirs = next
+		}
+	}
+	return ""
+}
+
+// UnitPIDs are the processes of a systemd unit; none of one that does not run.
+func UnitPIDs(h *iommu.Host, unit string) []int {
+	if unit == "" {
+		return nil
+	}
+	var out []int
+	file := unitProcesses(h, unit)
+	if file == "" {
+		return nil
+	}
+	text, _ := h.String(file)
+	for line := range strings.FieldsSeq(text) {
+		if pid, err := strconv.Atoi(line); err == nil {
+			out = append(out, pid)
+		}
+	}
+	return out
+}
+
+// UnitRuns reports whether a unit, or what it has put into groups below its own, has processes.
+func UnitRuns(h *iommu.Host, unit string) bool {
+	file := unitProcesses(h, unit)
+	if file == "" {
+		return false
+	}
+	if text, err := h.String(path.Join(path.Dir(file), "cgroup.events")); err == nil {
+		return strings.Contains(text, "populated 1")
+	}
+	return len(UnitPIDs(h, unit)) > 0
+}
+
+// Started writes down who is going to hold a lease's devices: the VMM that was started with them.
+func (m *Manager) Started(l *Lease, pid int, name string) error {
+	l.Holders = []Holder{{vfio.NameProcess(m.Host, pid), fmt.Sprintf("process %d (%s)", pid, name)}}
+	l.Owner = nil // which the VMM outlives
+	return m.Book.put(l)
+}

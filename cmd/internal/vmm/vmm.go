@@ -1,0 +1,321 @@
+// Package vmm says to each virtual machine monitor which devices a guest has, in the words of that monitor.
+package vmm
+
+import (
+	"encoding/json"
+	"encoding/xml"
+	"fmt"
+	"slices"
+	"strings"
+
+	"viaduct/iommu"
+)
+
+// Guest is a guest with its devices.
+type Guest struct {
+	Name    string
+	Devices []Device
+	Standby string // bridge that a virtio NIC is on, which stands in for the first VF while the guest migrates; "" for none
+}
+
+// Device is one device of a guest.
+type Device struct {
+	Address iommu.Address
+	Group   int
+	Nodes   []string // what a VMM opens
+	VF      bool
+	NIC     bool
+	MAC     string // that the host gave it, "" if none
+	VLAN    string // that the host tags with, "" if none
+	QoS     string
+	Proto   string
+}
+
+// Format is how a VMM, or what starts one, is told.
+type Format struct {
+	Name    string
+	Args    func(*Guest) []string // words of a command line; nil if it takes none
+	Text    func(*Guest) (string, error)
+	Cannot  string // what is not to be had this way
+	Persist bool   // its guests outlive a boot
+	Standby bool   // it can have one
+	Moves   bool   // it keeps guest memory off the range that AMD's IOMMUs reserve
+}
+
+// Formats are all formats but json, which is the lease itself.
+var Formats = []Format{
+	{Name: "qemu", Args: qemu, Standby: true, Moves: true},
+	{Name: "qemu-iommufd", Args: qemuIOMMUFD, Standby: true, Moves: true,
+		Cannot: "QEMU older than 8.2, and kernels without CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV, cannot do this: take qemu"},
+	{Name: "libvirt", Text: libvirt, Persist: true, Standby: true, Moves: true,
+		Cannot: "libvirt's hostdev goes by the IOMMU group, not by iommufd; the lease ends with viaduct release, not with the domain (viaduct install --libvirt scrubs between its starts)"},
+	{Name: "cdi", Text: cdi, Cannot: "a CDI spec hands nodes to a container; a VMM in it still needs its own arguments, and memory that it may lock"},
+	{Name: "env", Text: env},
+	{Name: "cloud-hypervisor", Args: cloudHypervisor, Cannot: "Cloud Hypervisor has no failover pair, and opens the IOMMU group, not iommufd"},
+	{Name: "crosvm", Args: crosvm, Cannot: "crosvm has no failover pair, and opens the IOMMU group, not iommufd"},
+	{Name: "incus", Text: incus, Cannot: "Incus binds the device to vfio-pci itself, and back when the instance stops: viaduct release ends the lease; containers cannot have it; no live migration"},
+	{Name: "xen", Text: xen, Cannot: "Xen has the IOMMU to itself: xl takes the device to pciback (seize=1), not vfio; dom0 shows no IOMMU groups, so the whole group is for you to give; no failover pair"},
+	{Name: "kata", Args: kata, Cannot: "Kata needs vfio_mode and hotplug_vfio (or cold_plug_vfio) in its configuration.toml, and hands on whole IOMMU groups; no failover pair"},
+}
+
+// Names are the names of all formats, json included.
+func Names() []string {
+	out := []string{"json"}
+	for _, f := range Formats {
+		out = append(out, f.Name)
+	}
+	return out
+}
+
+// Find is a format by its name.
+func Find(name string) (*Format, bool) {
+	i := slices.IndexFunc(Formats, func(f Format) bool { return f.Name == name })
+	if i < 0 {
+		return nil, false
+	}
+	return &Formats[i], true
+}
+
+// Print is what is to be pasted, with its newline.
+func (f *Format) Print(g *Guest) (string, error) {
+	if f.Args == nil {
+		return f.Text(g)
+	}
+	var words []string
+	for _, w := range f.Args(g) {
+		words = append(words, quote(w))
+	}
+	return strings.Join(words, " ") + "\n", nil
+}
+
+// quote makes a word one of the shell.
+func quote(word string) string {
+	plain := func(r rune) bool {
+		return r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("-_.,:=/+@%", r)
+	}
+	if word != "" && !strings.ContainsFunc(word, func(r rune) bool { return !plain(r) }) {
+		return word
+	}
+	return "'" + strings.ReplaceAll(word, "'", `'\''`) + "'"
+}
+
+// comma doubles the commas of a value, as QEMU's options want.
+func comma(value string) string { return strings.ReplaceAll(value, ",", ",,") }
+
+func qemu(g *Guest) []string { return qemuDevices(g, "") }
+
+func qemuIOMMUFD(g *Guest) []string {
+	return append([]string{"-object", "iommufd,id=viaduct"}, qemuDevices(g, ",iommufd=viaduct")...)
+}
+
+// qemuDevices are the devices; with a standby, the first is a failover pair with it, which needs a port that it can be unplugged from
+// (docs/system/virtio-net-failover.rst).
+func qemuDevices(g *Guest, more string) []string {
+	var out []string
+	for i, d := range g.Devices {
+		pair := ""
+		if i == 0 && g.Standby != "" {
+			out = append(out, "-netdev", "bridge,id=viaduct-net,br="+comma(g.Standby),
+				"-device", "pcie-root-port,id=viaduct-port0,chassis=240,slot=240", "-device", "pcie-root-port,id=viaduct-port1,chassis=241,slot=241",
+				"-device", "virtio-net-pci,netdev=viaduct-net,id=viaduct-standby,bus=viaduct-port0,mac="+d.MAC+",failover=on")
+			pair = ",id=viaduct-primary,bus=viaduct-port1,failover_pair_id=viaduct-standby"
+		}
+		out = append(out, "-device", "vfio-pci,host="+d.Address.String()+more+pair)
+	}
+	return out
+}
+
+// Address is a PCI address as libvirt writes it (virPCIDeviceAddressFormat).
+func addressXML(a iommu.Address) string {
+	return fmt.Sprintf("<address type='pci' domain='0x%04x' bus='0x%02x' slot='0x%02x' function='0x%x'/>", a.Domain, a.Bus, a.Device, a.Function)
+}
+
+func escape(s string) string {
+	var b strings.Builder
+	_ = xml.EscapeText(&b, []byte(s)) // a strings.Builder takes all
+	return b.String()
+}
+
+// libvirt has interfaces for VFs of NICs that have a MAC address, and plain host devices for all else
+// (docs/formatdomain.rst). Its managed='no' leaves drivers to viaduct; it relabels and owns the nodes itself.
+func libvirt(g *Guest) (string, error) {
+	var b strings.Builder
+	for i, d := range g.Devices {
+		if !d.VF || !d.NIC || d.MAC == "" {
+			fmt.Fprintf(&b, "<hostdev mode='subsystem' type='pci' managed='no'>\n  <source>\n    %s\n  </source>\n</hostdev>\n", addressXML(d.Address))
+			continue
+		}
+		teaming := ""
+		if i == 0 && g.Standby != "" {
+			fmt.Fprintf(&b, "<interface type='bridge'>\n  <mac address='%s'/>\n  <source bridge='%s'/>\n  <model type='virtio'/>\n  <teaming type='persistent'/>\n  <alias name='ua-viaduct-standby'/>\n</interface>\n", d.MAC, escape(g.Standby))
+			teaming = "  <teaming type='transient' persistent='ua-viaduct-standby'/>\n"
+		}
+		vlan := ""
+		if d.VLAN != "" {
+			vlan = fmt.Sprintf("  <vlan>\n    <tag id='%s'/>\n  </vlan>\n", d.VLAN)
+		}
+		fmt.Fprintf(&b, "<interface type='hostdev' managed='no'>\n  <mac address='%s'/>\n  <source>\n    %s\n  </source>\n%s%s</interface>\n", d.MAC, addressXML(d.Address), vlan, teaming)
+	}
+	return b.String(), nil
+}
+
+// LibvirtNetwork is a libvirt network from which domains draw VFs (docs/formatnetwork.rst).
+func LibvirtNetwork(name string, vfs []iommu.Address) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "<network>\n  <name>%s</name>\n  <forward mode='hostdev' managed='no'>\n", escape(name))
+	for _, a := range vfs {
+		fmt.Fprintf(&b, "    %s\n", addressXML(a))
+	}
+	b.WriteString("  </forward>\n</network>\n")
+	return b.String()
+}
+
+// The fields of a CDI spec (github.com/cncf-tags/container-device-interface, SPEC.md).
+type cdiSpec struct {
+	Version string      `json:"cdiVersion"`
+	Kind    string      `json:"kind"`
+	Devices []cdiDevice `json:"devices"`
+}
+
+type cdiDevice struct {
+	Name  string   `json:"name"`
+	Edits cdiEdits `json:"containerEdits"`
+}
+
+type cdiEdits struct {
+	Env   []string  `json:"env"`
+	Nodes []cdiNode `json:"deviceNodes"`
+}
+
+type cdiNode struct {
+	Path string `json:"path"`
+}
+
+// cdi is a spec of one device, viaduct/guest=NAME, that has all nodes.
+func cdi(g *Guest) (string, error) {
+	name := strings.Map(func(r rune) rune {
+		if r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("_-.:", r) {
+			return r
+		}
+		return '_'
+	}, g.Name)
+	d := cdiDevice{Name: "g." + name}
+	if c := name[0]; c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' {
+		d.Name = name
+	}
+	d.Name = strings.TrimRight(d.Name, "_-.:")
+	for _, kv := range pairs(g) {
+		d.Edits.Env = append(d.Edits.Env, kv[0]+"="+kv[1])
+	}
+	for _, n := range nodes(g) {
+		d.Edits.Nodes = append(d.Edits.Nodes, cdiNode{n})
+	}
+	b, err := json.MarshalIndent(cdiSpec{"0.3.0", "viaduct/guest", []cdiDevice{d}}, "", "  ")
+	return string(b) + "\n", err
+}
+
+// nodes are all that a VMM opens, those of the two ways to the IOMMU first.
+func nodes(g *Guest) []string {
+	var out []string
+	for _, d := range g.Devices {
+		for _, n := range d.Nodes {
+			if !slices.Contains(out, n) {
+				out = append(out, n)
+			}
+		}
+	}
+	own := func(n string) bool { return strings.HasPrefix(n, "/dev/vfio/devices/") }
+	if slices.ContainsFunc(out, own) {
+		out = append([]string{"/dev/iommu"}, out...)
+	}
+	if slices.ContainsFunc(out, func(n string) bool { return strings.HasPrefix(n, "/dev/vfio/") && !own(n) }) {
+		out = append([]string{"/dev/vfio/vfio"}, out...)
+	}
+	return out
+}
+
+// pairs are the variables of env.
+func pairs(g *Guest) [][2]string {
+	var addresses, groups, macs, vlans []string
+	for _, d := range g.Devices {
+		addresses = append(addresses, d.Address.String())
+		groups = append(groups, fmt.Sprint(d.Group))
+		macs, vlans = append(macs, orDash(d.MAC)), append(vlans, orDash(d.VLAN))
+	}
+	return [][2]string{
+		{"VIADUCT_GUEST", g.Name}, {"VIADUCT_DEVICES", strings.Join(addresses, " ")}, {"VIADUCT_GROUPS", strings.Join(groups, " ")},
+		{"VIADUCT_NODES", strings.Join(nodes(g), " ")}, {"VIADUCT_MACS", strings.Join(macs, " ")}, {"VIADUCT_VLANS", strings.Join(vlans, " ")},
+	}
+}
+
+// orDash keeps a list's places.
+func orDash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}
+
+func env(g *Guest) (string, error) {
+	var b strings.Builder
+	for _, kv := range pairs(g) {
+		fmt.Fprintf(&b, "%s=%s\n", kv[0], quote(kv[1]))
+	}
+	return b.String(), nil
+}
+
+// Environment are the variables of env, for a process.
+func Environment(g *Guest) []string {
+	var out []string
+	for _, kv := range pairs(g) {
+		out = append(out, kv[0]+"="+kv[1])
+	}
+	return out
+}
+
+func sysfs(a iommu.Address) string { return "/sys/bus/pci/devices/" + a.String() }
+
+// cloudHypervisor: one --device takes all devices (docs/vfio.md, docs/device_model.md).
+func cloudHypervisor(g *Guest) []string {
+	out := []string{"--device"}
+	for _, d := range g.Devices {
+		out = append(out, "path="+sysfs(d.Address)+"/")
+	}
+	return out
+}
+
+func crosvm(g *Guest) []string {
+	var out []string
+	for _, d := range g.Devices {
+		out = append(out, "--vfio", sysfs(d.Address))
+	}
+	return out
+}
+
+func incus(g *Guest) (string, error) {
+	var b strings.Builder
+	for i, d := range g.Devices {
+		fmt.Fprintf(&b, "incus config device add %s viaduct%d pci address=%s\n", quote(g.Name), i, d.Address)
+	}
+	return b.String(), nil
+}
+
+// xen is a line of an xl.cfg (xl-pci-configuration(5)).
+func xen(g *Guest) (string, error) {
+	var out []string
+	for _, d := range g.Devices {
+		out = append(out, fmt.Sprintf("'%s,seize=1'", d.Address))
+	}
+	return "pci = [ " + strings.Join(out, ", ") + " ]\n", nil
+}
+
+// kata is for ctr, nerdctl and docker, with Kata as the runtime.
+func kata(g *Guest) []string {
+	var out []string
+	for _, d := range g.Devices {
+		if word := fmt.Sprintf("/dev/vfio/%d", d.Group); !slices.Contains(out, word) {
+			out = append(out, "--device", word)
+		}
+	}
+	return out
+}

@@ -1,0 +1,548 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"viaduct/cmd/internal/declared"
+	"viaduct/cmd/internal/lease"
+	"viaduct/cmd/internal/spec"
+	"viaduct/cmd/internal/vmm"
+	"viaduct/internal/journal"
+	"viaduct/iommu"
+	"viaduct/sriov"
+	"viaduct/vfio"
+)
+
+// book is where a host's leases are; empty for a captured one.
+func book(h *iommu.Host) *lease.Book {
+	if !h.Live() {
+		return &lease.Book{}
+	}
+	return &lease.Book{Run: journal.In(journal.Dir), State: journal.In(declared.StateDir)}
+}
+
+// leases is what leases are worked on with.
+func (c *changing) leases() (*lease.Manager, error) {
+	s, err := spec.Load(c.host)
+	if err != nil {
+		return nil, usageError{err}
+	}
+	return &lease.Manager{
+		Host: c.host, Topology: c.topology, Binder: c.binder, Book: book(c.host), Spec: s, Lock: c.lock, Timeout: c.binder.Timeout,
+	}, nil
+}
+
+// assignOptions are what assign and run have in common.
+type assignOptions struct {
+	lease.Request
+	count   int
+	mac     string
+	vlan    string
+	memory  string
+	format  string
+	standby string
+	timeout time.Duration
+}
+
+func (o *assignOptions) flags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "from", Usage: "what the devices are drawn from: a pool of host.yaml, a PF, or any `SELECTOR`", Destination: &o.From},
+		&cli.IntFlag{Name: "count", Usage: "how many VFs, or groups of other devices", Value: 1, Destination: &o.count},
+		&cli.StringFlag{Name: "mac", Usage: "of the VF: an address, or stable for one that is made of the PF's and the index", Destination: &o.mac},
+		&cli.StringFlag{Name: "vlan", Usage: "that the PF tags the VF with: `0-4094`", Destination: &o.vlan},
+		&cli.StringSliceFlag{Name: "set", Usage: "another setting of the VF: `KEY=VALUE` as of viaduct vf set (may be repeated)"},
+		&cli.StringFlag{Name: "memory", Usage: "the guest's, as `8G`: whether the IOMMU can map it, and its VMM lock it", Destination: &o.memory},
+		&cli.IntFlag{Name: "numa", Usage: "prefer devices of this NUMA `NODE`", Value: -1},
+		&cli.StringFlag{Name: "node-owner", Usage: "who is to own the devices' nodes: `USER[:GROUP]`", Destination: &o.NodeOwner},
+		&cli.StringFlag{Name: "failover", Usage: "for migration: a virtio NIC on this `BRIDGE` with the first VF's MAC stands in for it", Destination: &o.standby},
+		&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", Value: vfio.DefaultTimeout, Destination: &o.timeout},
+	}
+}
+
+// parse reads what the flags say.
+func (o *assignOptions) parse(c *cli.Context, format *vmm.Format) error {
+	if err := lease.CheckGuest(o.Guest); err != nil {
+		return usageError{err}
+	}
+	if o.From == "" {
+		return usagef("%s: from which pool, PF or device? (--from)", c.Command.Name)
+	}
+	if o.Count = o.count; o.Count < 1 {
+		return usagef("%s: --count %d: want one or more", c.Command.Name, o.count)
+	}
+	words := c.StringSlice("set")
+	if o.mac != "" {
+		words = append(words, "mac="+o.mac)
+	}
+	if o.vlan != "" {
+		words = append(words, "vlan="+o.vlan)
+	}
+	var err error
+	if o.Settings, err = sriov.ParseSettings(words); err != nil && len(words) > 0 {
+		return usageError{err}
+	}
+	if mac := o.Settings[sriov.MAC]; o.Count > 1 && mac != "" && mac != sriov.StableMAC {
+		return usagef("%s: --mac %s for %d VFs: each needs one of its own (--mac stable makes them)", c.Command.Name, mac, o.Count)
+	}
+	if o.Memory, err = parseSize(o.memory); err != nil {
+		return usagef("%s: --memory %q: want a size, as 512M or 8G", c.Command.Name, o.memory)
+	}
+	if c.IsSet("numa") {
+		node := c.Int("numa")
+		o.NUMA = &node
+	}
+	if o.NodeOwner != "" {
+		if _, err := vfio.ParseNodeOwner(o.NodeOwner); err != nil {
+			return usagef("--node-owner: %w", err)
+		}
+	}
+	if o.standby != "" && (format == nil || !format.Standby) {
+		return usagef("%s: --failover is for the formats qemu, qemu-iommufd and libvirt", c.Command.Name)
+	}
+	if o.standby != "" && o.Settings[sriov.MAC] == "" {
+		return usagef("%s: --failover needs --mac: both NICs have the same address", c.Command.Name)
+	}
+	o.Moves = format != nil && format.Moves
+	return checkTimeout(o.timeout)
+}
+
+// parseSize reads a size; "" is 0.
+func parseSize(s string) (uint64, error) {
+	if s == "" {
+		return 0, nil
+	}
+	digits := strings.TrimRight(strings.TrimSuffix(strings.ToUpper(s), "IB"), "KMGTB")
+	n, err := strconv.ParseUint(digits, 10, 32)
+	unit := map[string]uint{"": 20, "B": 0, "K": 10, "M": 20, "G": 30, "T": 40} // a plain number is MiB, as in QEMU's -m
+	shift, known := unit[strings.TrimSuffix(strings.ToUpper(s), "IB")[len(digits):]]
+	if err != nil || !known || n == 0 || n > 1<<20 && shift > 30 {
+		return 0, errors.New("no size")
+	}
+	return n << shift, nil
+}
+
+func assignCommand(e *env) *cli.Command {
+	var o assignOptions
+	var list bool
+	return command(&cli.Command{
+		Name:      "assign",
+		Usage:     "give a guest devices, and print what its VMM needs",
+		ArgsUsage: "GUEST --from POOL|PF|SELECTOR",
+		Description: "Draws devices that nobody has, configures and takes them, and writes down whose they are (a lease), until viaduct release.\n" +
+			"Asked again for the same guest, the same lease is printed. Safe to be run any number of times at once. A lease is reserved until\n" +
+			"a process opens its devices, then active; when that is gone, or nobody came within --ttl, it is dead, which\n" +
+			"viaduct release --dead reclaims.\n\n" +
+			"Formats: " + strings.Join(vmm.Names(), ", ") + ".\n\n" +
+			"Examples:\n  viaduct assign web --from net --vlan 100 --mac stable\n  viaduct assign web --from enp1s0 --format libvirt\n" +
+			"  qemu-system-x86_64 ... $(viaduct assign web --from net --owner-pid $$)\n  viaduct assign db --from 0000:03:00.0 --memory 64G --format json",
+		Flags: append(o.flags(),
+			&cli.StringFlag{Name: "format", Usage: "what is printed: `qemu|json|...`", Value: "qemu", Destination: &o.format},
+			&cli.DurationFlag{Name: "ttl", Usage: "how long the lease waits for its guest to open the devices; 0 is for good", Value: 10 * time.Minute, Destination: &o.TTL},
+			&cli.IntFlag{Name: "owner-pid", Usage: "the lease ends with this process", Destination: &o.OwnerPID},
+			&cli.StringFlag{Name: "unit", Usage: "the lease ends with this systemd `UNIT`", Destination: &o.Unit},
+			&cli.BoolFlag{Name: "persist", Usage: "the lease outlives the boot (the default for libvirt)"},
+			&cli.BoolFlag{Name: "formats", Usage: "print the formats, and what cannot be had with each"},
+			e.dryRunFlag(),
+		),
+		Action: func(c *cli.Context) (err error) {
+			if list = c.Bool("formats"); list {
+				return e.printFormats()
+			}
+			if o.Guest, err = oneArgument(c, "the guest's name"); err != nil {
+				return err
+			}
+			format, known := vmm.Find(o.format)
+			if !known && o.format != "json" {
+				return usagef("assign: there is no format %q; there are %s", o.format, strings.Join(vmm.Names(), ", "))
+			}
+			if err := o.parse(c, format); err != nil {
+				return err
+			}
+			if o.TTL < 0 {
+				return usagef("assign: --ttl %s: want no time below zero", o.TTL)
+			}
+			o.Persist = format != nil && format.Persist
+			if c.IsSet("persist") {
+				o.Persist = c.Bool("persist")
+			}
+			return runAssign(c.Context, e, &o, format)
+		},
+	})
+}
+
+func (e *env) printFormats() error {
+	rows := [][]string{{"FORMAT", "WHAT CANNOT BE HAD"}, {"json", ""}}
+	for _, f := range vmm.Formats {
+		rows = append(rows, []string{f.Name, f.Cannot})
+	}
+	writeTable(e.stdout, rows)
+	return nil
+}
+
+func runAssign(ctx context.Context, e *env, o *assignOptions, format *vmm.Format) error {
+	if o.OwnerPID != 0 || o.Unit != "" {
+		if err := ownerRuns(e, o); err != nil {
+			return err
+		}
+	}
+	return e.assign(ctx, o, func(m *lease.Manager, l *lease.Lease) error {
+		if format == nil {
+			return writeJSON(e.stdout, viewLease(m, lease.Look{Lease: l, State: lease.Reserved}))
+		}
+		g, err := guestOf(m, l, o.standby)
+		if err != nil {
+			return err
+		}
+		text, err := format.Print(g)
+		if err != nil {
+			return err
+		}
+		if format.Cannot != "" {
+			e.note("%s", format.Cannot)
+		}
+		_, err = io.WriteString(e.stdout, text)
+		return err
+	})
+}
+
+// ownerRuns refuses a lease that would end at once.
+func ownerRuns(e *env, o *assignOptions) error {
+	h, err := e.open()
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	if o.OwnerPID != 0 && (o.OwnerPID < 0 || !vfio.NameProcess(h, o.OwnerPID).Alive(h)) {
+		return usagef("assign: --owner-pid %d: there is no such process", o.OwnerPID)
+	}
+	if o.Unit != "" {
+		if !strings.Contains(o.Unit, ".") {
+			o.Unit += ".service"
+		}
+		if !lease.UnitRuns(h, o.Unit) {
+			return usagef("assign: --unit %s: it does not run (its control group is empty, or not there)", o.Unit)
+		}
+	}
+	return nil
+}
+
+// assign gives a guest devices, and calls then while they are still locked.
+func (e *env) assign(ctx context.Context, o *assignOptions, then func(*lease.Manager, *lease.Lease) error) error {
+	ctx, stop, c, err := e.beginChange(ctx, o.timeout)
+	if err != nil {
+		return err
+	}
+	defer stop()
+	m, err := c.leases()
+	if err != nil {
+		return err
+	}
+	if e.dryRun {
+		steps, err := m.Preview(&o.Request)
+		for _, s := range steps {
+			fmt.Fprintln(e.stdout, s)
+		}
+		return err
+	}
+	l, notes, err := m.Assign(ctx, &o.Request)
+	for _, n := range notes {
+		e.note("%s", n)
+	}
+	if err != nil {
+		return err
+	}
+	return then(m, l)
+}
+
+// guestOf is a lease as a VMM is told of it.
+func guestOf(m *lease.Manager, l *lease.Lease, standby string) (*vmm.Guest, error) {
+	g := &vmm.Guest{Name: l.Guest, Standby: standby}
+	for _, of := range l.Devices {
+		d, err := m.Topology.Find(of.Address)
+		if err != nil {
+			return nil, err
+		}
+		v := vmm.Device{Address: of.Address, Group: d.Group, VF: of.PF != nil, NIC: d.Class>>16 == 0x02, MAC: of.Now[sriov.MAC], VLAN: of.Now[sriov.VLAN], QoS: of.Now[sriov.QoS], Proto: of.Now[sriov.Proto]}
+		if v.MAC == "00:00:00:00:00:00" {
+			v.MAC = ""
+		}
+		if v.VLAN == "0" {
+			v.VLAN = ""
+		}
+		if v.Nodes, err = vfioNodes(m.Host, d); err != nil {
+			return nil, err
+		}
+		g.Devices = append(g.Devices, v)
+	}
+	if standby != "" && g.Devices[0].MAC == "" {
+		return nil, usagef("--failover: the first device has no MAC address for both NICs to have")
+	}
+	return g, nil
+}
+
+// vfioNodes are the nodes of a device: its group's, and its own where the kernel makes one.
+func vfioNodes(h *iommu.Host, d *iommu.Device) ([]string, error) {
+	var out []string
+	group := strconv.Itoa(d.Group)
+	if h.Exists(path.Join("sys/class/vfio", group)) || !h.Live() {
+		out = append(out, "/dev/vfio/"+group)
+	}
+	names, _ := h.Names(path.Join("sys/bus/pci/devices", d.Name, "vfio-dev"))
+	for _, n := range names {
+		out = append(out, "/dev/vfio/devices/"+n)
+	}
+	if len(out) == 0 {
+		return nil, fmt.Errorf("%s: it has no node of VFIO", d.Name)
+	}
+	return out, nil
+}
+
+// leaseView is one lease in JSON.
+type leaseView struct {
+	Guest   string            `json:"guest"`
+	State   lease.State       `json:"state"`
+	Why     *string           `json:"why"`
+	From    string            `json:"from"`
+	Made    time.Time         `json:"made"`
+	TTL     *float64          `json:"ttl_seconds"`
+	Persist bool              `json:"persist"`
+	Unit    *string           `json:"unit"`
+	Owner   *int              `json:"owner_pid"`
+	Holders []string          `json:"holders"`
+	Devices []leaseDeviceView `json:"devices"`
+}
+
+type leaseDeviceView struct {
+	Address  string         `json:"address"`
+	Group    *int           `json:"group"`
+	Nodes    []string       `json:"nodes"`
+	PF       *string        `json:"physfn"`
+	Index    *int           `json:"vf_index"`
+	MAC      *string        `json:"mac"`
+	VLAN     *string        `json:"vlan"`
+	Settings sriov.Settings `json:"settings"`
+}
+
+func viewLease(m *lease.Manager, look lease.Look) leaseView {
+	l := look.Lease
+	v := leaseView{Guest: l.Guest, State: look.State, Why: known(look.Why), From: l.From, Made: l.Made, Persist: l.Persist, Unit: known(l.Unit), Holders: []string{}, Devices: []leaseDeviceView{}}
+	if l.TTL > 0 && !l.Persist {
+		seconds := l.TTL.Seconds()
+		v.TTL = &seconds
+	}
+	if l.Owner != nil {
+		v.Owner = &l.Owner.PID
+	}
+	if len(look.Now) > 0 {
+		for _, h := range look.Now {
+			v.Holders = append(v.Holders, h.String())
+		}
+	} else if look.State == lease.Active {
+		for _, h := range l.Holders {
+			v.Holders = append(v.Holders, h.Name)
+		}
+	}
+	for _, of := range l.Devices {
+		d := leaseDeviceView{Address: of.Address.String(), Nodes: []string{}, Settings: sriov.Settings{}}
+		if of.Now != nil {
+			d.Settings = of.Now
+		}
+		if found, err := m.Topology.Find(of.Address); err == nil && found.ID == of.ID {
+			if found.Group >= 0 {
+				d.Group = &found.Group
+			}
+			d.Nodes, _ = vfioNodes(m.Host, found) // none before it is taken
+			d.Nodes = append([]string{}, d.Nodes...)
+			if found.PhysFn != nil {
+				pf := found.PhysFn.String()
+				d.PF, d.Index = &pf, &found.VFIndex
+			}
+		}
+		d.MAC, d.VLAN = known(of.Now[sriov.MAC]), known(of.Now[sriov.VLAN])
+		v.Devices = append(v.Devices, d)
+	}
+	return v
+}
+
+func leasesCommand(e *env) *cli.Command {
+	return command(&cli.Command{
+		Name:  "leases",
+		Usage: "what is assigned to whom, and what is in quarantine",
+		Description: "States: making (a viaduct is at work on it), reserved, active (a process has its devices open), dead (its holder is gone, or nobody\n" +
+			"came: viaduct release --dead reclaims it), lost (a device of it is gone).\n\nExamples:\n  viaduct leases\n  viaduct leases --json",
+		Flags: []cli.Flag{e.jsonFlag()},
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return usagef("leases takes no arguments: it shows all")
+			}
+			return runLeases(e)
+		},
+	})
+}
+
+type quarantineView struct {
+	Address string    `json:"address"`
+	Path    string    `json:"path"`
+	Guest   string    `json:"guest"`
+	Since   time.Time `json:"since"`
+	Why     string    `json:"why"`
+}
+
+type leasesView struct {
+	Leases     []leaseView      `json:"leases"`
+	Quarantine []quarantineView `json:"quarantine"`
+}
+
+// lookAtLeases opens the host and looks at all its leases; the caller closes it.
+func (e *env) lookAtLeases() (*iommu.Host, *lease.Manager, []lease.Look, error) {
+	h, t, err := e.look()
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	m := &lease.Manager{Host: h, Topology: t, Binder: newBinder(h, 0), Book: book(h), Spec: &spec.Host{}}
+	looks, err := m.Look()
+	if err != nil {
+		return nil, nil, nil, errors.Join(err, h.Close())
+	}
+	return h, m, looks, nil
+}
+
+func runLeases(e *env) error {
+	h, m, looks, err := e.lookAtLeases()
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	quarantine, err := m.Book.Quarantined()
+	if err != nil {
+		return err
+	}
+	view := leasesView{Leases: []leaseView{}, Quarantine: []quarantineView{}}
+	for _, look := range looks {
+		view.Leases = append(view.Leases, viewLease(m, look))
+	}
+	for _, q := range quarantine {
+		view.Quarantine = append(view.Quarantine, quarantineView{q.Address.String(), q.Place, q.Guest, q.Since, q.Why})
+	}
+	slices.SortFunc(view.Quarantine, func(a, b quarantineView) int { return strings.Compare(a.Path, b.Path) })
+	if e.json {
+		return writeJSON(e.stdout, view)
+	}
+	w := bufio.NewWriter(e.stdout)
+	rows := [][]string{{"GUEST", "STATE", "DEVICES", "FROM", "AGE", "WHAT"}}
+	for _, v := range view.Leases {
+		var devices []string
+		for _, d := range v.Devices {
+			devices = append(devices, d.Address)
+		}
+		what := ptr(v.Why)
+		if len(v.Holders) > 0 {
+			what = strings.Join(v.Holders, ", ")
+		}
+		rows = append(rows, []string{v.Guest, string(v.State), strings.Join(devices, " "), v.From, time.Since(v.Made).Round(time.Second).String(), what})
+	}
+	for _, q := range view.Quarantine {
+		rows = append(rows, []string{q.Guest, "quarantine", q.Address, "", time.Since(q.Since).Round(time.Second).String(), q.Why})
+	}
+	if len(rows) > 1 {
+		writeTable(w, rows)
+	}
+	return w.Flush()
+}
+
+func releaseCommand(e *env) *cli.Command {
+	var wait, timeout time.Duration
+	var dead, quarantined bool
+	return command(&cli.Command{
+		Name:      "release",
+		Usage:     "get a guest's devices back, clean",
+		ArgsUsage: "GUEST",
+		Description: "Resets each device, brings a VF's settings back to what they were before it was assigned, reads all back, and frees the device:\n" +
+			"it stays on its vfio driver if it was on it, else it goes back to what it had. One that cannot be scrubbed goes into quarantine,\n" +
+			"which outlives the boot and which --quarantined tries to lift. Refused, with exit status 3, while a process has a device\n" +
+			"open, unless --wait gives it time to end. --json prints what was done to each device (its scrub certificate).\n\n" +
+			"Examples:\n  viaduct release web\n  viaduct release web --wait 60s --json\n  viaduct release --dead\n  viaduct release --quarantined 0000:01:10.0",
+		Flags: []cli.Flag{
+			&cli.DurationFlag{Name: "wait", Usage: "how long the guest may take to end", Destination: &wait},
+			&cli.BoolFlag{Name: "dead", Usage: "all leases that are dead", Destination: &dead},
+			&cli.BoolFlag{Name: "quarantined", Usage: "scrub a device in quarantine again, and free it if it is clean then: SELECTOR... instead of GUEST", Destination: &quarantined},
+			&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", Value: vfio.DefaultTimeout, Destination: &timeout},
+			e.jsonFlag(),
+		},
+		Action: func(c *cli.Context) error {
+			if err := checkTimeout(timeout); err != nil {
+				return err
+			}
+			switch {
+			case wait < 0 || dead && wait > 0:
+				return usagef("release: --wait is a time that one guest is given, not %s", wait)
+			case dead && (quarantined || c.Args().Present()):
+				return usagef("release: --dead takes no arguments: it reclaims all that are dead")
+			case dead:
+				return runRelease(c.Context, e, timeout, func(ctx context.Context, m *lease.Manager) ([]lease.Certificate, error) { return m.Reclaim(ctx) })
+			case quarantined:
+				sel, err := selectors(c)
+				if err != nil {
+					return err
+				}
+				return runRelease(c.Context, e, timeout, func(ctx context.Context, m *lease.Manager) ([]lease.Certificate, error) {
+					var devices []*iommu.Device
+					for _, s := range sel {
+						d, err := s.One(m.Host, m.Topology)
+						if err != nil {
+							return nil, err
+						}
+						devices = append(devices, d)
+					}
+					return m.Lift(ctx, devices)
+				})
+			}
+			guest, err := oneArgument(c, "the guest's name")
+			if err != nil {
+				return err
+			}
+			return runRelease(c.Context, e, timeout, func(ctx context.Context, m *lease.Manager) ([]lease.Certificate, error) {
+				return m.Release(ctx, guest, wait, nil)
+			})
+		},
+	})
+}
+
+func runRelease(ctx context.Context, e *env, timeout time.Duration, do func(context.Context, *lease.Manager) ([]lease.Certificate, error)) error {
+	ctx, stop, c, err := e.beginChange(ctx, timeout)
+	if err != nil {
+		return err
+	}
+	defer stop()
+	m, err := c.leases()
+	if err != nil {
+		return err
+	}
+	certificates, err := do(ctx, m)
+	if e.json {
+		if certificates == nil {
+			certificates = []lease.Certificate{}
+		}
+		return mixed(errors.Join(err, writeJSON(e.stdout, certificates)), len(certificates) > 0)
+	}
+	for _, c := range certificates {
+		switch c.Result {
+		case lease.Clean:
+			fmt.Fprintf(e.stdout, "%s of %s: clean, on %s\n", c.Address, c.Guest, driverText(known(c.Driver)))
+		case lease.Missing:
+			fmt.Fprintf(e.stdout, "%s of %s: lost: %s\n", c.Address, c.Guest, c.Why)
+		}
+	}
+	return mixed(err, len(certificates) > 0)
+}

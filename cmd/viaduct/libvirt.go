@@ -1,0 +1,90 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/urfave/cli/v2"
+
+	"viaduct/cmd/internal/lease"
+	"viaduct/iommu"
+	"viaduct/vfio"
+)
+
+// libvirtHookCommand is what libvirt runs, by the file that install --libvirt writes.
+func libvirtHookCommand(e *env) *cli.Command {
+	return command(&cli.Command{
+		Name:      "libvirt-hook",
+		Usage:     "what libvirt runs when a domain starts and stops (viaduct install --libvirt)",
+		ArgsUsage: "DOMAIN OPERATION SUBOPERATION [EXTRA] < XML",
+		Description: "prepare begin: fails the start of a domain that does not have exactly what is assigned to it, or has what is another's; else\n" +
+			"configures and takes it. start begin: writes down what the domain drew from a network made of a pool. release end: scrubs.\n" +
+			"It never calls libvirt, and always succeeds at reconnect.",
+		Hidden: true,
+		Action: func(c *cli.Context) error {
+			if c.NArg() < 3 {
+				return usagef("libvirt-hook: want a domain, an operation and its part, as libvirt calls it")
+			}
+			err := runLibvirtHook(c.Context, e, c.Args().Get(0), c.Args().Get(1), c.Args().Get(2))
+			if err != nil && c.Args().Get(1) == "reconnect" {
+				e.note("%v", err)
+				return nil
+			}
+			return err
+		},
+	})
+}
+
+func runLibvirtHook(ctx context.Context, e *env, name, op, sub string) error {
+	const most = 16 << 20 // more than any domain
+	text, err := io.ReadAll(io.LimitReader(os.Stdin, most))
+	if err != nil {
+		return err
+	}
+	d := &lease.Domain{}
+	if len(text) > 0 {
+		if d, err = lease.ParseDomain(text); err != nil {
+			return err
+		}
+	}
+	d.Name = name
+	ctx, stop, c, err := e.beginChange(ctx, vfio.DefaultTimeout)
+	if err != nil {
+		return err
+	}
+	defer stop()
+	m, err := c.leases()
+	if err != nil {
+		return err
+	}
+	certificates, err := m.Hook(ctx, d, op, sub)
+	for _, c := range certificates {
+		if c.Result == lease.Fouled {
+			e.note("%s of %s is in quarantine: %s", c.Address, c.Guest, c.Why)
+		}
+	}
+	return err
+}
+
+// restoreLeases makes the leases again that outlive a boot.
+func (c *changing) restoreLeases(ctx context.Context) error {
+	t, err := iommu.Scan(c.host) // VFs may just have been made
+	if err != nil {
+		return err
+	}
+	c.topology = t
+	m, err := c.leases()
+	if err != nil {
+		return err
+	}
+	done, err := m.Restore(ctx)
+	for _, guest := range done {
+		c.env.note("%s has its devices again", guest)
+	}
+	if err != nil {
+		err = fmt.Errorf("leases that outlive the boot: %w", err)
+	}
+	return err
+}

@@ -1,0 +1,118 @@
+package main
+
+import (
+	"fmt"
+	"slices"
+	"strconv"
+
+	"github.com/urfave/cli/v2"
+
+	"viaduct/cmd/internal/declared"
+	"viaduct/cmd/internal/lease"
+	"viaduct/cmd/internal/spec"
+	"viaduct/cmd/internal/vmm"
+	"viaduct/iommu"
+)
+
+func poolCommand(e *env) *cli.Command {
+	var format string
+	return command(&cli.Command{
+		Name:      "pool",
+		Usage:     "the pools of VFs that guests draw from",
+		ArgsUsage: "[NAME]",
+		Description: "A pool is what ranges of VFs in /etc/viaduct/host.yaml have the same pool: name. With --format libvirt-network, a pool as a libvirt\n" +
+			"network, from which domains draw their interfaces; with viaduct install --libvirt each drawn VF has a lease.\n\n" +
+			"Examples:\n  viaduct pool\n  viaduct pool net --format libvirt-network > net.xml && virsh net-define net.xml",
+		Flags: []cli.Flag{
+			&cli.StringFlag{Name: "format", Usage: "print the pool as `libvirt-network`", Destination: &format},
+			e.jsonFlag(),
+		},
+		Action: func(c *cli.Context) error {
+			if c.NArg() > 1 {
+				return usagef("pool: want one name, or none for all")
+			}
+			if format != "" && (format != "libvirt-network" || c.NArg() != 1) {
+				return usagef("pool: --format is libvirt-network, of one pool")
+			}
+			return runPool(e, c.Args().First(), format != "")
+		},
+	})
+}
+
+type poolView struct {
+	Pool       string   `json:"pool"`
+	VFs        []string `json:"vfs"`
+	Free       int      `json:"free"`
+	Leased     int      `json:"leased"`
+	Quarantine int      `json:"quarantine"`
+	Why        *string  `json:"why"`
+}
+
+func runPool(e *env, only string, network bool) error {
+	h, m, looks, err := e.lookAtLeases()
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	s, err := spec.Load(h)
+	if err != nil {
+		return usageError{err}
+	}
+	names := declared.Pools(s)
+	if only != "" && !slices.Contains(names, only) {
+		return fmt.Errorf("no pool is called %q in /%s; there are %d", only, spec.File, len(names))
+	}
+	quarantine, err := m.Book.Quarantined()
+	if err != nil {
+		return err
+	}
+	dm := (&declaredOptions{}).manager(h, m.Topology, m.Binder)
+	views := []poolView{}
+	for _, name := range names {
+		if only != "" && name != only {
+			continue
+		}
+		v := poolView{Pool: name, VFs: []string{}}
+		vfs, err := dm.Pool(s, name)
+		if err != nil {
+			if network {
+				return err
+			}
+			v.Why = known(err.Error())
+		}
+		if network {
+			var addresses []iommu.Address
+			for _, vf := range vfs {
+				addresses = append(addresses, vf.Address)
+			}
+			_, err := fmt.Fprint(e.stdout, vmm.LibvirtNetwork(name, addresses))
+			return err
+		}
+		for _, vf := range vfs {
+			v.VFs = append(v.VFs, vf.Name)
+			place, _ := iommu.PathOf(h, vf) // of one that has just gone, it is in no quarantine
+			switch _, in := quarantine[place]; {
+			case slices.ContainsFunc(looks, func(l lease.Look) bool { return l.Has(vf.Address) }):
+				v.Leased++
+			case in:
+				v.Quarantine++
+			default:
+				v.Free++
+			}
+		}
+		views = append(views, v)
+	}
+	if e.json {
+		return writeJSON(e.stdout, views)
+	}
+	rows := [][]string{{"POOL", "VFS", "FREE", "LEASED", "QUARANTINE", "WHAT"}}
+	for _, v := range views {
+		rows = append(rows, []string{v.Pool, strconv.Itoa(len(v.VFs)), strconv.Itoa(v.Free), strconv.Itoa(v.Leased), strconv.Itoa(v.Quarantine), ptr(v.Why)})
+	}
+	if len(rows) > 1 {
+		writeTable(e.stdout, rows)
+	} else {
+		e.note("no pool is declared in /%s (pool: NAME in a range of VFs)", spec.File)
+	}
+	return nil
+}

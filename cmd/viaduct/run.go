@@ -1,0 +1,206 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
+
+	"viaduct/cmd/internal/lease"
+	"viaduct/cmd/internal/vmm"
+)
+
+// exitNotRun is what run ends with when viaduct itself failed before the VMM was started.
+const exitNotRun = 125
+
+// vmmEnded is how the VMM ended, which is how run ends.
+type vmmEnded struct {
+	status int
+	error
+}
+
+func runCommand(e *env) *cli.Command {
+	var o assignOptions
+	return command(&cli.Command{
+		Name:      "run",
+		Usage:     "give a guest devices, start its VMM, and get the devices back clean when it ends",
+		ArgsUsage: "GUEST --from POOL|PF|SELECTOR -- COMMAND [ARGUMENT...]",
+		Description: "The word {devices} of the command becomes the arguments for the devices, in the words of the VMM that the command's name says\n" +
+			"(or --format); without it they are put at the end. {address}, {group}, {mac} and {vlan} in any word become the first device's.\n" +
+			"The command also has the variables of viaduct assign --format env. Signals and the terminal are the command's. Exit status:\n" +
+			"the command's, 128 and the signal that ended it, or 125 when viaduct failed before it was started.\n\n" +
+			"Examples:\n  viaduct run web --from net --vlan 100 -- qemu-system-x86_64 -m 4G -nographic disk.img\n" +
+			"  viaduct run web --from enp1s0 -- crosvm run {devices} vmlinux",
+		Flags: append(o.flags(),
+			&cli.StringFlag{Name: "format", Usage: "how the command is told of the devices: `qemu|qemu-iommufd|cloud-hypervisor|crosvm|kata|env`", Destination: &o.format},
+			&cli.DurationFlag{Name: "wait", Usage: "how long after the command's end its devices may still be open", Value: 30 * time.Second},
+		),
+		Action: func(c *cli.Context) error {
+			err := runRun(c, e, &o)
+			if _, ended := errors.AsType[*vmmEnded](err); err != nil && !ended {
+				err = &vmmEnded{exitNotRun, err}
+			}
+			return err
+		},
+	})
+}
+
+func runRun(c *cli.Context, e *env, o *assignOptions) error {
+	args := c.Args().Slice()
+	if len(args) < 2 {
+		return usagef("run: want a guest's name, and after -- the command that starts it (viaduct run --help)")
+	}
+	o.Guest = args[0]
+	command := args[1:]
+	if o.format == "" {
+		o.format = formatOf(command[0])
+	}
+	format, known := vmm.Find(o.format)
+	if !known || format.Args == nil && o.format != "env" {
+		return usagef("run: --format %q: want one that is a command's arguments, or env", o.format)
+	}
+	if err := o.parse(c, format); err != nil {
+		return err
+	}
+	program, err := exec.LookPath(command[0]) // before anything is touched
+	if err != nil {
+		return err
+	}
+	o.OwnerPID = os.Getpid()
+	var l *lease.Lease
+	var g *vmm.Guest
+	err = e.assign(c.Context, o, func(m *lease.Manager, made *lease.Lease) (err error) {
+		l = made
+		g, err = guestOf(m, l, o.standby)
+		return err
+	})
+	release := func() error {
+		return runRelease(context.WithoutCancel(c.Context), &env{stdout: e.stderr, stderr: e.stderr}, o.timeout, func(ctx context.Context, m *lease.Manager) ([]lease.Certificate, error) {
+			return m.Release(ctx, o.Guest, c.Duration("wait"), nil)
+		})
+	}
+	if err != nil && l != nil {
+		err = errors.Join(err, release())
+	}
+	if err != nil {
+		return err
+	}
+	cmd := exec.Command(program, substitute(command[1:], format, g)...)
+	cmd.Args[0] = command[0]
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.Env = append(os.Environ(), vmm.Environment(g)...)
+	ended, err := stay(cmd, func(pid int) error { return e.started(l, pid, filepath.Base(program)) })
+	if err != nil {
+		return errors.Join(err, release())
+	}
+	if err := release(); err != nil {
+		e.note("%v", err)
+	}
+	if ended == 0 {
+		return nil
+	}
+	return &vmmEnded{status: ended}
+}
+
+// formatOf is the format of a VMM by its program's name.
+func formatOf(program string) string {
+	name := filepath.Base(program)
+	for _, known := range []string{"qemu", "cloud-hypervisor", "crosvm"} {
+		if strings.HasPrefix(name, known) {
+			return known
+		}
+	}
+	if name == "kvm" {
+		return "qemu"
+	}
+	return "env"
+}
+
+// substitute puts a guest's devices into the words of a command.
+func substitute(words []string, format *vmm.Format, g *vmm.Guest) []string {
+	var devices []string
+	if format.Args != nil {
+		devices = format.Args(g)
+	}
+	first := g.Devices[0]
+	values := strings.NewReplacer("{address}", first.Address.String(), "{group}", fmt.Sprint(first.Group), "{mac}", first.MAC, "{vlan}", first.VLAN)
+	var out []string
+	placed := false
+	for _, w := range words {
+		if w == "{devices}" {
+			out, placed = append(out, devices...), true
+			continue
+		}
+		replaced := values.Replace(w)
+		placed = placed || strings.Contains(w, "{address}") || strings.Contains(w, "{group}")
+		out = append(out, replaced)
+	}
+	if !placed {
+		out = append(out, devices...)
+	}
+	return out
+}
+
+// stay runs a command as its parent, hands signals on to it, and returns its status. Those of a terminal it gets itself, being in
+// the same group of processes; stopped and continued it is with us.
+func stay(cmd *exec.Cmd, started func(pid int) error) (status int, err error) {
+	signals := make(chan os.Signal, 16)
+	signal.Notify(signals, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH)
+	defer signal.Stop(signals)
+	if err := cmd.Start(); err != nil {
+		return 0, err
+	}
+	if err := started(cmd.Process.Pid); err != nil {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		return 0, err
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	for {
+		select {
+		case s := <-signals:
+			if !fromTerminal(s) {
+				_ = cmd.Process.Signal(s)
+			}
+		case err := <-ended:
+			var exit *exec.ExitError
+			if err != nil && !errors.As(err, &exit) {
+				return 0, err
+			}
+			if ws, ok := cmd.ProcessState.Sys().(syscall.WaitStatus); ok && ws.Signaled() {
+				return 128 + int(ws.Signal()), nil
+			}
+			return cmd.ProcessState.ExitCode(), nil
+		}
+	}
+}
+
+// fromTerminal reports whether a signal is one that the terminal sends to all of its foreground group, which is ours.
+func fromTerminal(s os.Signal) bool {
+	if !slices.Contains([]os.Signal{unix.SIGINT, unix.SIGQUIT, unix.SIGWINCH}, s) {
+		return false
+	}
+	foreground, err := unix.IoctlGetInt(0, unix.TIOCGPGRP)
+	return err == nil && foreground == unix.Getpgrp()
+}
+
+// started writes down which process is going to hold the devices.
+func (e *env) started(l *lease.Lease, pid int, name string) error {
+	h, err := e.open()
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	return (&lease.Manager{Host: h, Book: book(h)}).Started(l, pid, name)
+}

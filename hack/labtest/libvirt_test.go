@@ -1,0 +1,127 @@
+//go:build lab
+
+package labtest
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// libvirtd starts libvirt's daemons, as they are without systemd; they end with the host.
+func libvirtd(t *testing.T) {
+	t.Helper()
+	shell(t, `mkdir -p /run/libvirt
+printf 'security_driver = "none"\nuser = "root"\ngroup = "root"\nremember_owner = 0\nnamespaces = []\n' >/etc/libvirt/qemu.conf
+[ -e /run/virtlogd.pid ] || virtlogd -d
+libvirtd -d
+for n in $(seq 60); do virsh -q version >/dev/null 2>&1 && exit; sleep 1; done
+virsh version`)
+}
+
+// domain is a machine that starts and waits for a disk, with these devices.
+func domain(t *testing.T, name, devices string) string {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), name+".xml")
+	text := fmt.Sprintf("<domain type='qemu'><name>%s</name><memory unit='MiB'>64</memory><os><type arch='x86_64' machine='q35'>hvm</type></os><devices><emulator>/usr/bin/qemu-system-x86_64</emulator>%s</devices></domain>\n", name, devices)
+	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return file
+}
+
+// TestLibvirt: libvirt takes what assign and pool print; with the hook a domain has exactly its lease or does not start, what it
+// leaves is scrubbed, and a restart of libvirt changes nothing. virsh, virt-xml-validate and ip judge.
+func TestLibvirt(t *testing.T) {
+	pf := ports()[1]
+	pool(t, pf)
+	fresh := shown(t, pf, 0)
+	shell(t, "cp "+viaduct+" /usr/local/sbin/viaduct; /usr/local/sbin/viaduct install --libvirt; test -x /etc/libvirt/hooks/qemu.d/viaduct")
+	libvirtd(t)
+	t.Cleanup(func() { run(t, viaduct, "uninstall") })
+
+	xml := do(t, "assign", "dom", "--from", "net", "--vlan", "100", "--mac", "52:54:00:aa:00:01", "--format", "libvirt")
+	file := domain(t, "dom", xml)
+	shell(t, "virt-xml-validate "+file+" domain; virsh define "+file)
+	shell(t, "virsh start dom")
+	if l := leases(t)["dom"]; l.State != "active" || !strings.Contains(strings.Join(l.Holders, ""), `guest "dom"`) {
+		t.Errorf("with its domain running, the lease is %+v", l)
+	}
+	if line := shown(t, pf, 0); !strings.Contains(line, "vlan 100") || !strings.Contains(line, "52:54:00:aa:00:01") {
+		t.Errorf("the domain's VF is %s", line)
+	}
+	shell(t, "kill $(cat /run/libvirtd.pid); while [ -e /run/libvirtd.pid ]; do sleep 0.2; done")
+	libvirtd(t)
+	if state := shell(t, "virsh domstate dom"); state != "running" || leases(t)["dom"].State != "active" {
+		t.Errorf("after libvirtd was restarted the domain is %s, its lease %+v", state, leases(t)["dom"])
+	}
+	thief := domain(t, "thief", xml)
+	shell(t, "virsh define "+thief)
+	if r := run(t, "virsh", "start", "thief"); r.status == 0 || !strings.Contains(r.stderr, `assigned to guest "dom"`) {
+		t.Errorf("a domain with another's VF: %d, %s", r.status, r.stderr)
+	}
+	shell(t, "virsh destroy dom")
+	if now := shown(t, pf, 0); now != fresh {
+		t.Errorf("after the domain the VF is\n%s, a new one is\n%s", now, fresh)
+	}
+	if text := attr("/run/viaduct/scrubbed-" + vfs(pf)[0] + ".json"); !strings.Contains(text, `"result":"clean"`) {
+		t.Errorf("its certificate: %s", text)
+	}
+	if l := leases(t)["dom"]; l.State != "reserved" {
+		t.Errorf("between its starts the lease is %+v", l)
+	}
+
+	// it outlives a boot: what /run held is gone, and so are the VFs
+	shell(t, "rm -rf /run/viaduct; echo 0 > "+filepath.Join(devicesDir, pf, "sriov_numvfs"))
+	do(t, "apply", "--boot")
+	if line := shown(t, pf, 0); !strings.Contains(line, "vlan 100") || leases(t)["dom"].State != "reserved" {
+		t.Errorf("after a boot the VF is %s, the lease %+v", line, leases(t)["dom"])
+	}
+	if other := do(t, "assign", "other", "--from", "net"); strings.Contains(other, vfs(pf)[0]) {
+		t.Errorf("another guest is given %s", other)
+	}
+	do(t, "release", "other")
+	shell(t, "virsh start dom; virsh destroy dom")
+	do(t, "release", "dom")
+	if r := run(t, viaduct, "leases"); r.stdout != "" {
+		t.Errorf("leases: %s", r.stdout)
+	}
+
+	// a device that is no interface, and a network of the pool
+	file = domain(t, "plain", do(t, "assign", "plain", "--from", "net", "--format", "libvirt"))
+	shell(t, "virt-xml-validate "+file+" domain; virsh define "+file+"; virsh start plain; virsh destroy plain")
+	do(t, "release", "plain")
+	network := filepath.Join(t.TempDir(), "net.xml")
+	if err := os.WriteFile(network, []byte(do(t, "pool", "net", "--format", "libvirt-network")), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	shell(t, "virt-xml-validate "+network+" network; virsh net-define "+network+"; virsh net-start net")
+	file = domain(t, "drawn", "<interface type='network'><source network='net'/><mac address='52:54:00:aa:00:07'/></interface>")
+	shell(t, "virsh define "+file+"; virsh start drawn")
+	l := leases(t)["drawn"]
+	if l.State != "active" || len(l.Devices) != 1 {
+		t.Fatalf("what the domain drew from the network is in no lease: %v", leases(t))
+	}
+	index := strings.TrimPrefix(shell(t, "basename $(find "+filepath.Join(devicesDir, pf)+"/ -lname '*"+l.Devices[0].Address+"' -name 'virtfn*')"), "virtfn")
+	shell(t, "virsh destroy drawn")
+	if left := leases(t); len(left) != 0 {
+		t.Errorf("after it, leases %v", left)
+	}
+	var n int
+	_, _ = fmt.Sscan(index, &n)
+	if now := shown(t, pf, n); strings.Contains(now, "52:54:00:aa:00:07") {
+		t.Errorf("after the drawn domain the VF is %s", now)
+	}
+	shell(t, "virsh net-destroy net; virsh undefine dom; virsh undefine thief; virsh undefine plain; virsh undefine drawn")
+}
+
+// TestTwoGuests runs what two guests at once see of each other, and what the next gets.
+func TestTwoGuests(t *testing.T) {
+	r := run(t, "bash", "/job/guests")
+	t.Log(r.stdout)
+	if r.status != 0 {
+		t.Errorf("exit status %d\n%s", r.status, r.stderr)
+	}
+}

@@ -44,6 +44,11 @@ func newBinder(h *iommu.Host, timeout time.Duration) *vfio.Binder {
 // beginChange opens and scans the host. The caller calls stop at the end, which closes all; until then a first signal only
 // ends the context.
 func (e *env) beginChange(ctx context.Context, timeout time.Duration) (context.Context, func(), *changing, error) {
+	return e.beginLook(ctx, timeout, true)
+}
+
+// beginLook is beginChange for what may find that there is nothing to change: then the child that writes is started when it is needed.
+func (e *env) beginLook(ctx context.Context, timeout time.Duration, writes bool) (context.Context, func(), *changing, error) {
 	if err := e.mayChange(); err != nil {
 		return nil, nil, nil, err
 	}
@@ -60,7 +65,9 @@ func (e *env) beginChange(ctx context.Context, timeout time.Duration) (context.C
 	}
 	if c.live() {
 		takePrecedence(h)
-		c.binder.Start()
+		if writes {
+			c.binder.Start()
+		}
 		ctx, signals = untilSignal(ctx)
 	}
 	c.began = time.Now()
@@ -77,11 +84,13 @@ func (e *env) beginChange(ctx context.Context, timeout time.Duration) (context.C
 // takePrecedence puts this process, and the child it starts, before others. Each change wakes udev, whose rules for one device
 // take longer than the kernel does for the next: side by side with them a hundred devices take twenty times as long, for the
 // rules as well. Without the right to it, all stays as it is.
-func takePrecedence(h *iommu.Host) {
+func takePrecedence(h *iommu.Host) { setNice(h, -20) }
+
+func setNice(h *iommu.Host, nice int) {
 	threads, _ := h.Names("proc/self/task")
 	for _, t := range threads {
 		if id, err := strconv.Atoi(t); err == nil {
-			_ = unix.Setpriority(unix.PRIO_PROCESS, id, -20)
+			_ = unix.Setpriority(unix.PRIO_PROCESS, id, nice)
 		}
 	}
 }

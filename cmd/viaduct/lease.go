@@ -239,7 +239,7 @@ func ownerRuns(e *env, o *assignOptions) error {
 
 // assign gives a guest devices, and calls then while they are still locked.
 func (e *env) assign(ctx context.Context, o *assignOptions, then func(*lease.Manager, *lease.Lease) error) error {
-	ctx, stop, c, err := e.beginChange(ctx, o.timeout)
+	ctx, stop, c, err := e.beginLook(ctx, o.timeout, false)
 	if err != nil {
 		return err
 	}
@@ -513,7 +513,7 @@ func releaseCommand(e *env) *cli.Command {
 				return err
 			}
 			return runRelease(c.Context, e, timeout, func(ctx context.Context, m *lease.Manager) ([]lease.Certificate, error) {
-				return m.Release(ctx, guest, wait, nil)
+				return m.Release(ctx, guest, wait)
 			})
 		},
 	})

@@ -77,16 +77,22 @@ func runRun(c *cli.Context, e *env, o *assignOptions) error {
 		return err
 	}
 	o.OwnerPID = os.Getpid()
+	priority, err := unix.Getpriority(unix.PRIO_PROCESS, 0)
+	if err != nil {
+		return err
+	}
 	var l *lease.Lease
 	var g *vmm.Guest
 	err = e.assign(c.Context, o, func(m *lease.Manager, made *lease.Lease) (err error) {
 		l = made
+		setNice(m.Host, 20-priority) // the system call's way to tell it (getpriority(2)); the command has what viaduct was started with
+		signal.Reset(unix.SIGPIPE)
 		g, err = guestOf(m, l, o.standby)
 		return err
 	})
 	release := func() error {
 		return runRelease(context.WithoutCancel(c.Context), &env{stdout: e.stderr, stderr: e.stderr}, o.timeout, func(ctx context.Context, m *lease.Manager) ([]lease.Certificate, error) {
-			return m.Release(ctx, o.Guest, c.Duration("wait"), nil)
+			return m.Release(ctx, o.Guest, c.Duration("wait"))
 		})
 	}
 	if err != nil && l != nil {

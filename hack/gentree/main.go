@@ -1,9 +1,9 @@
 // Command gentree makes a /sys with a given number of PCI devices, laid out and formatted as the kernel's, for benchmarks:
 //
-//	gentree [-ids PCI.IDS] DIR COUNT
+//	gentree [-ids PCI.IDS] [-vfs] DIR COUNT
 //
 // 256 devices are one root complex: a root bus with a host bridge and 15 root ports, and 15 buses of 16 functions. Every
-// fourth of these is one PF with 15 VFs. 16 root complexes are a PCI domain.
+// fourth of these is one PF with 15 VFs; with -vfs, each is. 16 root complexes are a PCI domain.
 package main
 
 import (
@@ -42,7 +42,7 @@ var (
 		{vendor: 0x8086, device: 0x1592, class: 0x020000, driver: "ice", net: true,
 			vfs: &kind{vendor: 0x8086, device: 0x1889, class: 0x020000, driver: "vfio-pci"}},
 		{vendor: 0x144d, device: 0xa824, class: 0x010802, driver: "nvme",
-			vfs: &kind{vendor: 0x144d, device: 0xa824, class: 0x010802}},
+			vfs: &kind{vendor: 0x144d, device: 0xa824, class: 0x010802, driver: "vfio-pci"}},
 		{vendor: 0x8086, device: 0x1592, class: 0x020000, driver: "ice", net: true,
 			vfs: &kind{vendor: 0x8086, device: 0x1889, class: 0x020000, driver: "iavf", net: true}},
 		{vendor: 0x15b3, device: 0x101d, class: 0x020000, driver: "mlx5_core", net: true,
@@ -70,6 +70,7 @@ type tree struct {
 	inside int // members of the last group
 	irq    int
 	vfs    map[string]int
+	dense  bool // every bus is a PF and its VFs
 }
 
 func (t *tree) dir(name string) {
@@ -119,7 +120,7 @@ func (t *tree) complex(n int) {
 	}
 	for i := 1; i < 16; i++ {
 		path := []string{root, ports[i]}
-		if i%4 != 1 {
+		if i%4 != 1 && !t.dense {
 			for devfn := range 16 {
 				k := plain[(devfn+i)%len(plain)]
 				if devfn != 5 { // a GPU's sound function or the like: with the one before it in a group
@@ -266,12 +267,13 @@ func main() {
 	log.SetFlags(0)
 	log.SetPrefix("gentree: ")
 	ids := flag.String("ids", "/usr/share/misc/pci.ids", "the pci.ids to put into the tree")
+	dense := flag.Bool("vfs", false, "every bus is a PF with its VFs")
 	flag.Parse()
 	count, err := strconv.Atoi(flag.Arg(1))
 	if flag.NArg() != 2 || err != nil || count < 1 || count > 1<<16 {
 		log.Fatal("usage: gentree [-ids PCI.IDS] DIR COUNT")
 	}
-	t := &tree{root: flag.Arg(0), left: count, vfs: map[string]int{}}
+	t := &tree{root: flag.Arg(0), left: count, vfs: map[string]int{}, dense: *dense}
 	for _, d := range []string{"sys/bus/pci/devices", "sys/class/net", "sys/class/iommu", "sys/devices/virtual/net/lo",
 		"sys/devices/virtual/iommu/ivhd0", "sys/kernel/iommu_groups", "usr/share/misc", "proc", "dev"} {
 		t.dir(d)

@@ -3,7 +3,7 @@
 //
 //	timeit RUNS COMMAND...
 //
-// A command is one argument, split at blanks. One round beforehand is not counted. It stands beside the commands, in their
+// A command is one argument, split at blanks, in which {n} is the number of the round. One round beforehand is not counted. It stands beside the commands, in their
 // chroot or their emulated host, so that nothing but their own start, work and end is measured. The resident size is never
 // below timeit's own, which the kernel hands on across fork and exec.
 package main
@@ -35,7 +35,7 @@ func main() {
 	times, rss := make([][]time.Duration, len(commands)), make([]int64, len(commands))
 	for round := range runs + 1 {
 		for i, c := range commands {
-			argv := strings.Fields(c)
+			argv := strings.Fields(strings.ReplaceAll(c, "{n}", strconv.Itoa(round)))
 			var stderr bytes.Buffer
 			cmd := exec.Command(argv[0], argv[1:]...)
 			if round == 0 {

@@ -141,7 +141,7 @@ func (m *Manager) reserve(ctx context.Context, r *Request, units [][]*iommu.Devi
 		if why := l.differs(r); why != "" {
 			return nil, false, &vfio.RefusedError{What: "assign to " + r.Guest, Reasons: []string{fmt.Sprintf("it has a lease already, %s", why)}, Cure: "viaduct release " + r.Guest}
 		}
-		l.Maker = m.self()
+		l.Maker, l.Persist = m.self(), l.Persist || r.Persist
 		return l, false, m.Book.put(l)
 	}
 	drawn, err := m.free(all, r, units, skip)
@@ -184,16 +184,13 @@ func (l *Lease) differs(r *Request) string {
 	switch {
 	case l.From != r.From:
 		return fmt.Sprintf("drawn from %s", l.From)
-	case l.Persist != r.Persist:
-		return "which is to outlive the boot or not, unlike what is asked for now"
+	case l.Count != r.Count:
+		return fmt.Sprintf("with --count %d", l.Count)
 	}
 	for _, d := range l.Devices {
 		if d.PF != nil && !maps.Equal(d.Wanted, r.Settings) {
 			return fmt.Sprintf("with %s", settingsText(d.Wanted))
 		}
-	}
-	if l.Count != r.Count {
-		return fmt.Sprintf("with --count %d", l.Count)
 	}
 	return ""
 }
@@ -235,6 +232,9 @@ func (m *Manager) finish(ctx context.Context, l *Lease, r *Request) (notes []str
 		if m.Binder.Owner, err = vfio.ParseNodeOwner(l.NodeOwner); err != nil {
 			return notes, err
 		}
+	}
+	if m.Host.Live() && (l.configured() || slices.ContainsFunc(devices, func(d *iommu.Device) bool { return !iommu.IsVFIODriver(d.Driver) })) {
+		m.Binder.Start() // beside what is asked first
 	}
 	if err := m.Lock(ctx, m.withPFs(devices, l.configured())); err != nil {
 		return notes, err

@@ -35,7 +35,7 @@ func (e *ExhaustedError) Error() string {
 }
 
 // source is what a guest may draw from: units of devices, each of which it gets whole. A VF is a unit by itself where its PF
-// isolates it, as PFs do.
+// isolates it, as PFs do. What is on a driver of the host is drawn only from a pool, or when it is named by itself.
 func (m *Manager) source(from string) ([][]*iommu.Device, error) {
 	var devices []*iommu.Device
 	if slices.Contains(declared.Pools(m.Spec), from) {
@@ -61,13 +61,20 @@ func (m *Manager) source(from string) ([][]*iommu.Device, error) {
 		switch {
 		case d.IsBridge():
 			err = &vfio.RefusedError{What: "assign " + d.Name, Reasons: []string{d.Name + " is a bridge, which no guest can have"}}
-		case d.SRIOV == nil || iommu.IsVFIODriver(d.Driver):
+		case iommu.IsVFIODriver(d.Driver):
 			devices = append(devices, d)
-		case len(d.SRIOV.VFs) > 0:
-			devices = append(devices, m.Topology.VFs(d)...)
-		case d.SRIOV.Total > 0:
+		case d.SRIOV != nil && len(d.SRIOV.VFs) > 0:
+			for _, vf := range m.Topology.VFs(d) {
+				if !vf.Blocks() {
+					devices = append(devices, vf)
+				}
+			}
+			err = errors.New("all VFs of " + from + " are on drivers of the host: one that is to be taken from it has to be named by itself")
+		case d.SRIOV != nil && d.SRIOV.Total > 0:
 			err = &vfio.RefusedError{What: "draw from " + d.Name, Reasons: []string{d.Name + " is a PF without VFs"},
 				Cure: fmt.Sprintf("viaduct vf create %s N; or, to assign the PF itself, viaduct bind %s first", d.Name, d.Name)}
+		case d.Blocks() && len(found) > 1:
+			err = errors.New("all that " + from + " names are on drivers of the host: one that is to be taken from it has to be named by itself")
 		default:
 			devices = append(devices, d)
 		}

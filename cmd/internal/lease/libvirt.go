@@ -220,7 +220,7 @@ func (m *Manager) stopped(ctx context.Context, d *Domain) ([]Certificate, error)
 	}
 	const most = 20 * time.Second // its VMM has ended
 	if !l.Persist {
-		return m.Release(ctx, d.Name, most, nil)
+		return m.Release(ctx, d.Name, most)
 	}
 	mine, err := m.Book.lockGuest(ctx, d.Name, m.timeout())
 	if err != nil {

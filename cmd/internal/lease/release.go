@@ -8,6 +8,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -66,16 +67,15 @@ func (e *NoLeaseError) Error() string {
 }
 
 // Release ends a guest's lease: it waits, at most for the given time, until nobody has its devices open, and scrubs them. One
-// that cannot be scrubbed goes into quarantine, and the error says why. Only, if not nil, has the last word once nobody else can
-// touch the lease.
-func (m *Manager) Release(ctx context.Context, guest string, wait time.Duration, only func(*Lease) bool) ([]Certificate, error) {
+// that cannot be scrubbed goes into quarantine, and the error says why.
+func (m *Manager) Release(ctx context.Context, guest string, wait time.Duration) ([]Certificate, error) {
 	mine, err := m.Book.lockGuest(ctx, guest, m.timeout())
 	if err != nil {
 		return nil, err
 	}
 	defer mine.Close()
 	l, err := m.known(guest)
-	if err != nil || only != nil && !only(l) {
+	if err != nil {
 		return nil, err
 	}
 	devices := m.present(l)
@@ -85,6 +85,11 @@ func (m *Manager) Release(ctx context.Context, guest string, wait time.Duration,
 	if err := m.Lock(ctx, m.withPFs(devices, true)); err != nil {
 		return nil, err
 	}
+	return m.end(ctx, l)
+}
+
+// end scrubs what a lease has, whose devices are locked, and ends it.
+func (m *Manager) end(ctx context.Context, l *Lease) ([]Certificate, error) {
 	l.Ready, l.Maker = false, m.self()
 	if err := m.Book.put(l); err != nil {
 		return nil, err
@@ -342,28 +347,71 @@ func (m *Manager) Scrubbed(a iommu.Address) (*Certificate, error) {
 	return &c, err
 }
 
-// Reclaim releases all leases that are dead.
+// Reclaim releases all leases that are dead, those of different PFs side by side: a reset takes the kernel a tenth of a second.
 func (m *Manager) Reclaim(ctx context.Context) ([]Certificate, error) {
 	looks, err := m.Look()
 	if err != nil {
 		return nil, err
 	}
-	var out []Certificate
-	var errs []error
+	var devices []*iommu.Device
+	byPF := map[iommu.Address][]*Lease{}
 	for _, look := range looks {
 		if look.State != Dead {
 			continue
 		}
-		some, err := m.Release(ctx, look.Guest, 0, func(l *Lease) bool { // it may be somebody's again
-			state, _ := m.state(l, nil, time.Now(), true)
-			return state == Dead
-		})
-		if _, gone := errors.AsType[*NoLeaseError](err); gone {
-			err = nil
+		mine := m.Book.tryGuest(look.Guest)
+		if mine == nil {
+			continue // somebody is at work on it
 		}
-		out = append(out, some...)
-		errs = append(errs, err)
+		defer mine.Close()
+		l, err := m.Book.Get(look.Guest)
+		if err != nil {
+			return nil, err
+		}
+		if l == nil {
+			continue
+		}
+		present := m.present(l)
+		holders, err := vfio.ProcessHolders(m.Host, present)
+		if err != nil {
+			return nil, err
+		}
+		if state, _ := m.state(l, holders, time.Now(), true); state != Dead || len(present) == 0 {
+			continue // it is somebody's again
+		}
+		devices = append(devices, present...)
+		var pf iommu.Address // that of all VFs of several PFs, and of what is none, is the same: none
+		if of := m.withPFs(present, true)[len(present):]; len(of) == 1 {
+			pf = of[0].Address
+		}
+		byPF[pf] = append(byPF[pf], l)
 	}
+	if len(devices) == 0 {
+		return nil, nil
+	}
+	if err := m.Lock(ctx, m.withPFs(devices, true)); err != nil {
+		return nil, err
+	}
+	var mu sync.Mutex
+	var out []Certificate
+	var errs []error
+	var wg sync.WaitGroup
+	work := func(leases []*Lease) {
+		for _, l := range leases {
+			some, err := m.end(ctx, l)
+			mu.Lock()
+			out, errs = append(out, some...), append(errs, err)
+			mu.Unlock()
+		}
+	}
+	for pf, leases := range byPF {
+		if pf != (iommu.Address{}) {
+			wg.Go(func() { work(leases) })
+		}
+	}
+	wg.Wait()
+	work(byPF[iommu.Address{}])
+	slices.SortFunc(out, func(a, b Certificate) int { return a.Address.Compare(b.Address) })
 	return out, errors.Join(errs...)
 }
 

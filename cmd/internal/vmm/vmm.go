@@ -142,7 +142,7 @@ func libvirt(g *Guest) (string, error) {
 	var b strings.Builder
 	for i, d := range g.Devices {
 		if !d.VF || !d.NIC || d.MAC == "" {
-			fmt.Fprintf(&b, "<hostdev mode='subsystem' type='pci' managed='no'>\n  <source>\n    %s\n  </source>\n</hostdev>\n", addressXML(d.Address))
+			fmt.Fprintf(&b, "<hostdev mode='subsystem' type='pci' managed='no'>\n  <source>\n    %s\n  </source>\n</hostdev>\n", strings.Replace(addressXML(d.Address), " type='pci'", "", 1)) // which its schema does not have there
 			continue
 		}
 		teaming := ""

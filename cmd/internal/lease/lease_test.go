@@ -1,0 +1,290 @@
+package lease
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"viaduct/cmd/internal/spec"
+	"viaduct/internal/host/hosttest"
+	"viaduct/internal/journal"
+	"viaduct/iommu"
+	"viaduct/vfio"
+)
+
+const (
+	pf   = "0000:01:00.0"
+	nvme = "0000:09:00.0" // which is never to be touched
+)
+
+func newKernel(tb testing.TB, vfs int) *hosttest.Kernel {
+	tb.Helper()
+	k := hosttest.NewKernel(tb, hosttest.Load(tb, "../../../internal/host/hosttest/testdata/amd-vi.txt"))
+	k.Register("vfio-pci")
+	k.Register("igb", "8086:10c9")
+	k.Register("igbvf", "8086:10ca")
+	dir := "sys/bus/pci/devices/" + pf
+	for _, w := range [][2]string{{"sriov_drivers_autoprobe", "0"}, {"sriov_numvfs", fmt.Sprint(vfs)}} {
+		if err := k.Write(dir+"/"+w[0], w[1]); err != nil {
+			tb.Fatal(err)
+		}
+	}
+	return k
+}
+
+const declaration = `pfs:
+  - select: path=0000:00:02.0/00.0
+    count: 7
+    vfs:
+      - range: 0-2
+        driver: vfio
+        pool: net
+protect:
+  - 0000:09:00.0
+`
+
+// newManager looks at the host as it is now, with the books of an earlier one.
+func newManager(tb testing.TB, k *hosttest.Kernel, book *Book) *Manager {
+	tb.Helper()
+	topology, err := iommu.Scan(k.Host())
+	if err != nil {
+		tb.Fatal(err)
+	}
+	place, err := iommu.PathOf(k.Host(), find(tb, topology, pf))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	s, err := spec.Parse("host.yaml", []byte(strings.Replace(declaration, "path=0000:00:02.0/00.0", "path="+place, 1)))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	if book == nil {
+		dir := tb.TempDir()
+		book = &Book{Run: journal.In(filepath.Join(dir, "run")), State: journal.In(filepath.Join(dir, "state"))}
+	}
+	m := &Manager{
+		Host: k.Host(), Topology: topology, Binder: &vfio.Binder{Host: k.Host(), Journal: book.Run}, Book: book, Spec: s,
+	}
+	m.Lock = m.Binder.Lock
+	tb.Cleanup(m.Binder.Close)
+	return m
+}
+
+func find(tb testing.TB, t *iommu.Topology, address string) *iommu.Device {
+	tb.Helper()
+	a, err := iommu.ParseAddress(address)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	d, err := t.Find(a)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return d
+}
+
+func assign(t *testing.T, k *hosttest.Kernel, book *Book, guest, from string) (*Lease, error) {
+	t.Helper()
+	m := newManager(t, k, book)
+	defer m.Binder.Close() // as a command does at its end
+	l, _, err := m.Assign(context.Background(), &Request{Guest: guest, From: from, Count: 1, TTL: time.Minute})
+	return l, err
+}
+
+// TestAssign: each guest gets another VF, on vfio, until there is none; asked again, the same.
+func TestAssign(t *testing.T) {
+	k := newKernel(t, 7)
+	book := newManager(t, k, nil).Book
+	var got []iommu.Address
+	for _, guest := range []string{"a", "b", "c"} {
+		l, err := assign(t, k, book, guest, "net")
+		if err != nil {
+			t.Fatal(err)
+		}
+		a := l.Devices[0].Address
+		if driver, _ := iommu.ReadDriver(k.Host(), a); driver != "vfio-pci" || slices.Contains(got, a) || !l.Ready {
+			t.Errorf("%s got %s, on %q: %+v", guest, a, driver, l)
+		}
+		got = append(got, a)
+	}
+	if again, err := assign(t, k, book, "b", "net"); err != nil || again.Devices[0].Address != got[1] {
+		t.Errorf("asked again, b has %+v, %v", again, err)
+	}
+	_, err := assign(t, k, book, "d", "net")
+	if e, ok := errors.AsType[*ExhaustedError](err); !ok || e.Of != 3 || e.Leased != 3 {
+		t.Errorf("of an exhausted pool: %v", err)
+	}
+	if _, err := assign(t, k, book, "b", pf); !errors.Is(err, vfio.ErrRefused) {
+		t.Errorf("from elsewhere, for one that has a lease: %v", err)
+	}
+	if l, err := assign(t, k, book, "d", pf); err != nil || slices.Contains(got, l.Devices[0].Address) {
+		t.Errorf("from the PF itself: %+v, %v", l, err)
+	}
+	for _, from := range []string{"nopool", pf + "/vf9", nvme} {
+		if l, err := assign(t, k, book, "e", from); err == nil {
+			t.Errorf("from %s: %+v", from, l)
+		}
+	}
+	if l, err := book.Get("e"); l != nil || err != nil {
+		t.Errorf("what was refused is in the books: %+v, %v", l, err)
+	}
+}
+
+// TestAssignFails: what cannot be taken goes back to what it was, and is nobody's.
+func TestAssignFails(t *testing.T) {
+	k := newKernel(t, 1)
+	m := newManager(t, k, nil)
+	k.Probe["vfio-pci"] = errors.New("no")
+	if l, err := assign(t, k, m.Book, "a", pf); err == nil {
+		t.Fatalf("assigned: %+v", l)
+	}
+	if all, err := m.Book.All(); err != nil || len(all) != 0 {
+		t.Errorf("leases %v, %v", all, err)
+	}
+}
+
+// TestManyAtOnce: a pool is drawn from by many at once, and no VF is drawn twice.
+func TestManyAtOnce(t *testing.T) {
+	k := newKernel(t, 7)
+	book := newManager(t, k, nil).Book
+	var mu sync.Mutex
+	got := map[iommu.Address]string{}
+	exhausted := 0
+	var managers []*Manager
+	for range 20 {
+		managers = append(managers, newManager(t, k, book))
+	}
+	var wg sync.WaitGroup
+	for i, m := range managers {
+		wg.Go(func() {
+			guest := fmt.Sprintf("g%d", i)
+			l, _, err := m.Assign(context.Background(), &Request{Guest: guest, From: pf, Count: 1})
+			mu.Lock()
+			defer mu.Unlock()
+			if _, ok := errors.AsType[*ExhaustedError](err); ok {
+				exhausted++
+			} else if err != nil {
+				t.Errorf("%s: %v", guest, err)
+			} else if a := l.Devices[0].Address; got[a] != "" {
+				t.Errorf("%s is %s's and %s's", a, got[a], guest)
+			} else {
+				got[a] = guest
+			}
+		})
+	}
+	wg.Wait()
+	if len(got) != 7 || exhausted != 13 {
+		t.Errorf("%d got one, %d were told that there is none", len(got), exhausted)
+	}
+}
+
+// TestRelease: a device is reset, and free again; one that cannot be reset is nobody's, until it can.
+func TestRelease(t *testing.T) {
+	k := newKernel(t, 1)
+	m := newManager(t, k, nil)
+	l, err := assign(t, k, m.Book, "a", pf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	vf := l.Devices[0].Address
+	m = newManager(t, k, m.Book)
+	certificates, err := m.Release(context.Background(), "a", 0)
+	if err == nil || len(certificates) != 1 || certificates[0].Result != Fouled || !strings.Contains(certificates[0].Why, "no way to reset") {
+		t.Fatalf("without a reset: %+v, %v", certificates, err)
+	}
+	if _, err := assign(t, k, m.Book, "b", pf); err == nil || !strings.Contains(err.Error(), "1 in quarantine") {
+		t.Errorf("of what is in quarantine: %v", err)
+	}
+	reset := filepath.Join(k.Dir(), "sys/bus/pci/devices", vf.String(), "reset")
+	if err := os.WriteFile(reset, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	fail := "sys/bus/pci/devices/" + vf.String() + "/reset"
+	k.Fail[fail] = errors.New("stuck in reset")
+	m.Binder.Close()
+	m = newManager(t, k, m.Book)
+	if _, err := m.Lift(context.Background(), []*iommu.Device{find(t, m.Topology, vf.String())}); err == nil {
+		t.Error("lifted, although it cannot be reset")
+	}
+	delete(k.Fail, fail)
+}
+
+// TestStates: what makes a lease dead, and what does not.
+func TestStates(t *testing.T) {
+	k := newKernel(t, 1)
+	m := newManager(t, k, nil)
+	l, err := assign(t, k, m.Book, "a", pf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	gone := vfio.Proc{PID: 1 << 30, Start: 1}
+	for _, c := range []struct {
+		name   string
+		change func(*Lease)
+		after  time.Duration
+		want   State
+	}{
+		{"new", func(*Lease) {}, 0, Reserved},
+		{"nobody came", func(*Lease) {}, time.Hour, Dead},
+		{"nobody has to come", func(l *Lease) { l.TTL = 0 }, time.Hour, Reserved},
+		{"it outlives all", func(l *Lease) { l.Persist, l.Holders = true, []Holder{{gone, "x"}} }, time.Hour, Reserved},
+		{"its holder is gone", func(l *Lease) { l.Holders = []Holder{{gone, "x"}} }, 0, Dead},
+		{"its owner is gone", func(l *Lease) { l.Owner = &gone }, 0, Dead},
+		{"its unit is gone", func(l *Lease) { l.Unit = "no.service" }, 0, Dead},
+		{"its making was interrupted", func(l *Lease) { l.Ready, l.Maker = false, gone }, 0, Dead},
+		{"its device is gone", func(l *Lease) { l.Devices[0].Address.Bus = 0xee }, 0, Lost},
+		{"another device is in its place", func(l *Lease) { l.Devices[0].ID.Device++ }, 0, Lost},
+	} {
+		x := *l
+		x.Devices = slices.Clone(l.Devices)
+		c.change(&x)
+		if got, why := m.state(&x, nil, l.Made.Add(c.after), true); got != c.want {
+			t.Errorf("%s: %s (%s), want %s", c.name, got, why, c.want)
+		}
+	}
+}
+
+// TestOutlivesBoot: a lease that persists is there after /run is gone, wherever its PF is then, and its VF is nobody else's before
+// it is made again.
+func TestOutlivesBoot(t *testing.T) {
+	k := newKernel(t, 2)
+	m := newManager(t, k, nil)
+	l, _, err := m.Assign(context.Background(), &Request{Guest: "a", From: pf, Count: 1, Persist: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	book := &Book{Run: journal.In(filepath.Join(t.TempDir(), "run")), State: m.Book.State}
+	other, err := assign(t, k, book, "b", pf)
+	if err != nil || other.Devices[0].Address == l.Devices[0].Address {
+		t.Fatalf("another guest got %+v, %v", other, err)
+	}
+	m.Binder.Close()
+	done, err := newManager(t, k, book).Restore(context.Background())
+	if err != nil || !slices.Equal(done, []string{"a"}) {
+		t.Fatalf("restored %v, %v", done, err)
+	}
+	if again, err := book.Get("a"); err != nil || !again.Ready || again.Devices[0].Address != l.Devices[0].Address {
+		t.Errorf("after the boot: %+v, %v", again, err)
+	}
+}
+
+// TestGuestNames: what is no name of a guest.
+func TestGuestNames(t *testing.T) {
+	for _, name := range []string{"", "a/b", "a b", "-x", strings.Repeat("x", 121), "a\n"} {
+		if CheckGuest(name) == nil {
+			t.Errorf("%q passes", name)
+		}
+	}
+	for _, name := range []string{"web", "web-1.example", "a:b@c", "..", "ü"} {
+		if err := CheckGuest(name); err != nil {
+			t.Error(err)
+		}
+	}
+}

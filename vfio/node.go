@@ -174,6 +174,28 @@ func (b *Binder) own(d *iommu.Device) error {
 	return journal.WriteFile(ruleFile(d.Address), []byte(text))
 }
 
+// Disown gives the nodes of a taken device, which stays taken, back to root alone.
+func (b *Binder) Disown(d *iommu.Device) error {
+	if !b.Host.Live() {
+		return nil
+	}
+	files := []string{"/dev/vfio/" + strconv.Itoa(d.Group)}
+	names, err := b.Host.Names(path.Join(devicePath(d.Address), "vfio-dev"))
+	if err != nil && !host.Absent(err) {
+		return err
+	}
+	for _, n := range names {
+		files = append(files, "/dev/vfio/devices/"+n)
+	}
+	errs := []error{b.disown(d.Address)}
+	for _, f := range files {
+		if there(f) {
+			errs = append(errs, os.Chown(f, 0, 0), os.Chmod(f, 0o600))
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // disown takes the rule away again.
 func (b *Binder) disown(a iommu.Address) error {
 	if !b.Host.Live() {

@@ -67,7 +67,11 @@ func applyCommand(e *env) *cli.Command {
 				}
 				return nil
 			}
-			return runApply(c.Context, e, &o)
+			if err := runApply(c.Context, e, &o); !o.boot {
+				return err
+			} else {
+				return errors.Join(err, restoreLeases(c.Context, e))
+			}
 		},
 	})
 }
@@ -203,9 +207,6 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 		}
 	}))
 	errs = append(errs, m.Remember(items))
-	if o.boot {
-		errs = append(errs, c.restoreLeases(ctx))
-	}
 	switch {
 	case o.confirm > 0:
 		errs = append(errs, m.Begin(s, o.confirm)) // the time is counted from now

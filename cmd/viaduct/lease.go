@@ -32,11 +32,15 @@ func book(h *iommu.Host) *lease.Book {
 	return &lease.Book{Run: journal.In(journal.Dir), State: journal.In(declared.StateDir)}
 }
 
-// leases is what leases are worked on with.
-func (c *changing) leases() (*lease.Manager, error) {
+// leases is what leases are worked on with. What only ends them does without a declaration that cannot be read.
+func (c *changing) leases(ends bool) (*lease.Manager, error) {
 	s, err := spec.Load(c.host)
-	if err != nil {
+	if err != nil && !ends {
 		return nil, usageError{err}
+	}
+	if err != nil {
+		c.env.note("%v", err)
+		s = &spec.Host{}
 	}
 	return &lease.Manager{
 		Host: c.host, Topology: c.topology, Binder: c.binder, Book: book(c.host), Spec: s, Lock: c.lock, Timeout: c.binder.Timeout,
@@ -92,6 +96,9 @@ func (o *assignOptions) parse(c *cli.Context, format *vmm.Format) error {
 	if o.Settings, err = sriov.ParseSettings(words); err != nil && len(words) > 0 {
 		return usageError{err}
 	}
+	if _, vectors := o.Settings[sriov.MSIX]; vectors {
+		return usagef("%s: msix is no guest's: set it before (viaduct vf set, or host.yaml)", c.Command.Name)
+	}
 	if mac := o.Settings[sriov.MAC]; o.Count > 1 && mac != "" && mac != sriov.StableMAC {
 		return usagef("%s: --mac %s for %d VFs: each needs one of its own (--mac stable makes them)", c.Command.Name, mac, o.Count)
 	}
@@ -113,7 +120,7 @@ func (o *assignOptions) parse(c *cli.Context, format *vmm.Format) error {
 	if o.standby != "" && o.Settings[sriov.MAC] == "" {
 		return usagef("%s: --failover needs --mac: both NICs have the same address", c.Command.Name)
 	}
-	o.Moves = format != nil && format.Moves
+	o.Moves, o.Foreign = format != nil && format.Moves, format != nil && format.Foreign
 	return checkTimeout(o.timeout)
 }
 
@@ -172,7 +179,10 @@ func assignCommand(e *env) *cli.Command {
 			if o.TTL < 0 {
 				return usagef("assign: --ttl %s: want no time below zero", o.TTL)
 			}
-			o.Persist = format != nil && format.Persist
+			ends := o.OwnerPID != 0 || o.Unit != ""
+			if o.Persist = format != nil && format.Persist && !ends; ends && c.Bool("persist") {
+				return usagef("assign: what ends with a process or unit cannot outlive the boot: --persist is for neither --owner-pid nor --unit")
+			}
 			if c.IsSet("persist") {
 				o.Persist = c.Bool("persist")
 			}
@@ -198,7 +208,7 @@ func runAssign(ctx context.Context, e *env, o *assignOptions, format *vmm.Format
 	}
 	return e.assign(ctx, o, func(m *lease.Manager, l *lease.Lease) error {
 		if format == nil {
-			return writeJSON(e.stdout, viewLease(m, lease.Look{Lease: l, State: lease.Reserved}))
+			return writeJSON(e.stdout, viewLease(m, m.LookAt(l)))
 		}
 		g, err := guestOf(m, l, o.standby)
 		if err != nil {
@@ -244,7 +254,7 @@ func (e *env) assign(ctx context.Context, o *assignOptions, then func(*lease.Man
 		return err
 	}
 	defer stop()
-	m, err := c.leases()
+	m, err := c.leases(false)
 	if err != nil {
 		return err
 	}
@@ -255,14 +265,21 @@ func (e *env) assign(ctx context.Context, o *assignOptions, then func(*lease.Man
 		}
 		return err
 	}
-	l, notes, err := m.Assign(ctx, &o.Request)
+	l, fresh, notes, err := m.Assign(ctx, &o.Request)
 	for _, n := range notes {
 		e.note("%s", n)
 	}
 	if err != nil {
 		return err
 	}
-	return then(m, l)
+	if err = then(m, l); err == nil && ctx.Err() != nil {
+		err = errors.New("interrupted")
+	}
+	if err != nil && fresh { // nobody was told of it
+		_, undone := m.Release(context.WithoutCancel(ctx), l.Guest, 0)
+		err = errors.Join(err, undone)
+	}
+	return err
 }
 
 // guestOf is a lease as a VMM is told of it.
@@ -280,7 +297,7 @@ func guestOf(m *lease.Manager, l *lease.Lease, standby string) (*vmm.Guest, erro
 		if v.VLAN == "0" {
 			v.VLAN = ""
 		}
-		if v.Nodes, err = vfioNodes(m.Host, d); err != nil {
+		if v.Nodes, err = vfioNodes(m.Host, d); err != nil && !l.Foreign {
 			return nil, err
 		}
 		g.Devices = append(g.Devices, v)
@@ -525,7 +542,7 @@ func runRelease(ctx context.Context, e *env, timeout time.Duration, do func(cont
 		return err
 	}
 	defer stop()
-	m, err := c.leases()
+	m, err := c.leases(true)
 	if err != nil {
 		return err
 	}

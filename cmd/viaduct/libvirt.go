@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -9,7 +10,6 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"viaduct/cmd/internal/lease"
-	"viaduct/iommu"
 	"viaduct/vfio"
 )
 
@@ -28,7 +28,7 @@ func libvirtHookCommand(e *env) *cli.Command {
 				return usagef("libvirt-hook: want a domain, an operation and its part, as libvirt calls it")
 			}
 			err := runLibvirtHook(c.Context, e, c.Args().Get(0), c.Args().Get(1), c.Args().Get(2))
-			if err != nil && c.Args().Get(1) == "reconnect" {
+			if op := c.Args().Get(1); err != nil && (op == "reconnect" || op == "started") { // the domain runs
 				e.note("%v", err)
 				return nil
 			}
@@ -50,12 +50,22 @@ func runLibvirtHook(ctx context.Context, e *env, name, op, sub string) error {
 		}
 	}
 	d.Name = name
+	if op == "prepare" || op == "start" || op == "release" {
+		h, err := e.open()
+		if err != nil {
+			return err
+		}
+		l, err := book(h).Get(name)
+		if err = errors.Join(err, h.Close()); err != nil || l == nil && len(d.Devices) == 0 {
+			return err // a domain that has nothing of ours, which no mistake of ours may stop
+		}
+	}
 	ctx, stop, c, err := e.beginChange(ctx, vfio.DefaultTimeout)
 	if err != nil {
 		return err
 	}
 	defer stop()
-	m, err := c.leases()
+	m, err := c.leases(true)
 	if err != nil {
 		return err
 	}
@@ -68,20 +78,20 @@ func runLibvirtHook(ctx context.Context, e *env, name, op, sub string) error {
 	return err
 }
 
-// restoreLeases makes the leases again that outlive a boot.
-func (c *changing) restoreLeases(ctx context.Context) error {
-	t, err := iommu.Scan(c.host) // VFs may just have been made
+// restoreLeases makes the leases again that outlive a boot, when the VFs are there, and nothing else is locked.
+func restoreLeases(ctx context.Context, e *env) error {
+	ctx, stop, c, err := e.beginLook(ctx, vfio.DefaultTimeout, false)
 	if err != nil {
 		return err
 	}
-	c.topology = t
-	m, err := c.leases()
+	defer stop()
+	m, err := c.leases(true)
 	if err != nil {
 		return err
 	}
 	done, err := m.Restore(ctx)
 	for _, guest := range done {
-		c.env.note("%s has its devices again", guest)
+		e.note("%s has its devices again", guest)
 	}
 	if err != nil {
 		err = fmt.Errorf("leases that outlive the boot: %w", err)

@@ -83,7 +83,10 @@ func runPool(e *env, only string, network bool) error {
 		if network {
 			var addresses []iommu.Address
 			for _, vf := range vfs {
-				addresses = append(addresses, vf.Address)
+				place, _ := iommu.PathOf(h, vf)
+				if _, in := quarantine[place]; !in {
+					addresses = append(addresses, vf.Address)
+				}
 			}
 			_, err := fmt.Fprint(e.stdout, vmm.LibvirtNetwork(name, addresses))
 			return err

@@ -31,7 +31,7 @@ type vmmEnded struct {
 
 func runCommand(e *env) *cli.Command {
 	var o assignOptions
-	return command(&cli.Command{
+	run := command(&cli.Command{
 		Name:      "run",
 		Usage:     "give a guest devices, start its VMM, and get the devices back clean when it ends",
 		ArgsUsage: "GUEST --from POOL|PF|SELECTOR -- COMMAND [ARGUMENT...]",
@@ -53,6 +53,8 @@ func runCommand(e *env) *cli.Command {
 			return err
 		},
 	})
+	run.OnUsageError = func(_ *cli.Context, err error, _ bool) error { return &vmmEnded{exitNotRun, err} }
+	return run
 }
 
 func runRun(c *cli.Context, e *env, o *assignOptions) error {
@@ -76,7 +78,10 @@ func runRun(c *cli.Context, e *env, o *assignOptions) error {
 	if err != nil {
 		return err
 	}
-	o.OwnerPID = os.Getpid()
+	o.OwnerPID, o.Alone = os.Getpid(), true
+	signals := make(chan os.Signal, 16) // from now on: none may end viaduct between the lease and its end
+	signal.Notify(signals, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH)
+	defer signal.Stop(signals)
 	priority, err := unix.Getpriority(unix.PRIO_PROCESS, 0)
 	if err != nil {
 		return err
@@ -86,7 +91,7 @@ func runRun(c *cli.Context, e *env, o *assignOptions) error {
 	err = e.assign(c.Context, o, func(m *lease.Manager, made *lease.Lease) (err error) {
 		l = made
 		setNice(m.Host, 20-priority) // the system call's way to tell it (getpriority(2)); the command has what viaduct was started with
-		signal.Reset(unix.SIGPIPE)
+		signal.Reset(unix.SIGPIPE)   // the command's, too
 		g, err = guestOf(m, l, o.standby)
 		return err
 	})
@@ -95,9 +100,6 @@ func runRun(c *cli.Context, e *env, o *assignOptions) error {
 			return m.Release(ctx, o.Guest, c.Duration("wait"))
 		})
 	}
-	if err != nil && l != nil {
-		err = errors.Join(err, release())
-	}
 	if err != nil {
 		return err
 	}
@@ -105,7 +107,7 @@ func runRun(c *cli.Context, e *env, o *assignOptions) error {
 	cmd.Args[0] = command[0]
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.Env = append(os.Environ(), vmm.Environment(g)...)
-	ended, err := stay(cmd, func(pid int) error { return e.started(l, pid, filepath.Base(program)) })
+	ended, err := stay(cmd, signals, func(pid int) error { return e.started(c.Context, l, pid, filepath.Base(program)) })
 	if err != nil {
 		return errors.Join(err, release())
 	}
@@ -159,10 +161,7 @@ func substitute(words []string, format *vmm.Format, g *vmm.Guest) []string {
 
 // stay runs a command as its parent, hands signals on to it, and returns its status. Those of a terminal it gets itself, being in
 // the same group of processes; stopped and continued it is with us.
-func stay(cmd *exec.Cmd, started func(pid int) error) (status int, err error) {
-	signals := make(chan os.Signal, 16)
-	signal.Notify(signals, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH)
-	defer signal.Stop(signals)
+func stay(cmd *exec.Cmd, signals <-chan os.Signal, started func(pid int) error) (status int, err error) {
 	if err := cmd.Start(); err != nil {
 		return 0, err
 	}
@@ -202,11 +201,11 @@ func fromTerminal(s os.Signal) bool {
 }
 
 // started writes down which process is going to hold the devices.
-func (e *env) started(l *lease.Lease, pid int, name string) error {
+func (e *env) started(ctx context.Context, l *lease.Lease, pid int, name string) error {
 	h, err := e.open()
 	if err != nil {
 		return err
 	}
 	defer h.Close()
-	return (&lease.Manager{Host: h, Book: book(h)}).Started(l, pid, name)
+	return (&lease.Manager{Host: h, Book: book(h)}).Started(ctx, l, pid, name)
 }

@@ -264,6 +264,14 @@ func runVFSync(ctx context.Context, e *env, sel []iommu.Selector, timeout time.D
 				return err
 			}
 		}
+		for i, a := range iommu.VFAddresses(c.host, pf.Address) { // what a guest has goes before
+			if own, leased := m.Leased[a]; leased && len(own) > 0 {
+				if asked[i] == nil {
+					asked[i] = sriov.Settings{}
+				}
+				maps.Copy(asked[i], own)
+			}
+		}
 		for _, index := range slices.Sorted(maps.Keys(asked)) {
 			vf, err := c.vfOf(pf, index)
 			if err != nil {

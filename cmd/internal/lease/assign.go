@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"path"
 	"slices"
 	"strings"
 	"time"
@@ -41,6 +42,8 @@ type Request struct {
 	OwnerPID    int
 	Unit        string
 	Persist     bool
+	Foreign     bool            // its VMM takes the devices to a driver of its own
+	Alone       bool            // refuse what another process, or a VMM that runs, has already
 	exactly     []iommu.Address // these, whoever drew them
 }
 
@@ -59,7 +62,7 @@ func (m *Manager) timeout() time.Duration {
 func (m *Manager) all() ([]*Lease, error) {
 	all, err := m.Book.All()
 	for _, l := range all {
-		if l.Maker == (vfio.Proc{}) && l.Persist && !l.Ready {
+		if l.Persist && !l.Ready {
 			m.relocate(l)
 		}
 	}
@@ -67,42 +70,41 @@ func (m *Manager) all() ([]*Lease, error) {
 }
 
 // Assign gives a guest devices: draws them, under the lock of the books, and then configures and takes them. Asked again for the
-// same guest it finishes what is there. It returns what the user should know beside the lease.
-func (m *Manager) Assign(ctx context.Context, r *Request) (*Lease, []string, error) {
+// same guest it finishes what is there; fresh is false then. It returns what the user should know beside the lease.
+func (m *Manager) Assign(ctx context.Context, r *Request) (l *Lease, fresh bool, notes []string, err error) {
 	mine, err := m.Book.lockGuest(ctx, r.Guest, m.timeout())
 	if err != nil {
-		return nil, nil, err
+		return nil, false, nil, err
 	}
 	defer mine.Close()
 	units, err := m.units(r)
 	if err != nil {
 		old, _ := m.Book.Get(r.Guest)
 		if old == nil || old.From != r.From { // what it was drawn from may be gone from the declaration
-			return nil, nil, err
+			return nil, false, nil, err
 		}
 	}
 	skip := map[string]bool{}
 	for {
-		l, fresh, err := m.reserve(ctx, r, units, skip)
-		if err != nil {
-			return nil, nil, err
+		if l, fresh, err = m.reserve(ctx, r, units, skip); err != nil {
+			return nil, false, nil, err
 		}
-		notes, err := m.finish(ctx, l, r)
+		notes, err = m.finish(ctx, l, r)
 		if err == nil || !fresh {
-			return l, notes, err
+			return l, fresh, notes, err
 		}
 		if undone := m.undo(ctx, l); undone != nil { // the lease stays, for release to end
-			return nil, notes, errors.Join(err, fmt.Errorf("%s keeps what it was given, for viaduct release %s: %w", r.Guest, r.Guest, undone))
+			return nil, false, notes, errors.Join(err, fmt.Errorf("%s keeps what it was given, for viaduct release %s: %w", r.Guest, r.Guest, undone))
 		}
 		used, refused := errors.AsType[*inUseError](err)
 		if !refused || ctx.Err() != nil {
-			return nil, notes, err
+			return nil, false, notes, err
 		}
 		for _, d := range used.devices { // by what keeps no books: the next one, then
 			skip[d.Name] = true
 		}
 		if len(units) == r.Count || r.exactly != nil {
-			return nil, notes, used.error
+			return nil, false, notes, used.error
 		}
 	}
 }
@@ -141,25 +143,59 @@ func (m *Manager) reserve(ctx context.Context, r *Request, units [][]*iommu.Devi
 		if why := l.differs(r); why != "" {
 			return nil, false, &vfio.RefusedError{What: "assign to " + r.Guest, Reasons: []string{fmt.Sprintf("it has a lease already, %s", why)}, Cure: "viaduct release " + r.Guest}
 		}
-		l.Maker, l.Persist = m.self(), l.Persist || r.Persist
-		return l, false, m.Book.put(l)
+		if why := m.busy(l); r.Alone && why != "" {
+			return nil, false, &vfio.RefusedError{What: "run " + r.Guest, Reasons: []string{why}}
+		}
+		l.renew(m, r)
+		return l, false, m.Book.putLocked(l)
 	}
 	drawn, err := m.free(all, r, units, skip)
 	if err != nil {
 		return nil, false, err
 	}
-	l = &Lease{
-		Guest: r.Guest, From: r.From, Count: r.Count, Made: time.Now(), TTL: r.TTL, Unit: r.Unit, Persist: r.Persist, NodeOwner: r.NodeOwner, Drawn: r.exactly != nil,
-		Maker: m.self(), Holders: []Holder{},
+	devices := slices.Concat(drawn...)
+	if err := refresh(m.Host, devices); err != nil { // as it is since nobody else can draw it
+		return nil, false, err
+	}
+	l = &Lease{Guest: r.Guest, From: r.From, Count: r.Count, Drawn: r.exactly != nil, Foreign: r.Foreign, Holders: []Holder{}}
+	l.renew(m, r)
+	for _, d := range devices {
+		if d.PhysFn == nil && len(r.Settings) > 0 {
+			return nil, false, &vfio.RefusedError{What: "assign " + d.Name, Reasons: []string{"it is no VF, and has no " + settingsText(r.Settings)}}
+		}
+		l.Devices = append(l.Devices, m.describe(d, r.Settings))
+	}
+	return l, true, m.Book.putLocked(l)
+}
+
+// renew is what asking, and asking again, sets: how long the lease lives.
+func (l *Lease) renew(m *Manager, r *Request) {
+	l.Made, l.TTL, l.Maker, l.Persist = time.Now(), r.TTL, m.self(), l.Persist || r.Persist
+	l.Unit, l.Owner, l.Ending = r.Unit, nil, false
+	if r.NodeOwner != "" {
+		l.NodeOwner = r.NodeOwner
 	}
 	if r.OwnerPID != 0 {
 		owner := vfio.NameProcess(m.Host, r.OwnerPID)
 		l.Owner = &owner
 	}
-	for _, d := range slices.Concat(drawn...) {
-		l.Devices = append(l.Devices, m.describe(d, r.Settings))
+	l.Holders = slices.DeleteFunc(l.Holders, func(h Holder) bool { return !h.Alive(m.Host) })
+}
+
+// busy says whose a lease is at this moment; "" if nobody's who lives.
+func (m *Manager) busy(l *Lease) string {
+	if l.Owner != nil && l.Owner.Alive(m.Host) {
+		return fmt.Sprintf("process %d has its lease", l.Owner.PID)
 	}
-	return l, true, m.Book.put(l)
+	for _, h := range l.Holders {
+		if h.Alive(m.Host) {
+			return "it runs: " + h.Name
+		}
+	}
+	if holders, err := vfio.ProcessHolders(m.Host, m.present(l)); err == nil && len(holders) > 0 {
+		return holders[0].String()
+	}
+	return ""
 }
 
 func (m *Manager) self() vfio.Proc { return vfio.NameProcess(m.Host, os.Getpid()) }
@@ -228,10 +264,14 @@ func (m *Manager) finish(ctx context.Context, l *Lease, r *Request) (notes []str
 			return notes, err
 		}
 	}
+	m.Binder.Owner = nil
 	if l.NodeOwner != "" {
 		if m.Binder.Owner, err = vfio.ParseNodeOwner(l.NodeOwner); err != nil {
 			return notes, err
 		}
+	}
+	if err := m.clean(l, devices); err != nil {
+		return notes, err
 	}
 	if m.Host.Live() && (l.configured() || slices.ContainsFunc(devices, func(d *iommu.Device) bool { return !iommu.IsVFIODriver(d.Driver) })) {
 		m.Binder.Start() // beside what is asked first
@@ -246,9 +286,13 @@ func (m *Manager) finish(ctx context.Context, l *Lease, r *Request) (notes []str
 	if err != nil {
 		return notes, err
 	}
+	for _, unit := range units {
+		if err := m.declared().Protected(m.Spec, unit); err != nil {
+			return notes, err
+		}
+	}
 	if m.Host.Live() {
-		gate := &vfio.Gate{Host: m.Host, Topology: m.Topology, Asked: devices, Force: []vfio.Kind{vfio.Lease}}
-		refusals, err := gate.Take(units)
+		refusals, err := m.ask(l, devices, units)
 		if err != nil {
 			return notes, err
 		}
@@ -265,20 +309,55 @@ func (m *Manager) finish(ctx context.Context, l *Lease, r *Request) (notes []str
 			return notes, err
 		}
 	}
-	for _, unit := range units {
-		if err := m.declared().Protected(m.Spec, unit); err != nil {
+	if !l.Foreign {
+		var errs []error
+		for _, result := range m.Binder.Take(ctx, units, vfio.Auto) {
+			errs = append(errs, result.Err)
+		}
+		if err := errors.Join(errs...); err != nil {
 			return notes, err
 		}
 	}
-	var errs []error
-	for _, result := range m.Binder.Take(ctx, units, vfio.Auto) {
-		errs = append(errs, result.Err)
+	for _, d := range devices {
+		if m.Host.Live() && !l.Ready && !m.Host.Exists(path.Join("sys/bus/pci/devices", d.Name, "reset")) {
+			notes = append(notes, d.Name+": the kernel knows no way to reset it, so that it goes into quarantine when it is released")
+		}
 	}
-	if err := errors.Join(errs...); err != nil {
-		return notes, err
+	if !l.Ready {
+		l.Ready, l.Made = true, time.Now()
 	}
-	l.Ready = true
 	return notes, m.Book.put(l)
+}
+
+// clean refuses devices in quarantine.
+func (m *Manager) clean(l *Lease, devices []*iommu.Device) error {
+	quarantined, err := m.quarantined()
+	if err != nil {
+		return err
+	}
+	for _, d := range devices {
+		if why := quarantined(d.Address); why != "" {
+			return &vfio.RefusedError{What: "give " + d.Name + " to " + l.Guest, Reasons: []string{"it is in quarantine: " + why}, Cure: "viaduct release --quarantined " + d.Name}
+		}
+	}
+	return nil
+}
+
+// ask asks who uses a lease's devices, before the first change. Under Xen the kernel shows no IOMMU groups, and VFIO takes nothing.
+func (m *Manager) ask(l *Lease, devices []*iommu.Device, units [][]*iommu.Device) ([]error, error) {
+	if !l.Foreign {
+		gate := &vfio.Gate{Host: m.Host, Topology: m.Topology, Asked: devices, Force: []vfio.Kind{vfio.Lease}}
+		return gate.Take(units)
+	}
+	var out []error
+	for _, unit := range units {
+		holders, err := vfio.Holders(m.Host, unit)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, vfio.Refuse("assign "+unit[0].Name, holders, []vfio.Kind{vfio.Lease}, ""))
+	}
+	return out, nil
 }
 
 // inUse are the refusals of units, and those that are because somebody has the device open who keeps no books.
@@ -320,7 +399,7 @@ func (m *Manager) devices(l *Lease) ([]*iommu.Device, error) {
 	var out []*iommu.Device
 	for i := range l.Devices {
 		d, err := m.Topology.Find(l.Devices[i].Address)
-		if err != nil || d.ID != l.Devices[i].ID {
+		if err != nil || d.ID != l.Devices[i].ID || l.Devices[i].Nowhere {
 			return nil, fmt.Errorf("%s of %s is lost: it is not there any more (viaduct release %s ends the lease)", l.Devices[i].Address, l.Guest, l.Guest)
 		}
 		out = append(out, d)
@@ -393,9 +472,23 @@ func (m *Manager) before(l *Lease) error {
 		if err != nil {
 			return err
 		}
+		asked, err := sriov.Asked(m.Binder, pf)
+		if err != nil {
+			return err
+		}
+		own, _ := m.declared().Settings(m.Spec, pf)
 		for _, d := range devices {
-			if now, known := port.Of(d.Index); known && d.Before == nil {
-				d.Before, changed = now.Settings, true
+			now, known := port.Of(d.Index)
+			if !known || d.Before != nil {
+				continue
+			}
+			d.Before, changed = maps.Clone(now.Settings), true
+			for k := range d.Wanted { // what the driver does not report was as it was last set, or as VFs begin
+				for _, was := range []sriov.Settings{asked[d.Index], own[d.Index], sriov.Usual} {
+					if v, known := was[k]; known && d.Before[k] == "" && v != sriov.StableMAC {
+						d.Before[k] = v
+					}
+				}
 			}
 		}
 		return nil

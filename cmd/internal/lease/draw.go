@@ -91,7 +91,7 @@ func (m *Manager) free(all []*Lease, r *Request, units [][]*iommu.Device, skip m
 	leased := map[iommu.Address]bool{}
 	for _, l := range all {
 		for _, d := range l.Devices {
-			leased[d.Address] = true
+			leased[d.Address] = leased[d.Address] || !d.Nowhere
 		}
 	}
 	quarantine, err1 := m.Book.Quarantined()
@@ -107,9 +107,8 @@ func (m *Manager) free(all []*Lease, r *Request, units [][]*iommu.Device, skip m
 		case has(func(d *iommu.Device) bool { return leased[d.Address] }):
 			e.Leased++
 		case len(quarantine) > 0 && has(func(d *iommu.Device) bool {
-			place, err := iommu.PathOf(m.Host, d)
-			_, in := quarantine[place]
-			return err != nil || in
+			_, in := quarantine[place(m.Host, d)]
+			return in
 		}):
 			e.Quarantined++
 		case has(func(d *iommu.Device) bool {

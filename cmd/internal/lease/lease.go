@@ -3,6 +3,7 @@
 package lease
 
 import (
+	"context"
 	"fmt"
 	"net/url"
 	"slices"
@@ -30,14 +31,18 @@ type Lease struct {
 	NodeOwner string        `json:"node_owner,omitempty"`
 	Drawn     bool          `json:"drawn,omitempty"` // by libvirt, from a network: it ends with the domain
 
-	Ready   bool      `json:"ready"`   // its devices are configured and taken
-	Maker   vfio.Proc `json:"maker"`   // who last was at work on it
-	Holders []Holder  `json:"holders"` // seen last
+	Foreign bool `json:"foreign,omitempty"` // its VMM takes it to a driver of its own, as Xen's
+
+	Ready   bool      `json:"ready"`            // its devices are configured and taken
+	Ending  bool      `json:"ending,omitempty"` // its release has begun
+	Maker   vfio.Proc `json:"maker"`            // who last was at work on it
+	Holders []Holder  `json:"holders"`          // seen last
 }
 
 // Device is one device of a lease.
 type Device struct {
 	Address  iommu.Address  `json:"address"`
+	Nowhere  bool           `json:"nowhere,omitempty"` // after a boot: it was not found again so far
 	ID       iommu.ID       `json:"id"`
 	PF       *vfio.Identity `json:"pf,omitempty"` // of a VF, whose address is its PF's and its index's
 	Index    int            `json:"vf_index"`
@@ -51,7 +56,8 @@ type Device struct {
 // Holder is a process that has a lease's device open.
 type Holder struct {
 	vfio.Proc
-	Name string `json:"name"` // as in "process 12 (qemu-system-x86), guest \"web\""
+	Name string `json:"name"`           // as in "process 12 (qemu-system-x86), guest \"web\""
+	Runs bool   `json:"runs,omitempty"` // it is the VMM, which may open the devices yet
 }
 
 // Book is where leases are written down. Those that outlive a boot are in State too, and so is what is quarantined.
@@ -90,7 +96,7 @@ func (b *Book) Get(guest string) (*Lease, error) {
 }
 
 // rebooted is for a lease of an earlier boot: what it has is still to be made.
-func (l *Lease) rebooted() { l.Ready, l.Maker, l.Holders = false, vfio.Proc{}, nil }
+func (l *Lease) rebooted() { l.Ready, l.Ending, l.Maker, l.Holders = false, false, vfio.Proc{}, nil }
 
 // All are all leases, by guest, those of earlier boots that are still to be made included.
 func (b *Book) All() ([]*Lease, error) {
@@ -138,8 +144,24 @@ func (b *Book) Settings() map[iommu.Address]sriov.Settings {
 	return out
 }
 
-// put writes a lease down.
+// put writes a lease down, when nobody looks at all of them to choose a device.
 func (b *Book) put(l *Lease) error {
+	return b.alone(func() error { return b.putLocked(l) })
+}
+
+// alone does something with the books locked.
+func (b *Book) alone(do func() error) error {
+	ctx, cancel := context.WithTimeout(context.Background(), vfio.DefaultTimeout)
+	defer cancel()
+	held, err := b.lock(ctx, books)
+	if err != nil {
+		return fmt.Errorf("the books of all leases are locked: %w", err)
+	}
+	defer held.Close()
+	return do()
+}
+
+func (b *Book) putLocked(l *Lease) error {
 	if l.Persist {
 		if err := b.State.Put(key(l.Guest), l); err != nil {
 			return err
@@ -150,10 +172,12 @@ func (b *Book) put(l *Lease) error {
 
 // drop ends a lease. What outlives a boot goes first: power may be cut in between.
 func (b *Book) drop(l *Lease) error {
-	if err := b.State.Delete(key(l.Guest)); err != nil {
-		return err
-	}
-	return b.Run.Delete(key(l.Guest))
+	return b.alone(func() error {
+		if err := b.State.Delete(key(l.Guest)); err != nil {
+			return err
+		}
+		return b.Run.Delete(key(l.Guest))
+	})
 }
 
 // Quarantine is a device that nobody is given, as it could not be scrubbed.
@@ -167,6 +191,15 @@ type Quarantine struct {
 }
 
 func quarantineKey(place string) string { return quarantined + url.PathEscape(place) }
+
+// place names a device for the quarantine: by where it is, or by its address if that cannot be told.
+func place(h *iommu.Host, d *iommu.Device) string {
+	p, err := iommu.PathOf(h, d)
+	if err != nil {
+		return d.Name
+	}
+	return p
+}
 
 // Quarantined are all devices that are in quarantine, by place.
 func (b *Book) Quarantined() (map[string]Quarantine, error) {
@@ -190,5 +223,5 @@ func (b *Book) Quarantined() (map[string]Quarantine, error) {
 
 // Has reports whether a lease has the device at an address.
 func (l *Lease) Has(a iommu.Address) bool {
-	return slices.ContainsFunc(l.Devices, func(d Device) bool { return d.Address == a })
+	return slices.ContainsFunc(l.Devices, func(d Device) bool { return !d.Nowhere && d.Address == a })
 }

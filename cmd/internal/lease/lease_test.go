@@ -16,6 +16,7 @@ import (
 	"viaduct/internal/host/hosttest"
 	"viaduct/internal/journal"
 	"viaduct/iommu"
+	"viaduct/sriov"
 	"viaduct/vfio"
 )
 
@@ -94,7 +95,7 @@ func assign(t *testing.T, k *hosttest.Kernel, book *Book, guest, from string) (*
 	t.Helper()
 	m := newManager(t, k, book)
 	defer m.Binder.Close() // as a command does at its end
-	l, _, err := m.Assign(context.Background(), &Request{Guest: guest, From: from, Count: 1, TTL: time.Minute})
+	l, _, _, err := m.Assign(context.Background(), &Request{Guest: guest, From: from, Count: 1, TTL: time.Minute})
 	return l, err
 }
 
@@ -165,7 +166,7 @@ func TestManyAtOnce(t *testing.T) {
 	for i, m := range managers {
 		wg.Go(func() {
 			guest := fmt.Sprintf("g%d", i)
-			l, _, err := m.Assign(context.Background(), &Request{Guest: guest, From: pf, Count: 1})
+			l, _, _, err := m.Assign(context.Background(), &Request{Guest: guest, From: pf, Count: 1})
 			mu.Lock()
 			defer mu.Unlock()
 			if _, ok := errors.AsType[*ExhaustedError](err); ok {
@@ -234,8 +235,8 @@ func TestStates(t *testing.T) {
 		{"new", func(*Lease) {}, 0, Reserved},
 		{"nobody came", func(*Lease) {}, time.Hour, Dead},
 		{"nobody has to come", func(l *Lease) { l.TTL = 0 }, time.Hour, Reserved},
-		{"it outlives all", func(l *Lease) { l.Persist, l.Holders = true, []Holder{{gone, "x"}} }, time.Hour, Reserved},
-		{"its holder is gone", func(l *Lease) { l.Holders = []Holder{{gone, "x"}} }, 0, Dead},
+		{"it outlives all", func(l *Lease) { l.Persist, l.Holders = true, []Holder{{gone, "x", false}} }, time.Hour, Reserved},
+		{"its holder is gone", func(l *Lease) { l.Holders = []Holder{{gone, "x", false}} }, 0, Dead},
 		{"its owner is gone", func(l *Lease) { l.Owner = &gone }, 0, Dead},
 		{"its unit is gone", func(l *Lease) { l.Unit = "no.service" }, 0, Dead},
 		{"its making was interrupted", func(l *Lease) { l.Ready, l.Maker = false, gone }, 0, Dead},
@@ -256,7 +257,7 @@ func TestStates(t *testing.T) {
 func TestOutlivesBoot(t *testing.T) {
 	k := newKernel(t, 2)
 	m := newManager(t, k, nil)
-	l, _, err := m.Assign(context.Background(), &Request{Guest: "a", From: pf, Count: 1, Persist: true})
+	l, _, _, err := m.Assign(context.Background(), &Request{Guest: "a", From: pf, Count: 1, Persist: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -272,6 +273,101 @@ func TestOutlivesBoot(t *testing.T) {
 	}
 	if again, err := book.Get("a"); err != nil || !again.Ready || again.Devices[0].Address != l.Devices[0].Address {
 		t.Errorf("after the boot: %+v, %v", again, err)
+	}
+}
+
+// TestBootWithoutItsVF: a lease that outlives the boot waits for its VF, which nobody else gets when it comes.
+func TestBootWithoutItsVF(t *testing.T) {
+	k := newKernel(t, 1)
+	m := newManager(t, k, nil)
+	l, _, _, err := m.Assign(context.Background(), &Request{Guest: "a", From: pf, Count: 1, Persist: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.Binder.Close()
+	numvfs := "sys/bus/pci/devices/" + pf + "/sriov_numvfs"
+	if err := k.Write(numvfs, "0"); err != nil {
+		t.Fatal(err)
+	}
+	book := &Book{Run: journal.In(filepath.Join(t.TempDir(), "run")), State: m.Book.State}
+	if done, err := newManager(t, k, book).Restore(context.Background()); err == nil || len(done) > 0 {
+		t.Errorf("restored %v without a VF, %v", done, err)
+	}
+	if looks, err := newManager(t, k, book).Look(); err != nil || len(looks) != 1 || looks[0].State != Lost {
+		t.Errorf("without its VF: %+v, %v", looks, err)
+	}
+	if err := k.Write(numvfs, "1"); err != nil {
+		t.Fatal(err)
+	}
+	if other, err := assign(t, k, book, "b", pf); err == nil {
+		t.Errorf("another guest got %s", other.Devices[0].Address)
+	}
+	m = newManager(t, k, book)
+	if done, err := m.Restore(context.Background()); err != nil || !slices.Equal(done, []string{"a"}) {
+		t.Errorf("restored %v, %v", done, err)
+	}
+	if again, err := book.Get("a"); err != nil || !again.Ready || again.Devices[0].Address != l.Devices[0].Address {
+		t.Errorf("with its VF again: %+v, %v", again, err)
+	}
+}
+
+// TestInterrupted: an assign that was killed before it took a device of the host's leaves nothing that is dirty.
+func TestInterrupted(t *testing.T) {
+	k := newKernel(t, 1)
+	m := newManager(t, k, nil)
+	vf := m.Topology.VFs(find(t, m.Topology, pf))[0]
+	if err := k.Write("sys/bus/pci/devices/"+vf.Name+"/driver_override", "igbvf"); err != nil {
+		t.Fatal(err)
+	}
+	if err := k.Write("sys/bus/pci/drivers_probe", vf.Name); err != nil {
+		t.Fatal(err)
+	}
+	m = newManager(t, k, m.Book)
+	units, err := m.source(vf.Name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := m.reserve(context.Background(), &Request{Guest: "a", From: vf.Name, Count: 1}, units, nil); err != nil {
+		t.Fatal(err)
+	}
+	certificates, err := m.Release(context.Background(), "a", 0)
+	if err != nil || len(certificates) != 1 || certificates[0].Result != Clean || certificates[0].Driver != "igbvf" {
+		t.Errorf("%+v, %v", certificates, err)
+	}
+}
+
+// TestSettingsOfNoVF: what has no VLAN gets none, and the guest does not get it.
+func TestSettingsOfNoVF(t *testing.T) {
+	k := newKernel(t, 0)
+	m := newManager(t, k, nil)
+	edu := ""
+	m.Topology.All(func(d *iommu.Device) bool {
+		if d.PCI && d.Group >= 0 && d.Vendor == 0x1234 {
+			edu = d.Name
+		}
+		return edu == ""
+	})
+	r := &Request{Guest: "a", From: edu, Count: 1, Settings: sriov.Settings{sriov.VLAN: "5"}}
+	if l, _, _, err := m.Assign(context.Background(), r); !errors.Is(err, vfio.ErrRefused) {
+		t.Errorf("%s with a VLAN: %+v, %v", edu, l, err)
+	}
+}
+
+// TestNotTwice: what runs is not run again, and asking again for what does not gives it a new life.
+func TestNotTwice(t *testing.T) {
+	k := newKernel(t, 1)
+	m := newManager(t, k, nil)
+	first := &Request{Guest: "a", From: pf, Count: 1, OwnerPID: os.Getpid()}
+	l, fresh, _, err := m.Assign(context.Background(), first)
+	if err != nil || !fresh {
+		t.Fatal(fresh, err)
+	}
+	m.Binder.Close()
+	l.Owner.Start = 0 // as the fake has no /proc, no process of it lives
+	m = newManager(t, k, m.Book)
+	again, fresh, _, err := m.Assign(context.Background(), &Request{Guest: "a", From: pf, Count: 1, TTL: time.Hour})
+	if err != nil || fresh || again.Owner != nil || again.TTL != time.Hour {
+		t.Errorf("asked again: %+v, %v, %v", again, fresh, err)
 	}
 }
 

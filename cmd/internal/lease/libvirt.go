@@ -122,7 +122,7 @@ func (d *Domain) mismatch(l *Lease, all []*Lease, quarantined func(iommu.Address
 			out = append(out, fmt.Sprintf("%s is assigned to it and is not in its XML (viaduct assign %s --from %s --format libvirt prints what has to be there)", dev.Address, d.Name, l.From))
 		case x.Managed:
 			out = append(out, fmt.Sprintf("%s has managed='yes', with which libvirt changes its driver: it has to be managed='no'", dev.Address))
-		case x.MAC != "" && want != "" && x.MAC != want:
+		case x.MAC != "" && dev.Wanted[sriov.MAC] != "" && want != "" && x.MAC != want:
 			out = append(out, fmt.Sprintf("%s has MAC address %s in the XML, and %s in its lease", dev.Address, x.MAC, want))
 		case x.MAC != "" && vlan != "" && vlan != "0" && x.VLAN != vlan:
 			out = append(out, fmt.Sprintf("%s has VLAN %q in the XML, and %s in its lease", dev.Address, x.VLAN, vlan))
@@ -157,8 +157,7 @@ func (m *Manager) quarantined() (func(iommu.Address) string, error) {
 		if err != nil || len(all) == 0 {
 			return ""
 		}
-		place, _ := iommu.PathOf(m.Host, d)
-		return all[place].Why
+		return all[place(m.Host, d)].Why
 	}, err
 }
 
@@ -190,26 +189,32 @@ func (m *Manager) match(d *Domain) (*Lease, error) {
 // claim writes down what a domain drew from a network that was made of a pool.
 func (m *Manager) claim(ctx context.Context, d *Domain) error {
 	l, err := m.match(d)
-	if l != nil || err != nil {
+	if err != nil {
 		return err
 	}
+	r := &Request{Guest: d.Name}
 	for _, pool := range declared.Pools(m.Spec) {
 		vfs, err := m.declared().Pool(m.Spec, pool)
 		if err != nil {
 			continue // none of it is there
 		}
-		r := &Request{Guest: d.Name, From: pool}
 		for _, x := range d.Devices {
-			if slices.ContainsFunc(vfs, func(vf *iommu.Device) bool { return vf.Address == x.Address }) {
-				r.exactly = append(r.exactly, x.Address)
+			if slices.ContainsFunc(vfs, func(vf *iommu.Device) bool { return vf.Address == x.Address }) && (l == nil || !l.Has(x.Address)) {
+				if x.Managed {
+					return &vfio.RefusedError{What: "start " + d.Name, Reasons: []string{fmt.Sprintf("%s is of pool %q and has managed='yes', with which libvirt changes its driver: it has to be managed='no'", x.Address, pool)}}
+				}
+				r.exactly, r.From = append(r.exactly, x.Address), pool
 			}
 		}
-		if r.Count = len(r.exactly); r.Count > 0 {
-			_, _, err := m.Assign(ctx, r)
-			return err
-		}
 	}
-	return nil
+	if r.Count = len(r.exactly); r.Count == 0 {
+		return nil
+	}
+	if l != nil {
+		return &vfio.RefusedError{What: "start " + d.Name, Reasons: []string{fmt.Sprintf("%s is of pool %q, and what is assigned to it is not all it has: it has either a lease or what networks give it", r.exactly[0], r.From)}}
+	}
+	_, _, _, err = m.Assign(ctx, r)
+	return err
 }
 
 // stopped scrubs what a domain had. A lease that outlives the boot waits for the domain's next start; any other ends.
@@ -231,13 +236,13 @@ func (m *Manager) stopped(ctx context.Context, d *Domain) ([]Certificate, error)
 		return nil, err
 	}
 	devices := m.present(l)
-	if err := m.awaitGone(ctx, d.Name, devices, most); err != nil {
+	if err := m.awaitGone(ctx, l, devices, most); err != nil {
 		return nil, err
 	}
 	if err := m.Lock(ctx, m.withPFs(devices, true)); err != nil {
 		return nil, err
 	}
-	certificates, err := m.scrubAll(ctx, l)
+	certificates, unwritten, err := m.scrubAll(ctx, l)
 	l.rebooted() // to be made again
-	return certificates, errors.Join(err, m.Book.put(l))
+	return certificates, errors.Join(err, unwritten, m.Book.put(l))
 }

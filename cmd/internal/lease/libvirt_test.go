@@ -59,6 +59,7 @@ func TestMismatch(t *testing.T) {
 	}
 	vf := Device{Address: at(t, "0000:01:10.2"), PF: &vfio.Identity{}, Now: sriov.Settings{sriov.MAC: "52:54:00:aa:00:01", sriov.VLAN: "100"}}
 	own := &Lease{Guest: "web", From: "net", Devices: []Device{vf}}
+	vf.Wanted = vf.Now
 	other := vf
 	other.Now = sriov.Settings{sriov.MAC: "52:54:00:aa:00:02", sriov.VLAN: "100"}
 	vlan := vf

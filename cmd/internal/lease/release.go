@@ -79,10 +79,13 @@ func (m *Manager) Release(ctx context.Context, guest string, wait time.Duration)
 		return nil, err
 	}
 	devices := m.present(l)
-	if err := m.awaitGone(ctx, guest, devices, wait); err != nil {
+	if err := m.awaitGone(ctx, l, devices, wait); err != nil {
 		return nil, err
 	}
 	if err := m.Lock(ctx, m.withPFs(devices, true)); err != nil {
+		return nil, err
+	}
+	if err := m.awaitGone(ctx, l, devices, 0); err != nil { // somebody may have been quicker
 		return nil, err
 	}
 	return m.end(ctx, l)
@@ -90,13 +93,13 @@ func (m *Manager) Release(ctx context.Context, guest string, wait time.Duration)
 
 // end scrubs what a lease has, whose devices are locked, and ends it.
 func (m *Manager) end(ctx context.Context, l *Lease) ([]Certificate, error) {
-	l.Ready, l.Maker = false, m.self()
+	l.Ready, l.Ending, l.Maker = false, true, m.self()
 	if err := m.Book.put(l); err != nil {
 		return nil, err
 	}
-	certificates, err := m.scrubAll(ctx, l)
-	if ctx.Err() != nil && err != nil {
-		return certificates, err // the lease stays, interrupted
+	certificates, unwritten, err := m.scrubAll(ctx, l)
+	if unwritten != nil || ctx.Err() != nil && err != nil {
+		return certificates, errors.Join(err, unwritten) // the lease stays, interrupted
 	}
 	return certificates, errors.Join(err, m.Book.drop(l))
 }
@@ -121,7 +124,7 @@ func (m *Manager) known(guest string) (*Lease, error) {
 func (m *Manager) present(l *Lease) []*iommu.Device {
 	var out []*iommu.Device
 	for _, d := range l.Devices {
-		if found, err := m.Topology.Find(d.Address); err == nil && found.ID == d.ID {
+		if found, err := m.Topology.Find(d.Address); err == nil && found.ID == d.ID && !d.Nowhere {
 			out = append(out, found)
 		}
 	}
@@ -129,11 +132,19 @@ func (m *Manager) present(l *Lease) []*iommu.Device {
 }
 
 // awaitGone waits until no process has the devices open. Without time to wait it refuses, naming who has.
-func (m *Manager) awaitGone(ctx context.Context, guest string, devices []*iommu.Device, wait time.Duration) error {
+func (m *Manager) awaitGone(ctx context.Context, l *Lease, devices []*iommu.Device, wait time.Duration) error {
 	for end := time.Now().Add(wait); ; {
 		holders, err := vfio.ProcessHolders(m.Host, devices)
-		if err != nil || len(holders) == 0 {
+		if err != nil {
 			return err
+		}
+		for _, h := range l.Holders {
+			if h.Runs && h.Alive(m.Host) && !slices.ContainsFunc(holders, func(x vfio.Holder) bool { return x.PID == h.PID }) {
+				holders = append(holders, vfio.Holder{Device: l.Guest, Kind: vfio.Process, PID: h.PID, What: "is run by " + h.Name})
+			}
+		}
+		if len(holders) == 0 {
+			return nil
 		}
 		left := time.Until(end)
 		if left <= 0 || ctx.Err() != nil {
@@ -141,7 +152,11 @@ func (m *Manager) awaitGone(ctx context.Context, guest string, devices []*iommu.
 			if wait > 0 {
 				cure = fmt.Sprintf("end the guest first; it was waited for, for %s", wait)
 			}
-			return vfio.Refuse("release "+guest, holders, nil, cure)
+			var reasons []string
+			for _, h := range holders {
+				reasons = append(reasons, h.String())
+			}
+			return &vfio.RefusedError{What: "release " + l.Guest, Reasons: reasons, Cure: cure}
 		}
 		awaitEnd(ctx, holders, min(left, time.Second)) // a holder may also let go of a device and live on
 	}
@@ -166,56 +181,65 @@ func awaitEnd(ctx context.Context, holders []vfio.Holder, most time.Duration) {
 	}
 }
 
-// scrubAll scrubs what is left of a lease's devices, and writes the certificates.
-func (m *Manager) scrubAll(ctx context.Context, l *Lease) ([]Certificate, error) {
-	var out []Certificate
-	var errs []error
+// scrubAll scrubs what is left of a lease's devices, and writes the certificates. The second error is of what could not be written
+// down, and must not be forgotten.
+func (m *Manager) scrubAll(ctx context.Context, l *Lease) (out []Certificate, unwritten, failed error) {
+	var errs, lost []error
 	for i := range l.Devices {
 		dev := &l.Devices[i]
 		c := Certificate{Guest: l.Guest, Address: dev.Address, ID: dev.ID, Time: time.Now(), Result: Clean}
 		d, err := m.Topology.Find(dev.Address)
-		if err != nil || d.ID != dev.ID {
+		if err != nil || d.ID != dev.ID || dev.Nowhere {
 			c.Result, c.Why = Missing, "it is not there any more"
 			out = append(out, c)
 			continue
 		}
-		c.Place, _ = iommu.PathOf(m.Host, d)
-		err = m.scrub(ctx, dev, d, l.Drawn, &c)
+		c.Place = place(m.Host, d)
+		err = m.scrub(ctx, l, dev, d, &c)
 		if err != nil && ctx.Err() != nil {
-			return out, err
+			return out, errors.Join(lost...), err
 		}
 		if err != nil {
 			c.Result, c.Why = Fouled, strings.ReplaceAll(err.Error(), "\n", "; ")
 			q := Quarantine{Address: d.Address, Place: c.Place, Guest: l.Guest, Since: c.Time, Why: c.Why, Device: *dev}
-			errs = append(errs, fmt.Errorf("%s could not be scrubbed, and is in quarantine: %w", d.Name, err), m.Book.State.Put(quarantineKey(c.Place), q))
+			errs = append(errs, fmt.Errorf("%s could not be scrubbed, and is in quarantine: %w", d.Name, err))
+			lost = append(lost, m.Book.State.Put(quarantineKey(c.Place), q))
 		}
 		errs = append(errs, m.Book.Run.Put(scrubbed+d.Name, c))
 		out = append(out, c)
 	}
-	return out, errors.Join(errs...)
+	return out, errors.Join(lost...), errors.Join(errs...)
 }
 
 // scrub resets a device, gives it back what it had before it was assigned, and reads that back.
-func (m *Manager) scrub(ctx context.Context, dev *Device, d *iommu.Device, drawn bool, c *Certificate) error {
+func (m *Manager) scrub(ctx context.Context, l *Lease, dev *Device, d *iommu.Device, c *Certificate) error {
 	if err := refresh(m.Host, []*iommu.Device{d}); err != nil {
 		return err
 	}
 	if ctx.Err() != nil {
 		return errors.New("interrupted before it was touched")
 	}
-	if d.Blocks() {
-		return fmt.Errorf("it is on driver %s of the host: somebody else took it from its guest", d.Driver)
+	foreign := l.Foreign && d.Driver == "pciback"
+	if d.Blocks() && !dev.Home && !foreign {
+		return fmt.Errorf("it is on driver %s of the host: somebody took it from its guest (viaduct bind %s takes it back)", d.Driver, d.Name)
 	}
-	if err := m.reset(d, c); err != nil {
-		return err
+	if !d.Blocks() || foreign { // else it was never taken, or is back already, and its own driver has made it anew
+		if err := m.reset(d, c); err != nil {
+			return err
+		}
 	}
 	if d.PhysFn != nil {
-		if err := m.reconfigure(ctx, dev, d, drawn, c); err != nil {
+		if err := m.reconfigure(ctx, dev, d, l.Drawn, c); err != nil {
 			return err
 		}
 	}
 	if err := m.giveBack(context.WithoutCancel(ctx), dev, d); err != nil {
 		return err
+	}
+	if l.NodeOwner != "" && !dev.Home {
+		if err := m.Binder.Disown(d); err != nil {
+			return err
+		}
 	}
 	now, err := iommu.ReadDevice(m.Host, d.Address)
 	c.Driver = now.Driver
@@ -308,29 +332,24 @@ func (m *Manager) Lift(ctx context.Context, devices []*iommu.Device) ([]Certific
 	var out []Certificate
 	var errs []error
 	for _, d := range devices {
-		place, err := iommu.PathOf(m.Host, d)
-		if err != nil {
-			return out, err
-		}
-		q, in := all[place]
+		at := place(m.Host, d)
+		q, in := all[at]
 		if !in {
 			errs = append(errs, fmt.Errorf("%s is in no quarantine (viaduct leases tells what is)", d.Name))
 			continue
 		}
-		if err := m.awaitGone(ctx, q.Guest, []*iommu.Device{d}, 0); err != nil {
+		l := &Lease{Guest: q.Guest, Devices: []Device{q.Device}}
+		if err := m.awaitGone(ctx, l, []*iommu.Device{d}, 0); err != nil {
 			return out, err
 		}
 		if err := m.Lock(ctx, m.withPFs([]*iommu.Device{d}, true)); err != nil {
 			return out, err
 		}
-		q.Device.Address, q.Device.ID = d.Address, d.ID
-		if q.Device.PF == nil && d.PhysFn != nil {
-			q.Device.Index = d.VFIndex
-		}
-		some, err := m.scrubAll(ctx, &Lease{Guest: q.Guest, Devices: []Device{q.Device}})
+		l.Devices[0].Address, l.Devices[0].ID = d.Address, d.ID
+		some, unwritten, err := m.scrubAll(ctx, l)
 		out = append(out, some...)
-		if err == nil {
-			err = m.Book.State.Delete(quarantineKey(place))
+		if err = errors.Join(err, unwritten); err == nil {
+			err = m.Book.State.Delete(quarantineKey(at))
 		}
 		errs = append(errs, err)
 	}
@@ -389,12 +408,22 @@ func (m *Manager) Reclaim(ctx context.Context) ([]Certificate, error) {
 	if len(devices) == 0 {
 		return nil, nil
 	}
-	if err := m.Lock(ctx, m.withPFs(devices, true)); err != nil {
-		return nil, err
-	}
 	var mu sync.Mutex
 	var out []Certificate
 	var errs []error
+	if err := m.Lock(ctx, m.withPFs(devices, true)); err != nil { // one that is stuck keeps no other
+		errs = append(errs, err)
+		for pf, leases := range byPF {
+			var some []*iommu.Device
+			for _, l := range leases {
+				some = append(some, m.present(l)...)
+			}
+			if err := m.Lock(ctx, m.withPFs(some, true)); err != nil {
+				errs = append(errs, err)
+				delete(byPF, pf)
+			}
+		}
+	}
 	var wg sync.WaitGroup
 	work := func(leases []*Lease) {
 		for _, l := range leases {
@@ -455,6 +484,9 @@ func (m *Manager) Again(ctx context.Context, guest string) error {
 	if err != nil {
 		return err
 	}
+	if _, err := m.devices(l); err != nil {
+		return err
+	}
 	l.Maker = m.self()
 	if err := m.Book.put(l); err != nil {
 		return err
@@ -483,8 +515,6 @@ func (m *Manager) relocate(l *Lease) {
 			}
 			return !found
 		})
-		if !found {
-			dev.Address = iommu.Address{} // which is no device of a guest
-		}
+		dev.Nowhere = !found
 	}
 }

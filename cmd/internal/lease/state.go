@@ -1,6 +1,7 @@
 package lease
 
 import (
+	"context"
 	"fmt"
 	"path"
 	"slices"
@@ -71,7 +72,8 @@ func (m *Manager) saw(l *Lease, now []vfio.Holder) {
 	for _, h := range now {
 		p := vfio.NameProcess(m.Host, h.PID)
 		if !slices.ContainsFunc(holders, func(old Holder) bool { return old.Proc == p }) {
-			holders = append(holders, Holder{p, strings.TrimPrefix(h.What, "is open in ")})
+			runs := slices.ContainsFunc(l.Holders, func(old Holder) bool { return old.Proc == p && old.Runs })
+			holders = append(holders, Holder{p, strings.TrimPrefix(h.What, "is open in "), runs})
 		}
 	}
 	if slices.Equal(holders, l.Holders) {
@@ -94,7 +96,7 @@ func (m *Manager) saw(l *Lease, now []vfio.Holder) {
 func (m *Manager) state(l *Lease, now []vfio.Holder, at time.Time, seen bool) (State, string) {
 	for _, d := range l.Devices {
 		found, err := m.Topology.Find(d.Address)
-		if err != nil || found.ID != d.ID {
+		if err != nil || found.ID != d.ID || d.Nowhere {
 			return Lost, fmt.Sprintf("%s is not there any more", d.Address)
 		}
 	}
@@ -108,10 +110,12 @@ func (m *Manager) state(l *Lease, now []vfio.Holder, at time.Time, seen bool) (S
 		return Making, fmt.Sprintf("process %d is at work on it", l.Maker.PID)
 	case alive:
 		return Active, ""
-	case l.Persist && l.Maker == (vfio.Proc{}):
-		return Reserved, "since before the boot, and to be made again"
+	case l.Ending:
+		return Dead, "its release was interrupted"
+	case l.Persist && !l.Ready:
+		return Reserved, "to be made again"
 	case !l.Ready:
-		return Dead, "its making, or its release, was interrupted"
+		return Dead, "its making was interrupted"
 	case l.Owner != nil && !l.Owner.Alive(m.Host):
 		return Dead, fmt.Sprintf("process %d, which it was to end with, is gone", l.Owner.PID)
 	case l.Unit != "" && !UnitRuns(m.Host, l.Unit):
@@ -179,9 +183,31 @@ func UnitRuns(h *iommu.Host, unit string) bool {
 	return len(UnitPIDs(h, unit)) > 0
 }
 
-// Started writes down who is going to hold a lease's devices: the VMM that was started with them.
-func (m *Manager) Started(l *Lease, pid int, name string) error {
-	l.Holders = []Holder{{vfio.NameProcess(m.Host, pid), fmt.Sprintf("process %d (%s)", pid, name)}}
-	l.Owner = nil // which the VMM outlives
-	return m.Book.put(l)
+// Started writes down who is going to hold a lease's devices: the VMM that was started with them. It fails if the lease is no longer
+// this process's.
+func (m *Manager) Started(ctx context.Context, l *Lease, pid int, name string) error {
+	mine, err := m.Book.lockGuest(ctx, l.Guest, m.timeout())
+	if err != nil {
+		return err
+	}
+	defer mine.Close()
+	now, err := m.Book.Get(l.Guest)
+	if err != nil {
+		return err
+	}
+	if now == nil || !now.Ready || now.Owner == nil || *now.Owner != m.self() {
+		return fmt.Errorf("%s: its lease was ended meanwhile", l.Guest)
+	}
+	now.Holders = []Holder{{vfio.NameProcess(m.Host, pid), fmt.Sprintf("process %d (%s)", pid, name), true}}
+	now.Owner = nil // which the VMM outlives
+	return m.Book.put(now)
+}
+
+// LookAt is one lease, as it is.
+func (m *Manager) LookAt(l *Lease) Look {
+	look := Look{Lease: l}
+	holders, err := vfio.ProcessHolders(m.Host, m.present(l))
+	look.Now = holders
+	look.State, look.Why = m.state(l, holders, time.Now(), err == nil)
+	return look
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"encoding/xml"
 	"fmt"
+	"hash/crc32"
 	"slices"
 	"strings"
 
@@ -39,6 +40,7 @@ type Format struct {
 	Cannot  string // what is not to be had this way
 	Persist bool   // its guests outlive a boot
 	Standby bool   // it can have one
+	Foreign bool   // it takes devices to a driver of its own, not to VFIO's
 	Moves   bool   // it keeps guest memory off the range that AMD's IOMMUs reserve
 }
 
@@ -54,7 +56,7 @@ var Formats = []Format{
 	{Name: "cloud-hypervisor", Args: cloudHypervisor, Cannot: "Cloud Hypervisor has no failover pair, and opens the IOMMU group, not iommufd"},
 	{Name: "crosvm", Args: crosvm, Cannot: "crosvm has no failover pair, and opens the IOMMU group, not iommufd"},
 	{Name: "incus", Text: incus, Cannot: "Incus binds the device to vfio-pci itself, and back when the instance stops: viaduct release ends the lease; containers cannot have it; no live migration"},
-	{Name: "xen", Text: xen, Cannot: "Xen has the IOMMU to itself: xl takes the device to pciback (seize=1), not vfio; dom0 shows no IOMMU groups, so the whole group is for you to give; no failover pair"},
+	{Name: "xen", Text: xen, Foreign: true, Cannot: "Xen has the IOMMU to itself: xl takes the device to pciback (seize=1), not vfio; dom0 shows no IOMMU groups, so the whole group is for you to give; no failover pair"},
 	{Name: "kata", Args: kata, Cannot: "Kata needs vfio_mode and hotplug_vfio (or cold_plug_vfio) in its configuration.toml, and hands on whole IOMMU groups; no failover pair"},
 }
 
@@ -141,7 +143,7 @@ func escape(s string) string {
 func libvirt(g *Guest) (string, error) {
 	var b strings.Builder
 	for i, d := range g.Devices {
-		if !d.VF || !d.NIC || d.MAC == "" {
+		if !d.VF || !d.NIC || d.MAC == "" || d.QoS != "" && d.QoS != "0" || d.Proto != "" && d.Proto != "802.1q" { // which libvirt does not know, and would undo
 			fmt.Fprintf(&b, "<hostdev mode='subsystem' type='pci' managed='no'>\n  <source>\n    %s\n  </source>\n</hostdev>\n", strings.Replace(addressXML(d.Address), " type='pci'", "", 1)) // which its schema does not have there
 			continue
 		}
@@ -193,17 +195,19 @@ type cdiNode struct {
 
 // cdi is a spec of one device, viaduct/guest=NAME, that has all nodes.
 func cdi(g *Guest) (string, error) {
+	changed := false
 	name := strings.Map(func(r rune) rune {
 		if r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("_-.:", r) {
 			return r
 		}
+		changed = true
 		return '_'
 	}, g.Name)
-	d := cdiDevice{Name: "g." + name}
-	if c := name[0]; c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' {
-		d.Name = name
+	letter := func(c byte) bool { return c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' }
+	if changed || !letter(name[0]) || strings.TrimRight(name, "_-.:") != name { // two guests must not come to be one
+		name = fmt.Sprintf("g.%s.%x", strings.Trim(name, "_-.:"), crc32.ChecksumIEEE([]byte(g.Name)))
 	}
-	d.Name = strings.TrimRight(d.Name, "_-.:")
+	d := cdiDevice{Name: name}
 	for _, kv := range pairs(g) {
 		d.Edits.Env = append(d.Edits.Env, kv[0]+"="+kv[1])
 	}

@@ -162,6 +162,7 @@ func assignCommand(e *env) *cli.Command {
 			&cli.BoolFlag{Name: "formats", Usage: "print the formats, and what cannot be had with each"},
 			e.dryRunFlag(),
 		),
+		BashComplete: e.completeGuests,
 		Action: func(c *cli.Context) (err error) {
 			if list = c.Bool("formats"); list {
 				return e.printFormats()
@@ -497,6 +498,7 @@ func releaseCommand(e *env) *cli.Command {
 			&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", Value: vfio.DefaultTimeout, Destination: &timeout},
 			e.jsonFlag(),
 		},
+		BashComplete: e.completeGuests,
 		Action: func(c *cli.Context) error {
 			if err := checkTimeout(timeout); err != nil {
 				return err
@@ -534,6 +536,22 @@ func releaseCommand(e *env) *cli.Command {
 			})
 		},
 	})
+}
+
+// completeGuests offers the guests that have a lease, as far as they may be known.
+func (e *env) completeGuests(c *cli.Context) {
+	h, err := e.open()
+	if err != nil {
+		return
+	}
+	defer h.Close()
+	all, _ := book(h).All()
+	for _, l := range all {
+		if harmless(l.Guest) {
+			fmt.Fprintln(e.stdout, l.Guest)
+		}
+	}
+	cli.DefaultCompleteWithFlags(c.Command)(c)
 }
 
 func runRelease(ctx context.Context, e *env, timeout time.Duration, do func(context.Context, *lease.Manager) ([]lease.Certificate, error)) error {

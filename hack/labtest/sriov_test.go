@@ -140,7 +140,7 @@ func TestKillsVF(t *testing.T) {
 	} {
 		for i, whom := range whoms {
 			for n := 1; ; n++ {
-				if !long && (n+i)%5 != 0 {
+				if !long && (n+i)%8 != 0 {
 					continue
 				}
 				if c.name == "create" {
@@ -196,7 +196,7 @@ func TestKillsVF(t *testing.T) {
 // TestRace: one process changes the number of VFs while another sets one. What is there in the end is what came of one after
 // the other.
 func TestRace(t *testing.T) {
-	rounds := 40
+	rounds := 20
 	if os.Getenv("LAB_ROUNDS") == "200" {
 		rounds = 100
 	}
@@ -250,7 +250,7 @@ func TestFaults(t *testing.T) {
 	} {
 		for i, c := range []string{"vf create " + spare + " 2 --driver vfio", "vf destroy " + spare, "vf set " + spare + "/vf0 mac=52:54:00:77:00:01 vlan=7"} {
 			for n := 1; ; n++ {
-				if !long && (n+i)%4 != 0 {
+				if !long && (n+i)%7 != 0 {
 					if n > 30 {
 						break
 					}

@@ -140,7 +140,7 @@ func TestKillsVF(t *testing.T) {
 	} {
 		for i, whom := range whoms {
 			for n := 1; ; n++ {
-				if !long && (n+i)%8 != 0 {
+				if !long && (n+i)%5 != 0 {
 					continue
 				}
 				if c.name == "create" {

@@ -57,6 +57,17 @@ var Usual = Settings{
 // linkStates by the kernel's numbers (include/uapi/linux/if_link.h).
 var linkStates = []string{"auto", "enable", "disable"}
 
+// Text is what [ParseSettings] reads, the keys in their order.
+func (s Settings) Text() string {
+	var words []string
+	for _, k := range Keys {
+		if v, ok := s[k]; ok {
+			words = append(words, string(k)+"="+v)
+		}
+	}
+	return strings.Join(words, " ")
+}
+
 // ParseSettings reads KEY=VALUE words. Its errors name the word and what is wanted.
 func ParseSettings(words []string) (Settings, error) {
 	s := Settings{}

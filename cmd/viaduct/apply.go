@@ -67,11 +67,11 @@ func applyCommand(e *env) *cli.Command {
 				}
 				return nil
 			}
-			if err := runApply(c.Context, e, &o); !o.boot {
-				return err
-			} else {
-				return errors.Join(err, restoreLeases(c.Context, e))
+			err = runApply(c.Context, e, &o)
+			if o.boot {
+				err = errors.Join(err, restoreLeases(c.Context, e))
 			}
+			return err
 		},
 	})
 }

@@ -32,17 +32,23 @@ func book(h *iommu.Host) *lease.Book {
 	return &lease.Book{Run: journal.In(journal.Dir), State: journal.In(declared.StateDir)}
 }
 
-// leases is what leases are worked on with. What only ends them does without a declaration that cannot be read.
-func (c *changing) leases(ends bool) (*lease.Manager, error) {
+// beginLeases begins what works on leases; the caller calls stop at the end. What only ends them does without a declaration that
+// cannot be read. The child that writes is started when it is needed: most of many that ask at once are told that there is nothing.
+func (e *env) beginLeases(ctx context.Context, timeout time.Duration, ends bool) (context.Context, func(), *lease.Manager, error) {
+	ctx, stop, c, err := e.beginLook(ctx, timeout, false)
+	if err != nil {
+		return nil, nil, nil, err
+	}
 	s, err := spec.Load(c.host)
 	if err != nil && !ends {
-		return nil, usageError{err}
+		stop()
+		return nil, nil, nil, usageError{err}
 	}
 	if err != nil {
-		c.env.note("%v", err)
+		e.note("%v", err)
 		s = &spec.Host{}
 	}
-	return &lease.Manager{
+	return ctx, stop, &lease.Manager{
 		Host: c.host, Topology: c.topology, Binder: c.binder, Book: book(c.host), Spec: s, Lock: c.lock, Timeout: c.binder.Timeout,
 	}, nil
 }
@@ -141,7 +147,6 @@ func parseSize(s string) (uint64, error) {
 
 func assignCommand(e *env) *cli.Command {
 	var o assignOptions
-	var list bool
 	return command(&cli.Command{
 		Name:      "assign",
 		Usage:     "give a guest devices, and print what its VMM needs",
@@ -164,7 +169,7 @@ func assignCommand(e *env) *cli.Command {
 		),
 		BashComplete: e.completeGuests,
 		Action: func(c *cli.Context) (err error) {
-			if list = c.Bool("formats"); list {
+			if c.Bool("formats") {
 				return e.printFormats()
 			}
 			if o.Guest, err = oneArgument(c, "the guest's name"); err != nil {
@@ -250,15 +255,11 @@ func ownerRuns(e *env, o *assignOptions) error {
 
 // assign gives a guest devices, and calls then while they are still locked.
 func (e *env) assign(ctx context.Context, o *assignOptions, then func(*lease.Manager, *lease.Lease) error) error {
-	ctx, stop, c, err := e.beginLook(ctx, o.timeout, false)
+	ctx, stop, m, err := e.beginLeases(ctx, o.timeout, false)
 	if err != nil {
 		return err
 	}
 	defer stop()
-	m, err := c.leases(false)
-	if err != nil {
-		return err
-	}
 	if e.dryRun {
 		steps, err := m.Preview(&o.Request)
 		for _, s := range steps {
@@ -555,15 +556,11 @@ func (e *env) completeGuests(c *cli.Context) {
 }
 
 func runRelease(ctx context.Context, e *env, timeout time.Duration, do func(context.Context, *lease.Manager) ([]lease.Certificate, error)) error {
-	ctx, stop, c, err := e.beginChange(ctx, timeout)
+	ctx, stop, m, err := e.beginLeases(ctx, timeout, true)
 	if err != nil {
 		return err
 	}
 	defer stop()
-	m, err := c.leases(true)
-	if err != nil {
-		return err
-	}
 	certificates, err := do(ctx, m)
 	if e.json {
 		if certificates == nil {

@@ -60,15 +60,11 @@ func runLibvirtHook(ctx context.Context, e *env, name, op, sub string) error {
 			return err // a domain that has nothing of ours, which no mistake of ours may stop
 		}
 	}
-	ctx, stop, c, err := e.beginChange(ctx, vfio.DefaultTimeout)
+	ctx, stop, m, err := e.beginLeases(ctx, vfio.DefaultTimeout, true)
 	if err != nil {
 		return err
 	}
 	defer stop()
-	m, err := c.leases(true)
-	if err != nil {
-		return err
-	}
 	certificates, err := m.Hook(ctx, d, op, sub)
 	for _, c := range certificates {
 		if c.Result == lease.Fouled {
@@ -80,15 +76,11 @@ func runLibvirtHook(ctx context.Context, e *env, name, op, sub string) error {
 
 // restoreLeases makes the leases again that outlive a boot, when the VFs are there, and nothing else is locked.
 func restoreLeases(ctx context.Context, e *env) error {
-	ctx, stop, c, err := e.beginLook(ctx, vfio.DefaultTimeout, false)
+	ctx, stop, m, err := e.beginLeases(ctx, vfio.DefaultTimeout, true)
 	if err != nil {
 		return err
 	}
 	defer stop()
-	m, err := c.leases(true)
-	if err != nil {
-		return err
-	}
 	done, err := m.Restore(ctx)
 	for _, guest := range done {
 		e.note("%s has its devices again", guest)

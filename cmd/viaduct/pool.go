@@ -83,8 +83,7 @@ func runPool(e *env, only string, network bool) error {
 		if network {
 			var addresses []iommu.Address
 			for _, vf := range vfs {
-				place, _ := iommu.PathOf(h, vf)
-				if _, in := quarantine[place]; !in {
+				if quarantine.Why(h, vf) == "" {
 					addresses = append(addresses, vf.Address)
 				}
 			}
@@ -93,11 +92,10 @@ func runPool(e *env, only string, network bool) error {
 		}
 		for _, vf := range vfs {
 			v.VFs = append(v.VFs, vf.Name)
-			place, _ := iommu.PathOf(h, vf) // of one that has just gone, it is in no quarantine
-			switch _, in := quarantine[place]; {
+			switch {
 			case slices.ContainsFunc(looks, func(l lease.Look) bool { return l.Has(vf.Address) }):
 				v.Leased++
-			case in:
+			case quarantine.Why(h, vf) != "":
 				v.Quarantine++
 			default:
 				v.Free++

@@ -182,7 +182,7 @@ func unusual(v vfView) string {
 			show[k] = value
 		}
 	}
-	text := settingsText(show)
+	text := show.Text()
 	if v.Representor != nil {
 		text = strings.TrimSpace(text + " representor=" + *v.Representor)
 	}

@@ -124,7 +124,7 @@ func (e *env) printSet(views []setView, data any) error {
 			}
 			continue
 		}
-		line := fmt.Sprintf("%s (vf%d of %s): %s", v.VF, v.Index, v.PF, settingsText(v.Settings))
+		line := fmt.Sprintf("%s (vf%d of %s): %s", v.VF, v.Index, v.PF, v.Settings.Text())
 		if !v.Changed {
 			line += " (as it was)"
 		}
@@ -134,17 +134,6 @@ func (e *env) printSet(views []setView, data any) error {
 		fmt.Fprintln(e.stdout, line)
 	}
 	return nil
-}
-
-// settingsText is settings as vf set takes them.
-func settingsText(s sriov.Settings) string {
-	var words []string
-	for _, k := range sriov.Keys {
-		if v, ok := s[k]; ok {
-			words = append(words, string(k)+"="+v)
-		}
-	}
-	return strings.Join(words, " ")
 }
 
 func vfGetCommand(e *env) *cli.Command {
@@ -197,7 +186,7 @@ func runVFGet(e *env, sel iommu.Selector) error {
 	if e.json {
 		return writeJSON(e.stdout, view[i])
 	}
-	_, err = fmt.Fprintln(e.stdout, settingsText(view[i].Settings))
+	_, err = fmt.Fprintln(e.stdout, view[i].Settings.Text())
 	return err
 }
 

@@ -1,6 +1,7 @@
 package lease
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -8,7 +9,6 @@ import (
 	"os"
 	"path"
 	"slices"
-	"strings"
 	"time"
 
 	"viaduct/cmd/internal/declared"
@@ -127,11 +127,9 @@ func (m *Manager) units(r *Request) ([][]*iommu.Device, error) {
 
 // reserve draws devices for a guest and writes that down; fresh is false if it has some already.
 func (m *Manager) reserve(ctx context.Context, r *Request, units [][]*iommu.Device, skip map[string]bool) (l *Lease, fresh bool, err error) {
-	ctx, cancel := context.WithTimeout(ctx, m.timeout())
-	defer cancel()
-	held, err := m.Book.lock(ctx, books)
+	held, err := m.Book.lockAll(ctx, m.timeout())
 	if err != nil {
-		return nil, false, fmt.Errorf("the books of all leases are locked: %w", err)
+		return nil, false, err
 	}
 	defer held.Close()
 	all, err := m.all()
@@ -161,7 +159,7 @@ func (m *Manager) reserve(ctx context.Context, r *Request, units [][]*iommu.Devi
 	l.renew(m, r)
 	for _, d := range devices {
 		if d.PhysFn == nil && len(r.Settings) > 0 {
-			return nil, false, &vfio.RefusedError{What: "assign " + d.Name, Reasons: []string{"it is no VF, and has no " + settingsText(r.Settings)}}
+			return nil, false, &vfio.RefusedError{What: "assign " + d.Name, Reasons: []string{"it is no VF, and has no " + r.Settings.Text()}}
 		}
 		l.Devices = append(l.Devices, m.describe(d, r.Settings))
 	}
@@ -225,23 +223,10 @@ func (l *Lease) differs(r *Request) string {
 	}
 	for _, d := range l.Devices {
 		if d.PF != nil && !maps.Equal(d.Wanted, r.Settings) {
-			return fmt.Sprintf("with %s", settingsText(d.Wanted))
+			return "with " + cmp.Or(d.Wanted.Text(), "no settings")
 		}
 	}
 	return ""
-}
-
-func settingsText(s sriov.Settings) string {
-	var out []string
-	for _, k := range sriov.Keys {
-		if v, ok := s[k]; ok {
-			out = append(out, fmt.Sprintf("%s=%s", k, v))
-		}
-	}
-	if len(out) == 0 {
-		return "no settings"
-	}
-	return strings.Join(out, " ")
 }
 
 // inUseError is why a device that was drawn cannot be had: something that keeps no books uses it.
@@ -331,12 +316,12 @@ func (m *Manager) finish(ctx context.Context, l *Lease, r *Request) (notes []str
 
 // clean refuses devices in quarantine.
 func (m *Manager) clean(l *Lease, devices []*iommu.Device) error {
-	quarantined, err := m.quarantined()
+	quarantine, err := m.Book.Quarantined()
 	if err != nil {
 		return err
 	}
 	for _, d := range devices {
-		if why := quarantined(d.Address); why != "" {
+		if why := quarantine.Why(m.Host, d); why != "" {
 			return &vfio.RefusedError{What: "give " + d.Name + " to " + l.Guest, Reasons: []string{"it is in quarantine: " + why}, Cure: "viaduct release --quarantined " + d.Name}
 		}
 	}
@@ -436,211 +421,4 @@ func refresh(h *iommu.Host, devices []*iommu.Device) error {
 		}
 	}
 	return nil
-}
-
-// byPF calls do for each PF of a lease's VFs, with them.
-func (m *Manager) byPF(l *Lease, do func(pf *iommu.Device, devices []*Device) error) error {
-	of := map[iommu.Address][]*Device{}
-	var order []*iommu.Device
-	for i := range l.Devices {
-		d, err := m.Topology.Find(l.Devices[i].Address)
-		if err != nil || d.PhysFn == nil {
-			continue
-		}
-		pf, err := m.Topology.Find(*d.PhysFn)
-		if err != nil {
-			return err
-		}
-		if of[pf.Address] == nil {
-			order = append(order, pf)
-		}
-		of[pf.Address] = append(of[pf.Address], &l.Devices[i])
-	}
-	for _, pf := range order {
-		if err := do(pf, of[pf.Address]); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// before writes down what VFs have, before the first change, for the scrub.
-func (m *Manager) before(l *Lease) error {
-	changed := false
-	err := m.byPF(l, func(pf *iommu.Device, devices []*Device) error {
-		port, err := sriov.ReadPort(m.Host, pf)
-		if err != nil {
-			return err
-		}
-		asked, err := sriov.Asked(m.Binder, pf)
-		if err != nil {
-			return err
-		}
-		own, _ := m.declared().Settings(m.Spec, pf)
-		for _, d := range devices {
-			now, known := port.Of(d.Index)
-			if !known || d.Before != nil {
-				continue
-			}
-			d.Before, changed = maps.Clone(now.Settings), true
-			for k := range d.Wanted { // what the driver does not report was as it was last set, or as VFs begin
-				for _, was := range []sriov.Settings{asked[d.Index], own[d.Index], sriov.Usual} {
-					if v, known := was[k]; known && d.Before[k] == "" && v != sriov.StableMAC {
-						d.Before[k] = v
-					}
-				}
-			}
-		}
-		return nil
-	})
-	if err != nil || !changed {
-		return err
-	}
-	return m.Book.put(l)
-}
-
-// configure gives a lease's VFs what they are to have, and notes what they have then.
-func (m *Manager) configure(ctx context.Context, l *Lease, devices []*iommu.Device) (notes []string, err error) {
-	return notes, m.byPF(l, func(pf *iommu.Device, vfs []*Device) error {
-		for _, d := range vfs {
-			if len(d.Wanted) == 0 {
-				continue
-			}
-			vf := devices[slices.IndexFunc(devices, func(x *iommu.Device) bool { return x.Address == d.Address })]
-			plan, err := sriov.PlanSet(m.Host, pf, vf, d.Wanted)
-			if err != nil {
-				return err
-			}
-			unverified, err := sriov.Set(ctx, m.Binder, plan)
-			if err != nil {
-				return err
-			}
-			if len(unverified) > 0 {
-				notes = append(notes, fmt.Sprintf("%s: set, not verifiable, as the driver does not report it: %s", vf.Name, strings.Join(unverified, ", ")))
-			}
-		}
-		port, err := sriov.ReadPort(m.Host, pf)
-		if err != nil {
-			return err
-		}
-		for _, d := range vfs {
-			now, _ := port.Of(d.Index)
-			d.Now = maps.Clone(d.Wanted)
-			if now.Settings != nil {
-				d.Now = now.Settings
-			}
-		}
-		return nil
-	})
-}
-
-// undo brings the devices of a lease that could not be made back to what they were, and ends it.
-func (m *Manager) undo(ctx context.Context, l *Lease) error {
-	ctx = context.WithoutCancel(ctx) // that of the command may be over
-	for i := range l.Devices {
-		d, err := m.Topology.Find(l.Devices[i].Address)
-		if err != nil {
-			continue
-		}
-		if l.configured() { // then its PF is locked
-			err = m.restore(ctx, &l.Devices[i], d)
-		}
-		if err := errors.Join(err, m.giveBack(ctx, &l.Devices[i], d)); err != nil {
-			return err
-		}
-	}
-	return m.Book.drop(l)
-}
-
-// restore gives a VF the settings that it had before it was assigned.
-func (m *Manager) restore(ctx context.Context, dev *Device, d *iommu.Device) error {
-	if len(dev.Before) == 0 || d.PhysFn == nil {
-		return nil
-	}
-	pf, err := m.Topology.Find(*d.PhysFn)
-	if err != nil {
-		return err
-	}
-	plan, err := sriov.PlanSet(m.Host, pf, d, dev.Before)
-	if err != nil {
-		return err
-	}
-	_, err = sriov.Set(ctx, m.Binder, plan)
-	return err
-}
-
-// giveBack gives a device back to what it had, if that was no vfio driver.
-func (m *Manager) giveBack(ctx context.Context, dev *Device, d *iommu.Device) error {
-	if !dev.Home {
-		return nil
-	}
-	now, err := iommu.ReadDevice(m.Host, d.Address)
-	if err != nil || !iommu.IsVFIODriver(now.Driver) {
-		return err
-	}
-	d.Driver, d.DriverOverride = now.Driver, now.DriverOverride
-	var errs []error
-	for _, result := range m.Binder.GiveBack(ctx, [][]*iommu.Device{{d}}) {
-		errs = append(errs, result.Err)
-	}
-	return errors.Join(errs...)
-}
-
-// Preview is what Assign would do, as shell commands.
-func (m *Manager) Preview(r *Request) ([]string, error) {
-	all, err := m.all()
-	if err != nil {
-		return nil, err
-	}
-	var devices []*iommu.Device
-	if i := slices.IndexFunc(all, func(l *Lease) bool { return l.Guest == r.Guest }); i >= 0 {
-		if devices, err = m.devices(all[i]); err != nil {
-			return nil, err
-		}
-	} else {
-		units, err := m.source(r.From)
-		if err != nil {
-			return nil, err
-		}
-		drawn, err := m.free(all, r, units, nil)
-		if err != nil {
-			return nil, err
-		}
-		devices = slices.Concat(drawn...)
-		if m.Host.Live() {
-			gate := &vfio.Gate{Host: m.Host, Topology: m.Topology, Asked: devices, DryRun: true}
-			refusals, err := gate.Take(drawn)
-			if err := errors.Join(append(refusals, err)...); err != nil {
-				return nil, err
-			}
-		}
-	}
-	if _, err := m.fits(&Lease{Guest: r.Guest}, devices, r); err != nil {
-		return nil, err
-	}
-	var out []string
-	for _, d := range devices {
-		if d.PhysFn != nil && len(r.Settings) > 0 && m.Host.Live() {
-			pf, err := m.Topology.Find(*d.PhysFn)
-			if err != nil {
-				return nil, err
-			}
-			plan, err := sriov.PlanSet(m.Host, pf, d, r.Settings)
-			if err != nil {
-				return nil, err
-			}
-			out = append(out, plan.Commands()...)
-		}
-		change, err := m.Binder.PlanTake(d, vfio.Auto)
-		if err != nil {
-			return nil, err
-		}
-		for _, s := range change.Steps {
-			out = append(out, s.String())
-		}
-		if len(change.Steps) == 0 {
-			out = append(out, "# "+d.Name+" is on "+d.Driver+" already")
-		}
-	}
-	return out, nil
 }

@@ -106,10 +106,7 @@ func (m *Manager) free(all []*Lease, r *Request, units [][]*iommu.Device, skip m
 		switch {
 		case has(func(d *iommu.Device) bool { return leased[d.Address] }):
 			e.Leased++
-		case len(quarantine) > 0 && has(func(d *iommu.Device) bool {
-			_, in := quarantine[place(m.Host, d)]
-			return in
-		}):
+		case has(func(d *iommu.Device) bool { return quarantine.Why(m.Host, d) != "" }):
 			e.Quarantined++
 		case has(func(d *iommu.Device) bool {
 			return slices.ContainsFunc(owners, func(h vfio.Holder) bool { return h.Device == d.Name })

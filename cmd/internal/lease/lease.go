@@ -151,11 +151,9 @@ func (b *Book) put(l *Lease) error {
 
 // alone does something with the books locked.
 func (b *Book) alone(do func() error) error {
-	ctx, cancel := context.WithTimeout(context.Background(), vfio.DefaultTimeout)
-	defer cancel()
-	held, err := b.lock(ctx, books)
+	held, err := b.lockAll(context.Background(), vfio.DefaultTimeout)
 	if err != nil {
-		return fmt.Errorf("the books of all leases are locked: %w", err)
+		return err
 	}
 	defer held.Close()
 	return do()
@@ -201,9 +199,20 @@ func place(h *iommu.Host, d *iommu.Device) string {
 	return p
 }
 
-// Quarantined are all devices that are in quarantine, by place.
-func (b *Book) Quarantined() (map[string]Quarantine, error) {
-	out := map[string]Quarantine{}
+// Quarantined are devices in quarantine, by place.
+type Quarantined map[string]Quarantine
+
+// Why is why a device is in quarantine; "" if it is not.
+func (q Quarantined) Why(h *iommu.Host, d *iommu.Device) string {
+	if len(q) == 0 {
+		return "" // without asking where it is
+	}
+	return q[place(h, d)].Why
+}
+
+// Quarantined are all devices that are in quarantine.
+func (b *Book) Quarantined() (Quarantined, error) {
+	out := Quarantined{}
 	if b.State == nil {
 		return out, nil
 	}

@@ -246,7 +246,7 @@ func TestStates(t *testing.T) {
 		x := *l
 		x.Devices = slices.Clone(l.Devices)
 		c.change(&x)
-		if got, why := m.state(&x, nil, l.Made.Add(c.after), true); got != c.want {
+		if got, why := m.state(&x, nil, l.Made.Add(c.after)); got != c.want {
 			t.Errorf("%s: %s (%s), want %s", c.name, got, why, c.want)
 		}
 	}

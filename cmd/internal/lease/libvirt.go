@@ -150,17 +150,6 @@ func (m *Manager) Hook(ctx context.Context, d *Domain, op, sub string) ([]Certif
 	return nil, nil
 }
 
-func (m *Manager) quarantined() (func(iommu.Address) string, error) {
-	all, err := m.Book.Quarantined()
-	return func(a iommu.Address) string {
-		d, err := m.Topology.Find(a)
-		if err != nil || len(all) == 0 {
-			return ""
-		}
-		return all[place(m.Host, d)].Why
-	}, err
-}
-
 func (m *Manager) prepare(ctx context.Context, d *Domain) error {
 	l, err := m.match(d)
 	if l == nil || err != nil {
@@ -172,9 +161,16 @@ func (m *Manager) prepare(ctx context.Context, d *Domain) error {
 // match is the lease of a domain that has exactly what is assigned to it; nil if nothing is.
 func (m *Manager) match(d *Domain) (*Lease, error) {
 	all, err1 := m.all()
-	quarantined, err2 := m.quarantined()
+	quarantine, err2 := m.Book.Quarantined()
 	if err := errors.Join(err1, err2); err != nil {
 		return nil, err
+	}
+	quarantined := func(a iommu.Address) string {
+		found, err := m.Topology.Find(a)
+		if err != nil {
+			return ""
+		}
+		return quarantine.Why(m.Host, found)
 	}
 	var l *Lease
 	if i := slices.IndexFunc(all, func(l *Lease) bool { return l.Guest == d.Name }); i >= 0 {

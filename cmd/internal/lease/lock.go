@@ -57,6 +57,17 @@ func (b *Book) lock(ctx context.Context, at int64) (*os.File, error) {
 	}
 }
 
+// lockAll keeps everybody else from the books.
+func (b *Book) lockAll(ctx context.Context, most time.Duration) (*os.File, error) {
+	ctx, cancel := context.WithTimeout(ctx, most)
+	defer cancel()
+	f, err := b.lock(ctx, books)
+	if err != nil {
+		return nil, fmt.Errorf("the books of all leases are locked: %w", err)
+	}
+	return f, nil
+}
+
 // lockGuest keeps everybody else from a guest's lease.
 func (b *Book) lockGuest(ctx context.Context, guest string, most time.Duration) (*os.File, error) {
 	ctx, cancel := context.WithTimeout(ctx, most)

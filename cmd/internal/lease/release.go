@@ -78,6 +78,9 @@ func (m *Manager) Release(ctx context.Context, guest string, wait time.Duration)
 	if err != nil {
 		return nil, err
 	}
+	if m.Host.Live() {
+		m.Binder.Start() // beside the look at who has them
+	}
 	devices := m.present(l)
 	if err := m.awaitGone(ctx, l, devices, wait); err != nil {
 		return nil, err
@@ -356,16 +359,6 @@ func (m *Manager) Lift(ctx context.Context, devices []*iommu.Device) ([]Certific
 	return out, errors.Join(errs...)
 }
 
-// Scrubbed are the certificates of this boot, by address.
-func (m *Manager) Scrubbed(a iommu.Address) (*Certificate, error) {
-	var c Certificate
-	known, err := m.Book.Run.Get(scrubbed+a.String(), &c)
-	if !known {
-		return nil, err
-	}
-	return &c, err
-}
-
 // Reclaim releases all leases that are dead, those of different PFs side by side: a reset takes the kernel a tenth of a second.
 func (m *Manager) Reclaim(ctx context.Context) ([]Certificate, error) {
 	looks, err := m.Look()
@@ -395,7 +388,7 @@ func (m *Manager) Reclaim(ctx context.Context) ([]Certificate, error) {
 		if err != nil {
 			return nil, err
 		}
-		if state, _ := m.state(l, holders, time.Now(), true); state != Dead || len(present) == 0 {
+		if state, _ := m.state(l, holders, time.Now()); state != Dead || len(present) == 0 {
 			continue // it is somebody's again
 		}
 		devices = append(devices, present...)
@@ -442,79 +435,4 @@ func (m *Manager) Reclaim(ctx context.Context) ([]Certificate, error) {
 	work(byPF[iommu.Address{}])
 	slices.SortFunc(out, func(a, b Certificate) int { return a.Address.Compare(b.Address) })
 	return out, errors.Join(errs...)
-}
-
-// Restore makes the leases again that outlive a boot. One whose devices are not there is left for later.
-func (m *Manager) Restore(ctx context.Context) (done []string, err error) {
-	if m.Book.State == nil {
-		return nil, nil
-	}
-	keys, err := m.Book.State.Keys(vfio.Leases)
-	if err != nil {
-		return nil, err
-	}
-	var errs []error
-	for _, k := range keys {
-		var l Lease
-		if known, err := m.Book.Run.Get(k, &l); err != nil || known && l.Ready {
-			errs = append(errs, err)
-			continue
-		}
-		if known, err := m.Book.State.Get(k, &l); err != nil || !known {
-			errs = append(errs, err)
-			continue
-		}
-		if err := m.Again(ctx, l.Guest); err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", l.Guest, err))
-			continue
-		}
-		done = append(done, l.Guest)
-	}
-	return done, errors.Join(errs...)
-}
-
-// Again makes what a guest's lease says, whatever became of it: after a boot, or before its VMM starts.
-func (m *Manager) Again(ctx context.Context, guest string) error {
-	mine, err := m.Book.lockGuest(ctx, guest, m.timeout())
-	if err != nil {
-		return err
-	}
-	defer mine.Close()
-	l, err := m.known(guest)
-	if err != nil {
-		return err
-	}
-	if _, err := m.devices(l); err != nil {
-		return err
-	}
-	l.Maker = m.self()
-	if err := m.Book.put(l); err != nil {
-		return err
-	}
-	_, err = m.finish(ctx, l, nil)
-	return err
-}
-
-// relocate finds the devices of a lease of an earlier boot: a VF is that of its index of the PF, wherever that is now.
-func (m *Manager) relocate(l *Lease) {
-	for i := range l.Devices {
-		dev := &l.Devices[i]
-		want := dev.Identity
-		if want == nil {
-			want = dev.PF
-		}
-		found := false
-		m.Topology.All(func(d *iommu.Device) bool {
-			if !d.PCI || d.PhysFn != nil || !m.declared().Same(want, d) {
-				return true
-			}
-			if dev.PF == nil {
-				dev.Address, found = d.Address, true
-			} else if n := slices.IndexFunc(m.Topology.VFs(d), func(vf *iommu.Device) bool { return vf.VFIndex == dev.Index }); n >= 0 {
-				dev.Address, found = m.Topology.VFs(d)[n].Address, true
-			}
-			return !found
-		})
-		dev.Nowhere = !found
-	}
 }

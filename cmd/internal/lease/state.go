@@ -57,7 +57,7 @@ func (m *Manager) Look() ([]Look, error) {
 				look.Now = append(look.Now, h)
 			}
 		}
-		look.State, look.Why = m.state(l, look.Now, time.Now(), blind == nil)
+		look.State, look.Why = m.state(l, look.Now, time.Now())
 		if blind == nil && len(look.Now) > 0 {
 			m.saw(l, look.Now)
 		}
@@ -93,7 +93,7 @@ func (m *Manager) saw(l *Lease, now []vfio.Holder) {
 }
 
 // state says where a lease is in its life, with all who hold its devices now, as far as they can be seen.
-func (m *Manager) state(l *Lease, now []vfio.Holder, at time.Time, seen bool) (State, string) {
+func (m *Manager) state(l *Lease, now []vfio.Holder, at time.Time) (State, string) {
 	for _, d := range l.Devices {
 		found, err := m.Topology.Find(d.Address)
 		if err != nil || found.ID != d.ID || d.Nowhere {
@@ -206,8 +206,7 @@ func (m *Manager) Started(ctx context.Context, l *Lease, pid int, name string) e
 // LookAt is one lease, as it is.
 func (m *Manager) LookAt(l *Lease) Look {
 	look := Look{Lease: l}
-	holders, err := vfio.ProcessHolders(m.Host, m.present(l))
-	look.Now = holders
-	look.State, look.Why = m.state(l, holders, time.Now(), err == nil)
+	look.Now, _ = vfio.ProcessHolders(m.Host, m.present(l)) // who cannot see all is told what was seen last
+	look.State, look.Why = m.state(l, look.Now, time.Now())
 	return look
 }

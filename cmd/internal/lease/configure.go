@@ -1,0 +1,166 @@
+package lease
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"viaduct/iommu"
+	"viaduct/sriov"
+)
+
+// byPF calls do for each PF of a lease's VFs, with them.
+func (m *Manager) byPF(l *Lease, do func(pf *iommu.Device, devices []*Device) error) error {
+	of := map[iommu.Address][]*Device{}
+	var order []*iommu.Device
+	for i := range l.Devices {
+		d, err := m.Topology.Find(l.Devices[i].Address)
+		if err != nil || d.PhysFn == nil {
+			continue
+		}
+		pf, err := m.Topology.Find(*d.PhysFn)
+		if err != nil {
+			return err
+		}
+		if of[pf.Address] == nil {
+			order = append(order, pf)
+		}
+		of[pf.Address] = append(of[pf.Address], &l.Devices[i])
+	}
+	for _, pf := range order {
+		if err := do(pf, of[pf.Address]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// before writes down what VFs have, before the first change, for the scrub.
+func (m *Manager) before(l *Lease) error {
+	changed := false
+	err := m.byPF(l, func(pf *iommu.Device, devices []*Device) error {
+		port, err := sriov.ReadPort(m.Host, pf)
+		if err != nil {
+			return err
+		}
+		asked, err := sriov.Asked(m.Binder, pf)
+		if err != nil {
+			return err
+		}
+		own, _ := m.declared().Settings(m.Spec, pf)
+		for _, d := range devices {
+			now, known := port.Of(d.Index)
+			if !known || d.Before != nil {
+				continue
+			}
+			d.Before, changed = maps.Clone(now.Settings), true
+			for k := range d.Wanted { // what the driver does not report was as it was last set, or as VFs begin
+				for _, was := range []sriov.Settings{asked[d.Index], own[d.Index], sriov.Usual} {
+					if v, known := was[k]; known && d.Before[k] == "" && v != sriov.StableMAC {
+						d.Before[k] = v
+					}
+				}
+			}
+		}
+		return nil
+	})
+	if err != nil || !changed {
+		return err
+	}
+	return m.Book.put(l)
+}
+
+// configure gives a lease's VFs what they are to have, and notes what they have then.
+func (m *Manager) configure(ctx context.Context, l *Lease, devices []*iommu.Device) (notes []string, err error) {
+	return notes, m.byPF(l, func(pf *iommu.Device, vfs []*Device) error {
+		for _, d := range vfs {
+			if len(d.Wanted) == 0 {
+				continue
+			}
+			vf := devices[slices.IndexFunc(devices, func(x *iommu.Device) bool { return x.Address == d.Address })]
+			unverified, err := m.set(ctx, vf, d.Wanted)
+			if err != nil {
+				return err
+			}
+			if len(unverified) > 0 {
+				notes = append(notes, fmt.Sprintf("%s: set, not verifiable, as the driver does not report it: %s", vf.Name, strings.Join(unverified, ", ")))
+			}
+		}
+		port, err := sriov.ReadPort(m.Host, pf)
+		if err != nil {
+			return err
+		}
+		for _, d := range vfs {
+			now, _ := port.Of(d.Index)
+			d.Now = maps.Clone(d.Wanted)
+			if now.Settings != nil {
+				d.Now = now.Settings
+			}
+		}
+		return nil
+	})
+}
+
+// undo brings the devices of a lease that could not be made back to what they were, and ends it.
+func (m *Manager) undo(ctx context.Context, l *Lease) error {
+	ctx = context.WithoutCancel(ctx) // that of the command may be over
+	for i := range l.Devices {
+		d, err := m.Topology.Find(l.Devices[i].Address)
+		if err != nil {
+			continue
+		}
+		if l.configured() { // then its PF is locked
+			err = m.restore(ctx, &l.Devices[i], d)
+		}
+		if err := errors.Join(err, m.giveBack(ctx, &l.Devices[i], d)); err != nil {
+			return err
+		}
+	}
+	return m.Book.drop(l)
+}
+
+// restore gives a VF the settings that it had before it was assigned.
+func (m *Manager) restore(ctx context.Context, dev *Device, d *iommu.Device) error {
+	if len(dev.Before) == 0 || d.PhysFn == nil {
+		return nil
+	}
+	_, err := m.set(ctx, d, dev.Before)
+	return err
+}
+
+// set gives a VF settings, and names those that its driver does not report.
+func (m *Manager) set(ctx context.Context, vf *iommu.Device, want sriov.Settings) (unverified []string, err error) {
+	plan, err := m.planSet(vf, want)
+	if err != nil {
+		return nil, err
+	}
+	return sriov.Set(ctx, m.Binder, plan)
+}
+
+func (m *Manager) planSet(vf *iommu.Device, want sriov.Settings) (*sriov.SetPlan, error) {
+	pf, err := m.Topology.Find(*vf.PhysFn)
+	if err != nil {
+		return nil, err
+	}
+	return sriov.PlanSet(m.Host, pf, vf, want)
+}
+
+// giveBack gives a device back to what it had, if that was no vfio driver.
+func (m *Manager) giveBack(ctx context.Context, dev *Device, d *iommu.Device) error {
+	if !dev.Home {
+		return nil
+	}
+	now, err := iommu.ReadDevice(m.Host, d.Address)
+	if err != nil || !iommu.IsVFIODriver(now.Driver) {
+		return err
+	}
+	d.Driver, d.DriverOverride = now.Driver, now.DriverOverride
+	var errs []error
+	for _, result := range m.Binder.GiveBack(ctx, [][]*iommu.Device{{d}}) {
+		errs = append(errs, result.Err)
+	}
+	return errors.Join(errs...)
+}

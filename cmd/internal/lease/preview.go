@@ -1,0 +1,64 @@
+package lease
+
+import (
+	"errors"
+	"slices"
+
+	"viaduct/iommu"
+	"viaduct/vfio"
+)
+
+// Preview is what Assign would do, as shell commands.
+func (m *Manager) Preview(r *Request) ([]string, error) {
+	all, err := m.all()
+	if err != nil {
+		return nil, err
+	}
+	var devices []*iommu.Device
+	if i := slices.IndexFunc(all, func(l *Lease) bool { return l.Guest == r.Guest }); i >= 0 {
+		if devices, err = m.devices(all[i]); err != nil {
+			return nil, err
+		}
+	} else {
+		units, err := m.source(r.From)
+		if err != nil {
+			return nil, err
+		}
+		drawn, err := m.free(all, r, units, nil)
+		if err != nil {
+			return nil, err
+		}
+		devices = slices.Concat(drawn...)
+		if m.Host.Live() {
+			gate := &vfio.Gate{Host: m.Host, Topology: m.Topology, Asked: devices, DryRun: true}
+			refusals, err := gate.Take(drawn)
+			if err := errors.Join(append(refusals, err)...); err != nil {
+				return nil, err
+			}
+		}
+	}
+	if _, err := m.fits(&Lease{Guest: r.Guest}, devices, r); err != nil {
+		return nil, err
+	}
+	var out []string
+	for _, d := range devices {
+		if d.PhysFn != nil && len(r.Settings) > 0 && m.Host.Live() {
+			plan, err := m.planSet(d, r.Settings)
+			if err != nil {
+				return nil, err
+			}
+			out = append(out, plan.Commands()...)
+		}
+		change, err := m.Binder.PlanTake(d, vfio.Auto)
+		if err != nil {
+			return nil, err
+		}
+		for _, s := range change.Steps {
+			out = append(out, s.String())
+		}
+		if len(change.Steps) == 0 {
+			out = append(out, "# "+d.Name+" is on "+d.Driver+" already")
+		}
+	}
+	return out, nil
+}

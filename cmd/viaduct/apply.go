@@ -76,32 +76,50 @@ func applyCommand(e *env) *cli.Command {
 	})
 }
 
-// planLocked plans what is declared, locks all that it changes, and plans again if another viaduct changed anything meanwhile.
-func (c *changing) planLocked(ctx context.Context, o *declaredOptions, s *spec.Host) (*declared.Manager, []*declared.Item, error) {
-	m := o.manager(c.host, c.topology, c.binder)
-	for again := false; ; again = true {
+// planLocked plans what is declared, and locks all that it changes before that is looked at for the last time: another viaduct may
+// be in the middle of it, which looks like a difference, or like something that cannot be. What is wanted is asked each time.
+func (c *changing) planLocked(ctx context.Context, o *declaredOptions, wanted func() (*spec.Host, error)) (*declared.Manager, []*declared.Item, error) {
+	locked := map[string]bool{}
+	for {
+		s, err := wanted()
+		if err != nil {
+			return nil, nil, err
+		}
+		m := o.manager(c.host, c.topology, c.binder)
 		items, err := m.Plan(s)
 		if err != nil {
 			return nil, nil, err
 		}
 		var devices []*iommu.Device
 		for _, i := range items {
-			if i.State == declared.Differs {
-				devices = append(devices, i.Devices()...)
+			if i.State != declared.Differs && i.State != declared.Refused {
+				continue
+			}
+			for _, d := range i.Devices() {
+				if !locked[d.Name] {
+					devices, locked[d.Name] = append(devices, d), true
+				}
 			}
 		}
 		if len(devices) > 0 {
-			if err := c.lock(ctx, devices); err != nil {
+			if err := c.binder.Lock(ctx, devices); err != nil {
+				return nil, nil, err
+			}
+			if err := c.recover(ctx); err != nil {
 				return nil, nil, err
 			}
 		}
-		if again || c.undisturbed() {
+		if len(devices) == 0 || c.undisturbed() {
+			for _, i := range items {
+				if err := c.stuckIn(i.Devices()); err != nil && i.State == declared.Differs {
+					i.Refuse(err)
+				}
+			}
 			return m, items, nil
 		}
 		if c.topology, err = iommu.Scan(c.host); err != nil {
 			return nil, nil, err
 		}
-		m = o.manager(c.host, c.topology, c.binder)
 	}
 }
 
@@ -120,18 +138,20 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 	if err != nil {
 		return usageError{err}
 	}
+	wanted := func() (*spec.Host, error) { return s, nil }
 	if o.boot {
-		instead := false
-		if s, instead, err = c.declared().Booted(s); err != nil {
-			return err
-		}
-		if instead {
-			e.note("what is declared was never confirmed: what was confirmed last is used")
-		}
+		wanted = func() (*spec.Host, error) { return c.declared().Booted(s) }
+	}
+	use, err := wanted()
+	if err != nil {
+		return err
+	}
+	if use != s {
+		e.note("what is declared was never confirmed: what was confirmed last is used")
 	}
 	if o.timeout == 0 {
 		most := 0
-		for _, pf := range s.PFs {
+		for _, pf := range use.PFs {
 			most = max(most, pf.Count)
 		}
 		c.binder.Timeout = vfio.DefaultTimeout + time.Duration(most)*time.Second
@@ -140,7 +160,7 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 		o.keepGoing = true
 		m := o.manager(c.host, c.topology, c.binder)
 		waiting, done := context.WithTimeout(ctx, o.wait)
-		err := m.Wait(waiting, s)
+		err := m.Wait(waiting, use)
 		done()
 		if err != nil {
 			return err
@@ -150,9 +170,12 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 	if err := c.recover(ctx); err != nil {
 		return err
 	}
-	m, items, err := c.planLocked(ctx, o, s)
+	m, items, err := c.planLocked(ctx, o, wanted)
 	if err != nil {
 		return err
+	}
+	if o.watching && m.Held() {
+		return nil
 	}
 	m.Check(items, false)
 	var errs []error

@@ -116,6 +116,11 @@ func (c *changing) lock(ctx context.Context, devices []*iommu.Device) error {
 	if err := c.recover(ctx); err != nil {
 		return err
 	}
+	return c.stuckIn(devices)
+}
+
+// stuckIn refuses devices of which one waits for an earlier change.
+func (c *changing) stuckIn(devices []*iommu.Device) error {
 	for _, r := range c.stuck {
 		if r.Err != nil && slices.ContainsFunc(devices, func(d *iommu.Device) bool { return d.Address == r.Device }) {
 			return &vfio.RefusedError{What: "change " + r.Device.String(), Reasons: []string{r.Err.Error()}}

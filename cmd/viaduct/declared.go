@@ -27,6 +27,7 @@ type declaredOptions struct {
 	accept    bool
 	late      bool
 	boot      bool
+	watching  bool // what is not as declared on purpose is left alone
 	keepGoing bool
 	wait      time.Duration // at boot, for devices
 	confirm   time.Duration // 0: it need not be

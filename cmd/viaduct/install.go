@@ -187,19 +187,25 @@ func tool(ctx context.Context, name string, args ...string) error {
 }
 
 func watchCommand(e *env) *cli.Command {
-	o := declaredOptions{boot: true, keepGoing: true}
+	o := declaredOptions{boot: true, watching: true}
+	var once bool
 	return command(&cli.Command{
 		Name:  "watch",
 		Usage: "keep the host as declared until it is ended",
 		Description: "Looks when the kernel tells of a device or a link that changed, and each minute, and applies what is declared where the host\n" +
-			"is not as that. install --watch has systemd run it.\n\n" +
-			"Examples:\n  viaduct watch",
+			"is not as that. What viaduct undo or apply -f left otherwise is left so until the next apply. install --watch has systemd run it,\n" +
+			"and the udev rule of install, with --once, for a device that came later.\n\n" +
+			"Examples:\n  viaduct watch\n  viaduct watch --once",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "file", Aliases: []string{"f"}, Usage: "read `FILE` instead of /etc/viaduct/host.yaml and host.d", Destination: &o.file, TakesFile: true},
+			&cli.BoolFlag{Name: "once", Usage: "look only now", Destination: &once},
 		},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
 				return usagef("watch takes no arguments")
+			}
+			if once {
+				return e.keepOnce(c.Context, &o)
 			}
 			return runWatch(c.Context, e, &o)
 		},
@@ -229,6 +235,15 @@ func runWatch(ctx context.Context, e *env, o *declaredOptions) error {
 	})
 }
 
+// keepOnce is one look, and what it takes.
+func (e *env) keepOnce(ctx context.Context, o *declaredOptions) error {
+	if err := e.mayChange(); err != nil {
+		return err
+	}
+	_, err := e.keep(ctx, o)
+	return errors.Join(err, restoreLeases(ctx, e))
+}
+
 // keep is one look, and what it takes; it says whether it tried to change something.
 func (e *env) keep(ctx context.Context, o *declaredOptions) (tried bool, err error) {
 	h, t, err := e.look()
@@ -240,7 +255,7 @@ func (e *env) keep(ctx context.Context, o *declaredOptions) (tried bool, err err
 	var items []*declared.Item
 	if err == nil {
 		m := o.manager(h, t, b)
-		if s, _, err = m.Booted(s); err == nil && !m.Held() {
+		if s, err = m.Booted(s); err == nil && !m.Held() {
 			items, err = m.Plan(s)
 		}
 	}

@@ -4,11 +4,13 @@ package labtest
 
 import (
 	"bufio"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 )
 
@@ -217,6 +219,42 @@ func TestDeclaredRefused(t *testing.T) {
 		t.Errorf("%s is on %q", spare, bound(spare))
 	}
 	do(t, "undo")
+}
+
+// TestSideBySide: applies at once wait for each other, whatever the other's PF looks like in the middle, and what looks after the
+// host leaves what they did alone.
+func TestSideBySide(t *testing.T) {
+	t.Cleanup(forget)
+	do(t, "vf", "destroy", spare)
+	file := func(count int) string {
+		return declare(t, fmt.Sprintf("pfs:\n  - select: mac=52:54:00:00:00:02\n    count: %d\n", count))
+	}
+	do(t, "apply", "-f", file(1)) // from now on, the host is not as host.yaml says on purpose
+	rounds := 6
+	if os.Getenv("LAB_ROUNDS") == "200" {
+		rounds = 60
+	}
+	var wg sync.WaitGroup
+	loop := func(files []string, args ...string) {
+		wg.Go(func() {
+			for n := range rounds {
+				if r := run(t, viaduct, append(args, "-f", files[n%len(files)])...); r.status != 0 {
+					t.Errorf("round %d of %s: exit status %d\n%s%s", n, args, r.status, r.stdout, r.stderr)
+				}
+			}
+		})
+	}
+	loop([]string{file(2), file(6)}, "apply")
+	loop([]string{file(6), file(3)}, "apply")
+	loop([]string{file(7)}, "watch", "--once")
+	wg.Wait()
+	if n := len(vfs(spare)); n != 6 && n != 3 {
+		t.Errorf("%d VFs", n)
+	}
+	if left, _ := filepath.Glob("/run/viaduct/*-*"); len(left) > 0 {
+		t.Errorf("records %v", left)
+	}
+	do(t, "vf", "destroy", spare)
 }
 
 // TestKillsApply: an apply is killed at its writes, and after viaduct recover each PF is as declared or as before.

@@ -6,6 +6,7 @@ package labtest
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -16,6 +17,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 )
 
 // The lab puts everything into the folder it runs the tests in.
@@ -32,9 +34,25 @@ type result struct {
 	status         int
 }
 
+// patience is how long a program may take: more than the longest write, less than a host has.
+const patience = 5 * time.Minute
+
+// running is what runs, and what each task waits for in the kernel.
+func running() string {
+	out, _ := exec.Command("ps", "-eLo", "pid,tid,ppid,stat,wchan:24,args").CombinedOutput()
+	return string(out)
+}
+
 func run(t *testing.T, name string, args ...string) result {
 	t.Helper()
-	cmd := exec.Command(name, args...)
+	ctx, stop := context.WithTimeout(context.Background(), patience)
+	defer stop()
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Cancel = func() error {
+		t.Logf("%s %s does not end; what runs:\n%s", name, args, running())
+		return cmd.Process.Kill()
+	}
+	cmd.WaitDelay = time.Second // for what it started, and left with its output
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	var exited *exec.ExitError

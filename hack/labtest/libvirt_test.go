@@ -22,6 +22,12 @@ for n in $(seq 60); do virsh -q version >/dev/null 2>&1 && exit; sleep 1; done
 virsh version`)
 }
 
+// stopLibvirtd ends it. One that hangs at its end, or leaves its file behind, is no matter here: a crash is a restart as well.
+const stopLibvirtd = `pid=$(cat /run/libvirtd.pid); kill $pid
+for n in $(seq 150); do kill -0 $pid 2>/dev/null || break; sleep 0.2; done
+kill -9 $pid 2>/dev/null && echo "libvirtd did not end by itself" || true
+rm -f /run/libvirtd.pid`
+
 // domain is a machine that starts and waits for a disk, with these devices.
 func domain(t *testing.T, name, devices string) string {
 	t.Helper()
@@ -41,7 +47,14 @@ func TestLibvirt(t *testing.T) {
 	fresh := shown(t, pf, 0)
 	shell(t, "cp "+viaduct+" /usr/local/sbin/viaduct; /usr/local/sbin/viaduct install --libvirt; test -x /etc/libvirt/hooks/qemu.d/viaduct")
 	libvirtd(t)
-	t.Cleanup(func() { run(t, viaduct, "uninstall") })
+	t.Cleanup(func() {
+		run(t, viaduct, "uninstall")
+		shell(t, "for d in $(virsh list --name); do virsh destroy $d; done; for d in $(virsh list --all --name); do virsh undefine $d; done; for n in $(virsh net-list --all --name); do virsh net-destroy $n || true; virsh net-undefine $n; done")
+		shell(t, stopLibvirtd)
+		for guest := range leases(t) {
+			run(t, viaduct, "release", guest)
+		}
+	})
 
 	xml := do(t, "assign", "dom", "--from", "net", "--vlan", "100", "--mac", "52:54:00:aa:00:01", "--format", "libvirt")
 	file := domain(t, "dom", xml)
@@ -53,7 +66,7 @@ func TestLibvirt(t *testing.T) {
 	if line := shown(t, pf, 0); !strings.Contains(line, "vlan 100") || !strings.Contains(line, "52:54:00:aa:00:01") {
 		t.Errorf("the domain's VF is %s", line)
 	}
-	shell(t, "kill $(cat /run/libvirtd.pid); while [ -e /run/libvirtd.pid ]; do sleep 0.2; done")
+	shell(t, stopLibvirtd)
 	libvirtd(t)
 	if state := shell(t, "virsh domstate dom"); state != "running" || leases(t)["dom"].State != "active" {
 		t.Errorf("after libvirtd was restarted the domain is %s, its lease %+v", state, leases(t)["dom"])
@@ -115,7 +128,6 @@ func TestLibvirt(t *testing.T) {
 	if now := shown(t, pf, n); strings.Contains(now, "52:54:00:aa:00:07") {
 		t.Errorf("after the drawn domain the VF is %s", now)
 	}
-	shell(t, "virsh net-destroy net; virsh undefine dom; virsh undefine thief; virsh undefine plain; virsh undefine drawn")
 }
 
 // TestTwoGuests runs what two guests at once see of each other, and what the next gets; it tells as it goes.

@@ -99,17 +99,16 @@ func (m *Manager) Confirm() error {
 
 // Booted is the declaration that a boot, or the watch service, is to use: the confirmed one, if the time to confirm the one at hand
 // is over.
-func (m *Manager) Booted(s *spec.Host) (use *spec.Host, instead bool, err error) {
+func (m *Manager) Booted(s *spec.Host) (*spec.Host, error) {
 	var u unconfirmed
 	if known, err := m.State.Get(unconfirmedKey, &u); err != nil || !known {
-		return s, false, err
+		return s, err
 	}
 	y, err := text(s)
 	if err != nil || y != u.Spec || u.Boot == m.bootID() && !u.Over && sinceBoot() < u.Until {
-		return s, false, err
+		return s, err
 	}
-	use, err = m.Confirmed()
-	return use, true, err
+	return m.Confirmed()
 }
 
 // Confirmed is the declaration that was confirmed last; nothing if none was.

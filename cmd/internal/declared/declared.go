@@ -106,7 +106,7 @@ func (m *Manager) Plan(s *spec.Host) ([]*Item, error) {
 		}
 		for _, d := range touched {
 			if first := seen[d.Name]; first != nil {
-				i.refuse(fmt.Errorf("%s: %s takes %s, which is declared at %s already", i.At, i.Name, d.Name, first.At))
+				i.Refuse(fmt.Errorf("%s: %s takes %s, which is declared at %s already", i.At, i.Name, d.Name, first.At))
 				break
 			}
 		}
@@ -126,7 +126,8 @@ func (m *Manager) Plan(s *spec.Host) ([]*Item, error) {
 	return items, nil
 }
 
-func (i *Item) refuse(err error) { i.State, i.Err, i.Steps = Refused, err, nil }
+// Refuse leaves the item alone, for a reason.
+func (i *Item) Refuse(err error) { i.State, i.Err, i.Steps = Refused, err, nil }
 
 // found looks for the item's device.
 func (m *Manager) found(i *Item, match spec.Match) bool {
@@ -140,7 +141,7 @@ func (m *Manager) found(i *Item, match spec.Match) bool {
 	}
 	i.Device = d
 	if i.known, err = m.remembered(match); err != nil {
-		i.refuse(err)
+		i.Refuse(err)
 		return false
 	}
 	if why := m.changed(i.known, d); why != "" && !m.Accept {
@@ -159,7 +160,7 @@ func (m *Manager) planPF(pf *spec.PF, guard *guard) *Item {
 		return i
 	}
 	if err := guard.declared(i.Device); err != nil {
-		i.refuse(err)
+		i.Refuse(err)
 		return i
 	}
 	each := pf.Each()
@@ -186,7 +187,7 @@ func (m *Manager) planPF(pf *spec.PF, guard *guard) *Item {
 	}
 	plan, err := sriov.PlanCount(m.Host, m.Topology, i.Device, wish)
 	if err != nil {
-		i.refuse(err)
+		i.Refuse(err)
 		return i
 	}
 	if plan.Changes() {
@@ -196,11 +197,11 @@ func (m *Manager) planPF(pf *spec.PF, guard *guard) *Item {
 	}
 	if plan.Have == plan.Want && plan.Eswitch.Mode == "" {
 		if n := len(i.Device.SRIOV.VFs); n > 0 && i.Device.SRIOV.VFs[n-1].Index != n-1 {
-			i.refuse(fmt.Errorf("%s: VFs of it are missing in between, as while they are made or removed", i.Device.Name))
+			i.Refuse(fmt.Errorf("%s: VFs of it are missing in between, as while they are made or removed", i.Device.Name))
 			return i
 		}
 		if err := m.planVFs(i, wish.VFs); err != nil {
-			i.refuse(err)
+			i.Refuse(err)
 			return i
 		}
 	}
@@ -266,7 +267,7 @@ func (m *Manager) planDevice(dev *spec.Device, guard *guard) *Item {
 	if dev.Owner != "" {
 		var err error
 		if i.owner, err = vfio.ParseNodeOwner(dev.Owner); err != nil {
-			i.refuse(fmt.Errorf("%s: node_owner: %w", dev.At, err))
+			i.Refuse(fmt.Errorf("%s: node_owner: %w", dev.At, err))
 			return i
 		}
 	}
@@ -275,14 +276,14 @@ func (m *Manager) planDevice(dev *spec.Device, guard *guard) *Item {
 		err = fmt.Errorf("%s is a bridge, which no guest can have", i.Device.Name)
 	}
 	if err != nil {
-		i.refuse(err)
+		i.Refuse(err)
 		return i
 	}
 	i.unit = units[0]
 	for _, d := range i.unit {
 		change, err := m.Binder.PlanTake(d, i.driver)
 		if err != nil {
-			i.refuse(err)
+			i.Refuse(err)
 			return i
 		}
 		for _, s := range change.Steps {
@@ -299,7 +300,7 @@ func (m *Manager) planDevice(dev *spec.Device, guard *guard) *Item {
 		return i
 	}
 	if err := guard.take(i.unit); err != nil {
-		i.refuse(err)
+		i.Refuse(err)
 	}
 	return i
 }
@@ -312,7 +313,7 @@ func (m *Manager) Check(items []*Item, dry bool) {
 		}
 		if i.count != nil {
 			if err := sriov.Check(m.Host, m.Topology, i.count, m.Force, dry); err != nil {
-				i.refuse(err)
+				i.Refuse(err)
 				continue
 			}
 		}
@@ -339,7 +340,7 @@ func (m *Manager) Check(items []*Item, dry bool) {
 			}
 			refusals, err := s.ask(gate, units)
 			if err := errors.Join(append(refusals, err)...); err != nil {
-				i.refuse(err)
+				i.Refuse(err)
 				break
 			}
 		}

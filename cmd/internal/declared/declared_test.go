@@ -345,7 +345,7 @@ func TestConfirm(t *testing.T) {
 	old, next := parse(t, "pfs:\n  - {select: "+pf+", count: 1}\n"), parse(t, "pfs:\n  - {select: "+pf+", count: 2}\n")
 	booted := func(s *spec.Host) string {
 		t.Helper()
-		use, instead, err := m.Booted(s)
+		use, err := m.Booted(s)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -353,7 +353,7 @@ func TestConfirm(t *testing.T) {
 		if len(use.PFs) > 0 {
 			n = use.PFs[0].Count
 		}
-		return fmt.Sprint(n, instead)
+		return fmt.Sprint(n, use != s)
 	}
 	if err := m.Confirm(); err == nil {
 		t.Error("nothing was there to confirm")

@@ -108,7 +108,7 @@ ConditionPathExists=/run/systemd/system
 
 [Service]
 Type=oneshot
-ExecStart=%s apply --boot --wait 0s
+ExecStart=%s watch --once
 `
 
 // A hook of libvirt's (docs/hooks.rst there; the folder since 6.5). What it is called for, and what it refuses, is the program's.

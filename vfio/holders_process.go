@@ -11,7 +11,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"viaduct/internal/host"
 	"viaduct/iommu"
 )
 
@@ -125,15 +124,11 @@ func nodesOf(h *iommu.Host, d *iommu.Device) ([]node, error) {
 		return nil, nil
 	}
 	if iommu.IsVFIODriver(d.Driver) {
-		add(false, path.Join("sys/class/vfio", strconv.Itoa(d.Group), "dev"))
-		names, err := h.Names(path.Join(devicePath(d.Address), "vfio-dev"))
-		if err != nil && !host.Absent(err) {
-			return nil, err
+		own, err := vfioNodes(h, d)
+		for _, n := range own {
+			add(false, n.sign)
 		}
-		for _, n := range names {
-			add(false, path.Join(devicePath(d.Address), "vfio-dev", n, "dev"))
-		}
-		return nodes, nil
+		return nodes, err
 	}
 	classes, err := iommu.ClassDevices(h, d.Address)
 	if err != nil {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"os"
 	"os/user"
 	"path"
@@ -68,6 +67,35 @@ func (o *NodeOwner) mode() uint32 {
 	return 0o600
 }
 
+// vfioNodes are the nodes that a device on a vfio driver can have: its group's (CONFIG_VFIO_GROUP) and its own
+// (CONFIG_VFIO_DEVICE_CDEV), each with the file of sysfs that is there if the kernel makes it.
+func vfioNodes(h *iommu.Host, d *iommu.Device) ([]struct{ file, sign string }, error) {
+	group := strconv.Itoa(d.Group)
+	out := []struct{ file, sign string }{{"/dev/vfio/" + group, path.Join("sys/class/vfio", group, "dev")}}
+	dir := path.Join(devicePath(d.Address), "vfio-dev")
+	names, err := h.Names(dir)
+	if err != nil && !host.Absent(err) {
+		return nil, err
+	}
+	for _, n := range names {
+		out = append(out, struct{ file, sign string }{"/dev/vfio/devices/" + n, path.Join(dir, n, "dev")})
+	}
+	return out, nil
+}
+
+// Nodes are the nodes that the kernel has made for a device on a vfio driver, which a VMM opens. They may come to /dev a moment
+// later. On a host that was captured a group is taken to have one.
+func Nodes(h *iommu.Host, d *iommu.Device) ([]string, error) {
+	all, err := vfioNodes(h, d)
+	var out []string
+	for i, n := range all {
+		if h.Exists(n.sign) || i == 0 && !h.Live() {
+			out = append(out, n.file)
+		}
+	}
+	return out, err
+}
+
 // nodes waits until a unit's nodes are there, the group's and each device's own, and hands them to their owner.
 func (b *Binder) nodes(ctx context.Context, unit []*iommu.Device, results []Result) error {
 	if !b.Host.Live() {
@@ -79,20 +107,14 @@ func (b *Binder) nodes(ctx context.Context, unit []*iommu.Device, results []Resu
 		if !iommu.IsVFIODriver(results[i].To) {
 			continue // pci-stub makes none
 		}
-		group := strconv.Itoa(d.Group)
-		nodes := map[string]string{"/dev/vfio/" + group: "sys/class/vfio/" + group} // with what says that the kernel has such: CONFIG_VFIO_GROUP
-		names, err := b.Host.Names(path.Join(devicePath(d.Address), "vfio-dev"))
-		if err != nil && !host.Absent(err) {
+		files, err := Nodes(b.Host, d)
+		if err != nil {
 			return err
 		}
-		for _, n := range names {
-			nodes["/dev/vfio/devices/"+n] = path.Join(devicePath(d.Address), "vfio-dev", n, "dev") // CONFIG_VFIO_DEVICE_CDEV
-		}
-		maps.DeleteFunc(nodes, func(node, sign string) bool { return !there(node) && !b.Host.Exists(sign) })
-		if len(nodes) == 0 {
+		if len(files) == 0 {
 			return fmt.Errorf("%s: the kernel made no node for it, neither of its group nor its own", d.Name)
 		}
-		for f := range nodes {
+		for _, f := range files {
 			if err := appears(ctx, f); err != nil {
 				return fmt.Errorf("%s: node %s: %w", d.Name, f, err)
 			}
@@ -179,19 +201,13 @@ func (b *Binder) Disown(d *iommu.Device) error {
 	if !b.Host.Live() {
 		return nil
 	}
-	files := []string{"/dev/vfio/" + strconv.Itoa(d.Group)}
-	names, err := b.Host.Names(path.Join(devicePath(d.Address), "vfio-dev"))
-	if err != nil && !host.Absent(err) {
+	files, err := Nodes(b.Host, d)
+	if err != nil {
 		return err
-	}
-	for _, n := range names {
-		files = append(files, "/dev/vfio/devices/"+n)
 	}
 	errs := []error{b.disown(d.Address)}
 	for _, f := range files {
-		if there(f) {
-			errs = append(errs, os.Chown(f, 0, 0), os.Chmod(f, 0o600))
-		}
+		errs = append(errs, os.Chown(f, 0, 0), os.Chmod(f, 0o600))
 	}
 	return errors.Join(errs...)
 }

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -299,8 +298,11 @@ func guestOf(m *lease.Manager, l *lease.Lease, standby string) (*vmm.Guest, erro
 		if v.VLAN == "0" {
 			v.VLAN = ""
 		}
-		if v.Nodes, err = vfioNodes(m.Host, d); err != nil && !l.Foreign {
+		if v.Nodes, err = vfio.Nodes(m.Host, d); err != nil {
 			return nil, err
+		}
+		if len(v.Nodes) == 0 && !l.Foreign {
+			return nil, fmt.Errorf("%s: it has no node of VFIO", d.Name)
 		}
 		g.Devices = append(g.Devices, v)
 	}
@@ -308,23 +310,6 @@ func guestOf(m *lease.Manager, l *lease.Lease, standby string) (*vmm.Guest, erro
 		return nil, usagef("--failover: the first device has no MAC address for both NICs to have")
 	}
 	return g, nil
-}
-
-// vfioNodes are the nodes of a device: its group's, and its own where the kernel makes one.
-func vfioNodes(h *iommu.Host, d *iommu.Device) ([]string, error) {
-	var out []string
-	group := strconv.Itoa(d.Group)
-	if h.Exists(path.Join("sys/class/vfio", group)) || !h.Live() {
-		out = append(out, "/dev/vfio/"+group)
-	}
-	names, _ := h.Names(path.Join("sys/bus/pci/devices", d.Name, "vfio-dev"))
-	for _, n := range names {
-		out = append(out, "/dev/vfio/devices/"+n)
-	}
-	if len(out) == 0 {
-		return nil, fmt.Errorf("%s: it has no node of VFIO", d.Name)
-	}
-	return out, nil
 }
 
 // leaseView is one lease in JSON.
@@ -381,7 +366,7 @@ func viewLease(m *lease.Manager, look lease.Look) leaseView {
 			if found.Group >= 0 {
 				d.Group = &found.Group
 			}
-			d.Nodes, _ = vfioNodes(m.Host, found) // none before it is taken
+			d.Nodes, _ = vfio.Nodes(m.Host, found) // none before it is taken
 			d.Nodes = append([]string{}, d.Nodes...)
 			if found.PhysFn != nil {
 				pf := found.PhysFn.String()

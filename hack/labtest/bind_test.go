@@ -437,7 +437,7 @@ func TestKills(t *testing.T) {
 	kill(t, vfs(spare)[0], func() string { return deviceState(vfs(spare)[0]) }, "vfio-pci vfio-pci", "igbvf (null)", 1)
 	do(t, "vf", "destroy", spare)
 	every := 5
-	if os.Getenv("LAB_ROUNDS") == "200" {
+	if everyWrite() {
 		every = 1
 	}
 	const e1000, edu = "0000:07:01.0", "0000:07:02.0" // one group
@@ -465,38 +465,22 @@ func kill(t *testing.T, vf string, state func() string, taken, home string, ever
 				} else {
 					do(t, "bind", vf)
 				}
-				cmd := exec.Command("./killat", strconv.Itoa(n), whom, viaduct, op, vf)
-				var stderr strings.Builder
-				cmd.Stderr = &stderr
-				out, err := cmd.StdoutPipe()
-				if err != nil {
-					t.Fatal(err)
-				}
-				if err := cmd.Start(); err != nil {
-					t.Fatal(err)
-				}
-				line, _ := bufio.NewReader(out).ReadString('\n')
-				if line != "killed\n" {
-					_ = cmd.Wait()
+				killed, rest := killAt(t, n, whom, op, vf)
+				if !killed {
 					if want := map[string]string{"bind": taken, "unbind": home}[op]; n < 3 || state() != want {
-						t.Fatalf("%s of %s ended by itself, %q at %d: %q, want %q\n%s", whom, op, line, n, state(), want, stderr.String())
+						t.Fatalf("%s of %s ended by itself at %d: %q, want %q\n%s", whom, op, n, state(), want, rest())
 					}
 					break
-				}
-				if whom == "child" { // the command lives, and tells
-					_ = cmd.Wait()
 				}
 				then := next[kills%len(next)]
 				kills++
 				r := run(t, viaduct, strings.Fields(then.command)...)
+				said := rest()
 				if got := state(); got != taken && got != home || then.leaves != "" && got != then.leaves || r.status != 0 {
-					t.Errorf("%s killed at write %d of %s, then %s: %q, exit status %d\n%s%s%s", whom, n, op, then.command, got, r.status, r.stdout, r.stderr, stderr.String())
+					t.Errorf("%s killed at write %d of %s, then %s: %q, exit status %d\n%s%s%s", whom, n, op, then.command, got, r.status, r.stdout, r.stderr, said)
 				}
 				if left, _ := filepath.Glob("/run/viaduct/change-*"); len(left) > 0 {
 					t.Errorf("%s killed at write %d of %s, then %s: records are left: %v", whom, n, op, then.command, left)
-				}
-				if whom != "child" {
-					_ = cmd.Wait()
 				}
 			}
 		}

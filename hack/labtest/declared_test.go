@@ -3,12 +3,9 @@
 package labtest
 
 import (
-	"bufio"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -231,7 +228,7 @@ func TestSideBySide(t *testing.T) {
 	}
 	do(t, "apply", "-f", file(1)) // from now on, the host is not as host.yaml says on purpose
 	rounds := 6
-	if os.Getenv("LAB_ROUNDS") == "200" {
+	if everyWrite() {
 		rounds = 60
 	}
 	var wg sync.WaitGroup
@@ -265,36 +262,21 @@ func TestKillsApply(t *testing.T) {
 	first := declare(t, "pfs:\n  - select: mac=52:54:00:00:00:02\n    count: 2\n    vfs:\n      - range: 0\n        mac: 52:54:00:66:00:00\n        driver: home\n        vlan: 5\n      - range: 1\n        driver: home\n        vlan: 6\n")
 	settings := declare(t, "pfs:\n  - select: mac=52:54:00:00:00:02\n    count: 2\n    vfs:\n      - range: 0\n        mac: 52:54:00:66:00:01\n        vlan: 7\n        driver: vfio\n      - range: 1\n        vlan: 8\n        driver: none\n")
 	count := declare(t, "pfs:\n  - select: mac=52:54:00:00:00:02\n    count: 3\n    vfs:\n      - vlan: 9\n        driver: vfio\n")
-	kills, long := 0, os.Getenv("LAB_ROUNDS") == "200"
+	kills := 0
 	for _, c := range []struct{ name, file string }{{"settings", settings}, {"count", count}} {
 		for i, whom := range []string{"parent", "child", "both"} {
 			for n := 1; ; n++ {
-				if !long && (n+4*i)%11 != 0 {
+				if !everyWrite() && (n+4*i)%11 != 0 {
 					continue
 				}
 				do(t, "apply", "-f", first)
-				cmd := exec.Command("./killat", strconv.Itoa(n), whom, viaduct, "apply", "-f", c.file)
-				var stderr strings.Builder
-				cmd.Stderr = &stderr
-				out, err := cmd.StdoutPipe()
-				if err != nil {
-					t.Fatal(err)
-				}
-				if err := cmd.Start(); err != nil {
-					t.Fatal(err)
-				}
-				line, _ := bufio.NewReader(out).ReadString('\n')
-				if whom == "child" || line != "killed\n" {
-					_ = cmd.Wait()
-				}
-				if line != "killed\n" {
+				killed, rest := killAt(t, n, whom, "apply", "-f", c.file)
+				if !killed {
 					break
 				}
 				kills++
 				r := run(t, viaduct, "recover")
-				if whom != "child" {
-					_ = cmd.Wait()
-				}
+				said := rest()
 				before, after := run(t, viaduct, "plan", "-f", first), run(t, viaduct, "plan", "-f", c.file)
 				// by other means: the VLANs that ip shows, and the drivers
 				state := strings.Fields(shell(t, "ip link show "+pf+" | grep -o 'vlan [0-9]*' | tr -d ' '"))
@@ -306,7 +288,7 @@ func TestKillsApply(t *testing.T) {
 				more, _ := filepath.Glob("/run/viaduct/apply-*")
 				if left = append(left, more...); !known || before.status != 0 && after.status != 0 || len(left) > 0 || r.status != 0 {
 					t.Errorf("%s killed at write %d of %s, then recover: %q, plans %d and %d, records %v, exit status %d\n%s%s%s%s%s", whom, n, c.name, state,
-						before.status, after.status, left, r.status, r.stdout, r.stderr, stderr.String(), before.stdout, after.stdout)
+						before.status, after.status, left, r.status, r.stdout, r.stderr, said, before.stdout, after.stdout)
 				}
 			}
 		}

@@ -3,7 +3,6 @@
 package labtest
 
 import (
-	"bufio"
 	"fmt"
 	"os"
 	"os/exec"
@@ -131,7 +130,7 @@ func TestCount(t *testing.T) {
 func TestKillsVF(t *testing.T) {
 	pf := netdev(t, spare)
 	shell(t, "modprobe igbvf")
-	kills, whoms, long := 0, []string{"parent", "child", "both"}, os.Getenv("LAB_ROUNDS") == "200"
+	kills, whoms := 0, []string{"parent", "child", "both"}
 	for _, c := range []struct{ name, before, command string }{
 		{"create", "vf create " + spare + " 0", "vf create " + spare + " 2 --driver vfio"},
 		{"resize", "vf create " + spare + " 1", "vf create " + spare + " 2"},
@@ -140,7 +139,7 @@ func TestKillsVF(t *testing.T) {
 	} {
 		for i, whom := range whoms {
 			for n := 1; ; n++ {
-				if !long && (n+i)%5 != 0 {
+				if !everyWrite() && (n+i)%5 != 0 {
 					continue
 				}
 				if c.name == "create" {
@@ -150,28 +149,13 @@ func TestKillsVF(t *testing.T) {
 				if c.name == "set" {
 					do(t, strings.Fields("vf set "+spare+"/vf0 mac=52:54:00:77:00:02 vlan=0")...)
 				}
-				cmd := exec.Command("./killat", append([]string{strconv.Itoa(n), whom, viaduct}, strings.Fields(c.command)...)...)
-				var stderr strings.Builder
-				cmd.Stderr = &stderr
-				out, err := cmd.StdoutPipe()
-				if err != nil {
-					t.Fatal(err)
-				}
-				if err := cmd.Start(); err != nil {
-					t.Fatal(err)
-				}
-				line, _ := bufio.NewReader(out).ReadString('\n')
-				if whom == "child" || line != "killed\n" {
-					_ = cmd.Wait()
-				}
-				if line != "killed\n" {
+				killed, rest := killAt(t, n, whom, strings.Fields(c.command)...)
+				if !killed {
 					break
 				}
 				kills++
 				r := run(t, viaduct, "recover")
-				if whom != "child" {
-					_ = cmd.Wait()
-				}
+				said := rest()
 				all := vfs(spare)
 				wrong := attr(devicesDir, spare, "sriov_drivers_autoprobe") != "1" || len(all) > 2
 				for _, vf := range all {
@@ -184,7 +168,7 @@ func TestKillsVF(t *testing.T) {
 				left, _ := filepath.Glob("/run/viaduct/change-*")
 				if wrong || len(left) > 0 || r.status != 0 {
 					t.Errorf("%s killed at write %d of %s, then recover: %v, autoprobe %s, records %v, exit status %d\n%s%s%s%s", whom, n, c.name, all,
-						attr(devicesDir, spare, "sriov_drivers_autoprobe"), left, r.status, r.stdout, r.stderr, stderr.String(), vfLine(t, pf, 0))
+						attr(devicesDir, spare, "sriov_drivers_autoprobe"), left, r.status, r.stdout, r.stderr, said, vfLine(t, pf, 0))
 				}
 			}
 		}
@@ -197,7 +181,7 @@ func TestKillsVF(t *testing.T) {
 // the other.
 func TestRace(t *testing.T) {
 	rounds := 20
-	if os.Getenv("LAB_ROUNDS") == "200" {
+	if everyWrite() {
 		rounds = 100
 	}
 	pf := netdev(t, spare)
@@ -241,7 +225,7 @@ func TestNetdevsim(t *testing.T) {
 // interface gets another name. What is reported is so, autoprobe is on again, and what is run next succeeds.
 func TestFaults(t *testing.T) {
 	pf := netdev(t, spare)
-	long, faults := os.Getenv("LAB_ROUNDS") == "200", 0
+	long, faults := everyWrite(), 0
 	back := "; udevadm settle; until [ -e /sys/bus/pci/devices/" + spare + "/net/" + pf + " ]; do sleep 0.1; done"
 	for _, f := range []struct{ name, begin, end string }{
 		{"unloaded", "modprobe -r igb", "modprobe igb" + back},

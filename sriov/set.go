@@ -327,6 +327,14 @@ type setRecord struct {
 	Old   Settings      `json:"old"`
 }
 
+// Unverified is the note for the user on what Set could not read back; none if there is nothing of that.
+func Unverified(vf *iommu.Device, keys []string) []string {
+	if len(keys) == 0 {
+		return nil
+	}
+	return []string{fmt.Sprintf("%s: set, not verifiable, as the driver does not report it: %s", vf.Name, strings.Join(keys, ", "))}
+}
+
 // Set carries out a plan, for a PF and a VF that the caller has locked: all of it or, undone, nothing. It reads back what came
 // of it, and names the keys that the driver takes and does not report.
 func Set(ctx context.Context, b *vfio.Binder, p *SetPlan) (unverified []string, err error) {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"sync"
 
 	"viaduct/cmd/internal/spec"
@@ -161,9 +160,7 @@ func (m *Manager) do(ctx context.Context, i *Item) error {
 		if err != nil {
 			return err
 		}
-		if len(unverified) > 0 {
-			i.Notes = append(i.Notes, fmt.Sprintf("%s: set, not verifiable, as the driver does not report it: %s", s.VF.Name, strings.Join(unverified, ", ")))
-		}
+		i.Notes = append(i.Notes, sriov.Unverified(s.VF, unverified)...)
 	}
 	var all []vfio.Result
 	if len(i.none) > 0 {

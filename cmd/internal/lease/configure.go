@@ -3,10 +3,8 @@ package lease
 import (
 	"context"
 	"errors"
-	"fmt"
 	"maps"
 	"slices"
-	"strings"
 
 	"viaduct/iommu"
 	"viaduct/sriov"
@@ -85,9 +83,7 @@ func (m *Manager) configure(ctx context.Context, l *Lease, devices []*iommu.Devi
 			if err != nil {
 				return err
 			}
-			if len(unverified) > 0 {
-				notes = append(notes, fmt.Sprintf("%s: set, not verifiable, as the driver does not report it: %s", vf.Name, strings.Join(unverified, ", ")))
-			}
+			notes = append(notes, sriov.Unverified(vf, unverified)...)
 		}
 		port, err := sriov.ReadPort(m.Host, pf)
 		if err != nil {

@@ -376,7 +376,7 @@ func (m *Manager) Reclaim(ctx context.Context) ([]Certificate, error) {
 			continue // somebody is at work on it
 		}
 		defer mine.Close()
-		l, err := m.Book.Get(look.Guest)
+		l, err := m.stillDead(look.Guest)
 		if err != nil {
 			return nil, err
 		}
@@ -384,13 +384,6 @@ func (m *Manager) Reclaim(ctx context.Context) ([]Certificate, error) {
 			continue
 		}
 		present := m.present(l)
-		holders, err := vfio.ProcessHolders(m.Host, present)
-		if err != nil {
-			return nil, err
-		}
-		if state, _ := m.state(l, holders, time.Now()); state != Dead || len(present) == 0 {
-			continue // it is somebody's again
-		}
 		devices = append(devices, present...)
 		var pf iommu.Address // that of all VFs of several PFs, and of what is none, is the same: none
 		if of := m.withPFs(present, true)[len(present):]; len(of) == 1 {
@@ -401,8 +394,6 @@ func (m *Manager) Reclaim(ctx context.Context) ([]Certificate, error) {
 	if len(devices) == 0 {
 		return nil, nil
 	}
-	var mu sync.Mutex
-	var out []Certificate
 	var errs []error
 	if err := m.Lock(ctx, m.withPFs(devices, true)); err != nil { // one that is stuck keeps no other
 		errs = append(errs, err)
@@ -417,6 +408,32 @@ func (m *Manager) Reclaim(ctx context.Context) ([]Certificate, error) {
 			}
 		}
 	}
+	out, err := m.endAll(ctx, byPF)
+	return out, errors.Join(append(errs, err)...)
+}
+
+// stillDead is a guest's lease, now that nobody else is at work on it, with a device of it there; nil if it is somebody's again.
+func (m *Manager) stillDead(guest string) (*Lease, error) {
+	l, err := m.Book.Get(guest)
+	if l == nil || err != nil {
+		return nil, err
+	}
+	present := m.present(l)
+	holders, err := vfio.ProcessHolders(m.Host, present)
+	if err != nil {
+		return nil, err
+	}
+	if state, _ := m.state(l, holders, time.Now()); state != Dead || len(present) == 0 {
+		return nil, nil
+	}
+	return l, nil
+}
+
+// endAll ends leases, those of different PFs side by side, and those that are not of one PF after them.
+func (m *Manager) endAll(ctx context.Context, byPF map[iommu.Address][]*Lease) ([]Certificate, error) {
+	var mu sync.Mutex
+	var out []Certificate
+	var errs []error
 	var wg sync.WaitGroup
 	work := func(leases []*Lease) {
 		for _, l := range leases {

@@ -97,6 +97,18 @@ func (p *SetPlan) Commands() []string {
 	return out
 }
 
+// Restores reports whether the plan only brings back what was asked for before.
+func (p *SetPlan) Restores(asked Settings) bool {
+	for _, s := range p.Settings {
+		for _, k := range s.Keys {
+			if v, wanted := p.Want[k]; wanted && asked[k] != v {
+				return false
+			}
+		}
+	}
+	return true
+}
+
 // PlanSet plans how a VF of a PF gets settings. It refuses what can be told to be wrong beforehand: interrupt vectors while the
 // VF has a driver, a MAC address that something else on this host has.
 func PlanSet(h *iommu.Host, pf, vf *iommu.Device, want Settings) (*SetPlan, error) {

@@ -181,19 +181,29 @@ func (b *Binder) own(d *iommu.Device) error {
 	if b.Owner == nil || !b.Host.Live() {
 		return nil
 	}
-	if _, err := os.Stat("/run/udev"); err != nil {
+	if !there("/run/udev") {
 		return nil // no udev here, and none that would change it either
 	}
-	owner := fmt.Sprintf(`MODE="%04o"`, b.Owner.mode())
-	if b.Owner.UID >= 0 {
-		owner += fmt.Sprintf(`, OWNER="%d"`, b.Owner.UID)
+	return journal.WriteFile(ruleFile(d.Address), []byte(b.Owner.rule(d)))
+}
+
+// Keeps reports whether a taken device's nodes were handed to this owner, and are kept for it. What others do with them meanwhile, as
+// libvirt while its domain runs, is theirs. Without udev that is not known, and taken to be so.
+func (o *NodeOwner) Keeps(d *iommu.Device) bool {
+	text, err := os.ReadFile(ruleFile(d.Address))
+	return !there("/run/udev") || err == nil && string(text) == o.rule(d)
+}
+
+func (o *NodeOwner) rule(d *iommu.Device) string {
+	owner := fmt.Sprintf(`MODE="%04o"`, o.mode())
+	if o.UID >= 0 {
+		owner += fmt.Sprintf(`, OWNER="%d"`, o.UID)
 	}
-	if b.Owner.GID >= 0 {
-		owner += fmt.Sprintf(`, GROUP="%d"`, b.Owner.GID)
+	if o.GID >= 0 {
+		owner += fmt.Sprintf(`, GROUP="%d"`, o.GID)
 	}
-	text := fmt.Sprintf("# made by viaduct bind --node-owner, removed by viaduct unbind\nSUBSYSTEM==\"vfio\", KERNEL==\"%s\", %s\nSUBSYSTEM==\"vfio-dev\", KERNELS==\"%s\", %s\n",
+	return fmt.Sprintf("# made by viaduct bind --node-owner, removed by viaduct unbind\nSUBSYSTEM==\"vfio\", KERNEL==\"%s\", %s\nSUBSYSTEM==\"vfio-dev\", KERNELS==\"%s\", %s\n",
 		strconv.Itoa(d.Group), owner, d.Name, owner)
-	return journal.WriteFile(ruleFile(d.Address), []byte(text))
 }
 
 // Disown gives the nodes of a taken device, which stays taken, back to root alone.

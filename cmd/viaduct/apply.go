@@ -147,7 +147,7 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 		return err
 	}
 	if use != s {
-		e.note("what is declared was never confirmed: what was confirmed last is used")
+		e.note("an apply of host.yaml was not confirmed: until the next apply, what was confirmed last is used instead of it")
 	}
 	if o.timeout == 0 {
 		most := 0
@@ -202,7 +202,7 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 		}
 	}
 	if o.confirm > 0 {
-		if err := errors.Join(m.Clean(), m.Begin(s, o.confirm)); err != nil {
+		if err := errors.Join(m.Clean(), m.Begin(s, o.confirm, o.file != "")); err != nil {
 			return err
 		}
 		if err := guard(); err != nil {
@@ -232,7 +232,7 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 	errs = append(errs, m.Remember(items))
 	switch {
 	case o.confirm > 0:
-		errs = append(errs, m.Begin(s, o.confirm)) // the time is counted from now
+		errs = append(errs, m.Begin(s, o.confirm, o.file != "")) // the time is counted from now
 		e.note("it is undone in %s, unless viaduct apply --confirmed is run before", o.confirm)
 	case !o.boot && o.file == "" && errors.Join(errs...) == nil:
 		errs = append(errs, m.Keep(s))
@@ -284,12 +284,13 @@ func undoCommand(e *env) *cli.Command {
 			if err != nil {
 				return err
 			}
-			return runUndo(c.Context, e, force, timeout)
+			return runUndo(c.Context, e, force, timeout, nil)
 		},
 	})
 }
 
-func runUndo(ctx context.Context, e *env, force []vfio.Kind, timeout time.Duration) error {
+// runUndo undoes the last apply; due, if there is one, says whether that still is to be done when no other apply is at it any more.
+func runUndo(ctx context.Context, e *env, force []vfio.Kind, timeout time.Duration, due func() (bool, error)) error {
 	ctx, stop, c, err := e.beginChange(ctx, timeout)
 	if err != nil {
 		return err
@@ -302,7 +303,7 @@ func runUndo(ctx context.Context, e *env, force []vfio.Kind, timeout time.Durati
 		return err
 	}
 	if !known {
-		fmt.Fprintln(e.stdout, "nothing was applied since the boot, or it was undone already")
+		fmt.Fprintln(e.stdout, "nothing was applied since the boot, or nothing by the last apply, or it was undone already")
 		return nil
 	}
 	var devices []*iommu.Device
@@ -313,6 +314,11 @@ func runUndo(ctx context.Context, e *env, force []vfio.Kind, timeout time.Durati
 	}
 	if err := c.lock(ctx, devices); err != nil {
 		return err
+	}
+	if due != nil {
+		if still, err := due(); err != nil || !still {
+			return errors.Join(err, errNotDue)
+		}
 	}
 	done := 0
 	err = m.Undo(func(a iommu.Address, err error) {

@@ -25,10 +25,15 @@ func runConfirmed(e *env) error {
 		return err
 	}
 	defer h.Close()
-	if err := (&declared.Manager{Host: h, State: journal.In(declared.StateDir)}).Confirm(); err != nil {
+	booted, err := (&declared.Manager{Host: h, State: journal.In(declared.StateDir)}).Confirm()
+	if err != nil {
 		return err
 	}
-	fmt.Fprintln(e.stdout, "confirmed: a boot uses it too")
+	if booted {
+		fmt.Fprintln(e.stdout, "confirmed: a boot uses it too")
+	} else {
+		fmt.Fprintln(e.stdout, "confirmed: it stays until the next boot, which uses host.yaml")
+	}
 	return nil
 }
 
@@ -62,6 +67,12 @@ func guard() error {
 	return p.Release()
 }
 
+// errNotDue is what an undo ends with that is not to be any more.
+var errNotDue = errors.New("it was confirmed, or applied again")
+
+// network are the holders that keep no rollback back: what got hold of new VFs, as a DHCP client, may be why it is needed.
+var network = []vfio.Kind{vfio.Route, vfio.Addressed, vfio.Stacked, vfio.Namespace, vfio.SSH}
+
 // runGuard is that process. What it has to say goes to the kernel's log, as nobody else may be there.
 func runGuard(ctx context.Context, e *env, timeout time.Duration) error {
 	if err := e.mayChange(); err != nil {
@@ -86,7 +97,10 @@ func runGuard(ctx context.Context, e *env, timeout time.Duration) error {
 		}
 		if err == nil {
 			fmt.Fprintf(log, "<4>viaduct: what was applied was not confirmed in time, and is undone")
-			err = runUndo(ctx, e, force, timeout)
+			err = runUndo(ctx, e, append(force, network...), timeout, m.Due)
+		}
+		if errors.Is(err, errNotDue) {
+			continue // confirmed after all, or applied anew
 		}
 		if err == nil || ctx.Err() != nil || errors.Is(err, vfio.ErrRefused) {
 			err = errors.Join(err, m.RolledBack(), (&declared.Manager{Binder: newBinder(h, 0)}).Hold(false)) // the watch service has what was confirmed

@@ -67,7 +67,7 @@ func (o *declaredOptions) manager(h *iommu.Host, t *iommu.Topology, b *vfio.Bind
 	m := &declared.Manager{Host: h, Topology: t, Binder: b, Force: o.force, Accept: o.accept, Late: o.late, Boot: o.boot}
 	if h.Live() {
 		m.State = journal.In(declared.StateDir)
-		m.Leased = book(h).Settings()
+		m.Leased = book(h).Settings
 	}
 	return m
 }

@@ -63,6 +63,11 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 	m := (&declaredOptions{}).manager(h, t, b)
 	o.Late = slices.ContainsFunc(s.PFs, func(pf spec.PF) bool { return pf.AfterLAG })
 	generator := install.Found()
+	if !e.dryRun {
+		if err := m.Protect(); err != nil {
+			return err
+		}
+	}
 	if initramfs {
 		if o.Initramfs, err = m.Early(s); err != nil {
 			return err
@@ -86,9 +91,6 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 		if strings.HasPrefix(o.Program, volatile) {
 			e.note("the units run %s, which may not be there at a boot: a place as /usr/local/sbin is better", o.Program)
 		}
-	}
-	if err := m.Protect(); err != nil {
-		return err
 	}
 	watched := install.Watches()
 	changed, err := install.Write("/", files)
@@ -235,13 +237,14 @@ func runWatch(ctx context.Context, e *env, o *declaredOptions) error {
 	})
 }
 
-// keepOnce is one look, and what it takes.
+// keepOnce looks, and does what it takes, until no more devices come.
 func (e *env) keepOnce(ctx context.Context, o *declaredOptions) error {
 	if err := e.mayChange(); err != nil {
 		return err
 	}
-	_, err := e.keep(ctx, o)
-	return errors.Join(err, restoreLeases(ctx, e))
+	var last error
+	err := declared.Settle(ctx, func() { _, last = e.keep(ctx, o) })
+	return errors.Join(err, last, restoreLeases(ctx, e))
 }
 
 // keep is one look, and what it takes; it says whether it tried to change something.

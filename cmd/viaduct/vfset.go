@@ -243,6 +243,7 @@ func runVFSync(ctx context.Context, e *env, sel []iommu.Selector, timeout time.D
 	}
 	m := c.declared()
 	var errs []error
+	leased := book(c.host).Settings()
 	for _, pf := range all {
 		if pf.SRIOV == nil {
 			return usageError{&sriov.NotPFError{Device: pf.Address, VFOf: pf.PhysFn}}
@@ -254,7 +255,7 @@ func runVFSync(ctx context.Context, e *env, sel []iommu.Selector, timeout time.D
 			}
 		}
 		for i, a := range iommu.VFAddresses(c.host, pf.Address) { // what a guest has goes before
-			if own, leased := m.Leased[a]; leased && len(own) > 0 {
+			if own := leased[a]; len(own) > 0 {
 				if asked[i] == nil {
 					asked[i] = sriov.Settings{}
 				}

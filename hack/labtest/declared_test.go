@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 )
 
 // declare writes a declaration and returns its name.
@@ -252,6 +253,60 @@ func TestSideBySide(t *testing.T) {
 		t.Errorf("records %v", left)
 	}
 	do(t, "vf", "destroy", spare)
+}
+
+// TestInUse: what a guest's lease has set, neither apply nor undo changes; other settings for a VF that a guest has open are refused,
+// but what a reset took from it comes back; and what got hold of new VFs does not keep a rollback back.
+func TestInUse(t *testing.T) {
+	t.Cleanup(forget)
+	do(t, "vf", "destroy", spare)
+	pf := netdev(t, spare)
+	shell(t, "modprobe igbvf; ip link set "+pf+" up")
+	tagged := func(vlan int) string {
+		return declare(t, fmt.Sprintf("pfs:\n  - select: mac=52:54:00:00:00:02\n    count: 3\n    vfs:\n      - driver: vfio\n        vlan: %d\n", vlan))
+	}
+	seen := func(when string, want ...string) {
+		t.Helper()
+		for n, vlan := range want {
+			if line := vfLine(t, pf, n); !strings.Contains(line, "vlan "+vlan+",") {
+				t.Errorf("%s, VF %d has not VLAN %s: %s", when, n, vlan, line)
+			}
+		}
+	}
+	do(t, "apply", "-f", tagged(5))
+	all := vfs(spare)
+	do(t, "assign", "tenant", "--from", all[1], "--vlan", "100")
+	do(t, "apply", "-f", tagged(6))
+	seen("after an apply", "6", "100", "6")
+	do(t, "undo")
+	seen("after its undo", "5", "100", "5")
+	do(t, "apply", "-f", tagged(6))
+	do(t, "release", "tenant")
+	do(t, "assign", "next", "--from", all[1], "--vlan", "200")
+	do(t, "undo")
+	seen("after an undo, with the VF another guest's", "5", "200", "5")
+	do(t, "release", "next")
+
+	qemu := guest(t, "plain", all[0])
+	if r := status(t, 3, "apply", "-f", tagged(9)); !strings.Contains(r.stderr, `guest "plain"`) || !strings.Contains(r.stderr, "--force=process") {
+		t.Errorf("another VLAN below a guest: %s", r.stderr)
+	}
+	seen("refused", "5")
+	shell(t, "ip link set "+pf+" vf 0 vlan 0")
+	do(t, "apply", "-f", tagged(5))
+	seen("what was lost", "5")
+	do(t, "apply", "-f", tagged(9), "--force", "process")
+	seen("forced", "9")
+	qemu.end()
+	do(t, "vf", "destroy", spare)
+
+	do(t, "apply", "--confirm", "4s", "-f", declare(t, "pfs:\n  - select: mac=52:54:00:00:00:02\n    count: 1\n    vfs:\n      - driver: home\n"))
+	shell(t, "udevadm settle; vf=$(ls "+filepath.Join(devicesDir, vfs(spare)[0], "net")+"); ip addr add 192.0.2.7/24 dev $vf; ip link set $vf up")
+	for end := time.Now().Add(time.Minute); len(vfs(spare)) > 0 && time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+	}
+	if n := len(vfs(spare)); n != 0 {
+		t.Errorf("%d VFs are left although nobody confirmed:\n%s", n, shell(t, "dmesg | grep viaduct | tail -5"))
+	}
 }
 
 // TestKillsApply: an apply is killed at its writes, and after viaduct recover each PF is as declared or as before.

@@ -12,15 +12,15 @@ import (
 // Events is a subscription. Its owner closes it.
 type Events struct{ devices, links int }
 
-// Open subscribes to what the kernel tells udev (NETLINK_KOBJECT_UEVENT) and to changes of network interfaces (RTNLGRP_LINK). Who
-// opens before a first look misses nothing.
+// Open subscribes to what the kernel tells udev (NETLINK_KOBJECT_UEVENT, group 1) and what udev tells when it is done with it (group 2),
+// and to changes of network interfaces (RTNLGRP_LINK). Who opens before a first look misses nothing.
 func Open() (*Events, error) {
 	e := &Events{-1, -1}
 	for _, s := range []struct {
 		family int
 		groups uint32
 		fd     *int
-	}{{unix.NETLINK_KOBJECT_UEVENT, 1, &e.devices}, {unix.NETLINK_ROUTE, unix.RTMGRP_LINK, &e.links}} {
+	}{{unix.NETLINK_KOBJECT_UEVENT, 1 | 2, &e.devices}, {unix.NETLINK_ROUTE, unix.RTMGRP_LINK, &e.links}} {
 		fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, s.family)
 		if err == nil {
 			*s.fd = fd

@@ -45,7 +45,7 @@ func (m *Manager) Apply(ctx context.Context, items []*Item, tell func(*Item, err
 		}
 	}
 	if len(todo) == 0 {
-		return errors.Join(failed...)
+		return errors.Join(append(failed, m.nothing())...)
 	}
 	if err := m.record(all); err != nil { // before they are touched: undo may find some as they are
 		return err
@@ -79,16 +79,29 @@ func (m *Manager) Apply(ctx context.Context, items []*Item, tell func(*Item, err
 	return errors.Join(append(failed, errs...)...)
 }
 
+// nothing is for an apply that has nothing to do: then undo has nothing to bring back either.
+func (m *Manager) nothing() error {
+	if m.Boot {
+		return nil
+	}
+	return m.Clean()
+}
+
 // record writes down what is about to be changed, for undo. What a boot or the watch service repairs is no apply of the user's, and
 // while one waits to be confirmed, the first state of each device is what all goes back to.
 func (m *Manager) record(all []before) error {
-	var old []before
-	if known, err := m.Binder.Journal.Get(lastDone, &old); err != nil || known && m.Boot {
+	if m.Boot {
+		return nil
+	}
+	waits, err := m.waits()
+	if err != nil {
 		return err
 	}
-	if waits, err := m.waits(); err != nil {
-		return err
-	} else if waits {
+	if waits {
+		var old []before
+		if _, err := m.Binder.Journal.Get(lastDone, &old); err != nil {
+			return err
+		}
 		all = slices.DeleteFunc(all, func(b before) bool {
 			return slices.ContainsFunc(old, func(o before) bool { return o.Device == b.Device })
 		})
@@ -97,7 +110,7 @@ func (m *Manager) record(all []before) error {
 	return m.Binder.Journal.Put(lastDone, all)
 }
 
-// Clean forgets what there was to undo, for an apply that is to be undone by itself.
+// Clean forgets what there was to undo, unless it waits to be confirmed.
 func (m *Manager) Clean() error {
 	if waits, err := m.waits(); err != nil || waits {
 		return err
@@ -119,6 +132,12 @@ func (m *Manager) before(i *Item) (before, error) {
 	pf, err := m.describe(i.Device, true)
 	if err != nil {
 		return b, err
+	}
+	leased := m.leased()
+	for n, place := range iommu.VFAddresses(m.Host, i.Device.Address) {
+		if _, ours := leased[place]; ours && n < len(pf.VFs) {
+			pf.VFs[n].Settings = nil // they are the guest's, and not the next one's
+		}
 	}
 	b.PF, err = text(&spec.Host{PFs: []spec.PF{pf}})
 	return b, err
@@ -212,7 +231,7 @@ func (m *Manager) back(was before) error {
 		return err
 	}
 	// What was written down of a boot before does not matter here, nor whether it is one.
-	plain := &Manager{Host: m.Host, Topology: t, Binder: m.Binder, Force: m.Force, Late: true, exact: true}
+	plain := &Manager{Host: m.Host, Topology: t, Binder: m.Binder, Force: m.Force, Leased: m.Leased, Late: true, exact: true}
 	items, err := plain.Plan(s)
 	if err != nil {
 		return err

@@ -25,6 +25,7 @@ type unconfirmed struct {
 	Boot  string        `json:"boot"`  // what was applied in another boot is gone
 	Force []vfio.Kind   `json:"force"` // what was overridden for it, and is for its rollback
 	Over  bool          `json:"over"`  // rolled back
+	Other bool          `json:"other"` // of another file than a boot reads
 }
 
 // sinceBoot is the time since the boot, sleep included.
@@ -54,13 +55,13 @@ func text(s *spec.Host) (string, error) {
 	return string(b), err
 }
 
-// Begin writes down a declaration that is to be confirmed within a time.
-func (m *Manager) Begin(s *spec.Host, within time.Duration) error {
+// Begin writes down a declaration, that of host.yaml or another, that is to be confirmed within a time.
+func (m *Manager) Begin(s *spec.Host, within time.Duration, other bool) error {
 	y, err := text(s)
 	if err != nil {
 		return err
 	}
-	return m.State.Put(unconfirmedKey, unconfirmed{Spec: y, Until: sinceBoot() + within, Boot: m.bootID(), Force: m.Force})
+	return m.State.Put(unconfirmedKey, unconfirmed{Spec: y, Until: sinceBoot() + within, Boot: m.bootID(), Force: m.Force, Other: other})
 }
 
 // Keep makes a declaration the confirmed one.
@@ -82,31 +83,48 @@ func (m *Manager) keep(y string) error {
 	return m.State.Delete(unconfirmedKey)
 }
 
-// Confirm makes what waits for it the confirmed declaration.
-func (m *Manager) Confirm() error {
+// Confirm makes what waits for it the confirmed declaration, which a boot uses too, unless it was another than that of host.yaml.
+func (m *Manager) Confirm() (booted bool, err error) {
 	var u unconfirmed
 	known, err := m.State.Get(unconfirmedKey, &u)
 	switch {
 	case err != nil:
-		return err
+		return false, err
 	case !known:
-		return errors.New("nothing waits to be confirmed")
-	case u.Over || u.Boot != m.bootID() || sinceBoot() > u.Until:
-		return errors.New("the time to confirm is over: it is rolled back, or was with the last boot")
+		return false, errors.New("nothing waits to be confirmed")
+	case u.Over || u.Boot != m.bootID() || u.left() <= 0:
+		return false, errors.New("the time to confirm is over: it is rolled back, or was with the last boot")
+	case u.Other:
+		return false, m.State.Delete(unconfirmedKey)
 	}
-	return m.keep(u.Spec)
+	return true, m.keep(u.Spec)
 }
 
-// Booted is the declaration that a boot, or the watch service, is to use: the confirmed one, if the time to confirm the one at hand
-// is over.
+func (u *unconfirmed) left() time.Duration { return u.Until - sinceBoot() }
+
+// Due reports whether something waits to be confirmed, and its time is over.
+func (m *Manager) Due() (bool, error) {
+	var u unconfirmed
+	known, err := m.State.Get(unconfirmedKey, &u)
+	return known && !u.Over && u.Boot == m.bootID() && u.left() <= 0, err
+}
+
+// Booted is the declaration that a boot, or the watch service, is to use: that of host.yaml, unless an apply of it was to be confirmed
+// and was not. Then it is the one that was confirmed last, whatever host.yaml has become since, until the next apply; and while the
+// time to confirm goes on, it is what was applied.
 func (m *Manager) Booted(s *spec.Host) (*spec.Host, error) {
 	var u unconfirmed
 	if known, err := m.State.Get(unconfirmedKey, &u); err != nil || !known {
 		return s, err
 	}
-	y, err := text(s)
-	if err != nil || y != u.Spec || u.Boot == m.bootID() && !u.Over && sinceBoot() < u.Until {
-		return s, err
+	switch {
+	case u.Other:
+		return s, nil
+	case u.Boot == m.bootID() && !u.Over && u.left() > 0:
+		if y, err := text(s); err != nil || y == u.Spec {
+			return s, err
+		}
+		return spec.Parse("what waits to be confirmed", []byte(u.Spec))
 	}
 	return m.Confirmed()
 }
@@ -141,7 +159,7 @@ func (m *Manager) AwaitConfirmed() (late bool, force []vfio.Kind, err error) {
 		if err != nil || !known || u.Over || u.Boot != m.bootID() {
 			return false, nil, err
 		}
-		left := u.Until - sinceBoot()
+		left := u.left()
 		if left <= 0 {
 			return true, u.Force, nil
 		}

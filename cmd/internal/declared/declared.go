@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 
 	"viaduct/cmd/internal/spec"
 	"viaduct/internal/journal"
@@ -29,8 +30,9 @@ type Manager struct {
 	Accept   bool             // what changed since is as it is to be
 	Late     bool             // also what waits for a bond
 
-	// Leased are the settings that guests' VFs have instead of what is declared; the drivers of all that is in it are left alone.
-	Leased map[iommu.Address]sriov.Settings
+	// Leased tells the settings that guests' VFs have instead of what is declared; the drivers of all that is in it are left alone.
+	// It is asked anew each time. nil: there are no guests.
+	Leased func() map[iommu.Address]sriov.Settings
 
 	exact bool // VFs that are to have no driver must not be on a vfio driver either
 	index *index
@@ -117,11 +119,16 @@ func (m *Manager) Plan(s *spec.Host) ([]*Item, error) {
 		}
 		items = append(items, i)
 	}
+	pfs := map[string]bool{}
 	for k := range s.PFs {
-		add(m.planPF(&s.PFs[k], guard))
+		i := m.planPF(&s.PFs[k], guard)
+		add(i)
+		if i.Device != nil {
+			pfs[i.Device.Name] = true
+		}
 	}
 	for k := range s.Devices {
-		add(m.planDevice(&s.Devices[k], guard))
+		add(m.planDevice(&s.Devices[k], guard, pfs))
 	}
 	return items, nil
 }
@@ -163,32 +170,17 @@ func (m *Manager) planPF(pf *spec.PF, guard *guard) *Item {
 		i.Refuse(err)
 		return i
 	}
-	each := pf.Each()
-	wish := sriov.Wish{
-		Eswitch: sriov.Eswitch{Mode: pf.Eswitch, Inline: pf.Inline, Encap: pf.Encap}, Offload: pf.Offload, MTU: pf.MTU,
-	}
 	i.Waits = pf.AfterLAG && !m.Late && !m.bonded(i.Device)
-	var places []iommu.Address
-	if len(m.Leased) > 0 {
-		places = iommu.VFAddresses(m.Host, i.Device.Address)
-	}
-	for n, vf := range each {
-		use := vf.Use
-		if i.Waits {
-			use = sriov.UseNone
-		}
-		if n < len(places) {
-			if own, leased := m.Leased[places[n]]; leased {
-				use = sriov.UseVFIO
-				maps.Copy(vf.Settings, own)
-			}
-		}
-		wish.VFs = append(wish.VFs, sriov.VFWish{Use: use, Settings: vf.Settings})
-	}
+	wish := m.wish(pf, i.Device, i.Waits)
 	plan, err := sriov.PlanCount(m.Host, m.Topology, i.Device, wish)
 	if err != nil {
 		i.Refuse(err)
 		return i
+	}
+	if m.Boot && guard.names[i.Device.Name] != "" { // what carries the host gets its addresses as if it were brought up for that
+		for n := range plan.Up {
+			plan.Up[n].GenMode = nil
+		}
 	}
 	if plan.Changes() {
 		i.count = plan
@@ -209,6 +201,42 @@ func (m *Manager) planPF(pf *spec.PF, guard *guard) *Item {
 		i.State = Differs
 	}
 	return i
+}
+
+// wish is what a PF is declared to have, but for what guests' VFs have instead.
+func (m *Manager) wish(pf *spec.PF, d *iommu.Device, waits bool) sriov.Wish {
+	wish := sriov.Wish{
+		Eswitch: sriov.Eswitch{Mode: pf.Eswitch, Inline: pf.Inline, Encap: pf.Encap}, Offload: pf.Offload, MTU: pf.MTU,
+	}
+	var places []iommu.Address
+	leased := m.leased()
+	if len(leased) > 0 {
+		places = iommu.VFAddresses(m.Host, d.Address)
+	}
+	for n, vf := range pf.Each() {
+		use := vf.Use
+		if waits {
+			use = sriov.UseNone
+		}
+		if n < len(places) {
+			if own, ours := leased[places[n]]; ours {
+				use = sriov.UseVFIO
+				if m.exact { // what it had before is no business of the guest's
+					clear(vf.Settings)
+				}
+				maps.Copy(vf.Settings, own)
+			}
+		}
+		wish.VFs = append(wish.VFs, sriov.VFWish{Use: use, Settings: vf.Settings})
+	}
+	return wish
+}
+
+func (m *Manager) leased() map[iommu.Address]sriov.Settings {
+	if m.Leased == nil {
+		return nil
+	}
+	return m.Leased()
 }
 
 // bonded reports whether a PF's interface is in a bond or the like.
@@ -256,7 +284,8 @@ func (m *Manager) planVFs(i *Item, wish []sriov.VFWish) error {
 	return nil
 }
 
-func (m *Manager) planDevice(dev *spec.Device, guard *guard) *Item {
+// planDevice plans a device that is to be taken, on a host with these PFs declared.
+func (m *Manager) planDevice(dev *spec.Device, guard *guard, pfs map[string]bool) *Item {
 	i := &Item{Name: dev.Select.String(), At: dev.At, Optional: dev.Optional, State: OK, driver: dev.Driver}
 	if i.driver == "" {
 		i.driver = vfio.Auto
@@ -280,6 +309,10 @@ func (m *Manager) planDevice(dev *spec.Device, guard *guard) *Item {
 		return i
 	}
 	i.unit = units[0]
+	if n := slices.IndexFunc(i.unit, func(d *iommu.Device) bool { return d.PhysFn != nil && pfs[d.PhysFn.String()] }); n >= 0 {
+		i.Refuse(fmt.Errorf("%s: %s is a VF of %s, which is declared in pfs: what it is to have belongs there", dev.At, i.unit[n].Name, i.unit[n].PhysFn))
+		return i
+	}
 	for _, d := range i.unit {
 		change, err := m.Binder.PlanTake(d, i.driver)
 		if err != nil {
@@ -288,6 +321,13 @@ func (m *Manager) planDevice(dev *spec.Device, guard *guard) *Item {
 		}
 		for _, s := range change.Steps {
 			i.Steps = append(i.Steps, s.String())
+		}
+	}
+	if m.Host.Live() && i.owner != nil && len(i.Steps) == 0 {
+		for _, d := range i.unit {
+			if nodes, _ := vfio.Nodes(m.Host, d); iommu.IsVFIODriver(d.Driver) && !i.owner.Keeps(d) {
+				i.Steps = append(i.Steps, "chown "+i.owner.Text+" "+strings.Join(nodes, " "))
+			}
 		}
 	}
 	if len(i.Steps) == 0 {
@@ -317,7 +357,10 @@ func (m *Manager) Check(items []*Item, dry bool) {
 				continue
 			}
 		}
-		i.Notes = append(i.Notes, m.under(i)...)
+		if err := m.checkSets(i); err != nil {
+			i.Refuse(err)
+			continue
+		}
 		for _, s := range []struct {
 			devices []*iommu.Device
 			driver  string
@@ -347,22 +390,38 @@ func (m *Manager) Check(items []*Item, dry bool) {
 	}
 }
 
-// under tells whose VFs get other settings while they use them. That is no reason against it: what a PF's reset took from a guest's
-// VF, as its VLAN, must come back.
-func (m *Manager) under(i *Item) []string {
-	var vfs []*iommu.Device
-	for _, s := range i.sets {
-		vfs = append(vfs, s.VF)
-	}
-	if len(vfs) == 0 || !m.Host.Live() {
+// checkSets refuses other settings for VFs that are in use, unless that is forced, and tells of it then. What a PF's reset took from
+// a guest's VF, as its VLAN, must come back: there is no reason against that.
+func (m *Manager) checkSets(i *Item) error {
+	if len(i.sets) == 0 || !m.Host.Live() {
 		return nil
 	}
-	holders, _ := vfio.ProcessHolders(m.Host, vfs) // who cannot see all is told of those that can be seen
-	var out []string
-	for _, h := range holders {
-		out = append(out, "its settings change while "+h.String())
+	asked, err := sriov.Asked(m.Binder, i.Device)
+	if err != nil {
+		return err
 	}
-	return out
+	var other, all []*iommu.Device
+	for _, s := range i.sets {
+		all = append(all, s.VF)
+		if !s.Restores(asked[s.VF.VFIndex]) {
+			other = append(other, s.VF)
+		}
+	}
+	holders, err := vfio.Holders(m.Host, all)
+	if err != nil && !errors.Is(err, vfio.ErrBlind) { // who cannot see all is told of those that can be seen
+		return err
+	}
+	holders = slices.DeleteFunc(holders, func(h vfio.Holder) bool { return h.Kind == vfio.Lease || h.Kind == vfio.Owner }) // not by themselves in use
+	hit := slices.DeleteFunc(slices.Clone(holders), func(h vfio.Holder) bool {
+		return !slices.ContainsFunc(other, func(d *iommu.Device) bool { return d.Name == h.Device })
+	})
+	if err := vfio.Refuse("change the settings of VFs of "+i.Device.Name, hit, m.Force, "end their users first"); err != nil {
+		return err
+	}
+	for _, h := range holders {
+		i.Notes = append(i.Notes, "its settings change while "+h.String())
+	}
+	return nil
 }
 
 // each makes a unit of each device, as a VF is one by itself.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,6 +16,7 @@ import (
 	"viaduct/internal/host/hosttest"
 	"viaduct/internal/journal"
 	"viaduct/iommu"
+	"viaduct/sriov"
 	"viaduct/vfio"
 )
 
@@ -145,6 +147,65 @@ func TestApply(t *testing.T) {
 	if _, known, err := m.Last(); known || err != nil {
 		t.Errorf("there is more to undo: %v", err)
 	}
+
+	// What a boot or the watch service does is not undone, and neither is what an apply found that had nothing to do.
+	m = again(t, m)
+	m.Boot = true
+	if err := apply(t, m, other); err != nil {
+		t.Fatal(err)
+	}
+	if _, known, err := m.Last(); known || err != nil {
+		t.Errorf("a boot is to be undone: %v", err)
+	}
+	m.Boot = false
+	for _, step := range []struct {
+		text string
+		undo bool
+	}{{mixed, true}, {mixed, false}} {
+		m = again(t, m)
+		if err := apply(t, m, step.text); err != nil {
+			t.Fatal(err)
+		}
+		if _, known, err := m.Last(); known != step.undo || err != nil {
+			t.Errorf("there is something to undo: %v (%v), want %v", known, err, step.undo)
+		}
+	}
+}
+
+// A guest's VF is left with what it has by an undo of what was applied before or while the guest had it.
+func TestLeasedUndo(t *testing.T) {
+	k := newKernel(t)
+	m := newManager(t, k)
+	if err := apply(t, m, mixed); err != nil {
+		t.Fatal(err)
+	}
+	m = again(t, m)
+	vf := m.Topology.VFs(found(t, m))[2]
+	own := sriov.Settings{sriov.VLAN: "100"}
+	m.Leased = func() map[iommu.Address]sriov.Settings { return map[iommu.Address]sriov.Settings{vf.Address: own} }
+	m.exact = true
+	item := plan(t, m, mixed+"      - {range: 2, vlan: 7, trust: on}\n")[0]
+	if len(item.take) != 1 || item.take[0].Name != vf.Name {
+		t.Errorf("the guest's VF is to be taken, and nothing else: %v", item.take)
+	}
+	wish := m.wish(&parse(t, mixed+"      - {range: 2, vlan: 7, trust: on}\n").PFs[0], found(t, m), false)
+	if got := wish.VFs[2].Settings; !maps.Equal(got, own) {
+		t.Errorf("an undo gives the guest's VF %v, want %v", got, own)
+	}
+	m.exact = false
+	wish = m.wish(&parse(t, mixed+"      - {range: 2, vlan: 7, trust: on}\n").PFs[0], found(t, m), false)
+	if got := wish.VFs[2].Settings; got[sriov.VLAN] != "100" || got[sriov.Trust] != "on" {
+		t.Errorf("an apply gives the guest's VF %v", got)
+	}
+}
+
+func found(t *testing.T, m *Manager) *iommu.Device {
+	t.Helper()
+	d, err := m.Topology.Find(mustParse(t, pf))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
 }
 
 // What fails in the middle is put back as it was, VFs that had to go included.
@@ -255,7 +316,44 @@ func TestPlanStates(t *testing.T) {
 	if i := one("pfs:\n  - {select: " + pf + ", count: 2}\n"); i.State != Differs {
 		t.Errorf("VFs of a PF that carried the host: %s, %v", i.State, i.Err)
 	}
+	// What must never be touched may be named by what it does not have before its driver.
+	if err := m.State.Put(protectedKey, []protected{}); err != nil {
+		t.Fatal(err)
+	}
+	mine := found(t, m)
+	driver := mine.Driver
+	mine.Driver = ""
+	for _, protect := range []string{"mac=52:54:00:99:99:99", pf} {
+		if i := plan(t, m, "devices:\n  - {select: path="+place(t, m, mine)+"}\nprotect:\n  - "+protect+"\n")[0]; i.State != Refused {
+			t.Errorf("a NIC without a driver, with %s protected, is %s: %v", protect, i.State, i.Err)
+		}
+	}
+	mine.Driver = driver
 	m.Boot = false
+	if err := m.State.Delete(protectedKey); err != nil {
+		t.Fatal(err)
+	}
+
+	// The initramfs cannot ask what a device is for.
+	early := parse(t, "devices:\n  - {select: path="+place(t, m, mine)+", initramfs: true}\nprotect:\n  - "+pf+"\n")
+	override := mine.DriverOverride
+	for _, mine.Driver = range []string{"vfio-pci", driver} { // taken already, or not
+		mine.DriverOverride = mine.Driver
+		if got, err := m.Early(early); err == nil || !strings.Contains(err.Error(), "never to be touched") {
+			t.Errorf("what is protected, and on %s, is kept from its driver by the initramfs: %v, %v", mine.Driver, got, err)
+		}
+	}
+	mine.DriverOverride = override
+	early.Protect = nil
+	if got, err := m.Early(early); err == nil || !strings.Contains(err.Error(), "nothing says which NICs") {
+		t.Errorf("a NIC is kept from its driver by the initramfs: %v, %v", got, err)
+	}
+	if err := m.State.Put(protectedKey, []protected{}); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := m.Early(early); err != nil || len(got) != 1 {
+		t.Errorf("%v, %v", got, err)
+	}
 
 	// Another card at the address that was declared.
 	if err := m.Remember(plan(t, again(t, m), "pfs:\n  - {select: "+pf+", count: 0}\n")); err != nil {
@@ -271,6 +369,15 @@ func TestPlanStates(t *testing.T) {
 	if i := one("pfs:\n  - {select: " + pf + ", count: 2}\n"); i.State != Differs {
 		t.Errorf("accepted: %s, %v", i.State, i.Err)
 	}
+}
+
+func place(t *testing.T, m *Manager, d *iommu.Device) string {
+	t.Helper()
+	p, err := iommu.PathOf(m.Host, d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
 }
 
 func mustParse(t *testing.T, s string) iommu.Address {
@@ -355,14 +462,18 @@ func TestConfirm(t *testing.T) {
 		}
 		return fmt.Sprint(n, use != s)
 	}
-	if err := m.Confirm(); err == nil {
+	if _, err := m.Confirm(); err == nil {
 		t.Error("nothing was there to confirm")
 	}
-	if err := errors.Join(m.Keep(old), m.Begin(next, 60e9)); err != nil {
+	if err := errors.Join(m.Keep(old), m.Begin(next, 60e9, false)); err != nil {
 		t.Fatal(err)
 	}
 	if got := booted(next); got != "2 false" {
 		t.Errorf("while it may be confirmed: %s", got)
+	}
+	third := parse(t, "pfs:\n  - {select: "+pf+", count: 3}\n")
+	if got := booted(third); got != "2 true" {
+		t.Errorf("edited while it may be confirmed: %s", got)
 	}
 	if err := m.RolledBack(); err != nil {
 		t.Fatal(err)
@@ -370,14 +481,29 @@ func TestConfirm(t *testing.T) {
 	if got := booted(next); got != "1 true" {
 		t.Errorf("rolled back: %s", got)
 	}
-	if got := booted(parse(t, "pfs:\n  - {select: "+pf+", count: 3}\n")); got != "3 false" {
-		t.Errorf("another declaration: %s", got)
+	if got := booted(third); got != "1 true" {
+		t.Errorf("edited after it was rolled back, and not applied: %s", got)
 	}
-	if err := m.Confirm(); err == nil {
+	if _, err := m.Confirm(); err == nil {
 		t.Error("it was confirmed when it had been rolled back")
 	}
-	if err := errors.Join(m.Begin(next, 60e9), m.Confirm()); err != nil {
+	if err := m.Begin(third, 60e9, true); err != nil {
 		t.Fatal(err)
+	}
+	if got := booted(old); got != "1 false" {
+		t.Errorf("while another file waits to be confirmed: %s", got)
+	}
+	if kept, err := m.Confirm(); kept || err != nil {
+		t.Errorf("another file is confirmed for boots: %v, %v", kept, err)
+	}
+	if c, err := m.Confirmed(); err != nil || c.PFs[0].Count != 1 {
+		t.Errorf("what was confirmed last is %v, %v", c, err)
+	}
+	if err := m.Begin(next, 60e9, false); err != nil {
+		t.Fatal(err)
+	}
+	if kept, err := m.Confirm(); !kept || err != nil {
+		t.Fatalf("%v, %v", kept, err)
 	}
 	if got := booted(next); got != "2 false" {
 		t.Errorf("confirmed: %s", got)
@@ -386,11 +512,20 @@ func TestConfirm(t *testing.T) {
 		t.Errorf("nothing waits to be confirmed: %v, %v", late, err)
 	}
 	m.Force = []vfio.Kind{vfio.Route}
-	if err := m.Begin(next, 1e6); err != nil {
+	if err := m.Begin(next, 1e6, false); err != nil {
 		t.Fatal(err)
 	}
 	if late, force, err := m.AwaitConfirmed(); !late || err != nil || len(force) != 1 {
 		t.Errorf("nobody confirmed it: %v, %v, %v", late, force, err)
+	}
+	if due, err := m.Due(); !due || err != nil {
+		t.Errorf("due: %v, %v", due, err)
+	}
+	if err := m.Begin(next, 60e9, false); err != nil {
+		t.Fatal(err)
+	}
+	if due, err := m.Due(); due || err != nil {
+		t.Errorf("applied anew, and still due: %v, %v", due, err)
 	}
 }
 

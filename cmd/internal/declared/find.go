@@ -119,18 +119,23 @@ type guard struct {
 	manager *Manager
 	names   map[string]string // why, by device
 	never   map[string]bool   // whether that is declared
+	unseen  []string          // what is declared as never to be touched, and is not there, or not known by that yet
 	any     bool              // something is protected at all
 }
 
 // guard reads what is protected: by the declaration, and at boot by what carried the host when it ran.
 func (m *Manager) guard(s *spec.Host) (*guard, error) {
-	g := &guard{manager: m, names: map[string]string{}, never: map[string]bool{}, any: len(s.Protect) > 0}
+	g := &guard{manager: m, names: map[string]string{}, never: map[string]bool{}}
 	for _, p := range s.Protect {
 		all, err := m.all(p.Match)
 		if err != nil && !errors.Is(err, iommu.ErrNotFound) {
 			return nil, fmt.Errorf("%s: %w", p.At, err)
 		}
+		if len(all) == 0 {
+			g.unseen = append(g.unseen, p.Match.String())
+		}
 		for _, d := range all {
+			g.any = true
 			g.names[d.Name], g.never[d.Name] = "it is declared at "+p.At.String()+" as never to be touched", true
 		}
 	}
@@ -156,6 +161,8 @@ func (g *guard) take(unit []*iommu.Device) error {
 	for _, d := range unit {
 		if why := g.names[d.Name]; why != "" {
 			reasons = append(reasons, d.Name+": "+why)
+		} else if base := d.Class >> 16; g.manager.Boot && len(g.unseen) > 0 && d.Driver == "" && (base == 0x01 || base == 0x02) {
+			reasons = append(reasons, fmt.Sprintf("%s has no driver yet, and nothing is known as %s, which protect names: it may be that", d.Name, strings.Join(g.unseen, " or ")))
 		} else if g.manager.Boot && !g.any && d.PhysFn == nil && d.Class>>16 == 0x02 && !iommu.IsVFIODriver(d.Driver) {
 			reasons = append(reasons, d.Name+" is a NIC, and nothing says which NICs this host needs: run viaduct apply once while it is up, or name some in protect")
 		}

@@ -2,6 +2,8 @@ package declared
 
 import (
 	"context"
+	"errors"
+	"slices"
 	"time"
 
 	"viaduct/cmd/internal/spec"
@@ -9,8 +11,8 @@ import (
 	"viaduct/iommu"
 )
 
-// Wait waits, by the kernel's events, until all that is declared as needed is there: found, with its driver, and a NIC with its
-// interface. When the context ends, what is missing is left to the plan to tell.
+// Wait waits, by the events of the kernel and of udev, until all that is declared as needed is there: found, with its driver, and a
+// NIC with its interface, named. When the context ends, what is missing is left to the plan to tell.
 func (m *Manager) Wait(ctx context.Context, s *spec.Host) error {
 	events, err := uevent.Open() // before the first look
 	if err != nil {
@@ -31,14 +33,34 @@ func (m *Manager) Wait(ctx context.Context, s *spec.Host) error {
 
 func (m *Manager) allThere(s *spec.Host) bool {
 	for _, pf := range s.PFs {
-		if d, err := m.find(pf.Select); !pf.Optional && (err != nil || d.Driver == "" || d.Class>>16 == 0x02 && len(d.Netdevs) == 0) {
+		d, err := m.find(pf.Select)
+		if !pf.Optional && (err != nil || d.Driver == "" || d.Class>>16 == 0x02 && len(d.Netdevs) == 0) || err == nil && !m.named(d) {
 			return false
 		}
 	}
 	for _, dev := range s.Devices {
-		if _, err := m.find(dev.Select); !dev.Optional && err != nil {
+		d, err := m.find(dev.Select)
+		if !dev.Optional && err != nil {
+			return false
+		}
+		if err == nil && d.Driver == "" { // which has the numbers that tell whether it is the one of the last time
+			if was, err := m.remembered(dev.Select); err == nil && was != nil && (len(was.Identity.MACs) > 0 || was.Identity.Serial != "") {
+				return false
+			}
+		}
+	}
+	for _, p := range s.Protect {
+		if _, err := m.find(p.Match); len(s.Devices) > 0 && errors.Is(err, iommu.ErrNotFound) {
 			return false
 		}
 	}
 	return true
+}
+
+// named reports whether udev is done with a device's interfaces: one that is up it cannot name any more (before Linux 6.2).
+func (m *Manager) named(d *iommu.Device) bool {
+	return !m.Host.Exists("run/udev/data") || !slices.ContainsFunc(d.Netdevs, func(n string) bool {
+		index, err := m.Host.String("sys/class/net/" + n + "/ifindex")
+		return err == nil && !m.Host.Exists("run/udev/data/n"+index) // sd-device(3): what has an entry is initialized
+	})
 }

@@ -46,6 +46,26 @@ func Watch(ctx context.Context, look func() (failed bool)) error {
 	return nil
 }
 
+// Settle calls look, and again as long as devices or links change meanwhile: a card brings several, one after the other.
+func Settle(ctx context.Context, look func()) error {
+	events, err := uevent.Open()
+	if err != nil {
+		return err
+	}
+	defer events.Close()
+	for range 30 { // busy for good is no reason never to end
+		look()
+		more := false
+		for n := 0; n < 2 && !more; n++ {
+			more = events.Await(ctx, time.Second)
+		}
+		if !more {
+			break
+		}
+	}
+	return nil
+}
+
 // hold says that the host is not as declared on purpose, which the watch service leaves alone: it was undone, or something else was
 // applied.
 const hold = "hold"
@@ -65,19 +85,30 @@ func (m *Manager) Held() bool {
 	return known && err == nil
 }
 
-// Early are the places of the devices that the initramfs is to keep from their drivers.
+// Early are the places of the devices that the initramfs is to keep from their drivers. Nothing there can ask what they are for: one
+// that must not be taken, or that the host uses now, is refused, with all that would be taken along.
 func (m *Manager) Early(s *spec.Host) ([]string, error) {
+	boot := *m
+	boot.Boot = true
+	guard, err := boot.guard(s)
+	if err != nil {
+		return nil, err
+	}
 	out := []string{}
 	for k := range s.Devices {
 		dev := &s.Devices[k]
 		if !dev.Early {
 			continue
 		}
-		d, err := m.find(dev.Select)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", dev.At, err)
+		i := boot.planDevice(dev, guard, nil)
+		boot.Check([]*Item{i}, true)
+		if i.Err == nil {
+			i.Err = guard.take(i.unit) // also of what is taken already
 		}
-		place, err := iommu.PathOf(m.Host, d)
+		if i.Err != nil {
+			return nil, fmt.Errorf("%s: %w", dev.At, i.Err)
+		}
+		place, err := iommu.PathOf(m.Host, i.Device)
 		if err != nil {
 			return nil, err
 		}

@@ -43,7 +43,7 @@ const early = `# ` + marker + `
 Description=SR-IOV virtual functions and passthrough devices as declared
 Documentation=man:viaduct(8)
 DefaultDependencies=no
-RequiresMountsFor=/etc/viaduct /var/lib/viaduct
+RequiresMountsFor=/etc/viaduct /var/lib/viaduct %s
 After=systemd-udevd.service systemd-udev-trigger.service systemd-modules-load.service systemd-remount-fs.service
 Wants=network-pre.target
 Before=network-pre.target libvirtd.service virtqemud.service libvirt-guests.service machines.target kubelet.service podman.service
@@ -105,6 +105,7 @@ Description=brings a device that came later to what is declared
 Documentation=man:viaduct(8)
 After=viaduct.service
 ConditionPathExists=/run/systemd/system
+StartLimitIntervalSec=0
 
 [Service]
 Type=oneshot
@@ -128,10 +129,7 @@ type File struct {
 // Files are what the options come to.
 func (o *Options) Files(initramfs Generator) ([]File, error) {
 	unit := func(name, text string, enabled bool) []File {
-		if strings.Contains(text, "%s") {
-			text = fmt.Sprintf(text, o.Program)
-		}
-		out := []File{{Path: filepath.Join(units, name), Content: text, Mode: 0o644}}
+		out := []File{{Path: filepath.Join(units, name), Content: strings.ReplaceAll(text, "%s", o.Program), Mode: 0o644}}
 		if enabled {
 			out = append(out, File{Path: filepath.Join(wanted, name), Link: filepath.Join(units, name)})
 		}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 
 	"viaduct/iommu"
 	"viaduct/sriov"
@@ -80,7 +81,7 @@ func (d *decoder) checkPF(pf *PF) {
 	}
 }
 
-// twice finds what is declared more than once in the same words.
+// twice finds what is declared more than once in the same words, and MAC addresses that VFs of several PFs are to have.
 func (h *Host) twice() error {
 	var errs []error
 	seen := map[string]Pos{}
@@ -92,8 +93,24 @@ func (h *Host) twice() error {
 		}
 		seen[name] = at
 	}
-	for _, pf := range h.PFs {
+	type owner struct {
+		pf int
+		at Pos
+	}
+	owners := map[string]owner{}
+	for i, pf := range h.PFs {
 		see(pf.Select, pf.At)
+		for _, r := range pf.VFs {
+			mac := strings.ToLower(r.Settings[sriov.MAC].word)
+			if mac == "" || mac == sriov.StableMAC || strings.Trim(mac, "0:") == "" {
+				continue
+			}
+			if first, again := owners[mac]; !again {
+				owners[mac] = owner{i, r.At}
+			} else if first.pf != i { // within a PF, that is told already
+				errs = append(errs, &Error{r.At, mac, fmt.Sprintf("the VF at %s has this MAC address already: each needs one of its own (mac: %s makes them)", first.at, sriov.StableMAC)})
+			}
+		}
 	}
 	for _, dev := range h.Devices {
 		see(dev.Select, dev.At)

@@ -287,6 +287,18 @@ func TestInUse(t *testing.T) {
 	seen("after an undo, with the VF another guest's", "5", "200", "5")
 	do(t, "release", "next")
 
+	do(t, "apply", "-f", tagged(5))
+	bare := declare(t, "pfs:\n  - select: mac=52:54:00:00:00:02\n    count: 3\n    vfs:\n      - driver: vfio\n")
+	status(t, 4, "plan", "-f", bare)
+	do(t, "apply", "-f", bare)
+	for n := range all {
+		if line := vfLine(t, pf, n); strings.Contains(line, "vlan") {
+			t.Errorf("a VLAN that is not declared any more: %s", line)
+		}
+	}
+	status(t, 0, "plan", "-f", bare)
+	do(t, "apply", "-f", tagged(5))
+
 	qemu := guest(t, "plain", all[0])
 	if r := status(t, 3, "apply", "-f", tagged(9)); !strings.Contains(r.stderr, `guest "plain"`) || !strings.Contains(r.stderr, "--force=process") {
 		t.Errorf("another VLAN below a guest: %s", r.stderr)

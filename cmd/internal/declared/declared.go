@@ -72,6 +72,7 @@ type Item struct {
 	driver     string          // to take it with
 	owner      *vfio.NodeOwner
 	known      *known
+	pf         *spec.PF // that is declared
 }
 
 // Wrong reports whether the item is not as declared. That one is missing which may be is not wrong.
@@ -162,7 +163,7 @@ func (m *Manager) found(i *Item, match spec.Match) bool {
 }
 
 func (m *Manager) planPF(pf *spec.PF, guard *guard) *Item {
-	i := &Item{Name: pf.Select.String(), At: pf.At, Optional: pf.Optional, State: OK}
+	i := &Item{Name: pf.Select.String(), At: pf.At, Optional: pf.Optional, State: OK, pf: pf}
 	if !m.found(i, pf.Select) {
 		return i
 	}
@@ -251,6 +252,7 @@ func (m *Manager) planVFs(i *Item, wish []sriov.VFWish) error {
 		return fmt.Errorf("%s: VFs of it were made or removed just now", i.Device.Name)
 	}
 	if m.Host.Live() { // of a captured host, nobody can be asked for settings
+		m.dropped(i, vfs, wish)
 		var err error
 		if i.sets, err = sriov.PlanSets(m.Binder, i.Device, vfs, wish); err != nil {
 			return err
@@ -457,13 +459,17 @@ func (m *Manager) Settings(s *spec.Host, d *iommu.Device) (map[int]sriov.Setting
 		if found, err := m.find(s.PFs[k].Select); err != nil || found.Name != d.Name {
 			continue
 		}
-		out := map[int]sriov.Settings{}
-		for i, vf := range s.PFs[k].Each() {
-			if len(vf.Settings) > 0 {
-				out[i] = vf.Settings
-			}
-		}
-		return out, true
+		return settingsOf(&s.PFs[k]), true
 	}
 	return nil, false
+}
+
+func settingsOf(pf *spec.PF) map[int]sriov.Settings {
+	out := map[int]sriov.Settings{}
+	for i, vf := range pf.Each() {
+		if len(vf.Settings) > 0 {
+			out[i] = vf.Settings
+		}
+	}
+	return out
 }

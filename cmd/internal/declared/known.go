@@ -3,11 +3,13 @@ package declared
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
 	"viaduct/cmd/internal/spec"
 	"viaduct/iommu"
+	"viaduct/sriov"
 	"viaduct/vfio"
 )
 
@@ -19,6 +21,8 @@ type known struct {
 	Address  iommu.Address `json:"address"`
 	Identity vfio.Identity `json:"identity"`
 	Group    []string      `json:"group"` // the places of all that has to be taken along
+
+	Settings map[int]sriov.Settings `json:"settings,omitempty"` // that were declared of its VFs
 }
 
 func knownKey(selector string) string {
@@ -71,6 +75,26 @@ func (m *Manager) joined(i *Item) string {
 	return "its group has grown by what the host uses: " + strings.Join(out, ", ")
 }
 
+// dropped adds to a wish what was declared of VFs when that was last applied, and is not any more: it goes back to what VFs begin
+// with. A MAC address stays, as there is none to go back to.
+func (m *Manager) dropped(i *Item, vfs []*iommu.Device, wish []sriov.VFWish) {
+	if i.known == nil {
+		return
+	}
+	leased := m.leased()
+	for _, vf := range vfs {
+		if _, ours := leased[vf.Address]; ours {
+			continue
+		}
+		now := wish[vf.VFIndex].Settings
+		for k := range i.known.Settings[vf.VFIndex] {
+			if usual, known := sriov.Usual[k]; known && now[k] == "" && k != sriov.MAC {
+				now[k] = usual
+			}
+		}
+	}
+}
+
 // Remember writes down what the items are now.
 func (m *Manager) Remember(items []*Item) error {
 	if m.State == nil {
@@ -90,7 +114,13 @@ func (m *Manager) Remember(items []*Item) error {
 				k.Group = append(k.Group, place)
 			}
 		}
-		if i.known == nil || m.Accept || !slices.Equal(k.Group, i.known.Group) || k.Address != i.known.Address {
+		if i.State == OK && i.pf != nil {
+			k.Settings = settingsOf(i.pf)
+		} else if i.known != nil {
+			k.Settings = i.known.Settings
+		}
+		if i.known == nil || m.Accept || !slices.Equal(k.Group, i.known.Group) || k.Address != i.known.Address ||
+			!maps.EqualFunc(k.Settings, i.known.Settings, maps.Equal) {
 			errs = append(errs, m.State.Put(knownKey(i.Name), k))
 		}
 	}

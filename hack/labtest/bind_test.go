@@ -253,6 +253,16 @@ func TestNodeOwner(t *testing.T) {
 			t.Errorf("rules are left: %v", left)
 		}
 	}
+	t.Cleanup(forget)
+	do(t, "bind", vf) // and then an owner is declared
+	file := declare(t, "devices:\n  - select: "+vf+"\n    node_owner: nobody\n")
+	status(t, 4, "plan", "-f", file)
+	do(t, "apply", "-f", file)
+	if owner := shell(t, "stat -c '%U %a' /dev/vfio/"+link(devicesDir, vf, "iommu_group")); owner != "nobody 600" {
+		t.Errorf("as declared, its node belongs to %s", owner)
+	}
+	status(t, 0, "plan", "-f", file)
+	do(t, "unbind", vf)
 	do(t, "vf", "destroy", spare)
 }
 

@@ -398,6 +398,17 @@ func parseIP(s string) (net.IP, bool) {
 	return net.IP(raw), true
 }
 
+// MACs are the [PermanentMACs] of a device's interfaces, also of those that udev has named since the device was looked at.
+func MACs(h *iommu.Host, d *iommu.Device) map[string]string {
+	out := PermanentMACs(h, d.Netdevs)
+	if len(out) < len(d.Netdevs) && d.PCI {
+		if now, err := iommu.ClassDevices(h, d.Address); err == nil {
+			return PermanentMACs(h, now["net"])
+		}
+	}
+	return out
+}
+
 // PermanentMACs are, by interface, the addresses that interfaces were made with, or those they have where the kernel does not know these.
 func PermanentMACs(h *iommu.Host, names []string) map[string]string {
 	out := map[string]string{}

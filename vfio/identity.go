@@ -26,7 +26,7 @@ func (b *Binder) Identify(d *iommu.Device) Identity {
 		id.Serial, _ = iommu.ReadSerial(b.Host, d.Address)
 	}
 	if len(d.Netdevs) > 0 {
-		id.MACs = PermanentMACs(b.Host, d.Netdevs)
+		id.MACs = MACs(b.Host, d)
 	}
 	return id
 }
@@ -48,7 +48,7 @@ func Differs(h *iommu.Host, was *Identity, d *iommu.Device) string {
 	if serial, err := iommu.ReadSerial(h, d.Address); err != nil || serial != was.Serial && serial != "" && was.Serial != "" { // a driver that tells one may be there now or not
 		return fmt.Sprintf("its serial number is %q instead of %q", serial, was.Serial)
 	}
-	old, now := macs(was.MACs), macs(PermanentMACs(h, d.Netdevs))
+	old, now := macs(was.MACs), macs(MACs(h, d))
 	if len(old) > 0 && len(now) > 0 && !slices.ContainsFunc(now, func(mac string) bool { return slices.Contains(old, mac) }) {
 		return fmt.Sprintf("its MAC address is %s instead of %s", strings.Join(now, ", "), strings.Join(old, ", "))
 	}

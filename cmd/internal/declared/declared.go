@@ -152,7 +152,7 @@ func (m *Manager) found(i *Item, match spec.Match) bool {
 		i.Refuse(err)
 		return false
 	}
-	if why := m.changed(i.known, d); why != "" && !m.Accept {
+	if why := m.changed(i.known, match, d); why != "" && !m.Accept {
 		i.State, i.Err = Changed, fmt.Errorf("%s: %s (viaduct apply --accept takes it as it is now)", i.Name, why)
 		return false
 	}

@@ -7,6 +7,8 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -353,6 +355,22 @@ func TestPlanStates(t *testing.T) {
 	}
 	if got, err := m.Early(early); err != nil || len(got) != 1 {
 		t.Errorf("%v, %v", got, err)
+	}
+
+	// A card in another slot is the same if it is found by a number of its own, also when nobody knew that number the last time; and its
+	// number is known by whatever name udev has given its interface meanwhile.
+	id := m.Binder.Identify(mine)
+	mac := slices.Collect(maps.Values(id.MACs))[0]
+	mine.Netdevs = []string{"eth0"}
+	if again := m.Binder.Identify(mine); !reflect.DeepEqual(again, id) {
+		t.Errorf("after its interface was named it is %v, was %v", again, id)
+	}
+	byMAC := "pfs:\n  - {select: mac=" + mac + ", count: 2}\n"
+	if err := m.State.Put(knownKey("mac="+mac), known{Identity: vfio.Identity{ID: mine.ID, Path: "0000:00:1f.0/00.0"}}); err != nil {
+		t.Fatal(err)
+	}
+	if i := one(byMAC); i.State != Differs {
+		t.Errorf("a card in another slot, found by its MAC address, is %s: %v", i.State, i.Err)
 	}
 
 	// Another card at the address that was declared.

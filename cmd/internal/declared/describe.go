@@ -40,7 +40,7 @@ func (m *Manager) describe(d *iommu.Device, full bool) (pf spec.PF, err error) {
 		if port, err = sriov.ReadPort(m.Host, d); err != nil {
 			return pf, err
 		}
-		for _, mac := range vfio.PermanentMACs(m.Host, d.Netdevs) {
+		for _, mac := range vfio.MACs(m.Host, d) {
 			permanent, _ = net.ParseMAC(mac)
 		}
 	}

@@ -100,7 +100,7 @@ func (m *Manager) keys(form iommu.Form, d *iommu.Device) ([]string, error) {
 		taken, err := m.Binder.Taken(d)
 		return some(strings.ToLower(taken.Serial)), err
 	}
-	if own := slices.Collect(maps.Values(vfio.PermanentMACs(m.Host, d.Netdevs))); len(own) > 0 || !iommu.IsVFIODriver(d.Driver) {
+	if own := slices.Collect(maps.Values(vfio.MACs(m.Host, d))); len(own) > 0 || !iommu.IsVFIODriver(d.Driver) {
 		return own, nil
 	}
 	taken, err := m.Binder.Taken(d)

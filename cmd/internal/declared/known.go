@@ -43,15 +43,16 @@ func (m *Manager) remembered(match spec.Match) (*known, error) {
 	return &k, nil
 }
 
-// changed says how what is there differs from what was there; "" if it does not. A card that moved to another slot is the same.
-func (m *Manager) changed(k *known, d *iommu.Device) string {
+// changed says how what is there differs from what was there; "" if it does not. A card that moved to another slot is the same, which its
+// own numbers tell, those that it was found by as well.
+func (m *Manager) changed(k *known, match spec.Match, d *iommu.Device) string {
 	if k == nil {
 		return ""
 	}
 	if why := vfio.Differs(m.Host, &k.Identity, d); why != "" {
 		return fmt.Sprintf("%s is another device than %s was: %s", d.Name, k.Address, why)
 	}
-	if place, err := iommu.PathOf(m.Host, d); err == nil && place != k.Identity.Path && !m.Same(&k.Identity, d) {
+	if place, err := iommu.PathOf(m.Host, d); err == nil && place != k.Identity.Path && !match.Has(iommu.ByMAC, iommu.BySerial) && !m.Same(&k.Identity, d) {
 		return fmt.Sprintf("%s is at path=%s instead of %s, and nothing tells whether it is the same device", d.Name, place, k.Identity.Path)
 	}
 	return ""

@@ -91,7 +91,7 @@ func (m *Manager) Same(id *vfio.Identity, d *iommu.Device) bool {
 	if vfio.Differs(m.Host, id, d) != "" {
 		return false
 	}
-	if len(id.MACs) > 0 && len(d.Netdevs) > 0 {
+	if len(id.MACs) > 0 && len(vfio.MACs(m.Host, d)) > 0 {
 		return true // and they were compared
 	}
 	place, err := iommu.PathOf(m.Host, d)
@@ -167,7 +167,7 @@ func (n *needs) of(h *iommu.Host, d *iommu.Device) (string, error) {
 			return "(" + b + ") is named in " + where, nil
 		}
 	}
-	for name, mac := range vfio.PermanentMACs(h, d.Netdevs) {
+	for name, mac := range vfio.MACs(h, d) {
 		for _, word := range []string{name, mac} {
 			if where := n.links[word]; where != "" {
 				return "(" + name + ") is named in " + where, nil

@@ -191,7 +191,7 @@ func newApp(e *env) *cli.App {
 			listCommand(e), showCommand(e), bindCommand(e), unbindCommand(e), recoverCommand(e), vfCommand(e),
 			planCommand(e), applyCommand(e), statusCommand(e), undoCommand(e), adoptCommand(e), schemaCommand(e),
 			installCommand(e), uninstallCommand(e), watchCommand(e),
-			assignCommand(e), releaseCommand(e), leasesCommand(e), runCommand(e), poolCommand(e), libvirtHookCommand(e),
+			assignCommand(e), releaseCommand(e), leasesCommand(e), runCommand(e), heldCommand(), poolCommand(e), libvirtHookCommand(e),
 			snapshotCommand(e), completionCommand(e), manCommand(e), versionCommand(e),
 		},
 	}

@@ -9,6 +9,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -103,11 +104,18 @@ func runRun(c *cli.Context, e *env, o *assignOptions) error {
 	if err != nil {
 		return err
 	}
-	cmd := exec.Command(program, substitute(command[1:], format, g)...)
-	cmd.Args[0] = command[0]
+	cmd, gate, err := held(program, append(command[:1], substitute(command[1:], format, g)...))
+	if err != nil {
+		return errors.Join(err, release())
+	}
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.Env = append(os.Environ(), vmm.Environment(g)...)
-	ended, err := stay(cmd, signals, func(pid int) error { return e.started(c.Context, l, pid, filepath.Base(program)) })
+	ended, err := stay(cmd, signals, func(pid int) error {
+		if err := e.started(c.Context, l, pid, filepath.Base(program)); err != nil {
+			return err
+		}
+		return gate()
+	})
 	if err != nil {
 		return errors.Join(err, release())
 	}
@@ -157,6 +165,53 @@ func substitute(words []string, format *vmm.Format, g *vmm.Guest) []string {
 		out = append(out, devices...)
 	}
 	return out
+}
+
+// held is a command that runs this program, which becomes the other one once gate is called, and ends if this process does before that:
+// no VMM runs of which its lease does not know. The pipe for that keeps the number it has, as the command may have been given others.
+func held(program string, words []string) (cmd *exec.Cmd, gate func() error, err error) {
+	var p [2]int
+	if err := unix.Pipe2(p[:], unix.O_CLOEXEC); err != nil {
+		return nil, nil, err
+	}
+	if _, err := unix.FcntlInt(uintptr(p[0]), unix.F_SETFD, 0); err != nil {
+		return nil, nil, err
+	}
+	gate = func() error {
+		_, err := unix.Write(p[1], []byte{0})
+		return errors.Join(err, unix.Close(p[0]), unix.Close(p[1]))
+	}
+	return exec.Command("/proc/self/exe", append([]string{heldCommandName, "--", strconv.Itoa(p[0]), program}, words...)...), gate, nil
+}
+
+const heldCommandName = "run-held"
+
+// heldCommand is what such a command does.
+func heldCommand() *cli.Command {
+	return command(&cli.Command{
+		Name: heldCommandName, Hidden: true,
+		Usage:     "wait for a byte, and become another program (run starts this)",
+		ArgsUsage: "-- FD PROGRAM NAME [ARGUMENT...]",
+		Action: func(c *cli.Context) error {
+			words := c.Args().Slice()
+			if len(words) < 3 {
+				return usagef("%s is for viaduct run alone", heldCommandName)
+			}
+			fd, err := strconv.Atoi(words[0])
+			if err != nil {
+				return usagef("%s: %q is no number", heldCommandName, words[0])
+			}
+			var begin [1]byte
+			n, err := unix.Read(fd, begin[:])
+			if n == 1 {
+				unix.CloseOnExec(fd)
+				err = unix.Exec(words[1], words[2:], os.Environ())
+			} else if err == nil {
+				err = errors.New("viaduct run ended before its command began")
+			}
+			return &vmmEnded{exitNotRun, fmt.Errorf("%s: %w", words[1], err)}
+		},
+	})
 }
 
 // stay runs a command as its parent, hands signals on to it, and returns its status. Those of a terminal it gets itself, being in

@@ -259,6 +259,7 @@ func TestSideBySide(t *testing.T) {
 // but what a reset took from it comes back; and what got hold of new VFs does not keep a rollback back.
 func TestInUse(t *testing.T) {
 	t.Cleanup(forget)
+	t.Cleanup(func() { shell(t, "rm -f /run/viaduct/scrubbed-*") }) // the certificates stay otherwise
 	do(t, "vf", "destroy", spare)
 	pf := netdev(t, spare)
 	shell(t, "modprobe igbvf; ip link set "+pf+" up")

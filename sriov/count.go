@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"viaduct/iommu"
 	"viaduct/vfio"
@@ -129,7 +130,17 @@ func (p *Plan) counted(h *iommu.Host, vfs []*iommu.Device) error {
 		return fmt.Errorf("%s: %d VFs were asked for, and its driver %s made %d without an error%s", p.PF.Name, p.Want, p.PF.Driver, number, silentCause(p.PF))
 	}
 	for i, vf := range vfs {
-		if forGuests(p.VFs[i]) && vf.Driver != "" {
+		if !forGuests(p.VFs[i]) {
+			continue
+		}
+		// A driver that is loaded just now tries each VF, and has its link until the kernel tells it no (really_probe in drivers/base/dd.c).
+		for try := 0; vf.Driver != "" && try < 50; try++ {
+			time.Sleep(10 * time.Millisecond)
+			if vf.Driver, err = iommu.ReadDriver(h, vf.Address); err != nil {
+				return err
+			}
+		}
+		if vf.Driver != "" {
 			return fmt.Errorf("VF %s was to have no driver and is on %s", vf.Name, vf.Driver)
 		}
 	}

@@ -174,7 +174,7 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 	if err != nil {
 		return err
 	}
-	if o.watching && m.Held() {
+	if o.watching && m.Held() { // by an apply that was waited for
 		return nil
 	}
 	m.Check(items, false)

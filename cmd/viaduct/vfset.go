@@ -243,7 +243,7 @@ func runVFSync(ctx context.Context, e *env, sel []iommu.Selector, timeout time.D
 	}
 	m := c.declared()
 	var errs []error
-	leased := book(c.host).Settings()
+	leased := m.Guests()
 	for _, pf := range all {
 		if pf.SRIOV == nil {
 			return usageError{&sriov.NotPFError{Device: pf.Address, VFOf: pf.PhysFn}}

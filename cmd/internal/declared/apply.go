@@ -45,7 +45,7 @@ func (m *Manager) Apply(ctx context.Context, items []*Item, tell func(*Item, err
 		}
 	}
 	if len(todo) == 0 {
-		return errors.Join(append(failed, m.nothing())...)
+		return errors.Join(append(failed, m.Clean())...)
 	}
 	if err := m.record(all); err != nil { // before they are touched: undo may find some as they are
 		return err
@@ -79,14 +79,6 @@ func (m *Manager) Apply(ctx context.Context, items []*Item, tell func(*Item, err
 	return errors.Join(append(failed, errs...)...)
 }
 
-// nothing is for an apply that has nothing to do: then undo has nothing to bring back either.
-func (m *Manager) nothing() error {
-	if m.Boot {
-		return nil
-	}
-	return m.Clean()
-}
-
 // record writes down what is about to be changed, for undo. What a boot or the watch service repairs is no apply of the user's, and
 // while one waits to be confirmed, the first state of each device is what all goes back to.
 func (m *Manager) record(all []before) error {
@@ -110,8 +102,11 @@ func (m *Manager) record(all []before) error {
 	return m.Binder.Journal.Put(lastDone, all)
 }
 
-// Clean forgets what there was to undo, unless it waits to be confirmed.
+// Clean forgets what there was to undo, unless it waits to be confirmed. A boot, or the watch service, forgets nothing of it.
 func (m *Manager) Clean() error {
+	if m.Boot {
+		return nil
+	}
 	if waits, err := m.waits(); err != nil || waits {
 		return err
 	}
@@ -133,7 +128,7 @@ func (m *Manager) before(i *Item) (before, error) {
 	if err != nil {
 		return b, err
 	}
-	leased := m.leased()
+	leased := m.Guests()
 	for n, place := range iommu.VFAddresses(m.Host, i.Device.Address) {
 		if _, ours := leased[place]; ours && n < len(pf.VFs) {
 			pf.VFs[n].Settings = nil // they are the guest's, and not the next one's

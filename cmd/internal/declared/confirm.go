@@ -39,7 +39,7 @@ func sinceBoot() time.Duration {
 func (m *Manager) waits() (bool, error) {
 	var u unconfirmed
 	known, err := m.State.Get(unconfirmedKey, &u)
-	return known && !u.Over && u.Boot == m.bootID(), err
+	return known && m.open(&u), err
 }
 
 // confirmedFile has the declaration that was confirmed last.
@@ -92,7 +92,7 @@ func (m *Manager) Confirm() (booted bool, err error) {
 		return false, err
 	case !known:
 		return false, errors.New("nothing waits to be confirmed")
-	case u.Over || u.Boot != m.bootID() || u.left() <= 0:
+	case !m.open(&u) || u.left() <= 0:
 		return false, errors.New("the time to confirm is over: it is rolled back, or was with the last boot")
 	case u.Other:
 		return false, m.State.Delete(unconfirmedKey)
@@ -100,13 +100,16 @@ func (m *Manager) Confirm() (booted bool, err error) {
 	return true, m.keep(u.Spec)
 }
 
+// open reports whether a declaration was applied in this boot, and not rolled back.
+func (m *Manager) open(u *unconfirmed) bool { return !u.Over && u.Boot == m.bootID() }
+
 func (u *unconfirmed) left() time.Duration { return u.Until - sinceBoot() }
 
 // Due reports whether something waits to be confirmed, and its time is over.
 func (m *Manager) Due() (bool, error) {
 	var u unconfirmed
 	known, err := m.State.Get(unconfirmedKey, &u)
-	return known && !u.Over && u.Boot == m.bootID() && u.left() <= 0, err
+	return known && m.open(&u) && u.left() <= 0, err
 }
 
 // Booted is the declaration that a boot, or the watch service, is to use: that of host.yaml, unless an apply of it was to be confirmed
@@ -120,7 +123,7 @@ func (m *Manager) Booted(s *spec.Host) (*spec.Host, error) {
 	switch {
 	case u.Other:
 		return s, nil
-	case u.Boot == m.bootID() && !u.Over && u.left() > 0:
+	case m.open(&u) && u.left() > 0:
 		if y, err := text(s); err != nil || y == u.Spec {
 			return s, err
 		}
@@ -156,7 +159,7 @@ func (m *Manager) AwaitConfirmed() (late bool, force []vfio.Kind, err error) {
 	for {
 		var u unconfirmed
 		known, err := m.State.Get(unconfirmedKey, &u)
-		if err != nil || !known || u.Over || u.Boot != m.bootID() {
+		if err != nil || !known || !m.open(&u) {
 			return false, nil, err
 		}
 		left := u.left()

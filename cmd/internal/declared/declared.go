@@ -31,7 +31,7 @@ type Manager struct {
 	Late     bool             // also what waits for a bond
 
 	// Leased tells the settings that guests' VFs have instead of what is declared; the drivers of all that is in it are left alone.
-	// It is asked anew each time. nil: there are no guests.
+	// It is asked anew for each plan. nil: there are no guests.
 	Leased func() map[iommu.Address]sriov.Settings
 
 	exact bool // VFs that are to have no driver must not be on a vfio driver either
@@ -112,6 +112,13 @@ func (m *Manager) Plan(s *spec.Host) ([]*Item, error) {
 				i.Refuse(fmt.Errorf("%s: %s takes %s, which is declared at %s already", i.At, i.Name, d.Name, first.At))
 				break
 			}
+			if d.PhysFn == nil {
+				continue
+			}
+			if of := seen[d.PhysFn.String()]; of != nil && of.pf != nil {
+				i.Refuse(fmt.Errorf("%s: %s is a VF of %s, which is declared in pfs: what it is to have belongs there", i.At, d.Name, d.PhysFn))
+				break
+			}
 		}
 		for _, d := range touched {
 			if seen[d.Name] == nil {
@@ -120,16 +127,12 @@ func (m *Manager) Plan(s *spec.Host) ([]*Item, error) {
 		}
 		items = append(items, i)
 	}
-	pfs := map[string]bool{}
+	leased := m.Guests()
 	for k := range s.PFs {
-		i := m.planPF(&s.PFs[k], guard)
-		add(i)
-		if i.Device != nil {
-			pfs[i.Device.Name] = true
-		}
+		add(m.planPF(&s.PFs[k], guard, leased))
 	}
 	for k := range s.Devices {
-		add(m.planDevice(&s.Devices[k], guard, pfs))
+		add(m.planDevice(&s.Devices[k], guard))
 	}
 	return items, nil
 }
@@ -162,7 +165,7 @@ func (m *Manager) found(i *Item, match spec.Match) bool {
 	return true
 }
 
-func (m *Manager) planPF(pf *spec.PF, guard *guard) *Item {
+func (m *Manager) planPF(pf *spec.PF, guard *guard, leased map[iommu.Address]sriov.Settings) *Item {
 	i := &Item{Name: pf.Select.String(), At: pf.At, Optional: pf.Optional, State: OK, pf: pf}
 	if !m.found(i, pf.Select) {
 		return i
@@ -172,7 +175,7 @@ func (m *Manager) planPF(pf *spec.PF, guard *guard) *Item {
 		return i
 	}
 	i.Waits = pf.AfterLAG && !m.Late && !m.bonded(i.Device)
-	wish := m.wish(pf, i.Device, i.Waits)
+	wish := m.wish(pf, i.Device, i.Waits, leased)
 	plan, err := sriov.PlanCount(m.Host, m.Topology, i.Device, wish)
 	if err != nil {
 		i.Refuse(err)
@@ -193,7 +196,7 @@ func (m *Manager) planPF(pf *spec.PF, guard *guard) *Item {
 			i.Refuse(fmt.Errorf("%s: VFs of it are missing in between, as while they are made or removed", i.Device.Name))
 			return i
 		}
-		if err := m.planVFs(i, wish.VFs); err != nil {
+		if err := m.planVFs(i, wish.VFs, leased); err != nil {
 			i.Refuse(err)
 			return i
 		}
@@ -205,12 +208,11 @@ func (m *Manager) planPF(pf *spec.PF, guard *guard) *Item {
 }
 
 // wish is what a PF is declared to have, but for what guests' VFs have instead.
-func (m *Manager) wish(pf *spec.PF, d *iommu.Device, waits bool) sriov.Wish {
+func (m *Manager) wish(pf *spec.PF, d *iommu.Device, waits bool, leased map[iommu.Address]sriov.Settings) sriov.Wish {
 	wish := sriov.Wish{
 		Eswitch: sriov.Eswitch{Mode: pf.Eswitch, Inline: pf.Inline, Encap: pf.Encap}, Offload: pf.Offload, MTU: pf.MTU,
 	}
 	var places []iommu.Address
-	leased := m.leased()
 	if len(leased) > 0 {
 		places = iommu.VFAddresses(m.Host, d.Address)
 	}
@@ -233,7 +235,8 @@ func (m *Manager) wish(pf *spec.PF, d *iommu.Device, waits bool) sriov.Wish {
 	return wish
 }
 
-func (m *Manager) leased() map[iommu.Address]sriov.Settings {
+// Guests are the settings that Leased tells now.
+func (m *Manager) Guests() map[iommu.Address]sriov.Settings {
 	if m.Leased == nil {
 		return nil
 	}
@@ -246,13 +249,13 @@ func (m *Manager) bonded(d *iommu.Device) bool {
 }
 
 // planVFs is what VFs that are there lack.
-func (m *Manager) planVFs(i *Item, wish []sriov.VFWish) error {
+func (m *Manager) planVFs(i *Item, wish []sriov.VFWish, leased map[iommu.Address]sriov.Settings) error {
 	vfs := m.Topology.VFs(i.Device)
 	if len(vfs) != len(i.Device.SRIOV.VFs) {
 		return fmt.Errorf("%s: VFs of it were made or removed just now", i.Device.Name)
 	}
 	if m.Host.Live() { // of a captured host, nobody can be asked for settings
-		m.dropped(i, vfs, wish)
+		i.dropped(vfs, wish, leased)
 		var err error
 		if i.sets, err = sriov.PlanSets(m.Binder, i.Device, vfs, wish); err != nil {
 			return err
@@ -286,8 +289,7 @@ func (m *Manager) planVFs(i *Item, wish []sriov.VFWish) error {
 	return nil
 }
 
-// planDevice plans a device that is to be taken, on a host with these PFs declared.
-func (m *Manager) planDevice(dev *spec.Device, guard *guard, pfs map[string]bool) *Item {
+func (m *Manager) planDevice(dev *spec.Device, guard *guard) *Item {
 	i := &Item{Name: dev.Select.String(), At: dev.At, Optional: dev.Optional, State: OK, driver: dev.Driver}
 	if i.driver == "" {
 		i.driver = vfio.Auto
@@ -311,10 +313,6 @@ func (m *Manager) planDevice(dev *spec.Device, guard *guard, pfs map[string]bool
 		return i
 	}
 	i.unit = units[0]
-	if n := slices.IndexFunc(i.unit, func(d *iommu.Device) bool { return d.PhysFn != nil && pfs[d.PhysFn.String()] }); n >= 0 {
-		i.Refuse(fmt.Errorf("%s: %s is a VF of %s, which is declared in pfs: what it is to have belongs there", dev.At, i.unit[n].Name, i.unit[n].PhysFn))
-		return i
-	}
 	for _, d := range i.unit {
 		change, err := m.Binder.PlanTake(d, i.driver)
 		if err != nil {

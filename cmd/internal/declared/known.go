@@ -78,11 +78,10 @@ func (m *Manager) joined(i *Item) string {
 
 // dropped adds to a wish what was declared of VFs when that was last applied, and is not any more: it goes back to what VFs begin
 // with. A MAC address stays, as there is none to go back to.
-func (m *Manager) dropped(i *Item, vfs []*iommu.Device, wish []sriov.VFWish) {
+func (i *Item) dropped(vfs []*iommu.Device, wish []sriov.VFWish, leased map[iommu.Address]sriov.Settings) {
 	if i.known == nil {
 		return
 	}
-	leased := m.leased()
 	for _, vf := range vfs {
 		if _, ours := leased[vf.Address]; ours {
 			continue

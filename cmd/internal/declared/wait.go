@@ -49,12 +49,10 @@ func (m *Manager) allThere(s *spec.Host) bool {
 			}
 		}
 	}
-	for _, p := range s.Protect {
-		if _, err := m.find(p.Match); len(s.Devices) > 0 && errors.Is(err, iommu.ErrNotFound) {
-			return false
-		}
-	}
-	return true
+	return len(s.Devices) == 0 || !slices.ContainsFunc(s.Protect, func(p spec.Protect) bool {
+		_, err := m.find(p.Match)
+		return errors.Is(err, iommu.ErrNotFound)
+	})
 }
 
 // named reports whether udev is done with a device's interfaces: one that is up it cannot name any more (before Linux 6.2).

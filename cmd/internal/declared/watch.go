@@ -100,7 +100,7 @@ func (m *Manager) Early(s *spec.Host) ([]string, error) {
 		if !dev.Early {
 			continue
 		}
-		i := boot.planDevice(dev, guard, nil)
+		i := boot.planDevice(dev, guard)
 		boot.Check([]*Item{i}, true)
 		if i.Err == nil {
 			i.Err = guard.take(i.unit) // also of what is taken already

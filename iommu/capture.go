@@ -173,7 +173,7 @@ func (c *capture) interrupts() {
 func (c *capture) device(d *Device) {
 	link := path.Join(pciDevices, d.Name)
 	if !d.PCI {
-		link = fmt.Sprintf("%s/%d/devices/%s", groupsDir, d.Group, d.Name)
+		link = fmt.Sprintf("%s/%d/devices/%s", groupsDir, *d.Group, d.Name)
 	}
 	real := c.linked(link)
 	c.files(real, deviceFiles)

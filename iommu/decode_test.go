@@ -222,7 +222,7 @@ func TestDeviceRoles(t *testing.T) {
 		"": false, "pci-stub": false, "pcieport": false, "vfio-pci": false, "mlx5_vfio_pci": false, "xe-vfio-pci": false,
 		"igb": true, "nvme": true, "pciehp": true,
 	} {
-		if got := (&Device{Driver: driver}).Blocks(); got != want {
+		if got := (&Device{Driver: driver, VFIO: IsVFIODriver(driver)}).Blocks(); got != want {
 			t.Errorf("%q blocks: %v", driver, got)
 		}
 	}

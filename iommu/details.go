@@ -55,7 +55,8 @@ type VFDetails struct {
 	MSIXPool       *int   // sriov_vf_total_msix; nil where the PF's driver has no such pool
 }
 
-// ReadDetails reads one PCI device. It reads no config space, so it does not wake a sleeping device.
+// ReadDetails reads one PCI device. Its link's speed and width, and a bridge's bus numbers, the kernel reads from config space
+// (drivers/pci/pci-sysfs.c), but it wakes no sleeping device for that.
 func ReadDetails(h *Host, a Address) (*Details, error) {
 	dir, err := h.Open(path.Join(pciDevices, a.String()))
 	if host.Absent(err) {

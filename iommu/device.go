@@ -20,32 +20,39 @@ const (
 	netClass   = "sys/class/net"
 )
 
-// Host is the host that all functions of this project look at and act on; see [Open].
-type Host = host.Host
-
-// Open opens the running host ("" or "/"), read-only a folder that holds a captured tree, or a snapshot file. The caller
-// closes it.
-func Open(name string) (*Host, error) { return host.Open(name) }
-
 // ErrNotFound is wrapped by errors that say that a device or group is not on this host.
 var ErrNotFound = errors.New("not on this host")
 
 // Device is what `list` knows of a device: what one pass with a few system calls a device gives. A Device is what was read
 // at one moment; nothing keeps it up to date.
 type Device struct {
-	Name    string  // the kernel's; a PCI device's is its address
-	Address Address // PCI devices only
-	PCI     bool    // false: a platform, mdev or other device that is in a group
+	// Name is the kernel's; a PCI device's is its address.
+	Name string
+	// Address and ID are those of a PCI device. PCI is false of a platform, mdev or other device that is in a group.
+	Address Address
+	PCI     bool
 	ID
-	Driver         string // "" if none
-	DriverOverride string // "" if none
-	NUMANode       int    // -1 if unknown
-	Group          int    // IOMMU group, -1 if none
-	Netdevs        []string
-	PhysFn         *Address // a VF's PF
-	VFIndex        int      // a VF's index within its PF, -1 if this is no VF
-	SRIOV          *SRIOV   // nil if this is no PF
+	// Driver and DriverOverride are "" if there is none. VFIO reports whether the driver makes a VFIO device of it.
+	Driver         string
+	DriverOverride string
+	VFIO           bool
+	// NUMANode is nil if it is not known, Group if the device is in no IOMMU group.
+	NUMANode *int
+	Group    *int
+	// Netdevs are the network interfaces that the driver made of it.
+	Netdevs []string
+	// PhysFn is a VF's PF, and VFIndex the VF's index there. PhysFn is nil if this is no VF.
+	PhysFn  *Address
+	VFIndex int
+	// SRIOV is nil if this is no PF.
+	SRIOV *SRIOV
 }
+
+// InGroup reports whether the device is in the IOMMU group with this number.
+func (d *Device) InGroup(id int) bool { return d.Group != nil && *d.Group == id }
+
+// Together reports whether two devices are in one IOMMU group.
+func (d *Device) Together(other *Device) bool { return other.Group != nil && d.InGroup(*other.Group) }
 
 // ID is what a PCI function says it is, as the kernel puts it into its modalias.
 type ID struct {
@@ -87,12 +94,24 @@ func (d *Device) IsBridge() bool { return d.PCI && (d.Class>>8 == 0x0604 || d.Cl
 // Blocks reports whether the device keeps its group from being viable: a driver of the host does its DMA. The harmless ones
 // are those that set driver_managed_dma: VFIO's, pci-stub, and pcieport of PCIe ports (drivers/pci/pcie/portdrv.c).
 func (d *Device) Blocks() bool {
-	return d.Driver != "" && d.Driver != "pci-stub" && d.Driver != "pcieport" && !IsVFIODriver(d.Driver)
+	return d.Driver != "" && d.Driver != "pci-stub" && d.Driver != "pcieport" && !d.VFIO
 }
 
-// IsVFIODriver tells VFIO drivers from all others by name. Every driver of drivers/vfio has "vfio" in its name: vfio-pci,
-// mlx5_vfio_pci, xe-vfio-pci, vfio-platform, vfio_mdev.
+// IsVFIODriver tells VFIO drivers from all others by name. Every driver of the kernel's drivers/vfio has "vfio" in its name:
+// vfio-pci, mlx5_vfio_pci, xe-vfio-pci, vfio-platform, vfio_mdev. Others may be VFIO drivers too: see Device.VFIO.
 func IsVFIODriver(name string) bool { return strings.Contains(name, "vfio") }
+
+// readVFIO reports whether a device's driver has made a VFIO device of it: it is there as vfio-dev/vfioN (Linux 6.1). On older
+// kernels only the driver's name tells: that its group has a node proves only that some member is bound.
+func readVFIO(dir *host.Dir, driver string) bool {
+	switch {
+	case driver == "" || driver == "pcieport":
+		return false
+	case IsVFIODriver(driver):
+		return true
+	}
+	return dir.Exists("vfio-dev")
+}
 
 // Modalias is what the kernel matches drivers by; see [ParseModalias].
 func (id ID) Modalias() string {
@@ -132,20 +151,22 @@ func ParseModalias(s string) (ID, error) {
 // readDevice reads a device from its directory. It fails with an error that host.Absent recognises when the device went
 // away meanwhile: the one attribute that every PCI device has is read last. Without override, driver_override is left out.
 func readDevice(dir *host.Dir, name string, override bool) (Device, error) {
-	d := Device{Name: name, NUMANode: -1, Group: -1, VFIndex: -1}
+	d := Device{Name: name}
 	var err error
 	if d.Driver, err = dir.LinkBase("driver"); host.Absent(err) {
 		d.Driver = ""
 	} else if err != nil {
 		return d, err
 	}
+	d.VFIO = readVFIO(dir, d.Driver)
+
 	if override {
 		if d.DriverOverride, err = optional(driverOverride(dir.String("driver_override"))); err != nil {
 			return d, err
 		}
 	}
 	if node, err := dir.SteadyInt("numa_node"); err == nil {
-		d.NUMANode = node
+		d.NUMANode = numaNode(node)
 	} else if !host.Absent(err) {
 		return d, err
 	}
@@ -164,6 +185,25 @@ func readDevice(dir *host.Dir, name string, override bool) (Device, error) {
 		return d, fmt.Errorf("%s: %w", dir.Path("modalias"), err)
 	}
 	return d, nil
+}
+
+// nodes are the numbers of the first NUMA nodes: hosts have few, and many devices.
+var nodes = func() (all [64]int) {
+	for i := range all {
+		all[i] = i
+	}
+	return all
+}()
+
+// numaNode is nil for -1, which is the kernel's word for none.
+func numaNode(n int) *int {
+	switch {
+	case n < 0:
+		return nil
+	case n >= len(nodes):
+		return &n
+	}
+	return &nodes[n]
 }
 
 // ReadDriver reads the driver that a device is on, "" if it is on none.
@@ -256,7 +296,9 @@ func ReadDevice(h *Host, a Address) (Device, error) {
 		return d, nil
 	}
 	if err == nil {
-		d.Group, err = strconv.Atoi(group)
+		var id int
+		id, err = strconv.Atoi(group)
+		d.Group = &id
 	}
 	return d, err
 }

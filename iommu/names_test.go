@@ -41,7 +41,7 @@ func inMemory(b []byte) memoryFile { return memoryFile{bytes.NewReader(b)} }
 
 func TestIDs(t *testing.T) {
 	for _, text := range []string{ids, strings.TrimSuffix(ids[:strings.Index(ids, "\nC 02")], "\n"), strings.ReplaceAll(ids, "\n", "\r\n")} {
-		h := hosttest.Tree{"usr/share/misc/pci.ids": text}.Host(t)
+		h := hostOf(t, hosttest.Tree{"usr/share/misc/pci.ids": text})
 		n := OpenNames(h)
 		for range 2 { // the second time from memory
 			for key, want := range map[[2]uint16]string{
@@ -63,7 +63,7 @@ func TestIDs(t *testing.T) {
 }
 
 func TestNoNames(t *testing.T) {
-	for what, n := range map[string]*Names{"zero value": {}, "host without": OpenNames(hosttest.Tree{"sys/": ""}.Host(t))} {
+	for what, n := range map[string]*Names{"zero value": {}, "host without": OpenNames(hostOf(t, hosttest.Tree{"sys/": ""}))} {
 		if d, v := n.Device(0x8086, 0x10c9), n.Vendor(0x8086); d != "" || v != "" {
 			t.Errorf("%s: %q, %q", what, d, v)
 		}
@@ -151,7 +151,7 @@ func TestHWDB(t *testing.T) {
 			t.Errorf("%04x: %q, want %q", key, got, want)
 		}
 	}
-	n := OpenNames(hosttest.Tree{"usr/lib/udev/hwdb.bin": string(b)}.Host(t))
+	n := OpenNames(hostOf(t, hosttest.Tree{"usr/lib/udev/hwdb.bin": string(b)}))
 	if n.Vendor(0x8086) != "Intel" || n.Vendor(0x1af4) != "Red Hat" || n.Vendor(0x8087) != "" || n.Device(0x8086, 0x10ca) != "VF" {
 		t.Errorf("%q %q %q %q", n.Vendor(0x8086), n.Vendor(0x1af4), n.Vendor(0x8087), n.Device(0x8086, 0x10ca))
 	}

@@ -159,7 +159,7 @@ func Scan(h *Host) (*Topology, error) {
 		return nil, err
 	}
 	for i := range devices {
-		if devices[i].Group < 0 {
+		if devices[i].Group == nil {
 			t.Ungrouped = append(t.Ungrouped, devices[i])
 		}
 	}
@@ -170,7 +170,7 @@ func Scan(h *Host) (*Topology, error) {
 // driver_override would wait for a write that is stuck: the kernel takes the device's lock for both (drivers/base/dd.c;
 // driver_override_show of older kernels), of a PF and, while its VFs are removed, of a VF that no link leads to any more.
 func changing(h *Host) (map[string]bool, error) {
-	names, err := h.Names(journal.Dir[1:])
+	names, err := h.Names(journal.Dir)
 	if host.Absent(err) || errors.Is(err, fs.ErrPermission) {
 		return nil, nil
 	}
@@ -361,15 +361,16 @@ func readGroups(h *Host, devices []Device) ([]Group, error) {
 	groups := make([]Group, len(raw))
 	for i, r := range raw {
 		g := r.Group
+		id := &groups[i].ID
 		for _, name := range r.names {
 			if a, ok := parseAddress(name); ok {
 				if d := findDevice(devices, a); d != nil {
-					d.Group = g.ID
+					d.Group = id
 					g.Devices = append(g.Devices, *d)
 				}
 				continue // else: it came or went between the two looks
 			}
-			d, err := readMember(h, g.ID, name)
+			d, err := readMember(h, id, g.ID, name)
 			if host.Absent(err) {
 				continue
 			}
@@ -392,21 +393,22 @@ func readGroup(dir *host.Dir, name string) (rawGroup, error) {
 		return rawGroup{}, fmt.Errorf("%s: no group number", dir.Path(""))
 	}
 	g := rawGroup{Group: Group{ID: id}}
-	if g.Type, err = optional(dir.Steady("type")); err != nil {
+	// Reading it takes the group's lock (drivers/iommu/iommu.c, iommu_group_show_type).
+	if g.Type, err = optional(dir.String("type")); err != nil {
 		return g, err
 	}
 	g.names, err = dir.Names("devices")
 	return g, err
 }
 
-func readMember(h *Host, group int, name string) (Device, error) {
+func readMember(h *Host, id *int, group int, name string) (Device, error) {
 	dir, err := h.Open(path.Join(groupsDir, strconv.Itoa(group), "devices", name))
 	if err != nil {
 		return Device{}, err
 	}
 	defer dir.Close()
 	d, err := readDevice(dir, name, true)
-	d.Group = group
+	d.Group = id
 	return d, err
 }
 
@@ -433,4 +435,20 @@ func Parents(h *Host, t *Topology) (map[string]string, error) {
 		return true
 	})
 	return parents, err
+}
+
+// renames is how often an interface may change its name while it is looked at: udev names new ones.
+const renames = 10
+
+// ByName calls look with the names of a device's network interfaces, and again with their new ones if one was renamed
+// meanwhile: an error of look that says that something is not there is taken for that.
+func ByName(h *Host, d *Device, look func(names []string) error) error {
+	err := look(d.Netdevs)
+	for try := 0; host.Absent(err) && h.Live() && try < renames; try++ {
+		var now []string
+		if now, err = Netdevs(h, d.Address); err == nil {
+			err = look(now)
+		}
+	}
+	return err
 }

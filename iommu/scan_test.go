@@ -46,7 +46,7 @@ const (
 )
 
 func dev(t testing.TB, name string, id ID) Device {
-	return Device{Name: name, Address: addr(t, name), PCI: true, ID: id, NUMANode: -1, Group: -1, VFIndex: -1}
+	return Device{Name: name, Address: addr(t, name), PCI: true, ID: id}
 }
 
 var (
@@ -135,15 +135,15 @@ func configWithSerial() []byte {
 func richTopology(t testing.TB) *Topology {
 	port, pf, vf0, vf1 := dev(t, "0000:00:01.0", bridgeID), dev(t, "0000:01:00.0", nicID), dev(t, "0000:01:10.0", vfID), dev(t, "0000:01:10.2", vfID)
 	net, disk := dev(t, "0000:00:03.0", virtioID), dev(t, "10000:e1:00.0", nvmeID)
-	port.Driver, port.Group = "pcieport", 1
-	pf.Driver, pf.Group, pf.NUMANode, pf.Netdevs = "igb", 11, 1, []string{"eth0", "eth0b"}
+	port.Driver, port.Group = "pcieport", new(1)
+	pf.Driver, pf.Group, pf.NUMANode, pf.Netdevs = "igb", new(11), new(1), []string{"eth0", "eth0b"}
 	pf.SRIOV = &SRIOV{7, []VF{{0, vf0.Address}, {1, vf1.Address}}}
-	vf0.Driver, vf0.DriverOverride, vf0.Group, vf0.PhysFn, vf0.VFIndex = "vfio-pci", "vfio-pci", 2, &pf.Address, 0
+	vf0.Driver, vf0.DriverOverride, vf0.VFIO, vf0.Group, vf0.PhysFn = "vfio-pci", "vfio-pci", true, new(2), &pf.Address
 	vf1.PhysFn, vf1.VFIndex = &pf.Address, 1
 	net.Driver, net.Netdevs = "virtio-pci", []string{"ens3"}
-	disk.Driver, disk.Group = "nvme", 40
-	mdev := Device{Name: "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001", Driver: "vfio_mdev", NUMANode: -1, Group: 40, VFIndex: -1}
-	platform := Device{Name: "arm-smmu-test", Driver: "test", DriverOverride: "test", NUMANode: -1, Group: 40, VFIndex: -1}
+	disk.Driver, disk.Group = "nvme", new(40)
+	mdev := Device{Name: "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001", Driver: "vfio_mdev", VFIO: true, Group: new(40)}
+	platform := Device{Name: "arm-smmu-test", Driver: "test", DriverOverride: "test", Group: new(40)}
 	return &Topology{
 		Units:              []Unit{{"dmar1", KindVTd}, {"ivhd0", KindAMDVi}},
 		InterruptRemapping: new(true),
@@ -178,7 +178,7 @@ func sameTopology(t *testing.T, what string, got, want *Topology) {
 }
 
 func TestScanRich(t *testing.T) {
-	for kind, h := range rich().Hosts(t) {
+	for kind, h := range hostsOf(t, rich()) {
 		got, err := Scan(h)
 		if err != nil {
 			t.Fatalf("%s: %v", kind, err)
@@ -202,7 +202,7 @@ func TestScanSmall(t *testing.T) {
 			Topology{Units: []Unit{}, Ungrouped: []Device{alone}},
 		},
 	} {
-		for kind, h := range c.tree.Hosts(t) {
+		for kind, h := range hostsOf(t, c.tree) {
 			got, err := Scan(h)
 			if err != nil {
 				t.Fatalf("%s, %s: %v", name, kind, err)
@@ -224,7 +224,7 @@ func TestScanMany(t *testing.T) {
 		}
 		want.Ungrouped = append(want.Ungrouped, d)
 	}
-	got, err := Scan(tree.Host(t))
+	got, err := Scan(hostOf(t, tree))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -256,7 +256,7 @@ func TestScanErrors(t *testing.T) {
 		"units no directory":       {one.With(hosttest.Tree{"sys/class/iommu": "x"}), "/sys/class/iommu", unix.ENOTDIR},
 		"interrupts no directory":  {one.With(hosttest.Tree{"sys/kernel/irq": "x"}), "/sys/kernel/irq", unix.ENOTDIR},
 	} {
-		for kind, h := range c.tree.Hosts(t) {
+		for kind, h := range hostsOf(t, c.tree) {
 			got, err := Scan(h)
 			if err == nil || got != nil || !strings.Contains(err.Error(), c.want) || (c.is != nil && !errors.Is(err, c.is)) {
 				t.Errorf("%s, %s: %+v, %v; want an error with %q", name, kind, got, err, c.want)
@@ -290,7 +290,7 @@ func TestTopology(t *testing.T) {
 			t.Errorf("group %d: blockers and endpoints %v, want %v", id, got, want)
 		}
 	}
-	got, err := Parents(rich().Host(t), top)
+	got, err := Parents(hostOf(t, rich()), top)
 	want := map[string]string{"0000:01:00.0": "0000:00:01.0", "0000:01:10.0": "0000:01:00.0", "0000:01:10.2": "0000:01:00.0"}
 	if err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("parents %v, %v", got, err)
@@ -316,7 +316,7 @@ func richDetails(t testing.TB) map[string]*Details {
 
 // TestCapture: a snapshot of a host answers as the host does.
 func TestCapture(t *testing.T) {
-	source := rich().Host(t)
+	source := hostOf(t, rich())
 	var b bytes.Buffer
 	if err := Capture(source, &b); err != nil {
 		t.Fatal(err)
@@ -361,7 +361,7 @@ func TestCaptureNames(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "snapshot")
 	f, err := os.Create(file)
 	if err == nil {
-		err = errors.Join(Capture(tree.Host(t), f), f.Close())
+		err = errors.Join(Capture(hostOf(t, tree), f), f.Close())
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -394,7 +394,7 @@ func TestDetailsErrors(t *testing.T) {
 		"power_state unreadable":  {hosttest.Tree{own + "power_state/": ""}, "0000:00:03.0", "", false, unix.EISDIR},
 		"sriov_vf_device missing": {hosttest.Tree{own + "sriov_offset": "1\n", own + "sriov_stride": "1\n"}, "0000:00:03.0", "0000:00:03.0", true, nil},
 	} {
-		got, err := ReadDetails(rich().With(c.change).Host(t), addr(t, c.device))
+		got, err := ReadDetails(hostOf(t, rich().With(c.change)), addr(t, c.device))
 		switch {
 		case c.ok && (err != nil || got.Path != c.path):
 			t.Errorf("%s: %+v, %v", name, got, err)

@@ -56,7 +56,7 @@ func FuzzSelector(f *testing.F) {
 	for _, s := range []string{"0000:01:00.0", "enp1s0/vf3", "8086:10c9", "mac=52:54:00:12:34:56", "path=0000:00:01.0/00.0", "serial=1", "group=8", "class=0200"} {
 		f.Add(s)
 	}
-	top, h := richTopology(f), rich().Host(f)
+	top, h := richTopology(f), hostOf(f, rich())
 	f.Fuzz(func(t *testing.T, s string) {
 		sel, err := ParseSelector(s)
 		if err != nil {
@@ -76,7 +76,7 @@ func FuzzSelector(f *testing.F) {
 }
 
 func TestResolve(t *testing.T) {
-	for kind, h := range rich().Hosts(t) {
+	for kind, h := range hostsOf(t, rich()) {
 		top, err := Scan(h)
 		if err != nil {
 			t.Fatal(err)
@@ -146,7 +146,7 @@ func TestResolve(t *testing.T) {
 
 func TestResolveWithout(t *testing.T) {
 	tree := join(pci("pci0000:00/0000:00:03.0", nic, map[string]string{"sriov_totalvfs": "7\n"}))
-	h := tree.Host(t)
+	h := hostOf(t, tree)
 	top, err := Scan(h)
 	if err != nil {
 		t.Fatal(err)

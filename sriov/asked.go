@@ -5,7 +5,6 @@ import (
 	"strings"
 
 	"viaduct/iommu"
-	"viaduct/vfio"
 )
 
 // asked is what was last set of a PF's VFs, by index, kept until the VFs go or the host is booted, so that it can be set again
@@ -21,22 +20,26 @@ func askedKey(h *iommu.Host, pf *iommu.Device) (string, error) {
 	return "asked-" + strings.ReplaceAll(place, "/", "_"), err
 }
 
-// Asked are the settings that were last asked for, by VF, of a PF's VFs.
-func Asked(b *vfio.Binder, pf *iommu.Device) (map[int]Settings, error) {
-	key, err := askedKey(b.Host, pf)
+// LastRequested returns the settings last requested for each VF of a PF, by the VF's index. It is the caller's to change.
+func (s *Handle) LastRequested(pf *iommu.Device) (map[int]Settings, error) {
+	key, err := askedKey(s.Host(), pf)
 	if err != nil {
 		return nil, err
 	}
 	var a asked
-	if known, err := b.Journal.Get(key, &a); err != nil || !known || a.PF != pf.ID {
-		return map[int]Settings{}, err
+	known, err := s.journal.Get(key, &a)
+	if err != nil {
+		return nil, err
+	}
+	if !known || a.PF != pf.ID || a.VFs == nil {
+		return map[int]Settings{}, nil
 	}
 	return a.VFs, nil
 }
 
-// remember writes down what was set now, beside what was before.
-func remember(b *vfio.Binder, pf *iommu.Device, plans ...SetPlan) error {
-	all, err := Asked(b, pf)
+// rememberRequested writes down what was set now, beside what was before.
+func (s *Handle) rememberRequested(pf *iommu.Device, plans ...SetPlan) error {
+	all, err := s.LastRequested(pf)
 	if err != nil {
 		return err
 	}
@@ -48,18 +51,18 @@ func remember(b *vfio.Binder, pf *iommu.Device, plans ...SetPlan) error {
 		maps.Copy(vf, p.Want)
 		all[p.VF.VFIndex] = vf
 	}
-	key, err := askedKey(b.Host, pf)
+	key, err := askedKey(s.Host(), pf)
 	if err != nil {
 		return err
 	}
-	return b.Journal.Put(key, asked{pf.ID, all})
+	return s.journal.Put(key, asked{pf.ID, all})
 }
 
-// forgetAsked is for VFs that are no more.
-func forgetAsked(b *vfio.Binder, pf *iommu.Device) error {
-	key, err := askedKey(b.Host, pf)
+// forgetRequested is for VFs that are no more.
+func (s *Handle) forgetRequested(pf *iommu.Device) error {
+	key, err := askedKey(s.Host(), pf)
 	if err != nil {
 		return err
 	}
-	return b.Journal.Delete(key)
+	return s.journal.Delete(key)
 }

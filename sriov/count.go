@@ -7,116 +7,149 @@ import (
 	"time"
 
 	"viaduct/iommu"
-	"viaduct/vfio"
+	"viaduct/vfio/bind"
 )
 
-// Apply carries out a plan that Check let pass, for a PF and VFs that the caller has locked, and reads back what came of it. On
-// failure the VFs it made are removed and the old settings restored; VFs that had to go first stay gone, which the error
-// says. It returns what the user should know of the new VFs.
-func Apply(ctx context.Context, b *vfio.Binder, p *Plan) (notes []string, err error) {
+// Apply carries out a plan that Check let pass, for a PF and VFs that are locked, and reads back what came of it. On failure the
+// VFs it made are removed and the old settings restored; VFs that had to go first stay gone, which the error says. It returns
+// what the user should know of the new VFs.
+func (s *Handle) Apply(ctx context.Context, p *Plan) (notes []string, err error) {
 	if !p.Changes() {
 		return nil, nil
 	}
 	r := p.record()
-	if err := b.Begin(opCount, p.PF, p.Victims, r); err != nil {
+	if err := s.Begin(opCount, p.PF, p.Victims, r); err != nil {
 		return nil, err
 	}
-	vfs, err := p.apply(ctx, b, &r)
+
+	vfs, err := s.makeVFs(ctx, p, &r)
 	if err == nil {
-		err = r.ready(ctx, b, p.PF.Address, vfs)
+		notes, err = s.ready(ctx, &r, p.PF.Address, vfs)
 	}
-	if _, stuck := errors.AsType[*vfio.StuckError](err); stuck {
+	if bind.IsStuck(err) {
 		return nil, err
 	}
 	if err == nil {
-		return sharedGroups(p.PF, vfs), b.End(p.PF.Address)
+		return append(notes, sharedGroups(p.PF, vfs)...), s.End(p.PF.Address)
 	}
-	undone := r.undo(b, p.PF.Address, false)
-	if lost := r.lost(b.Host, p.PF.Address); lost != "" {
+
+	undone := s.revert(&r, p.PF.Address, nil)
+	if lost := r.lost(s.Host(), p.PF.Address); lost != "" {
 		err = errors.Join(err, errors.New(lost))
 	}
 	if undone != nil { // the record stays, for the next command to try again
 		return nil, errors.Join(err, undone)
 	}
-	return nil, errors.Join(err, b.End(p.PF.Address))
+	return nil, errors.Join(err, s.End(p.PF.Address))
 }
 
-// apply makes the plan's changes up to the new VFs, which it returns. They have no driver, but where the kernel gave them one.
-func (p *Plan) apply(ctx context.Context, b *vfio.Binder, r *countRecord) ([]*iommu.Device, error) {
-	if b.Host.Live() {
-		for _, l := range p.Up {
-			if err := l.up(); err != nil {
-				return nil, err
-			}
-		}
-		for _, m := range p.Raise {
-			if err := m.set(m.To); err != nil {
-				return nil, err
-			}
-		}
+// makeVFs makes the plan's changes up to the new VFs, which it returns. They have no driver, but where the kernel gave them one.
+func (s *Handle) makeVFs(ctx context.Context, p *Plan, r *countRecord) ([]*iommu.Device, error) {
+	if err := s.preparePF(p); err != nil {
+		return nil, err
 	}
 	if ctx.Err() != nil {
 		return nil, fmt.Errorf("%s: interrupted before its VFs were made", p.PF.Name)
 	}
-	if err := b.Write(p.PF.Address, p.Clear); err != nil {
-		return nil, explain(err, p)
+	if err := s.clear(p, r); err != nil {
+		return nil, err
 	}
-	if len(p.Clear) > 0 {
-		r.Cleared = true
-		if err := errors.Join(r.forget(b, p.PF), b.Begin(opCount, p.PF, nil, *r)); err != nil {
+	for _, o := range p.Offload {
+		if err := setTCOffload(s.Host(), o.Name, o.On); err != nil {
 			return nil, err
 		}
 	}
-	mode := func(late bool) error {
-		if p.Eswitch == (Eswitch{}) || p.modeLate() != late {
-			return nil
-		}
-		return setEswitch("pci", p.PF.Name, p.Eswitch)
-	}
-	if b.Host.Live() {
-		for _, o := range p.Offload {
-			if err := setTCOffload(o.Name, o.On); err != nil {
-				return nil, err
-			}
-		}
-	}
-	if err := mode(false); err != nil || !r.Recounts {
+	if err := s.setMode(p, early); err != nil || !r.Recounts {
 		return nil, err
 	}
-	if err := doShares(b.Host, p.PF, p.shares); err != nil {
+
+	if err := doShares(s.Host(), p.PF, p.shares); err != nil {
 		return nil, err
 	}
-	if err := b.Write(p.PF.Address, p.Before); err != nil {
+	if err := s.Write(p.PF.Address, p.Before); err != nil {
 		return nil, explain(err, p)
 	}
-	vfs, err := vfDevices(b.Host, p.PF.Address)
+	vfs, err := vfDevices(s.Host(), p.PF.Address)
 	if err != nil {
 		return nil, err
 	}
-	if err := p.counted(b.Host, vfs); err != nil {
+	if err := p.counted(s.Host(), vfs); err != nil {
 		return nil, err
 	}
 	if ctx.Err() != nil {
 		return nil, fmt.Errorf("%s: interrupted after its VFs were made", p.PF.Name)
 	}
-	if err := mode(true); err != nil {
+	if err := s.setMode(p, late); err != nil {
 		return nil, err
 	}
-	if err := p.finish(b, vfs); err != nil {
+	if err := s.overrideVFs(p, vfs); err != nil {
 		return nil, err
 	}
-	return vfs, settle(ctx, b.Host, p.Up)
+	return vfs, errors.Join(settleAll(ctx, s.Host(), p.Up)...)
 }
 
-func settle(ctx context.Context, h *iommu.Host, up []Link) error {
-	if !h.Live() {
+// preparePF brings the PF's interfaces up, and their MTU.
+func (s *Handle) preparePF(p *Plan) error {
+	for _, l := range p.Up {
+		if err := l.up(s.Host()); err != nil {
+			return err
+		}
+	}
+	for _, m := range p.Raise {
+		if err := m.set(s.Host(), m.To); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// clear removes the VFs that are there, and forgets what was known of them: whatever has their addresses from now on is another
+// VF. Only then it is written down that they are gone, so that this is done once.
+func (s *Handle) clear(p *Plan, r *countRecord) error {
+	if len(p.Clear) == 0 {
 		return nil
 	}
-	var errs []error
-	for _, l := range up {
-		errs = append(errs, unlessGone(l.settle(ctx)))
+	if err := s.Write(p.PF.Address, p.Clear); err != nil {
+		return explain(err, p)
 	}
-	return errors.Join(errs...)
+	if err := s.forgetOld(r, p.PF); err != nil {
+		return err
+	}
+	r.Cleared = true
+	return s.Begin(opCount, p.PF, nil, *r)
+}
+
+// moment is when the e-switch is set: before the VFs are made, or after.
+type moment bool
+
+const (
+	early moment = false
+	late  moment = true
+)
+
+// setMode sets the e-switch if this is the moment for it. With a new mode an interface may be another, whose hw-tc-offload is as
+// the driver begins: it is set again.
+func (s *Handle) setMode(p *Plan, now moment) error {
+	if p.Eswitch == (Eswitch{}) || moment(p.modeLate()) != now {
+		return nil
+	}
+	if err := setEswitch(s.Host(), "pci", p.PF.Name, p.Eswitch); err != nil || p.offload == "" {
+		return err
+	}
+	d, _, err := portOf(s.Host(), p.PF.Address)
+	if err != nil {
+		return err
+	}
+	offloads, err := offloadsBut(s.Host(), d, p.offload)
+	if err != nil {
+		return err
+	}
+	for _, o := range offloads {
+		if err := setTCOffload(s.Host(), o.Name, o.On); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // counted compares the VFs that are there and the PF's own count with what was asked for: a driver may make fewer and report
@@ -127,69 +160,87 @@ func (p *Plan) counted(h *iommu.Host, vfs []*iommu.Device) error {
 		return err
 	}
 	if len(vfs) != p.Want || number != p.Want {
-		return fmt.Errorf("%s: %d VFs were asked for, and its driver %s made %d without an error%s", p.PF.Name, p.Want, p.PF.Driver, number, silentCause(p.PF))
+		return fmt.Errorf("%s: %d VFs were asked for, and its driver %s made %d without an error%s",
+			p.PF.Name, p.Want, p.PF.Driver, number, silentCause(p.PF))
 	}
 	for i, vf := range vfs {
 		if !forGuests(p.VFs[i]) {
 			continue
 		}
-		// A driver that is loaded just now tries each VF, and has its link until the kernel tells it no (really_probe in drivers/base/dd.c).
-		for try := 0; vf.Driver != "" && try < 50; try++ {
-			time.Sleep(10 * time.Millisecond)
-			if vf.Driver, err = iommu.ReadDriver(h, vf.Address); err != nil {
-				return err
-			}
+		if err := awaitNoDriver(h, vf); err != nil {
+			return err
 		}
-		if vf.Driver != "" {
+		// One that a VFIO driver has never met the host's own.
+		if vf.Driver != "" && !vf.VFIO {
 			return fmt.Errorf("VF %s was to have no driver and is on %s", vf.Name, vf.Driver)
 		}
 	}
 	return nil
 }
 
-// finish makes the writes after the count, and reads them back.
-func (p *Plan) finish(b *vfio.Binder, vfs []*iommu.Device) error {
-	if err := b.Write(p.PF.Address, p.After); err != nil {
-		return err
-	}
-	for _, s := range p.After {
-		got, err := b.Host.String(s.Path)
+// awaitNoDriver waits for a moment while a VF has a driver. A driver that is loaded just now tries each VF, and has its link
+// until the kernel tells it no (really_probe in drivers/base/dd.c), of which there is no event.
+func awaitNoDriver(h *iommu.Host, vf *iommu.Device) error {
+	for try := 0; vf.Driver != "" && !vf.VFIO && try < 50; try++ {
+		time.Sleep(10 * time.Millisecond)
+		now, err := iommu.ReadDevice(h, vf.Address)
 		if err != nil {
 			return err
 		}
-		if got != s.Value {
-			return fmt.Errorf("/%s: wrote %s and read back %s", s.Path, s.Value, got)
+		vf.Driver, vf.VFIO = now.Driver, now.VFIO
+	}
+	return nil
+}
+
+// overrideVFs makes the writes after the count, and reads them back.
+func (s *Handle) overrideVFs(p *Plan, vfs []*iommu.Device) error {
+	if err := s.Write(p.PF.Address, p.After); err != nil {
+		return err
+	}
+	for _, step := range p.After {
+		got, err := s.Host().String(step.Path)
+		if err != nil {
+			return err
+		}
+		if got != step.Value {
+			return fmt.Errorf("/%s: wrote %s and read back %s", step.Path, step.Value, got)
 		}
 	}
 	for i, vf := range vfs {
-		if forGuests(p.VFs[i]) {
-			vf.DriverOverride = vfio.None
+		if forGuests(p.VFs[i]) && !p.PF.VFIO {
+			vf.DriverOverride = bind.None
 		}
 	}
 	return nil
 }
 
-// takeAll puts VFs onto a vfio driver.
-func takeAll(ctx context.Context, b *vfio.Binder, vfs []*iommu.Device) error {
-	var units [][]*iommu.Device
-	for _, vf := range vfs {
-		units = append(units, []*iommu.Device{vf})
+// takeAll puts VFs, which were just made, onto a VFIO driver.
+func (s *Handle) takeAll(ctx context.Context, vfs []*iommu.Device) error {
+	if len(vfs) == 0 {
+		return nil
 	}
 	var errs []error
-	for _, r := range b.Take(ctx, units, vfio.Auto) {
+	for _, r := range s.Do(ctx, bind.Singly(vfs), bind.Take(bind.Auto)) {
 		errs = append(errs, r.Err)
 	}
 	return errors.Join(errs...)
 }
 
-// sharedGroups warns of VFs that cannot be given to a guest by themselves.
+// sharedGroups warns of VFs that cannot be given to a guest by themselves. Without an IOMMU there are no groups to share.
 func sharedGroups(pf *iommu.Device, vfs []*iommu.Device) []string {
-	first, notes := map[int]string{pf.Group: pf.Name}, []string(nil)
+	var notes []string
+	first := map[int]string{}
+	if pf.Group != nil {
+		first[*pf.Group] = pf.Name
+	}
 	for _, vf := range vfs {
-		if with, shared := first[vf.Group]; shared && vf.Group >= 0 { // without an IOMMU there is none to share
-			notes = append(notes, fmt.Sprintf("%s shares IOMMU group %d with %s: they can only be taken together", vf.Name, vf.Group, with))
+		if vf.Group == nil {
+			continue
+		}
+		if with, shared := first[*vf.Group]; shared {
+			notes = append(notes, fmt.Sprintf("%s shares IOMMU group %d with %s: they can only be taken together", vf.Name, *vf.Group, with))
 		} else {
-			first[vf.Group] = vf.Name
+			first[*vf.Group] = vf.Name
 		}
 	}
 	return notes

@@ -3,41 +3,46 @@ package sriov
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
 	"viaduct/internal/host/hosttest"
-	"viaduct/internal/journal"
 	"viaduct/iommu"
-	"viaduct/vfio"
+	"viaduct/vfio/bind"
 )
 
 const pf = "0000:01:00.0"
 
 const pfDir = "sys/bus/pci/devices/" + pf
 
-func newKernel(t *testing.T) *hosttest.Kernel {
+// open opens a handle of a kernel's host, which is closed with the test.
+func open(t *testing.T, k *hosttest.Kernel) *Handle {
 	t.Helper()
-	k := hosttest.NewKernel(t, hosttest.Load(t, "../internal/host/hosttest/testdata/amd-vi.txt"))
-	k.Register("vfio-pci")
-	k.Register("igb", "8086:10c9")
-	k.Register("igbvf", "8086:10ca")
-	return k
-}
-
-func device(t *testing.T, h *iommu.Host) *iommu.Device {
-	t.Helper()
-	topology, err := iommu.Scan(h)
+	s, err := Open(&iommu.Host{Host: k.Host()}, bind.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	a, _ := iommu.ParseAddress(pf)
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
+// device is a device of a handle's host as it is now.
+func device(t *testing.T, s *Handle, address string) *iommu.Device {
+	t.Helper()
+	a, err := iommu.ParseAddress(address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	topology, err := s.Scan()
+	if err != nil {
+		t.Fatal(err)
+	}
 	d, err := topology.Find(a)
 	if err != nil {
 		t.Fatal(err)
@@ -45,34 +50,30 @@ func device(t *testing.T, h *iommu.Host) *iommu.Device {
 	return d
 }
 
-func setCount(t *testing.T, ctx context.Context, k *hosttest.Kernel, n int, use Use) error {
+// setCount gives the lab's PF VFs as a command does.
+func setCount(t *testing.T, ctx context.Context, k *hosttest.Kernel, wish Wish) ([]string, error) {
 	t.Helper()
-	topology, err := iommu.Scan(k.Host())
-	if err != nil {
-		t.Fatal(err)
-	}
-	p, err := PlanCount(k.Host(), topology, device(t, k.Host()), Wish{VFs: Same(n, VFWish{Use: use})})
-	if err != nil {
-		return err
-	}
-	b := &vfio.Binder{Host: k.Host(), Journal: journal.In(t.TempDir())}
-	defer b.Close()
-	if err := b.Lock(ctx, []*iommu.Device{p.PF}); err != nil {
-		return err
-	}
-	_, err = Apply(ctx, b, p)
-	if keys, _ := b.Journal.Keys("change-"); len(keys) > 0 {
+	s := open(t, k)
+	defer s.Close()
+	a, _ := iommu.ParseAddress(pf)
+	notes, err := s.Make(ctx, a, wish)
+	if keys, _ := s.journal.Keys("change-"); len(keys) > 0 {
 		t.Errorf("records are left: %q", keys)
 	}
-	return err
+	return notes, err
 }
+
+// alike are n VFs of one use.
+func alike(n int, use Use) Wish { return Wish{VFs: Repeat(n, VFWish{Use: use})} }
 
 // state is how many VFs there are, on which drivers and overrides, and autoprobe.
 func state(t *testing.T, k *hosttest.Kernel) string {
 	t.Helper()
 	var out []string
-	for _, vf := range device(t, k.Host()).SRIOV.VFs {
-		d, err := iommu.ReadDevice(k.Host(), vf.Address)
+	s := open(t, k)
+	defer s.Close()
+	for _, vf := range device(t, s, pf).SRIOV.VFs {
+		d, err := iommu.ReadDevice(s.Host(), vf.Address)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -91,8 +92,8 @@ func TestCreate(t *testing.T) {
 		UseVFIO: "vfio-pci/vfio-pci vfio-pci/vfio-pci 1",
 		UseHome: "igbvf/ igbvf/ 1",
 	} {
-		k := newKernel(t)
-		if err := setCount(t, context.Background(), k, 2, use); err != nil {
+		k := hosttest.NewLab(t, nil)
+		if _, err := setCount(t, context.Background(), k, alike(2, use)); err != nil {
 			t.Fatalf("%s: %v", use, err)
 		}
 		if got := state(t, k); got != want {
@@ -109,12 +110,12 @@ func TestCreate(t *testing.T) {
 }
 
 func TestOrder(t *testing.T) {
-	k := newKernel(t)
-	if err := setCount(t, context.Background(), k, 2, UseNone); err != nil {
+	k := hosttest.NewLab(t, nil)
+	if _, err := setCount(t, context.Background(), k, alike(2, UseNone)); err != nil {
 		t.Fatal(err)
 	}
 	k.Log = nil
-	if err := setCount(t, context.Background(), k, 1, UseNone); err != nil {
+	if _, err := setCount(t, context.Background(), k, alike(1, UseNone)); err != nil {
 		t.Fatal(err)
 	}
 	want := []string{
@@ -128,21 +129,21 @@ func TestOrder(t *testing.T) {
 		t.Errorf("writes\n%s\nwant\n%s", strings.Join(k.Log, "\n"), strings.Join(want, "\n"))
 	}
 	k.Log = nil
-	if err := setCount(t, context.Background(), k, 1, UseNone); err != nil || len(k.Log) != 0 {
+	if _, err := setCount(t, context.Background(), k, alike(1, UseNone)); err != nil || len(k.Log) != 0 {
 		t.Errorf("the count is right already: %v, writes %v", err, k.Log)
 	}
-	if err := setCount(t, context.Background(), k, 0, UseNone); err != nil || state(t, k) != "1" {
+	if _, err := setCount(t, context.Background(), k, alike(0, UseNone)); err != nil || state(t, k) != "1" {
 		t.Errorf("destroy: %v, left %q", err, state(t, k))
 	}
 }
 
 // Autoprobe that was off stays off.
 func TestAutoprobeOff(t *testing.T) {
-	k := newKernel(t)
+	k := hosttest.NewLab(t, nil)
 	if err := k.Host().Write(pfDir+"/sriov_drivers_autoprobe", "0"); err != nil {
 		t.Fatal(err)
 	}
-	if err := setCount(t, context.Background(), k, 2, UseVFIO); err != nil {
+	if _, err := setCount(t, context.Background(), k, alike(2, UseVFIO)); err != nil {
 		t.Fatal(err)
 	}
 	if got := state(t, k); got != "vfio-pci/vfio-pci vfio-pci/vfio-pci 0" {
@@ -163,13 +164,13 @@ func TestFailure(t *testing.T) {
 		"somebody takes a VF first": {func(k *hosttest.Kernel) { k.After = thief(k) }, "was to have no driver"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			k := newKernel(t)
+			k := hosttest.NewLab(t, nil)
 			use := UseNone
 			if strings.Contains(name, "taken") {
 				use = UseVFIO
 			}
 			c.break_(k)
-			err := setCount(t, context.Background(), k, 3, use)
+			_, err := setCount(t, context.Background(), k, alike(3, use))
 			if err == nil || !strings.Contains(err.Error(), c.says) {
 				t.Errorf("error %v, want one that says %q", err, c.says)
 			}
@@ -192,14 +193,14 @@ func thief(k *hosttest.Kernel) func(string, string) {
 }
 
 func TestInterrupted(t *testing.T) {
-	k := newKernel(t)
+	k := hosttest.NewLab(t, nil)
 	ctx, cancel := context.WithCancel(context.Background())
 	k.After = func(name, value string) {
 		if strings.HasSuffix(name, "sriov_numvfs") {
 			cancel()
 		}
 	}
-	if err := setCount(t, ctx, k, 3, UseNone); err == nil || !strings.Contains(err.Error(), "interrupted") {
+	if _, err := setCount(t, ctx, k, alike(3, UseNone)); err == nil || !strings.Contains(err.Error(), "interrupted") {
 		t.Errorf("error %v", err)
 	}
 	if got := state(t, k); got != "1" {
@@ -208,94 +209,73 @@ func TestInterrupted(t *testing.T) {
 }
 
 func TestPlanRefuses(t *testing.T) {
-	k := newKernel(t)
-	h := k.Host()
-	d := device(t, h)
-	var outOfRange *RangeError
-	for _, n := range []int{8} {
-		if _, err := PlanCount(h, nil, d, Wish{VFs: Same(n, VFWish{Use: UseNone})}); !errors.As(err, &outOfRange) {
-			t.Errorf("%d VFs: %v", n, err)
-		}
+	s := open(t, hosttest.NewLab(t, nil))
+	d := device(t, s, pf)
+	if _, err := s.PlanCount(d, alike(8, UseNone)); !isA[*RangeError](err) {
+		t.Errorf("8 VFs: %v", err)
 	}
-	var notPF *NotPFError
 	vf := iommu.Device{Name: "0000:02:10.0", PhysFn: &d.Address}
-	if _, err := PlanCount(h, nil, &vf, Wish{VFs: Same(1, VFWish{Use: UseNone})}); !errors.As(err, &notPF) || !strings.Contains(err.Error(), pf) {
+	if _, err := s.PlanCount(&vf, alike(1, UseNone)); !isA[*NotPFError](err) || !strings.Contains(err.Error(), pf) {
 		t.Errorf("VFs of a VF: %v", err)
 	}
 	d.Driver = ""
-	if _, err := PlanCount(h, nil, d, Wish{VFs: Same(1, VFWish{Use: UseNone})}); err == nil || !strings.Contains(err.Error(), "no driver") {
+	if _, err := s.PlanCount(d, alike(1, UseNone)); err == nil || !strings.Contains(err.Error(), "no driver") {
 		t.Errorf("a PF without a driver: %v", err)
 	}
 }
 
-func vfDevice(index int) *iommu.Device { return &iommu.Device{Name: "0000:02:10.0", VFIndex: index} }
+// isA reports whether an error wraps one of a type.
+func isA[E error](err error) bool {
+	_, ok := errors.AsType[E](err)
+	return ok
+}
+
+// isWrite tells writes to the kernel.
+func isWrite(op, name string) bool { return op == "write" && strings.HasPrefix(name, "sys/") }
 
 // A run that was killed at any write is finished or undone by the next one, and autoprobe is as it was.
 func TestRecover(t *testing.T) {
-	for use, want := range map[Use]int{UseNone: 2, UseVFIO: 1, UseHome: 2} { // one VF is taken by one goroutine, which the kill stops
+	a, _ := iommu.ParseAddress(pf)
+	for _, use := range []Use{UseNone, UseVFIO, UseHome} {
 		for _, from := range []int{0, 3} {
-			for n := range 12 {
-				k := newKernel(t)
+			for n := 0; ; n++ {
+				k := hosttest.NewLab(t, nil)
 				if from > 0 {
-					if err := setCount(t, context.Background(), k, from, UseNone); err != nil {
+					if _, err := setCount(t, context.Background(), k, alike(from, UseNone)); err != nil {
 						t.Fatal(err)
 					}
 				}
-				dir := t.TempDir()
-				topology, err := iommu.Scan(k.Host())
-				if err != nil {
-					t.Fatal(err)
+				s := open(t, k)
+				k.KillAt(n, isWrite)
+				_, _ = s.Make(context.Background(), a, alike(2, use))
+				s.Close()
+				if !k.Revive() {
+					break // it has fewer writes
 				}
-				p, err := PlanCount(k.Host(), topology, device(t, k.Host()), Wish{VFs: Same(want, VFWish{Use: use})})
-				if err != nil {
-					t.Fatal(err)
-				}
-				var mu sync.Mutex
-				var inFlight sync.WaitGroup
-				writes, killed := 0, make(chan struct{})
-				b := &vfio.Binder{Host: k.Host(), Journal: journal.In(dir)}
-				k.Before = func(string, string) {
-					mu.Lock()
-					if writes++; writes == n+1 {
-						close(killed)
-					}
-					if writes > n {
-						mu.Unlock()
-						select {} // as a process that is killed: nothing goes on
-					}
-					inFlight.Add(1)
-					mu.Unlock()
-				}
-				k.After = func(string, string) { inFlight.Done() }
-				go func() {
-					_, _ = Apply(context.Background(), b, p)
-					close(killed)
-				}()
-				<-killed
-				inFlight.Wait()
-				b.Close()
-				k.Before, k.After = nil, nil
-				next := &vfio.Binder{Host: k.Host(), Journal: journal.In(dir), Others: Recoverers}
-				recovered, err := next.Recover(context.Background(), false)
+
+				where := fmt.Sprintf("%s from %d, killed before write %d", use, from, n+1)
+				next := open(t, k)
+				recovered, err := next.Recover(context.Background())
 				if err != nil {
 					t.Fatal(err)
 				}
 				for _, r := range recovered {
 					if r.Err != nil {
-						t.Errorf("%s from %d, killed before write %d: %v", use, from, n+1, r.Err)
-					}
-				}
-				got := strings.Fields(state(t, k))
-				autoprobe, vfs := got[len(got)-1], got[:len(got)-1]
-				if autoprobe != "1" || len(vfs) != 0 && len(vfs) != want && len(vfs) != from {
-					t.Errorf("%s from %d, killed before write %d: %v", use, from, n+1, got)
-				}
-				for _, vf := range vfs {
-					if use != UseHome && strings.HasPrefix(vf, "igbvf") || vf == "/" {
-						t.Errorf("%s from %d, killed before write %d: %v", use, from, n+1, got)
+						t.Errorf("%s: %v", where, r.Err)
 					}
 				}
 				next.Close()
+
+				got := strings.Fields(state(t, k))
+				autoprobe, vfs := got[len(got)-1], got[:len(got)-1]
+				if autoprobe != "1" || len(vfs) != 0 && len(vfs) != 2 && len(vfs) != from {
+					t.Errorf("%s: %v", where, got)
+				}
+				for _, vf := range vfs {
+					if use != UseHome && strings.HasPrefix(vf, "igbvf") || vf == "/" {
+						t.Errorf("%s: %v", where, got)
+					}
+				}
 			}
 		}
 	}
@@ -313,7 +293,7 @@ func TestForecast(t *testing.T) {
 		"far enough":  {map[string]string{"sriov_offset": "128\n"}, ""},
 		"a wide step": {map[string]string{"sriov_offset": "128\n", "sriov_stride": "256\n"}, "the last VF would be on bus 03"},
 	} {
-		k := newKernel(t)
+		k := hosttest.NewLab(t, nil)
 		for file, text := range c.files {
 			if err := os.WriteFile(filepath.Join(k.Dir(), pfDir, file), []byte(text), 0o600); err != nil {
 				t.Fatal(err)
@@ -326,7 +306,8 @@ func TestForecast(t *testing.T) {
 		if err := os.WriteFile(filepath.Join(port, "../subordinate_bus_number"), []byte("1\n"), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		err = forecast(k.Host(), device(t, k.Host()), 3)
+		s := open(t, k)
+		err = forecast(s.Host(), device(t, s, pf), 3)
 		if c.says == "" && err != nil || c.says != "" && (err == nil || !strings.Contains(err.Error(), c.says)) {
 			t.Errorf("%s: %v, want %q", name, err, c.says)
 		}
@@ -335,12 +316,12 @@ func TestForecast(t *testing.T) {
 
 // A driver that makes as many VFs as there were before, and not those that were asked for: they are new ones all the same.
 func TestPartialAfterOthers(t *testing.T) {
-	k := newKernel(t)
-	if err := setCount(t, context.Background(), k, 2, UseNone); err != nil {
+	k := hosttest.NewLab(t, nil)
+	if _, err := setCount(t, context.Background(), k, alike(2, UseNone)); err != nil {
 		t.Fatal(err)
 	}
 	k.Partial = 2
-	err := setCount(t, context.Background(), k, 4, UseNone)
+	_, err := setCount(t, context.Background(), k, alike(4, UseNone))
 	if err == nil || !strings.Contains(err.Error(), "made 2 without an error") || !strings.Contains(err.Error(), "had 2 VFs before and has 0 now") {
 		t.Errorf("error %v", err)
 	}
@@ -351,11 +332,11 @@ func TestPartialAfterOthers(t *testing.T) {
 
 // VFs for the host get its driver also where autoprobe is off, and it is off again afterwards.
 func TestHomeWithoutAutoprobe(t *testing.T) {
-	k := newKernel(t)
+	k := hosttest.NewLab(t, nil)
 	if err := k.Host().Write("sys/bus/pci/devices/"+pf+"/sriov_drivers_autoprobe", "0"); err != nil {
 		t.Fatal(err)
 	}
-	if err := setCount(t, context.Background(), k, 2, UseHome); err != nil {
+	if _, err := setCount(t, context.Background(), k, alike(2, UseHome)); err != nil {
 		t.Fatal(err)
 	}
 	if got := state(t, k); got != "igbvf/ igbvf/ 0" {
@@ -365,40 +346,33 @@ func TestHomeWithoutAutoprobe(t *testing.T) {
 
 // A count that is right already is left alone, with what it was made for; what is not so is said.
 func TestRightCount(t *testing.T) {
-	k := newKernel(t)
-	if err := setCount(t, context.Background(), k, 2, UseHome); err != nil {
+	k := hosttest.NewLab(t, nil)
+	if _, err := setCount(t, context.Background(), k, alike(2, UseHome)); err != nil {
 		t.Fatal(err)
 	}
-	topology, err := iommu.Scan(k.Host())
-	if err != nil {
-		t.Fatal(err)
-	}
-	p, err := PlanCount(k.Host(), topology, device(t, k.Host()), Wish{VFs: Same(2, VFWish{UseVFIO, Settings{VLAN: "7"}})})
-	if err != nil || p.Changes() || len(p.Notes) != 2 || !strings.Contains(p.Notes[0], "settings are left") || !strings.Contains(p.Notes[1], "not all on a vfio driver") {
+	s := open(t, k)
+	p, err := s.PlanCount(device(t, s, pf), Wish{VFs: Repeat(2, VFWish{UseVFIO, Settings{VLAN: "7"}})})
+	if err != nil || p.Changes() || len(p.Notes) != 2 || !strings.Contains(p.Notes[0], "settings are left") ||
+		!strings.Contains(p.Notes[1], "not all on a vfio driver") {
 		t.Errorf("%+v, %v", p, err)
 	}
 }
 
 // VFs of one PF may be for different uses: those for guests never meet the host's driver, which the others get last.
 func TestMixedUses(t *testing.T) {
-	k := newKernel(t)
-	topology, err := iommu.Scan(k.Host())
+	k := hosttest.NewLab(t, nil)
+	wish := Wish{VFs: []VFWish{{Use: UseNone}, {Use: UseVFIO}, {Use: UseHome}}}
+	s := open(t, k)
+	p, err := s.PlanCount(device(t, s, pf), wish)
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, err := PlanCount(k.Host(), topology, device(t, k.Host()), Wish{VFs: []VFWish{{Use: UseNone}, {Use: UseVFIO}, {Use: UseHome}}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if notes := strings.Join(p.Notes, "; "); !strings.Contains(notes, "each VF of 2 is probed") || !strings.Contains(notes, "each VF of 1 is taken") {
+	notes := strings.Join(p.Notes, "; ")
+	if !strings.Contains(notes, "each VF of 2 is probed") || !strings.Contains(notes, "each VF of 1 is taken") {
 		t.Error(notes)
 	}
-	b := &vfio.Binder{Host: k.Host(), Journal: journal.In(t.TempDir())}
-	defer b.Close()
-	if err := b.Lock(context.Background(), []*iommu.Device{p.PF}); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := Apply(context.Background(), b, p); err != nil {
+	s.Close()
+	if _, err := setCount(t, context.Background(), k, wish); err != nil {
 		t.Fatal(err)
 	}
 	if got := state(t, k); got != "/none vfio-pci/vfio-pci igbvf/ 1" {
@@ -407,18 +381,14 @@ func TestMixedUses(t *testing.T) {
 }
 
 func TestVectors(t *testing.T) {
-	k := newKernel(t)
+	k := hosttest.NewLab(t, nil)
 	if err := os.WriteFile(filepath.Join(k.Dir(), pfDir, "sriov_vf_total_msix"), []byte("10\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	topology, err := iommu.Scan(k.Host())
-	if err != nil {
-		t.Fatal(err)
-	}
+	s := open(t, k)
 	for vectors, fits := range map[string]bool{"2": true, "3": false} {
-		_, err := PlanCount(k.Host(), topology, device(t, k.Host()), Wish{VFs: Same(4, VFWish{Settings: Settings{MSIX: vectors}})})
-		var why *ForecastError
-		if errors.As(err, &why) == fits {
+		_, err := s.PlanCount(device(t, s, pf), Wish{VFs: Repeat(4, VFWish{Settings: Settings{MSIX: vectors}})})
+		if isA[*ForecastError](err) == fits {
 			t.Errorf("%s vectors for each of 4 VFs of 10: %v", vectors, err)
 		}
 	}

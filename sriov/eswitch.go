@@ -3,14 +3,13 @@ package sriov
 import (
 	"errors"
 	"fmt"
-	"path"
 	"slices"
 	"strings"
 
-	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
+	"viaduct/internal/netlink"
 	"viaduct/iommu"
 )
 
@@ -22,28 +21,50 @@ type Eswitch struct {
 	Encap  string `json:"encap,omitempty"`       // none or basic: whether tunnels can be offloaded
 }
 
-// The modes by the kernel's numbers (include/uapi/linux/devlink.h).
-var (
-	EswitchModes = []string{"legacy", "switchdev"}
-	InlineModes  = []string{"none", "link", "network", "transport"}
-	EncapModes   = []string{"none", "basic"}
-)
+const legacy, switchdev = "legacy", "switchdev"
 
-const (
-	legacy, switchdev = "legacy", "switchdev"
+// choice is one field of an Eswitch, with its values by the kernel's numbers (include/uapi/linux/devlink.h).
+type choice struct {
+	name      string // devlink(8)'s word
+	attribute int
+	bytes     int
+	values    []string
+	of        func(*Eswitch) *string
+}
 
-	attrEswitchMode, attrInlineMode, attrEncapMode = 25, 26, 62
-)
+var choices = [...]choice{
+	{
+		"mode", nl.DEVLINK_ATTR_ESWITCH_MODE, 2,
+		[]string{legacy, switchdev}, func(e *Eswitch) *string { return &e.Mode },
+	},
+	{
+		"inline-mode", nl.DEVLINK_ATTR_ESWITCH_INLINE_MODE, 1,
+		[]string{"none", "link", "network", "transport"}, func(e *Eswitch) *string { return &e.Inline },
+	},
+	{
+		"encap-mode", nl.DEVLINK_ATTR_ESWITCH_ENCAP_MODE, 1,
+		[]string{"none", "basic"}, func(e *Eswitch) *string { return &e.Encap },
+	},
+}
+
+// EswitchModes returns the values of Mode.
+func EswitchModes() []string { return slices.Clone(choices[0].values) }
+
+// InlineModes returns the values of Inline.
+func InlineModes() []string { return slices.Clone(choices[1].values) }
+
+// EncapModes returns the values of Encap.
+func EncapModes() []string { return slices.Clone(choices[2].values) }
 
 // modeFirst are the drivers that change the mode only while there are no VFs. The others want the VFs to be there, without
 // drivers, when the mode becomes switchdev.
-var modeFirst = []string{"ice", "i40e"}
+var modeFirst = [...]string{"ice", "i40e"}
 
 func (e *Eswitch) String() string {
 	var words []string
-	for _, w := range [][2]string{{"mode", e.Mode}, {"inline-mode", e.Inline}, {"encap-mode", e.Encap}} {
-		if w[1] != "" {
-			words = append(words, w[0], w[1])
+	for _, c := range choices {
+		if value := *c.of(e); value != "" {
+			words = append(words, c.name, value)
 		}
 	}
 	return strings.Join(words, " ")
@@ -55,93 +76,84 @@ func (e *Eswitch) command(device string) string {
 
 // differs is what has to be set to get from now to e, and what undoes that.
 func (e *Eswitch) differs(now *Eswitch) (set, back Eswitch) {
-	field := func(want, is string, set, back *string) {
-		if want != "" && want != is {
-			*set, *back = want, is
+	for _, c := range choices {
+		if want, is := *c.of(e), *c.of(now); want != "" && want != is {
+			*c.of(&set), *c.of(&back) = want, is
 		}
 	}
-	field(e.Mode, now.Mode, &set.Mode, &back.Mode)
-	field(e.Inline, now.Inline, &set.Inline, &back.Inline)
-	field(e.Encap, now.Encap, &set.Encap, &back.Encap)
 	return set, back
 }
 
-// askEswitch makes a devlink request about a device, with attributes beside its name.
-func askEswitch(command uint8, bus, device string, attributes ...nl.NetlinkRequestData) ([]byte, error) {
-	family, err := netlink.GenlFamilyGet(nl.GENL_DEVLINK_NAME)
+// askDevlink makes a devlink request about a device, with attributes beside its name.
+func askDevlink(h *iommu.Host, command uint8, bus, device string, attributes ...nl.NetlinkRequestData) ([]byte, error) {
+	g, err := netlink.DialGeneric(h.Host, nl.GENL_DEVLINK_NAME, nl.GENL_DEVLINK_VERSION)
 	if err != nil {
 		return nil, err
 	}
-	k, err := dial(unix.NETLINK_GENERIC)
-	if err != nil {
-		return nil, err
+	defer g.Close()
+	names := []nl.NetlinkRequestData{
+		nl.NewRtAttr(nl.DEVLINK_ATTR_BUS_NAME, nl.ZeroTerminated(bus)),
+		nl.NewRtAttr(nl.DEVLINK_ATTR_DEV_NAME, nl.ZeroTerminated(device)),
 	}
-	defer k.close()
-	req := nl.NewNetlinkRequest(int(family.ID), unix.NLM_F_ACK)
-	req.AddData(&nl.Genlmsg{Command: command, Version: nl.GENL_DEVLINK_VERSION})
-	req.AddData(nl.NewRtAttr(nl.DEVLINK_ATTR_BUS_NAME, nl.ZeroTerminated(bus)))
-	req.AddData(nl.NewRtAttr(nl.DEVLINK_ATTR_DEV_NAME, nl.ZeroTerminated(device)))
-	for _, a := range attributes {
-		req.AddData(a)
-	}
-	return k.ask(req)
+	return g.Ask(command, append(names, attributes...)...)
 }
 
-// readEswitch asks for a device's e-switch: nil if it has none.
-func readEswitch(bus, device string) (*Eswitch, error) {
-	answer, err := askEswitch(nl.DEVLINK_CMD_ESWITCH_GET, bus, device)
-	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EOPNOTSUPP) { // the first: no devlink at all
+// readEswitch asks for a device's e-switch: nil if it has none. ENOENT says that there is no devlink at all.
+func readEswitch(h *iommu.Host, bus, device string) (*Eswitch, error) {
+	answer, err := askDevlink(h, nl.DEVLINK_CMD_ESWITCH_GET, bus, device)
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EOPNOTSUPP) {
 		return nil, nil
 	}
 	if err != nil {
 		return nil, fmt.Errorf("devlink %s/%s: %w", bus, device, err)
 	}
-	if len(answer) < nl.SizeofGenlmsg {
-		return nil, nil
-	}
-	return decodeEswitch(answer[nl.SizeofGenlmsg:]), nil
+	return decodeEswitch(answer), nil
 }
 
 // decodeEswitch reads the attributes of a devlink answer.
 func decodeEswitch(b []byte) *Eswitch {
 	e := &Eswitch{}
-	name := func(names []string, n int) string {
-		if n < len(names) {
-			return names[n]
-		}
-		return fmt.Sprint(n)
-	}
-	attributes(b, func(kind uint16, v []byte) {
-		switch {
-		case kind == attrEswitchMode && len(v) >= 2:
-			e.Mode = name(EswitchModes, int(native.Uint16(v)))
-		case kind == attrInlineMode && len(v) >= 1:
-			e.Inline = name(InlineModes, int(v[0]))
-		case kind == attrEncapMode && len(v) >= 1:
-			e.Encap = name(EncapModes, int(v[0]))
+	netlink.Attributes(b, func(kind uint16, v []byte) {
+		for _, c := range choices {
+			if c.attribute != int(kind) || len(v) < c.bytes {
+				continue
+			}
+			n := int(v[0])
+			if c.bytes == 2 {
+				n = int(native.Uint16(v))
+			}
+			*c.of(e) = fmt.Sprint(n)
+			if n < len(c.values) {
+				*c.of(e) = c.values[n]
+			}
 		}
 	})
 	return e
 }
 
 // setEswitch sets what is not "", and reads it back.
-func setEswitch(bus, device string, want Eswitch) error {
+func setEswitch(h *iommu.Host, bus, device string, want Eswitch) error {
 	var set []nl.NetlinkRequestData
-	if i := slices.Index(EswitchModes, want.Mode); i >= 0 {
-		set = append(set, nl.NewRtAttr(attrEswitchMode, nl.Uint16Attr(uint16(i))))
+	for _, c := range choices {
+		i := slices.Index(c.values, *c.of(&want))
+		switch {
+		case i < 0:
+		case c.bytes == 2:
+			set = append(set, nl.NewRtAttr(c.attribute, nl.Uint16Attr(uint16(i))))
+		default:
+			set = append(set, nl.NewRtAttr(c.attribute, nl.Uint8Attr(uint8(i))))
+		}
 	}
-	if i := slices.Index(InlineModes, want.Inline); i >= 0 {
-		set = append(set, nl.NewRtAttr(attrInlineMode, nl.Uint8Attr(uint8(i))))
-	}
-	if i := slices.Index(EncapModes, want.Encap); i >= 0 {
-		set = append(set, nl.NewRtAttr(attrEncapMode, nl.Uint8Attr(uint8(i))))
-	}
-	if _, err := askEswitch(nl.DEVLINK_CMD_ESWITCH_SET, bus, device, set...); err != nil {
+	if _, err := askDevlink(h, nl.DEVLINK_CMD_ESWITCH_SET, bus, device, set...); err != nil {
 		return fmt.Errorf("set the e-switch of %s/%s to %s: %w", bus, device, &want, err)
 	}
-	now, err := readEswitch(bus, device)
-	if err != nil || now == nil {
-		return errors.Join(err, fmt.Errorf("%s/%s has no e-switch any more", bus, device))
+
+	now, err := readEswitch(h, bus, device)
+	if err == nil && now == nil {
+		err = fmt.Errorf("%s/%s has no e-switch any more", bus, device)
+	}
+	if err != nil {
+		return err
 	}
 	if left, _ := want.differs(now); left != (Eswitch{}) {
 		return fmt.Errorf("%s/%s: the e-switch was set to %s and is %s", bus, device, &want, now)
@@ -150,63 +162,9 @@ func setEswitch(bus, device string, want Eswitch) error {
 }
 
 // ReadEswitch asks for a PF's e-switch: nil if it has none, as on a captured host.
-func ReadEswitch(h *iommu.Host, pf *iommu.Device) (*Eswitch, error) {
+func ReadEswitch(h *iommu.Host, pf iommu.Address) (*Eswitch, error) {
 	if !h.Live() {
 		return nil, nil
 	}
-	return readEswitch("pci", pf.Name)
-}
-
-// Ports are the interfaces of an e-switch.
-type Ports struct {
-	Uplinks []string       // what stands for the wires
-	VFs     map[int]string // representors, by VF
-}
-
-// ReadPorts finds the interfaces of the e-switch of a PF's interface: they have its switch id, and say in their port name whom
-// they stand for (p0 a wire; pf0vf1 a VF, behind c1 one of another host; net/devlink/port.c).
-func ReadPorts(h *iommu.Host, port *Port) (Ports, error) {
-	out := Ports{VFs: map[int]string{}}
-	if port == nil || port.SwitchID == "" {
-		return out, nil
-	}
-	names, err := h.Names(netClass)
-	if err != nil {
-		return out, err
-	}
-	for _, n := range names {
-		id, err1 := h.String(path.Join(netClass, n, "phys_switch_id"))
-		name, err2 := h.String(path.Join(netClass, n, "phys_port_name"))
-		if err1 != nil || err2 != nil || id != port.SwitchID {
-			continue // gone, or no port of a switch
-		}
-		switch pf, vf, kind := parsePortName(name); {
-		case kind == wire:
-			out.Uplinks = append(out.Uplinks, n)
-		case kind == representor && pf == int(port.PF.Address.Function):
-			out.VFs[vf] = n
-		}
-	}
-	return out, nil
-}
-
-const (
-	wire        = 'p'
-	representor = 'v'
-)
-
-// parsePortName reads p0, p0s1 and l1p0, which are wires, and pf0vf1. All other ports, of other hosts too, are of no kind.
-func parsePortName(s string) (pf, vf int, kind rune) {
-	var rest string
-	if n, _ := fmt.Sscanf(s, "pf%dvf%d%s", &pf, &vf, &rest); n == 2 {
-		return pf, vf, representor
-	}
-	if strings.HasPrefix(s, "l") {
-		_, s, _ = strings.Cut(s[1:], "p")
-		s = "p" + s
-	}
-	if n, _ := fmt.Sscanf(s, "p%d%s", &pf, &rest); n == 1 || n == 2 && strings.HasPrefix(rest, "s") {
-		return pf, 0, wire
-	}
-	return 0, 0, 0
+	return readEswitch(h, "pci", pf.String())
 }

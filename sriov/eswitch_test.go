@@ -8,14 +8,14 @@ import (
 	"github.com/vishvananda/netlink/nl"
 
 	"viaduct/iommu"
-	"viaduct/vfio"
+	"viaduct/vfio/bind"
 )
 
 func TestDecodeEswitch(t *testing.T) {
 	var b []byte
 	for _, a := range []*nl.RtAttr{
-		nl.NewRtAttr(nl.DEVLINK_ATTR_BUS_NAME, nl.ZeroTerminated("pci")), nl.NewRtAttr(attrEswitchMode, nl.Uint16Attr(1)),
-		nl.NewRtAttr(attrInlineMode, nl.Uint8Attr(3)), nl.NewRtAttr(attrEncapMode, nl.Uint8Attr(9)),
+		nl.NewRtAttr(nl.DEVLINK_ATTR_BUS_NAME, nl.ZeroTerminated("pci")), nl.NewRtAttr(nl.DEVLINK_ATTR_ESWITCH_MODE, nl.Uint16Attr(1)),
+		nl.NewRtAttr(nl.DEVLINK_ATTR_ESWITCH_INLINE_MODE, nl.Uint8Attr(3)), nl.NewRtAttr(nl.DEVLINK_ATTR_ESWITCH_ENCAP_MODE, nl.Uint8Attr(9)),
 	} {
 		b = append(b, a.Serialize()...)
 	}
@@ -52,7 +52,7 @@ func TestEswitchOrder(t *testing.T) {
 		{"mlx5_core", switchdev, "clear count mode override"},
 		{"mlx5_core", legacy, "clear mode count override"},
 	} {
-		step := func(word string) []vfio.Step { return []vfio.Step{{Path: word, Value: "1"}} }
+		step := func(word string) []bind.Step { return []bind.Step{{Path: word, Value: "1"}} }
 		p := Plan{
 			PF: &iommu.Device{Name: "0000:01:00.0", Driver: c.driver}, Eswitch: Eswitch{Mode: c.mode},
 			Clear: step("clear"), Before: step("count"), After: step("override"),

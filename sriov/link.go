@@ -2,17 +2,18 @@ package sriov
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"path"
 	"strconv"
 	"strings"
 	"time"
 
-	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"viaduct/internal/host"
+	"viaduct/internal/netlink"
+	"viaduct/internal/uevent"
 	"viaduct/iommu"
 )
 
@@ -26,47 +27,33 @@ type Link struct {
 }
 
 // genModes are the kernel's modes (include/uapi/linux/if_link.h) in the words of ip.
-var genModes = []string{"eui64", "none", "stable_secret", "random"}
+var genModes = [...]string{"eui64", "none", "stable_secret", "random"}
 
 const genNone = 1
-
-// renames is how often an interface may change its name while it is looked at: udev names new ones.
-const renames = 10
-
-// byName looks at a PF's interfaces by their names, and again by their new ones if they were renamed meanwhile.
-func byName(h *iommu.Host, pf *iommu.Device, look func(*iommu.Device) error) error {
-	err := look(pf)
-	for try := 0; host.Absent(err) && h.Live() && try < renames; try++ {
-		now := *pf
-		if now.Netdevs, err = iommu.Netdevs(h, pf.Address); err == nil {
-			err = look(&now)
-		}
-	}
-	return err
-}
 
 // linksDown are a PF's own interfaces that are down.
 func linksDown(h *iommu.Host, pf *iommu.Device) ([]Link, error) {
 	var out []Link
-	err := byName(h, pf, func(pf *iommu.Device) (err error) {
-		out, err = readLinksDown(h, pf)
+	err := iommu.ByName(h, pf, func(names []string) (err error) {
+		out, err = readLinksDown(h, names)
 		return err
 	})
 	return out, err
 }
 
-func readLinksDown(h *iommu.Host, pf *iommu.Device) ([]Link, error) {
+func readLinksDown(h *iommu.Host, names []string) ([]Link, error) {
+	own, err := ownInterfaces(h, names)
+	if err != nil {
+		return nil, err
+	}
+
 	var out []Link
-	for _, n := range ownInterfaces(h, pf) {
+	for _, n := range own {
 		text, err := h.String(path.Join(netClass, n, "flags"))
 		if host.Absent(err) && !h.Live() {
 			continue // not captured
 		}
 		if err != nil {
-			return nil, err
-		}
-		index, err := h.Int(path.Join(netClass, n, "ifindex"))
-		if err != nil && h.Live() { // nobody needs it of a captured host
 			return nil, err
 		}
 		flags, err := strconv.ParseUint(text, 0, 32)
@@ -76,8 +63,17 @@ func readLinksDown(h *iommu.Host, pf *iommu.Device) ([]Link, error) {
 		if flags&unix.IFF_UP != 0 {
 			continue
 		}
+		index, err := indexOf(h, n)
+		if err != nil {
+			return nil, err
+		}
+
 		l := Link{Name: n, Index: index}
-		if mode, err := h.Int(path.Join("proc/sys/net/ipv6/conf", n, "addr_gen_mode")); err == nil && mode != genNone {
+		mode, err := h.Int(path.Join("proc/sys/net/ipv6/conf", n, "addr_gen_mode"))
+		if err != nil && !host.Absent(err) {
+			return nil, err
+		}
+		if err == nil && mode != genNone {
 			l.GenMode = &mode
 		}
 		out = append(out, l)
@@ -85,16 +81,28 @@ func readLinksDown(h *iommu.Host, pf *iommu.Device) ([]Link, error) {
 	return out, nil
 }
 
-// ownInterfaces are a PF's interfaces but for the representors of its VFs, whose phys_port_name is like pf0vf1.
-func ownInterfaces(h *iommu.Host, pf *iommu.Device) []string {
+// indexOf is an interface's index. Nobody needs that of a captured host.
+func indexOf(h *iommu.Host, name string) (int, error) {
+	index, err := h.Int(path.Join(netClass, name, "ifindex"))
+	if err != nil && !h.Live() {
+		return 0, nil
+	}
+	return index, err
+}
+
+// ownInterfaces are those of a PF's interfaces that are no representors of its VFs, whose phys_port_name is like pf0vf1.
+func ownInterfaces(h *iommu.Host, names []string) ([]string, error) {
 	var out []string
-	for _, n := range pf.Netdevs {
+	for _, n := range names {
 		port, err := h.String(path.Join(netClass, n, "phys_port_name"))
+		if err != nil && !noPort(err) {
+			return nil, err
+		}
 		if err != nil || !strings.Contains(port, "pf") {
 			out = append(out, n)
 		}
 	}
-	return out
+	return out, nil
 }
 
 func (l Link) commands() []string {
@@ -105,26 +113,54 @@ func (l Link) commands() []string {
 	return []string{set + "addrgenmode none", set + "up", set + "addrgenmode " + genModes[*l.GenMode]}
 }
 
-// up brings the interface up without giving it an address; settle has to follow.
-func (l Link) up() error {
-	link, err := netlink.LinkByIndex(l.Index)
+// onLink does something with a socket for interfaces.
+func onLink(h *iommu.Host, do func(*netlink.Conn) error) error {
+	c, err := netlink.Dial(h.Host, unix.NETLINK_ROUTE)
 	if err != nil {
-		return fmt.Errorf("interface %s: %w", l.Name, err)
+		return err
 	}
-	if l.GenMode != nil {
-		if err := netlink.LinkSetIP6AddrGenMode(link, genNone); err != nil {
-			return fmt.Errorf("interface %s: turn off IPv6 addresses: %w", l.Name, err)
+	defer c.Close()
+	return do(c)
+}
+
+// up brings the interface up without giving it an address; settle has to follow.
+func (l Link) up(h *iommu.Host) error {
+	return onLink(h, func(c *netlink.Conn) error {
+		if l.GenMode != nil {
+			if err := c.SetGenMode(l.Index, genNone); err != nil {
+				return fmt.Errorf("interface %s: turn off IPv6 addresses: %w", l.Name, err)
+			}
 		}
+		if err := c.SetLink(l.Index, unix.IFF_UP, unix.IFF_UP); err != nil {
+			return fmt.Errorf("bring %s up: %w", l.Name, err)
+		}
+		return nil
+	})
+}
+
+// down undoes up, whatever of it was done.
+func (l Link) down(h *iommu.Host) error {
+	return onLink(h, func(c *netlink.Conn) error {
+		if err := c.SetLink(l.Index, 0, unix.IFF_UP); err != nil {
+			return fmt.Errorf("bring %s down: %w", l.Name, err)
+		}
+		return l.restoreGenMode(c)
+	})
+}
+
+func (l Link) restoreGenMode(c *netlink.Conn) error {
+	if l.GenMode == nil {
+		return nil
 	}
-	if err := netlink.LinkSetUp(link); err != nil {
-		return fmt.Errorf("bring %s up: %w", l.Name, err)
+	if err := c.SetGenMode(l.Index, *l.GenMode); err != nil {
+		return fmt.Errorf("interface %s: put back how it makes IPv6 addresses: %w", l.Name, err)
 	}
 	return nil
 }
 
 // unlessGone passes over what can no longer be done to an interface, as it is no more: its driver was loaded anew.
 func unlessGone(err error) error {
-	if _, gone := errors.AsType[netlink.LinkNotFoundError](err); gone || errors.Is(err, unix.ENODEV) {
+	if netlink.Gone(err) {
 		return nil
 	}
 	return err
@@ -134,57 +170,41 @@ func unlessGone(err error) error {
 const carrier = 5 * time.Second
 
 // settle puts back how the interface makes its addresses. The kernel makes one when the link is first there, which is waited
-// for; after that, and over netlink, the old mode makes none any more.
-func (l Link) settle(ctx context.Context) error {
+// for; after that, and over netlink, the old mode makes none any more. Without a cable there is no address either, until there
+// is one.
+func (l Link) settle(ctx context.Context, h *iommu.Host) error {
 	if l.GenMode == nil {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, carrier)
 	defer cancel()
-	events := make(chan netlink.LinkUpdate)
-	done := make(chan struct{})
-	defer func() {
-		close(done)
-		go func() {
-			for range events { // its sender must not hang
+	events, err := uevent.Open(h.Host)
+	if err != nil {
+		return err
+	}
+	defer events.Close()
+
+	return onLink(h, func(c *netlink.Conn) error {
+		for {
+			now, err := c.LinkByIndex(l.Index)
+			if err != nil {
+				return fmt.Errorf("interface %s: %w", l.Name, err)
 			}
-		}()
-	}()
-	if err := netlink.LinkSubscribe(events, done); err != nil {
-		return fmt.Errorf("watch network interfaces: %w", err)
-	}
-	link, err := netlink.LinkByIndex(l.Index)
-	if err != nil {
-		return fmt.Errorf("interface %s: %w", l.Name, err)
-	}
-	for there := link.Attrs().RawFlags&unix.IFF_RUNNING != 0; !there; {
-		select {
-		case e, ok := <-events:
-			there = !ok || int(e.Index) == link.Attrs().Index && e.Flags&unix.IFF_RUNNING != 0
-		case <-ctx.Done():
-			there = true // without a cable there is no address either, until there is one
+			if now.Flags&unix.IFF_RUNNING != 0 || ctx.Err() != nil {
+				return l.restoreGenMode(c)
+			}
+			events.Await(ctx, time.Second)
 		}
-	}
-	return l.restore(link)
+	})
 }
 
-func (l Link) restore(link netlink.Link) error {
-	if l.GenMode == nil {
-		return nil
+// settleAll settles what was brought up.
+func settleAll(ctx context.Context, h *iommu.Host, up []Link) []error {
+	var errs []error
+	for _, l := range up {
+		errs = append(errs, unlessGone(l.settle(ctx, h)))
 	}
-	return netlink.LinkSetIP6AddrGenMode(link, *l.GenMode)
-}
-
-// down undoes up, whatever of it was done.
-func (l Link) down() error {
-	link, err := netlink.LinkByIndex(l.Index)
-	if err != nil {
-		return fmt.Errorf("interface %s: %w", l.Name, err)
-	}
-	if err := netlink.LinkSetDown(link); err != nil {
-		return fmt.Errorf("bring %s down: %w", l.Name, err)
-	}
-	return l.restore(link)
+	return errs
 }
 
 // MTU is the MTU of an interface of a PF that is raised: a VF's can be no larger.
@@ -195,15 +215,18 @@ type MTU struct {
 	To    int    `json:"to"`
 }
 
-// mtusBelow are a PF's own interfaces whose MTU is lower.
+// mtusBelow are a PF's own interfaces whose MTU is lower; none if mtu is 0.
 func mtusBelow(h *iommu.Host, pf *iommu.Device, mtu int) ([]MTU, error) {
-	var out []MTU
 	if mtu == 0 {
 		return nil, nil
 	}
-	err := byName(h, pf, func(pf *iommu.Device) error {
+	var out []MTU
+	err := iommu.ByName(h, pf, func(names []string) error {
 		out = nil
-		own := ownInterfaces(h, pf)
+		own, err := ownInterfaces(h, names)
+		if err != nil {
+			return err
+		}
 		if len(own) == 0 {
 			return fmt.Errorf("%s has no network interface, and so no MTU", pf.Name)
 		}
@@ -212,8 +235,8 @@ func mtusBelow(h *iommu.Host, pf *iommu.Device, mtu int) ([]MTU, error) {
 			if err != nil {
 				return err
 			}
-			index, err := h.Int(path.Join(netClass, n, "ifindex"))
-			if err != nil && h.Live() {
+			index, err := indexOf(h, n)
+			if err != nil {
 				return err
 			}
 			if now < mtu {
@@ -225,19 +248,19 @@ func mtusBelow(h *iommu.Host, pf *iommu.Device, mtu int) ([]MTU, error) {
 	return out, err
 }
 
-func (m MTU) set(mtu int) error {
-	link, err := netlink.LinkByIndex(m.Index)
-	if err == nil {
-		err = netlink.LinkSetMTU(link, mtu)
-	}
-	if err == nil {
-		link, err = netlink.LinkByIndex(m.Index)
-	}
-	if err != nil {
-		return fmt.Errorf("set the MTU of %s to %d: %w", m.Name, mtu, err)
-	}
-	if is := link.Attrs().MTU; is != mtu {
-		return fmt.Errorf("interface %s: MTU was set to %d and is %d", m.Name, mtu, is)
-	}
-	return nil
+func (m MTU) set(h *iommu.Host, mtu int) error {
+	return onLink(h, func(c *netlink.Conn) error {
+		err := c.SetLink(m.Index, 0, 0, nl.NewRtAttr(unix.IFLA_MTU, nl.Uint32Attr(uint32(mtu))))
+		if err != nil {
+			return fmt.Errorf("set the MTU of %s to %d: %w", m.Name, mtu, err)
+		}
+		now, err := c.LinkByIndex(m.Index)
+		if err != nil {
+			return fmt.Errorf("interface %s: %w", m.Name, err)
+		}
+		if now.MTU != mtu {
+			return fmt.Errorf("interface %s: MTU was set to %d and is %d", m.Name, mtu, now.MTU)
+		}
+		return nil
+	})
 }

@@ -15,14 +15,13 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"viaduct/internal/journal"
 	"viaduct/iommu"
-	"viaduct/vfio"
+	"viaduct/vfio/bind"
 )
 
 // TestMain serves the writes of the tests' binders: the child is this program again.
 func TestMain(m *testing.M) {
-	if vfio.ServeWrites() {
+	if bind.ServeWrites() {
 		return
 	}
 	os.Exit(m.Run())
@@ -79,8 +78,11 @@ func interfaces(t *testing.T, pf *iommu.Device) *iommu.Device {
 func TestNetdevsim(t *testing.T) {
 	h, pf := simulated(t, 4)
 	vf := &iommu.Device{Name: "vf2", VFIndex: 2}
-	b := &vfio.Binder{Host: h, Journal: journal.In(t.TempDir())}
-	defer b.Close()
+	s, err := Open(h, bind.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
 	want := Settings{
 		MAC: "52:54:00:79:00:02", VLAN: "100", QoS: "3", Proto: dot1ad, Trust: on, SpoofChk: on, LinkState: "enable", MinRate: "10", MaxRate: "100", RSSQuery: on,
 	}
@@ -90,11 +92,16 @@ func TestNetdevsim(t *testing.T) {
 	}
 	now, _ := port.Of(2)
 	plan := &SetPlan{VF: vf, Want: want, Settings: planSettings(now.Settings, want), port: port}
-	unverified, err := set(context.Background(), b, plan)
+	unverified, err := s.makeOrUndo(context.Background(), plan)
 	if err != nil || len(unverified) > 0 {
 		t.Fatalf("%v, not verified: %v", err, unverified)
 	}
-	if port, err = port.again(); err != nil { // udev may have renamed it meanwhile
+	over, err := port.open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer over.close()
+	if port, err = over.again(); err != nil { // udev may have renamed it meanwhile
 		t.Fatal(err)
 	}
 	now, _ = port.Of(2)
@@ -114,10 +121,10 @@ func TestNetdevsim(t *testing.T) {
 func TestNetdevsimEswitch(t *testing.T) {
 	h, pf := simulated(t, 3)
 	for _, mode := range []string{switchdev, legacy, switchdev, legacy} {
-		if err := setEswitch("netdevsim", pf.Name, Eswitch{Mode: mode}); err != nil {
+		if err := setEswitch(h, "netdevsim", pf.Name, Eswitch{Mode: mode}); err != nil {
 			t.Fatal(err)
 		}
-		now, err := readEswitch("netdevsim", pf.Name)
+		now, err := readEswitch(h, "netdevsim", pf.Name)
 		if err != nil || now == nil || now.Mode != mode {
 			t.Fatalf("%+v, %v, want %s", now, err, mode)
 		}
@@ -151,7 +158,7 @@ func TestNetdevsimEswitch(t *testing.T) {
 			t.Fatalf("%v, %v", changes, err)
 		}
 		for _, o := range changes {
-			if err := setTCOffload(o.Name, o.On); err != nil {
+			if err := setTCOffload(h, o.Name, o.On); err != nil {
 				t.Error(err)
 			}
 			said, err := exec.Command("ethtool", "-k", o.Name).Output()
@@ -160,7 +167,7 @@ func TestNetdevsimEswitch(t *testing.T) {
 			}
 		}
 	}
-	err := setEswitch("netdevsim", pf.Name, Eswitch{Inline: "link"})
+	err := setEswitch(h, "netdevsim", pf.Name, Eswitch{Inline: "link"})
 	if !errors.Is(err, unix.EOPNOTSUPP) {
 		t.Errorf("an inline mode, which netdevsim has not: %v", err)
 	}

@@ -126,7 +126,8 @@ func shareOut(pools map[resource]pool, all []secondary, n int) ([]action, error)
 		}
 		each := pools[r].share(n)
 		if least := map[resource]uint32{queues: 2, interrupts: 1}[r]; each < least {
-			return nil, fmt.Errorf("%d VFs would get %d %s each, and need %d: it has %d to share, and %d are its own (nvme virt-mgmt -a 1 and a reset of the controller free these)",
+			return nil, fmt.Errorf("%d VFs would get %d %s each, and need %d: it has %d to share, and %d are its own"+
+				" (nvme virt-mgmt -a 1 and a reset of the controller free these)",
 				n, each, resourceNames[r], least, pools[r].Total, pools[r].Primary)
 		}
 		for _, s := range all {
@@ -159,6 +160,7 @@ func goOnline(all []secondary, n int) []action {
 
 // nvmePF is a PF's NVMe controller, opened for its administration commands. Its owner closes it.
 type nvmePF struct {
+	host *iommu.Host
 	name string
 	fd   int
 }
@@ -175,11 +177,11 @@ func openNVMe(h *iommu.Host, pf *iommu.Device) (*nvmePF, error) {
 	if err != nil {
 		return nil, err
 	}
-	fd, err := unix.Open("/dev/"+names[0], unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	fd, err := h.OpenNode("dev/"+names[0], unix.O_RDONLY)
 	if err != nil {
-		return nil, fmt.Errorf("open /dev/%s: %w", names[0], err)
+		return nil, err
 	}
-	return &nvmePF{names[0], fd}, nil
+	return &nvmePF{h, names[0], fd}, nil
 }
 
 func (c *nvmePF) close() { unix.Close(c.fd) }
@@ -218,25 +220,26 @@ const invalidField nvmeStatus = 0x002 // also of commands for capabilities that 
 
 func (s nvmeStatus) Error() string { return fmt.Sprintf("NVMe status %#x", uint16(s)) }
 
+// admin makes one administration command. It returns an nvmeStatus if the controller refused it.
 func (c *nvmePF) admin(cmd *passthru) error {
 	cmd.TimeoutMS = adminTimeout
-	for {
-		status, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(c.fd), ioctlAdmin, uintptr(unsafe.Pointer(cmd)))
-		switch {
-		case errno == unix.EINTR:
-		case errno != 0:
-			return errno
-		case status != 0:
-			return nvmeStatus(status & 0x7ff) // without the bits "more" and "do not retry"
-		default:
-			return nil
-		}
+	status, err := c.host.Ioctl(c.fd, "dev/"+c.name, ioctlAdmin, unsafe.Pointer(cmd))
+	if err != nil {
+		return err
 	}
+	if status != 0 {
+		return nvmeStatus(status & 0x7ff) // without the bits "more" and "do not retry"
+	}
+	return nil
 }
 
 func (c *nvmePF) identify(what, from uint32) ([]byte, error) {
 	b := make([]byte, identifyLength)
-	err := c.admin(&passthru{Opcode: opIdentify, Addr: uint64(uintptr(unsafe.Pointer(&b[0]))), DataLen: identifyLength, CDW10: what | from<<secondaryFromID})
+	cmd := passthru{
+		Opcode: opIdentify, Addr: uint64(uintptr(unsafe.Pointer(&b[0]))), DataLen: identifyLength,
+		CDW10: what | from<<secondaryFromID,
+	}
+	err := c.admin(&cmd)
 	runtime.KeepAlive(b)
 	if err != nil {
 		return nil, fmt.Errorf("/dev/%s: identify %#x: %w", c.name, what, err)

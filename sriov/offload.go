@@ -27,91 +27,96 @@ const (
 	maxFeatures        = 4096 // the kernel has some sixty
 )
 
-// ethtool makes one request of an interface; command is a structure of the kernel's that begins with its number. It returns what
-// the kernel does.
-func ethtool(name string, command []uint32) (int, error) {
+// ethtool makes one request of an interface; command is a structure of the kernel's that begins with its number.
+func ethtool(h *iommu.Host, name string, command []uint32) error {
 	var request struct {
 		name [unix.IFNAMSIZ]byte
 		data unsafe.Pointer
 		_    [16]byte
 	}
 	if copy(request.name[:len(request.name)-1], name) != len(name) {
-		return 0, unix.ENODEV
+		return unix.ENODEV
 	}
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return 0, err
-	}
-	defer unix.Close(fd)
 	request.data = unsafe.Pointer(&command[0])
-	n, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&request)))
+	_, err := h.Ioctl(-1, "ethtool "+name, unix.SIOCETHTOOL, unsafe.Pointer(&request))
 	runtime.KeepAlive(command)
-	if errno != 0 {
-		return 0, errno
-	}
-	return int(n), nil
+	return err
 }
 
-// tcOffload finds the feature: whether it is on, its bit, and how many words the features take. It is false if the interface has
-// none, or the driver does not let it be changed.
-func tcOffload(name string) (on bool, bit, words int, ok bool, err error) {
+// feature is hw-tc-offload of an interface.
+type feature struct {
+	on         bool
+	changeable bool // it is there, and the driver lets it be changed
+	bit, words int  // its bit, and how many words the features take
+}
+
+// readTCOffload finds the feature.
+func readTCOffload(h *iommu.Host, name string) (feature, error) {
 	info := []uint32{ethtoolSetInfo, 0, 1 << featureNames, 0, 0}
-	if _, err = ethtool(name, info); err != nil {
-		return false, 0, 0, false, err
+	if err := ethtool(h, name, info); err != nil {
+		return feature{}, err
 	}
 	count := int(info[4])
 	if info[2] == 0 || count == 0 || count > maxFeatures {
-		return false, 0, 0, false, nil
+		return feature{}, nil
 	}
+
 	names := make([]uint32, 3+count*nameLength/4)
 	names[0], names[1], names[2] = ethtoolStrings, featureNames, uint32(count)
-	if _, err = ethtool(name, names); err != nil {
-		return false, 0, 0, false, err
+	if err := ethtool(h, name, names); err != nil {
+		return feature{}, err
 	}
 	text := unsafe.Slice((*byte)(unsafe.Pointer(&names[3])), count*nameLength)
-	bit = -1
+	f := feature{bit: -1, words: (count + 31) / 32}
 	for i := range count {
 		if s, _, _ := strings.Cut(string(text[i*nameLength:(i+1)*nameLength]), "\x00"); s == tcFeature {
-			bit = i
+			f.bit = i
 		}
 	}
-	if bit < 0 {
-		return false, 0, 0, false, nil
+	if f.bit < 0 {
+		return feature{}, nil
 	}
-	words = (count + 31) / 32
-	state := make([]uint32, 2+4*words) // of each word: available, requested, active, never changed
-	state[0], state[1] = ethtoolGetFeatures, uint32(words)
-	if _, err = ethtool(name, state); err != nil {
-		return false, 0, 0, false, err
+
+	// Of each word: available, requested, active, never changed.
+	state := make([]uint32, 2+4*f.words)
+	state[0], state[1] = ethtoolGetFeatures, uint32(f.words)
+	if err := ethtool(h, name, state); err != nil {
+		return feature{}, err
 	}
-	word, mask := state[2+4*(bit/32):], uint32(1)<<(bit%32)
-	return word[2]&mask != 0, bit, words, word[0]&mask != 0, nil
+	word, mask := state[2+4*(f.bit/32):], uint32(1)<<(f.bit%32)
+	f.on, f.changeable = word[2]&mask != 0, word[0]&mask != 0
+	return f, nil
 }
 
 // setTCOffload turns the feature on or off, and reads it back.
-func setTCOffload(name string, on bool) error {
+func setTCOffload(h *iommu.Host, name string, want bool) error {
 	fail := func(err error) error { return fmt.Errorf("interface %s: set %s: %w", name, tcFeature, err) }
-	is, bit, words, ok, err := tcOffload(name)
+	f, err := readTCOffload(h, name)
 	switch {
 	case err != nil:
 		return fail(err)
-	case is == on:
+	case f.on == want:
 		return nil
-	case !ok:
+	case !f.changeable:
 		return fail(unix.EOPNOTSUPP)
 	}
-	set := make([]uint32, 2+2*words) // of each word: valid, requested
-	set[0], set[1] = ethtoolSetFeatures, uint32(words)
-	mask := uint32(1) << (bit % 32)
-	set[2+2*(bit/32)] = mask
-	if on {
-		set[3+2*(bit/32)] = mask
+
+	// Of each word: valid, requested.
+	set := make([]uint32, 2+2*f.words)
+	set[0], set[1] = ethtoolSetFeatures, uint32(f.words)
+	mask := uint32(1) << (f.bit % 32)
+	set[2+2*(f.bit/32)] = mask
+	if want {
+		set[3+2*(f.bit/32)] = mask
 	}
-	if _, err := ethtool(name, set); err != nil {
+	if err := ethtool(h, name, set); err != nil {
 		return fail(err)
 	}
-	if is, _, _, _, err = tcOffload(name); err != nil || is != on {
-		return fail(errors.Join(err, errors.New("the driver reported success and did not")))
+	if f, err = readTCOffload(h, name); err == nil && f.on != want {
+		err = errors.New("the driver reported success and did not")
+	}
+	if err != nil {
+		return fail(err)
 	}
 	return nil
 }
@@ -132,21 +137,25 @@ func (o Offload) command() string {
 
 // offloadsBut are a PF's own interfaces whose hw-tc-offload is not as wanted: on, off, or "" for as it is.
 func offloadsBut(h *iommu.Host, pf *iommu.Device, want string) ([]Offload, error) {
-	var out []Offload
 	if want == "" || !h.Live() {
 		return nil, nil
 	}
-	err := byName(h, pf, func(pf *iommu.Device) error {
+	var out []Offload
+	err := iommu.ByName(h, pf, func(names []string) error {
 		out = nil
-		for _, n := range ownInterfaces(h, pf) {
-			is, _, _, ok, err := tcOffload(n)
+		own, err := ownInterfaces(h, names)
+		if err != nil {
+			return err
+		}
+		for _, n := range own {
+			f, err := readTCOffload(h, n)
 			if err != nil {
 				return fmt.Errorf("interface %s: %s: %w", n, tcFeature, err)
 			}
-			if is == (want == on) {
+			if f.on == (want == on) {
 				continue
 			}
-			if !ok {
+			if !f.changeable {
 				return fmt.Errorf("interface %s: driver %s does not let %s be changed", n, pf.Driver, tcFeature)
 			}
 			out = append(out, Offload{n, want == on})

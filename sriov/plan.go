@@ -8,9 +8,11 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"viaduct/iommu"
-	"viaduct/vfio"
+	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
 )
 
 // Wish is what a PF and its VFs are to be.
@@ -27,8 +29,8 @@ type VFWish struct {
 	Settings Settings `json:"settings,omitempty"`
 }
 
-// Same are n VFs that are alike.
-func Same(n int, vf VFWish) []VFWish { return slices.Repeat([]VFWish{vf}, n) }
+// Repeat returns n wishes that are alike.
+func Repeat(n int, vf VFWish) []VFWish { return slices.Repeat([]VFWish{vf}, n) }
 
 // anyVF reports whether one of the VFs is such a one.
 func anyVF(vfs []VFWish, such func(VFWish) bool) bool { return slices.ContainsFunc(vfs, such) }
@@ -48,14 +50,15 @@ type Plan struct {
 	Up      []Link          // the PF's own interfaces that are down, and are brought up
 	Raise   []MTU           // those whose MTU is too low
 	Offload []Offload       // those whose hw-tc-offload is to be another
-	Clear   []vfio.Step     // no VFs
-	Before  []vfio.Step     // up to the new count
-	After   []vfio.Step     // what the new VFs need, and the old settings restored
+	Clear   []bind.Step     // no VFs
+	Before  []bind.Step     // up to the new count
+	After   []bind.Step     // what the new VFs need, and the old settings restored
 	Set     []SetPlan       // of each VF
 	Notes   []string        // what the user should know and nothing refuses
 
 	Eswitch   Eswitch // what is set of it, before the new count or after
 	was       Eswitch // what that undoes
+	offload   string  // what hw-tc-offload is to be in the end, which a new mode of the e-switch may take back; "" as it is
 	autoprobe string  // what it was, if it is changed
 	nvme      string  // the controller that shares
 	shares    []action
@@ -71,22 +74,29 @@ func (p *Plan) recounts() bool { return p.Have != p.Want || len(p.Clear) > 0 }
 
 // probeLate reports whether the host's drivers are to have the VFs only when these are ready for one.
 func (p *Plan) probeLate() bool {
-	return anyVF(p.VFs, forHost) && (p.modeLate() || p.nvme != "" || anyVF(p.VFs, hasSettings) || p.autoprobe == "0" || anyVF(p.VFs, forGuests))
+	return anyVF(p.VFs, forHost) &&
+		(p.modeLate() || p.nvme != "" || anyVF(p.VFs, hasSettings) || p.autoprobe == "0" || anyVF(p.VFs, forGuests))
 }
 
 // modeLate reports whether the e-switch is set when the VFs are there.
 func (p *Plan) modeLate() bool {
-	return p.Eswitch.Mode == switchdev && !slices.Contains(modeFirst, p.PF.Driver)
+	return p.Eswitch.Mode == switchdev && !slices.Contains(modeFirst[:], p.PF.Driver)
 }
 
 // Steps is the plan in its order, each as a shell command.
 func (p *Plan) Steps() []string {
 	var out []string
-	add := func(steps []vfio.Step) {
+	add := func(steps []bind.Step) {
 		for _, s := range steps {
 			out = append(out, s.String())
 		}
 	}
+	mode := func(late bool) {
+		if p.Eswitch != (Eswitch{}) && p.modeLate() == late {
+			out = append(out, p.Eswitch.command(p.PF.Name))
+		}
+	}
+
 	for _, l := range p.Up {
 		out = append(out, l.commands()...)
 	}
@@ -96,11 +106,6 @@ func (p *Plan) Steps() []string {
 	add(p.Clear)
 	for _, o := range p.Offload {
 		out = append(out, o.command())
-	}
-	mode := func(late bool) {
-		if p.Eswitch != (Eswitch{}) && p.modeLate() == late {
-			out = append(out, p.Eswitch.command(p.PF.Name))
-		}
 	}
 	mode(false)
 	for _, a := range p.shares {
@@ -122,101 +127,157 @@ func attribute(pf iommu.Address, name string) string {
 // autoprobe is the file that says whether the kernel offers new VFs to drivers.
 func autoprobe(pf iommu.Address) string { return attribute(pf, "sriov_drivers_autoprobe") }
 
-// PlanCount plans how a PF gets to have its VFs. From one number to another, and to another mode of the e-switch, it goes
-// through none, which ends all VFs: see [Check]. Nothing is planned of what is right already. A *RangeError, *NotPFError or
-// *ForecastError says that it cannot be.
-func PlanCount(h *iommu.Host, t *iommu.Topology, pf *iommu.Device, wish Wish) (*Plan, error) {
-	n := len(wish.VFs)
-	if pf.SRIOV == nil {
-		return nil, notPF(h, pf)
+// perVF is how much longer a change of the number of VFs may take for each VF.
+const perVF = time.Second
+
+// count is the write that gives a PF so many VFs. It takes longer the more VFs are made or removed.
+func count(pf *iommu.Device, n int) bind.Step {
+	have := 0
+	if pf.SRIOV != nil {
+		have = len(pf.SRIOV.VFs)
 	}
-	if n > pf.SRIOV.Total {
+	return bind.Step{
+		Path: attribute(pf.Address, "sriov_numvfs"), Value: strconv.Itoa(n), Extra: time.Duration(max(n, have)) * perVF,
+	}
+}
+
+// PlanCount plans how a PF gets to have its VFs. From one number to another, and to another mode of the e-switch, it goes
+// through none, which ends all VFs: see [Handle.Check]. Nothing is planned of what is right already. A *RangeError, *NotPFError
+// or *ForecastError says that it cannot be.
+func (s *Handle) PlanCount(pf *iommu.Device, wish Wish) (*Plan, error) {
+	h, n := s.Host(), len(wish.VFs)
+	switch {
+	case pf.SRIOV == nil:
+		return nil, notPF(h, pf)
+	case n > pf.SRIOV.Total:
 		return nil, &RangeError{pf.Address, n, pf.SRIOV.Total, firmwareHint(h, pf)}
 	}
-	p := &Plan{PF: pf, Have: len(pf.SRIOV.VFs), Want: n, VFs: wish.VFs}
-	var err error
-	switch {
-	case wish.Eswitch == Eswitch{}:
-	case !h.Live(): // a captured host's cannot be asked for: where VFs are made it is set
-		if p.Have != n {
-			p.Eswitch = wish.Eswitch
-		}
-	default:
-		now, err := ReadEswitch(h, pf)
-		if err != nil {
-			return nil, err
-		}
-		if now == nil {
-			return nil, fmt.Errorf("%s (driver %q) has no e-switch that devlink knows of", pf.Name, pf.Driver)
-		}
-		p.Eswitch, p.was = wish.Eswitch.differs(now)
-	}
-	if p.Raise, err = mtusBelow(h, pf, wish.MTU); err != nil {
+	t, err := s.Topology()
+	if err != nil {
 		return nil, err
 	}
-	if p.Offload, err = offloadsBut(h, pf, wish.Offload); err != nil {
+
+	p := &Plan{PF: pf, Have: len(pf.SRIOV.VFs), Want: n, VFs: wish.VFs, offload: wish.Offload}
+	if err := p.planPF(h, wish); err != nil {
 		return nil, err
 	}
 	if p.Have == n && p.Eswitch.Mode == "" {
 		p.VFs = nil
-		if anyVF(wish.VFs, hasSettings) {
-			p.Notes = append(p.Notes, "the VFs are there already, and their settings are left as they are (vf set changes them)")
-		}
-		if slices.ContainsFunc(pf.SRIOV.VFs, func(v iommu.VF) bool {
-			vf, err := t.Find(v.Address)
-			return err == nil && v.Index < n && onVFIO(wish.VFs[v.Index]) && !iommu.IsVFIODriver(vf.Driver)
-		}) {
-			p.Notes = append(p.Notes, "the VFs are there already, and not all on a vfio driver (bind takes them)")
-		}
+		p.noteAsIs(t, wish)
 		return p, nil
 	}
 	if pf.Driver == "" {
 		return nil, fmt.Errorf("%s has no driver, and VFs are made by the PF's driver", pf.Address)
 	}
+
 	p.Victims = t.VFs(pf)
 	if len(p.Victims) > 0 {
-		p.Notes = append(p.Notes, "these VFs go: "+describe(p.Victims))
+		p.Notes = append(p.Notes, "these VFs go: "+nameVFs(p.Victims))
 		p.Clear = append(p.Clear, count(pf, 0))
 	}
 	if n == 0 {
 		return p, nil
 	}
-	if err := forecast(h, pf, n); err != nil {
-		return nil, err
+	return p, p.planVFs(h)
+}
+
+// planPF plans what is set of the PF itself. A captured host's e-switch cannot be asked for: where VFs are made it is set.
+func (p *Plan) planPF(h *iommu.Host, wish Wish) (err error) {
+	switch {
+	case wish.Eswitch == Eswitch{}:
+	case !h.Live():
+		if p.Have != p.Want {
+			p.Eswitch = wish.Eswitch
+		}
+	default:
+		now, err := ReadEswitch(h, p.PF.Address)
+		if err != nil {
+			return err
+		}
+		if now == nil {
+			return fmt.Errorf("%s (driver %q) has no e-switch that devlink knows of", p.PF.Name, p.PF.Driver)
+		}
+		p.Eswitch, p.was = wish.Eswitch.differs(now)
 	}
-	if err := vectorsLeft(h, pf, wish.VFs); err != nil {
-		return nil, err
+
+	if p.Raise, err = mtusBelow(h, p.PF, wish.MTU); err != nil {
+		return err
 	}
-	if p.Up, err = linksDown(h, pf); err != nil {
-		return nil, err
+	p.Offload, err = offloadsBut(h, p.PF, wish.Offload)
+	return err
+}
+
+// noteAsIs says what is left as it is, where the number of VFs is right.
+func (p *Plan) noteAsIs(t *iommu.Topology, wish Wish) {
+	if anyVF(wish.VFs, hasSettings) {
+		p.Notes = append(p.Notes, "the VFs are there already, and their settings are left as they are (vf set changes them)")
 	}
-	p.nvme, p.shares, err = planShares(h, pf, n)
+	for _, v := range p.PF.SRIOV.VFs {
+		vf, err := t.Find(v.Address)
+		if err == nil && v.Index < len(wish.VFs) && onVFIO(wish.VFs[v.Index]) && !vf.VFIO {
+			p.Notes = append(p.Notes, "the VFs are there already, and not all on a vfio driver (bind takes them)")
+			return
+		}
+	}
+}
+
+// planVFs plans how new VFs are made, and what they need.
+func (p *Plan) planVFs(h *iommu.Host) (err error) {
+	if err := errors.Join(forecast(h, p.PF, p.Want), vectorsLeft(h, p.PF, p.VFs)); err != nil {
+		return err
+	}
+	if p.Up, err = linksDown(h, p.PF); err != nil {
+		return err
+	}
+	p.nvme, p.shares, err = planShares(h, p.PF, p.Want)
 	if errors.Is(err, fs.ErrPermission) {
 		p.Notes = append(p.Notes, "what queues and interrupts its VFs get is told to root alone")
 	} else if err != nil {
-		return nil, err
+		return err
 	}
-	file := autoprobe(pf.Address)
-	if p.autoprobe, err = h.String(file); err != nil && anyVF(p.VFs, forGuests) {
-		return nil, fmt.Errorf("VFs for guests need a kernel that can leave them without a driver: %w", err)
+	if err := p.planWrites(h); err != nil {
+		return err
 	}
-	off := p.autoprobe == "1" && (anyVF(p.VFs, forGuests) || p.probeLate())
-	if off {
-		p.Before = append(p.Before, vfio.Step{Path: file, Value: "0"})
-	}
-	p.Before = append(p.Before, count(pf, n))
-	for i, vf := range p.VFs { // before autoprobe is restored: from then on a module that is loaded takes what has no override
-		if forGuests(vf) {
-			p.After = append(p.After, vfio.Step{Path: attribute(pf.Address, fmt.Sprintf("virtfn%d/driver_override", i)), Value: vfio.None})
-		}
-	}
-	if off && !p.probeLate() {
-		p.After = append(p.After, vfio.Step{Path: file, Value: p.autoprobe})
-	}
+
 	if anyVF(p.VFs, hasSettings) {
-		if p.Set, err = planNew(h, pf, p.VFs); err != nil {
-			return nil, err
+		if p.Set, err = planNew(h, p.PF, p.VFs); err != nil {
+			return err
 		}
+	}
+	p.noteNew()
+	return nil
+}
+
+// planWrites plans the writes around the new count: autoprobe is off while VFs are made that the host's drivers are not to have,
+// or not yet, and comes back when each VF has an override. From then on a module that is loaded takes what has none.
+func (p *Plan) planWrites(h *iommu.Host) (err error) {
+	file := autoprobe(p.PF.Address)
+	if p.autoprobe, err = h.String(file); err != nil && anyVF(p.VFs, forGuests) {
+		return fmt.Errorf("VFs for guests need a kernel that can leave them without a driver: %w", err)
+	}
+	turnOff := p.autoprobe == "1" && (anyVF(p.VFs, forGuests) || p.probeLate())
+	if turnOff {
+		p.Before = append(p.Before, bind.Step{Path: file, Value: "0"})
+	}
+	p.Before = append(p.Before, count(p.PF, p.Want))
+
+	// The kernel gives VFs of a PF on a VFIO driver an override for that driver, and binds them at once.
+	for i, vf := range p.VFs {
+		if forGuests(vf) && !p.PF.VFIO {
+			override := attribute(p.PF.Address, fmt.Sprintf("virtfn%d/driver_override", i))
+			p.After = append(p.After, bind.Step{Path: override, Value: bind.None})
+		}
+	}
+	if turnOff && !p.probeLate() {
+		p.After = append(p.After, bind.Step{Path: file, Value: p.autoprobe})
+	}
+	return nil
+}
+
+// noteNew says what else is done with new VFs.
+func (p *Plan) noteNew() {
+	if p.PF.VFIO {
+		p.Notes = append(p.Notes, fmt.Sprintf("%s is on %s, which gets its VFs at once", p.PF.Name, p.PF.Driver))
 	}
 	if p.nvme != "" {
 		p.Notes = append(p.Notes, "then each VF is set online")
@@ -227,10 +288,9 @@ func PlanCount(h *iommu.Host, t *iommu.Topology, pf *iommu.Device, wish Wish) (*
 	if anyVF(p.VFs, onVFIO) {
 		p.Notes = append(p.Notes, "then each VF"+unlessAll(p.VFs, onVFIO)+" is taken as by viaduct bind")
 	}
-	if len(pf.Netdevs) > 0 {
-		p.Notes = append(p.Notes, fmt.Sprintf("the link of %s may flap", pf.Netdevs[0]))
+	if len(p.PF.Netdevs) > 0 {
+		p.Notes = append(p.Notes, fmt.Sprintf("the link of %s may flap", p.PF.Netdevs[0]))
 	}
-	return p, nil
 }
 
 // unlessAll says which VFs are such, where that are not all.
@@ -247,12 +307,8 @@ func unlessAll(vfs []VFWish, such func(VFWish) bool) string {
 	return " of " + strings.Join(indexes, ", ")
 }
 
-func count(pf *iommu.Device, n int) vfio.Step {
-	return vfio.Step{Path: attribute(pf.Address, "sriov_numvfs"), Value: strconv.Itoa(n)}
-}
-
-// describe names VFs with what they are to somebody: their driver and interface.
-func describe(vfs []*iommu.Device) string {
+// nameVFs names VFs with what they are to somebody: their driver and interface.
+func nameVFs(vfs []*iommu.Device) string {
 	var out []string
 	for _, d := range vfs {
 		what := []string{fmt.Sprintf("vf%d", d.VFIndex)}
@@ -264,27 +320,30 @@ func describe(vfs []*iommu.Device) string {
 	return strings.Join(out, ", ")
 }
 
-// Check refuses a plan that would end VFs which somebody uses, as [vfio.Holders] tells; force overrides kinds of users. The
-// PF's own users are no reason to refuse: a PF that carries the host's traffic is the normal case.
-//
-// With dry, who cannot see all users may still ask.
-func Check(h *iommu.Host, t *iommu.Topology, p *Plan, force []vfio.Kind, dry bool) error {
-	if anyVF(p.VFs, onVFIO) && p.recounts() && len(t.Groups) == 0 {
-		return &vfio.RefusedError{What: "make VFs on a vfio driver", Reasons: []string{"no IOMMU is active on this host"}}
+// Check refuses, with a *holder.RefusedError, a plan that would end VFs which somebody uses, as [holder.Find] tells; force
+// overrides kinds of users. The PF's own users are no reason to refuse: a PF that carries the host's traffic is the normal case.
+// On a dry run who cannot see all users may still ask.
+func (s *Handle) Check(p *Plan, force []holder.Kind) error {
+	t, err := s.Topology()
+	if err != nil {
+		return err
 	}
+	if anyVF(p.VFs, onVFIO) && p.recounts() && len(t.Groups) == 0 {
+		return &holder.RefusedError{What: "make VFs on a vfio driver", Reasons: []string{"no IOMMU is active on this host"}}
+	}
+
 	users := p.Victims
+	what, cure := fmt.Sprintf("remove the %d VFs of %s", p.Have, p.PF.Name), "end their users first"
 	if p.Eswitch.Mode != "" { // which makes the PF's own interface anew
 		users = append([]*iommu.Device{p.PF}, users...)
+		what, cure = "change the e-switch of "+p.PF.Name, "end the users of the PF and of its VFs first"
 	}
 	if len(users) == 0 {
 		return nil
 	}
-	holders, err := vfio.Holders(h, users)
-	if err != nil && (!dry || !errors.Is(err, vfio.ErrBlind)) {
+	holders, err := holder.Find(s.Host(), users)
+	if err != nil && (!s.DryRun() || !errors.Is(err, holder.ErrBlind)) {
 		return err
 	}
-	if p.Eswitch.Mode != "" {
-		return vfio.Refuse("change the e-switch of "+p.PF.Name, holders, force, "end the users of the PF and of its VFs first")
-	}
-	return vfio.Refuse(fmt.Sprintf("remove the %d VFs of %s", p.Have, p.PF.Name), holders, force, "end their users first")
+	return holder.Refuse(what, holders, force, cure)
 }

@@ -5,9 +5,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"sync"
 
 	"viaduct/iommu"
-	"viaduct/vfio"
+	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
 )
 
 // opCount is the kind of the record of a count that changes.
@@ -19,7 +21,7 @@ type countRecord struct {
 	Want      int        `json:"want"`
 	VFs       []VFWish   `json:"vfs,omitempty"` // that are to be
 	Recounts  bool       `json:"recounts"`      // VFs are removed or made
-	Cleared   bool       `json:"cleared"`       // those that were there are gone: what is there now was made by this change
+	Cleared   bool       `json:"cleared"`       // those that were there are gone, and forgotten: what is there now was made by this change
 	Old       []iommu.VF `json:"old,omitempty"` // that were there
 	Autoprobe string     `json:"autoprobe,omitempty"`
 	Probe     bool       `json:"probe,omitempty"` // the host's drivers get them last
@@ -38,88 +40,95 @@ func (p *Plan) record() countRecord {
 	}
 }
 
-// Recoverers finish or undo what this package's interrupted changes left; for [vfio.Binder].
-var Recoverers = map[string]vfio.Recoverer{opCount: recoverCount, opSet: recoverSet}
-
-// forget drops what is known of the VFs that were there: whatever has their addresses now is another VF.
-func (r *countRecord) forget(b *vfio.Binder, pf *iommu.Device) error {
-	return errors.Join(b.Forget(r.Old), forgetAsked(b, pf))
+// forgetOld drops what is known of the VFs that were there: whatever has their addresses now is another VF.
+func (s *Handle) forgetOld(r *countRecord, pf *iommu.Device) error {
+	return errors.Join(s.Forget(r.Old), s.forgetRequested(pf))
 }
 
-// undo removes what was made, and restores what the settings were. VFs that went first cannot be brought back. After an
-// interruption somebody may use by now what is there: that is left alone.
-func (r *countRecord) undo(b *vfio.Binder, pf iommu.Address, late bool) error {
-	now, err := iommu.ReadDevice(b.Host, pf)
+// users finds who has taken to using devices since a change was interrupted: what they use is left alone.
+type users func([]*iommu.Device) (string, error)
+
+// usersOf names a user of devices, "" if there is none.
+func usersOf(h *iommu.Host) users {
+	return func(devices []*iommu.Device) (string, error) {
+		holders, err := holder.Find(h, devices)
+		if len(holders) > 0 {
+			return holders[0].String(), nil
+		}
+		return "", err
+	}
+}
+
+// revert removes what was made, and restores what the settings were. VFs that went first cannot be brought back. After an
+// interruption somebody may use by now what is there, which used tells; right after the change it is nil.
+func (s *Handle) revert(r *countRecord, pf iommu.Address, used users) error {
+	now, err := iommu.ReadDevice(s.Host(), pf)
 	if err != nil {
 		return err
 	}
-	moved, err := r.moved(b.Host, pf)
+	moved, err := r.moved(s.Host(), pf)
 	errs := []error{err}
+
 	removable := now.SRIOV != nil && r.Recounts && r.Cleared && len(now.SRIOV.VFs) > 0
-	if removable && late {
-		vfs, err := vfDevices(b.Host, pf)
-		users := ""
-		if err == nil {
-			users, err = used(b.Host, vfs)
-		}
-		if users != "" {
-			err = fmt.Errorf("its VFs stay, as %s", users)
-		}
-		if err != nil {
+	if removable && used != nil {
+		if err := s.stillUnused(pf, used); err != nil {
 			removable, moved = false, false
 			errs = append(errs, err)
 		}
 	}
 	if removable {
-		if err := b.Write(pf, []vfio.Step{count(&now, 0)}); err != nil {
+		if err := s.Write(pf, []bind.Step{count(&now, 0)}); err != nil {
 			return errors.Join(append(errs, err)...) // and the rest with the next command
 		}
-		errs = append(errs, b.Forget(now.SRIOV.VFs))
+		errs = append(errs, s.Forget(now.SRIOV.VFs))
 	}
-	errs = append(errs, r.restore(b, pf))
-	if b.Host.Live() {
-		if moved {
-			errs = append(errs, setEswitch("pci", pf.String(), r.Eswitch))
-		}
-		errs = append(errs, r.undoLinks(b.Host, &now, late))
+	errs = append(errs, s.restoreAutoprobe(r, pf))
+	if moved {
+		errs = append(errs, setEswitch(s.Host(), "pci", pf.String(), r.Eswitch))
 	}
+	errs = append(errs, r.revertLinks(s.Host(), &now, used))
 	return errors.Join(errs...)
 }
 
-// undoLinks puts the PF's own interfaces back, as far as they are still there.
-func (r *countRecord) undoLinks(h *iommu.Host, pf *iommu.Device, late bool) error {
+// stillUnused says why a PF's VFs stay, nil if nobody uses them.
+func (s *Handle) stillUnused(pf iommu.Address, used users) error {
+	vfs, err := vfDevices(s.Host(), pf)
+	if err != nil {
+		return err
+	}
+	who, err := used(vfs)
+	if who != "" {
+		return fmt.Errorf("its VFs stay, as %s", who)
+	}
+	return err
+}
+
+// revertLinks puts the PF's own interfaces back, as far as they are still there.
+func (r *countRecord) revertLinks(h *iommu.Host, pf *iommu.Device, used users) error {
 	if len(r.Up)+len(r.Raised)+len(r.Offload) == 0 {
 		return nil
 	}
-	var errs []error
-	if late {
+	if used != nil {
 		var err error
 		if pf.Netdevs, err = iommu.Netdevs(h, pf.Address); err != nil {
 			return err
 		}
-		if users, err := used(h, []*iommu.Device{pf}); err != nil || users != "" {
+		if who, err := used([]*iommu.Device{pf}); err != nil || who != "" {
 			return err
 		}
 	}
+
+	var errs []error
 	for _, o := range r.Offload {
-		errs = append(errs, unlessGone(setTCOffload(o.Name, !o.On)))
+		errs = append(errs, unlessGone(setTCOffload(h, o.Name, !o.On)))
 	}
 	for _, m := range r.Raised {
-		errs = append(errs, unlessGone(m.set(m.From)))
+		errs = append(errs, unlessGone(m.set(h, m.From)))
 	}
 	for _, l := range r.Up {
-		errs = append(errs, unlessGone(l.down()))
+		errs = append(errs, unlessGone(l.down(h)))
 	}
 	return errors.Join(errs...)
-}
-
-// used names a user of devices, "" if there is none.
-func used(h *iommu.Host, devices []*iommu.Device) (string, error) {
-	holders, err := vfio.Holders(h, devices)
-	if len(holders) > 0 {
-		return holders[0].String(), nil
-	}
-	return "", err
 }
 
 // vfDevices are a PF's VFs as they are now, with their interfaces where a driver of the host makes some.
@@ -148,7 +157,7 @@ func (r *countRecord) moved(h *iommu.Host, pf iommu.Address) (bool, error) {
 	if r.Eswitch == (Eswitch{}) {
 		return false, nil
 	}
-	now, err := ReadEswitch(h, &iommu.Device{Name: pf.String()})
+	now, err := ReadEswitch(h, pf)
 	if err != nil || now == nil {
 		return false, err
 	}
@@ -165,62 +174,72 @@ func (r *countRecord) lost(h *iommu.Host, pf iommu.Address) string {
 	return fmt.Sprintf("%s had %d VFs before and has %d now", pf, r.Have, len(now.SRIOV.VFs))
 }
 
-// restore puts autoprobe back.
-func (r *countRecord) restore(b *vfio.Binder, pf iommu.Address) error {
+// restoreAutoprobe puts autoprobe back.
+func (s *Handle) restoreAutoprobe(r *countRecord, pf iommu.Address) error {
 	file := autoprobe(pf)
-	if now, err := b.Host.String(file); r.Autoprobe == "" || err == nil && now == r.Autoprobe {
+	if now, err := s.Host().String(file); r.Autoprobe == "" || err == nil && now == r.Autoprobe {
 		return nil
 	}
-	return b.Write(pf, []vfio.Step{{Path: file, Value: r.Autoprobe}})
+	return s.Write(pf, []bind.Step{{Path: file, Value: r.Autoprobe}})
 }
 
 // recoverCount finishes a change whose VFs are all there, or gone where that was wanted, and undoes every other, and one that
 // cannot be finished. What cannot be undone either is told once: a record that stays would keep the PF from all further changes.
-func recoverCount(ctx context.Context, b *vfio.Binder, pf iommu.Address, data json.RawMessage) (string, error) {
+func recoverCount(ctx context.Context, b *bind.Handle, pf iommu.Address, data json.RawMessage) (string, error) {
+	s := wrap(b)
 	var r countRecord
 	if err := json.Unmarshal(data, &r); err != nil {
 		return "has a record that cannot be read", err
 	}
-	now, err := iommu.ReadDevice(b.Host, pf)
+	now, err := iommu.ReadDevice(s.Host(), pf)
 	if err != nil {
 		return "cannot be read", err
 	}
-	moved, err := r.moved(b.Host, pf)
+	moved, err := r.moved(s.Host(), pf)
 	if err != nil {
 		return "cannot be read", err
 	}
 	if now.SRIOV == nil {
-		return "has no VFs any more, and can have none", errors.Join(r.forget(b, &now), r.restore(b, pf))
+		return "has no VFs any more, and can have none", errors.Join(s.forgetOld(&r, &now), s.restoreAutoprobe(&r, pf))
 	}
-	if r.Recounts && len(now.SRIOV.VFs) == 0 {
-		r.Cleared = true
+	if err := s.cleared(&r, &now); err != nil {
+		return "is not done", err
 	}
-	if r.Cleared {
-		if err := r.forget(b, &now); err != nil {
-			return "is not done", err
-		}
-	}
+
 	change := fmt.Sprintf("its change from %d to %d VFs had been interrupted", r.Have, r.Want)
 	if r.Recounts && r.Cleared && len(now.SRIOV.VFs) == r.Want && (r.Eswitch == (Eswitch{}) || moved) {
-		err := r.finish(ctx, b, pf)
-		if _, stuck := errors.AsType[*vfio.StuckError](err); err == nil || stuck {
+		err := s.finish(ctx, &r, pf)
+		if err == nil || bind.IsStuck(err) {
 			return fmt.Sprintf("has %d VFs: %s", r.Want, change), err
 		}
 		change += ", and could not be finished: " + err.Error()
 	}
-	err = r.undo(b, pf, true)
-	if _, stuck := errors.AsType[*vfio.StuckError](err); err != nil && !stuck {
-		err = errors.Join(err, b.End(pf))
+	err = s.revert(&r, pf, usersOf(s.Host()))
+	if err != nil && !bind.IsStuck(err) {
+		err = errors.Join(err, s.End(pf))
 	}
-	if lost := r.lost(b.Host, pf); lost != "" {
+	if lost := r.lost(s.Host(), pf); lost != "" {
 		return lost + ": " + change, err
 	}
 	return "is as it was: " + change, err
 }
 
+// cleared does what the interrupted run may not have come to after it had removed the VFs that were there: it forgets them. New
+// VFs are made only when that is done and written down, so where there are any, what is known by their addresses is theirs.
+func (s *Handle) cleared(r *countRecord, pf *iommu.Device) error {
+	if !r.Recounts || r.Cleared || len(pf.SRIOV.VFs) > 0 {
+		return nil
+	}
+	if err := s.forgetOld(r, pf); err != nil {
+		return err
+	}
+	r.Cleared = true
+	return nil
+}
+
 // finish makes new VFs fit for use: what was not done of it before an interruption.
-func (r *countRecord) finish(ctx context.Context, b *vfio.Binder, pf iommu.Address) error {
-	vfs, err := vfDevices(b.Host, pf)
+func (s *Handle) finish(ctx context.Context, r *countRecord, pf iommu.Address) error {
+	vfs, err := vfDevices(s.Host(), pf)
 	if err != nil {
 		return err
 	}
@@ -229,36 +248,39 @@ func (r *countRecord) finish(ctx context.Context, b *vfio.Binder, pf iommu.Addre
 	}
 	for i, vf := range vfs {
 		if forGuests(r.VFs[i]) && vf.Driver == "" && vf.DriverOverride == "" {
-			if err := b.Write(pf, []vfio.Step{{Path: attribute(vf.Address, "driver_override"), Value: vfio.None}}); err != nil {
+			step := bind.Step{Path: attribute(vf.Address, "driver_override"), Value: bind.None}
+			if err := s.Write(pf, []bind.Step{step}); err != nil {
 				return err
 			}
-			vf.DriverOverride = vfio.None
+			vf.DriverOverride = bind.None
 		}
 	}
 	if !r.Probe {
-		if err := r.restore(b, pf); err != nil {
+		if err := s.restoreAutoprobe(r, pf); err != nil {
 			return err
 		}
 	}
-	if err := settle(ctx, b.Host, r.Up); err != nil {
+	if err := errors.Join(settleAll(ctx, s.Host(), r.Up)...); err != nil {
 		return err
 	}
-	return r.ready(ctx, b, pf, vfs)
+	_, err = s.ready(ctx, r, pf, vfs)
+	return err
 }
 
 // ready gives new VFs their settings, and then to the driver they are for.
-func (r *countRecord) ready(ctx context.Context, b *vfio.Binder, pf iommu.Address, vfs []*iommu.Device) error {
+func (s *Handle) ready(ctx context.Context, r *countRecord, pf iommu.Address, vfs []*iommu.Device) (notes []string, err error) {
 	if len(vfs) == 0 {
-		return nil
+		return nil, nil
 	}
-	if err := configure(ctx, b, pf, vfs, r.VFs); err != nil {
-		return err
+	if err := s.setNew(ctx, pf, vfs, r.VFs); err != nil {
+		return nil, err
 	}
 	if r.Online {
-		if err := setOnline(b.Host, pf, r.Want); err != nil {
-			return err
+		if err := setOnline(s.Host(), pf, r.Want); err != nil {
+			return nil, err
 		}
 	}
+
 	var taken, home []*iommu.Device
 	for i, vf := range vfs {
 		switch r.VFs[i].Use {
@@ -268,22 +290,58 @@ func (r *countRecord) ready(ctx context.Context, b *vfio.Binder, pf iommu.Addres
 			home = append(home, vf)
 		}
 	}
-	if err := takeAll(ctx, b, taken); err != nil || !r.Probe {
-		return err
+	if err := s.takeAll(ctx, taken); err != nil {
+		return nil, err
 	}
-	return r.probeAll(b, pf, home)
-}
-
-// probeAll lets the host's drivers have VFs, and puts autoprobe back, without which the kernel probes none.
-func (r *countRecord) probeAll(b *vfio.Binder, pf iommu.Address, vfs []*iommu.Device) error {
-	steps := []vfio.Step{{Path: autoprobe(pf), Value: "1"}}
-	for _, vf := range vfs {
-		if vf.Driver == "" {
-			steps = append(steps, vfio.Step{Path: "sys/bus/pci/drivers_probe", Value: vf.Name})
+	if r.Probe {
+		if err := s.probeAll(r, pf, home); err != nil {
+			return nil, err
 		}
 	}
-	if err := b.Write(pf, steps); err != nil {
+	return s.atHome(home)
+}
+
+// probeAll lets the host's drivers have VFs, and puts autoprobe back, without which the kernel probes none. Each probe is a
+// request of its own: one that takes long, or is stuck, keeps no other.
+func (s *Handle) probeAll(r *countRecord, pf iommu.Address, vfs []*iommu.Device) error {
+	if err := s.Write(pf, []bind.Step{{Path: autoprobe(pf), Value: "1"}}); err != nil {
 		return err
 	}
-	return r.restore(b, pf)
+	errs := make([]error, len(vfs))
+	var wg sync.WaitGroup
+	for i, vf := range vfs {
+		if vf.Driver == "" {
+			wg.Go(func() { errs[i] = s.Write(pf, []bind.Step{{Path: "sys/bus/pci/drivers_probe", Value: vf.Name}}) })
+		}
+	}
+	wg.Wait()
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	return s.restoreAutoprobe(r, pf)
+}
+
+// atHome reads back which drivers VFs for the host have. One without a driver may get one as soon as its module is loaded, which
+// is told; one on a VFIO driver is not the host's.
+func (s *Handle) atHome(vfs []*iommu.Device) (notes []string, err error) {
+	for _, vf := range vfs {
+		now, err := iommu.ReadDevice(s.Host(), vf.Address)
+		switch {
+		case err != nil:
+			return nil, err
+		case now.VFIO:
+			return nil, fmt.Errorf("VF %s was for the host, and the kernel gave it to %s%s", vf.Name, now.Driver, claimedBy(s.Host(), now.ID))
+		case now.Driver == "":
+			notes = append(notes, fmt.Sprintf("VF %s has no driver of the host yet: none that is loaded is for it", vf.Name))
+		}
+	}
+	return notes, nil
+}
+
+// claimedBy says where vfio-pci.ids= claims a VF, "" if it does not.
+func claimedBy(h *iommu.Host, id iommu.ID) string {
+	if where := holder.ClaimedByID(h, id)[id]; where != "" {
+		return ", as vfio-pci.ids= in " + where + " claims it"
+	}
+	return ""
 }

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"maps"
 	"net"
-	"path"
 	"slices"
 	"strings"
 	"time"
@@ -15,12 +14,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"viaduct/iommu"
-	"viaduct/vfio"
+	"viaduct/vfio/bind"
 )
 
-const msixFile = "sriov_vf_msix_count"
-
-// SettingError says which setting of a VF a PF's driver refused.
+// SettingError says which setting of a VF a PF's driver refused. It wraps the errno.
 type SettingError struct {
 	Keys   string
 	VF     string
@@ -44,42 +41,6 @@ func (e *SettingError) Error() string {
 
 func (e *SettingError) Unwrap() error { return e.Err }
 
-// transient refusals come right after a VF was reset, and end with that.
-const (
-	retries    = 8
-	firstPause = 10 * time.Millisecond // doubled each time: 2.5 s in all
-)
-
-// change makes one setting of a VF.
-func (p *Port) change(ctx context.Context, b *vfio.Binder, vf *iommu.Device, s Setting) error {
-	if s.Keys[0] == MSIX {
-		err := b.Write(p.PF.Address, []vfio.Step{{Path: attribute(vf.Address, msixFile), Value: s.To[MSIX]}})
-		if errors.Is(err, unix.ENOENT) {
-			err = unix.EOPNOTSUPP
-		}
-		if err != nil {
-			return &SettingError{"msix", vf.Name, p.PF.Driver, err}
-		}
-		return nil
-	}
-	pause := firstPause
-	for try := 1; ; try++ {
-		err := p.send(vf.VFIndex, s)
-		if err == nil {
-			return nil
-		}
-		if !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EBUSY) || try == retries {
-			return &SettingError{s.Keys.name(), vf.Name, p.PF.Driver, err}
-		}
-		select {
-		case <-time.After(pause):
-			pause *= 2
-		case <-ctx.Done():
-			return &SettingError{s.Keys.name(), vf.Name, p.PF.Driver, err}
-		}
-	}
-}
-
 // SetPlan is what it takes to set a VF.
 type SetPlan struct {
 	VF       *iommu.Device
@@ -97,11 +58,11 @@ func (p *SetPlan) Commands() []string {
 	return out
 }
 
-// Restores reports whether the plan only brings back what was asked for before.
-func (p *SetPlan) Restores(asked Settings) bool {
+// Restores reports whether the plan only brings back what was requested before.
+func (p *SetPlan) Restores(requested Settings) bool {
 	for _, s := range p.Settings {
 		for _, k := range s.Keys {
-			if v, wanted := p.Want[k]; wanted && asked[k] != v {
+			if v, wanted := p.Want[k]; wanted && requested[k] != v {
 				return false
 			}
 		}
@@ -111,36 +72,39 @@ func (p *SetPlan) Restores(asked Settings) bool {
 
 // PlanSet plans how a VF of a PF gets settings. It refuses what can be told to be wrong beforehand: interrupt vectors while the
 // VF has a driver, a MAC address that something else on this host has.
-func PlanSet(h *iommu.Host, pf, vf *iommu.Device, want Settings) (*SetPlan, error) {
+func (s *Handle) PlanSet(pf, vf *iommu.Device, want Settings) (*SetPlan, error) {
+	h := s.Host()
 	port, err := ReadPort(h, pf)
 	if err != nil {
 		return nil, err
 	}
-	links, err := linksIfAsked(h, []VFWish{{Settings: want}})
+	owners, err := readOwners(h, []VFWish{{Settings: want}})
 	if err != nil {
 		return nil, err
 	}
-	return planSet(h, pf, vf, want, port, links)
+	return planSet(h, pf, vf, want, port, owners)
 }
 
-// PlanSets plans how VFs of a PF get the settings of their wishes, with one look at all. What the driver does not report is taken
-// to be as it was last set.
-func PlanSets(b *vfio.Binder, pf *iommu.Device, vfs []*iommu.Device, wish []VFWish) ([]*SetPlan, error) {
-	port, err1 := ReadPort(b.Host, pf)
-	links, err2 := linksIfAsked(b.Host, wish)
-	asked, err3 := Asked(b, pf)
+// PlanSets plans how VFs of a PF get the settings of their wishes, which are by index, with one look at all. What the driver
+// does not report is taken to be as it was last set. A VF that is as wanted has no plan.
+func (s *Handle) PlanSets(pf *iommu.Device, vfs []*iommu.Device, wish []VFWish) ([]*SetPlan, error) {
+	h := s.Host()
+	port, err1 := ReadPort(h, pf)
+	owners, err2 := readOwners(h, wish)
+	requested, err3 := s.LastRequested(pf)
 	if err := errors.Join(err1, err2, err3); err != nil {
 		return nil, err
 	}
+
 	var out []*SetPlan
 	for _, vf := range vfs {
 		now, _ := port.Of(vf.VFIndex)
 		want := maps.Clone(wish[vf.VFIndex].Settings)
 		maps.DeleteFunc(want, func(k Key, v string) bool {
 			_, known := now.Settings[k]
-			return !known && asked[vf.VFIndex][k] == v
+			return !known && requested[vf.VFIndex][k] == v
 		})
-		p, err := planSet(b.Host, pf, vf, want, port, links)
+		p, err := planSet(h, pf, vf, want, port, owners)
 		if err != nil {
 			return nil, err
 		}
@@ -151,8 +115,8 @@ func PlanSets(b *vfio.Binder, pf *iommu.Device, vfs []*iommu.Device, wish []VFWi
 	return out, nil
 }
 
-func planSet(h *iommu.Host, pf, vf *iommu.Device, want Settings, port *Port, links []linkInfo) (*SetPlan, error) {
-	want, err := resolved(h, pf, vf, want, port)
+func planSet(h *iommu.Host, pf, vf *iommu.Device, want Settings, port *Port, owners owners) (*SetPlan, error) {
+	want, err := resolved(pf, vf, want, port)
 	if err != nil {
 		return nil, err
 	}
@@ -161,44 +125,41 @@ func planSet(h *iommu.Host, pf, vf *iommu.Device, want Settings, port *Port, lin
 	}
 	if port == nil {
 		for k := range want {
-			if k != MSIX {
+			if k.row().file == "" {
 				return nil, fmt.Errorf("%s has no network interface, so its VFs have no %s to set", pf.Name, k)
 			}
 		}
-		port = &Port{PF: pf}
+		port = &Port{PF: pf, host: h}
 	}
-	if err := ownedByNone(links, want[MAC], port, vf); err != nil {
+	if err := owners.unused(want[MAC], port, vf); err != nil {
 		return nil, err
 	}
+
 	now, _ := port.Of(vf.VFIndex)
 	return &SetPlan{VF: vf, Want: want, Settings: planSettings(now.Settings, want), port: port}, nil
-}
-
-// vfAt is a VF as far as its settings need to know it.
-func vfAt(pf, vf iommu.Address, index int) *iommu.Device {
-	return &iommu.Device{Name: vf.String(), Address: vf, PCI: true, PhysFn: &pf, VFIndex: index}
 }
 
 // planNew plans the settings of VFs that are still to be made.
 func planNew(h *iommu.Host, pf *iommu.Device, vfs []VFWish) ([]SetPlan, error) {
 	port, err1 := ReadPort(h, pf)
-	links, err2 := linksIfAsked(h, vfs)
+	owners, err2 := readOwners(h, vfs)
 	if err := errors.Join(err1, err2); err != nil {
 		return nil, err
 	}
+
 	var out []SetPlan
 	macs := map[string]bool{}
 	for i, a := range iommu.VFAddresses(h, pf.Address) {
 		if i == len(vfs) {
 			break
 		}
-		vf := vfAt(pf.Address, a, i)
 		mac := vfs[i].Settings[MAC]
 		if macs[mac] {
 			return nil, fmt.Errorf("mac=%s for several VFs: each needs one of its own (mac=%s makes them)", mac, StableMAC)
 		}
 		macs[mac] = mac != "" && mac != StableMAC && mac != noMAC
-		p, err := planSet(h, pf, vf, vfs[i].Settings, port, links)
+
+		p, err := planSet(h, pf, vfAt(pf.Address, a, i), vfs[i].Settings, port, owners)
 		if err != nil {
 			return nil, err
 		}
@@ -208,68 +169,24 @@ func planNew(h *iommu.Host, pf *iommu.Device, vfs []VFWish) ([]SetPlan, error) {
 	return out, nil
 }
 
-// configure gives all VFs of a PF their settings. On failure its caller removes them.
-func configure(ctx context.Context, b *vfio.Binder, pf iommu.Address, vfs []*iommu.Device, wish []VFWish) error {
-	if !anyVF(wish, hasSettings) || !b.Host.Live() {
-		return nil
-	}
-	d, port, err := portOf(b.Host, pf)
-	if err != nil {
-		return err
-	}
-	if port == nil {
-		port = &Port{PF: d}
-	}
-	if port.index != 0 {
-		if err := port.open(); err != nil {
-			return err
-		}
-		defer port.close()
-	}
-	var plans []SetPlan
-	for i, vf := range vfs {
-		if !hasSettings(wish[i]) {
-			continue
-		}
-		want, err := resolved(b.Host, d, vf, wish[i].Settings, port)
-		if err != nil {
-			return err
-		}
-		if vf.Driver != "" { // an interrupted run has come as far as that
-			want = maps.Clone(want)
-			delete(want, MSIX)
-		}
-		now, _ := port.Of(vf.VFIndex)
-		p := SetPlan{VF: vf, Want: want, Settings: planSettings(now.Settings, want), port: port}
-		if _, err := p.make(ctx, b); err != nil {
-			return err
-		}
-		plans = append(plans, p)
-	}
-	now, err := port.again()
-	if err != nil {
-		return err
-	}
-	for _, p := range plans {
-		if _, err := p.verify(now); err != nil {
-			return err
-		}
-	}
-	return remember(b, d, plans...)
+// vfAt is a VF as far as its settings need to know it.
+func vfAt(pf, vf iommu.Address, index int) *iommu.Device {
+	return &iommu.Device{Name: vf.String(), Address: vf, PCI: true, PhysFn: &pf, VFIndex: index}
 }
 
-// noMAC has a driver make up an address, or none.
-const noMAC = "00:00:00:00:00:00"
-
 // resolved puts the address that "stable" stands for in its place.
-func resolved(h *iommu.Host, pf *iommu.Device, vf *iommu.Device, want Settings, port *Port) (Settings, error) {
+func resolved(pf, vf *iommu.Device, want Settings, port *Port) (Settings, error) {
 	if want[MAC] != StableMAC {
 		return want, nil
 	}
 	if port == nil || port.Name == "" {
 		return nil, fmt.Errorf("%s has no network interface to derive a MAC address from", pf.Name)
 	}
-	permanent, err := net.ParseMAC(port.permanentMAC(h))
+	text, err := port.permanentMAC()
+	if err != nil {
+		return nil, err
+	}
+	permanent, err := net.ParseMAC(text)
 	if err != nil {
 		return nil, fmt.Errorf("interface %s: %w", port.Name, err)
 	}
@@ -282,52 +199,12 @@ func resolved(h *iommu.Host, pf *iommu.Device, vf *iommu.Device, want Settings, 
 	return out, nil
 }
 
-// linksIfAsked are the interfaces of this host that devices have, each with its VFs, if a MAC address is wanted.
-func linksIfAsked(h *iommu.Host, vfs []VFWish) ([]linkInfo, error) {
-	if !h.Live() || !anyVF(vfs, func(vf VFWish) bool { return vf.Settings[MAC] != "" && vf.Settings[MAC] != noMAC }) {
-		return nil, nil
+// Unverified is the note for the user on what Set could not read back; none if there is nothing of that.
+func Unverified(vf *iommu.Device, keys []Key) []string {
+	if len(keys) == 0 {
+		return nil
 	}
-	names, err := h.Names(netClass)
-	if err != nil {
-		return nil, err
-	}
-	k, err := dial(unix.NETLINK_ROUTE)
-	if err != nil {
-		return nil, err
-	}
-	defer k.close()
-	var out []linkInfo
-	for _, n := range names {
-		device, err := h.LinkBase(path.Join(netClass, n, "device"))
-		if err != nil {
-			continue // of no device
-		}
-		l, err := k.link(n, 0)
-		if errors.Is(err, unix.ENODEV) {
-			continue
-		}
-		if err != nil {
-			return nil, fmt.Errorf("interface %s: %w", n, err)
-		}
-		l.device = device
-		out = append(out, l)
-	}
-	return out, nil
-}
-
-// ownedByNone refuses a MAC address that something else on this host has: a device's interface, or another VF.
-func ownedByNone(links []linkInfo, mac string, port *Port, vf *iommu.Device) error {
-	for _, l := range links {
-		if l.device != vf.Name && l.address.String() == mac {
-			return fmt.Errorf("MAC address %s is that of %s already", mac, l.name)
-		}
-		for _, other := range l.vfs {
-			if other.Settings[MAC] == mac && (l.index != port.index || other.Index != vf.VFIndex) {
-				return fmt.Errorf("MAC address %s is that of vf%d of %s already", mac, other.Index, l.name)
-			}
-		}
-	}
-	return nil
+	return []string{fmt.Sprintf("%s: set, not verifiable, as the driver does not report it: %s", vf.Name, keyNames(keys))}
 }
 
 // opSet is the kind of the record of settings that change.
@@ -339,62 +216,62 @@ type setRecord struct {
 	Old   Settings      `json:"old"`
 }
 
-// Unverified is the note for the user on what Set could not read back; none if there is nothing of that.
-func Unverified(vf *iommu.Device, keys []string) []string {
-	if len(keys) == 0 {
-		return nil
-	}
-	return []string{fmt.Sprintf("%s: set, not verifiable, as the driver does not report it: %s", vf.Name, strings.Join(keys, ", "))}
-}
-
-// Set carries out a plan, for a PF and a VF that the caller has locked: all of it or, undone, nothing. It reads back what came
-// of it, and names the keys that the driver takes and does not report.
-func Set(ctx context.Context, b *vfio.Binder, p *SetPlan) (unverified []string, err error) {
+// Set carries out a plan, for a PF and a VF that are locked: all of it or, undone, nothing. It reads back what came of it, and
+// names the keys that the driver takes and does not report. A *SettingError says what the driver refused.
+func (s *Handle) Set(ctx context.Context, p *SetPlan) (unverified []Key, err error) {
+	pf := p.port.PF
 	if len(p.Settings) == 0 {
-		return nil, remember(b, p.port.PF, *p)
+		return nil, s.rememberRequested(pf, *p)
 	}
 	r := setRecord{p.VF.Address, p.VF.VFIndex, Settings{}}
-	for _, s := range p.Settings {
-		maps.Copy(r.Old, s.From)
+	for _, change := range p.Settings {
+		maps.Copy(r.Old, change.From)
 	}
-	if err := b.Begin(opSet, p.port.PF, nil, r); err != nil {
+	if err := s.Begin(opSet, pf, nil, r); err != nil {
 		return nil, err
 	}
-	unverified, err = set(ctx, b, p)
-	if _, stuck := errors.AsType[*vfio.StuckError](err); stuck {
+
+	unverified, err = s.makeOrUndo(ctx, p)
+	if bind.IsStuck(err) {
 		return nil, err
 	}
 	if err == nil {
-		err = remember(b, p.port.PF, *p)
+		err = s.rememberRequested(pf, *p)
 	}
-	return unverified, errors.Join(err, b.End(p.port.PF.Address))
+	return unverified, errors.Join(err, s.End(pf.Address))
 }
 
-// set makes the settings of a plan, and undoes those it made when one fails.
-func set(ctx context.Context, b *vfio.Binder, p *SetPlan) (unverified []string, err error) {
-	done, err := p.make(ctx, b)
-	if _, stuck := errors.AsType[*vfio.StuckError](err); stuck {
+// makeOrUndo makes the settings of a plan and reads them back, and undoes those it made when one fails.
+func (s *Handle) makeOrUndo(ctx context.Context, p *SetPlan) (unverified []Key, err error) {
+	port, err := p.port.open()
+	if err != nil {
+		return nil, err
+	}
+	defer port.close()
+
+	done, err := s.makeAll(ctx, port, p)
+	if bind.IsStuck(err) {
 		return nil, err
 	}
 	if err == nil {
-		var port *Port
-		if port, err = p.port.again(); err == nil {
-			unverified, err = p.verify(port)
+		var now *Port
+		if now, err = port.again(); err == nil {
+			unverified, err = p.verify(now)
 		}
 	}
 	if err != nil {
-		err = errors.Join(err, p.undo(b, p.Settings[:done]))
+		err = errors.Join(err, s.undoSettings(port, p, p.Settings[:done]))
 	}
 	return unverified, err
 }
 
-// make makes the settings of a plan until one fails, and says how many it made.
-func (p *SetPlan) make(ctx context.Context, b *vfio.Binder) (done int, err error) {
-	for _, s := range p.Settings {
+// makeAll makes the settings of a plan until one fails, and says how many it made.
+func (s *Handle) makeAll(ctx context.Context, port *session, p *SetPlan) (done int, err error) {
+	for _, change := range p.Settings {
 		if ctx.Err() != nil {
-			return done, fmt.Errorf("%s: interrupted before %s", p.VF.Name, s.Keys.name())
+			return done, fmt.Errorf("%s: interrupted before %s", p.VF.Name, keyNames(change.Keys))
 		}
-		if err := p.port.change(ctx, b, p.VF, s); err != nil {
+		if err := s.makeOne(ctx, port, p.VF, change); err != nil {
 			return done, err
 		}
 		done++
@@ -402,8 +279,65 @@ func (p *SetPlan) make(ctx context.Context, b *vfio.Binder) (done int, err error
 	return done, nil
 }
 
+// transient refusals come right after a VF was reset, and end with that.
+const (
+	retries    = 8
+	firstPause = 10 * time.Millisecond // doubled each time: 2.5 s in all
+)
+
+// makeOne makes one setting of a VF.
+func (s *Handle) makeOne(ctx context.Context, port *session, vf *iommu.Device, change Setting) error {
+	refused := func(err error) error {
+		if bind.IsStuck(err) {
+			return err
+		}
+		return &SettingError{keyNames(change.Keys), vf.Name, port.PF.Driver, err}
+	}
+	if r := change.row(); r.file != "" {
+		step := bind.Step{Path: attribute(vf.Address, r.file), Value: change.To[r.key]}
+		err := s.Write(port.PF.Address, []bind.Step{step})
+		if errors.Is(err, unix.ENOENT) {
+			err = unix.EOPNOTSUPP
+		}
+		if err != nil {
+			return refused(err)
+		}
+		return nil
+	}
+
+	pause := firstPause
+	for try := 1; ; try++ {
+		err := port.send(vf.VFIndex, change)
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EBUSY) || try == retries {
+			return refused(err)
+		}
+		select {
+		case <-time.After(pause):
+			pause *= 2
+		case <-ctx.Done():
+			return refused(err)
+		}
+	}
+}
+
+// send makes one setting by a message. The interface is named by its index: its name may change meanwhile.
+func (s *session) send(vf int, change Setting) error {
+	r := change.row()
+	if r.encode == nil {
+		return fmt.Errorf("%s: %w", r.key, unix.EOPNOTSUPP)
+	}
+	if s.c == nil {
+		return unix.ENODEV
+	}
+	kind, value := r.encode(vf, change)
+	return s.c.SetVF(s.index, kind, value)
+}
+
 // verify compares with what the port now reports.
-func (p *SetPlan) verify(port *Port) (unverified []string, err error) {
+func (p *SetPlan) verify(port *Port) (unverified []Key, err error) {
 	now, _ := port.Of(p.VF.VFIndex)
 	changed := Settings{}
 	for _, s := range p.Settings {
@@ -416,45 +350,102 @@ func (p *SetPlan) verify(port *Port) (unverified []string, err error) {
 	return unknown, nil
 }
 
-// undo sets what was set before, in reverse order. It has no context: that of the command may be over.
-func (p *SetPlan) undo(b *vfio.Binder, done []Setting) error {
+// undoSettings sets what was set before, in reverse order. It has no context: that of the command may be over.
+func (s *Handle) undoSettings(port *session, p *SetPlan, done []Setting) error {
 	var errs []error
-	for _, s := range slices.Backward(done) {
-		back := Setting{Keys: s.Keys, From: s.To, To: s.From}
+	for _, change := range slices.Backward(done) {
+		back := Setting{Keys: change.Keys, From: change.To, To: change.From}
 		if len(back.To) == 0 {
-			errs = append(errs, fmt.Errorf("%s: %s cannot be put back, as the driver does not report it", p.VF.Name, s.Keys.name()))
+			errs = append(errs, fmt.Errorf("%s: %s cannot be put back, as the driver does not report it", p.VF.Name, keyNames(change.Keys)))
 			continue
 		}
-		errs = append(errs, p.port.change(context.Background(), b, p.VF, back))
+		errs = append(errs, s.makeOne(context.Background(), port, p.VF, back))
 	}
 	return errors.Join(errs...)
 }
 
+// setNew gives new VFs of a PF their settings. On failure its caller removes them.
+func (s *Handle) setNew(ctx context.Context, pf iommu.Address, vfs []*iommu.Device, wish []VFWish) error {
+	if !anyVF(wish, hasSettings) {
+		return nil
+	}
+	d, port, err := portOf(s.Host(), pf)
+	if err != nil {
+		return err
+	}
+	if port == nil {
+		port = &Port{PF: d, host: s.Host()}
+	}
+	open, err := port.open()
+	if err != nil {
+		return err
+	}
+	defer open.close()
+
+	var plans []SetPlan
+	for i, vf := range vfs {
+		if !hasSettings(wish[i]) {
+			continue
+		}
+		want, err := resolved(d, vf, wish[i].Settings, port)
+		if err != nil {
+			return err
+		}
+		if vf.Driver != "" { // an interrupted run has come as far as that
+			want = maps.Clone(want)
+			delete(want, MSIX)
+		}
+		now, _ := port.Of(vf.VFIndex)
+		p := SetPlan{VF: vf, Want: want, Settings: planSettings(now.Settings, want), port: port}
+		if _, err := s.makeAll(ctx, open, &p); err != nil {
+			return err
+		}
+		plans = append(plans, p)
+	}
+
+	now, err := open.again()
+	if err != nil {
+		return err
+	}
+	for _, p := range plans {
+		if _, err := p.verify(now); err != nil {
+			return err
+		}
+	}
+	return s.rememberRequested(d, plans...)
+}
+
 // recoverSet puts a VF's settings back as they were.
-func recoverSet(ctx context.Context, b *vfio.Binder, pf iommu.Address, data json.RawMessage) (string, error) {
+func recoverSet(ctx context.Context, b *bind.Handle, pf iommu.Address, data json.RawMessage) (string, error) {
+	s := wrap(b)
 	var r setRecord
 	if err := json.Unmarshal(data, &r); err != nil {
 		return "has a record that cannot be read", err
 	}
-	_, port, err := portOf(b.Host, pf)
+	_, port, err := portOf(s.Host(), pf)
 	if err != nil {
 		return "cannot be read", err
 	}
 	if port == nil {
 		return "has no interface any more", nil
 	}
-	vf := vfAt(pf, r.VF, r.Index)
 	now, known := port.Of(r.Index)
 	if !known {
 		return fmt.Sprintf("has no vf%d any more, whose change of settings had been interrupted", r.Index), nil
 	}
-	for _, s := range planSettings(now.Settings, r.Old) {
-		err := port.change(ctx, b, vf, s)
-		if _, stuck := errors.AsType[*vfio.StuckError](err); stuck {
+
+	open, err := port.open()
+	if err != nil {
+		return "is not done", err
+	}
+	defer open.close()
+	for _, change := range planSettings(now.Settings, r.Old) {
+		err := s.makeOne(ctx, open, vfAt(pf, r.VF, r.Index), change)
+		if bind.IsStuck(err) {
 			return "is not done", err
 		}
 		if err != nil { // told once: a record that stays would keep the PF from all further changes
-			return "is not done", errors.Join(err, b.End(pf))
+			return "is not done", errors.Join(err, s.End(pf))
 		}
 	}
 	return fmt.Sprintf("has the old settings of vf%d: their change had been interrupted", r.Index), nil

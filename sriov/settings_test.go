@@ -2,6 +2,8 @@ package sriov
 
 import (
 	"encoding/binary"
+	"errors"
+	"fmt"
 	"net"
 	"reflect"
 	"slices"
@@ -10,6 +12,8 @@ import (
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"viaduct/iommu"
 )
 
 func TestParseSettings(t *testing.T) {
@@ -33,6 +37,9 @@ func TestParseSettings(t *testing.T) {
 	}
 }
 
+// vfDevice is a VF that no host has.
+var vfDevice = vfAt(iommu.Address{Bus: 1}, iommu.Address{Bus: 2, Device: 16}, 3)
+
 // The address is set before it is checked, and not while it is; what is right already is not set; what is not given stays.
 func TestPlanSettings(t *testing.T) {
 	now := Settings{MAC: "02:00:00:00:00:01", VLAN: "7", QoS: "3", SpoofChk: on, Trust: off, MinRate: "0", MaxRate: "0"}
@@ -49,7 +56,7 @@ func TestPlanSettings(t *testing.T) {
 	} {
 		var plan []string
 		for _, s := range planSettings(now, c.want) {
-			plan = append(plan, strings.TrimPrefix(s.command("p0", vfDevice(3)), "ip link set p0 vf 3 "))
+			plan = append(plan, strings.TrimPrefix(s.command("p0", vfDevice), "ip link set p0 vf 3 "))
 		}
 		if got := strings.Join(plan, "; "); got != c.plan {
 			t.Errorf("%v: %q, want %q", c.want, got, c.plan)
@@ -84,7 +91,7 @@ func TestDeriveMAC(t *testing.T) {
 	}
 }
 
-// message packs an RTM_NEWLINK with one VF, with another value in each field.
+// message packs an IFLA_VF_INFO with another value in each field.
 func message() []byte {
 	u32 := func(n ...uint32) []byte {
 		var b []byte
@@ -95,8 +102,7 @@ func message() []byte {
 	}
 	u64 := func(n uint64) []byte { return binary.NativeEndian.AppendUint64(nil, n) }
 	mac := append([]byte{0x52, 0x54, 0, 1, 2, 3}, make([]byte, 26)...)
-	list := nl.NewRtAttr(unix.IFLA_VFINFO_LIST, nil)
-	vf := list.AddRtAttr(nl.IFLA_VF_INFO, nil)
+	vf := nl.NewRtAttr(nl.IFLA_VF_INFO, nil)
 	vf.AddRtAttr(nl.IFLA_VF_MAC, append(u32(5), mac...))
 	vf.AddRtAttr(nl.IFLA_VF_VLAN, u32(5, 100, 3))
 	vf.AddRtAttr(nl.IFLA_VF_RATE, u32(5, 11, 22))
@@ -112,72 +118,152 @@ func message() []byte {
 	}
 	vlans := vf.AddRtAttr(nl.IFLA_VF_VLAN_LIST, nil)
 	vlans.AddRtAttr(nl.IFLA_VF_VLAN_INFO, append(u32(5, 100, 3), 0x88, 0xa8, 0, 0))
-	b := make([]byte, unix.SizeofIfInfomsg)
-	binary.NativeEndian.PutUint32(b[4:], 42)
-	b = append(b, nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated("p0")).Serialize()...)
-	b = append(b, nl.NewRtAttr(unix.IFLA_ADDRESS, []byte{2, 0, 0, 0, 0, 1}).Serialize()...)
-	b = append(b, nl.NewRtAttr(unix.IFLA_PHYS_SWITCH_ID, []byte{0xde, 0xad, 0xbe, 0xef, 1, 2, 3, 4, 5}).Serialize()...)
-	b = append(b, nl.NewRtAttr(unix.IFLA_PHYS_PORT_NAME, nl.ZeroTerminated("p0")).Serialize()...)
-	return append(b, list.Serialize()...)
+	return vf.Serialize()[unix.SizeofRtAttr:]
 }
 
-func TestDecodeLink(t *testing.T) {
-	got, err := decodeLink(message())
-	if err != nil {
-		t.Fatal(err)
+func TestDecodeVF(t *testing.T) {
+	got, ok := decodeVF(message(), 6)
+	want := VFInfo{
+		Index: 5,
+		Settings: Settings{
+			MAC: "52:54:00:01:02:03", VLAN: "100", QoS: "3", Proto: dot1ad, MinRate: "11", MaxRate: "22", SpoofChk: on,
+			LinkState: "disable", RSSQuery: off, NodeGUID: "00:11:22:33:44:55:66:77",
+		},
+		Stats: &Stats{1000, 1001, 1002, 1003, 1004, 1005, 1007, 1008},
 	}
-	want := linkInfo{
-		index: 42, name: "p0", address: net.HardwareAddr{2, 0, 0, 0, 0, 1}, switchID: "deadbeef0102030405", portName: "p0",
-		vfs: []VFInfo{{
-			Index: 5,
-			Settings: Settings{
-				MAC: "52:54:00:01:02:03", VLAN: "100", QoS: "3", Proto: dot1ad, MinRate: "11", MaxRate: "22", SpoofChk: on, LinkState: "disable",
-				RSSQuery: off, NodeGUID: "00:11:22:33:44:55:66:77",
-			},
-			Stats: &Stats{1000, 1001, 1002, 1003, 1004, 1005, 1007, 1008},
-		}},
-	}
-	if !reflect.DeepEqual(got, want) {
+	if !ok || !reflect.DeepEqual(got, want) {
 		t.Errorf("%+v\nwant\n%+v", got, want)
 	}
 }
 
-// What is encoded is what is decoded: the kernel's structures are the same in both directions.
-func TestEncode(t *testing.T) {
-	for _, to := range []Settings{
-		{MAC: "52:54:00:01:02:03"}, {VLAN: "100", QoS: "3"}, {VLAN: "5", QoS: "0", Proto: dot1ad}, {MinRate: "1", MaxRate: "1000"}, {Trust: on}, {SpoofChk: off},
-		{RSSQuery: on}, {LinkState: "enable"}, {NodeGUID: "00:11:22:33:44:55:66:77"}, {PortGUID: "01:11:22:33:44:55:66:77"},
-	} {
-		for _, g := range order(to) {
-			if _, ok := to[g[0]]; !ok {
-				continue
+// samples are values of each setting, of which no two may be sent alike.
+var samples = map[Key][]string{
+	MAC: {"52:54:00:01:02:03", "00:00:00:00:00:00"}, VLAN: {"0", "100", "4094"}, QoS: {"0", "7"}, Proto: {dot1q, dot1ad},
+	Trust: {on, off}, SpoofChk: {on, off}, LinkState: {"auto", "enable", "disable"}, MaxRate: {"0", "1000", "4294967295"},
+	MinRate: {"0", "10"}, RSSQuery: {on, off}, NodeGUID: {"00:11:22:33:44:55:66:77", "80:00:00:00:00:00:00:01"},
+	PortGUID: {"01:11:22:33:44:55:66:77"}, MSIX: {"0", "2048"},
+}
+
+// Each row of the table is whole: its words, how it is read, sent and decoded, when, and with what. What is sent for one setting
+// and value is sent for no other, and is what is decoded.
+func TestTable(t *testing.T) {
+	words, sent := map[string]Key{}, map[string]string{}
+	helped := strings.Join(func() (lines []string) {
+		for _, h := range Help() {
+			lines = append(lines, h[0], h[1])
+		}
+		return lines
+	}(), " ")
+	for i := range table {
+		r := &table[i]
+		for _, w := range []string{string(r.key), r.ip} {
+			if other, twice := words[w]; twice && w != "" {
+				t.Errorf("%s and %s are both called %s", other, r.key, w)
 			}
-			kind, value := Setting{Keys: g, From: Settings{}, To: to}.encode(7)
-			b := nl.NewRtAttr(kind, value).Serialize()
-			got, ok := decodeVF(b, 6)
-			if kind == nl.IFLA_VF_VLAN_LIST {
-				got.Settings[VLAN], got.Settings[QoS], got.Index, ok = to[VLAN], to[QoS], 7, true
+			words[w] = r.key
+		}
+		if r.key == "" || r.parse == nil || r.order == nil || r.with == "" || rowNamed(string(r.with)) == nil {
+			t.Errorf("%q lacks a name, how it is read, when it is sent, or with what: %+v", r.key, r)
+			continue
+		}
+		if !strings.Contains(helped, string(r.key)+"=") && !strings.Contains(helped, r.ipWord()+"=") {
+			t.Errorf("no line of help tells of %s", r.key)
+		}
+		if r.usual != "" {
+			if v, err := r.parse(r.usual); err != nil || v != r.usual {
+				t.Errorf("%s begins with %q, which is not how it is spelled: %q, %v", r.key, r.usual, v, err)
 			}
-			if !ok || got.Index != 7 || !reflect.DeepEqual(got.Settings, to) {
-				t.Errorf("%v: %+v", to, got)
+		}
+		if len(samples[r.key]) == 0 {
+			t.Errorf("there is no sample of %s", r.key)
+		}
+		if r.file != "" {
+			if r.encode != nil || r.decode != nil || r.with != r.key {
+				t.Errorf("%s is written to %s, and sent as well", r.key, r.file)
+			}
+			continue
+		}
+		if r.decode == nil || r.encode == nil || r.attribute == 0 || r.order("") != rowNamed(string(r.with)).order("") {
+			t.Errorf("%s is not decoded, or not sent, or not when %s is", r.key, r.with)
+			continue
+		}
+
+		for _, value := range samples[r.key] {
+			if v, err := r.parse(value); err != nil || v != value {
+				t.Errorf("%s=%s: %q, %v", r.key, value, v, err)
+			}
+			to := Settings{r.key: value}
+			if r.with == VLAN { // which the kernel takes together
+				to = Settings{VLAN: "1", QoS: "1"}
+				to[r.key] = value
+			}
+			if r.with == MinRate {
+				to = Settings{MinRate: "1", MaxRate: "1"}
+				to[r.key] = value
+			}
+			kind, payload := r.encode(7, Setting{Keys: []Key{r.with}, From: Settings{}, To: to})
+			b := nl.NewRtAttr(kind, payload).Serialize()
+			if other := sent[string(b)]; other != "" {
+				t.Errorf("%s=%s is sent as %s is", r.key, value, other)
+			}
+			sent[string(b)] = fmt.Sprintf("%s=%s", r.key, value)
+
+			if got, known := decoded(r, kind, payload); !known || got != value {
+				if r.key != MAC && !known { // a zero GUID is none
+					t.Errorf("%s=%s is decoded as %q, %v", r.key, value, got, known)
+				}
 			}
 		}
 	}
 }
 
-func FuzzDecodeLink(f *testing.F) {
-	f.Add(message())
-	f.Add([]byte{})
-	f.Fuzz(func(t *testing.T, b []byte) {
-		l, err := decodeLink(b)
+// decoded is a row's value in an attribute. The kernel tells the VLAN's numbers in another one as well.
+func decoded(r *row, kind int, payload []byte) (string, bool) {
+	if kind == nl.IFLA_VF_VLAN_LIST && r.attribute == nl.IFLA_VF_VLAN {
+		return r.decode(payload[unix.SizeofRtAttr:], 6)
+	}
+	return r.decode(payload, 6)
+}
+
+// A setting that nothing sends is refused, and not told to be made.
+func TestSettingWithoutMessage(t *testing.T) {
+	s := session{Port: &Port{}}
+	if err := s.send(0, Setting{Keys: []Key{"veb"}, To: Settings{"veb": on}}); !errors.Is(err, unix.EOPNOTSUPP) {
+		t.Errorf("error %v", err)
+	}
+}
+
+// What mac=stable stands for may never change: guests are known by it.
+func TestStableMAC(t *testing.T) {
+	for _, c := range []struct {
+		pf    string
+		index int
+		want  string
+	}{
+		{"52:54:00:00:00:01", 0, "26:00:00:00:00:01"},
+		{"52:54:00:00:00:01", 1, "26:00:01:00:00:01"},
+		{"b8:ce:f6:00:00:01", 0, "32:e0:00:00:00:01"},
+		{"b8:ce:f6:00:00:01", 255, "32:e0:ff:00:00:01"},
+		{"3c:fd:fe:aa:bb:cc", 63, "b2:20:3f:aa:bb:cc"},
+	} {
+		mac, err := net.ParseMAC(c.pf)
 		if err != nil {
-			return
+			t.Fatal(err)
 		}
-		for _, vf := range l.vfs {
-			for k := range vf.Settings {
-				if vf.Index < 0 || !slices.Contains(Keys, k) {
-					t.Errorf("%+v", vf)
-				}
+		if got, err := DeriveMAC(mac, c.index); err != nil || got.String() != c.want {
+			t.Errorf("vf%d of %s: %s, %v, want %s", c.index, c.pf, got, err, c.want)
+		}
+	}
+}
+
+func FuzzDecodeVF(f *testing.F) {
+	f.Add(message(), 6)
+	f.Add([]byte{}, 0)
+	f.Fuzz(func(t *testing.T, b []byte, length int) {
+		vf, ok := decodeVF(b, length)
+		for k := range vf.Settings {
+			if ok && vf.Index < 0 || !slices.Contains(Keys(), k) {
+				t.Errorf("%+v", vf)
 			}
 		}
 	})
@@ -189,7 +275,7 @@ func FuzzParseSettings(f *testing.F) {
 	f.Fuzz(func(t *testing.T, word string) {
 		s, err := ParseSettings([]string{word})
 		for k, v := range s {
-			if again, err := parseValue(k, v); err != nil || again != v {
+			if again, err := k.row().parse(v); err != nil || again != v {
 				t.Errorf("%q: %s=%s is spelled %s, %v", word, k, v, again, err)
 			}
 		}

@@ -1,7 +1,3 @@
-// Package sriov makes and removes virtual functions and sets what a PF decides for them.
-//
-// A number of VFs is planned first (PlanCount), asked for (Check) and then carried out (Apply) through a [vfio.Binder], which
-// writes in its child and keeps the journal. The settings of VFs (Settings) go over netlink.
 package sriov
 
 import (
@@ -76,6 +72,11 @@ func silentCause(pf *iommu.Device) string {
 	return ""
 }
 
+// NotVFError says that a device is no VF.
+type NotVFError struct{ Device iommu.Address }
+
+func (e *NotVFError) Error() string { return fmt.Sprintf("%s is no VF", e.Device) }
+
 // ForecastError says that the kernel would refuse to make so many VFs, before anything is touched.
 type ForecastError struct {
 	PF   iommu.Address
@@ -98,7 +99,7 @@ func forecast(h *iommu.Host, pf *iommu.Device, n int) error {
 	const firstVF, afterVFs = 7, 13 // six BARs and the ROM come before, bridge windows after (include/linux/pci.h)
 	for i, line := range strings.Split(string(ranges), "\n") {
 		f := strings.Fields(line)
-		if i >= firstVF && i < afterVFs && len(f) == 3 && number(f[0]) == 0 && number(f[2]) != 0 {
+		if i >= firstVF && i < afterVFs && len(f) == 3 && hexNumber(f[0]) == 0 && hexNumber(f[2]) != 0 {
 			return &ForecastError{pf.Address, n, "the firmware left no memory range for its VFs' BAR " + strconv.Itoa(i-firstVF) + " (" + noRoom + ")"}
 		}
 	}
@@ -140,8 +141,8 @@ func vectorsLeft(h *iommu.Host, pf *iommu.Device, vfs []VFWish) error {
 	return nil
 }
 
-func number(hex string) uint64 {
-	n, _ := strconv.ParseUint(hex, 0, 64)
+func hexNumber(text string) uint64 {
+	n, _ := strconv.ParseUint(text, 0, 64)
 	return n
 }
 

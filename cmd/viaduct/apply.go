@@ -12,9 +12,10 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"viaduct/cmd/internal/declared"
-	"viaduct/cmd/internal/spec"
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/iommu"
-	"viaduct/vfio"
+	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
 )
 
 func applyCommand(e *env) *cli.Command {
@@ -33,7 +34,7 @@ func applyCommand(e *env) *cli.Command {
 			&cli.BoolFlag{Name: "confirmed", Usage: "keep what was applied with --confirm"},
 			&cli.BoolFlag{Name: "boot", Usage: "as the boot unit does: wait for the devices, take none that carried the host when it last ran, keep going", Destination: &o.boot},
 			&cli.DurationFlag{Name: "wait", Usage: "with --boot: how long devices are waited for", Value: 30 * time.Second, Destination: &o.wait},
-			&cli.StringSliceFlag{Name: "force", Usage: "go on although a holder of this `KIND` uses what is changed: " + kindNames() + " (may be repeated)"},
+			&cli.StringSliceFlag{Name: "force", Usage: "go on although a holder of this `KIND` uses what is changed: " + holder.KindNames() + " (may be repeated)"},
 			&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", DefaultText: "30s, and 1s for each VF", Destination: &o.timeout},
 			e.dryRunFlag(),
 		),
@@ -78,14 +79,17 @@ func applyCommand(e *env) *cli.Command {
 
 // planLocked plans what is declared, and locks all that it changes before that is looked at for the last time: another viaduct may
 // be in the middle of it, which looks like a difference, or like something that cannot be. What is wanted is asked each time.
-func (c *changing) planLocked(ctx context.Context, o *declaredOptions, wanted func() (*spec.Host, error)) (*declared.Manager, []*declared.Item, error) {
+func (c *changing) planLocked(ctx context.Context, o *declaredOptions, wanted func() (*hostfile.Host, error)) (*declared.Manager, []*declared.Item, error) {
 	locked := map[string]bool{}
 	for {
 		s, err := wanted()
 		if err != nil {
 			return nil, nil, err
 		}
-		m := o.manager(c.host, c.topology, c.binder)
+		m, err := o.manager(c.env, c.handle)
+		if err != nil {
+			return nil, nil, err
+		}
 		items, err := m.Plan(s)
 		if err != nil {
 			return nil, nil, err
@@ -102,14 +106,14 @@ func (c *changing) planLocked(ctx context.Context, o *declaredOptions, wanted fu
 			}
 		}
 		if len(devices) > 0 {
-			if err := c.binder.Lock(ctx, devices); err != nil {
+			if err := c.handle.Lock(ctx, devices); err != nil {
 				return nil, nil, err
 			}
 			if err := c.recover(ctx); err != nil {
 				return nil, nil, err
 			}
 		}
-		if len(devices) == 0 || c.undisturbed() {
+		if len(devices) == 0 || c.handle.Undisturbed() {
 			for _, i := range items {
 				if err := c.stuckIn(i.Devices()); err != nil && i.State == declared.Differs {
 					i.Refuse(err)
@@ -117,7 +121,7 @@ func (c *changing) planLocked(ctx context.Context, o *declaredOptions, wanted fu
 			}
 			return m, items, nil
 		}
-		if c.topology, err = iommu.Scan(c.host); err != nil {
+		if c.topology, err = c.handle.Scan(); err != nil {
 			return nil, nil, err
 		}
 	}
@@ -129,18 +133,18 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 		return err
 	}
 	defer stop()
-	s, err := o.load(c.host)
+	s, err := o.load(c.handle.Host())
 	if err != nil && o.boot {
 		e.note("%v", err)
 		e.note("what is declared cannot be read: what was confirmed last is used")
-		s, err = c.declared().Confirmed()
+		s, err = declared.Of(c.handle.Host()).Confirmed()
 	}
 	if err != nil {
 		return usageError{err}
 	}
-	wanted := func() (*spec.Host, error) { return s, nil }
+	wanted := func() (*hostfile.Host, error) { return s, nil }
 	if o.boot {
-		wanted = func() (*spec.Host, error) { return c.declared().Booted(s) }
+		wanted = func() (*hostfile.Host, error) { return declared.Of(c.handle.Host()).Booted(s) }
 	}
 	use, err := wanted()
 	if err != nil {
@@ -149,23 +153,21 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 	if use != s {
 		e.note("an apply of host.yaml was not confirmed: until the next apply, what was confirmed last is used instead of it")
 	}
-	if o.timeout == 0 {
-		most := 0
-		for _, pf := range use.PFs {
-			most = max(most, pf.Count)
-		}
-		c.binder.Timeout = vfio.DefaultTimeout + time.Duration(most)*time.Second
-	}
 	if o.boot {
 		o.keepGoing = true
-		m := o.manager(c.host, c.topology, c.binder)
-		waiting, done := context.WithTimeout(ctx, o.wait)
-		err := m.Wait(waiting, use)
-		done()
+		m, err := o.manager(e, c.handle)
 		if err != nil {
 			return err
 		}
-		c.topology = m.Topology
+		waiting, done := context.WithTimeout(ctx, o.wait)
+		err = m.Wait(waiting, use)
+		done()
+		if err == nil {
+			c.topology, err = c.handle.Topology()
+		}
+		if err != nil {
+			return err
+		}
 	}
 	if err := c.recover(ctx); err != nil {
 		return err
@@ -177,7 +179,7 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 	if o.watching && m.Held() { // by an apply that was waited for
 		return nil
 	}
-	m.Check(items, false)
+	m.Check(items)
 	var errs []error
 	refused := false
 	for _, i := range items {
@@ -191,10 +193,10 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 		}
 	}
 	if refused && !o.keepGoing {
-		if err := errors.Join(errs...); errors.Is(err, vfio.ErrRefused) {
+		if err := errors.Join(errs...); errors.Is(err, holder.ErrRefused) {
 			return err
 		}
-		return &vfio.RefusedError{What: "apply", Reasons: reasons(errs)}
+		return &holder.RefusedError{What: "apply", Reasons: reasons(errs)}
 	}
 	if !o.boot {
 		if err := m.Protect(); err != nil {
@@ -267,8 +269,8 @@ func undoCommand(e *env) *cli.Command {
 			"Examples:\n  viaduct undo",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "unless-confirmed", Usage: "wait for viaduct apply --confirmed, and undo what was applied with --confirm when its time is over (apply --confirm starts this)"},
-			&cli.StringSliceFlag{Name: "force", Usage: "go on although a holder of this `KIND` uses what is changed: " + kindNames() + " (may be repeated)"},
-			&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", Value: vfio.DefaultTimeout, Destination: &timeout},
+			&cli.StringSliceFlag{Name: "force", Usage: "go on although a holder of this `KIND` uses what is changed: " + holder.KindNames() + " (may be repeated)"},
+			&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", Value: bind.DefaultTimeout, Destination: &timeout},
 		},
 		Action: func(c *cli.Context) error {
 			if c.Bool("unless-confirmed") {
@@ -290,14 +292,16 @@ func undoCommand(e *env) *cli.Command {
 }
 
 // runUndo undoes the last apply; due, if there is one, says whether that still is to be done when no other apply is at it any more.
-func runUndo(ctx context.Context, e *env, force []vfio.Kind, timeout time.Duration, due func() (bool, error)) error {
+func runUndo(ctx context.Context, e *env, force []holder.Kind, timeout time.Duration, due func() (bool, error)) error {
 	ctx, stop, c, err := e.beginChange(ctx, timeout)
 	if err != nil {
 		return err
 	}
 	defer stop()
-	m := c.declared()
-	m.Force = force
+	m, err := e.declared(c.handle, declared.Options{Force: force})
+	if err != nil {
+		return err
+	}
 	addresses, known, err := m.Last()
 	if err != nil {
 		return err
@@ -355,15 +359,16 @@ func adoptCommand(e *env) *cli.Command {
 }
 
 func runAdopt(e *env, file, source string) error {
-	h, t, err := e.look()
+	stop, b, err := e.openLook()
 	if err != nil {
 		return err
 	}
-	defer h.Close()
-	b := newBinder(h, 0)
-	defer b.Close()
-	m := (&declaredOptions{}).manager(h, t, b)
-	var s *spec.Host
+	defer stop()
+	m, err := e.declared(b, declared.Options{})
+	if err != nil {
+		return err
+	}
+	var s *hostfile.Host
 	var comments map[string]string
 	var notes []string
 	if source == "" {
@@ -402,7 +407,7 @@ func schemaCommand(e *env) *cli.Command {
 			if c.Args().Present() {
 				return usagef("schema takes no arguments")
 			}
-			return writeJSON(e.stdout, spec.Schema())
+			return writeJSON(e.stdout, hostfile.Schema())
 		},
 	})
 }

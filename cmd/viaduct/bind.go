@@ -5,14 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
 
 	"viaduct/cmd/internal/declared"
 	"viaduct/iommu"
-	"viaduct/vfio"
+	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
 )
 
 type bindOptions struct {
@@ -24,7 +24,7 @@ type bindOptions struct {
 
 // changeOptions are what bind and unbind have in common.
 type changeOptions struct {
-	force     []vfio.Kind
+	force     []holder.Kind
 	keepGoing bool
 	save      bool
 	timeout   time.Duration
@@ -32,28 +32,21 @@ type changeOptions struct {
 
 func (o *changeOptions) flags(e *env) []cli.Flag {
 	return []cli.Flag{
-		&cli.StringSliceFlag{Name: "force", Usage: "go on although a holder of this `KIND` uses the device: " + kindNames() + " (may be repeated)"},
+		&cli.StringSliceFlag{Name: "force", Usage: "go on although a holder of this `KIND` uses the device: " + holder.KindNames() + " (may be repeated)"},
 		&cli.BoolFlag{Name: "keep-going", Usage: "of several devices, leave out those that are refused", Destination: &o.keepGoing},
-		&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", Value: vfio.DefaultTimeout, Destination: &o.timeout},
+		&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", Value: bind.DefaultTimeout, Destination: &o.timeout},
 		e.dryRunFlag(), e.jsonFlag(),
 	}
 }
 
-func kindNames() string {
-	var names []string
-	for _, k := range vfio.Kinds {
-		names = append(names, string(k))
-	}
-	return strings.Join(names, ", ")
-}
-
-func parseKinds(names []string) ([]vfio.Kind, error) {
-	var kinds []vfio.Kind
+func parseKinds(names []string) ([]holder.Kind, error) {
+	var kinds []holder.Kind
 	for _, n := range names {
-		if !slices.Contains(vfio.Kinds, vfio.Kind(n)) {
-			return nil, usagef("--force %q: the kinds of holders are %s", n, kindNames())
+		k, err := holder.ParseKind(n)
+		if err != nil {
+			return nil, usagef("--force %w", err)
 		}
-		kinds = append(kinds, vfio.Kind(n))
+		kinds = append(kinds, k)
 	}
 	return kinds, nil
 }
@@ -87,7 +80,7 @@ func bindCommand(e *env) *cli.Command {
 			"  viaduct bind 0000:03:00.0 --save",
 		Flags: append([]cli.Flag{
 			&cli.BoolFlag{Name: "save", Usage: "declare the device as well, for each boot", Destination: &o.save},
-			&cli.StringFlag{Name: "driver", Usage: "the vfio driver `auto|NAME`; auto is the device's own variant driver, else vfio-pci", Value: vfio.Auto, Destination: &o.driver},
+			&cli.StringFlag{Name: "driver", Usage: "the vfio driver `auto|NAME`; auto is the device's own variant driver, else vfio-pci", Value: bind.Auto, Destination: &o.driver},
 			&cli.StringFlag{Name: "node-owner", Usage: "who is to own the device's nodes: `USER[:GROUP]`"},
 		}, o.flags(e)...),
 		BashComplete: e.completeSelectors,
@@ -98,7 +91,7 @@ func bindCommand(e *env) *cli.Command {
 			if o.selectors, err = selectors(c); err != nil {
 				return err
 			}
-			if o.driver != vfio.Auto && !iommu.IsVFIODriver(o.driver) && o.driver != "pci-stub" {
+			if o.driver != bind.Auto && !iommu.IsVFIODriver(o.driver) && o.driver != "pci-stub" {
 				return usagef("bind: %q is no vfio driver; want auto, vfio-pci or the name of a variant driver", o.driver)
 			}
 			o.owner = c.String("node-owner")
@@ -146,56 +139,45 @@ func (e *env) tellChanges(views []changeView, err error) error {
 }
 
 func (e *env) bind(ctx context.Context, o bindOptions) ([]changeView, error) {
-	var owner *vfio.NodeOwner
+	goal := bind.Take(o.driver)
 	if o.owner != "" {
-		var err error
-		if owner, err = vfio.ParseNodeOwner(o.owner); err != nil {
+		owner, err := bind.ParseNodeOwner(o.owner)
+		if err != nil {
 			return nil, usagef("--node-owner: %w", err)
 		}
+		goal = goal.OwnedBy(owner)
 	}
 	lasts := " (until the next boot)"
 	if o.save {
 		lasts = " (and declared for each boot)"
 	}
-	return e.change(ctx, o.selectors, changer{
-		options: o.changeOptions, owner: owner, driver: o.driver, lasts: lasts,
-		check: (*vfio.Gate).Take,
-		plan:  func(b *vfio.Binder, d *iommu.Device) (vfio.Change, error) { return b.PlanTake(d, o.driver) },
-		apply: func(b *vfio.Binder, ctx context.Context, units [][]*iommu.Device) []vfio.Result {
-			return b.Take(ctx, units, o.driver)
-		},
-		after: func(on *changing, devices []*iommu.Device) error {
-			var errs []error
-			for _, d := range devices {
-				if o.save {
-					file, err := on.declared().Save(d, o.driver, o.owner)
-					if errs = append(errs, err); err == nil {
-						e.note("%s is declared in %s", d.Name, file)
-					}
-				}
+
+	return e.change(ctx, o.selectors, goal, o.changeOptions, lasts, func(m *declared.Manager, devices []*iommu.Device) error {
+		var errs []error
+		for _, d := range devices {
+			if !o.save {
+				continue
 			}
-			return errors.Join(errs...)
-		},
+			file, err := m.Save(d, o.driver, o.owner)
+			if errs = append(errs, err); err == nil {
+				e.note("%s is declared in %s", d.Name, file)
+			}
+		}
+		return errors.Join(errs...)
 	})
 }
 
 func runUnbind(ctx context.Context, e *env, sel []iommu.Selector, o changeOptions) error {
-	views, err := e.change(ctx, sel, changer{
-		options: o,
-		check:   (*vfio.Gate).GiveBack,
-		plan:    (*vfio.Binder).PlanGiveBack,
-		apply:   (*vfio.Binder).GiveBack,
-		after: func(on *changing, devices []*iommu.Device) error {
-			owners, err := vfio.Owners(on.host, devices)
-			for _, owner := range owners {
-				e.note("%s, which may take it again", owner)
-			}
-			errs := []error{err}
-			for _, d := range devices {
-				errs = append(errs, e.tellSaved(on.declared(), d, o.save))
-			}
-			return errors.Join(errs...)
-		},
+	views, err := e.change(ctx, sel, bind.GiveBack(), o, "", func(m *declared.Manager, devices []*iommu.Device) error {
+		owners, err := holder.Owners(m.Host(), devices)
+		for _, owner := range owners {
+			e.note("%s, which may take it again", owner)
+		}
+		errs := []error{err}
+		for _, d := range devices {
+			errs = append(errs, e.tellSaved(m, d, o.save))
+		}
+		return errors.Join(errs...)
 	})
 	return e.tellChanges(views, err)
 }
@@ -216,18 +198,6 @@ func (e *env) tellSaved(m *declared.Manager, d *iommu.Device, forget bool) error
 	return nil
 }
 
-// changer is what bind and unbind differ in.
-type changer struct {
-	options changeOptions
-	owner   *vfio.NodeOwner
-	driver  string // to be taken with
-	lasts   string // how long the change does, to be told
-	check   func(*vfio.Gate, [][]*iommu.Device) ([]error, error)
-	plan    func(*vfio.Binder, *iommu.Device) (vfio.Change, error)
-	apply   func(*vfio.Binder, context.Context, [][]*iommu.Device) []vfio.Result
-	after   func(*changing, []*iommu.Device) error // for the devices that were asked for and are where they are to be
-}
-
 // changeView is one device's line of `bind --json` and `unbind --json`.
 type changeView struct {
 	Address iommu.Address `json:"address"`
@@ -238,164 +208,148 @@ type changeView struct {
 	Error   *string       `json:"error"`
 }
 
-// change resolves the devices, locks them, finishes what an interrupted run left, lets every gate speak before the first
-// write, and then carries out all units.
-func (e *env) change(ctx context.Context, sel []iommu.Selector, c changer) ([]changeView, error) {
-	ctx, stop, on, err := e.beginChange(ctx, c.options.timeout)
+// change brings devices to a goal: it resolves them, lets every gate speak before the first write, and then carries out all
+// units. Afterwards is done for the devices that were asked for and are where they are to be; lasts says how long that lasts.
+func (e *env) change(ctx context.Context, sel []iommu.Selector, goal bind.Goal, o changeOptions, lasts string,
+	afterwards func(*declared.Manager, []*iommu.Device) error,
+) ([]changeView, error) {
+	ctx, stop, on, err := e.beginChange(ctx, o.timeout)
 	if err != nil {
 		return nil, err
 	}
 	defer stop()
-	h, t, b := on.host, on.topology, on.binder
-	b.Owner = c.owner
-	asked, units, err := resolveUnits(h, t, sel)
+	job, asked, err := on.prepare(ctx, sel, goal, o.force)
 	if err != nil {
 		return nil, err
 	}
-	gate := &vfio.Gate{Host: h, Force: c.options.force, Driver: c.driver, DryRun: e.dryRun}
-	if on.live() {
-		if err := b.Lock(ctx, slices.Concat(units...)); err != nil {
-			return nil, err
-		}
-		if err := on.recover(ctx); err != nil {
-			return nil, err
-		}
-		gate.Stuck = on.stuck
-		if !on.undisturbed() {
-			if err := refresh(h, units, gate.Stuck); err != nil {
-				return nil, err
-			}
+
+	for _, v := range job.Units {
+		for _, h := range v.Overridden {
+			e.note("by force, although %s", h)
 		}
 	}
-	gate.Topology, gate.Asked, b.Gate = t, asked, gate
-	refusals, err := c.check(gate, units)
-	if err != nil {
-		return nil, err
+	refused := job.Refused()
+	if refused != nil && !o.keepGoing && !e.dryRun {
+		return nil, refused
 	}
-	for _, holder := range gate.Passed {
-		e.note("by force, although %s", holder)
+	if !on.handle.Host().Live() {
+		e.note("%s is a captured host: nobody could be asked who uses the devices", e.hostName)
 	}
-	if err := errors.Join(refusals...); err != nil && !c.options.keepGoing && !e.dryRun {
-		return nil, err
+
+	var results []bind.Result
+	if e.dryRun {
+		results = job.Plan() // which also shows what is refused
+	} else {
+		results = job.Run(ctx)
 	}
-	var errs []error
-	pass := units[:0:0]
-	for i, err := range refusals {
-		if err == nil || e.dryRun { // which also shows what is refused
-			pass = append(pass, units[i])
+	views, arrived, errs := viewResults(results, asked)
+	errs = append([]error{refused}, errs...)
+	if !e.dryRun && len(arrived) > 0 {
+		m, err := on.declared()
+		if err == nil {
+			err = afterwards(m, arrived)
 		}
 		errs = append(errs, err)
 	}
-	if !h.Live() {
-		e.note("%s is a captured host: nobody could be asked who uses the devices", e.hostName)
+
+	on.tellClaimed(results)
+	if !e.json {
+		e.printChanges(views, lasts)
 	}
-	var results []vfio.Result
-	if e.dryRun {
-		for _, d := range slices.Concat(pass...) {
-			change, err := c.plan(b, d)
-			results = append(results, vfio.Result{Change: change, Err: err})
+	if remapping := on.topology.InterruptRemapping; remapping != nil && !*remapping {
+		e.note("interrupt remapping is off on this host, so VFIO will refuse to open the device")
+	}
+	return views, mixed(errors.Join(errs...), len(results) > 0 && !e.dryRun)
+}
+
+// prepare finds what the selectors name, finishes what interrupted runs left, and asks whether it may go to its goal.
+func (c *changing) prepare(ctx context.Context, sel []iommu.Selector, goal bind.Goal, force []holder.Kind,
+) (*bind.Job, []*iommu.Device, error) {
+	if c.live() {
+		if err := c.recover(ctx); err != nil {
+			return nil, nil, err
 		}
-	} else {
-		results = c.apply(b, ctx, pass)
 	}
-	views := []changeView{}
+	asked, err := resolveAsked(c.handle.Host(), c.topology, sel)
+	if err != nil {
+		return nil, nil, err
+	}
+	job, err := c.handle.Prepare(ctx, bind.Request{Devices: asked, Goal: goal, Force: force})
+	if job != nil {
+		c.env.tellRecovered(job.Recovered)
+	}
+	return job, asked, err
+}
+
+// viewResults is what came of each device, and those of the devices asked for that are where they are to be.
+func viewResults(results []bind.Result, asked []*iommu.Device) (views []changeView, arrived []*iommu.Device, errs []error) {
+	views = []changeView{}
 	byAddress := map[iommu.Address]*iommu.Device{}
 	for _, d := range asked {
 		if d.PCI { // others have no address
 			byAddress[d.Address] = d
 		}
 	}
-	var arrived []*iommu.Device
-	var home []iommu.ID
 	for _, r := range results {
-		if !iommu.IsVFIODriver(r.To) && !slices.Contains(home, r.ID) {
-			home = append(home, r.ID)
-		}
 		views = append(views, viewChange(r.Change, r.Err))
 		errs = append(errs, r.Err)
 		if d := byAddress[r.Device]; r.Err == nil && d != nil {
 			arrived = append(arrived, d)
 		}
 	}
-	if !e.dryRun && len(arrived) > 0 {
-		errs = append(errs, c.after(on, arrived))
-	}
-	if len(home) > 0 {
-		for id, where := range vfio.ClaimedByID(h, home...) {
-			e.note("vfio-pci.ids= in %s claims all %04x:%04x: at the next boot vfio-pci has them again", where, id.Vendor, id.Device)
+	return views, arrived, errs
+}
+
+// tellClaimed says which devices that go to the host vfio-pci.ids= will take from it again.
+func (c *changing) tellClaimed(results []bind.Result) {
+	var home []iommu.ID
+	for _, r := range results {
+		if !iommu.IsVFIODriver(r.To) && !slices.Contains(home, r.ID) {
+			home = append(home, r.ID)
 		}
 	}
-	if !e.json {
-		e.printChanges(views, c.lasts)
+	if len(home) == 0 {
+		return
 	}
-	if t.InterruptRemapping != nil && !*t.InterruptRemapping {
-		e.note("interrupt remapping is off on this host, so VFIO will refuse to open the device")
+	for id, where := range holder.ClaimedByID(c.handle.Host(), home...) {
+		c.env.note("vfio-pci.ids= in %s claims all %04x:%04x: at the next boot vfio-pci has them again", where, id.Vendor, id.Device)
 	}
-	return views, mixed(errors.Join(errs...), len(results) > 0 && !e.dryRun)
 }
 
 // mixed makes refusals that were passed over a plain failure: something was touched.
 func mixed(err error, touched bool) error {
-	if err != nil && touched && errors.Is(err, vfio.ErrRefused) {
+	if err != nil && touched && errors.Is(err, holder.ErrRefused) {
 		return errors.New(err.Error()) // no longer an ErrRefused
 	}
 	return err
 }
 
-// resolveUnits finds what the selectors name, and all that has to go along.
-func resolveUnits(h *iommu.Host, t *iommu.Topology, sel []iommu.Selector) (asked []*iommu.Device, units [][]*iommu.Device, err error) {
+// resolveAsked finds the devices that selectors name: one each, or all of a group.
+func resolveAsked(h *iommu.Host, t *iommu.Topology, sel []iommu.Selector) ([]*iommu.Device, error) {
+	var asked []*iommu.Device
 	for _, s := range sel {
 		devices, err := s.Resolve(h, t)
 		if err != nil {
-			return nil, nil, err
+			return nil, err
 		}
 		switch id, group := s.Group(); {
 		case group:
 			g, err := t.Group(id)
 			if err != nil {
-				return nil, nil, err
+				return nil, err
 			}
 			devices = g.Endpoints()
 		case len(devices) > 1:
 			_, err := s.One(h, t)
-			return nil, nil, err // several where one was meant: too easily too many
+			return nil, err // several where one was meant: too easily too many
 		}
 		asked = append(asked, devices...)
 	}
-	units, err = vfio.Units(t, asked)
-	return asked, units, err
-}
-
-// refresh reads the devices again, as they are now that nobody else changes them. Those that are stuck stay as they were: to
-// read them would be to wait with them.
-func refresh(h *iommu.Host, units [][]*iommu.Device, stuck []vfio.Recovered) error {
-	for _, d := range slices.Concat(units...) {
-		if !d.PCI || slices.ContainsFunc(stuck, func(r vfio.Recovered) bool { return r.Device == d.Address && r.Err != nil }) {
-			continue
-		}
-		driver, err1 := iommu.ReadDriver(h, d.Address)
-		override, err2 := iommu.ReadDriverOverride(h, d.Address)
-		before := d.Driver
-		if d.SRIOV != nil || err1 != nil || err2 != nil || driver != d.Driver || override != d.DriverOverride { // not as a moment ago
-			now, err := iommu.ReadDevice(h, d.Address)
-			if err != nil {
-				return err
-			}
-			d.Driver, d.DriverOverride, d.SRIOV = now.Driver, now.DriverOverride, now.SRIOV
-		}
-		if d.Driver != before || d.Blocks() { // its driver makes interfaces, and udev may just have named them
-			netdevs, err := iommu.Netdevs(h, d.Address)
-			if err != nil {
-				return err
-			}
-			d.Netdevs = netdevs
-		}
-	}
-	return nil
+	return asked, nil
 }
 
 // tellRecovered tells what became of interrupted changes.
-func (e *env) tellRecovered(all []vfio.Recovered) {
+func (e *env) tellRecovered(all []bind.Recovered) {
 	for _, r := range all {
 		if r.Err != nil {
 			e.note("%v", r.Err)
@@ -423,14 +377,23 @@ func recoverCommand(e *env) *cli.Command {
 				return err
 			}
 			defer h.Close()
-			b := newBinder(h, 0)
+			b, err := e.openHandle(h, 0)
+			if err != nil {
+				return err
+			}
 			defer b.Close()
 			ctx, stop := untilSignal(c.Context)
 			defer stop()
-			all, err := b.Recover(ctx, true)
+
+			all, err := b.RecoverPatiently(ctx)
 			errs := []error{err}
-			undone, err := (&declared.Manager{Host: h, Binder: b}).Recover()
-			all, errs = append(all, undone...), append(errs, err)
+			m, err := declared.New(b, declared.Options{})
+			if err == nil {
+				var undone []bind.Recovered
+				undone, err = m.Recover()
+				all = append(all, undone...)
+			}
+			errs = append(errs, err)
 			for _, r := range all {
 				if r.Err == nil {
 					fmt.Fprintf(e.stdout, "%s %s\n", r.Device, r.What)
@@ -442,9 +405,9 @@ func recoverCommand(e *env) *cli.Command {
 	})
 }
 
-func viewChange(c vfio.Change, err error) changeView {
+func viewChange(c bind.Change, err error) changeView {
 	v := changeView{Address: c.Device, From: known(c.From), To: known(c.To), Changed: len(c.Steps) > 0 && err == nil, Steps: []string{}}
-	if c.To == vfio.None {
+	if c.To == bind.None {
 		v.To = nil
 	}
 	for _, s := range c.Steps {

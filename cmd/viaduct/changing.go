@@ -2,8 +2,8 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"strconv"
 	"time"
@@ -12,43 +12,56 @@ import (
 
 	"viaduct/cmd/internal/declared"
 	"viaduct/cmd/internal/lease"
-	"viaduct/internal/journal"
 	"viaduct/iommu"
 	"viaduct/sriov"
-	"viaduct/vfio"
+	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
 )
 
 // changing is what a command works with that changes the host, or, with --dry-run or on a captured host, would.
 type changing struct {
 	env      *env
-	host     *iommu.Host
+	handle   *sriov.Handle
 	topology *iommu.Topology
-	binder   *vfio.Binder
-	stuck    []vfio.Recovered // what earlier changes still wait for
-
-	began   time.Time // before the scan
-	changed time.Time // when a viaduct had last changed anything, then
 }
 
-// newBinder is the binder of a command; its owner closes it.
-func newBinder(h *iommu.Host, timeout time.Duration) *vfio.Binder {
-	others := maps.Clone(sriov.Recoverers)
-	maps.Copy(others, lease.Recoverers)
-	b := &vfio.Binder{Host: h, Timeout: timeout, Others: others}
-	if h.Live() {
-		b.Journal = journal.In(journal.Dir)
+// openHandle opens a host for a command, with the recoverers of all that viaduct changes; its owner closes the handle.
+func (e *env) openHandle(h *iommu.Host, timeout time.Duration) (*sriov.Handle, error) {
+	return sriov.Open(h, bind.Options{Timeout: timeout, DryRun: e.dryRun, Recoverers: lease.Recoverers()})
+}
+
+// openLook opens and scans the host for a command that changes nothing and plans what would be; the caller calls stop at the end.
+func (e *env) openLook() (stop func(), s *sriov.Handle, err error) {
+	h, err := e.open()
+	if err != nil {
+		return nil, nil, err
 	}
-	return b
+	s, err = e.openHandle(h, 0)
+	if err == nil {
+		_, err = s.Topology()
+	}
+	if err != nil {
+		return nil, nil, errors.Join(err, h.Close())
+	}
+	return func() {
+		s.Close()
+		h.Close()
+	}, s, nil
 }
 
 // beginChange opens and scans the host. The caller calls stop at the end, which closes all; until then a first signal only
 // ends the context.
 func (e *env) beginChange(ctx context.Context, timeout time.Duration) (context.Context, func(), *changing, error) {
-	return e.beginLook(ctx, timeout, true)
+	return e.begin(ctx, timeout, true)
 }
 
-// beginLook is beginChange for what may find that there is nothing to change: then the child that writes is started when it is needed.
-func (e *env) beginLook(ctx context.Context, timeout time.Duration, writes bool) (context.Context, func(), *changing, error) {
+// beginLook is beginChange for what may find that there is nothing to change: then the child that writes is started when it is
+// needed.
+func (e *env) beginLook(ctx context.Context, timeout time.Duration) (context.Context, func(), *changing, error) {
+	return e.begin(ctx, timeout, false)
+}
+
+func (e *env) begin(ctx context.Context, timeout time.Duration, writes bool) (context.Context, func(), *changing, error) {
 	if err := e.mayChange(); err != nil {
 		return nil, nil, nil, err
 	}
@@ -56,25 +69,26 @@ func (e *env) beginLook(ctx context.Context, timeout time.Duration, writes bool)
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	c := &changing{env: e, host: h, binder: newBinder(h, timeout)}
+	s, err := e.openHandle(h, timeout)
+	if err != nil {
+		return nil, nil, nil, errors.Join(err, h.Close())
+	}
+
+	c := &changing{env: e, handle: s}
 	signals := func() {}
 	stop := func() {
 		signals()
-		c.binder.Close()
+		s.Close()
 		h.Close()
 	}
 	if c.live() {
 		takePrecedence(h)
 		if writes {
-			c.binder.Start()
+			s.Start()
 		}
 		ctx, signals = untilSignal(ctx)
 	}
-	c.began = time.Now()
-	if c.live() {
-		c.changed = c.binder.Journal.Changed()
-	}
-	if c.topology, err = iommu.Scan(h); err != nil {
+	if c.topology, err = s.Topology(); err != nil {
 		stop()
 		return nil, nil, nil, err
 	}
@@ -95,14 +109,8 @@ func setNice(h *iommu.Host, nice int) {
 	}
 }
 
-// undisturbed reports whether no viaduct has changed anything since the scan: each change begins and ends with a record.
-func (c *changing) undisturbed() bool {
-	const tick = 50 * time.Millisecond // more than the kernel's, within which two changes are one
-	return c.changed.Equal(c.binder.Journal.Changed()) && c.began.Sub(c.changed) > tick
-}
-
 // live reports whether the host is really going to be changed.
-func (c *changing) live() bool { return c.host.Live() && !c.env.dryRun }
+func (c *changing) live() bool { return c.handle.Changes() }
 
 // lock keeps other viaducts from devices, and finishes or undoes what interrupted ones left of them. One that is stuck in an
 // earlier change is refused.
@@ -110,7 +118,7 @@ func (c *changing) lock(ctx context.Context, devices []*iommu.Device) error {
 	if !c.live() {
 		return nil
 	}
-	if err := c.binder.Lock(ctx, devices); err != nil {
+	if err := c.handle.Lock(ctx, devices); err != nil {
 		return err
 	}
 	if err := c.recover(ctx); err != nil {
@@ -121,29 +129,43 @@ func (c *changing) lock(ctx context.Context, devices []*iommu.Device) error {
 
 // stuckIn refuses devices of which one waits for an earlier change.
 func (c *changing) stuckIn(devices []*iommu.Device) error {
-	for _, r := range c.stuck {
-		if r.Err != nil && slices.ContainsFunc(devices, func(d *iommu.Device) bool { return d.Address == r.Device }) {
-			return &vfio.RefusedError{What: "change " + r.Device.String(), Reasons: []string{r.Err.Error()}}
+	for _, r := range c.handle.Stuck() {
+		if slices.ContainsFunc(devices, func(d *iommu.Device) bool { return d.Address == r.Device }) {
+			return &holder.RefusedError{What: "change " + r.Device.String(), Reasons: []string{r.Err.Error()}}
 		}
 	}
 	return nil
 }
 
 // declared is what works with the declared host.
-func (c *changing) declared() *declared.Manager {
-	return (&declaredOptions{}).manager(c.host, c.topology, c.binder)
+func (c *changing) declared() (*declared.Manager, error) {
+	return c.env.declared(c.handle, declared.Options{})
+}
+
+// declared is what works with the declared host, and knows of the guests.
+func (e *env) declared(s *sriov.Handle, o declared.Options) (*declared.Manager, error) {
+	if s.Host().Live() {
+		o.Leased = lease.BookOf(s.Host()).Settings
+	}
+	return declared.New(s, o)
 }
 
 // recover finishes or undoes what interrupted runs left, and tells.
-func (c *changing) recover(ctx context.Context) (err error) {
-	c.stuck, err = c.binder.Recover(ctx, false)
-	c.env.tellRecovered(c.stuck)
-	m := declared.Manager{Host: c.host, Binder: c.binder}
-	if err != nil || !m.Interrupted() {
+func (c *changing) recover(ctx context.Context) error {
+	recovered, err := c.handle.Recover(ctx)
+	c.env.tellRecovered(recovered)
+	if err != nil || !declared.Of(c.handle.Host()).Interrupted() {
+		return err
+	}
+	m, err := declared.New(c.handle, declared.Options{})
+	if err != nil {
 		return err
 	}
 	undone, err := m.Recover()
 	c.env.tellRecovered(undone)
+	if err == nil {
+		c.topology, err = c.handle.Scan()
+	}
 	return err
 }
 
@@ -151,7 +173,7 @@ func (c *changing) recover(ctx context.Context) (err error) {
 func (c *changing) lockPFs(ctx context.Context, selectors []iommu.Selector) ([]*iommu.Device, error) {
 	find := func() (pfs []*iommu.Device, err error) {
 		for _, s := range selectors {
-			pf, err := s.One(c.host, c.topology)
+			pf, err := s.One(c.handle.Host(), c.topology)
 			if err != nil {
 				return nil, err
 			}
@@ -171,10 +193,10 @@ func (c *changing) lockFound(ctx context.Context, find func() ([]*iommu.Device, 
 	if err != nil || !c.live() {
 		return found, err
 	}
-	if err := c.lock(ctx, found); err != nil || c.undisturbed() {
+	if err := c.lock(ctx, found); err != nil || c.handle.Undisturbed() {
 		return found, err
 	}
-	if c.topology, err = iommu.Scan(c.host); err != nil {
+	if c.topology, err = c.handle.Scan(); err != nil {
 		return nil, err
 	}
 	if found, err = find(); err != nil {
@@ -195,7 +217,7 @@ func pfOf(t *iommu.Topology, vf *iommu.Device) (*iommu.Device, error) {
 func (c *changing) lockVF(ctx context.Context, sel iommu.Selector) (pf, vf *iommu.Device, err error) {
 	pfs, err := c.lockFound(ctx, func() ([]*iommu.Device, error) {
 		var err error
-		if vf, err = sel.One(c.host, c.topology); err != nil {
+		if vf, err = sel.One(c.handle.Host(), c.topology); err != nil {
 			return nil, err
 		}
 		pf, err := pfOf(c.topology, vf)

@@ -11,9 +11,8 @@ import (
 	"time"
 
 	"viaduct/cmd/internal/declared"
-	"viaduct/internal/journal"
 	"viaduct/iommu"
-	"viaduct/vfio"
+	"viaduct/vfio/holder"
 )
 
 func runConfirmed(e *env) error {
@@ -25,7 +24,7 @@ func runConfirmed(e *env) error {
 		return err
 	}
 	defer h.Close()
-	booted, err := (&declared.Manager{Host: h, State: journal.In(declared.StateDir)}).Confirm()
+	booted, err := declared.Of(h).Confirm()
 	if err != nil {
 		return err
 	}
@@ -70,9 +69,6 @@ func guard() error {
 // errNotDue is what an undo ends with that is not to be any more.
 var errNotDue = errors.New("it was confirmed, or applied again")
 
-// network are the holders that keep no rollback back: what got hold of new VFs, as a DHCP client, may be why it is needed.
-var network = []vfio.Kind{vfio.Route, vfio.Addressed, vfio.Stacked, vfio.Namespace, vfio.SSH}
-
 // runGuard is that process. What it has to say goes to the kernel's log, as nobody else may be there.
 func runGuard(ctx context.Context, e *env, timeout time.Duration) error {
 	if err := e.mayChange(); err != nil {
@@ -88,7 +84,7 @@ func runGuard(ctx context.Context, e *env, timeout time.Duration) error {
 		return err
 	}
 	defer h.Close()
-	m := &declared.Manager{Host: h, State: journal.In(declared.StateDir)}
+	m := declared.Of(h)
 	e.stdout, e.stderr = log, log
 	for {
 		late, force, err := m.AwaitConfirmed()
@@ -97,13 +93,13 @@ func runGuard(ctx context.Context, e *env, timeout time.Duration) error {
 		}
 		if err == nil {
 			fmt.Fprintf(log, "<4>viaduct: what was applied was not confirmed in time, and is undone")
-			err = runUndo(ctx, e, append(force, network...), timeout, m.Due)
+			err = runUndo(ctx, e, append(force, holder.YieldToRollback()...), timeout, m.Due)
 		}
 		if errors.Is(err, errNotDue) {
 			continue // confirmed after all, or applied anew
 		}
-		if err == nil || ctx.Err() != nil || errors.Is(err, vfio.ErrRefused) {
-			err = errors.Join(err, m.RolledBack(), (&declared.Manager{Binder: newBinder(h, 0)}).Hold(false)) // the watch service has what was confirmed
+		if err == nil || ctx.Err() != nil || errors.Is(err, holder.ErrRefused) {
+			err = errors.Join(err, m.RolledBack(), m.Hold(false)) // the watch service has what was confirmed
 		}
 		if err == nil {
 			return nil

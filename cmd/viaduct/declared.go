@@ -12,10 +12,10 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"viaduct/cmd/internal/declared"
-	"viaduct/cmd/internal/spec"
-	"viaduct/internal/journal"
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/iommu"
-	"viaduct/vfio"
+	"viaduct/sriov"
+	"viaduct/vfio/holder"
 )
 
 // errDiffers is what plan and status end with when there is something to do. Nothing is said of it: they have.
@@ -31,7 +31,7 @@ type declaredOptions struct {
 	keepGoing bool
 	wait      time.Duration // at boot, for devices
 	confirm   time.Duration // 0: it need not be
-	force     []vfio.Kind
+	force     []holder.Kind
 	timeout   time.Duration
 }
 
@@ -45,9 +45,9 @@ func (o *declaredOptions) flags(e *env) []cli.Flag {
 }
 
 // load reads what is declared.
-func (o *declaredOptions) load(h *iommu.Host) (*spec.Host, error) {
+func (o *declaredOptions) load(h *iommu.Host) (*hostfile.Host, error) {
 	if o.file == "" {
-		return spec.Load(h)
+		return hostfile.Load(h)
 	}
 	content, err := io.ReadAll(os.Stdin)
 	if o.file != "-" {
@@ -56,20 +56,16 @@ func (o *declaredOptions) load(h *iommu.Host) (*spec.Host, error) {
 	if err != nil {
 		return nil, err
 	}
-	s, err := spec.Parse(o.file, content)
+	s, err := hostfile.Parse(o.file, content)
 	if err != nil {
 		return nil, err
 	}
 	return s, nil
 }
 
-func (o *declaredOptions) manager(h *iommu.Host, t *iommu.Topology, b *vfio.Binder) *declared.Manager {
-	m := &declared.Manager{Host: h, Topology: t, Binder: b, Force: o.force, Accept: o.accept, Late: o.late, Boot: o.boot}
-	if h.Live() {
-		m.State = journal.In(declared.StateDir)
-		m.Leased = book(h).Settings
-	}
-	return m
+// manager works with the declared host as these options say.
+func (o *declaredOptions) manager(e *env, s *sriov.Handle) (*declared.Manager, error) {
+	return e.declared(s, declared.Options{Force: o.force, Accept: o.accept, Late: o.late, Boot: o.boot})
 }
 
 func planCommand(e *env) *cli.Command {
@@ -116,14 +112,19 @@ func runPlan(e *env, o *declaredOptions, show func(*declared.Manager, []*declare
 		return err
 	}
 	defer h.Close()
-	var s *spec.Host
+	var s *hostfile.Host
 	var wrong error
 	read := make(chan struct{})
 	go func() { // beside the scan: of ten thousand VFs it takes as long
 		defer close(read)
 		s, wrong = o.load(h)
 	}()
-	t, err := iommu.Scan(h)
+	e.dryRun = true
+	b, err := e.openHandle(h, 0)
+	if err == nil {
+		defer b.Close()
+		_, err = b.Topology()
+	}
 	<-read
 	if wrong != nil {
 		return usageError{wrong}
@@ -131,15 +132,17 @@ func runPlan(e *env, o *declaredOptions, show func(*declared.Manager, []*declare
 	if err != nil {
 		return err
 	}
-	b := newBinder(h, 0)
-	defer b.Close()
-	m := o.manager(h, t, b)
+
+	m, err := o.manager(e, b)
+	if err != nil {
+		return err
+	}
 	items, err := m.Plan(s)
 	if err != nil {
 		return err
 	}
 	if h.Live() {
-		m.Check(items, true)
+		m.Check(items)
 	}
 	return show(m, items)
 }
@@ -221,7 +224,7 @@ func (e *env) printPlan(_ *declared.Manager, items []*declared.Item) error {
 		return err
 	}
 	if len(items) == 0 {
-		e.note("nothing is declared in /%s or /%s (viaduct adopt describes this host)", spec.File, spec.Dir)
+		e.note("nothing is declared in /%s or /%s (viaduct adopt describes this host)", hostfile.File, hostfile.Dir)
 	}
 	return differs(items)
 }

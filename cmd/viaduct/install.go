@@ -13,8 +13,8 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"viaduct/cmd/internal/declared"
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/cmd/internal/install"
-	"viaduct/cmd/internal/spec"
 )
 
 func installCommand(e *env) *cli.Command {
@@ -46,22 +46,23 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 	if err := e.mayChange(); err != nil {
 		return err
 	}
-	h, t, err := e.look()
+	stop, b, err := e.openLook()
 	if err != nil {
 		return err
 	}
-	defer h.Close()
-	s, err := spec.Load(h)
+	defer stop()
+	s, err := hostfile.Load(b.Host())
 	if err != nil {
 		return usageError{err}
 	}
 	if o.Program, err = os.Executable(); err != nil {
 		return err
 	}
-	b := newBinder(h, 0)
-	defer b.Close()
-	m := (&declaredOptions{}).manager(h, t, b)
-	o.Late = slices.ContainsFunc(s.PFs, func(pf spec.PF) bool { return pf.AfterLAG })
+	m, err := e.declared(b, declared.Options{})
+	if err != nil {
+		return err
+	}
+	o.Late = slices.ContainsFunc(s.PFs, func(pf hostfile.PF) bool { return pf.AfterLAG })
 	generator := install.Found()
 	if !e.dryRun {
 		if err := m.Protect(); err != nil {
@@ -221,7 +222,12 @@ func runWatch(ctx context.Context, e *env, o *declaredOptions) error {
 	ctx, stop := untilSignal(ctx)
 	defer stop()
 	said := ""
-	return declared.Watch(ctx, func() bool {
+	h, err := e.open()
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	return declared.Watch(ctx, h, func() bool {
 		tried, err := e.keep(ctx, o)
 		now := ""
 		if err != nil {
@@ -243,27 +249,18 @@ func (e *env) keepOnce(ctx context.Context, o *declaredOptions) error {
 		return err
 	}
 	var last error
-	err := declared.Settle(ctx, func() { _, last = e.keep(ctx, o) })
+	h, err := e.open()
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	err = declared.Settle(ctx, h, func() { _, last = e.keep(ctx, o) })
 	return errors.Join(err, last, restoreLeases(ctx, e))
 }
 
 // keep is one look, and what it takes; it says whether it tried to change something.
 func (e *env) keep(ctx context.Context, o *declaredOptions) (tried bool, err error) {
-	h, t, err := e.look()
-	if err != nil {
-		return false, err
-	}
-	b := newBinder(h, 0)
-	s, err := o.load(h)
-	var items []*declared.Item
-	if err == nil {
-		m := o.manager(h, t, b)
-		if s, err = m.Booted(s); err == nil && !m.Held() {
-			items, err = m.Plan(s)
-		}
-	}
-	b.Close()
-	h.Close()
+	items, err := e.lookAtDeclared(o)
 	if err != nil {
 		return false, err
 	}
@@ -277,4 +274,25 @@ func (e *env) keep(ctx context.Context, o *declaredOptions) (tried bool, err err
 		}
 	}
 	return false, errors.Join(errs...)
+}
+
+// lookAtDeclared is how the host differs from what is declared; nothing if it is left alone on purpose.
+func (e *env) lookAtDeclared(o *declaredOptions) ([]*declared.Item, error) {
+	stop, b, err := e.openLook()
+	if err != nil {
+		return nil, err
+	}
+	defer stop()
+	s, err := o.load(b.Host())
+	if err != nil {
+		return nil, err
+	}
+	m, err := o.manager(e, b)
+	if err != nil {
+		return nil, err
+	}
+	if s, err = m.Booted(s); err != nil || m.Held() {
+		return nil, err
+	}
+	return m.Plan(s)
 }

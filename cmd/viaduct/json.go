@@ -119,10 +119,8 @@ func deviceOf(d *iommu.Device, names *iommu.Names) deviceView {
 	if d.PCI {
 		v.Vendor, v.Device, v.Class = hex(4, uint32(d.Vendor)), hex(4, uint32(d.Device)), hex(6, d.Class)
 	}
-	if d.NUMANode >= 0 {
-		v.NUMANode = &d.NUMANode
-	}
-	if d.VFIndex >= 0 {
+	v.NUMANode = d.NUMANode
+	if d.PhysFn != nil {
 		v.VFIndex = &d.VFIndex
 	}
 	if d.SRIOV != nil {

@@ -13,43 +13,46 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"viaduct/cmd/internal/declared"
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/cmd/internal/lease"
-	"viaduct/cmd/internal/spec"
 	"viaduct/cmd/internal/vmm"
-	"viaduct/internal/journal"
 	"viaduct/iommu"
 	"viaduct/sriov"
 	"viaduct/vfio"
+	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
 )
 
-// book is where a host's leases are; empty for a captured one.
-func book(h *iommu.Host) *lease.Book {
-	if !h.Live() {
-		return &lease.Book{}
-	}
-	return &lease.Book{Run: journal.In(journal.Dir), State: journal.In(declared.StateDir)}
-}
+// work is what is done with leases.
+type work bool
+
+const (
+	makesLeases work = false
+	endsLeases  work = true
+)
 
 // beginLeases begins what works on leases; the caller calls stop at the end. What only ends them does without a declaration that
 // cannot be read. The child that writes is started when it is needed: most of many that ask at once are told that there is nothing.
-func (e *env) beginLeases(ctx context.Context, timeout time.Duration, ends bool) (context.Context, func(), *lease.Manager, error) {
-	ctx, stop, c, err := e.beginLook(ctx, timeout, false)
+func (e *env) beginLeases(ctx context.Context, timeout time.Duration, does work) (context.Context, func(), *lease.Manager, error) {
+	ctx, stop, c, err := e.beginLook(ctx, timeout)
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	s, err := spec.Load(c.host)
-	if err != nil && !ends {
+	s, err := hostfile.Load(c.handle.Host())
+	if err != nil && does == makesLeases {
 		stop()
 		return nil, nil, nil, usageError{err}
 	}
 	if err != nil {
 		e.note("%v", err)
-		s = &spec.Host{}
+		s = nil
 	}
-	return ctx, stop, &lease.Manager{
-		Host: c.host, Topology: c.topology, Binder: c.binder, Book: book(c.host), Spec: s, Lock: c.lock, Timeout: c.binder.Timeout,
-	}, nil
+	m, err := lease.New(c.handle, lease.Options{Declaration: s, Lock: c.lock})
+	if err != nil {
+		stop()
+		return nil, nil, nil, err
+	}
+	return ctx, stop, m, nil
 }
 
 // assignOptions are what assign and run have in common.
@@ -75,7 +78,7 @@ func (o *assignOptions) flags() []cli.Flag {
 		&cli.IntFlag{Name: "numa", Usage: "prefer devices of this NUMA `NODE`", Value: -1},
 		&cli.StringFlag{Name: "node-owner", Usage: "who is to own the devices' nodes: `USER[:GROUP]`", Destination: &o.NodeOwner},
 		&cli.StringFlag{Name: "failover", Usage: "for migration: a virtio NIC on this `BRIDGE` with the first VF's MAC stands in for it", Destination: &o.standby},
-		&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", Value: vfio.DefaultTimeout, Destination: &o.timeout},
+		&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", Value: bind.DefaultTimeout, Destination: &o.timeout},
 	}
 }
 
@@ -115,7 +118,7 @@ func (o *assignOptions) parse(c *cli.Context, format *vmm.Format) error {
 		o.NUMA = &node
 	}
 	if o.NodeOwner != "" {
-		if _, err := vfio.ParseNodeOwner(o.NodeOwner); err != nil {
+		if _, err := bind.ParseNodeOwner(o.NodeOwner); err != nil {
 			return usagef("--node-owner: %w", err)
 		}
 	}
@@ -238,7 +241,7 @@ func ownerRuns(e *env, o *assignOptions) error {
 		return err
 	}
 	defer h.Close()
-	if o.OwnerPID != 0 && (o.OwnerPID < 0 || !vfio.NameProcess(h, o.OwnerPID).Alive(h)) {
+	if o.OwnerPID != 0 && (o.OwnerPID < 0 || !holder.NameProcess(h, o.OwnerPID).Alive(h)) {
 		return usagef("assign: --owner-pid %d: there is no such process", o.OwnerPID)
 	}
 	if o.Unit != "" {
@@ -254,7 +257,7 @@ func ownerRuns(e *env, o *assignOptions) error {
 
 // assign gives a guest devices, and calls then while they are still locked.
 func (e *env) assign(ctx context.Context, o *assignOptions, then func(*lease.Manager, *lease.Lease) error) error {
-	ctx, stop, m, err := e.beginLeases(ctx, o.timeout, false)
+	ctx, stop, m, err := e.beginLeases(ctx, o.timeout, makesLeases)
 	if err != nil {
 		return err
 	}
@@ -291,14 +294,14 @@ func guestOf(m *lease.Manager, l *lease.Lease, standby string) (*vmm.Guest, erro
 		if err != nil {
 			return nil, err
 		}
-		v := vmm.Device{Address: of.Address, Group: d.Group, VF: of.PF != nil, NIC: d.Class>>16 == 0x02, MAC: of.Now[sriov.MAC], VLAN: of.Now[sriov.VLAN], QoS: of.Now[sriov.QoS], Proto: of.Now[sriov.Proto]}
+		v := vmm.Device{Address: of.Address, Group: groupOr(d, -1), VF: of.PF != nil, NIC: d.Class>>16 == 0x02, MAC: of.Now[sriov.MAC], VLAN: of.Now[sriov.VLAN], QoS: of.Now[sriov.QoS], Proto: of.Now[sriov.Proto]}
 		if v.MAC == "00:00:00:00:00:00" {
 			v.MAC = ""
 		}
 		if v.VLAN == "0" {
 			v.VLAN = ""
 		}
-		if v.Nodes, err = vfio.Nodes(m.Host, d); err != nil {
+		if v.Nodes, err = vfio.Nodes(m.Host(), d); err != nil {
 			return nil, err
 		}
 		if len(v.Nodes) == 0 && !l.Foreign {
@@ -310,6 +313,14 @@ func guestOf(m *lease.Manager, l *lease.Lease, standby string) (*vmm.Guest, erro
 		return nil, usagef("--failover: the first device has no MAC address for both NICs to have")
 	}
 	return g, nil
+}
+
+// groupOr is the number of a device's group, or another where it is in none, as under Xen.
+func groupOr(d *iommu.Device, none int) int {
+	if d.Group == nil {
+		return none
+	}
+	return *d.Group
 }
 
 // leaseView is one lease in JSON.
@@ -363,10 +374,8 @@ func viewLease(m *lease.Manager, look lease.Look) leaseView {
 			d.Settings = of.Now
 		}
 		if found, err := m.Topology.Find(of.Address); err == nil && found.ID == of.ID {
-			if found.Group >= 0 {
-				d.Group = &found.Group
-			}
-			d.Nodes, _ = vfio.Nodes(m.Host, found) // none before it is taken
+			d.Group = found.Group
+			d.Nodes, _ = vfio.Nodes(m.Host(), found) // none before it is taken
 			d.Nodes = append([]string{}, d.Nodes...)
 			if found.PhysFn != nil {
 				pf := found.PhysFn.String()
@@ -408,26 +417,28 @@ type leasesView struct {
 	Quarantine []quarantineView `json:"quarantine"`
 }
 
-// lookAtLeases opens the host and looks at all its leases; the caller closes it.
-func (e *env) lookAtLeases() (*iommu.Host, *lease.Manager, []lease.Look, error) {
-	h, t, err := e.look()
+// lookAtLeases opens the host and looks at all its leases; the caller calls stop at the end.
+func (e *env) lookAtLeases() (stop func(), m *lease.Manager, looks []lease.Look, err error) {
+	stop, s, err := e.openLook()
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	m := &lease.Manager{Host: h, Topology: t, Binder: newBinder(h, 0), Book: book(h), Spec: &spec.Host{}}
-	looks, err := m.Look()
-	if err != nil {
-		return nil, nil, nil, errors.Join(err, h.Close())
+	if m, err = lease.New(s, lease.Options{}); err == nil {
+		looks, err = m.Look()
 	}
-	return h, m, looks, nil
+	if err != nil {
+		stop()
+		return nil, nil, nil, err
+	}
+	return stop, m, looks, nil
 }
 
 func runLeases(e *env) error {
-	h, m, looks, err := e.lookAtLeases()
+	stop, m, looks, err := e.lookAtLeases()
 	if err != nil {
 		return err
 	}
-	defer h.Close()
+	defer stop()
 	quarantine, err := m.Book.Quarantined()
 	if err != nil {
 		return err
@@ -481,7 +492,7 @@ func releaseCommand(e *env) *cli.Command {
 			&cli.DurationFlag{Name: "wait", Usage: "how long the guest may take to end", Destination: &wait},
 			&cli.BoolFlag{Name: "dead", Usage: "all leases that are dead", Destination: &dead},
 			&cli.BoolFlag{Name: "quarantined", Usage: "scrub a device in quarantine again, and free it if it is clean then: SELECTOR... instead of GUEST", Destination: &quarantined},
-			&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", Value: vfio.DefaultTimeout, Destination: &timeout},
+			&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", Value: bind.DefaultTimeout, Destination: &timeout},
 			e.jsonFlag(),
 		},
 		BashComplete: e.completeGuests,
@@ -504,7 +515,7 @@ func releaseCommand(e *env) *cli.Command {
 				return runRelease(c.Context, e, timeout, func(ctx context.Context, m *lease.Manager) ([]lease.Certificate, error) {
 					var devices []*iommu.Device
 					for _, s := range sel {
-						d, err := s.One(m.Host, m.Topology)
+						d, err := s.One(m.Host(), m.Topology)
 						if err != nil {
 							return nil, err
 						}
@@ -531,7 +542,7 @@ func (e *env) completeGuests(c *cli.Context) {
 		return
 	}
 	defer h.Close()
-	all, _ := book(h).All()
+	all, _ := lease.BookOf(h).All()
 	for _, l := range all {
 		if harmless(l.Guest) {
 			fmt.Fprintln(e.stdout, l.Guest)
@@ -541,7 +552,7 @@ func (e *env) completeGuests(c *cli.Context) {
 }
 
 func runRelease(ctx context.Context, e *env, timeout time.Duration, do func(context.Context, *lease.Manager) ([]lease.Certificate, error)) error {
-	ctx, stop, m, err := e.beginLeases(ctx, timeout, true)
+	ctx, stop, m, err := e.beginLeases(ctx, timeout, endsLeases)
 	if err != nil {
 		return err
 	}

@@ -10,7 +10,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"viaduct/cmd/internal/lease"
-	"viaduct/vfio"
+	"viaduct/vfio/bind"
 )
 
 // libvirtHookCommand is what libvirt runs, by the file that install --libvirt writes.
@@ -55,12 +55,12 @@ func runLibvirtHook(ctx context.Context, e *env, name, op, sub string) error {
 		if err != nil {
 			return err
 		}
-		l, err := book(h).Get(name)
+		l, err := lease.BookOf(h).Get(name)
 		if err = errors.Join(err, h.Close()); err != nil || l == nil && len(d.Devices) == 0 {
 			return err // a domain that has nothing of ours, which no mistake of ours may stop
 		}
 	}
-	ctx, stop, m, err := e.beginLeases(ctx, vfio.DefaultTimeout, true)
+	ctx, stop, m, err := e.beginLeases(ctx, bind.DefaultTimeout, endsLeases)
 	if err != nil {
 		return err
 	}
@@ -76,7 +76,7 @@ func runLibvirtHook(ctx context.Context, e *env, name, op, sub string) error {
 
 // restoreLeases makes the leases again that outlive a boot, when the VFs are there, and nothing else is locked.
 func restoreLeases(ctx context.Context, e *env) error {
-	ctx, stop, m, err := e.beginLeases(ctx, vfio.DefaultTimeout, true)
+	ctx, stop, m, err := e.beginLeases(ctx, bind.DefaultTimeout, endsLeases)
 	if err != nil {
 		return err
 	}

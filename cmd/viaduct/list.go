@@ -104,7 +104,7 @@ func listRows(t *iommu.Topology, names *iommu.Names, keep map[string]bool) [][]s
 			return
 		}
 		driver := d.Driver
-		if d.Blocks() && d.Group >= 0 {
+		if d.Blocks() && d.Group != nil {
 			driver += " *"
 		}
 		id, class, name := "", "", ""
@@ -209,8 +209,8 @@ func writeTree(w io.Writer, h *iommu.Host, t *iommu.Topology, names *iommu.Names
 
 func treeLine(d *iommu.Device, names *iommu.Names) string {
 	s := d.Name
-	if d.Group >= 0 {
-		s += fmt.Sprintf("  group %d", d.Group)
+	if d.Group != nil {
+		s += fmt.Sprintf("  group %d", *d.Group)
 	}
 	if d.PCI {
 		s += "  " + idText(d)

@@ -19,7 +19,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"viaduct/iommu"
-	"viaduct/vfio"
+	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
 )
 
 // Exit statuses; they are documented in the README.
@@ -32,7 +33,7 @@ const (
 )
 
 func main() {
-	if vfio.ServeWrites() {
+	if bind.ServeWrites() {
 		return
 	}
 	// One more than there are CPUs: as long as one is idle, Go's monitor thread lets system calls be. On a slow machine it
@@ -58,10 +59,11 @@ type env struct {
 	stdout, stderr io.Writer
 	hostName       string // --host
 	json, dryRun   bool
+	openHost       func(name string) (*iommu.Host, error) // iommu.Open, but in tests
 }
 
 // open opens the host that --host names; the caller closes it.
-func (e *env) open() (*iommu.Host, error) { return iommu.Open(e.hostName) }
+func (e *env) open() (*iommu.Host, error) { return e.openHost(e.hostName) }
 
 // look opens the host and scans it; the caller closes it.
 func (e *env) look() (*iommu.Host, *iommu.Topology, error) {
@@ -82,10 +84,20 @@ func (e *env) mayChange() error {
 	switch {
 	case !live && !e.dryRun:
 		return usagef("%s is a captured host: it can be looked at, not changed", e.hostName)
-	case live && !e.dryRun && os.Geteuid() != 0:
+	case live && !e.dryRun && e.isMachine() && os.Geteuid() != 0:
 		return fmt.Errorf("changing drivers and VFs takes root: %w", fs.ErrPermission)
 	}
 	return nil
+}
+
+// isMachine reports whether it is this machine that is changed, and not a test's host.
+func (e *env) isMachine() bool {
+	h, err := e.open()
+	if err != nil {
+		return true
+	}
+	defer h.Close()
+	return h.Real()
 }
 
 // note tells people something that is no part of the data.
@@ -98,8 +110,13 @@ func usagef(format string, a ...any) error { return usageError{fmt.Errorf(format
 
 // run is the whole program; it returns the exit status.
 func run(args []string, stdout, stderr io.Writer) int {
+	return runOn(iommu.Open, args, stdout, stderr)
+}
+
+// runOn is run with hosts of another kind.
+func runOn(open func(string) (*iommu.Host, error), args []string, stdout, stderr io.Writer) int {
 	out := &checkedWriter{w: stdout}
-	e := &env{stdout: out, stderr: stderr}
+	e := &env{stdout: out, stderr: stderr, openHost: open}
 	app := newApp(e)
 	err := app.Run(flagsFirst(app, args))
 	if err == nil {
@@ -145,7 +162,7 @@ func exitStatus(err error) int {
 	switch {
 	case errors.As(err, &usage), errors.Is(err, iommu.ErrSyntax), errors.As(err, &ambiguous):
 		return exitUsage
-	case errors.Is(err, vfio.ErrRefused):
+	case errors.Is(err, holder.ErrRefused):
 		return exitRefused
 	}
 	return exitFailed

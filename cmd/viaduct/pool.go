@@ -8,8 +8,8 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"viaduct/cmd/internal/declared"
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/cmd/internal/lease"
-	"viaduct/cmd/internal/spec"
 	"viaduct/cmd/internal/vmm"
 	"viaduct/iommu"
 )
@@ -49,24 +49,25 @@ type poolView struct {
 }
 
 func runPool(e *env, only string, network bool) error {
-	h, m, looks, err := e.lookAtLeases()
+	stop, m, looks, err := e.lookAtLeases()
 	if err != nil {
 		return err
 	}
-	defer h.Close()
-	s, err := spec.Load(h)
+	defer stop()
+	h := m.Host()
+	s, err := hostfile.Load(h)
 	if err != nil {
 		return usageError{err}
 	}
 	names := declared.Pools(s)
 	if only != "" && !slices.Contains(names, only) {
-		return fmt.Errorf("no pool is called %q in /%s; there are %d", only, spec.File, len(names))
+		return fmt.Errorf("no pool is called %q in /%s; there are %d", only, hostfile.File, len(names))
 	}
 	quarantine, err := m.Book.Quarantined()
 	if err != nil {
 		return err
 	}
-	dm := (&declaredOptions{}).manager(h, m.Topology, m.Binder)
+	dm := m.Declared()
 	views := []poolView{}
 	for _, name := range names {
 		if only != "" && name != only {
@@ -113,7 +114,7 @@ func runPool(e *env, only string, network bool) error {
 	if len(rows) > 1 {
 		writeTable(e.stdout, rows)
 	} else {
-		e.note("no pool is declared in /%s (pool: NAME in a range of VFs)", spec.File)
+		e.note("no pool is declared in /%s (pool: NAME in a range of VFs)", hostfile.File)
 	}
 	return nil
 }

@@ -91,13 +91,13 @@ func runRun(c *cli.Context, e *env, o *assignOptions) error {
 	var g *vmm.Guest
 	err = e.assign(c.Context, o, func(m *lease.Manager, made *lease.Lease) (err error) {
 		l = made
-		setNice(m.Host, 20-priority) // the system call's way to tell it (getpriority(2)); the command has what viaduct was started with
-		signal.Reset(unix.SIGPIPE)   // the command's, too
+		setNice(m.Host(), 20-priority) // the system call's way to tell it (getpriority(2)); the command has what viaduct was started with
+		signal.Reset(unix.SIGPIPE)     // the command's, too
 		g, err = guestOf(m, l, o.standby)
 		return err
 	})
 	release := func() error {
-		return runRelease(context.WithoutCancel(c.Context), &env{stdout: e.stderr, stderr: e.stderr}, o.timeout, func(ctx context.Context, m *lease.Manager) ([]lease.Certificate, error) {
+		return runRelease(context.WithoutCancel(c.Context), &env{stdout: e.stderr, stderr: e.stderr, openHost: e.openHost}, o.timeout, func(ctx context.Context, m *lease.Manager) ([]lease.Certificate, error) {
 			return m.Release(ctx, o.Guest, c.Duration("wait"))
 		})
 	}
@@ -262,5 +262,5 @@ func (e *env) started(ctx context.Context, l *lease.Lease, pid int, name string)
 		return err
 	}
 	defer h.Close()
-	return (&lease.Manager{Host: h, Book: book(h)}).Started(ctx, l, pid, name)
+	return lease.BookOf(h).Started(ctx, l, pid, name)
 }

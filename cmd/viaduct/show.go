@@ -166,8 +166,8 @@ func showDevice(e *env, w io.Writer, h *iommu.Host, t *iommu.Topology, names *io
 		return err
 	}
 	v := showView{deviceView: deviceOf(d, names), Parents: []iommu.Address{}, ResetMethods: []string{}, BARs: []barView{}}
-	if d.Group >= 0 {
-		g, err := t.Group(d.Group)
+	if d.Group != nil {
+		g, err := t.Group(*d.Group)
 		if err != nil {
 			return err
 		}

@@ -13,7 +13,7 @@ import (
 
 	"viaduct/iommu"
 	"viaduct/sriov"
-	"viaduct/vfio"
+	"viaduct/vfio/holder"
 )
 
 func vfCommand(e *env) *cli.Command {
@@ -55,14 +55,14 @@ type createOptions struct {
 	count   int
 	vf      sriov.VFWish // each
 	wish    sriov.Wish
-	force   []vfio.Kind
+	force   []holder.Kind
 	timeout time.Duration
 }
 
 // countFlags are what create and destroy have in common.
 func (o *createOptions) countFlags(e *env) []cli.Flag {
 	return []cli.Flag{
-		&cli.StringSliceFlag{Name: "force", Usage: "go on although a holder of this `KIND` uses a VF that goes: " + kindNames() + " (may be repeated)"},
+		&cli.StringSliceFlag{Name: "force", Usage: "go on although a holder of this `KIND` uses a VF that goes: " + holder.KindNames() + " (may be repeated)"},
 		&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", DefaultText: "30s, and 1s for each VF", Destination: &o.timeout},
 		e.dryRunFlag(), e.jsonFlag(),
 	}
@@ -136,7 +136,7 @@ func vfCreateCommand(e *env) *cli.Command {
 				flag, value string
 				all         []string
 			}{
-				{"eswitch", o.wish.Eswitch.Mode, sriov.EswitchModes}, {"inline-mode", o.wish.Eswitch.Inline, sriov.InlineModes}, {"encap", o.wish.Eswitch.Encap, sriov.EncapModes},
+				{"eswitch", o.wish.Eswitch.Mode, sriov.EswitchModes()}, {"inline-mode", o.wish.Eswitch.Inline, sriov.InlineModes()}, {"encap", o.wish.Eswitch.Encap, sriov.EncapModes()},
 				{"hw-tc-offload", o.wish.Offload, []string{"on", "off"}},
 			} {
 				if c.IsSet(f.flag) && !slices.Contains(f.all, f.value) {
@@ -187,7 +187,7 @@ type countView struct {
 
 // runVFCount is create and destroy: both set the number of VFs. All PFs are planned and asked for before the first is changed.
 func runVFCount(ctx context.Context, e *env, o createOptions) error {
-	o.wish.VFs = sriov.Same(o.count, o.vf)
+	o.wish.VFs = sriov.Repeat(o.count, o.vf)
 	ctx, stop, c, err := e.beginChange(ctx, o.timeout)
 	if err != nil {
 		return err
@@ -197,15 +197,6 @@ func runVFCount(ctx context.Context, e *env, o createOptions) error {
 	if err != nil {
 		return err
 	}
-	if o.timeout == 0 {
-		most := o.count
-		for _, pf := range pfs {
-			if pf.SRIOV != nil {
-				most = max(most, len(pf.SRIOV.VFs))
-			}
-		}
-		c.binder.Timeout = vfio.DefaultTimeout + time.Duration(most)*time.Second
-	}
 	plans, victims, err := c.planCounts(pfs, o.wish)
 	if err != nil {
 		return err
@@ -214,7 +205,7 @@ func runVFCount(ctx context.Context, e *env, o createOptions) error {
 		if err := c.lock(ctx, victims); err != nil {
 			return err
 		}
-		if c.live() && !c.undisturbed() { // they may be another's by now
+		if c.live() && !c.handle.Undisturbed() { // they may be another's by now
 			if pfs, err = c.lockPFs(ctx, o.pfs); err != nil {
 				return err
 			}
@@ -225,7 +216,7 @@ func runVFCount(ctx context.Context, e *env, o createOptions) error {
 	}
 	var errs []error
 	for _, plan := range plans {
-		errs = append(errs, sriov.Check(c.host, c.topology, plan, o.force, e.dryRun))
+		errs = append(errs, c.handle.Check(plan, o.force))
 	}
 	if err := errors.Join(errs...); err != nil && !e.dryRun {
 		return err
@@ -250,7 +241,7 @@ func runVFCount(ctx context.Context, e *env, o createOptions) error {
 // planCounts plans for each PF, and says which VFs go.
 func (c *changing) planCounts(pfs []*iommu.Device, wish sriov.Wish) (plans []*sriov.Plan, victims []*iommu.Device, err error) {
 	for _, pf := range pfs {
-		plan, err := sriov.PlanCount(c.host, c.topology, pf, wish)
+		plan, err := c.handle.PlanCount(pf, wish)
 		if err != nil {
 			return nil, nil, usageIfMeant(err)
 		}
@@ -271,7 +262,7 @@ func (c *changing) count(ctx context.Context, plan *sriov.Plan) (countView, erro
 		}
 	}
 	if !e.dryRun {
-		notes, err := sriov.Apply(ctx, c.binder, plan)
+		notes, err := c.handle.Apply(ctx, plan)
 		for _, n := range notes {
 			e.note("%s", n)
 		}

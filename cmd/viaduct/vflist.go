@@ -10,7 +10,7 @@ import (
 
 	"viaduct/iommu"
 	"viaduct/sriov"
-	"viaduct/vfio"
+	"viaduct/vfio/holder"
 )
 
 type vfListView struct {
@@ -115,7 +115,7 @@ func viewPF(h *iommu.Host, t *iommu.Topology, names *iommu.Names, d *iommu.Devic
 	if x.VFs != nil {
 		v.Autoprobe = x.VFs.Autoprobe
 	}
-	if v.Eswitch, err = sriov.ReadEswitch(h, d); err != nil && !errors.Is(err, fs.ErrPermission) { // root alone is told
+	if v.Eswitch, err = sriov.ReadEswitch(h, d.Address); err != nil && !errors.Is(err, fs.ErrPermission) { // root alone is told
 		return v, err
 	}
 	v.VFs, v.Uplinks, err = viewVFs(h, t, d)
@@ -132,15 +132,15 @@ func viewVFs(h *iommu.Host, t *iommu.Topology, pf *iommu.Device) (out []vfView, 
 		if port, err = sriov.ReadPort(h, pf); err != nil {
 			return out, nil, err
 		}
-		holders, err := vfio.ProcessHolders(h, vfs)
-		if err != nil && !errors.Is(err, vfio.ErrBlind) { // an ordinary user is not told of others' processes
+		holders, err := holder.Processes(h, vfs)
+		if err != nil && !errors.Is(err, holder.ErrBlind) { // an ordinary user is not told of others' processes
 			return out, nil, err
 		}
 		for _, holder := range holders {
 			held[holder.Device] = append(held[holder.Device], holder.What)
 		}
 	}
-	leased, err := vfio.LeaseHolders(h, vfs)
+	leased, err := holder.Leases(h, vfs)
 	if err != nil && !errors.Is(err, fs.ErrPermission) { // nor of leases
 		return out, nil, err
 	}
@@ -155,11 +155,8 @@ func viewVFs(h *iommu.Host, t *iommu.Topology, pf *iommu.Device) (out []vfView, 
 	for _, vf := range vfs {
 		info, _ := port.Of(vf.VFIndex)
 		row := vfView{
-			Index: vf.VFIndex, Address: vf.Name, Driver: known(vf.Driver), DriverOverride: known(vf.DriverOverride), Netdevs: append([]string{}, vf.Netdevs...),
+			Index: vf.VFIndex, Address: vf.Name, Group: vf.Group, Driver: known(vf.Driver), DriverOverride: known(vf.DriverOverride), Netdevs: append([]string{}, vf.Netdevs...),
 			MAC: known(info.Settings[sriov.MAC]), Settings: info.Settings, Statistics: info.Stats, Representor: known(ports.VFs[vf.VFIndex]), Lease: known(guests[vf.Name]), Holders: append([]string{}, held[vf.Name]...),
-		}
-		if vf.Group >= 0 {
-			row.Group = &vf.Group
 		}
 		out = append(out, row)
 	}
@@ -178,7 +175,7 @@ func eswitchText(p pfView) string {
 func unusual(v vfView) string {
 	show := sriov.Settings{}
 	for k, value := range v.Settings {
-		if k != sriov.MAC && sriov.Usual[k] != value {
+		if usual, _ := k.Default(); k != sriov.MAC && usual != value {
 			show[k] = value
 		}
 	}

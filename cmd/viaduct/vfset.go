@@ -11,10 +11,10 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"viaduct/cmd/internal/spec"
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/iommu"
 	"viaduct/sriov"
-	"viaduct/vfio"
+	"viaduct/vfio/bind"
 )
 
 type setOptions struct {
@@ -31,19 +31,10 @@ func vfSetCommand(e *env) *cli.Command {
 		ArgsUsage: "PF/vfN KEY=VALUE...",
 		Description: "Several keys are one change: all of them or, undone, none. What is right already is not written, what is written is read\n" +
 			"back. A driver that has the VF sees some settings only when it binds next.\n\n" +
-			"  mac=52:54:00:12:34:56     or mac=stable: derived from the PF's own address and the VF's index\n" +
-			"  vlan=100 qos=3            VLAN and priority of untagged frames; vlan=0 for none\n" +
-			"  proto=802.1q|802.1ad      the VLAN's protocol\n" +
-			"  trust=on|off              whether the guest may change its address and be promiscuous\n" +
-			"  spoofchk=on|off           whether frames with another address are dropped\n" +
-			"  link=auto|enable|disable  (or state=)\n" +
-			"  max_tx_rate=N min_tx_rate=N   Mbit/s, 0 for no limit\n" +
-			"  rss_query=on|off          (or query_rss=)\n" +
-			"  node_guid=... port_guid=...   of InfiniBand\n" +
-			"  msix=N                    interrupt vectors, while the VF has no driver; 0 for the default\n\n" +
+			settingsHelp() + "\n" +
 			"Examples:\n  viaduct vf set enp1s0/vf0 mac=52:54:00:12:34:56\n  viaduct vf set enp1s0/vf0 mac=stable vlan=100 trust=off spoofchk=on",
 		Flags: []cli.Flag{
-			&cli.DurationFlag{Name: "timeout", Usage: "how long another viaduct is waited for", Value: vfio.DefaultTimeout, Destination: &o.timeout},
+			&cli.DurationFlag{Name: "timeout", Usage: "how long another viaduct is waited for", Value: bind.DefaultTimeout, Destination: &o.timeout},
 			e.dryRunFlag(), e.jsonFlag(),
 		},
 		BashComplete: e.completeVFs,
@@ -65,6 +56,15 @@ func vfSetCommand(e *env) *cli.Command {
 	})
 }
 
+// settingsHelp is a line for each setting.
+func settingsHelp() string {
+	var out strings.Builder
+	for _, line := range sriov.Help() {
+		fmt.Fprintf(&out, "  %-24s  %s\n", line[0], line[1])
+	}
+	return out.String()
+}
+
 // setView is what `vf set --json` prints, and `vf sync --json` for each VF.
 type setView struct {
 	VF         string         `json:"vf"`
@@ -73,7 +73,7 @@ type setView struct {
 	Changed    bool           `json:"changed"`
 	Steps      []string       `json:"steps"`
 	Settings   sriov.Settings `json:"settings"`
-	Unverified []string       `json:"unverified"`
+	Unverified []sriov.Key    `json:"unverified"`
 }
 
 func runVFSet(ctx context.Context, e *env, o setOptions) error {
@@ -95,11 +95,11 @@ func runVFSet(ctx context.Context, e *env, o setOptions) error {
 
 // set sets a VF of a PF that is locked.
 func (c *changing) set(ctx context.Context, pf, vf *iommu.Device, want sriov.Settings) (setView, error) {
-	view := setView{VF: vf.Name, PF: pf.Name, Index: vf.VFIndex, Steps: []string{}, Unverified: []string{}}
+	view := setView{VF: vf.Name, PF: pf.Name, Index: vf.VFIndex, Steps: []string{}, Unverified: []sriov.Key{}}
 	if err := c.lock(ctx, []*iommu.Device{vf}); err != nil {
 		return view, err
 	}
-	plan, err := sriov.PlanSet(c.host, pf, vf, want)
+	plan, err := c.handle.PlanSet(pf, vf, want)
 	if err != nil {
 		return view, err
 	}
@@ -108,7 +108,7 @@ func (c *changing) set(ctx context.Context, pf, vf *iommu.Device, want sriov.Set
 	if c.env.dryRun {
 		return view, nil
 	}
-	unverified, err := sriov.Set(ctx, c.binder, plan)
+	unverified, err := c.handle.Set(ctx, plan)
 	view.Unverified = append(view.Unverified, unverified...)
 	return view, err
 }
@@ -129,11 +129,19 @@ func (e *env) printSet(views []setView, data any) error {
 			line += " (as it was)"
 		}
 		if len(v.Unverified) > 0 {
-			line += " (set, and not verifiable: " + strings.Join(v.Unverified, ", ") + ")"
+			line += " (set, and not verifiable: " + joinKeys(v.Unverified) + ")"
 		}
 		fmt.Fprintln(e.stdout, line)
 	}
 	return nil
+}
+
+func joinKeys(keys []sriov.Key) string {
+	var out []string
+	for _, k := range keys {
+		out = append(out, string(k))
+	}
+	return strings.Join(out, ", ")
 }
 
 func vfGetCommand(e *env) *cli.Command {
@@ -200,7 +208,7 @@ func vfSyncCommand(e *env) *cli.Command {
 			"did is known until the VFs are removed or the host is booted.\n\n" +
 			"Examples:\n  viaduct vf sync\n  viaduct vf sync enp1s0 --dry-run",
 		Flags: []cli.Flag{
-			&cli.DurationFlag{Name: "timeout", Usage: "how long another viaduct is waited for", Value: vfio.DefaultTimeout, Destination: &timeout},
+			&cli.DurationFlag{Name: "timeout", Usage: "how long another viaduct is waited for", Value: bind.DefaultTimeout, Destination: &timeout},
 			e.dryRunFlag(), e.jsonFlag(),
 		},
 		BashComplete: e.completePFs,
@@ -237,11 +245,14 @@ func runVFSync(ctx context.Context, e *env, sel []iommu.Selector, timeout time.D
 	if err != nil {
 		return err
 	}
-	host, err := spec.Load(c.host)
+	host, err := hostfile.Load(c.handle.Host())
 	if err != nil {
 		return usageError{err}
 	}
-	m := c.declared()
+	m, err := c.declared()
+	if err != nil {
+		return err
+	}
 	var errs []error
 	leased := m.Guests()
 	for _, pf := range all {
@@ -250,11 +261,11 @@ func runVFSync(ctx context.Context, e *env, sel []iommu.Selector, timeout time.D
 		}
 		asked, known := m.Settings(host, pf)
 		if !known {
-			if asked, err = sriov.Asked(c.binder, pf); err != nil {
+			if asked, err = c.handle.LastRequested(pf); err != nil {
 				return err
 			}
 		}
-		for i, a := range iommu.VFAddresses(c.host, pf.Address) { // what a guest has goes before
+		for i, a := range iommu.VFAddresses(c.handle.Host(), pf.Address) { // what a guest has goes before
 			if own := leased[a]; len(own) > 0 {
 				if asked[i] == nil {
 					asked[i] = sriov.Settings{}

@@ -23,7 +23,7 @@ type disk struct {
 	sysfs    bool   // the running host's, where raw calls will do
 }
 
-func openDisk(name string, confined bool) (tree, error) {
+func openDisk(name string, confined bool) (*disk, error) {
 	fd, err := unix.Open(name, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, &fs.PathError{Op: "open", Path: name, Err: err}

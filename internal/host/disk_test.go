@@ -19,7 +19,7 @@ func openLive(t *testing.T) *Host {
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := &Host{Dir: Dir{tree: tree, path: dir}, live: true}
+	h := &Host{Dir: Dir{tree: tree, path: dir}, system: machine{}}
 	t.Cleanup(func() { h.Close() })
 	return h
 }

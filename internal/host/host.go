@@ -19,10 +19,10 @@ import (
 // ErrReadOnly is why a captured host refuses a write; it is EROFS.
 var ErrReadOnly error = unix.EROFS
 
-// Host is one host's file trees, seen from its root directory.
+// Host is one host's file trees, seen from its root directory, and what its kernel answers beside them (see [System]).
 type Host struct {
 	Dir
-	live bool
+	system System // nil: a captured host
 }
 
 // Open opens the running host ("" or "/"), a folder holding a captured tree, or a snapshot file. Only the running host can
@@ -33,7 +33,7 @@ func Open(name string) (*Host, error) {
 		if err != nil {
 			return nil, err
 		}
-		return &Host{Dir: Dir{tree: t, path: "/"}, live: true}, nil
+		return &Host{Dir: Dir{tree: t, path: "/"}, system: machine{t}}, nil
 	}
 	var st unix.Stat_t
 	if err := retry(func() error { return unix.Stat(name, &st) }); err != nil {
@@ -56,36 +56,8 @@ func Open(name string) (*Host, error) {
 	return &Host{Dir: Dir{tree: openMemory(root), path: name + ":"}}, nil
 }
 
-// Live reports whether this is the running host: the only one that has processes, sockets and a kernel to ask.
-func (h *Host) Live() bool { return h.live }
-
-// DeviceNumber is the number of the device file that name leads to, links followed: the major number in the upper 32 bits,
-// the minor one in the lower. It is false for anything else, and on a captured host. It waits for no network file system.
-func (h *Host) DeviceNumber(name string) (block bool, number uint64, ok bool) {
-	d, real := h.tree.(*disk)
-	if !h.live || !real {
-		return false, 0, false
-	}
-	var st unix.Statx_t
-	if err := unix.Statx(d.fd, name, unix.AT_STATX_DONT_SYNC, unix.STATX_TYPE, &st); err != nil {
-		return false, 0, false
-	}
-	kind := st.Mode & unix.S_IFMT
-	return kind == unix.S_IFBLK, uint64(st.Rdev_major)<<32 | uint64(st.Rdev_minor), kind == unix.S_IFBLK || kind == unix.S_IFCHR
-}
-
-// InUse reports whether a disk is in exclusive use (open(2), O_EXCL on block devices): mounted, or part of something larger.
-func (h *Host) InUse(name string) bool {
-	d, real := h.tree.(*disk)
-	if !h.live || !real {
-		return false
-	}
-	fd, err := unix.Openat(d.fd, name, unix.O_RDONLY|unix.O_EXCL|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
-	if err == nil {
-		unix.Close(fd)
-	}
-	return errors.Is(err, unix.EBUSY)
-}
+// Live reports whether this is a running host: the only one that has processes, sockets and a kernel to ask.
+func (h *Host) Live() bool { return h.system != nil }
 
 // Dir is an opened directory of a host.
 type Dir struct {

@@ -1,6 +1,7 @@
 package host_test
 
 import (
+	"context"
 	"errors"
 	"io/fs"
 	"os"
@@ -338,26 +339,98 @@ func TestLive(t *testing.T) {
 	}
 }
 
+// A test's host is live, and asks before each operation whether it may be.
 func TestFake(t *testing.T) {
-	var got []string
-	h, err := host.Fake(sample.Dir(t), func(name, value string) error {
-		got = append(got, name+"="+value)
-		return unix.EBUSY
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer h.Close()
+	k := hosttest.NewKernel(t, sample)
+	h := k.Host()
 	d, err := h.Open("sys/bus")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer d.Close()
-	err = errors.Join(h.Write("sys/x", "1"), d.Write("dev/id", "2"))
-	if !errors.Is(err, unix.EBUSY) || !strings.Contains(err.Error(), "/sys/bus/dev/id") {
-		t.Error(err)
+	if !h.Live() || h.Real() {
+		t.Errorf("live %v, real %v", h.Live(), h.Real())
 	}
-	if want := []string{"sys/x=1", "sys/bus/dev/id=2"}; !slices.Equal(got, want) || h.Live() {
-		t.Errorf("writes %q, want %q", got, want)
+
+	ignore := func(_ any, err error) error { return err }
+	for want, do := range map[string]func() error{
+		"write sys/x":             func() error { return h.Write("sys/x", "1") },
+		"write sys/bus/dev/id":    func() error { return d.Write("dev/id", "2") },
+		"read sys/bus/dev/id":     func() error { return ignore(d.String("dev/id")) },
+		"read sys/devices":        func() error { return ignore(h.Read("sys/devices")) },
+		"readlink sys/bus/dev":    func() error { return ignore(d.Link("dev")) },
+		"readdir sys":             func() error { return ignore(h.Names("sys")) },
+		"open sys/devices":        func() error { return ignore(h.Open("sys/devices")) },
+		"open sys/bus/dev/number": func() error { return ignore(d.File("dev/number")) },
+		"open dev/null":           func() error { return ignore(h.OpenNode("dev/null", 0)) },
+		"replace run/a":           func() error { return h.Replace("run/a", nil) },
+		"remove run/a":            func() error { return h.Remove("run/a") },
+		"own dev/a":               func() error { return h.Own("dev/a", 0, 0, 0) },
+		"modprobe igb":            func() error { return h.Modprobe(context.Background(), "igb") },
+		"exclusive dev/sda":       func() error { return ignore(h.InUse("dev/sda")) },
+		"socket run/netns/a":      func() error { return ignore(h.SocketIn("run/netns/a", 0, 0)) },
+		"ioctl eth0":              func() error { return ignore(h.Ioctl(-1, "eth0", 0, nil)) },
+		"stat proc/1/fd/0":        func() error { _, _, err := h.DeviceNumber("proc/1/fd/0"); return err },
+	} {
+		asked := ""
+		k.SetFault(func(op, name string) error {
+			asked = op + " " + name
+			return unix.EIO
+		})
+		if err := do(); !errors.Is(err, unix.EIO) || asked != want {
+			t.Errorf("%s: %v, asked %q", want, err, asked)
+		}
+	}
+}
+
+// Nothing of a captured host can be changed, and nobody be asked.
+func TestCapturedSystem(t *testing.T) {
+	for kind, h := range sample.Hosts(t) {
+		errs := map[string]error{
+			"replace": h.Replace("run/a", nil), "remove": h.Remove("run/a"), "own": h.Own("dev/a", 0, 0, 0),
+			"modprobe": h.Modprobe(context.Background(), "igb"),
+		}
+		_, errs["socket"] = h.Socket(unix.NETLINK_ROUTE, 0)
+		_, errs["open"] = h.OpenNode("dev/null", 0)
+		_, errs["ioctl"] = h.Ioctl(-1, "eth0", 0, nil)
+		_, _, errs["stat"] = h.DeviceNumber("dev/null")
+		for op, err := range errs {
+			if !errors.Is(err, host.ErrReadOnly) {
+				t.Errorf("%s: %s: %v", kind, op, err)
+			}
+		}
+	}
+}
+
+func TestReplace(t *testing.T) {
+	h := hosttest.NewKernel(t, sample).Host()
+	for _, content := range []string{"one", "two"} {
+		if err := h.Replace("run/not/there/yet", []byte(content)); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := h.Read("run/not/there/yet"); string(got) != content || err != nil {
+			t.Errorf("%q, %v, want %q", got, err, content)
+		}
+	}
+	if names, err := h.Names("run/not/there"); len(names) != 1 || err != nil {
+		t.Errorf("left beside it: %q, %v", names, err)
+	}
+	for range 2 {
+		if err := h.Remove("run/not/there/yet"); err != nil {
+			t.Error(err)
+		}
+	}
+	if h.Exists("run/not/there/yet") {
+		t.Error("it is still there")
+	}
+}
+
+func TestModprobeArgs(t *testing.T) {
+	for module, want := range map[string][]string{
+		"vfio_pci": {"--", "vfio_pci"}, "pci:v00008086d000010C9": {"-b", "--", "pci:v00008086d000010C9"},
+	} {
+		if got := host.ModprobeArgs(module); !slices.Equal(got, want) {
+			t.Errorf("%s: %q, want %q", module, got, want)
+		}
 	}
 }

@@ -1,17 +1,22 @@
 package journal
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"testing"
 	"time"
+
+	"viaduct/internal/host"
+	"viaduct/internal/host/hosttest"
 )
 
 type entry struct{ Driver string }
 
 func TestJournal(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "not", "there", "yet")
-	j := In(dir)
+	h := hosttest.NewKernel(t, hosttest.Tree{}).Host()
+	j := In(h, "not/there/yet")
+	dir := j.Dir()
 	var e entry
 	if known, err := j.Get("a", &e); known || err != nil {
 		t.Errorf("before anything was put: %v, %v", known, err)
@@ -44,13 +49,30 @@ func TestJournal(t *testing.T) {
 	if _, err := j.Get("torn", &e); err == nil {
 		t.Error("half a record was read")
 	}
-	if known, err := (*Journal)(nil).Get("a", &e); known || err != nil {
-		t.Errorf("the journal of a captured host: %v, %v", known, err)
+}
+
+// That of a captured host can be read, and not be written to.
+func TestCaptured(t *testing.T) {
+	for kind, h := range (hosttest.Tree{"run/viaduct/a.json": `{"Driver":"igb"}`}).Hosts(t) {
+		j := In(h, Dir)
+		var e entry
+		if known, err := j.Get("a", &e); !known || err != nil || e.Driver != "igb" {
+			t.Errorf("%s: %v, %v, %v", kind, known, err, e)
+		}
+		if keys, err := j.Keys(""); len(keys) != 1 || err != nil {
+			t.Errorf("%s: %v, %v", kind, keys, err)
+		}
+		if err := errors.Join(j.Put("a", e)); !errors.Is(err, host.ErrReadOnly) {
+			t.Errorf("%s: put: %v", kind, err)
+		}
+		if err := j.Delete("a"); !errors.Is(err, host.ErrReadOnly) {
+			t.Errorf("%s: delete: %v", kind, err)
+		}
 	}
 }
 
 func TestChanged(t *testing.T) {
-	j := In(filepath.Join(t.TempDir(), "not", "there", "yet"))
+	j := In(hosttest.NewKernel(t, hosttest.Tree{}).Host(), "not/there/yet")
 	if at := j.Changed(); !at.IsZero() {
 		t.Errorf("before anything was put: %v", at)
 	}

@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"viaduct/internal/host"
 )
 
 // Events is a subscription. Its owner closes it.
@@ -14,17 +16,17 @@ type Events struct{ devices, links int }
 
 // Open subscribes to what the kernel tells udev (NETLINK_KOBJECT_UEVENT, group 1) and what udev tells when it is done with it (group 2),
 // and to changes of network interfaces (RTNLGRP_LINK). Who opens before a first look misses nothing.
-func Open() (*Events, error) {
+func Open(h *host.Host) (*Events, error) {
 	e := &Events{-1, -1}
 	for _, s := range []struct {
 		family int
 		groups uint32
 		fd     *int
 	}{{unix.NETLINK_KOBJECT_UEVENT, 1 | 2, &e.devices}, {unix.NETLINK_ROUTE, unix.RTMGRP_LINK, &e.links}} {
-		fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, s.family)
+		fd, err := h.Socket(s.family, s.groups)
 		if err == nil {
 			*s.fd = fd
-			err = unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: s.groups})
+			err = unix.SetNonblock(fd, true)
 		}
 		if err != nil {
 			e.Close()

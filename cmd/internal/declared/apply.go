@@ -7,10 +7,10 @@ import (
 	"slices"
 	"sync"
 
-	"viaduct/cmd/internal/spec"
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/iommu"
 	"viaduct/sriov"
-	"viaduct/vfio"
+	"viaduct/vfio/bind"
 )
 
 // before is what it takes to bring one item back: a PF's declaration of itself, or the devices that are to be given back. It is
@@ -82,7 +82,7 @@ func (m *Manager) Apply(ctx context.Context, items []*Item, tell func(*Item, err
 // record writes down what is about to be changed, for undo. What a boot or the watch service repairs is no apply of the user's, and
 // while one waits to be confirmed, the first state of each device is what all goes back to.
 func (m *Manager) record(all []before) error {
-	if m.Boot {
+	if m.options.Boot {
 		return nil
 	}
 	waits, err := m.waits()
@@ -91,7 +91,7 @@ func (m *Manager) record(all []before) error {
 	}
 	if waits {
 		var old []before
-		if _, err := m.Binder.Journal.Get(lastDone, &old); err != nil {
+		if _, err := m.run.Get(lastDone, &old); err != nil {
 			return err
 		}
 		all = slices.DeleteFunc(all, func(b before) bool {
@@ -99,18 +99,18 @@ func (m *Manager) record(all []before) error {
 		})
 		all = append(old, all...)
 	}
-	return m.Binder.Journal.Put(lastDone, all)
+	return m.run.Put(lastDone, all)
 }
 
 // Clean forgets what there was to undo, unless it waits to be confirmed. A boot, or the watch service, forgets nothing of it.
 func (m *Manager) Clean() error {
-	if m.Boot {
+	if m.options.Boot {
 		return nil
 	}
 	if waits, err := m.waits(); err != nil || waits {
 		return err
 	}
-	return m.Binder.Journal.Delete(lastDone)
+	return m.run.Delete(lastDone)
 }
 
 // before declares an item's device as it is.
@@ -118,7 +118,7 @@ func (m *Manager) before(i *Item) (before, error) {
 	b := before{Device: i.Device.Address}
 	if i.unit != nil {
 		for _, d := range i.unit {
-			if !iommu.IsVFIODriver(d.Driver) {
+			if !d.VFIO {
 				b.Release = append(b.Release, d.Address)
 			}
 		}
@@ -129,12 +129,12 @@ func (m *Manager) before(i *Item) (before, error) {
 		return b, err
 	}
 	leased := m.Guests()
-	for n, place := range iommu.VFAddresses(m.Host, i.Device.Address) {
+	for n, place := range iommu.VFAddresses(m.host, i.Device.Address) {
 		if _, ours := leased[place]; ours && n < len(pf.VFs) {
 			pf.VFs[n].Settings = nil // they are the guest's, and not the next one's
 		}
 	}
-	b.PF, err = text(&spec.Host{PFs: []spec.PF{pf}})
+	b.PF, err = text(&hostfile.Host{PFs: []hostfile.PF{pf}})
 	return b, err
 }
 
@@ -143,26 +143,25 @@ func (m *Manager) applyOne(ctx context.Context, i *Item, was before) error {
 		return errors.New("interrupted before it was touched")
 	}
 	key := applying + i.Device.Name
-	if err := m.Binder.Journal.Put(key, was); err != nil {
+	if err := m.run.Put(key, was); err != nil {
 		return err
 	}
 	err := m.do(ctx, i)
-	if _, stuck := errors.AsType[*vfio.StuckError](err); stuck {
-		return errors.Join(err, m.Binder.Journal.Delete(key)) // what is left of it is the engines'
+	if bind.IsStuck(err) {
+		return errors.Join(err, m.run.Delete(key)) // what is left of it is the engines'
 	}
 	if err != nil {
 		if undone := m.back(was); undone != nil {
 			err = errors.Join(err, fmt.Errorf("and it could not be put back as it was: %w", undone))
 		}
 	}
-	return errors.Join(err, m.Binder.Journal.Delete(key))
+	return errors.Join(err, m.run.Delete(key))
 }
 
 // do does what an item takes.
 func (m *Manager) do(ctx context.Context, i *Item) error {
-	b := m.Binder
 	if i.count != nil {
-		notes, err := sriov.Apply(ctx, b, i.count)
+		notes, err := m.handle.Apply(ctx, i.count)
 		i.Notes = append(i.Notes, notes...)
 		if err != nil {
 			return err
@@ -170,26 +169,25 @@ func (m *Manager) do(ctx context.Context, i *Item) error {
 	}
 	var errs []error
 	for _, s := range i.sets {
-		unverified, err := sriov.Set(ctx, b, s)
+		unverified, err := m.handle.Set(ctx, s)
 		if err != nil {
 			return err
 		}
 		i.Notes = append(i.Notes, sriov.Unverified(s.VF, unverified)...)
 	}
-	var all []vfio.Result
-	if len(i.none) > 0 {
-		all = append(all, b.Take(ctx, each(i.none), vfio.None)...)
-	}
-	if len(i.take) > 0 {
-		all = append(all, b.Take(ctx, each(i.take), vfio.Auto)...)
-	}
-	if i.unit != nil { // the only item then that is worked on
-		b.Owner = i.owner
-		all = append(all, b.Take(ctx, [][]*iommu.Device{i.unit}, i.driver)...)
-		b.Owner = nil
-	}
-	if len(i.home) > 0 {
-		all = append(all, b.Home(ctx, each(i.home))...)
+	var all []bind.Result
+	for _, s := range []struct {
+		units [][]*iommu.Device
+		goal  bind.Goal
+	}{
+		{bind.Singly(i.none), bind.Take(bind.None)},
+		{bind.Singly(i.take), bind.Take(bind.Auto)},
+		{i.units(), bind.Take(i.driver).OwnedBy(i.owner)},
+		{bind.Singly(i.home), bind.Home()},
+	} {
+		if len(s.units) > 0 {
+			all = append(all, m.handle.Do(ctx, s.units, s.goal)...)
+		}
 	}
 	for _, r := range all {
 		errs = append(errs, r.Err)
@@ -197,36 +195,48 @@ func (m *Manager) do(ctx context.Context, i *Item) error {
 	return errors.Join(errs...)
 }
 
+// units are the group of a device; none of a PF.
+func (i *Item) units() [][]*iommu.Device {
+	if i.unit == nil {
+		return nil
+	}
+	return [][]*iommu.Device{i.unit}
+}
+
 // back brings one item back to what it was. It has no context: that of the command may be over.
 func (m *Manager) back(was before) error {
 	ctx := context.Background()
-	t, err := iommu.Scan(m.Host)
+	t, err := m.handle.Scan()
 	if err != nil {
 		return err
 	}
 	if was.PF == "" {
 		var units [][]*iommu.Device
 		for _, a := range was.Release {
-			if d, err := t.Find(a); err == nil && iommu.IsVFIODriver(d.Driver) { // else it is gone, or home already
+			if d, err := t.Find(a); err == nil && d.VFIO { // else it is gone, or home already
 				units = append(units, []*iommu.Device{d})
 			}
 		}
-		gate := &vfio.Gate{Host: m.Host, Topology: t, Asked: slices.Concat(units...), Force: m.Force}
-		errs, err := gate.GiveBack(units)
-		if err = errors.Join(append(errs, err)...); err != nil {
+		verdicts, err := m.handle.Handle.Check(units, slices.Concat(units...), bind.GiveBack(), m.options.Force)
+		if err = errors.Join(err, bind.Refusals(verdicts)); err != nil {
 			return err
 		}
-		for _, r := range m.Binder.GiveBack(ctx, units) {
+		var errs []error
+		for _, r := range m.handle.Do(ctx, units, bind.GiveBack()) {
 			errs = append(errs, r.Err)
 		}
 		return errors.Join(errs...)
 	}
-	s, err := spec.Parse("record", []byte(was.PF))
+	s, err := hostfile.Parse("record", []byte(was.PF))
 	if err != nil {
 		return err
 	}
 	// What was written down of a boot before does not matter here, nor whether it is one.
-	plain := &Manager{Host: m.Host, Topology: t, Binder: m.Binder, Force: m.Force, Leased: m.Leased, Late: true, exact: true}
+	plain, err := New(m.handle, Options{Force: m.options.Force, Leased: m.options.Leased, Late: true})
+	if err != nil {
+		return err
+	}
+	plain.exact = true
 	items, err := plain.Plan(s)
 	if err != nil {
 		return err
@@ -235,11 +245,11 @@ func (m *Manager) back(was before) error {
 		if i.Err != nil {
 			return i.Err
 		}
-		if err := m.Binder.Lock(ctx, i.Devices()); err != nil {
+		if err := m.handle.Lock(ctx, i.Devices()); err != nil {
 			return err
 		}
 	}
-	plain.Check(items, false)
+	plain.Check(items)
 	for _, i := range items {
 		if i.State == Refused {
 			return i.Err
@@ -255,31 +265,31 @@ func (m *Manager) back(was before) error {
 
 // Recover puts back what an apply left that was killed in the middle, and says of what. What another viaduct is at work on is
 // left alone.
-func (m *Manager) Recover() ([]vfio.Recovered, error) {
-	keys, err := m.Binder.Journal.Keys(applying)
+func (m *Manager) Recover() ([]bind.Recovered, error) {
+	keys, err := m.run.Keys(applying)
 	if err != nil {
 		return nil, err
 	}
-	var out []vfio.Recovered
+	var out []bind.Recovered
 	for _, key := range keys {
 		var was before
-		known, err := m.Binder.Journal.Get(key, &was)
+		known, err := m.run.Get(key, &was)
 		if err != nil || !known {
-			out = append(out, vfio.Recovered{Device: was.Device, What: "has a record that cannot be read", Err: err})
+			out = append(out, bind.Recovered{Device: was.Device, What: "has a record that cannot be read", Err: err})
 			continue
 		}
-		ours, err := m.Binder.TryLock(&iommu.Device{Address: was.Device, PCI: true})
+		ours, err := m.handle.TryLock(was.Device)
 		if err != nil {
 			return out, err
 		}
 		if !ours {
 			continue
 		}
-		if known, _ = m.Binder.Journal.Get(key, &was); !known {
+		if known, _ = m.run.Get(key, &was); !known {
 			continue // it has ended meanwhile
 		}
-		r := vfio.Recovered{Device: was.Device, What: "is as it was: viaduct apply had been interrupted"}
-		r.Err = errors.Join(m.back(was), m.Binder.Journal.Delete(key)) // told once: a record that stays would be in the way for good
+		r := bind.Recovered{Device: was.Device, What: "is as it was: viaduct apply had been interrupted"}
+		r.Err = errors.Join(m.back(was), m.run.Delete(key)) // told once: a record that stays would be in the way for good
 		out = append(out, r)
 	}
 	return out, nil
@@ -287,14 +297,14 @@ func (m *Manager) Recover() ([]vfio.Recovered, error) {
 
 // Interrupted reports whether an apply may have been killed in the middle.
 func (m *Manager) Interrupted() bool {
-	keys, err := m.Binder.Journal.Keys(applying)
+	keys, err := m.run.Keys(applying)
 	return err == nil && len(keys) > 0
 }
 
 // Last is what the last apply touched, for Undo; false if nothing is known of one since the boot.
 func (m *Manager) Last() ([]iommu.Address, bool, error) {
 	var done []before
-	known, err := m.Binder.Journal.Get(lastDone, &done)
+	known, err := m.run.Get(lastDone, &done)
 	var out []iommu.Address
 	for _, was := range done {
 		out = append(append(out, was.Device), was.Release...)
@@ -305,7 +315,7 @@ func (m *Manager) Last() ([]iommu.Address, bool, error) {
 // Undo brings back all that the last apply touched, the last first. The caller has locked its devices.
 func (m *Manager) Undo(tell func(iommu.Address, error)) error {
 	var done []before
-	if _, err := m.Binder.Journal.Get(lastDone, &done); err != nil {
+	if _, err := m.run.Get(lastDone, &done); err != nil {
 		return err
 	}
 	var errs []error
@@ -317,5 +327,5 @@ func (m *Manager) Undo(tell func(iommu.Address, error)) error {
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
-	return m.Binder.Journal.Delete(lastDone)
+	return m.run.Delete(lastDone)
 }

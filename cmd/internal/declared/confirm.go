@@ -2,15 +2,13 @@ package declared
 
 import (
 	"errors"
-	"os"
-	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
 
-	"viaduct/cmd/internal/spec"
-	"viaduct/internal/journal"
-	"viaduct/vfio"
+	"viaduct/cmd/internal/hostfile"
+	"viaduct/internal/host"
+	"viaduct/vfio/holder"
 )
 
 // A declaration that is applied with --confirm is written down before the first write, and stays so until it is confirmed: also
@@ -23,7 +21,7 @@ type unconfirmed struct {
 	Spec  string        `json:"spec"`  // as YAML
 	Until time.Duration `json:"until"` // since the boot, as the clock of the day may be set meanwhile
 	Boot  string        `json:"boot"`  // what was applied in another boot is gone
-	Force []vfio.Kind   `json:"force"` // what was overridden for it, and is for its rollback
+	Force []holder.Kind `json:"force"` // what was overridden for it, and is for its rollback
 	Over  bool          `json:"over"`  // rolled back
 	Other bool          `json:"other"` // of another file than a boot reads
 }
@@ -38,34 +36,34 @@ func sinceBoot() time.Duration {
 // waits reports whether something that was applied in this boot waits to be confirmed.
 func (m *Manager) waits() (bool, error) {
 	var u unconfirmed
-	known, err := m.State.Get(unconfirmedKey, &u)
+	known, err := m.state.Get(unconfirmedKey, &u)
 	return known && m.open(&u), err
 }
 
 // confirmedFile has the declaration that was confirmed last.
-func (m *Manager) confirmedFile() string { return filepath.Join(m.State.Dir(), "confirmed.yaml") }
+const confirmedFile = StateDir + "/confirmed.yaml"
 
 func (m *Manager) bootID() string {
-	id, _ := m.Host.String("proc/sys/kernel/random/boot_id")
+	id, _ := m.host.String("proc/sys/kernel/random/boot_id")
 	return id
 }
 
-func text(s *spec.Host) (string, error) {
+func text(s *hostfile.Host) (string, error) {
 	b, err := s.YAML(nil)
 	return string(b), err
 }
 
 // Begin writes down a declaration, that of host.yaml or another, that is to be confirmed within a time.
-func (m *Manager) Begin(s *spec.Host, within time.Duration, other bool) error {
+func (m *Manager) Begin(s *hostfile.Host, within time.Duration, other bool) error {
 	y, err := text(s)
 	if err != nil {
 		return err
 	}
-	return m.State.Put(unconfirmedKey, unconfirmed{Spec: y, Until: sinceBoot() + within, Boot: m.bootID(), Force: m.Force, Other: other})
+	return m.state.Put(unconfirmedKey, unconfirmed{Spec: y, Until: sinceBoot() + within, Boot: m.bootID(), Force: m.options.Force, Other: other})
 }
 
 // Keep makes a declaration the confirmed one.
-func (m *Manager) Keep(s *spec.Host) error {
+func (m *Manager) Keep(s *hostfile.Host) error {
 	y, err := text(s)
 	if err != nil {
 		return err
@@ -74,19 +72,19 @@ func (m *Manager) Keep(s *spec.Host) error {
 }
 
 func (m *Manager) keep(y string) error {
-	old, err := os.ReadFile(m.confirmedFile())
+	old, err := m.host.Read(confirmedFile)
 	if err != nil || string(old) != y {
-		if err := journal.WriteFile(m.confirmedFile(), []byte(y)); err != nil {
+		if err := m.host.Replace(confirmedFile, []byte(y)); err != nil {
 			return err
 		}
 	}
-	return m.State.Delete(unconfirmedKey)
+	return m.state.Delete(unconfirmedKey)
 }
 
 // Confirm makes what waits for it the confirmed declaration, which a boot uses too, unless it was another than that of host.yaml.
 func (m *Manager) Confirm() (booted bool, err error) {
 	var u unconfirmed
-	known, err := m.State.Get(unconfirmedKey, &u)
+	known, err := m.state.Get(unconfirmedKey, &u)
 	switch {
 	case err != nil:
 		return false, err
@@ -95,7 +93,7 @@ func (m *Manager) Confirm() (booted bool, err error) {
 	case !m.open(&u) || u.left() <= 0:
 		return false, errors.New("the time to confirm is over: it is rolled back, or was with the last boot")
 	case u.Other:
-		return false, m.State.Delete(unconfirmedKey)
+		return false, m.state.Delete(unconfirmedKey)
 	}
 	return true, m.keep(u.Spec)
 }
@@ -108,16 +106,16 @@ func (u *unconfirmed) left() time.Duration { return u.Until - sinceBoot() }
 // Due reports whether something waits to be confirmed, and its time is over.
 func (m *Manager) Due() (bool, error) {
 	var u unconfirmed
-	known, err := m.State.Get(unconfirmedKey, &u)
+	known, err := m.state.Get(unconfirmedKey, &u)
 	return known && m.open(&u) && u.left() <= 0, err
 }
 
 // Booted is the declaration that a boot, or the watch service, is to use: that of host.yaml, unless an apply of it was to be confirmed
 // and was not. Then it is the one that was confirmed last, whatever host.yaml has become since, until the next apply; and while the
 // time to confirm goes on, it is what was applied.
-func (m *Manager) Booted(s *spec.Host) (*spec.Host, error) {
+func (m *Manager) Booted(s *hostfile.Host) (*hostfile.Host, error) {
 	var u unconfirmed
-	if known, err := m.State.Get(unconfirmedKey, &u); err != nil || !known {
+	if known, err := m.state.Get(unconfirmedKey, &u); err != nil || !known {
 		return s, err
 	}
 	switch {
@@ -127,30 +125,30 @@ func (m *Manager) Booted(s *spec.Host) (*spec.Host, error) {
 		if y, err := text(s); err != nil || y == u.Spec {
 			return s, err
 		}
-		return spec.Parse("what waits to be confirmed", []byte(u.Spec))
+		return hostfile.Parse("what waits to be confirmed", []byte(u.Spec))
 	}
 	return m.Confirmed()
 }
 
 // Confirmed is the declaration that was confirmed last; nothing if none was.
-func (m *Manager) Confirmed() (*spec.Host, error) {
-	content, err := os.ReadFile(m.confirmedFile())
-	if errors.Is(err, os.ErrNotExist) {
-		return &spec.Host{}, nil
+func (m *Manager) Confirmed() (*hostfile.Host, error) {
+	content, err := m.host.Read(confirmedFile)
+	if host.Absent(err) {
+		return &hostfile.Host{}, nil
 	}
 	if err != nil {
 		return nil, err
 	}
-	return spec.Parse(m.confirmedFile(), content)
+	return hostfile.Parse(m.host.Path(confirmedFile), content)
 }
 
 // AwaitConfirmed waits until what is unconfirmed is confirmed, and reports whether that has not come by its time, and what was
 // overridden for it. Another apply with --confirm sets the time anew.
-func (m *Manager) AwaitConfirmed() (late bool, force []vfio.Kind, err error) {
+func (m *Manager) AwaitConfirmed() (late bool, force []holder.Kind, err error) {
 	watch, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
 	if err == nil {
 		defer unix.Close(watch)
-		_, err = unix.InotifyAddWatch(watch, m.State.Dir(), unix.IN_MOVED_TO|unix.IN_DELETE)
+		_, err = unix.InotifyAddWatch(watch, m.state.Dir(), unix.IN_MOVED_TO|unix.IN_DELETE)
 	}
 	most := time.Hour
 	if err != nil {
@@ -158,7 +156,7 @@ func (m *Manager) AwaitConfirmed() (late bool, force []vfio.Kind, err error) {
 	}
 	for {
 		var u unconfirmed
-		known, err := m.State.Get(unconfirmedKey, &u)
+		known, err := m.state.Get(unconfirmedKey, &u)
 		if err != nil || !known || !m.open(&u) {
 			return false, nil, err
 		}
@@ -177,9 +175,9 @@ func (m *Manager) AwaitConfirmed() (late bool, force []vfio.Kind, err error) {
 // RolledBack writes down that the time to confirm is over.
 func (m *Manager) RolledBack() error {
 	var u unconfirmed
-	if known, err := m.State.Get(unconfirmedKey, &u); err != nil || !known {
+	if known, err := m.state.Get(unconfirmedKey, &u); err != nil || !known {
 		return err
 	}
 	u.Over = true
-	return m.State.Put(unconfirmedKey, u)
+	return m.state.Put(unconfirmedKey, u)
 }

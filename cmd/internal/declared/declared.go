@@ -9,33 +9,57 @@ import (
 	"slices"
 	"strings"
 
-	"viaduct/cmd/internal/spec"
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/internal/journal"
 	"viaduct/iommu"
 	"viaduct/sriov"
 	"viaduct/vfio"
+	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
 )
 
-// StateDir is where is kept what must outlive a boot.
-const StateDir = "/var/lib/viaduct"
+// StateDir is where is kept what must outlive a boot, below the host's root.
+const StateDir = "var/lib/viaduct"
 
-// Manager is what the declared host is planned and applied with. It changes nothing that Binder has not locked.
-type Manager struct {
-	Host     *iommu.Host
-	Topology *iommu.Topology
-	Binder   *vfio.Binder
-	State    *journal.Journal // in StateDir; nil on a captured host
-	Force    []vfio.Kind      // holders to override
-	Boot     bool             // nobody can hold anything yet: what was protected when the host ran is refused
-	Accept   bool             // what changed since is as it is to be
-	Late     bool             // also what waits for a bond
+// Options are how a host is brought to what is declared of it.
+type Options struct {
+	Force  []holder.Kind // holders to override
+	Boot   bool          // nobody can hold anything yet: what was protected when the host ran is refused
+	Accept bool          // what changed since is as it is to be
+	Late   bool          // also what waits for a bond
 
 	// Leased tells the settings that guests' VFs have instead of what is declared; the drivers of all that is in it are left alone.
 	// It is asked anew for each plan. nil: there are no guests.
 	Leased func() map[iommu.Address]sriov.Settings
+}
+
+// Manager is what the declared host is planned and applied with. It changes nothing that its Handle has not locked.
+type Manager struct {
+	handle   *sriov.Handle
+	host     *iommu.Host
+	topology *iommu.Topology
+	options  Options
+	run      *journal.Journal // what dies with the boot
+	state    *journal.Journal // in StateDir
 
 	exact bool // VFs that are to have no driver must not be on a vfio driver either
 	index *index
+}
+
+// New makes a Manager, which works on the host as the Handle last saw it.
+func New(s *sriov.Handle, o Options) (*Manager, error) {
+	t, err := s.Topology()
+	if err != nil {
+		return nil, err
+	}
+	m := Of(s.Host())
+	m.handle, m.topology, m.options = s, t, o
+	return m, nil
+}
+
+// Of is a Manager for what needs no look at the host's devices: what waits to be confirmed, and what is left alone on purpose.
+func Of(h *iommu.Host) *Manager {
+	return &Manager{host: h, run: journal.In(h.Host, journal.Dir), state: journal.In(h.Host, StateDir)}
 }
 
 // State is how a declared device is, in one word.
@@ -55,7 +79,7 @@ const (
 // Item is one declared PF or device, how it is, and what it takes.
 type Item struct {
 	Name     string
-	At       spec.Pos
+	At       hostfile.Pos
 	Optional bool
 	Device   *iommu.Device // nil if it is missing
 	State    State
@@ -70,9 +94,9 @@ type Item struct {
 	home       []*iommu.Device
 	unit       []*iommu.Device // of a device, its group
 	driver     string          // to take it with
-	owner      *vfio.NodeOwner
+	owner      *bind.NodeOwner
 	known      *known
-	pf         *spec.PF // that is declared
+	pf         *hostfile.PF // that is declared
 }
 
 // Wrong reports whether the item is not as declared. That one is missing which may be is not wrong.
@@ -95,7 +119,7 @@ func (i *Item) Devices() []*iommu.Device {
 }
 
 // Plan compares what is declared with the host.
-func (m *Manager) Plan(s *spec.Host) ([]*Item, error) {
+func (m *Manager) Plan(s *hostfile.Host) ([]*Item, error) {
 	guard, err := m.guard(s)
 	if err != nil {
 		return nil, err
@@ -141,7 +165,7 @@ func (m *Manager) Plan(s *spec.Host) ([]*Item, error) {
 func (i *Item) Refuse(err error) { i.State, i.Err, i.Steps = Refused, err, nil }
 
 // found looks for the item's device.
-func (m *Manager) found(i *Item, match spec.Match) bool {
+func (m *Manager) found(i *Item, match hostfile.Match) bool {
 	d, err := m.find(match)
 	if err != nil {
 		i.State, i.Err = Missing, err
@@ -155,7 +179,7 @@ func (m *Manager) found(i *Item, match spec.Match) bool {
 		i.Refuse(err)
 		return false
 	}
-	if why := m.changed(i.known, match, d); why != "" && !m.Accept {
+	if why := m.changed(i.known, match, d); why != "" && !m.options.Accept {
 		i.State, i.Err = Changed, fmt.Errorf("%s: %s (viaduct apply --accept takes it as it is now)", i.Name, why)
 		return false
 	}
@@ -165,7 +189,7 @@ func (m *Manager) found(i *Item, match spec.Match) bool {
 	return true
 }
 
-func (m *Manager) planPF(pf *spec.PF, guard *guard, leased map[iommu.Address]sriov.Settings) *Item {
+func (m *Manager) planPF(pf *hostfile.PF, guard *guard, leased map[iommu.Address]sriov.Settings) *Item {
 	i := &Item{Name: pf.Select.String(), At: pf.At, Optional: pf.Optional, State: OK, pf: pf}
 	if !m.found(i, pf.Select) {
 		return i
@@ -174,14 +198,14 @@ func (m *Manager) planPF(pf *spec.PF, guard *guard, leased map[iommu.Address]sri
 		i.Refuse(err)
 		return i
 	}
-	i.Waits = pf.AfterLAG && !m.Late && !m.bonded(i.Device)
+	i.Waits = pf.AfterLAG && !m.options.Late && !m.bonded(i.Device)
 	wish := m.wish(pf, i.Device, i.Waits, leased)
-	plan, err := sriov.PlanCount(m.Host, m.Topology, i.Device, wish)
+	plan, err := m.handle.PlanCount(i.Device, wish)
 	if err != nil {
 		i.Refuse(err)
 		return i
 	}
-	if m.Boot && guard.names[i.Device.Name] != "" { // what carries the host gets its addresses as if it were brought up for that
+	if m.options.Boot && guard.names[i.Device.Name] != "" { // what carries the host gets its addresses as if it were brought up for that
 		for n := range plan.Up {
 			plan.Up[n].GenMode = nil
 		}
@@ -208,13 +232,13 @@ func (m *Manager) planPF(pf *spec.PF, guard *guard, leased map[iommu.Address]sri
 }
 
 // wish is what a PF is declared to have, but for what guests' VFs have instead.
-func (m *Manager) wish(pf *spec.PF, d *iommu.Device, waits bool, leased map[iommu.Address]sriov.Settings) sriov.Wish {
+func (m *Manager) wish(pf *hostfile.PF, d *iommu.Device, waits bool, leased map[iommu.Address]sriov.Settings) sriov.Wish {
 	wish := sriov.Wish{
 		Eswitch: sriov.Eswitch{Mode: pf.Eswitch, Inline: pf.Inline, Encap: pf.Encap}, Offload: pf.Offload, MTU: pf.MTU,
 	}
 	var places []iommu.Address
 	if len(leased) > 0 {
-		places = iommu.VFAddresses(m.Host, d.Address)
+		places = iommu.VFAddresses(m.host, d.Address)
 	}
 	for n, vf := range pf.Each() {
 		use := vf.Use
@@ -237,27 +261,27 @@ func (m *Manager) wish(pf *spec.PF, d *iommu.Device, waits bool, leased map[iomm
 
 // Guests are the settings that Leased tells now.
 func (m *Manager) Guests() map[iommu.Address]sriov.Settings {
-	if m.Leased == nil {
+	if m.options.Leased == nil {
 		return nil
 	}
-	return m.Leased()
+	return m.options.Leased()
 }
 
 // bonded reports whether a PF's interface is in a bond or the like.
 func (m *Manager) bonded(d *iommu.Device) bool {
-	return slices.ContainsFunc(d.Netdevs, func(n string) bool { return m.Host.Exists("sys/class/net/" + n + "/master") })
+	return slices.ContainsFunc(d.Netdevs, func(n string) bool { return m.host.Exists("sys/class/net/" + n + "/master") })
 }
 
 // planVFs is what VFs that are there lack.
 func (m *Manager) planVFs(i *Item, wish []sriov.VFWish, leased map[iommu.Address]sriov.Settings) error {
-	vfs := m.Topology.VFs(i.Device)
+	vfs := m.topology.VFs(i.Device)
 	if len(vfs) != len(i.Device.SRIOV.VFs) {
 		return fmt.Errorf("%s: VFs of it were made or removed just now", i.Device.Name)
 	}
-	if m.Host.Live() { // of a captured host, nobody can be asked for settings
+	if m.host.Live() { // of a captured host, nobody can be asked for settings
 		i.dropped(vfs, wish, leased)
 		var err error
-		if i.sets, err = sriov.PlanSets(m.Binder, i.Device, vfs, wish); err != nil {
+		if i.sets, err = m.handle.PlanSets(i.Device, vfs, wish); err != nil {
 			return err
 		}
 	}
@@ -265,19 +289,19 @@ func (m *Manager) planVFs(i *Item, wish []sriov.VFWish, leased map[iommu.Address
 		i.Steps = append(i.Steps, s.Commands()...)
 	}
 	for _, vf := range vfs {
-		var change vfio.Change
+		var change bind.Change
 		var err error
 		switch use := wish[vf.VFIndex].Use; {
-		case use == sriov.UseVFIO && !iommu.IsVFIODriver(vf.Driver):
+		case use == sriov.UseVFIO && !vf.VFIO:
 			i.take = append(i.take, vf)
-			change, err = m.Binder.PlanTake(vf, vfio.Auto)
+			change, err = m.handle.Plan(vf, bind.Take(bind.Auto))
 		case i.Waits && vf.Driver != "": // which the bond that was there let it have
 		case use == sriov.UseNone && (vf.Blocks() || m.exact && vf.Driver != ""): // with vfio, a guest may have been given it
 			i.none = append(i.none, vf)
-			change, err = m.Binder.PlanTake(vf, vfio.None)
+			change, err = m.handle.Plan(vf, bind.Take(bind.None))
 		case use == sriov.UseHome && !vf.Blocks():
 			i.home = append(i.home, vf)
-			change, err = m.Binder.PlanHome(vf)
+			change, err = m.handle.Plan(vf, bind.Home())
 		}
 		if err != nil {
 			return err
@@ -289,22 +313,22 @@ func (m *Manager) planVFs(i *Item, wish []sriov.VFWish, leased map[iommu.Address
 	return nil
 }
 
-func (m *Manager) planDevice(dev *spec.Device, guard *guard) *Item {
+func (m *Manager) planDevice(dev *hostfile.Device, guard *guard) *Item {
 	i := &Item{Name: dev.Select.String(), At: dev.At, Optional: dev.Optional, State: OK, driver: dev.Driver}
 	if i.driver == "" {
-		i.driver = vfio.Auto
+		i.driver = bind.Auto
 	}
 	if !m.found(i, dev.Select) {
 		return i
 	}
 	if dev.Owner != "" {
 		var err error
-		if i.owner, err = vfio.ParseNodeOwner(dev.Owner); err != nil {
+		if i.owner, err = bind.ParseNodeOwner(dev.Owner); err != nil {
 			i.Refuse(fmt.Errorf("%s: node_owner: %w", dev.At, err))
 			return i
 		}
 	}
-	units, err := vfio.Units(m.Topology, []*iommu.Device{i.Device})
+	units, err := bind.Units(m.topology, []*iommu.Device{i.Device})
 	if err == nil && len(units) == 0 {
 		err = fmt.Errorf("%s is a bridge, which no guest can have", i.Device.Name)
 	}
@@ -314,7 +338,7 @@ func (m *Manager) planDevice(dev *spec.Device, guard *guard) *Item {
 	}
 	i.unit = units[0]
 	for _, d := range i.unit {
-		change, err := m.Binder.PlanTake(d, i.driver)
+		change, err := m.handle.Plan(d, bind.Take(i.driver))
 		if err != nil {
 			i.Refuse(err)
 			return i
@@ -323,9 +347,9 @@ func (m *Manager) planDevice(dev *spec.Device, guard *guard) *Item {
 			i.Steps = append(i.Steps, s.String())
 		}
 	}
-	if m.Host.Live() && i.owner != nil && len(i.Steps) == 0 {
+	if m.host.Live() && i.owner != nil && len(i.Steps) == 0 {
 		for _, d := range i.unit {
-			if nodes, _ := vfio.Nodes(m.Host, d); iommu.IsVFIODriver(d.Driver) && !i.owner.Keeps(d) {
+			if nodes, _ := vfio.Nodes(m.host, d); d.VFIO && !i.owner.Keeps(m.host, d) {
 				i.Steps = append(i.Steps, "chown "+i.owner.Text+" "+strings.Join(nodes, " "))
 			}
 		}
@@ -334,7 +358,7 @@ func (m *Manager) planDevice(dev *spec.Device, guard *guard) *Item {
 		return i
 	}
 	i.State = Differs
-	if joined := m.joined(i); joined != "" && !m.Accept {
+	if joined := m.joined(i); joined != "" && !m.options.Accept {
 		i.State, i.Steps = Changed, nil
 		i.Err = fmt.Errorf("%s: %s (viaduct apply --accept takes it along)", i.Name, joined)
 		return i
@@ -346,57 +370,58 @@ func (m *Manager) planDevice(dev *spec.Device, guard *guard) *Item {
 }
 
 // Check asks, before the first write, who uses what a change would end. Items that are refused say why.
-func (m *Manager) Check(items []*Item, dry bool) {
+func (m *Manager) Check(items []*Item) {
 	for _, i := range items {
 		if i.State != Differs {
 			continue
 		}
-		if i.count != nil {
-			if err := sriov.Check(m.Host, m.Topology, i.count, m.Force, dry); err != nil {
-				i.Refuse(err)
-				continue
-			}
-		}
-		if err := m.checkSets(i); err != nil {
+		if err := m.check(i); err != nil {
 			i.Refuse(err)
-			continue
-		}
-		for _, s := range []struct {
-			devices []*iommu.Device
-			driver  string
-			ask     func(*vfio.Gate, [][]*iommu.Device) ([]error, error)
-		}{
-			{i.take, vfio.Auto, (*vfio.Gate).Take}, {i.none, vfio.None, (*vfio.Gate).Take}, {i.home, "", (*vfio.Gate).GiveBack},
-			{i.unit, i.driver, (*vfio.Gate).Take},
-		} {
-			if len(s.devices) == 0 {
-				continue
-			}
-			force := m.Force
-			if i.unit == nil && s.driver == vfio.Auto { // a guest's VF goes where the guest needs it
-				force = append(slices.Clone(force), vfio.Lease)
-			}
-			gate := &vfio.Gate{Host: m.Host, Topology: m.Topology, Asked: s.devices, Force: force, Driver: s.driver, DryRun: dry}
-			units := [][]*iommu.Device{s.devices}
-			if i.unit == nil {
-				units = each(s.devices)
-			}
-			refusals, err := s.ask(gate, units)
-			if err := errors.Join(append(refusals, err)...); err != nil {
-				i.Refuse(err)
-				break
-			}
 		}
 	}
+}
+
+func (m *Manager) check(i *Item) error {
+	if i.count != nil {
+		if err := m.handle.Check(i.count, m.options.Force); err != nil {
+			return err
+		}
+	}
+	if err := m.checkSets(i); err != nil {
+		return err
+	}
+
+	// A guest's VF goes where the guest needs it.
+	guests := append(slices.Clone(m.options.Force), holder.Lease)
+	for _, s := range []struct {
+		devices []*iommu.Device
+		goal    bind.Goal
+		units   [][]*iommu.Device
+		force   []holder.Kind
+	}{
+		{i.take, bind.Take(bind.Auto), bind.Singly(i.take), guests},
+		{i.none, bind.Take(bind.None), bind.Singly(i.none), m.options.Force},
+		{i.home, bind.Home(), bind.Singly(i.home), m.options.Force},
+		{i.unit, bind.Take(i.driver), [][]*iommu.Device{i.unit}, m.options.Force},
+	} {
+		if len(s.devices) == 0 {
+			continue
+		}
+		verdicts, err := m.handle.Handle.Check(s.units, s.devices, s.goal, s.force)
+		if err = errors.Join(err, bind.Refusals(verdicts)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // checkSets refuses other settings for VFs that are in use, unless that is forced, and tells of it then. What a PF's reset took from
 // a guest's VF, as its VLAN, must come back: there is no reason against that.
 func (m *Manager) checkSets(i *Item) error {
-	if len(i.sets) == 0 || !m.Host.Live() {
+	if len(i.sets) == 0 || !m.host.Live() {
 		return nil
 	}
-	asked, err := sriov.Asked(m.Binder, i.Device)
+	asked, err := m.handle.LastRequested(i.Device)
 	if err != nil {
 		return err
 	}
@@ -407,30 +432,21 @@ func (m *Manager) checkSets(i *Item) error {
 			other = append(other, s.VF)
 		}
 	}
-	holders, err := vfio.Holders(m.Host, all)
-	if err != nil && !errors.Is(err, vfio.ErrBlind) { // who cannot see all is told of those that can be seen
+	holders, err := holder.Find(m.host, all)
+	if err != nil && !errors.Is(err, holder.ErrBlind) { // who cannot see all is told of those that can be seen
 		return err
 	}
-	holders = slices.DeleteFunc(holders, func(h vfio.Holder) bool { return h.Kind == vfio.Lease || h.Kind == vfio.Owner }) // not by themselves in use
-	hit := slices.DeleteFunc(slices.Clone(holders), func(h vfio.Holder) bool {
+	holders = slices.DeleteFunc(holders, func(h holder.Holder) bool { return !h.Kind.InUse() })
+	hit := slices.DeleteFunc(slices.Clone(holders), func(h holder.Holder) bool {
 		return !slices.ContainsFunc(other, func(d *iommu.Device) bool { return d.Name == h.Device })
 	})
-	if err := vfio.Refuse("change the settings of VFs of "+i.Device.Name, hit, m.Force, "end their users first"); err != nil {
+	if err := holder.Refuse("change the settings of VFs of "+i.Device.Name, hit, m.options.Force, "end their users first"); err != nil {
 		return err
 	}
 	for _, h := range holders {
 		i.Notes = append(i.Notes, "its settings change while "+h.String())
 	}
 	return nil
-}
-
-// each makes a unit of each device, as a VF is one by itself.
-func each(devices []*iommu.Device) [][]*iommu.Device {
-	var out [][]*iommu.Device
-	for _, d := range devices {
-		out = append(out, []*iommu.Device{d})
-	}
-	return out
 }
 
 // Unmanaged are the devices that are as a declaration would have them, and that nothing declares.
@@ -442,8 +458,8 @@ func (m *Manager) Unmanaged(items []*Item) []*iommu.Device {
 		}
 	}
 	var out []*iommu.Device
-	m.Topology.All(func(d *iommu.Device) bool {
-		if d.PCI && d.PhysFn == nil && !ours[d.Name] && (d.SRIOV != nil && len(d.SRIOV.VFs) > 0 || iommu.IsVFIODriver(d.Driver)) {
+	m.topology.All(func(d *iommu.Device) bool {
+		if d.PCI && d.PhysFn == nil && !ours[d.Name] && (d.SRIOV != nil && len(d.SRIOV.VFs) > 0 || d.VFIO) {
 			out = append(out, d)
 		}
 		return true
@@ -452,7 +468,7 @@ func (m *Manager) Unmanaged(items []*Item) []*iommu.Device {
 }
 
 // Settings are what is declared of the settings of a PF's VFs, by index; false if the PF is not declared.
-func (m *Manager) Settings(s *spec.Host, d *iommu.Device) (map[int]sriov.Settings, bool) {
+func (m *Manager) Settings(s *hostfile.Host, d *iommu.Device) (map[int]sriov.Settings, bool) {
 	for k := range s.PFs {
 		if found, err := m.find(s.PFs[k].Select); err != nil || found.Name != d.Name {
 			continue
@@ -462,7 +478,7 @@ func (m *Manager) Settings(s *spec.Host, d *iommu.Device) (map[int]sriov.Setting
 	return nil, false
 }
 
-func settingsOf(pf *spec.PF) map[int]sriov.Settings {
+func settingsOf(pf *hostfile.PF) map[int]sriov.Settings {
 	out := map[int]sriov.Settings{}
 	for i, vf := range pf.Each() {
 		if len(vf.Settings) > 0 {
@@ -471,3 +487,6 @@ func settingsOf(pf *spec.PF) map[int]sriov.Settings {
 	}
 	return out
 }
+
+// Host is the host that is brought to what is declared of it.
+func (m *Manager) Host() *iommu.Host { return m.host }

@@ -14,12 +14,12 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"viaduct/cmd/internal/spec"
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/internal/host/hosttest"
-	"viaduct/internal/journal"
 	"viaduct/iommu"
 	"viaduct/sriov"
-	"viaduct/vfio"
+	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
 )
 
 const (
@@ -27,26 +27,18 @@ const (
 	pfDir = "sys/bus/pci/devices/" + pf
 )
 
-func newKernel(t *testing.T) *hosttest.Kernel {
+// newManager is a manager on a kernel's host as it is now.
+func newManager(t *testing.T, k *hosttest.Kernel, o Options) *Manager {
 	t.Helper()
-	k := hosttest.NewKernel(t, hosttest.Load(t, "../../../internal/host/hosttest/testdata/amd-vi.txt"))
-	k.Register("vfio-pci")
-	k.Register("igb", "8086:10c9")
-	k.Register("igbvf", "8086:10ca")
-	return k
-}
-
-func newManager(t *testing.T, k *hosttest.Kernel) *Manager {
-	t.Helper()
-	topology, err := iommu.Scan(k.Host())
+	s, err := sriov.Open(&iommu.Host{Host: k.Host()}, bind.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := &Manager{
-		Host: k.Host(), Topology: topology, State: journal.In(filepath.Join(t.TempDir(), "state")),
-		Binder: &vfio.Binder{Host: k.Host(), Journal: journal.In(filepath.Join(t.TempDir(), "run"))},
+	t.Cleanup(func() { s.Close() })
+	m, err := New(s, o)
+	if err != nil {
+		t.Fatal(err)
 	}
-	t.Cleanup(m.Binder.Close)
 	return m
 }
 
@@ -56,15 +48,15 @@ func again(t *testing.T, m *Manager) *Manager {
 	n := *m
 	n.index = nil
 	var err error
-	if n.Topology, err = iommu.Scan(m.Host); err != nil {
+	if n.topology, err = m.handle.Scan(); err != nil {
 		t.Fatal(err)
 	}
 	return &n
 }
 
-func parse(t *testing.T, text string) *spec.Host {
+func parse(t *testing.T, text string) *hostfile.Host {
 	t.Helper()
-	s, err := spec.Parse("host.yaml", []byte(text))
+	s, err := hostfile.Parse("host.yaml", []byte(text))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -87,7 +79,7 @@ func apply(t *testing.T, m *Manager, text string) error {
 		if i.Err != nil {
 			t.Fatal(i.Err)
 		}
-		if err := m.Binder.Lock(context.Background(), i.Devices()); err != nil {
+		if err := m.handle.Lock(context.Background(), i.Devices()); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -100,12 +92,13 @@ func state(t *testing.T, k *hosttest.Kernel) string {
 	t.Helper()
 	var out []string
 	a, _ := iommu.ParseAddress(pf)
-	d, err := iommu.ReadDevice(k.Host(), a)
+	h := &iommu.Host{Host: k.Host()}
+	d, err := iommu.ReadDevice(h, a)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, v := range d.SRIOV.VFs {
-		vf, err := iommu.ReadDevice(k.Host(), v.Address)
+		vf, err := iommu.ReadDevice(h, v.Address)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -117,8 +110,8 @@ func state(t *testing.T, k *hosttest.Kernel) string {
 const mixed = "pfs:\n  - select: " + pf + "\n    count: 3\n    vfs:\n      - {range: 0, driver: vfio}\n      - {range: 1, driver: home}\n"
 
 func TestApply(t *testing.T) {
-	k := newKernel(t)
-	m := newManager(t, k)
+	k := hosttest.NewLab(t, nil)
+	m := newManager(t, k, Options{})
 	if err := apply(t, m, mixed); err != nil {
 		t.Fatal(err)
 	}
@@ -152,14 +145,14 @@ func TestApply(t *testing.T) {
 
 	// What a boot or the watch service does is not undone, and neither is what an apply found that had nothing to do.
 	m = again(t, m)
-	m.Boot = true
+	m.options.Boot = true
 	if err := apply(t, m, other); err != nil {
 		t.Fatal(err)
 	}
 	if _, known, err := m.Last(); known || err != nil {
 		t.Errorf("a boot is to be undone: %v", err)
 	}
-	m.Boot = false
+	m.options.Boot = false
 	for _, step := range []struct {
 		text string
 		undo bool
@@ -176,15 +169,15 @@ func TestApply(t *testing.T) {
 
 // A guest's VF is left with what it has by an undo of what was applied before or while the guest had it.
 func TestLeasedUndo(t *testing.T) {
-	k := newKernel(t)
-	m := newManager(t, k)
+	k := hosttest.NewLab(t, nil)
+	m := newManager(t, k, Options{})
 	if err := apply(t, m, mixed); err != nil {
 		t.Fatal(err)
 	}
 	m = again(t, m)
-	vf := m.Topology.VFs(found(t, m))[2]
+	vf := m.topology.VFs(found(t, m))[2]
 	own := sriov.Settings{sriov.VLAN: "100"}
-	m.Leased = func() map[iommu.Address]sriov.Settings { return map[iommu.Address]sriov.Settings{vf.Address: own} }
+	m.options.Leased = func() map[iommu.Address]sriov.Settings { return map[iommu.Address]sriov.Settings{vf.Address: own} }
 	m.exact = true
 	item := plan(t, m, mixed+"      - {range: 2, vlan: 7, trust: on}\n")[0]
 	if len(item.take) != 1 || item.take[0].Name != vf.Name {
@@ -203,7 +196,7 @@ func TestLeasedUndo(t *testing.T) {
 
 func found(t *testing.T, m *Manager) *iommu.Device {
 	t.Helper()
-	d, err := m.Topology.Find(mustParse(t, pf))
+	d, err := m.topology.Find(mustParse(t, pf))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -213,8 +206,8 @@ func found(t *testing.T, m *Manager) *iommu.Device {
 // What fails in the middle is put back as it was, VFs that had to go included.
 func TestApplyFails(t *testing.T) {
 	for _, fails := range []string{"vfio-pci", "override of VF 3"} {
-		k := newKernel(t)
-		m := newManager(t, k)
+		k := hosttest.NewLab(t, nil)
+		m := newManager(t, k, Options{})
 		if err := apply(t, m, strings.ReplaceAll(mixed, "driver: vfio", "driver: none")); err != nil {
 			t.Fatal(err)
 		}
@@ -232,7 +225,7 @@ func TestApplyFails(t *testing.T) {
 		if got := state(t, k); got != was {
 			t.Errorf("%s: %s, was %s: %v", fails, got, was, err)
 		}
-		if keys, _ := m.Binder.Journal.Keys(applying); len(keys) > 0 {
+		if keys, _ := m.run.Keys(applying); len(keys) > 0 {
 			t.Errorf("%s: records %q", fails, keys)
 		}
 	}
@@ -240,8 +233,8 @@ func TestApplyFails(t *testing.T) {
 
 // Whatever write an apply is killed at, the next command brings the PF back.
 func TestRecover(t *testing.T) {
-	k := newKernel(t)
-	m := newManager(t, k)
+	k := hosttest.NewLab(t, nil)
+	m := newManager(t, k, Options{})
 	if err := apply(t, m, mixed); err != nil {
 		t.Fatal(err)
 	}
@@ -251,7 +244,7 @@ func TestRecover(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(m.Binder.Journal.Put(applying+pf, before), k.Write(pfDir+"/sriov_numvfs", "0")); err != nil { // as far as that it came
+	if err := errors.Join(m.run.Put(applying+pf, before), k.Write(pfDir+"/sriov_numvfs", "0")); err != nil { // as far as that it came
 		t.Fatal(err)
 	}
 	out, err := again(t, m).Recover()
@@ -267,8 +260,8 @@ func TestRecover(t *testing.T) {
 }
 
 func TestPlanStates(t *testing.T) {
-	k := newKernel(t)
-	m := newManager(t, k)
+	k := hosttest.NewLab(t, nil)
+	m := newManager(t, k, Options{})
 	one := func(text string) *Item {
 		t.Helper()
 		return plan(t, again(t, m), text)[0]
@@ -301,15 +294,15 @@ func TestPlanStates(t *testing.T) {
 	}
 
 	// A boot takes no NIC of which nothing is known, and none that carried the host.
-	m.Boot = true
+	m.options.Boot = true
 	if i := one("devices:\n  - {select: " + pf + "}\n"); i.State != Refused || !strings.Contains(i.Err.Error(), "nothing says which NICs") {
 		t.Errorf("a boot without a record: %s, %v", i.State, i.Err)
 	}
-	d, err := m.Topology.Find(mustParse(t, pf))
+	d, err := m.topology.Find(mustParse(t, pf))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := m.State.Put(protectedKey, []protected{{d.Address, m.Binder.Identify(d), "carries the default route"}}); err != nil {
+	if err := m.state.Put(protectedKey, []protected{{d.Address, iommu.Identify(m.host, d), "carries the default route"}}); err != nil {
 		t.Fatal(err)
 	}
 	if i := one("devices:\n  - {select: " + pf + "}\n"); i.State != Refused || !strings.Contains(i.Err.Error(), "carries the default route") {
@@ -319,7 +312,7 @@ func TestPlanStates(t *testing.T) {
 		t.Errorf("VFs of a PF that carried the host: %s, %v", i.State, i.Err)
 	}
 	// What must never be touched may be named by what it does not have before its driver.
-	if err := m.State.Put(protectedKey, []protected{}); err != nil {
+	if err := m.state.Put(protectedKey, []protected{}); err != nil {
 		t.Fatal(err)
 	}
 	mine := found(t, m)
@@ -331,8 +324,8 @@ func TestPlanStates(t *testing.T) {
 		}
 	}
 	mine.Driver = driver
-	m.Boot = false
-	if err := m.State.Delete(protectedKey); err != nil {
+	m.options.Boot = false
+	if err := m.state.Delete(protectedKey); err != nil {
 		t.Fatal(err)
 	}
 
@@ -350,7 +343,7 @@ func TestPlanStates(t *testing.T) {
 	if got, err := m.Early(early); err == nil || !strings.Contains(err.Error(), "nothing says which NICs") {
 		t.Errorf("a NIC is kept from its driver by the initramfs: %v, %v", got, err)
 	}
-	if err := m.State.Put(protectedKey, []protected{}); err != nil {
+	if err := m.state.Put(protectedKey, []protected{}); err != nil {
 		t.Fatal(err)
 	}
 	if got, err := m.Early(early); err != nil || len(got) != 1 {
@@ -359,14 +352,14 @@ func TestPlanStates(t *testing.T) {
 
 	// A card in another slot is the same if it is found by a number of its own, also when nobody knew that number the last time; and its
 	// number is known by whatever name udev has given its interface meanwhile.
-	id := m.Binder.Identify(mine)
+	id := iommu.Identify(m.host, mine)
 	mac := slices.Collect(maps.Values(id.MACs))[0]
 	mine.Netdevs = []string{"eth0"}
-	if again := m.Binder.Identify(mine); !reflect.DeepEqual(again, id) {
+	if again := iommu.Identify(m.host, mine); !reflect.DeepEqual(again, id) {
 		t.Errorf("after its interface was named it is %v, was %v", again, id)
 	}
 	byMAC := "pfs:\n  - {select: mac=" + mac + ", count: 2}\n"
-	if err := m.State.Put(knownKey("mac="+mac), known{Identity: vfio.Identity{ID: mine.ID, Path: "0000:00:1f.0/00.0"}}); err != nil {
+	if err := m.state.Put(knownKey("mac="+mac), known{Identity: iommu.Identity{ID: mine.ID, Path: "0000:00:1f.0/00.0"}}); err != nil {
 		t.Fatal(err)
 	}
 	if i := one(byMAC); i.State != Differs {
@@ -383,7 +376,7 @@ func TestPlanStates(t *testing.T) {
 	if i := one("pfs:\n  - {select: " + pf + ", count: 2}\n"); i.State != Changed || !strings.Contains(i.Err.Error(), "15b3:1017") {
 		t.Errorf("another card in the slot: %s, %v", i.State, i.Err)
 	}
-	m.Accept = true
+	m.options.Accept = true
 	if i := one("pfs:\n  - {select: " + pf + ", count: 2}\n"); i.State != Differs {
 		t.Errorf("accepted: %s, %v", i.State, i.Err)
 	}
@@ -391,7 +384,7 @@ func TestPlanStates(t *testing.T) {
 
 func place(t *testing.T, m *Manager, d *iommu.Device) string {
 	t.Helper()
-	p, err := iommu.PathOf(m.Host, d)
+	p, err := iommu.PathOf(m.host, d)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -409,11 +402,15 @@ func mustParse(t *testing.T, s string) iommu.Address {
 
 // VFs of PFs that others bond are made early and get their drivers late. (Unproven on hardware: no emulated NIC has switchdev.)
 func TestAfterBond(t *testing.T) {
-	k := newKernel(t)
-	m := newManager(t, k)
+	k := hosttest.NewLab(t, nil)
+	k.Net.Eswitch = map[string][3]int{pf: {}}
+	m := newManager(t, k, Options{})
 	text := "pfs:\n  - select: " + pf + "\n    count: 2\n    eswitch: switchdev\n    after_bond: true\n    vfs:\n      - {range: 0, driver: vfio}\n      - {range: 1, driver: home}\n"
 	early := plan(t, m, text)[0]
-	if got, want := strings.Join(early.Steps, "\n"), strings.ReplaceAll(`echo 0 > /DIR/sriov_drivers_autoprobe
+	if got, want := strings.Join(early.Steps, "\n"), strings.ReplaceAll(`ip link set dev enp1s0 addrgenmode none
+ip link set dev enp1s0 up
+ip link set dev enp1s0 addrgenmode eui64
+echo 0 > /DIR/sriov_drivers_autoprobe
 echo 2 > /DIR/sriov_numvfs
 devlink dev eswitch set pci/`+pf+` mode switchdev
 echo none > /DIR/virtfn0/driver_override
@@ -421,14 +418,17 @@ echo none > /DIR/virtfn1/driver_override
 echo 1 > /DIR/sriov_drivers_autoprobe`, "DIR", pfDir); got != want || !early.Waits {
 		t.Errorf("early, waits %v:\n%s\nwant\n%s", early.Waits, got, want)
 	}
-	if err := apply(t, m, "pfs:\n  - {select: "+pf+", count: 2}\n"); err != nil { // but for the mode, which no fake has
+	if err := apply(t, m, text); err != nil {
 		t.Fatal(err)
+	}
+	if k.Net.Eswitch[pf][0] != 1 {
+		t.Errorf("the e-switch is %v", k.Net.Eswitch[pf])
 	}
 	m = again(t, m)
 	if i := plan(t, m, text)[0]; i.State != OK {
 		t.Errorf("early, when it is done: %s %q", i.State, i.Steps)
 	}
-	m.Late = true
+	m.options.Late = true
 	late := plan(t, m, text)[0]
 	if got, want := strings.Join(late.Steps, "\n"), `echo vfio-pci > /sys/bus/pci/devices/0000:01:10.0/driver_override
 echo 0000:01:10.0 > /sys/bus/pci/drivers_probe
@@ -440,8 +440,8 @@ echo 0000:01:10.2 > /sys/bus/pci/drivers_probe`; got != want || late.Waits {
 
 // A plan against what was adopted is empty, and names devices by what stays with them.
 func TestAdopt(t *testing.T) {
-	k := newKernel(t)
-	m := newManager(t, k)
+	k := hosttest.NewLab(t, nil)
+	m := newManager(t, k, Options{})
 	if err := apply(t, m, mixed+"devices:\n  - select: 0000:02:00.0\n"); err != nil {
 		t.Log(err) // not every tree has it
 	}
@@ -465,10 +465,10 @@ func TestAdopt(t *testing.T) {
 }
 
 func TestConfirm(t *testing.T) {
-	k := newKernel(t)
-	m := newManager(t, k)
+	k := hosttest.NewLab(t, nil)
+	m := newManager(t, k, Options{})
 	old, next := parse(t, "pfs:\n  - {select: "+pf+", count: 1}\n"), parse(t, "pfs:\n  - {select: "+pf+", count: 2}\n")
-	booted := func(s *spec.Host) string {
+	booted := func(s *hostfile.Host) string {
 		t.Helper()
 		use, err := m.Booted(s)
 		if err != nil {
@@ -529,7 +529,7 @@ func TestConfirm(t *testing.T) {
 	if late, _, err := m.AwaitConfirmed(); late || err != nil {
 		t.Errorf("nothing waits to be confirmed: %v, %v", late, err)
 	}
-	m.Force = []vfio.Kind{vfio.Route}
+	m.options.Force = []holder.Kind{holder.Route}
 	if err := m.Begin(next, 1e6, false); err != nil {
 		t.Fatal(err)
 	}
@@ -549,7 +549,7 @@ func TestConfirm(t *testing.T) {
 
 // What the host's own files name is needed, mounted or not.
 func TestNeeded(t *testing.T) {
-	k := newKernel(t)
+	k := hosttest.NewLab(t, nil)
 	for name, content := range map[string]string{
 		"etc/fstab":     "# /dev/sdz1 /old ext4\nUUID=1-2 / ext4\n/dev/mapper/vg-data /srv ext4 noauto\nLABEL=\"a/b\" none swap\ntmpfs /tmp tmpfs\n",
 		"etc/crypttab":  "secret /dev/sdc3 none luks\n",
@@ -568,7 +568,7 @@ func TestNeeded(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	n := needed(k.Host())
+	n := needed(&iommu.Host{Host: k.Host()})
 	for _, disk := range []string{"sda1", "dm-3", "sdb2", "sdc3", "cciss!c0d0p1", "nvme0n1p2"} {
 		if n.disks[disk] == "" {
 			t.Errorf("%s is not needed: %v", disk, n.disks)
@@ -580,7 +580,7 @@ func TestNeeded(t *testing.T) {
 }
 
 func TestImport(t *testing.T) {
-	k := newKernel(t)
+	k := hosttest.NewLab(t, nil)
 	for name, content := range map[string]string{
 		"etc/driverctl.d/pci-0000:01:00.0":  "vfio-pci\n",
 		"etc/driverctl.d/pci-0000:7f:00.0":  "vfio-pci\n",
@@ -596,8 +596,8 @@ func TestImport(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	m := newManager(t, k)
-	d, err := m.Topology.Find(mustParse(t, pf))
+	m := newManager(t, k, Options{})
+	d, err := m.topology.Find(mustParse(t, pf))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -621,7 +621,7 @@ func TestImport(t *testing.T) {
 		if err != nil || string(text) != want.text || !strings.Contains(strings.Join(notes, "\n"), want.note) {
 			t.Errorf("%s: %v\n%s\nwant\n%s\nnotes %q", source, err, text, want.text, notes)
 		}
-		if _, err := spec.Parse("imported", text); err != nil {
+		if _, err := hostfile.Parse("imported", text); err != nil {
 			t.Errorf("%s: %v", source, err)
 		}
 	}

@@ -5,54 +5,54 @@ import (
 	"net"
 	"strings"
 
-	"viaduct/cmd/internal/spec"
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/iommu"
 	"viaduct/sriov"
-	"viaduct/vfio"
+	"viaduct/vfio/bind"
 )
 
 // at is the match of a device by its place.
-func at(h *iommu.Host, d *iommu.Device) (spec.Match, error) {
+func at(h *iommu.Host, d *iommu.Device) (hostfile.Match, error) {
 	place, err := iommu.PathOf(h, d)
 	if err != nil {
-		return spec.Match{}, err
+		return hostfile.Match{}, err
 	}
 	sel, err := iommu.ParseSelector("path=" + place)
-	return spec.Match{Selectors: []iommu.Selector{sel}}, err
+	return hostfile.Match{Selectors: []iommu.Selector{sel}}, err
 }
 
 // describe declares a PF as it is now, in full: also what it began with.
-func (m *Manager) describe(d *iommu.Device, full bool) (pf spec.PF, err error) {
-	if pf.Select, err = at(m.Host, d); err != nil {
+func (m *Manager) describe(d *iommu.Device, full bool) (pf hostfile.PF, err error) {
+	if pf.Select, err = at(m.host, d); err != nil {
 		return pf, err
 	}
 	pf.Count = len(d.SRIOV.VFs)
 	var port *sriov.Port
 	var permanent net.HardwareAddr
-	if m.Host.Live() {
-		eswitch, err := sriov.ReadEswitch(m.Host, d)
+	if m.host.Live() {
+		eswitch, err := sriov.ReadEswitch(m.host, d.Address)
 		if err != nil {
 			return pf, err
 		}
 		if eswitch != nil && (full || eswitch.Mode == "switchdev") {
 			pf.Eswitch, pf.Inline, pf.Encap = eswitch.Mode, eswitch.Inline, eswitch.Encap
 		}
-		if port, err = sriov.ReadPort(m.Host, d); err != nil {
+		if port, err = sriov.ReadPort(m.host, d); err != nil {
 			return pf, err
 		}
-		for _, mac := range vfio.MACs(m.Host, d) {
+		for _, mac := range iommu.MACs(m.host, d) {
 			permanent, _ = net.ParseMAC(mac)
 		}
 	}
 	for _, v := range d.SRIOV.VFs {
-		vf, err := m.Topology.Find(v.Address)
+		vf, err := m.topology.Find(v.Address)
 		if err != nil {
 			return pf, err
 		}
 		info, _ := port.Of(v.Index)
-		r := spec.VFs{Range: spec.Span(v.Index, v.Index), Driver: sriov.UseNone, Settings: map[spec.Key]spec.Valued{}}
+		r := hostfile.VFs{Range: hostfile.Span(v.Index, v.Index), Driver: sriov.UseNone, Settings: map[hostfile.Key]hostfile.Valued{}}
 		switch {
-		case iommu.IsVFIODriver(vf.Driver):
+		case vf.VFIO:
 			r.Driver = sriov.UseVFIO
 		case vf.Blocks():
 			r.Driver = sriov.UseHome
@@ -65,10 +65,10 @@ func (m *Manager) describe(d *iommu.Device, full bool) (pf spec.PF, err error) {
 				if stable, err := sriov.DeriveMAC(permanent, v.Index); err == nil && stable.String() == value {
 					value = sriov.StableMAC
 				}
-			} else if !full && (sriov.Usual[k] == value || k == sriov.Proto && info.Settings[sriov.VLAN] == "0") {
+			} else if !full && (isDefault(k, value) || k == sriov.Proto && info.Settings[sriov.VLAN] == "0") {
 				continue
 			}
-			r.Settings[k] = spec.Value(value)
+			r.Settings[k] = hostfile.Value(value)
 		}
 		if n := len(pf.VFs) - 1; n >= 0 && !full && alike(&pf.VFs[n], &r) {
 			pf.VFs[n].Range = pf.VFs[n].Range.To(v.Index)
@@ -79,21 +79,26 @@ func (m *Manager) describe(d *iommu.Device, full bool) (pf spec.PF, err error) {
 	return pf, nil
 }
 
-func alike(a, b *spec.VFs) bool {
-	return a.Driver == b.Driver && maps.Equal(a.Settings, b.Settings) && (b.Settings[sriov.MAC] == spec.Valued{} || b.Settings[sriov.MAC] == spec.Value(sriov.StableMAC))
+func isDefault(k sriov.Key, value string) bool {
+	usual, known := k.Default()
+	return known && usual == value
+}
+
+func alike(a, b *hostfile.VFs) bool {
+	return a.Driver == b.Driver && maps.Equal(a.Settings, b.Settings) && (b.Settings[sriov.MAC] == hostfile.Valued{} || b.Settings[sriov.MAC] == hostfile.Value(sriov.StableMAC))
 }
 
 // Adopt declares the host as it is now: PFs with VFs, and devices on vfio drivers. Comments say what each is.
-func (m *Manager) Adopt() (*spec.Host, map[string]string, error) {
-	out, comments := &spec.Host{}, map[string]string{}
+func (m *Manager) Adopt() (*hostfile.Host, map[string]string, error) {
+	out, comments := &hostfile.Host{}, map[string]string{}
 	var all []*iommu.Device
-	m.Topology.All(func(d *iommu.Device) bool {
+	m.topology.All(func(d *iommu.Device) bool {
 		all = append(all, d)
 		return true
 	})
-	names := iommu.OpenNames(m.Host)
+	names := iommu.OpenNames(m.host)
 	defer names.Close()
-	units := map[int]bool{}
+	units := map[string]bool{} // by the first of each
 	for _, d := range all {
 		switch {
 		case d.SRIOV != nil && len(d.SRIOV.VFs) > 0:
@@ -106,17 +111,26 @@ func (m *Manager) Adopt() (*spec.Host, map[string]string, error) {
 			}
 			out.PFs = append(out.PFs, pf)
 			comments[pf.Select.String()] = comment(names, d)
-		case d.PCI && d.PhysFn == nil && iommu.IsVFIODriver(d.Driver) && !units[d.Group]:
-			units[d.Group] = true // one of a group takes all
+		case d.PCI && d.PhysFn == nil && d.VFIO && !units[m.firstOf(d)]:
+			units[m.firstOf(d)] = true // one of a group takes all
 			match, err := m.stable(d)
 			if err != nil {
 				return nil, nil, err
 			}
-			out.Devices = append(out.Devices, spec.Device{Select: match, Driver: d.Driver})
+			out.Devices = append(out.Devices, hostfile.Device{Select: match, Driver: d.Driver})
 			comments[match.String()] = comment(names, d)
 		}
 	}
 	return out, comments, nil
+}
+
+// firstOf names what is taken together with a device by the first of it.
+func (m *Manager) firstOf(d *iommu.Device) string {
+	units, err := bind.Units(m.topology, []*iommu.Device{d})
+	if err != nil || len(units) == 0 {
+		return d.Name
+	}
+	return units[0][0].Name
 }
 
 func comment(names *iommu.Names, d *iommu.Device) string {
@@ -125,25 +139,25 @@ func comment(names *iommu.Names, d *iommu.Device) string {
 }
 
 // stable is the best match for a device: what stays with the card, else its place.
-func (m *Manager) stable(d *iommu.Device) (spec.Match, error) {
+func (m *Manager) stable(d *iommu.Device) (hostfile.Match, error) {
 	for _, form := range []struct {
 		form iommu.Form
 		key  string
 	}{{iommu.ByMAC, "mac="}, {iommu.BySerial, "serial="}} {
 		keys, err := m.keys(form.form, d)
 		if err != nil {
-			return spec.Match{}, err
+			return hostfile.Match{}, err
 		}
 		for _, k := range keys {
 			sel, err := iommu.ParseSelector(form.key + k)
 			if err != nil {
 				continue // with blanks in it
 			}
-			match := spec.Match{Selectors: []iommu.Selector{sel}}
+			match := hostfile.Match{Selectors: []iommu.Selector{sel}}
 			if found, err := m.find(match); err == nil && found == d {
 				return match, nil
 			}
 		}
 	}
-	return at(m.Host, d)
+	return at(m.host, d)
 }

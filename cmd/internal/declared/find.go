@@ -7,9 +7,9 @@ import (
 	"slices"
 	"strings"
 
-	"viaduct/cmd/internal/spec"
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/iommu"
-	"viaduct/vfio"
+	"viaduct/vfio/holder"
 )
 
 // index finds devices by what takes long to read, with one look at each. VFs are not in it: they are declared below their PF.
@@ -18,7 +18,7 @@ type index struct {
 }
 
 // find is the one device that a match names.
-func (m *Manager) find(match spec.Match) (*iommu.Device, error) {
+func (m *Manager) find(match hostfile.Match) (*iommu.Device, error) {
 	all, err := m.all(match)
 	if err != nil {
 		return nil, err
@@ -34,7 +34,7 @@ func (m *Manager) find(match spec.Match) (*iommu.Device, error) {
 }
 
 // all are the devices that all selectors of a match name, at least one; an ErrNotFound if there is none.
-func (m *Manager) all(match spec.Match) ([]*iommu.Device, error) {
+func (m *Manager) all(match hostfile.Match) ([]*iommu.Device, error) {
 	var all []*iommu.Device
 	for n, s := range match.Selectors {
 		some, err := m.resolve(s)
@@ -66,11 +66,11 @@ func (m *Manager) resolve(s iommu.Selector) ([]*iommu.Device, error) {
 	case iommu.BySerial:
 		by = &m.index.serials
 	default:
-		return s.Resolve(m.Host, m.Topology)
+		return s.Resolve(m.host, m.topology)
 	}
 	if *by == nil {
 		*by = map[string][]*iommu.Device{}
-		m.Topology.All(func(d *iommu.Device) bool {
+		m.topology.All(func(d *iommu.Device) bool {
 			if d.PCI && d.PhysFn == nil {
 				keys, _ := m.keys(s.Form(), d) // of one that cannot be asked nothing is known, and it is not found by it
 				for _, k := range keys {
@@ -83,27 +83,27 @@ func (m *Manager) resolve(s iommu.Selector) ([]*iommu.Device, error) {
 	if found := (*by)[strings.ToLower(s.Value())]; len(found) > 0 {
 		return found, nil
 	}
-	return s.Resolve(m.Host, m.Topology) // which says what there is instead, and knows addresses that are no permanent ones
+	return s.Resolve(m.host, m.topology) // which says what there is instead, and knows addresses that are no permanent ones
 }
 
 // keys are what a device is found by.
 func (m *Manager) keys(form iommu.Form, d *iommu.Device) ([]string, error) {
 	switch form {
 	case iommu.ByPath:
-		p, err := iommu.PathOf(m.Host, d)
+		p, err := iommu.PathOf(m.host, d)
 		return []string{p}, err
 	case iommu.BySerial:
-		serial, err := iommu.ReadSerial(m.Host, d.Address)
-		if err != nil || serial != "" || !iommu.IsVFIODriver(d.Driver) {
+		serial, err := iommu.ReadSerial(m.host, d.Address)
+		if err != nil || serial != "" || !d.VFIO {
 			return some(strings.ToLower(serial)), err
 		}
-		taken, err := m.Binder.Taken(d)
+		taken, err := m.handle.Taken(d)
 		return some(strings.ToLower(taken.Serial)), err
 	}
-	if own := slices.Collect(maps.Values(vfio.MACs(m.Host, d))); len(own) > 0 || !iommu.IsVFIODriver(d.Driver) {
+	if own := slices.Collect(maps.Values(iommu.MACs(m.host, d))); len(own) > 0 || !d.VFIO {
 		return own, nil
 	}
-	taken, err := m.Binder.Taken(d)
+	taken, err := m.handle.Taken(d)
 	return slices.Collect(maps.Values(taken.MACs)), err
 }
 
@@ -124,7 +124,7 @@ type guard struct {
 }
 
 // guard reads what is protected: by the declaration, and at boot by what carried the host when it ran.
-func (m *Manager) guard(s *spec.Host) (*guard, error) {
+func (m *Manager) guard(s *hostfile.Host) (*guard, error) {
 	g := &guard{manager: m, names: map[string]string{}, never: map[string]bool{}}
 	for _, p := range s.Protect {
 		all, err := m.all(p.Match)
@@ -139,7 +139,7 @@ func (m *Manager) guard(s *spec.Host) (*guard, error) {
 			g.names[d.Name], g.never[d.Name] = "it is declared at "+p.At.String()+" as never to be touched", true
 		}
 	}
-	if m.Boot {
+	if m.options.Boot {
 		if err := m.recorded(g); err != nil {
 			return nil, err
 		}
@@ -150,7 +150,7 @@ func (m *Manager) guard(s *spec.Host) (*guard, error) {
 // declared refuses a PF that is protected by name. What only carried the host may have VFs: that is the normal case.
 func (g *guard) declared(d *iommu.Device) error {
 	if g.never[d.Name] {
-		return &vfio.RefusedError{What: "change " + d.Name, Reasons: []string{g.names[d.Name]}}
+		return &holder.RefusedError{What: "change " + d.Name, Reasons: []string{g.names[d.Name]}}
 	}
 	return nil
 }
@@ -161,14 +161,14 @@ func (g *guard) take(unit []*iommu.Device) error {
 	for _, d := range unit {
 		if why := g.names[d.Name]; why != "" {
 			reasons = append(reasons, d.Name+": "+why)
-		} else if base := d.Class >> 16; g.manager.Boot && len(g.unseen) > 0 && d.Driver == "" && (base == 0x01 || base == 0x02) {
+		} else if base := d.Class >> 16; g.manager.options.Boot && len(g.unseen) > 0 && d.Driver == "" && (base == 0x01 || base == 0x02) {
 			reasons = append(reasons, fmt.Sprintf("%s has no driver yet, and nothing is known as %s, which protect names: it may be that", d.Name, strings.Join(g.unseen, " or ")))
-		} else if g.manager.Boot && !g.any && d.PhysFn == nil && d.Class>>16 == 0x02 && !iommu.IsVFIODriver(d.Driver) {
+		} else if g.manager.options.Boot && !g.any && d.PhysFn == nil && d.Class>>16 == 0x02 && !d.VFIO {
 			reasons = append(reasons, d.Name+" is a NIC, and nothing says which NICs this host needs: run viaduct apply once while it is up, or name some in protect")
 		}
 	}
 	if len(reasons) == 0 {
 		return nil
 	}
-	return &vfio.RefusedError{What: "take " + unit[0].Name, Reasons: reasons}
+	return &holder.RefusedError{What: "take " + unit[0].Name, Reasons: reasons}
 }

@@ -9,7 +9,7 @@ import (
 
 	"go.yaml.in/yaml/v4"
 
-	"viaduct/cmd/internal/spec"
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/internal/host"
 	"viaduct/iommu"
 	"viaduct/sriov"
@@ -21,13 +21,13 @@ var Sources = []string{"driverctl", "netplan", "systemd"}
 // importer collects what another tool's files declare.
 type importer struct {
 	m     *Manager
-	out   *spec.Host
+	out   *hostfile.Host
 	notes []string // what could not be taken over, each with its place
 }
 
 // Import declares what another tool's files do, and notes what they say that has no equal here.
-func (m *Manager) Import(source string) (*spec.Host, []string, error) {
-	i := &importer{m: m, out: &spec.Host{}}
+func (m *Manager) Import(source string) (*hostfile.Host, []string, error) {
+	i := &importer{m: m, out: &hostfile.Host{}}
 	err := map[string]func() error{"driverctl": i.driverctl, "netplan": i.netplan, "systemd": i.systemd}[source]()
 	return i.out, i.notes, err
 }
@@ -41,7 +41,7 @@ func (i *importer) files(suffix string, dirs ...string) (names []string, content
 	content = map[string]string{}
 	seen := map[string]bool{}
 	for _, dir := range dirs {
-		all, err := i.m.Host.Names(dir)
+		all, err := i.m.host.Names(dir)
 		if err != nil && !host.Absent(err) {
 			return nil, nil, err
 		}
@@ -50,7 +50,7 @@ func (i *importer) files(suffix string, dirs ...string) (names []string, content
 				continue
 			}
 			seen[n] = true
-			b, err := i.m.Host.Read(path.Join(dir, n))
+			b, err := i.m.host.Read(path.Join(dir, n))
 			if err != nil {
 				return nil, nil, err
 			}
@@ -63,12 +63,12 @@ func (i *importer) files(suffix string, dirs ...string) (names []string, content
 }
 
 // match is the best match of the device that words name now, or what the words say of one that is not there.
-func (i *importer) match(text string) (spec.Match, error) {
+func (i *importer) match(text string) (hostfile.Match, error) {
 	sel, err := iommu.ParseSelector(text)
 	if err != nil {
-		return spec.Match{}, err
+		return hostfile.Match{}, err
 	}
-	match := spec.Match{Selectors: []iommu.Selector{sel}}
+	match := hostfile.Match{Selectors: []iommu.Selector{sel}}
 	if d, err := i.m.find(match); err == nil {
 		return i.m.stable(d)
 	}
@@ -89,7 +89,7 @@ func (i *importer) driverctl() error {
 		if err != nil {
 			return fmt.Errorf("/%s: %w", n, err)
 		}
-		i.out.Devices = append(i.out.Devices, spec.Device{Select: match, Driver: driver})
+		i.out.Devices = append(i.out.Devices, hostfile.Device{Select: match, Driver: driver})
 	}
 	return err
 }
@@ -144,7 +144,7 @@ func (i *importer) netplan() error {
 	slices.Sort(order)
 	for _, id := range order {
 		e := all[id]
-		pf := spec.PF{MTU: e.MTU, Eswitch: e.Eswitch, AfterLAG: e.Delay && e.Eswitch == "switchdev", Count: linked[id]}
+		pf := hostfile.PF{MTU: e.MTU, Eswitch: e.Eswitch, AfterLAG: e.Delay && e.Eswitch == "switchdev", Count: linked[id]}
 		if e.Count != nil {
 			pf.Count = *e.Count
 		}
@@ -164,7 +164,7 @@ func (i *importer) netplan() error {
 			i.note("%s: %v", id, err)
 			continue
 		}
-		pf.VFs = append(pf.VFs, spec.VFs{Driver: sriov.UseHome})
+		pf.VFs = append(pf.VFs, hostfile.VFs{Driver: sriov.UseHome})
 		if pf.Count == 0 {
 			pf.VFs = nil
 		}
@@ -184,7 +184,7 @@ func (i *importer) systemd() error {
 		}
 		for _, n := range names {
 			sections := parseINI(content[n])
-			count, vfs := -1, []spec.VFs{}
+			count, vfs := -1, []hostfile.VFs{}
 			words := ""
 			for _, s := range sections {
 				switch s.name {
@@ -214,7 +214,7 @@ func (i *importer) systemd() error {
 			if !known {
 				at = len(i.out.PFs)
 				byName[match.String()] = at
-				i.out.PFs = append(i.out.PFs, spec.PF{Select: match})
+				i.out.PFs = append(i.out.PFs, hostfile.PF{Select: match})
 			}
 			pf := &i.out.PFs[at]
 			pf.Count, pf.VFs = max(pf.Count, count), append(pf.VFs, vfs...)
@@ -247,12 +247,12 @@ func matchWords(keys map[string]string) string {
 }
 
 // systemdVF is one [SR-IOV] section.
-func (i *importer) systemdVF(file string, keys map[string]string) ([]spec.VFs, error) {
+func (i *importer) systemdVF(file string, keys map[string]string) ([]hostfile.VFs, error) {
 	index, err := strconv.Atoi(keys["VirtualFunction"])
 	if err != nil || index < 0 {
 		return nil, fmt.Errorf("/%s: VirtualFunction=%s is no index", file, keys["VirtualFunction"])
 	}
-	names := map[string]spec.Key{
+	names := map[string]hostfile.Key{
 		"VLANId": sriov.VLAN, "QualityOfService": sriov.QoS, "VLANProtocol": sriov.Proto, "MACSpoofCheck": sriov.SpoofChk,
 		"QueryReceiveSideScaling": sriov.RSSQuery, "Trust": sriov.Trust, "LinkState": sriov.LinkState, "MACAddress": sriov.MAC,
 	}
@@ -283,11 +283,11 @@ func (i *importer) systemdVF(file string, keys map[string]string) ([]spec.VFs, e
 	if err != nil {
 		return nil, fmt.Errorf("/%s: VF %d: %w", file, index, err)
 	}
-	vf := spec.VFs{Range: spec.Span(index, index), Driver: sriov.UseHome, Settings: map[spec.Key]spec.Valued{}}
+	vf := hostfile.VFs{Range: hostfile.Span(index, index), Driver: sriov.UseHome, Settings: map[hostfile.Key]hostfile.Valued{}}
 	for k, v := range settings {
-		vf.Settings[k] = spec.Value(v)
+		vf.Settings[k] = hostfile.Value(v)
 	}
-	return []spec.VFs{vf}, nil
+	return []hostfile.VFs{vf}, nil
 }
 
 type section struct {

@@ -7,20 +7,19 @@ import (
 	"slices"
 	"strings"
 
-	"viaduct/cmd/internal/spec"
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/iommu"
 	"viaduct/sriov"
-	"viaduct/vfio"
 )
 
 // What a declaration named when it was last applied is kept in StateDir, as known-SELECTOR.
 
 // known is what a declared device was.
 type known struct {
-	Selector string        `json:"selector"`
-	Address  iommu.Address `json:"address"`
-	Identity vfio.Identity `json:"identity"`
-	Group    []string      `json:"group"` // the places of all that has to be taken along
+	Selector string         `json:"selector"`
+	Address  iommu.Address  `json:"address"`
+	Identity iommu.Identity `json:"identity"`
+	Group    []string       `json:"group"` // the places of all that has to be taken along
 
 	Settings map[int]sriov.Settings `json:"settings,omitempty"` // that were declared of its VFs
 }
@@ -35,9 +34,9 @@ func knownKey(selector string) string {
 }
 
 // remembered is what a match named when it was last applied, nil if it was not.
-func (m *Manager) remembered(match spec.Match) (*known, error) {
+func (m *Manager) remembered(match hostfile.Match) (*known, error) {
 	var k known
-	if ok, err := m.State.Get(knownKey(match.String()), &k); !ok {
+	if ok, err := m.state.Get(knownKey(match.String()), &k); !ok {
 		return nil, err
 	}
 	return &k, nil
@@ -45,14 +44,14 @@ func (m *Manager) remembered(match spec.Match) (*known, error) {
 
 // changed says how what is there differs from what was there; "" if it does not. A card that moved to another slot is the same, which its
 // own numbers tell, those that it was found by as well.
-func (m *Manager) changed(k *known, match spec.Match, d *iommu.Device) string {
+func (m *Manager) changed(k *known, match hostfile.Match, d *iommu.Device) string {
 	if k == nil {
 		return ""
 	}
-	if why := vfio.Differs(m.Host, &k.Identity, d); why != "" {
+	if why := k.Identity.Differs(m.host, d); why != "" {
 		return fmt.Sprintf("%s is another device than %s was: %s", d.Name, k.Address, why)
 	}
-	if place, err := iommu.PathOf(m.Host, d); err == nil && place != k.Identity.Path && !match.Has(iommu.ByMAC, iommu.BySerial) && !m.Same(&k.Identity, d) {
+	if place, err := iommu.PathOf(m.host, d); err == nil && place != k.Identity.Path && !match.Has(iommu.ByMAC, iommu.BySerial) && !m.Same(&k.Identity, d) {
 		return fmt.Sprintf("%s is at path=%s instead of %s, and nothing tells whether it is the same device", d.Name, place, k.Identity.Path)
 	}
 	return ""
@@ -65,7 +64,7 @@ func (m *Manager) joined(i *Item) string {
 	}
 	var out []string
 	for _, d := range i.unit {
-		place, err := iommu.PathOf(m.Host, d)
+		place, err := iommu.PathOf(m.host, d)
 		if err == nil && d.Blocks() && !slices.Contains(i.known.Group, place) {
 			out = append(out, fmt.Sprintf("%s (%s)", d.Name, d.Driver))
 		}
@@ -88,7 +87,7 @@ func (i *Item) dropped(vfs []*iommu.Device, wish []sriov.VFWish, leased map[iomm
 		}
 		now := wish[vf.VFIndex].Settings
 		for k := range i.known.Settings[vf.VFIndex] {
-			if usual, known := sriov.Usual[k]; known && now[k] == "" && k != sriov.MAC {
+			if usual, known := k.Default(); known && now[k] == "" {
 				now[k] = usual
 			}
 		}
@@ -97,20 +96,17 @@ func (i *Item) dropped(vfs []*iommu.Device, wish []sriov.VFWish, leased map[iomm
 
 // Remember writes down what the items are now.
 func (m *Manager) Remember(items []*Item) error {
-	if m.State == nil {
-		return nil
-	}
 	var errs []error
 	for _, i := range items {
 		if i.Device == nil || i.State == Changed {
 			continue // but also of what was refused: at the next boot something else may be there
 		}
-		k := known{Selector: i.Name, Address: i.Device.Address, Identity: m.Binder.Identify(i.Device)}
-		if taken, err := m.Binder.Taken(i.Device); err == nil && taken.Path != "" {
+		k := known{Selector: i.Name, Address: i.Device.Address, Identity: iommu.Identify(m.host, i.Device)}
+		if taken, err := m.handle.Taken(i.Device); err == nil && taken.Path != "" {
 			k.Identity = taken // from when it could still be asked
 		}
 		for _, d := range i.unit {
-			if place, err := iommu.PathOf(m.Host, d); err == nil {
+			if place, err := iommu.PathOf(m.host, d); err == nil {
 				k.Group = append(k.Group, place)
 			}
 		}
@@ -119,9 +115,9 @@ func (m *Manager) Remember(items []*Item) error {
 		} else if i.known != nil {
 			k.Settings = i.known.Settings
 		}
-		if i.known == nil || m.Accept || !slices.Equal(k.Group, i.known.Group) || k.Address != i.known.Address ||
+		if i.known == nil || m.options.Accept || !slices.Equal(k.Group, i.known.Group) || k.Address != i.known.Address ||
 			!maps.EqualFunc(k.Settings, i.known.Settings, maps.Equal) {
-			errs = append(errs, m.State.Put(knownKey(i.Name), k))
+			errs = append(errs, m.state.Put(knownKey(i.Name), k))
 		}
 	}
 	return errors.Join(errs...)

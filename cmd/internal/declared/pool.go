@@ -4,12 +4,12 @@ import (
 	"fmt"
 	"slices"
 
-	"viaduct/cmd/internal/spec"
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/iommu"
 )
 
 // Pools are the names of the pools that are declared, in their order.
-func Pools(s *spec.Host) []string {
+func Pools(s *hostfile.Host) []string {
 	var out []string
 	for k := range s.PFs {
 		for _, r := range s.PFs[k].VFs {
@@ -23,12 +23,12 @@ func Pools(s *spec.Host) []string {
 
 // Pool are the VFs of a pool that are there. PFs that are missing, or are other devices than they were when they were last
 // applied, add none: the error says which, if no VF is left.
-func (m *Manager) Pool(s *spec.Host, name string) ([]*iommu.Device, error) {
+func (m *Manager) Pool(s *hostfile.Host, name string) ([]*iommu.Device, error) {
 	var out []*iommu.Device
 	var last error
 	for k := range s.PFs {
 		pf := &s.PFs[k]
-		if !slices.ContainsFunc(pf.VFs, func(r spec.VFs) bool { return r.Pool == name }) {
+		if !slices.ContainsFunc(pf.VFs, func(r hostfile.VFs) bool { return r.Pool == name }) {
 			continue
 		}
 		i := &Item{Name: pf.Select.String()}
@@ -37,7 +37,7 @@ func (m *Manager) Pool(s *spec.Host, name string) ([]*iommu.Device, error) {
 			continue
 		}
 		each := pf.Each()
-		for _, vf := range m.Topology.VFs(i.Device) {
+		for _, vf := range m.topology.VFs(i.Device) {
 			if vf.VFIndex < len(each) && each[vf.VFIndex].Pool == name {
 				out = append(out, vf)
 			}
@@ -53,7 +53,7 @@ func (m *Manager) Pool(s *spec.Host, name string) ([]*iommu.Device, error) {
 }
 
 // Protected refuses to take devices that are declared as never to be touched.
-func (m *Manager) Protected(s *spec.Host, unit []*iommu.Device) error {
+func (m *Manager) Protected(s *hostfile.Host, unit []*iommu.Device) error {
 	guard, err := m.guard(s)
 	if err != nil {
 		return err

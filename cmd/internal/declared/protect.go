@@ -7,52 +7,52 @@ import (
 	"strings"
 
 	"viaduct/iommu"
-	"viaduct/vfio"
+	"viaduct/vfio/holder"
 )
 
 const protectedKey = "protected"
 
 // protected is a device that carries the host.
 type protected struct {
-	Address  iommu.Address `json:"address"`
-	Identity vfio.Identity `json:"identity"`
-	Why      string        `json:"why"`
+	Address  iommu.Address  `json:"address"`
+	Identity iommu.Identity `json:"identity"`
+	Why      string         `json:"why"`
 }
 
 // Protect writes down which devices carry the host, for boots, which cannot see that yet: those with its addresses, routes, mounts
 // and swap, and those behind fstab, crypttab, and root= and ip= of the kernel's command line.
 func (m *Manager) Protect() error {
 	var all []*iommu.Device
-	m.Topology.All(func(d *iommu.Device) bool {
+	m.topology.All(func(d *iommu.Device) bool {
 		if d.PCI && d.PhysFn == nil && d.Blocks() {
 			all = append(all, d)
 		}
 		return true
 	})
-	holders, err := vfio.Holders(m.Host, all)
+	holders, err := holder.Find(m.host, all)
 	if err != nil {
 		return err
 	}
-	needs := needed(m.Host)
+	needs := needed(m.host)
 	out := []protected{}
 	for _, d := range all {
 		why := ""
-		if n := slices.IndexFunc(holders, func(h vfio.Holder) bool {
-			return h.Device == d.Name && !slices.Contains([]vfio.Kind{vfio.Process, vfio.Lease, vfio.Owner}, h.Kind)
+		if n := slices.IndexFunc(holders, func(h holder.Holder) bool {
+			return h.Device == d.Name && h.Kind.CarriesHost()
 		}); n >= 0 {
 			why = holders[n].What
-		} else if why, err = needs.of(m.Host, d); err != nil {
+		} else if why, err = needs.of(m.host, d); err != nil {
 			return err
 		}
 		if why != "" {
-			out = append(out, protected{d.Address, m.Binder.Identify(d), why})
+			out = append(out, protected{d.Address, iommu.Identify(m.host, d), why})
 		}
 	}
 	var before []protected
-	if _, err := m.State.Get(protectedKey, &before); err != nil {
+	if _, err := m.state.Get(protectedKey, &before); err != nil {
 		return err
 	}
-	if !m.Accept { // what carried the host once may be down just now: it stays protected as long as it is there
+	if !m.options.Accept { // what carried the host once may be down just now: it stays protected as long as it is there
 		for _, old := range before {
 			still := slices.ContainsFunc(all, func(d *iommu.Device) bool { return m.Same(&old.Identity, d) })
 			if still && !slices.ContainsFunc(out, func(p protected) bool { return reflect.DeepEqual(p.Identity, old.Identity) }) {
@@ -63,18 +63,18 @@ func (m *Manager) Protect() error {
 	if before != nil && reflect.DeepEqual(before, out) {
 		return nil
 	}
-	return m.State.Put(protectedKey, out)
+	return m.state.Put(protectedKey, out)
 }
 
 // recorded adds what carried the host when it ran to what must not be taken.
 func (m *Manager) recorded(g *guard) error {
 	var all []protected
-	found, err := m.State.Get(protectedKey, &all)
+	found, err := m.state.Get(protectedKey, &all)
 	if err != nil {
 		return err
 	}
 	g.any = g.any || found
-	m.Topology.All(func(d *iommu.Device) bool {
+	m.topology.All(func(d *iommu.Device) bool {
 		for k := range all {
 			if d.PCI && g.names[d.Name] == "" && m.Same(&all[k].Identity, d) {
 				g.names[d.Name] = "it carried this host when that last ran: it " + all[k].Why
@@ -87,18 +87,18 @@ func (m *Manager) recorded(g *guard) error {
 
 // Same reports whether this is the device that was identified: by its own numbers where both are known, else by its place. The
 // functions of a card share its serial number.
-func (m *Manager) Same(id *vfio.Identity, d *iommu.Device) bool {
-	if vfio.Differs(m.Host, id, d) != "" {
+func (m *Manager) Same(id *iommu.Identity, d *iommu.Device) bool {
+	if id.Differs(m.host, d) != "" {
 		return false
 	}
-	if len(id.MACs) > 0 && len(vfio.MACs(m.Host, d)) > 0 {
+	if len(id.MACs) > 0 && len(iommu.MACs(m.host, d)) > 0 {
 		return true // and they were compared
 	}
-	place, err := iommu.PathOf(m.Host, d)
+	place, err := iommu.PathOf(m.host, d)
 	if err != nil {
 		return false
 	}
-	serial, err := iommu.ReadSerial(m.Host, d.Address)
+	serial, err := iommu.ReadSerial(m.host, d.Address)
 	if err == nil && serial != "" && id.Serial != "" {
 		return place[len(place)-1] == id.Path[max(len(id.Path)-1, 0)] // the function
 	}
@@ -158,7 +158,7 @@ func (n *needs) disk(h *iommu.Host, source, where string) {
 
 // of says what needs a device; "" if nothing does.
 func (n *needs) of(h *iommu.Host, d *iommu.Device) (string, error) {
-	disks, err := vfio.Disks(h, d)
+	disks, err := holder.Disks(h, d)
 	if err != nil {
 		return "", err
 	}
@@ -167,7 +167,7 @@ func (n *needs) of(h *iommu.Host, d *iommu.Device) (string, error) {
 			return "(" + b + ") is named in " + where, nil
 		}
 	}
-	for name, mac := range vfio.MACs(h, d) {
+	for name, mac := range iommu.MACs(h, d) {
 		for _, word := range []string{name, mac} {
 			if where := n.links[word]; where != "" {
 				return "(" + name + ") is named in " + where, nil

@@ -6,21 +6,21 @@ import (
 	"slices"
 	"time"
 
-	"viaduct/cmd/internal/spec"
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/internal/uevent"
 	"viaduct/iommu"
 )
 
 // Wait waits, by the events of the kernel and of udev, until all that is declared as needed is there: found, with its driver, and a
 // NIC with its interface, named. When the context ends, what is missing is left to the plan to tell.
-func (m *Manager) Wait(ctx context.Context, s *spec.Host) error {
-	events, err := uevent.Open() // before the first look
+func (m *Manager) Wait(ctx context.Context, s *hostfile.Host) error {
+	events, err := uevent.Open(m.host.Host) // before the first look
 	if err != nil {
 		return err
 	}
 	defer events.Close()
 	for {
-		if m.Topology, err = iommu.Scan(m.Host); err != nil {
+		if m.topology, err = m.handle.Scan(); err != nil {
 			return err
 		}
 		m.index = nil
@@ -31,7 +31,7 @@ func (m *Manager) Wait(ctx context.Context, s *spec.Host) error {
 	}
 }
 
-func (m *Manager) allThere(s *spec.Host) bool {
+func (m *Manager) allThere(s *hostfile.Host) bool {
 	for _, pf := range s.PFs {
 		d, err := m.find(pf.Select)
 		if !pf.Optional && (err != nil || d.Driver == "" || d.Class>>16 == 0x02 && len(d.Netdevs) == 0) || err == nil && !m.named(d) {
@@ -49,7 +49,7 @@ func (m *Manager) allThere(s *spec.Host) bool {
 			}
 		}
 	}
-	return len(s.Devices) == 0 || !slices.ContainsFunc(s.Protect, func(p spec.Protect) bool {
+	return len(s.Devices) == 0 || !slices.ContainsFunc(s.Protect, func(p hostfile.Protect) bool {
 		_, err := m.find(p.Match)
 		return errors.Is(err, iommu.ErrNotFound)
 	})
@@ -57,8 +57,8 @@ func (m *Manager) allThere(s *spec.Host) bool {
 
 // named reports whether udev is done with a device's interfaces: one that is up it cannot name any more (before Linux 6.2).
 func (m *Manager) named(d *iommu.Device) bool {
-	return !m.Host.Exists("run/udev/data") || !slices.ContainsFunc(d.Netdevs, func(n string) bool {
-		index, err := m.Host.String("sys/class/net/" + n + "/ifindex")
-		return err == nil && !m.Host.Exists("run/udev/data/n"+index) // sd-device(3): what has an entry is initialized
+	return !m.host.Exists("run/udev/data") || !slices.ContainsFunc(d.Netdevs, func(n string) bool {
+		index, err := m.host.String("sys/class/net/" + n + "/ifindex")
+		return err == nil && !m.host.Exists("run/udev/data/n"+index) // sd-device(3): what has an entry is initialized
 	})
 }

@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"time"
 
-	"viaduct/cmd/internal/spec"
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/internal/uevent"
 	"viaduct/iommu"
 )
@@ -19,8 +19,8 @@ const (
 
 // Watch calls look at once, when devices or links change, and each minute, until the context ends. After one that tried something
 // and failed, which by itself makes events, it waits longer each time.
-func Watch(ctx context.Context, look func() (failed bool)) error {
-	events, err := uevent.Open()
+func Watch(ctx context.Context, h *iommu.Host, look func() (failed bool)) error {
+	events, err := uevent.Open(h.Host)
 	if err != nil {
 		return err
 	}
@@ -47,8 +47,8 @@ func Watch(ctx context.Context, look func() (failed bool)) error {
 }
 
 // Settle calls look, and again as long as devices or links change meanwhile: a card brings several, one after the other.
-func Settle(ctx context.Context, look func()) error {
-	events, err := uevent.Open()
+func Settle(ctx context.Context, h *iommu.Host, look func()) error {
+	events, err := uevent.Open(h.Host)
 	if err != nil {
 		return err
 	}
@@ -73,23 +73,23 @@ const hold = "hold"
 // Hold writes that down, or ends it.
 func (m *Manager) Hold(on bool) error {
 	if on {
-		return m.Binder.Journal.Put(hold, true)
+		return m.run.Put(hold, true)
 	}
-	return m.Binder.Journal.Delete(hold)
+	return m.run.Delete(hold)
 }
 
 // Held reports whether the host is not as declared on purpose.
 func (m *Manager) Held() bool {
 	var on bool
-	known, err := m.Binder.Journal.Get(hold, &on)
+	known, err := m.run.Get(hold, &on)
 	return known && err == nil
 }
 
 // Early are the places of the devices that the initramfs is to keep from their drivers. Nothing there can ask what they are for: one
 // that must not be taken, or that the host uses now, is refused, with all that would be taken along.
-func (m *Manager) Early(s *spec.Host) ([]string, error) {
+func (m *Manager) Early(s *hostfile.Host) ([]string, error) {
 	boot := *m
-	boot.Boot = true
+	boot.options.Boot = true
 	guard, err := boot.guard(s)
 	if err != nil {
 		return nil, err
@@ -101,14 +101,14 @@ func (m *Manager) Early(s *spec.Host) ([]string, error) {
 			continue
 		}
 		i := boot.planDevice(dev, guard)
-		boot.Check([]*Item{i}, true)
+		boot.Check([]*Item{i})
 		if i.Err == nil {
 			i.Err = guard.take(i.unit) // also of what is taken already
 		}
 		if i.Err != nil {
 			return nil, fmt.Errorf("%s: %w", dev.At, i.Err)
 		}
-		place, err := iommu.PathOf(m.Host, i.Device)
+		place, err := iommu.PathOf(m.host, i.Device)
 		if err != nil {
 			return nil, err
 		}

@@ -10,7 +10,7 @@ import (
 	"slices"
 	"strings"
 
-	"viaduct/internal/journal"
+	"viaduct/internal/host"
 )
 
 // Options are what is installed.
@@ -204,7 +204,7 @@ func (f *File) write(root string, changed *[]string) error {
 	case err == nil && !strings.Contains(string(old), marker):
 		return fmt.Errorf("%s is there, and is not by viaduct install: it is left alone (move it away first)", f.Path)
 	}
-	if err := journal.WriteFile(file, []byte(f.Content)); err != nil {
+	if err := host.WriteFile(file, []byte(f.Content)); err != nil {
 		return err
 	}
 	*changed = append(*changed, f.Path)

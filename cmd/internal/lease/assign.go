@@ -12,22 +12,55 @@ import (
 	"time"
 
 	"viaduct/cmd/internal/declared"
-	"viaduct/cmd/internal/spec"
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/iommu"
 	"viaduct/sriov"
-	"viaduct/vfio"
+	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
 )
+
+// Options are what leases are worked on with, beside the host.
+type Options struct {
+	Declaration *hostfile.Host                               // for its pools, and what it protects; nil: nothing is declared
+	Lock        func(context.Context, []*iommu.Device) error // of devices, for as long as the Handle is open; nil: the Handle's
+}
 
 // Manager is what leases are worked on with.
 type Manager struct {
-	Host     *iommu.Host
-	Topology *iommu.Topology
-	Binder   *vfio.Binder
+	Topology *iommu.Topology // the host as the Handle last saw it
 	Book     *Book
-	Spec     *spec.Host                                   // for its pools, and what it protects
-	Lock     func(context.Context, []*iommu.Device) error // of devices, for as long as the Binder is open
-	Timeout  time.Duration                                // how long another viaduct is waited for
+
+	handle      *sriov.Handle
+	host        *iommu.Host
+	declaration *hostfile.Host
+	lock        func(context.Context, []*iommu.Device) error
+	declared    *declared.Manager
 }
+
+// New makes a Manager, which works on the host as the Handle last saw it.
+func New(s *sriov.Handle, o Options) (*Manager, error) {
+	t, err := s.Topology()
+	if err != nil {
+		return nil, err
+	}
+	d, err := declared.New(s, declared.Options{})
+	if err != nil {
+		return nil, err
+	}
+	m := &Manager{
+		Topology: t, Book: BookOf(s.Host()), handle: s, host: s.Host(), declaration: o.Declaration, lock: o.Lock, declared: d,
+	}
+	if m.declaration == nil {
+		m.declaration = &hostfile.Host{}
+	}
+	if m.lock == nil {
+		m.lock = s.Lock
+	}
+	return m, nil
+}
+
+// Host is the host whose leases these are.
+func (m *Manager) Host() *iommu.Host { return m.host }
 
 // Request is what a guest asks for.
 type Request struct {
@@ -47,17 +80,6 @@ type Request struct {
 	exactly     []iommu.Address // these, whoever drew them
 }
 
-func (m *Manager) declared() *declared.Manager {
-	return &declared.Manager{Host: m.Host, Topology: m.Topology, Binder: m.Binder, State: m.Book.State}
-}
-
-func (m *Manager) timeout() time.Duration {
-	if m.Timeout > 0 {
-		return m.Timeout
-	}
-	return vfio.DefaultTimeout
-}
-
 // all are all leases; those that are still to be made in this boot hold what they are going to have.
 func (m *Manager) all() ([]*Lease, error) {
 	all, err := m.Book.All()
@@ -72,7 +94,7 @@ func (m *Manager) all() ([]*Lease, error) {
 // Assign gives a guest devices: draws them, under the lock of the books, and then configures and takes them. Asked again for the
 // same guest it finishes what is there; fresh is false then. It returns what the user should know beside the lease.
 func (m *Manager) Assign(ctx context.Context, r *Request) (l *Lease, fresh bool, notes []string, err error) {
-	mine, err := m.Book.lockGuest(ctx, r.Guest, m.timeout())
+	mine, err := m.Book.lockGuest(ctx, r.Guest, m.handle.Timeout())
 	if err != nil {
 		return nil, false, nil, err
 	}
@@ -122,12 +144,12 @@ func (m *Manager) units(r *Request) ([][]*iommu.Device, error) {
 		}
 		devices = append(devices, d)
 	}
-	return vfio.Units(m.Topology, devices)
+	return bind.Units(m.Topology, devices)
 }
 
 // reserve draws devices for a guest and writes that down; fresh is false if it has some already.
 func (m *Manager) reserve(ctx context.Context, r *Request, units [][]*iommu.Device, skip map[string]bool) (l *Lease, fresh bool, err error) {
-	held, err := m.Book.lockAll(ctx, m.timeout())
+	held, err := m.Book.lockAll(ctx, m.handle.Timeout())
 	if err != nil {
 		return nil, false, err
 	}
@@ -139,10 +161,10 @@ func (m *Manager) reserve(ctx context.Context, r *Request, units [][]*iommu.Devi
 	if i := slices.IndexFunc(all, func(l *Lease) bool { return l.Guest == r.Guest }); i >= 0 {
 		l := all[i]
 		if why := l.differs(r); why != "" {
-			return nil, false, &vfio.RefusedError{What: "assign to " + r.Guest, Reasons: []string{fmt.Sprintf("it has a lease already, %s", why)}, Cure: "viaduct release " + r.Guest}
+			return nil, false, &holder.RefusedError{What: "assign to " + r.Guest, Reasons: []string{fmt.Sprintf("it has a lease already, %s", why)}, Cure: "viaduct release " + r.Guest}
 		}
 		if why := m.busy(l); r.Alone && why != "" {
-			return nil, false, &vfio.RefusedError{What: "run " + r.Guest, Reasons: []string{why}}
+			return nil, false, &holder.RefusedError{What: "run " + r.Guest, Reasons: []string{why}}
 		}
 		l.renew(m, r)
 		return l, false, m.Book.putLocked(l)
@@ -152,14 +174,14 @@ func (m *Manager) reserve(ctx context.Context, r *Request, units [][]*iommu.Devi
 		return nil, false, err
 	}
 	devices := slices.Concat(drawn...)
-	if err := refresh(m.Host, devices); err != nil { // as it is since nobody else can draw it
+	if err := m.handle.Refresh(devices); err != nil { // as it is since nobody else can draw it
 		return nil, false, err
 	}
-	l = &Lease{Guest: r.Guest, From: r.From, Count: r.Count, Drawn: r.exactly != nil, Foreign: r.Foreign, Holders: []Holder{}}
+	l = &Lease{LeaseHead: holder.LeaseHead{Guest: r.Guest}, From: r.From, Count: r.Count, Drawn: r.exactly != nil, Foreign: r.Foreign, Holders: []Holder{}}
 	l.renew(m, r)
 	for _, d := range devices {
 		if d.PhysFn == nil && len(r.Settings) > 0 {
-			return nil, false, &vfio.RefusedError{What: "assign " + d.Name, Reasons: []string{"it is no VF, and has no " + r.Settings.Text()}}
+			return nil, false, &holder.RefusedError{What: "assign " + d.Name, Reasons: []string{"it is no VF, and has no " + r.Settings.Text()}}
 		}
 		l.Devices = append(l.Devices, m.describe(d, r.Settings))
 	}
@@ -174,43 +196,51 @@ func (l *Lease) renew(m *Manager, r *Request) {
 		l.NodeOwner = r.NodeOwner
 	}
 	if r.OwnerPID != 0 {
-		owner := vfio.NameProcess(m.Host, r.OwnerPID)
+		owner := holder.NameProcess(m.host, r.OwnerPID)
 		l.Owner = &owner
 	}
-	l.Holders = slices.DeleteFunc(l.Holders, func(h Holder) bool { return !h.Alive(m.Host) })
+	l.Holders = slices.DeleteFunc(l.Holders, func(h Holder) bool { return !h.Alive(m.host) })
 }
 
 // busy says whose a lease is at this moment; "" if nobody's who lives.
 func (m *Manager) busy(l *Lease) string {
-	if l.Owner != nil && l.Owner.Alive(m.Host) {
+	if l.Owner != nil && l.Owner.Alive(m.host) {
 		return fmt.Sprintf("process %d has its lease", l.Owner.PID)
 	}
 	for _, h := range l.Holders {
-		if h.Alive(m.Host) {
+		if h.Alive(m.host) {
 			return "it runs: " + h.Name
 		}
 	}
-	if holders, err := vfio.ProcessHolders(m.Host, m.present(l)); err == nil && len(holders) > 0 {
+	if holders, err := holder.Processes(m.host, m.present(l)); err == nil && len(holders) > 0 {
 		return holders[0].String()
 	}
 	return ""
 }
 
-func (m *Manager) self() vfio.Proc { return vfio.NameProcess(m.Host, os.Getpid()) }
+func (m *Manager) self() holder.Proc { return holder.NameProcess(m.host, os.Getpid()) }
 
 func (m *Manager) describe(d *iommu.Device, want sriov.Settings) Device {
-	out := Device{Address: d.Address, ID: d.ID, Index: d.VFIndex, Home: !iommu.IsVFIODriver(d.Driver)}
+	out := Device{LeaseDevice: holder.LeaseDevice{Address: d.Address}, ID: d.ID, Index: index(d), Home: !d.VFIO}
 	if d.PhysFn == nil {
-		id := m.Binder.Identify(d)
+		id := iommu.Identify(m.host, d)
 		out.Identity = &id
 		return out
 	}
 	out.Wanted = maps.Clone(want)
 	if pf, err := m.Topology.Find(*d.PhysFn); err == nil {
-		id := m.Binder.Identify(pf)
+		id := iommu.Identify(m.host, pf)
 		out.PF = &id
 	}
 	return out
+}
+
+// index is a VF's index, -1 of what is no VF.
+func index(d *iommu.Device) int {
+	if d.PhysFn == nil {
+		return -1
+	}
+	return d.VFIndex
 }
 
 // differs says how a lease is not what is asked for.
@@ -249,34 +279,34 @@ func (m *Manager) finish(ctx context.Context, l *Lease, r *Request) (notes []str
 			return notes, err
 		}
 	}
-	m.Binder.Owner = nil
+	var owner *bind.NodeOwner
 	if l.NodeOwner != "" {
-		if m.Binder.Owner, err = vfio.ParseNodeOwner(l.NodeOwner); err != nil {
+		if owner, err = bind.ParseNodeOwner(l.NodeOwner); err != nil {
 			return notes, err
 		}
 	}
 	if err := m.clean(l, devices); err != nil {
 		return notes, err
 	}
-	if m.Host.Live() && (l.configured() || slices.ContainsFunc(devices, func(d *iommu.Device) bool { return !iommu.IsVFIODriver(d.Driver) })) {
-		m.Binder.Start() // beside what is asked first
+	if m.host.Live() && (l.configured() || slices.ContainsFunc(devices, func(d *iommu.Device) bool { return !d.VFIO })) {
+		m.handle.Start() // beside what is asked first
 	}
-	if err := m.Lock(ctx, m.withPFs(devices, l.configured())); err != nil {
+	if err := m.lock(ctx, m.withPFs(devices, l.configured())); err != nil {
 		return notes, err
 	}
-	if err := refresh(m.Host, devices); err != nil {
+	if err := m.handle.Refresh(devices); err != nil {
 		return notes, err
 	}
-	units, err := vfio.Units(m.Topology, devices)
+	units, err := bind.Units(m.Topology, devices)
 	if err != nil {
 		return notes, err
 	}
 	for _, unit := range units {
-		if err := m.declared().Protected(m.Spec, unit); err != nil {
+		if err := m.declared.Protected(m.declaration, unit); err != nil {
 			return notes, err
 		}
 	}
-	if m.Host.Live() {
+	if m.host.Live() {
 		refusals, err := m.ask(l, devices, units)
 		if err != nil {
 			return notes, err
@@ -296,7 +326,7 @@ func (m *Manager) finish(ctx context.Context, l *Lease, r *Request) (notes []str
 	}
 	if !l.Foreign {
 		var errs []error
-		for _, result := range m.Binder.Take(ctx, units, vfio.Auto) {
+		for _, result := range m.handle.Do(ctx, units, bind.Take(bind.Auto).OwnedBy(owner)) {
 			errs = append(errs, result.Err)
 		}
 		if err := errors.Join(errs...); err != nil {
@@ -304,7 +334,7 @@ func (m *Manager) finish(ctx context.Context, l *Lease, r *Request) (notes []str
 		}
 	}
 	for _, d := range devices {
-		if m.Host.Live() && !l.Ready && !m.Host.Exists(path.Join("sys/bus/pci/devices", d.Name, "reset")) {
+		if m.host.Live() && !l.Ready && !m.host.Exists(path.Join("sys/bus/pci/devices", d.Name, "reset")) {
 			notes = append(notes, d.Name+": the kernel knows no way to reset it, so that it goes into quarantine when it is released")
 		}
 	}
@@ -321,8 +351,8 @@ func (m *Manager) clean(l *Lease, devices []*iommu.Device) error {
 		return err
 	}
 	for _, d := range devices {
-		if why := quarantine.Why(m.Host, d); why != "" {
-			return &vfio.RefusedError{What: "give " + d.Name + " to " + l.Guest, Reasons: []string{"it is in quarantine: " + why}, Cure: "viaduct release --quarantined " + d.Name}
+		if why := quarantine.Why(m.host, d); why != "" {
+			return &holder.RefusedError{What: "give " + d.Name + " to " + l.Guest, Reasons: []string{"it is in quarantine: " + why}, Cure: "viaduct release --quarantined " + d.Name}
 		}
 	}
 	return nil
@@ -330,17 +360,21 @@ func (m *Manager) clean(l *Lease, devices []*iommu.Device) error {
 
 // ask asks who uses a lease's devices, before the first change. Under Xen the kernel shows no IOMMU groups, and VFIO takes nothing.
 func (m *Manager) ask(l *Lease, devices []*iommu.Device, units [][]*iommu.Device) ([]error, error) {
-	if !l.Foreign {
-		gate := &vfio.Gate{Host: m.Host, Topology: m.Topology, Asked: devices, Force: []vfio.Kind{vfio.Lease}}
-		return gate.Take(units)
-	}
+	guests := []holder.Kind{holder.Lease}
 	var out []error
+	if !l.Foreign {
+		verdicts, err := m.handle.Handle.Check(units, devices, bind.Take(bind.Auto), guests)
+		for _, v := range verdicts {
+			out = append(out, v.Refused)
+		}
+		return out, err
+	}
 	for _, unit := range units {
-		holders, err := vfio.Holders(m.Host, unit)
+		holders, err := holder.Find(m.host, unit)
 		if err != nil {
 			return nil, err
 		}
-		out = append(out, vfio.Refuse("assign "+unit[0].Name, holders, []vfio.Kind{vfio.Lease}, ""))
+		out = append(out, holder.Refuse("assign "+unit[0].Name, holders, guests, ""))
 	}
 	return out, nil
 }
@@ -359,14 +393,14 @@ func (m *Manager) inUse(l *Lease, units [][]*iommu.Device, refusals []error) err
 	if l.Ready || len(l.Holders) > 0 {
 		return nil // it may run
 	}
-	holders, err := vfio.ProcessHolders(m.Host, slices.Concat(units...)) // of those on a vfio driver, which the gate lets pass
+	holders, err := holder.Processes(m.host, slices.Concat(units...)) // of those on a vfio driver, which the gate lets pass
 	if err != nil || len(holders) == 0 {
 		return err
 	}
-	used := &inUseError{error: vfio.Refuse("assign "+holders[0].Device, holders, nil, "end it first")}
+	used := &inUseError{error: holder.Refuse("assign "+holders[0].Device, holders, nil, "end it first")}
 	for _, unit := range units {
 		for _, d := range unit {
-			if slices.ContainsFunc(holders, func(h vfio.Holder) bool { return h.Device == d.Name }) {
+			if slices.ContainsFunc(holders, func(h holder.Holder) bool { return h.Device == d.Name }) {
 				used.devices = append(used.devices, unit...)
 			}
 		}
@@ -406,19 +440,5 @@ func (m *Manager) withPFs(devices []*iommu.Device, too bool) []*iommu.Device {
 	return out
 }
 
-// refresh reads devices again, as they are now that nobody else changes them.
-func refresh(h *iommu.Host, devices []*iommu.Device) error {
-	for _, d := range devices {
-		now, err := iommu.ReadDevice(h, d.Address)
-		if err != nil {
-			return err
-		}
-		d.Driver, d.DriverOverride, d.SRIOV = now.Driver, now.DriverOverride, now.SRIOV
-		if d.Netdevs = nil; d.Blocks() {
-			if d.Netdevs, err = iommu.Netdevs(h, d.Address); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
-}
+// Declared is what works with the declared host, beside the leases.
+func (m *Manager) Declared() *declared.Manager { return m.declared }

@@ -8,6 +8,7 @@ import (
 
 	"viaduct/iommu"
 	"viaduct/sriov"
+	"viaduct/vfio/bind"
 )
 
 // byPF calls do for each PF of a lease's VFs, with them.
@@ -40,15 +41,15 @@ func (m *Manager) byPF(l *Lease, do func(pf *iommu.Device, devices []*Device) er
 func (m *Manager) before(l *Lease) error {
 	changed := false
 	err := m.byPF(l, func(pf *iommu.Device, devices []*Device) error {
-		port, err := sriov.ReadPort(m.Host, pf)
+		port, err := sriov.ReadPort(m.host, pf)
 		if err != nil {
 			return err
 		}
-		asked, err := sriov.Asked(m.Binder, pf)
+		asked, err := m.handle.LastRequested(pf)
 		if err != nil {
 			return err
 		}
-		own, _ := m.declared().Settings(m.Spec, pf)
+		own, _ := m.declared.Settings(m.declaration, pf)
 		for _, d := range devices {
 			now, known := port.Of(d.Index)
 			if !known || d.Before != nil {
@@ -56,7 +57,7 @@ func (m *Manager) before(l *Lease) error {
 			}
 			d.Before, changed = maps.Clone(now.Settings), true
 			for k := range d.Wanted { // what the driver does not report was as it was last set, or as VFs begin
-				for _, was := range []sriov.Settings{asked[d.Index], own[d.Index], sriov.Usual} {
+				for _, was := range []sriov.Settings{asked[d.Index], own[d.Index], sriov.DefaultSettings()} {
 					if v, known := was[k]; known && d.Before[k] == "" && v != sriov.StableMAC {
 						d.Before[k] = v
 					}
@@ -85,7 +86,7 @@ func (m *Manager) configure(ctx context.Context, l *Lease, devices []*iommu.Devi
 			}
 			notes = append(notes, sriov.Unverified(vf, unverified)...)
 		}
-		port, err := sriov.ReadPort(m.Host, pf)
+		port, err := sriov.ReadPort(m.host, pf)
 		if err != nil {
 			return err
 		}
@@ -128,12 +129,12 @@ func (m *Manager) restore(ctx context.Context, dev *Device, d *iommu.Device) err
 }
 
 // set gives a VF settings, and names those that its driver does not report.
-func (m *Manager) set(ctx context.Context, vf *iommu.Device, want sriov.Settings) (unverified []string, err error) {
+func (m *Manager) set(ctx context.Context, vf *iommu.Device, want sriov.Settings) (unverified []sriov.Key, err error) {
 	plan, err := m.planSet(vf, want)
 	if err != nil {
 		return nil, err
 	}
-	return sriov.Set(ctx, m.Binder, plan)
+	return m.handle.Set(ctx, plan)
 }
 
 func (m *Manager) planSet(vf *iommu.Device, want sriov.Settings) (*sriov.SetPlan, error) {
@@ -141,7 +142,7 @@ func (m *Manager) planSet(vf *iommu.Device, want sriov.Settings) (*sriov.SetPlan
 	if err != nil {
 		return nil, err
 	}
-	return sriov.PlanSet(m.Host, pf, vf, want)
+	return m.handle.PlanSet(pf, vf, want)
 }
 
 // giveBack gives a device back to what it had, if that was no vfio driver.
@@ -149,13 +150,13 @@ func (m *Manager) giveBack(ctx context.Context, dev *Device, d *iommu.Device) er
 	if !dev.Home {
 		return nil
 	}
-	now, err := iommu.ReadDevice(m.Host, d.Address)
-	if err != nil || !iommu.IsVFIODriver(now.Driver) {
+	now, err := iommu.ReadDevice(m.host, d.Address)
+	if err != nil || !now.VFIO {
 		return err
 	}
 	d.Driver, d.DriverOverride = now.Driver, now.DriverOverride
 	var errs []error
-	for _, result := range m.Binder.GiveBack(ctx, [][]*iommu.Device{{d}}) {
+	for _, result := range m.handle.Do(ctx, [][]*iommu.Device{{d}}, bind.GiveBack()) {
 		errs = append(errs, result.Err)
 	}
 	return errors.Join(errs...)

@@ -8,7 +8,8 @@ import (
 
 	"viaduct/cmd/internal/declared"
 	"viaduct/iommu"
-	"viaduct/vfio"
+	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
 )
 
 // ExhaustedError says that there is nothing left to draw.
@@ -38,30 +39,30 @@ func (e *ExhaustedError) Error() string {
 // isolates it, as PFs do. What is on a driver of the host is drawn only from a pool, or when it is named by itself.
 func (m *Manager) source(from string) ([][]*iommu.Device, error) {
 	var devices []*iommu.Device
-	if slices.Contains(declared.Pools(m.Spec), from) {
+	if slices.Contains(declared.Pools(m.declaration), from) {
 		var err error
-		if devices, err = m.declared().Pool(m.Spec, from); err != nil {
+		if devices, err = m.declared.Pool(m.declaration, from); err != nil {
 			return nil, err
 		}
-		return vfio.Units(m.Topology, devices)
+		return bind.Units(m.Topology, devices)
 	}
 	noPool := "no pool is called so"
-	if all := declared.Pools(m.Spec); len(all) > 0 {
+	if all := declared.Pools(m.declaration); len(all) > 0 {
 		noPool = "the pools are " + strings.Join(all, ", ")
 	}
 	sel, err := iommu.ParseSelector(from)
 	if err != nil {
 		return nil, fmt.Errorf("%w; and %s", err, noPool)
 	}
-	found, err := sel.Resolve(m.Host, m.Topology)
+	found, err := sel.Resolve(m.host, m.Topology)
 	if err != nil {
 		return nil, fmt.Errorf("%w; and %s", err, noPool)
 	}
 	for _, d := range found {
 		switch {
 		case d.IsBridge():
-			err = &vfio.RefusedError{What: "assign " + d.Name, Reasons: []string{d.Name + " is a bridge, which no guest can have"}}
-		case iommu.IsVFIODriver(d.Driver):
+			err = &holder.RefusedError{What: "assign " + d.Name, Reasons: []string{d.Name + " is a bridge, which no guest can have"}}
+		case d.VFIO:
 			devices = append(devices, d)
 		case d.SRIOV != nil && len(d.SRIOV.VFs) > 0:
 			for _, vf := range m.Topology.VFs(d) {
@@ -71,7 +72,7 @@ func (m *Manager) source(from string) ([][]*iommu.Device, error) {
 			}
 			err = errors.New("all VFs of " + from + " are on drivers of the host: one that is to be taken from it has to be named by itself")
 		case d.SRIOV != nil && d.SRIOV.Total > 0:
-			err = &vfio.RefusedError{What: "draw from " + d.Name, Reasons: []string{d.Name + " is a PF without VFs"},
+			err = &holder.RefusedError{What: "draw from " + d.Name, Reasons: []string{d.Name + " is a PF without VFs"},
 				Cure: fmt.Sprintf("viaduct vf create %s N; or, to assign the PF itself, viaduct bind %s first", d.Name, d.Name)}
 		case d.Blocks() && len(found) > 1:
 			err = errors.New("all that " + from + " names are on drivers of the host: one that is to be taken from it has to be named by itself")
@@ -82,7 +83,7 @@ func (m *Manager) source(from string) ([][]*iommu.Device, error) {
 	if len(devices) == 0 && err != nil {
 		return nil, err
 	}
-	return vfio.Units(m.Topology, devices)
+	return bind.Units(m.Topology, devices)
 }
 
 // free are the units that nobody has, the best first: on the guest's NUMA node, on a vfio driver already, without any, and by
@@ -95,7 +96,10 @@ func (m *Manager) free(all []*Lease, r *Request, units [][]*iommu.Device, skip m
 		}
 	}
 	quarantine, err1 := m.Book.Quarantined()
-	owners, err2 := vfio.Owners(m.Host, slices.Concat(units...))
+	owners, err2 := holder.Owners(m.host, slices.Concat(units...))
+	if m.handle.DryRun() && errors.Is(err2, holder.ErrBlind) {
+		err2 = nil // who cannot see all may still ask
+	}
 	if err := errors.Join(err1, err2); err != nil {
 		return nil, err
 	}
@@ -106,10 +110,10 @@ func (m *Manager) free(all []*Lease, r *Request, units [][]*iommu.Device, skip m
 		switch {
 		case has(func(d *iommu.Device) bool { return leased[d.Address] }):
 			e.Leased++
-		case has(func(d *iommu.Device) bool { return quarantine.Why(m.Host, d) != "" }):
+		case has(func(d *iommu.Device) bool { return quarantine.Why(m.host, d) != "" }):
 			e.Quarantined++
 		case has(func(d *iommu.Device) bool {
-			return slices.ContainsFunc(owners, func(h vfio.Holder) bool { return h.Device == d.Name })
+			return slices.ContainsFunc(owners, func(h holder.Holder) bool { return h.Device == d.Name })
 		}):
 			e.Used++
 		case has(func(d *iommu.Device) bool { return skip[d.Name] }):
@@ -123,11 +127,11 @@ func (m *Manager) free(all []*Lease, r *Request, units [][]*iommu.Device, skip m
 	}
 	rank := func(unit []*iommu.Device) int {
 		d, n := unit[0], 0
-		if r.NUMA != nil && d.NUMANode != *r.NUMA {
+		if r.NUMA != nil && (d.NUMANode == nil || *d.NUMANode != *r.NUMA) {
 			n += 4
 		}
 		switch {
-		case iommu.IsVFIODriver(d.Driver):
+		case d.VFIO:
 		case d.Driver == "":
 			n++
 		default:

@@ -7,7 +7,7 @@ import (
 	"strings"
 
 	"viaduct/iommu"
-	"viaduct/vfio"
+	"viaduct/vfio/holder"
 )
 
 // A guest's memory is where a PC has it: below the hole for devices under 4 GiB, the rest above (QEMU's hw/i386/pc_q35.c:
@@ -62,11 +62,12 @@ func (m *Manager) fits(l *Lease, devices []*iommu.Device, r *Request) (notes []s
 	}
 	seen := map[int]bool{}
 	for _, d := range devices {
-		if d.Group < 0 || seen[d.Group] {
+		if d.Group == nil || seen[*d.Group] {
 			continue
 		}
-		seen[d.Group] = true
-		regions, err := iommu.ReservedRegions(m.Host, d.Group)
+		group := *d.Group
+		seen[group] = true
+		regions, err := iommu.ReservedRegions(m.host, group)
 		if err != nil {
 			return nil, err
 		}
@@ -75,18 +76,18 @@ func (m *Manager) fits(l *Lease, devices []*iommu.Device, r *Request) (notes []s
 			if !r.Moves && len(overlaps(r.Memory, true, regions)) == 0 {
 				cure = "give it less than 1010G of memory, or use QEMU with a CPU of AMD's, which puts memory elsewhere"
 			}
-			return nil, &vfio.RefusedError{What: "assign " + d.Name + " to " + l.Guest, Cure: cure,
-				Reasons: []string{"the guest's memory would lie where group " + strconv.Itoa(d.Group) + " cannot have any: " + strings.Join(bad, ", ")}}
+			return nil, &holder.RefusedError{What: "assign " + d.Name + " to " + l.Guest, Cure: cure,
+				Reasons: []string{"the guest's memory would lie where group " + strconv.Itoa(group) + " cannot have any: " + strings.Join(bad, ", ")}}
 		}
 	}
-	pids := UnitPIDs(m.Host, r.Unit)
+	pids := UnitPIDs(m.host, r.Unit)
 	if r.OwnerPID != 0 {
 		pids = append(pids, r.OwnerPID)
 	}
 	for _, pid := range pids {
-		limit, may := memlock(m.Host, pid)
+		limit, may := memlock(m.host, pid)
 		if !may && limit < r.Memory {
-			return nil, &vfio.RefusedError{What: "assign to " + l.Guest, Cure: "raise LimitMEMLOCK= of the unit, or ulimit -l, to infinity",
+			return nil, &holder.RefusedError{What: "assign to " + l.Guest, Cure: "raise LimitMEMLOCK= of the unit, or ulimit -l, to infinity",
 				Reasons: []string{fmt.Sprintf("process %d may lock %d MiB of memory, and the guest has %d MiB, all of which VFIO locks", pid, limit>>20, r.Memory>>20)}}
 		}
 	}

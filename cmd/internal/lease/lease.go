@@ -10,22 +10,24 @@ import (
 	"strings"
 	"time"
 
+	"viaduct/cmd/internal/declared"
 	"viaduct/internal/journal"
 	"viaduct/iommu"
 	"viaduct/sriov"
-	"viaduct/vfio"
+	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
 )
 
 // Lease is devices that are assigned to a guest. It is written down before the first of them is touched, and is there until the
 // last is scrubbed.
 type Lease struct {
-	Guest     string        `json:"guest"`
+	holder.LeaseHead
 	From      string        `json:"from"`  // what it was drawn from: a pool, or a selector
 	Count     int           `json:"count"` // of what was drawn: VFs, or groups of devices
 	Devices   []Device      `json:"devices"`
 	Made      time.Time     `json:"made"`
 	TTL       time.Duration `json:"ttl"`             // how long it waits for a holder; 0: for good
-	Owner     *vfio.Proc    `json:"owner,omitempty"` // it ends with this process
+	Owner     *holder.Proc  `json:"owner,omitempty"` // it ends with this process
 	Unit      string        `json:"unit,omitempty"`  // and with this systemd unit
 	Persist   bool          `json:"persist"`         // it outlives the boot
 	NodeOwner string        `json:"node_owner,omitempty"`
@@ -33,37 +35,44 @@ type Lease struct {
 
 	Foreign bool `json:"foreign,omitempty"` // its VMM takes it to a driver of its own, as Xen's
 
-	Ready   bool      `json:"ready"`            // its devices are configured and taken
-	Ending  bool      `json:"ending,omitempty"` // its release has begun
-	Maker   vfio.Proc `json:"maker"`            // who last was at work on it
-	Holders []Holder  `json:"holders"`          // seen last
+	Ready   bool        `json:"ready"`            // its devices are configured and taken
+	Ending  bool        `json:"ending,omitempty"` // its release has begun
+	Maker   holder.Proc `json:"maker"`            // who last was at work on it
+	Holders []Holder    `json:"holders"`          // seen last
 }
 
 // Device is one device of a lease.
 type Device struct {
-	Address  iommu.Address  `json:"address"`
-	Nowhere  bool           `json:"nowhere,omitempty"` // after a boot: it was not found again so far
-	ID       iommu.ID       `json:"id"`
-	PF       *vfio.Identity `json:"pf,omitempty"` // of a VF, whose address is its PF's and its index's
-	Index    int            `json:"vf_index"`
-	Identity *vfio.Identity `json:"identity,omitempty"` // of a device that is no VF
-	Home     bool           `json:"home"`               // it goes back to what it had: it was not on a vfio driver
-	Wanted   sriov.Settings `json:"wanted,omitempty"`   // what the guest is to have
-	Before   sriov.Settings `json:"before,omitempty"`   // what it had, and gets back; known before the first change
-	Now      sriov.Settings `json:"now,omitempty"`      // what it has had since it was ready
+	holder.LeaseDevice
+	Nowhere  bool            `json:"nowhere,omitempty"` // after a boot: it was not found again so far
+	ID       iommu.ID        `json:"id"`
+	PF       *iommu.Identity `json:"pf,omitempty"` // of a VF, whose address is its PF's and its index's
+	Index    int             `json:"vf_index"`
+	Identity *iommu.Identity `json:"identity,omitempty"` // of a device that is no VF
+	Home     bool            `json:"home"`               // it goes back to what it had: it was not on a vfio driver
+	Wanted   sriov.Settings  `json:"wanted,omitempty"`   // what the guest is to have
+	Before   sriov.Settings  `json:"before,omitempty"`   // what it had, and gets back; known before the first change
+	Now      sriov.Settings  `json:"now,omitempty"`      // what it has had since it was ready
 }
 
 // Holder is a process that has a lease's device open.
 type Holder struct {
-	vfio.Proc
+	holder.Proc
 	Name string `json:"name"`           // as in "process 12 (qemu-system-x86), guest \"web\""
 	Runs bool   `json:"runs,omitempty"` // it is the VMM, which may open the devices yet
 }
 
 // Book is where leases are written down. Those that outlive a boot are in State too, and so is what is quarantined.
 type Book struct {
-	Run   *journal.Journal // /run/viaduct; nil on a captured host
+	Run   *journal.Journal
 	State *journal.Journal
+
+	host *iommu.Host
+}
+
+// BookOf is where a host's leases are written down. A captured host has none.
+func BookOf(h *iommu.Host) *Book {
+	return &Book{Run: journal.In(h.Host, journal.Dir), State: journal.In(h.Host, declared.StateDir), host: h}
 }
 
 const (
@@ -79,7 +88,7 @@ func CheckGuest(name string) error {
 	return nil
 }
 
-func key(guest string) string { return vfio.Leases + url.PathEscape(guest) }
+func key(guest string) string { return holder.LeasePrefix + url.PathEscape(guest) }
 
 // Get is a guest's lease; nil if it has none.
 func (b *Book) Get(guest string) (*Lease, error) {
@@ -96,17 +105,17 @@ func (b *Book) Get(guest string) (*Lease, error) {
 }
 
 // rebooted is for a lease of an earlier boot: what it has is still to be made.
-func (l *Lease) rebooted() { l.Ready, l.Ending, l.Maker, l.Holders = false, false, vfio.Proc{}, nil }
+func (l *Lease) rebooted() { l.Ready, l.Ending, l.Maker, l.Holders = false, false, holder.Proc{}, nil }
 
 // All are all leases, by guest, those of earlier boots that are still to be made included.
 func (b *Book) All() ([]*Lease, error) {
-	if b.Run == nil {
+	if !b.host.Live() {
 		return nil, nil
 	}
 	var out []*Lease
 	seen := map[string]bool{}
 	for _, j := range []*journal.Journal{b.Run, b.State} {
-		keys, err := j.Keys(vfio.Leases)
+		keys, err := j.Keys(holder.LeasePrefix)
 		if err != nil {
 			return nil, err
 		}
@@ -151,7 +160,7 @@ func (b *Book) put(l *Lease) error {
 
 // alone does something with the books locked.
 func (b *Book) alone(do func() error) error {
-	held, err := b.lockAll(context.Background(), vfio.DefaultTimeout)
+	held, err := b.lockAll(context.Background(), bind.DefaultTimeout)
 	if err != nil {
 		return err
 	}
@@ -213,7 +222,7 @@ func (q Quarantined) Why(h *iommu.Host, d *iommu.Device) string {
 // Quarantined are all devices that are in quarantine.
 func (b *Book) Quarantined() (Quarantined, error) {
 	out := Quarantined{}
-	if b.State == nil {
+	if !b.host.Live() {
 		return out, nil
 	}
 	keys, err := b.State.Keys(quarantined)

@@ -12,12 +12,13 @@ import (
 	"testing"
 	"time"
 
-	"viaduct/cmd/internal/spec"
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/internal/host/hosttest"
 	"viaduct/internal/journal"
 	"viaduct/iommu"
 	"viaduct/sriov"
-	"viaduct/vfio"
+	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
 )
 
 const (
@@ -27,10 +28,7 @@ const (
 
 func newKernel(tb testing.TB, vfs int) *hosttest.Kernel {
 	tb.Helper()
-	k := hosttest.NewKernel(tb, hosttest.Load(tb, "../../../internal/host/hosttest/testdata/amd-vi.txt"))
-	k.Register("vfio-pci")
-	k.Register("igb", "8086:10c9")
-	k.Register("igbvf", "8086:10ca")
+	k := hosttest.NewLab(tb, nil)
 	dir := "sys/bus/pci/devices/" + pf
 	for _, w := range [][2]string{{"sriov_drivers_autoprobe", "0"}, {"sriov_numvfs", fmt.Sprint(vfs)}} {
 		if err := k.Write(dir+"/"+w[0], w[1]); err != nil {
@@ -51,31 +49,39 @@ protect:
   - 0000:09:00.0
 `
 
-// newManager looks at the host as it is now, with the books of an earlier one.
-func newManager(tb testing.TB, k *hosttest.Kernel, book *Book) *Manager {
+// newManager looks at the host as it is now.
+func newManager(tb testing.TB, k *hosttest.Kernel) *Manager {
 	tb.Helper()
-	topology, err := iommu.Scan(k.Host())
+	handle, err := sriov.Open(&iommu.Host{Host: k.Host()}, bind.Options{Recoverers: Recoverers()})
 	if err != nil {
 		tb.Fatal(err)
 	}
-	place, err := iommu.PathOf(k.Host(), find(tb, topology, pf))
+	tb.Cleanup(func() { handle.Close() })
+	topology, err := handle.Topology()
 	if err != nil {
 		tb.Fatal(err)
 	}
-	s, err := spec.Parse("host.yaml", []byte(strings.Replace(declaration, "path=0000:00:02.0/00.0", "path="+place, 1)))
+	place, err := iommu.PathOf(handle.Host(), find(tb, topology, pf))
 	if err != nil {
 		tb.Fatal(err)
 	}
-	if book == nil {
-		dir := tb.TempDir()
-		book = &Book{Run: journal.In(filepath.Join(dir, "run")), State: journal.In(filepath.Join(dir, "state"))}
+	d, err := hostfile.Parse("host.yaml", []byte(strings.Replace(declaration, "path=0000:00:02.0/00.0", "path="+place, 1)))
+	if err != nil {
+		tb.Fatal(err)
 	}
-	m := &Manager{
-		Host: k.Host(), Topology: topology, Binder: &vfio.Binder{Host: k.Host(), Journal: book.Run}, Book: book, Spec: s,
+	m, err := New(handle, Options{Declaration: d})
+	if err != nil {
+		tb.Fatal(err)
 	}
-	m.Lock = m.Binder.Lock
-	tb.Cleanup(m.Binder.Close)
 	return m
+}
+
+// reboot loses what dies with a boot.
+func reboot(tb testing.TB, k *hosttest.Kernel) {
+	tb.Helper()
+	if err := os.RemoveAll(filepath.Join(k.Dir(), journal.Dir)); err != nil {
+		tb.Fatal(err)
+	}
 }
 
 func find(tb testing.TB, t *iommu.Topology, address string) *iommu.Device {
@@ -91,10 +97,10 @@ func find(tb testing.TB, t *iommu.Topology, address string) *iommu.Device {
 	return d
 }
 
-func assign(t *testing.T, k *hosttest.Kernel, book *Book, guest, from string) (*Lease, error) {
+func assign(t *testing.T, k *hosttest.Kernel, guest, from string) (*Lease, error) {
 	t.Helper()
-	m := newManager(t, k, book)
-	defer m.Binder.Close() // as a command does at its end
+	m := newManager(t, k)
+	defer m.handle.Close() // as a command does at its end
 	l, _, _, err := m.Assign(context.Background(), &Request{Guest: guest, From: from, Count: 1, TTL: time.Minute})
 	return l, err
 }
@@ -102,34 +108,34 @@ func assign(t *testing.T, k *hosttest.Kernel, book *Book, guest, from string) (*
 // TestAssign: each guest gets another VF, on vfio, until there is none; asked again, the same.
 func TestAssign(t *testing.T) {
 	k := newKernel(t, 7)
-	book := newManager(t, k, nil).Book
+	book := newManager(t, k).Book
 	var got []iommu.Address
 	for _, guest := range []string{"a", "b", "c"} {
-		l, err := assign(t, k, book, guest, "net")
+		l, err := assign(t, k, guest, "net")
 		if err != nil {
 			t.Fatal(err)
 		}
 		a := l.Devices[0].Address
-		if driver, _ := iommu.ReadDriver(k.Host(), a); driver != "vfio-pci" || slices.Contains(got, a) || !l.Ready {
+		if driver, _ := iommu.ReadDriver(&iommu.Host{Host: k.Host()}, a); driver != "vfio-pci" || slices.Contains(got, a) || !l.Ready {
 			t.Errorf("%s got %s, on %q: %+v", guest, a, driver, l)
 		}
 		got = append(got, a)
 	}
-	if again, err := assign(t, k, book, "b", "net"); err != nil || again.Devices[0].Address != got[1] {
+	if again, err := assign(t, k, "b", "net"); err != nil || again.Devices[0].Address != got[1] {
 		t.Errorf("asked again, b has %+v, %v", again, err)
 	}
-	_, err := assign(t, k, book, "d", "net")
+	_, err := assign(t, k, "d", "net")
 	if e, ok := errors.AsType[*ExhaustedError](err); !ok || e.Of != 3 || e.Leased != 3 {
 		t.Errorf("of an exhausted pool: %v", err)
 	}
-	if _, err := assign(t, k, book, "b", pf); !errors.Is(err, vfio.ErrRefused) {
+	if _, err := assign(t, k, "b", pf); !errors.Is(err, holder.ErrRefused) {
 		t.Errorf("from elsewhere, for one that has a lease: %v", err)
 	}
-	if l, err := assign(t, k, book, "d", pf); err != nil || slices.Contains(got, l.Devices[0].Address) {
+	if l, err := assign(t, k, "d", pf); err != nil || slices.Contains(got, l.Devices[0].Address) {
 		t.Errorf("from the PF itself: %+v, %v", l, err)
 	}
 	for _, from := range []string{"nopool", pf + "/vf9", nvme} {
-		if l, err := assign(t, k, book, "e", from); err == nil {
+		if l, err := assign(t, k, "e", from); err == nil {
 			t.Errorf("from %s: %+v", from, l)
 		}
 	}
@@ -141,9 +147,9 @@ func TestAssign(t *testing.T) {
 // TestAssignFails: what cannot be taken goes back to what it was, and is nobody's.
 func TestAssignFails(t *testing.T) {
 	k := newKernel(t, 1)
-	m := newManager(t, k, nil)
+	m := newManager(t, k)
 	k.Probe["vfio-pci"] = errors.New("no")
-	if l, err := assign(t, k, m.Book, "a", pf); err == nil {
+	if l, err := assign(t, k, "a", pf); err == nil {
 		t.Fatalf("assigned: %+v", l)
 	}
 	if all, err := m.Book.All(); err != nil || len(all) != 0 {
@@ -154,13 +160,12 @@ func TestAssignFails(t *testing.T) {
 // TestManyAtOnce: a pool is drawn from by many at once, and no VF is drawn twice.
 func TestManyAtOnce(t *testing.T) {
 	k := newKernel(t, 7)
-	book := newManager(t, k, nil).Book
 	var mu sync.Mutex
 	got := map[iommu.Address]string{}
 	exhausted := 0
 	var managers []*Manager
 	for range 20 {
-		managers = append(managers, newManager(t, k, book))
+		managers = append(managers, newManager(t, k))
 	}
 	var wg sync.WaitGroup
 	for i, m := range managers {
@@ -189,18 +194,17 @@ func TestManyAtOnce(t *testing.T) {
 // TestRelease: a device is reset, and free again; one that cannot be reset is nobody's, until it can.
 func TestRelease(t *testing.T) {
 	k := newKernel(t, 1)
-	m := newManager(t, k, nil)
-	l, err := assign(t, k, m.Book, "a", pf)
+	l, err := assign(t, k, "a", pf)
 	if err != nil {
 		t.Fatal(err)
 	}
+	m := newManager(t, k)
 	vf := l.Devices[0].Address
-	m = newManager(t, k, m.Book)
 	certificates, err := m.Release(context.Background(), "a", 0)
 	if err == nil || len(certificates) != 1 || certificates[0].Result != Fouled || !strings.Contains(certificates[0].Why, "no way to reset") {
 		t.Fatalf("without a reset: %+v, %v", certificates, err)
 	}
-	if _, err := assign(t, k, m.Book, "b", pf); err == nil || !strings.Contains(err.Error(), "1 in quarantine") {
+	if _, err := assign(t, k, "b", pf); err == nil || !strings.Contains(err.Error(), "1 in quarantine") {
 		t.Errorf("of what is in quarantine: %v", err)
 	}
 	reset := filepath.Join(k.Dir(), "sys/bus/pci/devices", vf.String(), "reset")
@@ -209,8 +213,8 @@ func TestRelease(t *testing.T) {
 	}
 	fail := "sys/bus/pci/devices/" + vf.String() + "/reset"
 	k.Fail[fail] = errors.New("stuck in reset")
-	m.Binder.Close()
-	m = newManager(t, k, m.Book)
+	m.handle.Close()
+	m = newManager(t, k)
 	if _, err := m.Lift(context.Background(), []*iommu.Device{find(t, m.Topology, vf.String())}); err == nil {
 		t.Error("lifted, although it cannot be reset")
 	}
@@ -220,12 +224,12 @@ func TestRelease(t *testing.T) {
 // TestStates: what makes a lease dead, and what does not.
 func TestStates(t *testing.T) {
 	k := newKernel(t, 1)
-	m := newManager(t, k, nil)
-	l, err := assign(t, k, m.Book, "a", pf)
+	m := newManager(t, k)
+	l, err := assign(t, k, "a", pf)
 	if err != nil {
 		t.Fatal(err)
 	}
-	gone := vfio.Proc{PID: 1 << 30, Start: 1}
+	gone := holder.Proc{PID: 1 << 30, Start: 1}
 	for _, c := range []struct {
 		name   string
 		change func(*Lease)
@@ -256,18 +260,19 @@ func TestStates(t *testing.T) {
 // it is made again.
 func TestOutlivesBoot(t *testing.T) {
 	k := newKernel(t, 2)
-	m := newManager(t, k, nil)
+	m := newManager(t, k)
 	l, _, _, err := m.Assign(context.Background(), &Request{Guest: "a", From: pf, Count: 1, Persist: true})
 	if err != nil {
 		t.Fatal(err)
 	}
-	book := &Book{Run: journal.In(filepath.Join(t.TempDir(), "run")), State: m.Book.State}
-	other, err := assign(t, k, book, "b", pf)
+	book := m.Book
+	reboot(t, k)
+	other, err := assign(t, k, "b", pf)
 	if err != nil || other.Devices[0].Address == l.Devices[0].Address {
 		t.Fatalf("another guest got %+v, %v", other, err)
 	}
-	m.Binder.Close()
-	done, err := newManager(t, k, book).Restore(context.Background())
+	m.handle.Close()
+	done, err := newManager(t, k).Restore(context.Background())
 	if err != nil || !slices.Equal(done, []string{"a"}) {
 		t.Fatalf("restored %v, %v", done, err)
 	}
@@ -279,30 +284,31 @@ func TestOutlivesBoot(t *testing.T) {
 // TestBootWithoutItsVF: a lease that outlives the boot waits for its VF, which nobody else gets when it comes.
 func TestBootWithoutItsVF(t *testing.T) {
 	k := newKernel(t, 1)
-	m := newManager(t, k, nil)
+	m := newManager(t, k)
 	l, _, _, err := m.Assign(context.Background(), &Request{Guest: "a", From: pf, Count: 1, Persist: true})
 	if err != nil {
 		t.Fatal(err)
 	}
-	m.Binder.Close()
+	m.handle.Close()
 	numvfs := "sys/bus/pci/devices/" + pf + "/sriov_numvfs"
 	if err := k.Write(numvfs, "0"); err != nil {
 		t.Fatal(err)
 	}
-	book := &Book{Run: journal.In(filepath.Join(t.TempDir(), "run")), State: m.Book.State}
-	if done, err := newManager(t, k, book).Restore(context.Background()); err == nil || len(done) > 0 {
+	book := m.Book
+	reboot(t, k)
+	if done, err := newManager(t, k).Restore(context.Background()); err == nil || len(done) > 0 {
 		t.Errorf("restored %v without a VF, %v", done, err)
 	}
-	if looks, err := newManager(t, k, book).Look(); err != nil || len(looks) != 1 || looks[0].State != Lost {
+	if looks, err := newManager(t, k).Look(); err != nil || len(looks) != 1 || looks[0].State != Lost {
 		t.Errorf("without its VF: %+v, %v", looks, err)
 	}
 	if err := k.Write(numvfs, "1"); err != nil {
 		t.Fatal(err)
 	}
-	if other, err := assign(t, k, book, "b", pf); err == nil {
+	if other, err := assign(t, k, "b", pf); err == nil {
 		t.Errorf("another guest got %s", other.Devices[0].Address)
 	}
-	m = newManager(t, k, book)
+	m = newManager(t, k)
 	if done, err := m.Restore(context.Background()); err != nil || !slices.Equal(done, []string{"a"}) {
 		t.Errorf("restored %v, %v", done, err)
 	}
@@ -314,7 +320,7 @@ func TestBootWithoutItsVF(t *testing.T) {
 // TestInterrupted: an assign that was killed before it took a device of the host's leaves nothing that is dirty.
 func TestInterrupted(t *testing.T) {
 	k := newKernel(t, 1)
-	m := newManager(t, k, nil)
+	m := newManager(t, k)
 	vf := m.Topology.VFs(find(t, m.Topology, pf))[0]
 	if err := k.Write("sys/bus/pci/devices/"+vf.Name+"/driver_override", "igbvf"); err != nil {
 		t.Fatal(err)
@@ -322,7 +328,7 @@ func TestInterrupted(t *testing.T) {
 	if err := k.Write("sys/bus/pci/drivers_probe", vf.Name); err != nil {
 		t.Fatal(err)
 	}
-	m = newManager(t, k, m.Book)
+	m = newManager(t, k)
 	units, err := m.source(vf.Name)
 	if err != nil {
 		t.Fatal(err)
@@ -339,16 +345,16 @@ func TestInterrupted(t *testing.T) {
 // TestSettingsOfNoVF: what has no VLAN gets none, and the guest does not get it.
 func TestSettingsOfNoVF(t *testing.T) {
 	k := newKernel(t, 0)
-	m := newManager(t, k, nil)
+	m := newManager(t, k)
 	edu := ""
 	m.Topology.All(func(d *iommu.Device) bool {
-		if d.PCI && d.Group >= 0 && d.Vendor == 0x1234 {
+		if d.PCI && d.Group != nil && d.Vendor == 0x1234 {
 			edu = d.Name
 		}
 		return edu == ""
 	})
 	r := &Request{Guest: "a", From: edu, Count: 1, Settings: sriov.Settings{sriov.VLAN: "5"}}
-	if l, _, _, err := m.Assign(context.Background(), r); !errors.Is(err, vfio.ErrRefused) {
+	if l, _, _, err := m.Assign(context.Background(), r); !errors.Is(err, holder.ErrRefused) {
 		t.Errorf("%s with a VLAN: %+v, %v", edu, l, err)
 	}
 }
@@ -356,15 +362,14 @@ func TestSettingsOfNoVF(t *testing.T) {
 // TestNotTwice: what runs is not run again, and asking again for what does not gives it a new life.
 func TestNotTwice(t *testing.T) {
 	k := newKernel(t, 1)
-	m := newManager(t, k, nil)
+	m := newManager(t, k)
 	first := &Request{Guest: "a", From: pf, Count: 1, OwnerPID: os.Getpid()}
-	l, fresh, _, err := m.Assign(context.Background(), first)
+	_, fresh, _, err := m.Assign(context.Background(), first)
 	if err != nil || !fresh {
 		t.Fatal(fresh, err)
 	}
-	m.Binder.Close()
-	l.Owner.Start = 0 // as the fake has no /proc, no process of it lives
-	m = newManager(t, k, m.Book)
+	m.handle.Close()
+	m = newManager(t, k)
 	again, fresh, _, err := m.Assign(context.Background(), &Request{Guest: "a", From: pf, Count: 1, TTL: time.Hour})
 	if err != nil || fresh || again.Owner != nil || again.TTL != time.Hour {
 		t.Errorf("asked again: %+v, %v, %v", again, fresh, err)

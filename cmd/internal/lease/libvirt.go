@@ -12,7 +12,7 @@ import (
 	"viaduct/cmd/internal/declared"
 	"viaduct/iommu"
 	"viaduct/sriov"
-	"viaduct/vfio"
+	"viaduct/vfio/holder"
 )
 
 // Domain is what a libvirt domain says of its host devices.
@@ -170,14 +170,14 @@ func (m *Manager) match(d *Domain) (*Lease, error) {
 		if err != nil {
 			return ""
 		}
-		return quarantine.Why(m.Host, found)
+		return quarantine.Why(m.host, found)
 	}
 	var l *Lease
 	if i := slices.IndexFunc(all, func(l *Lease) bool { return l.Guest == d.Name }); i >= 0 {
 		l = all[i]
 	}
 	if wrong := d.mismatch(l, all, quarantined); len(wrong) > 0 {
-		return nil, &vfio.RefusedError{What: "start " + d.Name, Reasons: wrong}
+		return nil, &holder.RefusedError{What: "start " + d.Name, Reasons: wrong}
 	}
 	return l, nil
 }
@@ -189,15 +189,15 @@ func (m *Manager) claim(ctx context.Context, d *Domain) error {
 		return err
 	}
 	r := &Request{Guest: d.Name}
-	for _, pool := range declared.Pools(m.Spec) {
-		vfs, err := m.declared().Pool(m.Spec, pool)
+	for _, pool := range declared.Pools(m.declaration) {
+		vfs, err := m.declared.Pool(m.declaration, pool)
 		if err != nil {
 			continue // none of it is there
 		}
 		for _, x := range d.Devices {
 			if slices.ContainsFunc(vfs, func(vf *iommu.Device) bool { return vf.Address == x.Address }) && (l == nil || !l.Has(x.Address)) {
 				if x.Managed {
-					return &vfio.RefusedError{What: "start " + d.Name, Reasons: []string{fmt.Sprintf("%s is of pool %q and has managed='yes', with which libvirt changes its driver: it has to be managed='no'", x.Address, pool)}}
+					return &holder.RefusedError{What: "start " + d.Name, Reasons: []string{fmt.Sprintf("%s is of pool %q and has managed='yes', with which libvirt changes its driver: it has to be managed='no'", x.Address, pool)}}
 				}
 				r.exactly, r.From = append(r.exactly, x.Address), pool
 			}
@@ -207,7 +207,7 @@ func (m *Manager) claim(ctx context.Context, d *Domain) error {
 		return nil
 	}
 	if l != nil {
-		return &vfio.RefusedError{What: "start " + d.Name, Reasons: []string{fmt.Sprintf("%s is of pool %q, and what is assigned to it is not all it has: it has either a lease or what networks give it", r.exactly[0], r.From)}}
+		return &holder.RefusedError{What: "start " + d.Name, Reasons: []string{fmt.Sprintf("%s is of pool %q, and what is assigned to it is not all it has: it has either a lease or what networks give it", r.exactly[0], r.From)}}
 	}
 	_, _, _, err = m.Assign(ctx, r)
 	return err
@@ -223,7 +223,7 @@ func (m *Manager) stopped(ctx context.Context, d *Domain) ([]Certificate, error)
 	if !l.Persist {
 		return m.Release(ctx, d.Name, most)
 	}
-	mine, err := m.Book.lockGuest(ctx, d.Name, m.timeout())
+	mine, err := m.Book.lockGuest(ctx, d.Name, m.handle.Timeout())
 	if err != nil {
 		return nil, err
 	}
@@ -235,7 +235,7 @@ func (m *Manager) stopped(ctx context.Context, d *Domain) ([]Certificate, error)
 	if err := m.awaitGone(ctx, l, devices, most); err != nil {
 		return nil, err
 	}
-	if err := m.Lock(ctx, m.withPFs(devices, true)); err != nil {
+	if err := m.lock(ctx, m.withPFs(devices, true)); err != nil {
 		return nil, err
 	}
 	certificates, unwritten, err := m.scrubAll(ctx, l)

@@ -6,7 +6,7 @@ import (
 
 	"viaduct/iommu"
 	"viaduct/sriov"
-	"viaduct/vfio"
+	"viaduct/vfio/holder"
 )
 
 const domain = `<domain type='kvm'>
@@ -57,8 +57,8 @@ func TestMismatch(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	vf := Device{Address: at(t, "0000:01:10.2"), PF: &vfio.Identity{}, Now: sriov.Settings{sriov.MAC: "52:54:00:aa:00:01", sriov.VLAN: "100"}}
-	own := &Lease{Guest: "web", From: "net", Devices: []Device{vf}}
+	vf := Device{LeaseDevice: holder.LeaseDevice{Address: at(t, "0000:01:10.2")}, PF: &iommu.Identity{}, Now: sriov.Settings{sriov.MAC: "52:54:00:aa:00:01", sriov.VLAN: "100"}}
+	own := &Lease{LeaseHead: holder.LeaseHead{Guest: "web"}, From: "net", Devices: []Device{vf}}
 	vf.Wanted = vf.Now
 	other := vf
 	other.Now = sriov.Settings{sriov.MAC: "52:54:00:aa:00:02", sriov.VLAN: "100"}
@@ -74,12 +74,12 @@ func TestMismatch(t *testing.T) {
 	}{
 		{"nobody's", nil, nil, none, ""},
 		{"its own", own, []*Lease{own}, none, ""},
-		{"another's", nil, []*Lease{{Guest: "db", Devices: []Device{vf}}}, none, `is assigned to guest "db"`},
+		{"another's", nil, []*Lease{{LeaseHead: holder.LeaseHead{Guest: "db"}, Devices: []Device{vf}}}, none, `is assigned to guest "db"`},
 		{"in quarantine", nil, nil, func(iommu.Address) string { return "dirty" }, "is in quarantine: dirty"},
-		{"not in the XML", &Lease{Guest: "web", Devices: []Device{{Address: at(t, "0000:09:00.0")}}}, nil, none, "is not in its XML"},
-		{"managed", &Lease{Guest: "web", Devices: []Device{{Address: at(t, "0000:03:00.0")}}}, nil, none, "managed='yes'"},
-		{"another MAC", &Lease{Guest: "web", Devices: []Device{other}}, nil, none, "52:54:00:aa:00:02 in its lease"},
-		{"another VLAN", &Lease{Guest: "web", Devices: []Device{vlan}}, nil, none, "7 in its lease"},
+		{"not in the XML", &Lease{LeaseHead: holder.LeaseHead{Guest: "web"}, Devices: []Device{{LeaseDevice: holder.LeaseDevice{Address: at(t, "0000:09:00.0")}}}}, nil, none, "is not in its XML"},
+		{"managed", &Lease{LeaseHead: holder.LeaseHead{Guest: "web"}, Devices: []Device{{LeaseDevice: holder.LeaseDevice{Address: at(t, "0000:03:00.0")}}}}, nil, none, "managed='yes'"},
+		{"another MAC", &Lease{LeaseHead: holder.LeaseHead{Guest: "web"}, Devices: []Device{other}}, nil, none, "52:54:00:aa:00:02 in its lease"},
+		{"another VLAN", &Lease{LeaseHead: holder.LeaseHead{Guest: "web"}, Devices: []Device{vlan}}, nil, none, "7 in its lease"},
 	} {
 		got := strings.Join(d.mismatch(c.own, c.all, c.quarantined), "; ")
 		if (got == "") != (c.want == "") || !strings.Contains(got, c.want) {

@@ -5,17 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
-	"os"
-	"path/filepath"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"viaduct/internal/filelock"
 )
 
-// The books are locked while a device is chosen, and each guest's lease while it is worked on. A lock is a byte of a file, and
-// belongs to the open file (fcntl(2), open file description locks): it ends with the process, however that ends.
+// The books are locked while a device is chosen, and each guest's lease while it is worked on.
 
-const books = 0 // the byte of the books; guests' are above
+const books = 0 // the lock of the books; guests' are above
 
 func byteOf(guest string) int64 {
 	h := fnv.New64a()
@@ -23,42 +20,22 @@ func byteOf(guest string) int64 {
 	return int64(h.Sum64()>>2) + 1
 }
 
-// lock takes a byte's lock; the caller closes the file. It waits until the context ends.
-func (b *Book) lock(ctx context.Context, at int64) (*os.File, error) {
-	if b.Run == nil {
-		return os.Open(os.DevNull)
-	}
-	dir := b.Run.Dir()
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return nil, err
-	}
-	f, err := os.OpenFile(filepath.Join(dir, "lock-leases"), os.O_RDWR|os.O_CREATE, 0o600)
+func (b *Book) lockFile() (*filelock.File, error) { return filelock.Open(b.Run.Dir() + "/lock-leases") }
+
+// lock takes a lock, for which it waits until the context ends; the caller closes the file.
+func (b *Book) lock(ctx context.Context, at int64) (*filelock.File, error) {
+	f, err := b.lockFile()
 	if err != nil {
 		return nil, err
 	}
-	got := make(chan error, 1)
-	go func() {
-		for {
-			err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLKW, &unix.Flock_t{Type: unix.F_WRLCK, Start: at, Len: 1})
-			if !errors.Is(err, unix.EINTR) {
-				got <- err
-				return
-			}
-		}
-	}()
-	select {
-	case err := <-got:
-		if err != nil {
-			return nil, errors.Join(fmt.Errorf("lock %s: %w", f.Name(), err), f.Close())
-		}
-		return f, nil
-	case <-ctx.Done():
-		return nil, ctx.Err() // the file stays open as long as the lock is waited for
+	if err := f.Wait(ctx, at); err != nil {
+		return nil, errors.Join(err, f.Close())
 	}
+	return f, nil
 }
 
 // lockAll keeps everybody else from the books.
-func (b *Book) lockAll(ctx context.Context, most time.Duration) (*os.File, error) {
+func (b *Book) lockAll(ctx context.Context, most time.Duration) (*filelock.File, error) {
 	ctx, cancel := context.WithTimeout(ctx, most)
 	defer cancel()
 	f, err := b.lock(ctx, books)
@@ -69,7 +46,7 @@ func (b *Book) lockAll(ctx context.Context, most time.Duration) (*os.File, error
 }
 
 // lockGuest keeps everybody else from a guest's lease.
-func (b *Book) lockGuest(ctx context.Context, guest string, most time.Duration) (*os.File, error) {
+func (b *Book) lockGuest(ctx context.Context, guest string, most time.Duration) (*filelock.File, error) {
 	ctx, cancel := context.WithTimeout(ctx, most)
 	defer cancel()
 	f, err := b.lock(ctx, byteOf(guest))
@@ -80,16 +57,16 @@ func (b *Book) lockGuest(ctx context.Context, guest string, most time.Duration) 
 }
 
 // tryGuest is lockGuest without waiting; nil if somebody else has it.
-func (b *Book) tryGuest(guest string) *os.File {
-	if b.Run == nil {
+func (b *Book) tryGuest(guest string) *filelock.File {
+	if !b.host.Live() {
 		return nil
 	}
-	f, err := os.OpenFile(filepath.Join(b.Run.Dir(), "lock-leases"), os.O_RDWR, 0)
+	f, err := b.lockFile()
 	if err != nil {
 		return nil
 	}
-	if unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK, Start: byteOf(guest), Len: 1}) != nil {
-		f.Close()
+	if ok, err := f.Try(byteOf(guest)); !ok || err != nil {
+		_ = f.Close()
 		return nil
 	}
 	return f

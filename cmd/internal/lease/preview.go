@@ -5,7 +5,8 @@ import (
 	"slices"
 
 	"viaduct/iommu"
-	"viaduct/vfio"
+	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
 )
 
 // Preview is what Assign would do, as shell commands.
@@ -29,27 +30,26 @@ func (m *Manager) Preview(r *Request) ([]string, error) {
 			return nil, err
 		}
 		devices = slices.Concat(drawn...)
-		if m.Host.Live() {
-			gate := &vfio.Gate{Host: m.Host, Topology: m.Topology, Asked: devices, DryRun: true}
-			refusals, err := gate.Take(drawn)
-			if err := errors.Join(append(refusals, err)...); err != nil {
+		if m.host.Live() {
+			verdicts, err := m.handle.Handle.Check(drawn, devices, bind.Take(bind.Auto), nil)
+			if err := errors.Join(err, bind.Refusals(verdicts)); err != nil {
 				return nil, err
 			}
 		}
 	}
-	if _, err := m.fits(&Lease{Guest: r.Guest}, devices, r); err != nil {
+	if _, err := m.fits(&Lease{LeaseHead: holder.LeaseHead{Guest: r.Guest}}, devices, r); err != nil {
 		return nil, err
 	}
 	var out []string
 	for _, d := range devices {
-		if d.PhysFn != nil && len(r.Settings) > 0 && m.Host.Live() {
+		if d.PhysFn != nil && len(r.Settings) > 0 && m.host.Live() {
 			plan, err := m.planSet(d, r.Settings)
 			if err != nil {
 				return nil, err
 			}
 			out = append(out, plan.Commands()...)
 		}
-		change, err := m.Binder.PlanTake(d, vfio.Auto)
+		change, err := m.handle.Plan(d, bind.Take(bind.Auto))
 		if err != nil {
 			return nil, err
 		}

@@ -16,7 +16,8 @@ import (
 	"viaduct/internal/host"
 	"viaduct/iommu"
 	"viaduct/sriov"
-	"viaduct/vfio"
+	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
 )
 
 // Certificate is what came of the scrub of a device that a guest had.
@@ -44,11 +45,13 @@ const (
 	Missing Result = "lost"       // it is not there any more
 )
 
-// Recoverers end what was interrupted; for vfio.Binder.
-var Recoverers = map[string]vfio.Recoverer{
-	opReset: func(_ context.Context, b *vfio.Binder, a iommu.Address, _ json.RawMessage) (string, error) {
-		return "was being reset when viaduct was interrupted: the release is to be done again", b.End(a)
-	},
+// Recoverers end what was interrupted; for the options of a Handle.
+func Recoverers() map[string]bind.Recoverer {
+	return map[string]bind.Recoverer{
+		opReset: func(_ context.Context, b *bind.Handle, a iommu.Address, _ json.RawMessage) (string, error) {
+			return "was being reset when viaduct was interrupted: the release is to be done again", b.End(a)
+		},
+	}
 }
 
 const opReset = "reset"
@@ -69,7 +72,7 @@ func (e *NoLeaseError) Error() string {
 // Release ends a guest's lease: it waits, at most for the given time, until nobody has its devices open, and scrubs them. One
 // that cannot be scrubbed goes into quarantine, and the error says why.
 func (m *Manager) Release(ctx context.Context, guest string, wait time.Duration) ([]Certificate, error) {
-	mine, err := m.Book.lockGuest(ctx, guest, m.timeout())
+	mine, err := m.Book.lockGuest(ctx, guest, m.handle.Timeout())
 	if err != nil {
 		return nil, err
 	}
@@ -78,14 +81,14 @@ func (m *Manager) Release(ctx context.Context, guest string, wait time.Duration)
 	if err != nil {
 		return nil, err
 	}
-	if m.Host.Live() {
-		m.Binder.Start() // beside the look at who has them
+	if m.host.Live() {
+		m.handle.Start() // beside the look at who has them
 	}
 	devices := m.present(l)
 	if err := m.awaitGone(ctx, l, devices, wait); err != nil {
 		return nil, err
 	}
-	if err := m.Lock(ctx, m.withPFs(devices, true)); err != nil {
+	if err := m.lock(ctx, m.withPFs(devices, true)); err != nil {
 		return nil, err
 	}
 	if err := m.awaitGone(ctx, l, devices, 0); err != nil { // somebody may have been quicker
@@ -137,13 +140,13 @@ func (m *Manager) present(l *Lease) []*iommu.Device {
 // awaitGone waits until no process has the devices open. Without time to wait it refuses, naming who has.
 func (m *Manager) awaitGone(ctx context.Context, l *Lease, devices []*iommu.Device, wait time.Duration) error {
 	for end := time.Now().Add(wait); ; {
-		holders, err := vfio.ProcessHolders(m.Host, devices)
+		holders, err := holder.Processes(m.host, devices)
 		if err != nil {
 			return err
 		}
 		for _, h := range l.Holders {
-			if h.Runs && h.Alive(m.Host) && !slices.ContainsFunc(holders, func(x vfio.Holder) bool { return x.PID == h.PID }) {
-				holders = append(holders, vfio.Holder{Device: l.Guest, Kind: vfio.Process, PID: h.PID, What: "is run by " + h.Name})
+			if h.Runs && h.Alive(m.host) && !slices.ContainsFunc(holders, func(x holder.Holder) bool { return x.PID == h.PID }) {
+				holders = append(holders, holder.Holder{Device: l.Guest, Kind: holder.Process, PID: h.PID, What: "is run by " + h.Name})
 			}
 		}
 		if len(holders) == 0 {
@@ -159,14 +162,14 @@ func (m *Manager) awaitGone(ctx context.Context, l *Lease, devices []*iommu.Devi
 			for _, h := range holders {
 				reasons = append(reasons, h.String())
 			}
-			return &vfio.RefusedError{What: "release " + l.Guest, Reasons: reasons, Cure: cure}
+			return &holder.RefusedError{What: "release " + l.Guest, Reasons: reasons, Cure: cure}
 		}
 		awaitEnd(ctx, holders, min(left, time.Second)) // a holder may also let go of a device and live on
 	}
 }
 
 // awaitEnd waits until one of the processes has ended.
-func awaitEnd(ctx context.Context, holders []vfio.Holder, most time.Duration) {
+func awaitEnd(ctx context.Context, holders []holder.Holder, most time.Duration) {
 	var fds []unix.PollFd
 	for _, h := range holders {
 		if fd, err := unix.PidfdOpen(h.PID, 0); err == nil {
@@ -197,7 +200,7 @@ func (m *Manager) scrubAll(ctx context.Context, l *Lease) (out []Certificate, un
 			out = append(out, c)
 			continue
 		}
-		c.Place = place(m.Host, d)
+		c.Place = place(m.host, d)
 		err = m.scrub(ctx, l, dev, d, &c)
 		if err != nil && ctx.Err() != nil {
 			return out, errors.Join(lost...), err
@@ -216,7 +219,7 @@ func (m *Manager) scrubAll(ctx context.Context, l *Lease) (out []Certificate, un
 
 // scrub resets a device, gives it back what it had before it was assigned, and reads that back.
 func (m *Manager) scrub(ctx context.Context, l *Lease, dev *Device, d *iommu.Device, c *Certificate) error {
-	if err := refresh(m.Host, []*iommu.Device{d}); err != nil {
+	if err := m.handle.Refresh([]*iommu.Device{d}); err != nil {
 		return err
 	}
 	if ctx.Err() != nil {
@@ -240,11 +243,11 @@ func (m *Manager) scrub(ctx context.Context, l *Lease, dev *Device, d *iommu.Dev
 		return err
 	}
 	if l.NodeOwner != "" && !dev.Home {
-		if err := m.Binder.Disown(d); err != nil {
+		if err := m.handle.Disown(d); err != nil {
 			return err
 		}
 	}
-	now, err := iommu.ReadDevice(m.Host, d.Address)
+	now, err := iommu.ReadDevice(m.host, d.Address)
 	c.Driver = now.Driver
 	return err
 }
@@ -252,21 +255,21 @@ func (m *Manager) scrub(ctx context.Context, l *Lease, dev *Device, d *iommu.Dev
 // reset resets a device: by its own function level reset where it has one, or what else the kernel knows.
 func (m *Manager) reset(d *iommu.Device, c *Certificate) error {
 	dir := path.Join("sys/bus/pci/devices", d.Name)
-	c.Reset, _ = m.Host.String(path.Join(dir, "reset_method"))
-	if !m.Host.Exists(path.Join(dir, "reset")) {
+	c.Reset, _ = m.host.String(path.Join(dir, "reset_method"))
+	if !m.host.Exists(path.Join(dir, "reset")) {
 		return errors.New("the kernel knows no way to reset it")
 	}
-	if err := m.Binder.Begin(opReset, d, []*iommu.Device{d}, nil); err != nil {
+	if err := m.handle.Begin(opReset, d, []*iommu.Device{d}, nil); err != nil {
 		return err
 	}
-	err := m.Binder.Write(d.Address, []vfio.Step{{Path: path.Join(dir, "reset"), Value: "1"}})
-	if _, stuck := errors.AsType[*vfio.StuckError](err); stuck {
+	err := m.handle.Write(d.Address, []bind.Step{{Path: path.Join(dir, "reset"), Value: "1"}})
+	if bind.IsStuck(err) {
 		return err
 	}
 	if host.Absent(err) {
 		err = fmt.Errorf("the kernel could not reset it: %w", err)
 	}
-	return errors.Join(err, m.Binder.End(d.Address))
+	return errors.Join(err, m.handle.End(d.Address))
 }
 
 // reconfigure gives a VF what it had, and compares all that the PF's driver tells.
@@ -276,7 +279,7 @@ func (m *Manager) reconfigure(ctx context.Context, dev *Device, d *iommu.Device,
 		return err
 	}
 	read := func() (sriov.Settings, error) {
-		port, err := sriov.ReadPort(m.Host, pf)
+		port, err := sriov.ReadPort(m.host, pf)
 		if err != nil {
 			return nil, err
 		}
@@ -296,7 +299,7 @@ func (m *Manager) reconfigure(ctx context.Context, dev *Device, d *iommu.Device,
 		return err
 	}
 	var wrong []string
-	for _, k := range sriov.Keys {
+	for _, k := range sriov.Keys() {
 		if want, known := dev.Before[k]; known && c.Settings[k] != want {
 			wrong = append(wrong, fmt.Sprintf("%s is %s instead of %s", k, c.Settings[k], want))
 		}
@@ -310,10 +313,10 @@ func (m *Manager) reconfigure(ctx context.Context, dev *Device, d *iommu.Device,
 // fresh is what a VF is to have that libvirt configured before it was seen: what is declared of it, and else what VFs begin with.
 // Its MAC address libvirt has put back itself.
 func (m *Manager) fresh(pf *iommu.Device, index int, found sriov.Settings) sriov.Settings {
-	own, _ := m.declared().Settings(m.Spec, pf)
+	own, _ := m.declared.Settings(m.declaration, pf)
 	out := sriov.Settings{}
 	for k, now := range found {
-		usual, known := sriov.Usual[k]
+		usual, known := k.Default()
 		switch value, declared := own[index][k]; {
 		case k == sriov.MAC:
 			out[k] = now
@@ -335,17 +338,17 @@ func (m *Manager) Lift(ctx context.Context, devices []*iommu.Device) ([]Certific
 	var out []Certificate
 	var errs []error
 	for _, d := range devices {
-		at := place(m.Host, d)
+		at := place(m.host, d)
 		q, in := all[at]
 		if !in {
 			errs = append(errs, fmt.Errorf("%s is in no quarantine (viaduct leases tells what is)", d.Name))
 			continue
 		}
-		l := &Lease{Guest: q.Guest, Devices: []Device{q.Device}}
+		l := &Lease{LeaseHead: holder.LeaseHead{Guest: q.Guest}, Devices: []Device{q.Device}}
 		if err := m.awaitGone(ctx, l, []*iommu.Device{d}, 0); err != nil {
 			return out, err
 		}
-		if err := m.Lock(ctx, m.withPFs([]*iommu.Device{d}, true)); err != nil {
+		if err := m.lock(ctx, m.withPFs([]*iommu.Device{d}, true)); err != nil {
 			return out, err
 		}
 		l.Devices[0].Address, l.Devices[0].ID = d.Address, d.ID
@@ -395,14 +398,14 @@ func (m *Manager) Reclaim(ctx context.Context) ([]Certificate, error) {
 		return nil, nil
 	}
 	var errs []error
-	if err := m.Lock(ctx, m.withPFs(devices, true)); err != nil { // one that is stuck keeps no other
+	if err := m.lock(ctx, m.withPFs(devices, true)); err != nil { // one that is stuck keeps no other
 		errs = append(errs, err)
 		for pf, leases := range byPF {
 			var some []*iommu.Device
 			for _, l := range leases {
 				some = append(some, m.present(l)...)
 			}
-			if err := m.Lock(ctx, m.withPFs(some, true)); err != nil {
+			if err := m.lock(ctx, m.withPFs(some, true)); err != nil {
 				errs = append(errs, err)
 				delete(byPF, pf)
 			}
@@ -419,7 +422,7 @@ func (m *Manager) stillDead(guest string) (*Lease, error) {
 		return nil, err
 	}
 	present := m.present(l)
-	holders, err := vfio.ProcessHolders(m.Host, present)
+	holders, err := holder.Processes(m.host, present)
 	if err != nil {
 		return nil, err
 	}

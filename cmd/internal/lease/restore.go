@@ -7,15 +7,12 @@ import (
 	"slices"
 
 	"viaduct/iommu"
-	"viaduct/vfio"
+	"viaduct/vfio/holder"
 )
 
 // Restore makes the leases again that outlive a boot. One whose devices are not there is left for later.
 func (m *Manager) Restore(ctx context.Context) (done []string, err error) {
-	if m.Book.State == nil {
-		return nil, nil
-	}
-	keys, err := m.Book.State.Keys(vfio.Leases)
+	keys, err := m.Book.State.Keys(holder.LeasePrefix)
 	if err != nil {
 		return nil, err
 	}
@@ -41,7 +38,7 @@ func (m *Manager) Restore(ctx context.Context) (done []string, err error) {
 
 // Again makes what a guest's lease says, whatever became of it: after a boot, or before its VMM starts.
 func (m *Manager) Again(ctx context.Context, guest string) error {
-	mine, err := m.Book.lockGuest(ctx, guest, m.timeout())
+	mine, err := m.Book.lockGuest(ctx, guest, m.handle.Timeout())
 	if err != nil {
 		return err
 	}
@@ -71,7 +68,7 @@ func (m *Manager) relocate(l *Lease) {
 		}
 		found := false
 		m.Topology.All(func(d *iommu.Device) bool {
-			if !d.PCI || d.PhysFn != nil || !m.declared().Same(want, d) {
+			if !d.PCI || d.PhysFn != nil || !m.declared.Same(want, d) {
 				return true
 			}
 			if dev.PF == nil {

@@ -3,6 +3,7 @@ package lease
 import (
 	"context"
 	"fmt"
+	"os"
 	"path"
 	"slices"
 	"strconv"
@@ -10,7 +11,8 @@ import (
 	"time"
 
 	"viaduct/iommu"
-	"viaduct/vfio"
+	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
 )
 
 // State is where a lease is in its life.
@@ -30,7 +32,7 @@ type Look struct {
 	*Lease
 	State State
 	Why   string // "" of what is reserved or active
-	Now   []vfio.Holder
+	Now   []holder.Holder
 }
 
 // Look looks at all leases. Holders that it sees are written down: when they are gone, the lease is dead. For who cannot see
@@ -48,7 +50,7 @@ func (m *Manager) Look() ([]Look, error) {
 			}
 		}
 	}
-	holders, blind := vfio.ProcessHolders(m.Host, devices)
+	holders, blind := holder.Processes(m.host, devices)
 	var out []Look
 	for _, l := range all {
 		look := Look{Lease: l}
@@ -67,10 +69,10 @@ func (m *Manager) Look() ([]Look, error) {
 }
 
 // saw writes down who holds a lease's devices.
-func (m *Manager) saw(l *Lease, now []vfio.Holder) {
+func (m *Manager) saw(l *Lease, now []holder.Holder) {
 	var holders []Holder
 	for _, h := range now {
-		p := vfio.NameProcess(m.Host, h.PID)
+		p := holder.NameProcess(m.host, h.PID)
 		if !slices.ContainsFunc(holders, func(old Holder) bool { return old.Proc == p }) {
 			runs := slices.ContainsFunc(l.Holders, func(old Holder) bool { return old.Proc == p && old.Runs })
 			holders = append(holders, Holder{p, strings.TrimPrefix(h.What, "is open in "), runs})
@@ -93,7 +95,7 @@ func (m *Manager) saw(l *Lease, now []vfio.Holder) {
 }
 
 // state says where a lease is in its life, with all who hold its devices now, as far as they can be seen.
-func (m *Manager) state(l *Lease, now []vfio.Holder, at time.Time) (State, string) {
+func (m *Manager) state(l *Lease, now []holder.Holder, at time.Time) (State, string) {
 	for _, d := range l.Devices {
 		found, err := m.Topology.Find(d.Address)
 		if err != nil || found.ID != d.ID || d.Nowhere {
@@ -103,8 +105,8 @@ func (m *Manager) state(l *Lease, now []vfio.Holder, at time.Time) (State, strin
 	if len(now) > 0 {
 		return Active, ""
 	}
-	alive := slices.ContainsFunc(l.Holders, func(h Holder) bool { return h.Alive(m.Host) })
-	made := l.Maker.PID != 0 && l.Maker.Alive(m.Host)
+	alive := slices.ContainsFunc(l.Holders, func(h Holder) bool { return h.Alive(m.host) })
+	made := l.Maker.PID != 0 && l.Maker.Alive(m.host)
 	switch {
 	case !l.Ready && made:
 		return Making, fmt.Sprintf("process %d is at work on it", l.Maker.PID)
@@ -116,9 +118,9 @@ func (m *Manager) state(l *Lease, now []vfio.Holder, at time.Time) (State, strin
 		return Reserved, "to be made again"
 	case !l.Ready:
 		return Dead, "its making was interrupted"
-	case l.Owner != nil && !l.Owner.Alive(m.Host):
+	case l.Owner != nil && !l.Owner.Alive(m.host):
 		return Dead, fmt.Sprintf("process %d, which it was to end with, is gone", l.Owner.PID)
-	case l.Unit != "" && !UnitRuns(m.Host, l.Unit):
+	case l.Unit != "" && !UnitRuns(m.host, l.Unit):
 		return Dead, fmt.Sprintf("unit %s, which it was to end with, does not run", l.Unit)
 	case l.Persist:
 		return Reserved, ""
@@ -185,28 +187,29 @@ func UnitRuns(h *iommu.Host, unit string) bool {
 
 // Started writes down who is going to hold a lease's devices: the VMM that was started with them. It fails if the lease is no longer
 // this process's.
-func (m *Manager) Started(ctx context.Context, l *Lease, pid int, name string) error {
-	mine, err := m.Book.lockGuest(ctx, l.Guest, m.timeout())
+func (b *Book) Started(ctx context.Context, l *Lease, pid int, name string) error {
+	mine, err := b.lockGuest(ctx, l.Guest, bind.DefaultTimeout)
 	if err != nil {
 		return err
 	}
 	defer mine.Close()
-	now, err := m.Book.Get(l.Guest)
+
+	now, err := b.Get(l.Guest)
 	if err != nil {
 		return err
 	}
-	if now == nil || !now.Ready || now.Owner == nil || *now.Owner != m.self() {
+	if self := holder.NameProcess(b.host, os.Getpid()); now == nil || !now.Ready || now.Owner == nil || *now.Owner != self {
 		return fmt.Errorf("%s: its lease was ended meanwhile", l.Guest)
 	}
-	now.Holders = []Holder{{vfio.NameProcess(m.Host, pid), fmt.Sprintf("process %d (%s)", pid, name), true}}
+	now.Holders = []Holder{{holder.NameProcess(b.host, pid), fmt.Sprintf("process %d (%s)", pid, name), true}}
 	now.Owner = nil // which the VMM outlives
-	return m.Book.put(now)
+	return b.put(now)
 }
 
 // LookAt is one lease, as it is.
 func (m *Manager) LookAt(l *Lease) Look {
 	look := Look{Lease: l}
-	look.Now, _ = vfio.ProcessHolders(m.Host, m.present(l)) // who cannot see all is told what was seen last
+	look.Now, _ = holder.Processes(m.host, m.present(l)) // who cannot see all is told what was seen last
 	look.State, look.Why = m.state(l, look.Now, time.Now())
 	return look
 }

@@ -12,26 +12,31 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
 	"viaduct/internal/host"
 )
 
-// Kernel is a fake of the kernel's driver core for PCI: a folder that answers writes the way drivers/base/bus.c,
-// drivers/pci/pci-sysfs.c, pci-driver.c and iov.c do, errnos included. Where it does not know a file it refuses the write,
-// as the kernel does for read-only attributes (EACCES). Drivers with "vfio" in their names match by driver_override only and
-// make no VFs.
+// Kernel is a fake of a running host: a folder that answers writes the way drivers/base/bus.c, drivers/pci/pci-sysfs.c,
+// pci-driver.c and iov.c do, errnos included, and a system that answers netlink, ioctls and modprobe. Where it does not know a
+// file it refuses the write, as the kernel does for read-only attributes (EACCES). Drivers with "vfio" in their names match by
+// driver_override only and make no VFs.
 //
-// Its fields may be set before the first write, and by After.
+// Its fields may be set before the first operation, and by After.
 type Kernel struct {
 	IDs     map[string][]string      // by driver: the "vvvv:dddd" that it matches without an override
+	Modules map[string]string        // by module or alias that modprobe loads: the driver it brings, "" if it fails
 	Fail    map[string]error         // by file name as it is written to: answer this, and do nothing
 	Probe   map[string]error         // by device or driver: probing fails with this
 	Partial int                      // make at most so many VFs and report success, if not 0
 	Log     []string                 // every write in its order, also those that failed: "name=value"
 	Before  func(name, value string) // called before each write, without the lock
 	After   func(name, value string) // called after each write, without the lock; it may call Write, which calls it again
+	Busy    map[string]bool          // disks that are in exclusive use, by name
+	Owners  map[string]Owner         // of nodes, by name, as Own set them
+	Net     Network                  // what netlink answers from, beside the interfaces that the files show
 
 	tb   testing.TB
 	dir  string // of sysfs and all: the root
@@ -41,7 +46,12 @@ type Kernel struct {
 	home    map[string]Tree // by device and driver: what the driver had made of the device when it was unbound
 	classes map[string]Tree // the same, of /sys/class
 	vfio    int
+	fault   atomic.Pointer[Fault] // asked before each operation
+	killed  atomic.Bool           // an operation failed for KillAt or FailAt
 }
+
+// Fault decides which operation of a host fails, and with what: nil lets it be. It may be called from any goroutine.
+type Fault func(op, name string) error
 
 const (
 	sysDevices = "sys/bus/pci/devices"
@@ -54,9 +64,11 @@ const (
 func NewKernel(tb testing.TB, tree Tree) *Kernel {
 	tb.Helper()
 	k := &Kernel{
-		IDs: map[string][]string{}, Fail: map[string]error{}, Probe: map[string]error{},
+		IDs: map[string][]string{}, Modules: map[string]string{}, Fail: map[string]error{}, Probe: map[string]error{},
+		Busy: map[string]bool{}, Owners: map[string]Owner{},
 		tb: tb, dir: tree.Dir(tb), home: map[string]Tree{}, classes: map[string]Tree{},
 	}
+	k.startProc()
 	k.must(os.MkdirAll(k.at(sysDevices), 0o755))
 	k.must(os.MkdirAll(k.at(sysDrivers), 0o755))
 	k.put("sys/bus/pci/drivers_probe", "")
@@ -81,14 +93,15 @@ func NewKernel(tb testing.TB, tree Tree) *Kernel {
 			k.put(dev+"/driver_override", "(null)\n")
 		}
 	}
-	h, err := host.Fake(k.dir, k.Write)
+	k.startNet()
+	h, err := host.Fake(k.dir, k)
 	k.must(err)
 	tb.Cleanup(func() { k.must(h.Close()) })
 	k.host = h
 	return k
 }
 
-// Host is the host that this kernel runs. It is not Live.
+// Host is the host that this kernel runs. It is Live.
 func (k *Kernel) Host() *host.Host { return k.host }
 
 // Dir is the folder that the kernel's files are in, for a test that changes them behind its back.
@@ -114,6 +127,7 @@ func (k *Kernel) Write(name, value string) error {
 		k.Before(name, value)
 	}
 	err := k.locked(path.Clean(name), value)
+	k.tell()
 	if k.After != nil {
 		k.After(name, value)
 	}
@@ -272,8 +286,7 @@ func (k *Kernel) probe(dev, driver string) error {
 		}
 	}
 	if strings.Contains(driver, "vfio") {
-		k.put(fmt.Sprintf("%s/vfio-dev/vfio%d/dev", dev, k.vfio), fmt.Sprintf("511:%d\n", k.vfio))
-		k.vfio++
+		k.makeNodes(dev)
 	}
 	return nil
 }
@@ -290,7 +303,7 @@ func (k *Kernel) unbind(dev string) {
 	for _, class := range []string{"net", "block", "nvme", "ata1", "drm", "sound", "ptp", "hwmon", "i2c"} {
 		maps.Copy(k.home[key], k.takeAway(path.Join(dev, class)))
 	}
-	k.takeAway(dev + "/vfio-dev")
+	k.removeNodes(dev, driver)
 	k.must(os.Remove(k.at(dev + "/driver")))
 	k.must(os.Remove(k.at(path.Join(sysDrivers, driver, path.Base(dev)))))
 }

@@ -135,6 +135,7 @@ func (k *Kernel) removeVFs(pf string) {
 		}
 		k.must(os.RemoveAll(k.at(vf)))
 	}
+	k.forgetVFs(pf)
 	k.put(pf+"/sriov_numvfs", "0\n")
 }
 

@@ -1,0 +1,119 @@
+package hostfile
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+
+	"viaduct/iommu"
+	"viaduct/sriov"
+)
+
+func isEnd(err error) bool { return errors.Is(err, io.EOF) }
+
+// check tells what each value by itself does not show.
+func (d *decoder) check(h *Host) {
+	for i := range h.PFs {
+		d.checkPF(&h.PFs[i])
+	}
+	for i := range h.Devices {
+		dev := &h.Devices[i]
+		if dev.Driver != "" && dev.Driver != "auto" && !iommu.IsVFIODriver(dev.Driver) {
+			d.failAt(dev.At, dev.Driver, "this is no vfio driver; want auto, vfio-pci or the name of a variant driver")
+		}
+		if dev.Early && !dev.Select.Has(iommu.ByAddress, iommu.ByPath) {
+			d.failAt(dev.At, dev.Select.String(), "a device that is taken in the initramfs has no driver and no name yet: name its path= (viaduct show prints it)")
+		}
+	}
+	if err := h.twice(); err != nil {
+		d.errs = append(d.errs, err)
+	}
+}
+
+func (d *decoder) checkPF(pf *PF) {
+	if pf.Select.Has(iommu.ByClass) {
+		d.failAt(pf.At, pf.Select.String(), "a class is no PF; want mac=, path=, serial= or ids with the place")
+	}
+	if pf.Count == 0 && len(pf.VFs) > 0 {
+		d.failAt(pf.VFs[0].At, "", "there are no VFs (count is 0), so there is nothing to say of them")
+		return
+	}
+	owner := make([]*VFs, pf.Count)
+	macs := map[string]bool{}
+	for i := range pf.VFs {
+		r := &pf.VFs[i]
+		if r.Range.last() >= pf.Count {
+			d.failAt(r.At, r.Range.String(), "there are %d VFs, 0 to %d", pf.Count, pf.Count-1)
+		}
+		indexes := r.Range.Indexes(pf.Count)
+		for _, n := range indexes {
+			if owner[n] != nil {
+				d.failAt(r.At, r.Range.String(), "VF %d is in the range on line %d already", n, owner[n].At.Line)
+				break
+			}
+			owner[n] = r
+		}
+		mac, ok := r.Settings[sriov.MAC]
+		if ok && mac.word != sriov.StableMAC && (len(indexes) > 1 || macs[mac.word]) {
+			d.failAt(r.At, mac.word, "each VF needs a MAC address of its own (mac: %s makes them)", sriov.StableMAC)
+		}
+		macs[mac.word] = true
+		if len(indexes) > 0 {
+			for k, v := range r.Settings { // with the greatest index, as for the least it was looked at already
+				text := v.Of(indexes[len(indexes)-1])
+				if _, err := sriov.ParseSettings([]string{string(k) + "=" + text}); v.plus && err != nil {
+					d.failAt(r.At, v.String(), "%s of VF %d would be %s: %v", k, indexes[len(indexes)-1], text, reason(err))
+				}
+			}
+		}
+		_, qos := r.Settings[sriov.QoS]
+		_, proto := r.Settings[sriov.Proto]
+		if _, vlan := r.Settings[sriov.VLAN]; !vlan && (qos || proto) {
+			d.failAt(r.At, "", "qos and proto are a VLAN's: the key vlan is missing")
+		}
+		if r.Driver == sriov.UseHome && r.Pool != "" {
+			d.failAt(r.At, r.Pool, "guests draw from a pool, and cannot have what the host's driver has (driver: home)")
+		}
+	}
+	if pf.AfterLAG && pf.Eswitch != "switchdev" {
+		d.failAt(pf.At, "after_bond", "is for the PFs of a bond in mode switchdev (eswitch: switchdev)")
+	}
+}
+
+// twice finds what is declared more than once in the same words, and MAC addresses that VFs of several PFs are to have.
+func (h *Host) twice() error {
+	var errs []error
+	seen := map[string]Pos{}
+	see := func(m Match, at Pos) {
+		name := m.String()
+		if first, again := seen[name]; again {
+			errs = append(errs, &Error{at, name, fmt.Sprintf("this is declared at %s already", first)})
+			return
+		}
+		seen[name] = at
+	}
+	type owner struct {
+		pf int
+		at Pos
+	}
+	owners := map[string]owner{}
+	for i, pf := range h.PFs {
+		see(pf.Select, pf.At)
+		for _, r := range pf.VFs {
+			mac := strings.ToLower(r.Settings[sriov.MAC].word)
+			if mac == "" || mac == sriov.StableMAC || strings.Trim(mac, "0:") == "" {
+				continue
+			}
+			if first, again := owners[mac]; !again {
+				owners[mac] = owner{i, r.At}
+			} else if first.pf != i { // within a PF, that is told already
+				errs = append(errs, &Error{r.At, mac, fmt.Sprintf("the VF at %s has this MAC address already: each needs one of its own (mac: %s makes them)", first.at, sriov.StableMAC)})
+			}
+		}
+	}
+	for _, dev := range h.Devices {
+		see(dev.Select, dev.At)
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,82 @@
+package hostfile
+
+import (
+	"reflect"
+	"strconv"
+	"strings"
+
+	"viaduct/sriov"
+)
+
+// Schema is the JSON Schema (2020-12) of a file, for editors, made from the types it is read into.
+func Schema() map[string]any {
+	s := schemaOf(reflect.TypeFor[Host](), nil)
+	s["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+	s["title"] = "viaduct: the declared host"
+	return s
+}
+
+func schemaOf(t reflect.Type, f *reflect.StructField) map[string]any {
+	out := map[string]any{}
+	if f != nil && f.Tag.Get("doc") != "" {
+		out["description"] = f.Tag.Get("doc")
+	}
+	switch {
+	case t == reflect.TypeFor[Range]():
+		out["type"] = []string{"string", "integer"}
+	case reflect.PointerTo(t).Implements(reflect.TypeFor[scalar]()):
+		out["type"] = "string"
+	case t.Kind() == reflect.Struct:
+		if field, ok := onlyScalar(t); ok {
+			return schemaOf(field.Type, f)
+		}
+		properties, required := map[string]any{}, []string{}
+		for field := range t.Fields() {
+			name := field.Tag.Get("yaml")
+			switch name {
+			case "-":
+				continue
+			case ",settings":
+				for _, k := range sriov.Keys() {
+					properties[string(k)] = map[string]any{"type": []string{"string", "integer"}, "description": settingDoc(k)}
+				}
+				continue
+			}
+			properties[name] = schemaOf(field.Type, &field)
+			if field.Tag.Get("required") != "" {
+				required = append(required, name)
+			}
+		}
+		out["type"], out["properties"], out["additionalProperties"] = "object", properties, false
+		if len(required) > 0 {
+			out["required"] = required
+		}
+	case t.Kind() == reflect.Slice:
+		out["type"], out["items"] = "array", schemaOf(t.Elem(), nil)
+	case t.Kind() == reflect.Bool:
+		out["type"] = "boolean"
+	case t.Kind() == reflect.Int:
+		out["type"] = "integer"
+		for _, limit := range [][2]string{{"min", "minimum"}, {"max", "maximum"}} {
+			if n, err := strconv.Atoi(f.Tag.Get(limit[0])); err == nil {
+				out[limit[1]] = n
+			}
+		}
+	default:
+		out["type"] = "string"
+		if all := f.Tag.Get("enum"); all != "" {
+			out["enum"] = strings.Split(all, ",")
+		}
+	}
+	return out
+}
+
+func settingDoc(k Key) string {
+	switch k {
+	case sriov.MAC:
+		return "address, or " + sriov.StableMAC + ": derived from the PF's permanent one and the VF's index"
+	case sriov.VLAN:
+		return "0 to 4094, 0 for none; NUMBER" + plusIndex + " adds the VF's index"
+	}
+	return "as the setting of viaduct vf set"
+}

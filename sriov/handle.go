@@ -1,0 +1,103 @@
+package sriov
+
+import (
+	"context"
+	"maps"
+	"slices"
+
+	"viaduct/internal/journal"
+	"viaduct/iommu"
+	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
+)
+
+// Handle changes devices and VFs of one host. It is a [bind.Handle] with the recoverers for changes of VFs.
+type Handle struct {
+	*bind.Handle
+	journal *journal.Journal
+}
+
+// Open opens a host for changes of its devices and VFs. It is as [bind.Open], whose conditions it has; the caller closes the
+// Handle.
+func Open(h *iommu.Host, o bind.Options) (*Handle, error) {
+	all := map[string]bind.Recoverer{opCount: recoverCount, opSet: recoverSet}
+	maps.Copy(all, o.Recoverers)
+	o.Recoverers = all
+	b, err := bind.Open(h, o)
+	if err != nil {
+		return nil, err
+	}
+	return wrap(b), nil
+}
+
+// wrap is a Handle over one of package bind.
+func wrap(b *bind.Handle) *Handle { return &Handle{b, journal.In(b.Host().Host, journal.Dir)} }
+
+// Make gives a PF the VFs of a wish, none of which may be there afterwards as well: it locks the PF and the VFs that go, finishes
+// what interrupted runs left of them, plans, refuses to end VFs that somebody uses ([holder.ErrRefused], unless force overrides
+// their kinds), and carries the plan out. It returns what the user should know of the new VFs. On failure all is as it was, but
+// for VFs that had to go first.
+func (s *Handle) Make(ctx context.Context, pf iommu.Address, wish Wish, force ...holder.Kind) (notes []string, err error) {
+	d, err := s.lockPF(ctx, pf)
+	if err != nil {
+		return nil, err
+	}
+	plan, err := s.PlanCount(d, wish)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.Lock(ctx, plan.Victims); err != nil {
+		return nil, err
+	}
+	if err := s.Check(plan, force); err != nil {
+		return nil, err
+	}
+	return s.Apply(ctx, plan)
+}
+
+// SetVF gives a VF settings: all of them or, undone, none. It names the keys that the PF's driver takes and does not report.
+func (s *Handle) SetVF(ctx context.Context, vf iommu.Address, want Settings) (unverified []Key, err error) {
+	t, err := s.Topology()
+	if err != nil {
+		return nil, err
+	}
+	d, err := t.Find(vf)
+	if err != nil {
+		return nil, err
+	}
+	if d.PhysFn == nil {
+		return nil, &NotVFError{vf}
+	}
+
+	pf, err := s.lockPF(ctx, *d.PhysFn)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.Lock(ctx, []*iommu.Device{d}); err != nil {
+		return nil, err
+	}
+	plan, err := s.PlanSet(pf, d, want)
+	if err != nil {
+		return nil, err
+	}
+	return s.Set(ctx, plan)
+}
+
+// lockPF locks a PF, finishes what interrupted runs left, and looks at the host as it is then.
+func (s *Handle) lockPF(ctx context.Context, pf iommu.Address) (*iommu.Device, error) {
+	d := &iommu.Device{Name: pf.String(), Address: pf, PCI: true}
+	if err := s.Lock(ctx, []*iommu.Device{d}); err != nil {
+		return nil, err
+	}
+	if _, err := s.Recover(ctx); err != nil {
+		return nil, err
+	}
+	if i := slices.IndexFunc(s.Stuck(), func(r bind.Recovered) bool { return r.Device == pf }); i >= 0 {
+		return nil, &holder.RefusedError{What: "change " + d.Name, Reasons: []string{s.Stuck()[i].Err.Error()}}
+	}
+	t, err := s.Scan()
+	if err != nil {
+		return nil, err
+	}
+	return t.Find(pf)
+}

@@ -1,0 +1,88 @@
+package sriov
+
+import (
+	"errors"
+	"fmt"
+	"path"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"viaduct/internal/host"
+	"viaduct/iommu"
+)
+
+// Ports are the interfaces of an e-switch.
+type Ports struct {
+	Uplinks []string       // what stands for the wires
+	VFs     map[int]string // representors, by VF
+}
+
+// noPort reports whether an error of reading phys_port_name or phys_switch_id says that there is none.
+func noPort(err error) bool { return host.Absent(err) || errors.Is(err, unix.EOPNOTSUPP) }
+
+// ReadPorts finds the interfaces of the e-switch of a PF's interface: they have its switch id, and say in their port name whom
+// they stand for (p0 a wire; pf0vf1 a VF, behind c1 one of another host; net/devlink/port.c). The number of the PF there is that
+// of the function with some drivers, and of the port with others (mlx5); an interface whose device is a PF tells whose it is.
+func ReadPorts(h *iommu.Host, port *Port) (Ports, error) {
+	out := Ports{VFs: map[int]string{}}
+	if port == nil || port.SwitchID == "" {
+		return out, nil
+	}
+	names, err := h.Names(netClass)
+	if err != nil {
+		return out, err
+	}
+
+	for _, n := range names {
+		id, err1 := h.String(path.Join(netClass, n, "phys_switch_id"))
+		name, err2 := h.String(path.Join(netClass, n, "phys_port_name"))
+		if noPort(err1) || noPort(err2) || errors.Is(err1, unix.ENOTDIR) {
+			continue // gone, or no port of a switch
+		}
+		if err := errors.Join(err1, err2); err != nil {
+			return out, err
+		}
+		if id != port.SwitchID {
+			continue
+		}
+		switch pf, vf, kind := parsePortName(name); {
+		case kind == wire:
+			out.Uplinks = append(out.Uplinks, n)
+		case kind == representor && ofPF(h, n, port.PF.Address, pf):
+			out.VFs[vf] = n
+		}
+	}
+	return out, nil
+}
+
+// ofPF reports whether a representor stands for a VF of a PF, whose number in its name this is.
+func ofPF(h *iommu.Host, name string, pf iommu.Address, number int) bool {
+	if device, err := h.LinkBase(path.Join(netClass, name, "device")); err == nil {
+		if a, err := iommu.ParseAddress(device); err == nil {
+			return a == pf
+		}
+	}
+	return number == int(pf.Function)
+}
+
+const (
+	wire        = 'p'
+	representor = 'v'
+)
+
+// parsePortName reads p0, p0s1 and l1p0, which are wires, and pf0vf1. All other ports, of other hosts too, are of no kind.
+func parsePortName(s string) (pf, vf int, kind rune) {
+	var rest string
+	if n, _ := fmt.Sscanf(s, "pf%dvf%d%s", &pf, &vf, &rest); n == 2 {
+		return pf, vf, representor
+	}
+	if strings.HasPrefix(s, "l") {
+		_, s, _ = strings.Cut(s[1:], "p")
+		s = "p" + s
+	}
+	if n, _ := fmt.Sscanf(s, "p%d%s", &pf, &rest); n == 1 || n == 2 && strings.HasPrefix(rest, "s") {
+		return pf, 0, wire
+	}
+	return 0, 0, 0
+}

@@ -1,0 +1,228 @@
+package bind
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"viaduct/iommu"
+	"viaduct/vfio/holder"
+)
+
+// Units are what must be taken together with the given devices: the endpoints of their groups, each group once. Bridges are
+// left alone. A device without a group is a unit of its own.
+func Units(t *iommu.Topology, devices []*iommu.Device) ([][]*iommu.Device, error) {
+	var out [][]*iommu.Device
+	seen := map[string]bool{}
+	for _, d := range devices {
+		members := []*iommu.Device{d}
+		if d.Group != nil {
+			g, err := t.Group(*d.Group)
+			if err != nil {
+				return nil, err
+			}
+			members = g.Endpoints()
+		}
+		if len(members) == 0 || seen[members[0].Name] {
+			continue
+		}
+		for _, m := range members {
+			seen[m.Name] = true
+		}
+		out = append(out, members)
+	}
+	return out, nil
+}
+
+// Singly makes a unit of each device, as a VF is one by itself.
+func Singly(devices []*iommu.Device) [][]*iommu.Device {
+	var out [][]*iommu.Device
+	for _, d := range devices {
+		out = append(out, []*iommu.Device{d})
+	}
+	return out
+}
+
+// Verdict is what came of asking whether a unit may go where it is to go.
+type Verdict struct {
+	Unit []*iommu.Device
+	// Refused is a *holder.RefusedError that names every reason, nil if the unit may go.
+	Refused error
+	// Against are the holders that are a reason to refuse, and Overridden those that were, had force not overridden them.
+	Against, Overridden []holder.Holder
+}
+
+// Check asks, for each unit, whether it may go where it is to go, by one look at who uses them. Asked are the devices that
+// somebody named; the rest of a unit comes along. What the host itself uses, PFs with VFs, bridges and devices that no IOMMU is
+// in front of are not taken, and what a guest has open is not given back: the write would wait for the guest. On a dry run who
+// cannot see all users ([holder.ErrBlind]) is told of those that can be seen.
+func (b *Handle) Check(units [][]*iommu.Device, asked []*iommu.Device, g Goal, force []holder.Kind) ([]Verdict, error) {
+	t, err := b.Topology()
+	if err != nil {
+		return nil, err
+	}
+	if g.takes() {
+		for _, d := range asked {
+			if d.IsBridge() {
+				return nil, &holder.RefusedError{What: "take " + d.Name, Reasons: []string{d.Name + " is a bridge, which no guest can have"}}
+			}
+		}
+	}
+	holders, err := b.holders(slices.Concat(units...), g)
+	if err != nil {
+		return nil, err
+	}
+
+	out := make([]Verdict, len(units))
+	for i, unit := range units {
+		c := check{b: b, topology: t, unit: unit, goal: g, force: force, verdict: &out[i]}
+		c.verdict.Unit = unit
+		c.run(asked, holders)
+	}
+	return out, nil
+}
+
+// holders are those that matter to a goal: whatever uses what is taken, and who has open what is given back.
+func (b *Handle) holders(devices []*iommu.Device, g Goal) ([]holder.Holder, error) {
+	looks := []func(*iommu.Host, []*iommu.Device) ([]holder.Holder, error){holder.Find}
+	if !g.takes() {
+		looks = []func(*iommu.Host, []*iommu.Device) ([]holder.Holder, error){holder.Processes, holder.Leases}
+	}
+	var out []holder.Holder
+	for _, look := range looks {
+		found, err := look(b.host, devices)
+		if err != nil && (!b.DryRun() && b.host.Live() || !errors.Is(err, holder.ErrBlind)) {
+			return nil, err
+		}
+		out = append(out, found...)
+	}
+	return out, nil
+}
+
+// check is the check of one unit.
+type check struct {
+	b        *Handle
+	topology *iommu.Topology
+	unit     []*iommu.Device
+	goal     Goal
+	force    []holder.Kind
+
+	verdict *Verdict
+	reasons []string
+	cure    string
+}
+
+func (c *check) run(asked []*iommu.Device, holders []holder.Holder) {
+	what := "give back "
+	if c.goal.takes() {
+		what = "take "
+		c.canBeTaken()
+	} else {
+		c.cure = "end the guest, or release what is assigned to it, first"
+	}
+	c.users(holders)
+	if !c.goal.takes() {
+		c.keepsVFs()
+	}
+	c.stuck()
+
+	if len(c.reasons) > 0 {
+		c.verdict.Refused = &holder.RefusedError{What: what + c.named(asked), Reasons: c.reasons, Cure: c.cure}
+	}
+}
+
+func (c *check) add(format string, a ...any) {
+	c.reasons = append(c.reasons, fmt.Sprintf(format, a...))
+}
+
+// canBeTaken adds why VFIO would not take the unit.
+func (c *check) canBeTaken() {
+	for _, d := range c.unit {
+		switch {
+		case !d.PCI:
+			c.add("%s shares the group and is no PCI device", d.Name)
+		case d.Group == nil && len(c.topology.Groups) == 0:
+			c.add("%s is in no IOMMU group, because no IOMMU is active on this host", d.Name)
+			c.cure = "turn on AMD-Vi or VT-d in the firmware; an Intel host may need intel_iommu=on on the kernel command line"
+		case d.Group == nil:
+			c.add("%s is in no IOMMU group: the IOMMU does not cover it", d.Name)
+		case d.SRIOV != nil && len(d.SRIOV.VFs) > 0:
+			c.add("%s is a PF with %d VFs, and VFIO takes no such PF", d.Name, len(d.SRIOV.VFs))
+			c.cure = "viaduct vf destroy " + d.Name
+		}
+	}
+
+	if c.unit[0].Group == nil {
+		return
+	}
+	if group, err := c.topology.Group(*c.unit[0].Group); err == nil {
+		for _, m := range group.Blockers() {
+			if m.IsBridge() {
+				c.add("bridge %s of the group is on %s and so keeps the group from being viable", m.Name, m.Driver)
+			}
+		}
+	}
+}
+
+// users adds who uses the unit. Who has a device that is where it is to be is no reason against bringing it there.
+func (c *check) users(holders []holder.Holder) {
+	for _, h := range holders {
+		i := slices.IndexFunc(c.unit, func(d *iommu.Device) bool { return d.Name == h.Device })
+		if i < 0 || c.goal.reached(c.unit[i]) {
+			continue
+		}
+		if reason := h.Against(c.force); reason != "" {
+			c.reasons = append(c.reasons, reason)
+			c.verdict.Against = append(c.verdict.Against, h)
+		} else {
+			c.verdict.Overridden = append(c.verdict.Overridden, h)
+		}
+	}
+}
+
+// reached reports whether a device is where it is to go, as far as its users matter.
+func (g Goal) reached(d *iommu.Device) bool {
+	if !g.takes() {
+		return !d.VFIO
+	}
+	return d.VFIO && (g.driver == Auto || g.driver == d.Driver)
+}
+
+// keepsVFs adds the VFs of a PF on a VFIO driver, which would go with that.
+func (c *check) keepsVFs() {
+	for _, d := range c.unit {
+		if d.SRIOV != nil && len(d.SRIOV.VFs) > 0 && d.VFIO {
+			c.add("%s has %d VFs, which would go with its driver", d.Name, len(d.SRIOV.VFs))
+		}
+	}
+}
+
+// stuck adds the writes that the unit's devices wait for.
+func (c *check) stuck() {
+	for _, r := range c.b.Stuck() {
+		if slices.ContainsFunc(c.unit, func(d *iommu.Device) bool { return d.PCI && d.Address == r.Device }) {
+			c.reasons = append(c.reasons, r.Err.Error())
+		}
+	}
+}
+
+// named are the devices of the unit that were asked for.
+func (c *check) named(asked []*iommu.Device) string {
+	var out []string
+	for _, d := range c.unit {
+		if slices.ContainsFunc(asked, func(a *iommu.Device) bool { return a.Name == d.Name }) {
+			out = append(out, d.Name)
+		}
+	}
+	return strings.Join(out, " ")
+}
+
+// Refusals joins the errors of the units that are refused, nil if none is.
+func Refusals(verdicts []Verdict) error {
+	var errs []error
+	for _, v := range verdicts {
+		errs = append(errs, v.Refused)
+	}
+	return errors.Join(errs...)
+}

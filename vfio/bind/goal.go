@@ -1,0 +1,50 @@
+package bind
+
+// Auto lets a Handle choose the driver: the variant driver that modules.alias names for the device, else vfio-pci.
+const Auto = "auto"
+
+// None as a driver_override matches no driver, so that the device stays without one.
+const None = "none"
+
+// Goal is where devices are to go: see [Take], [GiveBack] and [Home]. Its zero value is GiveBack.
+type Goal struct {
+	to     direction
+	driver string
+	owner  *NodeOwner
+}
+
+type direction int
+
+const (
+	toGiveBack direction = iota
+	toTake
+	toHome
+)
+
+// Take is the goal of a device that is taken from the host: a VFIO driver, by its name or Auto; or None, which leaves it
+// without a driver.
+func Take(driver string) Goal { return Goal{to: toTake, driver: driver} }
+
+// GiveBack is the goal of a device that is given back: what it had when it was taken, be that no driver. If that is not known
+// (it was not taken by viaduct, or not since the boot), it is the driver that the host would use.
+func GiveBack() Goal { return Goal{to: toGiveBack} }
+
+// Home is the goal of a device that the host is to use, also of one that was kept without a driver: the driver it had when it
+// was taken, else the one that the host would use.
+func Home() Goal { return Goal{to: toHome} }
+
+// OwnedBy is the goal with an owner for the nodes of what is taken; nil leaves them as they are.
+func (g Goal) OwnedBy(o *NodeOwner) Goal {
+	g.owner = o
+	return g
+}
+
+func (g Goal) takes() bool { return g.to == toTake }
+
+// op is the goal's word in the journal.
+func (g Goal) op() string {
+	if g.takes() {
+		return opTake
+	}
+	return opGive
+}

@@ -1,0 +1,167 @@
+package bind
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"time"
+
+	"viaduct/internal/journal"
+	"viaduct/iommu"
+	"viaduct/vfio/holder"
+)
+
+// The journal has two kinds of records. change-ADDRESS is there while a device changes drivers, written before the first
+// write and removed after the last check: one that nobody is at work on is of a run that was interrupted. taken-ADDRESS is
+// there as long as a device is taken and says what it had.
+
+const (
+	opTake = "take"
+	opGive = "give"
+)
+
+func takenKey(a iommu.Address) string  { return "taken-" + a.String() }
+func changeKey(a iommu.Address) string { return journal.Changing + a.String() }
+
+// changeRecord is a change that is under way.
+type changeRecord struct {
+	Op      string          `json:"op"` // take or give, or what a Recoverer knows
+	Unit    []iommu.Address `json:"unit"`
+	Change  Change          `json:"change,omitzero"`
+	Data    json.RawMessage `json:"data,omitempty"` // for the Recoverer
+	Command holder.Proc     `json:"command"`
+	Writer  *holder.Proc    `json:"writer"`
+	Since   time.Time       `json:"since"`
+	Stuck   string          `json:"stuck,omitempty"` // the write that had not returned when the command ended
+	Nodes   []holder.Node   `json:"nodes"`           // what led to the device: they are gone while an unbind waits for who has them open
+}
+
+// Recoverer finishes or undoes a change of a device that another package had written down with [Handle.Begin], and says what
+// became of it, as in "has its 7 VFs".
+type Recoverer func(ctx context.Context, b *Handle, device iommu.Address, data json.RawMessage) (string, error)
+
+// Begin writes down a change of a device, which is to be locked, before its first write. Users are the devices whose users the
+// change may have to wait for. [Handle.End] ends it; a run that is killed before leaves it to the Recoverer of this name. Begun
+// again, a change has the new data.
+func (b *Handle) Begin(op string, d *iommu.Device, users []*iommu.Device, data any) error {
+	if err := errors.Join(b.mayChange(), b.locked(d.Address)); err != nil {
+		return err
+	}
+	text, err := json.Marshal(data)
+	if err != nil {
+		return err
+	}
+	return b.put(users, changeRecord{Op: op, Unit: []iommu.Address{d.Address}, Change: from(d), Data: text})
+}
+
+// End says that the change of a device is over, done or undone.
+func (b *Handle) End(a iommu.Address) error { return b.journal.Delete(changeKey(a)) }
+
+// put completes a record by the run that makes it, and writes it down.
+func (b *Handle) put(users []*iommu.Device, r changeRecord) error {
+	w, err := b.child.get()
+	if err != nil {
+		return err
+	}
+	r.Since, r.Command, r.Writer = time.Now(), b.child.self, &w.process
+	for _, d := range users {
+		nodes, err := holder.Nodes(b.host, d)
+		if err != nil {
+			return err
+		}
+		r.Nodes = append(r.Nodes, nodes...)
+	}
+	return b.journal.Put(changeKey(r.Change.Device), r)
+}
+
+// change is the record of a device's change that is under way.
+func (b *Handle) change(a iommu.Address) (r changeRecord, known bool, err error) {
+	known, err = b.journal.Get(changeKey(a), &r)
+	if len(r.Unit) == 0 {
+		r.Unit = []iommu.Address{a}
+	}
+	return r, known, err
+}
+
+// waitsFor are the processes that a change waits for, as far as they can be seen.
+func (r *changeRecord) waitsFor(h *iommu.Host) []holder.Holder {
+	d := &iommu.Device{Name: r.Change.Device.String(), Address: r.Change.Device}
+	found, _ := holder.OpenIn(h, d, r.Nodes)
+	return found
+}
+
+// orphan reports whether the child still writes for a command that is over.
+func (r *changeRecord) orphan(h *iommu.Host) bool {
+	return r.Writer != nil && r.Writer.Alive(h) && !r.Command.Alive(h)
+}
+
+// takenRecord is what a taken device had. An address is no identity: the ids must still be the same.
+type takenRecord struct {
+	Vendor    uint16         `json:"vendor"`
+	Device    uint16         `json:"device"`
+	Driver    string         `json:"driver"`
+	Override  string         `json:"driver_override"`
+	Identity  iommu.Identity `json:"identity"`
+	NodeOwner string         `json:"node_owner,omitempty"`
+	Block     bool           `json:"block,omitempty"` // it had disks
+}
+
+// taken is what a device had when it was taken.
+func (b *Handle) taken(d *iommu.Device) (r takenRecord, known bool, err error) {
+	known, err = b.journal.Get(takenKey(d.Address), &r)
+	if !known || r.Vendor != d.Vendor || r.Device != d.Device {
+		return takenRecord{}, false, err
+	}
+	return r, true, nil
+}
+
+// Taken is what was written down of a device when it was taken; nothing of one that was not.
+func (b *Handle) Taken(d *iommu.Device) (iommu.Identity, error) {
+	r, _, err := b.taken(d)
+	return r.Identity, err
+}
+
+// remember records what a device has before it is taken. A record of a device that has no driver now is what knows better:
+// of one that viaduct took and something else unbound.
+func (b *Handle) remember(d *iommu.Device, owner *NodeOwner) error {
+	old, known, err := b.taken(d)
+	if err != nil {
+		return err
+	}
+	if known && owner != nil && owner.Text != old.NodeOwner {
+		old.NodeOwner = owner.Text
+		if err := b.journal.Put(takenKey(d.Address), old); err != nil {
+			return err
+		}
+	}
+	if d.VFIO || known && d.Driver == "" {
+		return nil
+	}
+
+	disks, err := holder.Disks(b.host, d)
+	if err != nil {
+		return err
+	}
+	r := takenRecord{
+		Vendor: d.Vendor, Device: d.Device, Driver: d.Driver, Override: d.DriverOverride,
+		Identity: iommu.Identify(b.host, d), Block: len(disks) > 0,
+	}
+	if owner != nil {
+		r.NodeOwner = owner.Text
+	}
+	return b.journal.Put(takenKey(d.Address), r)
+}
+
+// forgetTaken drops what is known of a device that is no longer taken.
+func (b *Handle) forgetTaken(a iommu.Address) error {
+	return errors.Join(b.journal.Delete(takenKey(a)), b.disown(a))
+}
+
+// Forget drops what the journal keeps of VFs that are no more.
+func (b *Handle) Forget(vfs []iommu.VF) error {
+	var errs []error
+	for _, vf := range vfs {
+		errs = append(errs, b.forgetTaken(vf.Address))
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,267 @@
+package bind
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"viaduct/internal/filelock"
+	"viaduct/internal/journal"
+	"viaduct/iommu"
+)
+
+// Recovered is what became of a device whose change had been interrupted.
+type Recovered struct {
+	Device iommu.Address
+	What   string
+	Err    error // nil if it was finished or undone
+}
+
+// UnknownChangeError says that a change was interrupted which this Handle cannot finish or undo: it was opened without the
+// Recoverer for it, as one of package bind alone is for changes of VFs. The change's record was left untouched.
+type UnknownChangeError struct {
+	Device iommu.Address
+	Op     string // the name of the Recoverer
+}
+
+func (e *UnknownChangeError) Error() string {
+	return fmt.Sprintf("%s: a change of another kind (%s) was interrupted, which viaduct recover finishes or undoes", e.Device, e.Op)
+}
+
+// dying is how long a child whose command was killed is waited for in any case: it may only be about to end.
+const dying = 200 * time.Millisecond
+
+// Recover finishes or undoes what interrupted runs left: a take that did not get through is undone, unless its whole unit is
+// there; a device that was on its way back goes there. What another process is at work on is left alone, and what still waits
+// in a write is reported with a *StuckError. [Handle.Prepare] does this for what it locks.
+func (b *Handle) Recover(ctx context.Context) ([]Recovered, error) { return b.recoverAll(ctx, dying) }
+
+// RecoverPatiently is Recover that waits, at most for the Handle's timeout, for what still writes for a run that is over.
+func (b *Handle) RecoverPatiently(ctx context.Context) ([]Recovered, error) {
+	return b.recoverAll(ctx, b.Timeout())
+}
+
+// Stuck is what the last Recover reported with an error.
+func (b *Handle) Stuck() []Recovered {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.stuck
+}
+
+func (b *Handle) recoverAll(ctx context.Context, patience time.Duration) ([]Recovered, error) {
+	if err := b.mayChange(); err != nil {
+		return nil, err
+	}
+	l, err := b.locks.open()
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, b.Timeout())
+	defer cancel()
+
+	r := recovery{b: b, locks: l, patience: patience, records: map[iommu.Address]changeRecord{}}
+	if err := r.claim(ctx); err != nil {
+		return nil, err
+	}
+	for _, first := range slices.SortedFunc(maps.Keys(r.records), iommu.Address.Compare) {
+		r.unit(ctx, first)
+	}
+
+	slices.SortFunc(r.out, func(a, b Recovered) int { return a.Device.Compare(b.Device) })
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.stuck = slices.DeleteFunc(slices.Clone(r.out), func(r Recovered) bool { return r.Err == nil })
+	return r.out, nil
+}
+
+// recovery is one run of Recover.
+type recovery struct {
+	b        *Handle
+	locks    *filelock.File
+	patience time.Duration // for a child whose command is over
+
+	records map[iommu.Address]changeRecord // of devices that are locked now
+	out     []Recovered
+}
+
+// claim locks the devices that have a record, and reads it: it may have ended since the names were read.
+func (r *recovery) claim(ctx context.Context) error {
+	keys, err := r.b.journal.Keys(journal.Changing)
+	if err != nil {
+		return err
+	}
+	var recorded []iommu.Address
+	for _, k := range keys {
+		if a, err := iommu.ParseAddress(strings.TrimPrefix(k, journal.Changing)); err == nil {
+			recorded = append(recorded, a)
+		}
+	}
+
+	for _, a := range recorded {
+		if r.left(a, recorded) {
+			continue
+		}
+		ours, err := r.lock(ctx, a)
+		if err != nil {
+			return err
+		}
+		if !ours {
+			continue
+		}
+		switch record, known, err := r.b.change(a); {
+		case err != nil:
+			r.out = append(r.out, Recovered{a, "has a record that cannot be read", err})
+		case known:
+			r.records[a] = record
+			continue
+		}
+		r.b.locks.pass(a)
+	}
+	return nil
+}
+
+// left reports whether a device is left to whoever has the first of its unit: who has that has the unit.
+func (r *recovery) left(a iommu.Address, recorded []iommu.Address) bool {
+	record, known, err := r.b.change(a)
+	if r.b.Holds(a) || err != nil || !known || record.Unit[0] == a || !slices.Contains(recorded, record.Unit[0]) {
+		return false
+	}
+	_, claimed := r.records[record.Unit[0]]
+	return !claimed
+}
+
+// lock locks a device for its recovery, unless another has it. A child that still writes for a command that is over is waited
+// for a while, and else told of.
+func (r *recovery) lock(ctx context.Context, a iommu.Address) (bool, error) {
+	if r.b.Holds(a) {
+		return true, nil
+	}
+	if ok, err := r.locks.Try(offset(a)); ok || err != nil {
+		return ok, err
+	}
+	record, known, err := r.b.change(a)
+	if err != nil || !known || record.Command.Alive(r.b.host) {
+		return false, nil
+	}
+
+	patience := r.patience
+	if record.Stuck != "" {
+		patience = dying
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	if r.locks.Wait(ctx, offset(a)) == nil {
+		return true, nil
+	}
+	record, known, err = r.b.change(a)
+	if err == nil && known && record.orphan(r.b.host) {
+		r.out = append(r.out, Recovered{a, "is still stuck", r.b.stillStuck(record)})
+	}
+	return false, nil
+}
+
+// unit recovers the unit that a device with a record is of, unless it went with a unit before.
+func (r *recovery) unit(ctx context.Context, first iommu.Address) {
+	record, ok := r.records[first]
+	if !ok {
+		return
+	}
+
+	var members []changeRecord
+	whole := true
+	for _, a := range record.Unit {
+		if m, ok := r.records[a]; ok {
+			members = append(members, m)
+			delete(r.records, a)
+		} else if _, known, err := r.b.change(a); known || err != nil {
+			whole = false // another has it, or its write is stuck: half a unit is not recovered
+		}
+	}
+	defer func() {
+		for _, m := range members {
+			r.b.locks.pass(m.Change.Device)
+		}
+	}()
+
+	switch {
+	case !whole:
+	case record.Op == opTake || record.Op == opGive:
+		r.out = append(r.out, r.b.recoverUnit(members)...)
+	default:
+		r.out = append(r.out, r.b.recoverOther(ctx, record))
+	}
+}
+
+func (b *Handle) stillStuck(r changeRecord) error {
+	what := r.Stuck
+	if what == "" {
+		what = fmt.Sprintf("a write of viaduct (pid %d), which was killed,", r.Command.PID)
+	}
+	return &StuckError{Device: r.Change.Device, What: what, Writer: *r.Writer, Since: r.Since, Holders: r.waitsFor(b.host)}
+}
+
+// recoverOther has another package finish or undo its change.
+func (b *Handle) recoverOther(ctx context.Context, r changeRecord) Recovered {
+	a := r.Change.Device
+	other := b.options.Recoverers[r.Op]
+	if other == nil {
+		return Recovered{a, "was left alone", &UnknownChangeError{a, r.Op}}
+	}
+	now, err := iommu.ReadDevice(b.host, a)
+	if r.Change.gone(&now, err) {
+		return Recovered{a, "is gone", b.End(a)}
+	}
+
+	// The device is this Handle's while it is recovered.
+	held := b.Holds(a)
+	b.locks.hold(a)
+	what, err := other(ctx, b, a, r.Data)
+	if err == nil {
+		err = b.End(a)
+	}
+	if !held {
+		b.locks.unhold(a)
+	}
+	if err != nil {
+		err = fmt.Errorf("%s: %w", a, err)
+	}
+	return Recovered{a, what, err}
+}
+
+// recoverUnit finishes a unit that is on its way back, or that is where it was to go as a whole, and puts back any other.
+func (b *Handle) recoverUnit(unit []changeRecord) []Recovered {
+	whole := true
+	for i := range unit {
+		whole = whole && unit[i].Change.check(b.host) == nil
+	}
+
+	var out []Recovered
+	for i := range unit {
+		c := &unit[i].Change
+		c.op = unit[i].Op
+		r := Recovered{Device: c.Device}
+		now, err := iommu.ReadDevice(b.host, c.Device)
+		switch {
+		case c.gone(&now, err):
+			r.What, r.Err = "is gone", errors.Join(b.End(c.Device), b.forgetTaken(c.Device))
+		case err != nil:
+			r.What, r.Err = "cannot be read", err
+		case c.op == opGive || whole:
+			r.What = "has arrived: its change had been interrupted"
+			if r.Err = b.arrive(c); r.Err == nil {
+				r.Err = b.finish(*c)
+			}
+		default:
+			r.What, r.Err = "was put back: its change had been interrupted", b.putBack(*c, nil)
+		}
+		if r.Err != nil {
+			r.Err = fmt.Errorf("%s: %w", c.Device, r.Err)
+		}
+		out = append(out, r)
+	}
+	return out
+}

@@ -1,0 +1,160 @@
+package holder
+
+import (
+	"errors"
+	"fmt"
+	"path"
+	"slices"
+	"strings"
+
+	"viaduct/internal/host"
+	"viaduct/iommu"
+)
+
+// ErrRefused is matched by every error that says that a safety check refused and nothing was touched.
+var ErrRefused = errors.New("refused")
+
+// RefusedError says what was refused and why. It matches ErrRefused.
+type RefusedError struct {
+	What    string // what was to be done
+	Reasons []string
+	Cure    string // what the user can do; "" if nothing
+}
+
+func (e *RefusedError) Error() string {
+	s := "refused to " + e.What + ": " + strings.Join(e.Reasons, "; ")
+	if e.Cure != "" {
+		s += " (" + e.Cure + ")"
+	}
+	return s
+}
+
+// Is makes it an ErrRefused.
+func (e *RefusedError) Is(target error) bool { return target == ErrRefused }
+
+// ErrBlind is matched by errors that say that not all holders could be seen. What could be seen is returned beside it.
+var ErrBlind = errors.New("who has the device open cannot be seen (that takes root with CAP_SYS_PTRACE, in the host's pid namespace)")
+
+// Holder is one user of a device.
+type Holder struct {
+	Device string // the device's name
+	Kind   Kind
+	What   string // as in "(enp1s0) carries the default route"
+	PID    int    // of a process, else 0
+	Guest  string // whose the device is, or which a process runs, where that is known
+	Final  bool   // cannot be overridden
+}
+
+func (h Holder) String() string { return h.Device + " " + h.What }
+
+// Find says who uses the devices in a way that must not be cut off. It looks at a running host only: a captured one has no
+// users. With an error that matches ErrBlind it returns those that it could see.
+func Find(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
+	if !h.Live() {
+		return nil, nil
+	}
+
+	var out []Holder
+	var blind error
+	var looked []*look
+	for i := range kinds {
+		l := kinds[i].look
+		if slices.Contains(looked, l) {
+			continue
+		}
+		looked = append(looked, l)
+		found, err := l.find(h, devices)
+		if errors.Is(err, ErrBlind) {
+			blind = err
+		} else if err != nil {
+			return nil, err
+		}
+		out = append(out, found...)
+	}
+	return out, blind
+}
+
+// Refuse returns a *RefusedError naming the holders that force does not override, or nil.
+func Refuse(what string, holders []Holder, force []Kind, cure string) error {
+	var reasons []string
+	for _, h := range holders {
+		if reason := h.Against(force); reason != "" {
+			reasons = append(reasons, reason)
+		}
+	}
+	if len(reasons) == 0 {
+		return nil
+	}
+	return &RefusedError{What: what, Reasons: reasons, Cure: cure}
+}
+
+// Against says why the holder is a reason to refuse, with how it can be overridden; "" if force overrides it.
+func (h Holder) Against(force []Kind) string {
+	switch {
+	case h.Final:
+		return h.String() + ", which cannot be forced"
+	case slices.Contains(force, h.Kind):
+		return ""
+	}
+	return h.String() + " [--force=" + string(h.Kind) + "]"
+}
+
+func devicePath(a iommu.Address) string { return path.Join("sys/bus/pci/devices", a.String()) }
+
+// displayHolders finds the display that the firmware began with and active framebuffers. A device without a driver counts too:
+// the console may be on its memory.
+func displayHolders(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
+	var out []Holder
+	var frames map[string]string
+	for _, d := range devices {
+		if !d.PCI || d.Class>>16 != 3 || d.VFIO {
+			continue
+		}
+
+		boot, err := h.Steady(path.Join(devicePath(d.Address), "boot_vga"))
+		if err != nil && !host.Absent(err) {
+			return nil, err
+		}
+		if boot == "1" {
+			out = append(out, Holder{Device: d.Name, Kind: Display, What: "is the display this host started on"})
+		}
+
+		if frames == nil {
+			if frames, err = framebuffers(h); err != nil {
+				return nil, err
+			}
+		}
+		if fb := frames[d.Name]; fb != "" {
+			what := fmt.Sprintf("has the active framebuffer %s", fb)
+			out = append(out, Holder{Device: d.Name, Kind: Display, What: what})
+		}
+	}
+	return out, nil
+}
+
+// framebuffers are the framebuffers of a host by the names of all devices that they are below.
+func framebuffers(h *iommu.Host) (map[string]string, error) {
+	const class = "sys/class/graphics"
+	names, err := h.Names(class)
+	if err != nil && !host.Absent(err) {
+		return nil, err
+	}
+
+	out := map[string]string{}
+	for _, n := range names {
+		if !strings.HasPrefix(n, "fb") {
+			continue
+		}
+		target, err := h.Link(path.Join(class, n))
+		if host.Absent(err) || errors.Is(err, errNoLink) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		for part := range strings.SplitSeq(target, "/") {
+			out[part] = n
+		}
+	}
+	return out, nil
+}

@@ -1,0 +1,252 @@
+package holder
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"viaduct/internal/host"
+	"viaduct/iommu"
+	"viaduct/vfio"
+)
+
+// Node is a device file, whatever its name is in some chroot or mount namespace.
+type Node struct {
+	Block  bool   `json:"block,omitempty"`
+	Number uint64 `json:"number"` // the major number in the upper 32 bits
+}
+
+// Processes finds processes that have a device open: the node of its group, its own node, or the nodes of what its driver made
+// of it (verbs, disks, render nodes). Unbinding a device that a guest has open blocks for as long as it has.
+func Processes(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
+	if !h.Live() {
+		return nil, nil
+	}
+
+	nodes := map[Node]*iommu.Device{}
+	for _, d := range devices {
+		found, err := Nodes(h, d)
+		if err != nil {
+			return nil, err
+		}
+		for _, n := range found {
+			nodes[n] = d
+		}
+	}
+	return openIn(h, devices, nodes)
+}
+
+// OpenIn finds the processes that have one of the nodes open that led to a device when [Nodes] listed them: while an unbind
+// waits for one of them, the device itself leads to none any more.
+func OpenIn(h *iommu.Host, d *iommu.Device, nodes []Node) ([]Holder, error) {
+	of := map[Node]*iommu.Device{}
+	for _, n := range nodes {
+		of[n] = d
+	}
+	return openIn(h, []*iommu.Device{d}, of)
+}
+
+// openIn finds the processes that have one of the nodes open.
+func openIn(h *iommu.Host, devices []*iommu.Device, nodes map[Node]*iommu.Device) ([]Holder, error) {
+	if len(nodes) == 0 {
+		return nil, nil
+	}
+	pids, err := processes(h)
+	if err != nil {
+		return nil, err
+	}
+
+	var out []Holder
+	var blind error
+	for _, pid := range pids {
+		held, err := heldBy(h, pid, devices, nodes)
+		if errors.Is(err, ErrBlind) {
+			blind = err
+		} else if err != nil {
+			return nil, err
+		}
+		if len(held) == 0 {
+			continue
+		}
+
+		name := processName(h, pid)
+		if strings.HasPrefix(name, "(udev-worker") || strings.Contains(name, "udevd") {
+			continue // it looks at every new disk, and is gone in a moment
+		}
+		number, _ := strconv.Atoi(pid)
+		guest := guestName(h, pid, name)
+		for _, d := range held {
+			what := "is open in " + describe(pid, name, guest)
+			out = append(out, Holder{Device: d.Name, Kind: Process, PID: number, Guest: guest, What: what})
+		}
+	}
+	return out, blind
+}
+
+// heldBy are the devices that one process has open. A process that ended has none.
+func heldBy(h *iommu.Host, pid string, devices []*iommu.Device, nodes map[Node]*iommu.Device) ([]*iommu.Device, error) {
+	dir := path.Join("proc", pid, "fd")
+	fds, err := h.Names(dir)
+	if err != nil {
+		return nil, unseen(dir, err)
+	}
+
+	var held, nameless []*iommu.Device
+	var blind error
+	viaNode := false
+	for _, fd := range fds {
+		target, err := h.Link(path.Join(dir, fd))
+		if err != nil {
+			if err = unseen(dir, err); errors.Is(err, ErrBlind) {
+				blind = err
+			} else if err != nil {
+				return nil, err
+			}
+			continue
+		}
+
+		var found []*iommu.Device
+		switch {
+		case strings.HasPrefix(target, "anon_inode:[vfio-device]"):
+			d, named := openDevice(h, pid, fd, devices)
+			if !named {
+				nameless = onVFIO(devices)
+			} else if d != nil {
+				found = append(found, d)
+			}
+		case strings.HasPrefix(target, "/"):
+			viaNode = viaNode || strings.HasPrefix(target, "/dev/vfio/") && target != "/dev/vfio/vfio"
+			block, number, err := h.DeviceNumber(path.Join(dir, fd))
+			if errors.Is(err, host.ErrNoDevice) {
+				continue
+			}
+			if err != nil {
+				if err = unseen(dir, err); errors.Is(err, ErrBlind) {
+					blind = err
+				} else if err != nil {
+					return nil, err
+				}
+				continue
+			}
+			if d := nodes[Node{block, number}]; d != nil {
+				found = append(found, d)
+			}
+		}
+		for _, d := range found {
+			if !slices.Contains(held, d) {
+				held = append(held, d)
+			}
+		}
+	}
+
+	// Who was passed the descriptor of a device and has no node of VFIO may have any device, where the kernel does not say which.
+	if len(nameless) > 0 && !viaNode {
+		return nameless, blind
+	}
+	return held, blind
+}
+
+func onVFIO(devices []*iommu.Device) []*iommu.Device {
+	return slices.DeleteFunc(slices.Clone(devices), func(d *iommu.Device) bool { return !d.VFIO })
+}
+
+// unseen is the ErrBlind of what may not be looked at, nil for a process or descriptor that is gone, and else the error itself.
+func unseen(dir string, err error) error {
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("%w: /%s: %w", ErrBlind, dir, unix.EACCES)
+	case host.Absent(err) || errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, errNoLink):
+		return nil
+	}
+	return err
+}
+
+// Nodes are all nodes that lead to a device: of VFIO, or of what the host's driver made of it.
+func Nodes(h *iommu.Host, d *iommu.Device) ([]Node, error) {
+	if !d.PCI || d.Driver == "" {
+		return nil, nil
+	}
+
+	var nodes []Node
+	add := func(block bool, file string) error {
+		text, err := h.Steady(file)
+		if host.Absent(err) || errors.Is(err, unix.ENOTDIR) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if number, ok := parseNumber(text); ok {
+			nodes = append(nodes, Node{block, number})
+		}
+		return nil
+	}
+
+	if d.VFIO {
+		own, err := vfio.Numbers(h, d)
+		for _, file := range own {
+			err = errors.Join(err, add(false, file))
+		}
+		return nodes, err
+	}
+
+	classes, err := iommu.ClassDevices(h, d.Address)
+	if err != nil {
+		return nil, err
+	}
+	for class, names := range classes {
+		for _, n := range names {
+			if class != "net" && class != "block" {
+				err = errors.Join(err, add(false, path.Join("sys/class", class, n, "dev")))
+			}
+		}
+	}
+	disks, failed := Disks(h, d)
+	if err = errors.Join(err, failed); err != nil {
+		return nil, err
+	}
+	for _, n := range disks {
+		err = errors.Join(err, add(true, path.Join(blockClass, n, "dev")))
+		// The same namespace of NVMe is there as a character device.
+		if number, ok := strings.CutPrefix(n, "nvme"); ok {
+			err = errors.Join(err, add(false, path.Join("sys/class/nvme-generic", "ng"+number, "dev")))
+		}
+	}
+	return nodes, err
+}
+
+// parseNumber reads the major:minor of a dev attribute.
+func parseNumber(s string) (uint64, bool) {
+	major, minor, ok := strings.Cut(s, ":")
+	a, err1 := strconv.ParseUint(major, 10, 32)
+	b, err2 := strconv.ParseUint(minor, 10, 32)
+	return a<<32 | b, ok && err1 == nil && err2 == nil
+}
+
+// openDevice is the device behind a descriptor of the container interface, nil if it is none of these; named is false where
+// the kernel does not tell (before Linux 6.18).
+func openDevice(h *iommu.Host, pid, fd string, devices []*iommu.Device) (d *iommu.Device, named bool) {
+	info, err := h.Read(path.Join("proc", pid, "fdinfo", fd))
+	if err != nil {
+		return nil, false
+	}
+	for line := range strings.Lines(string(info)) {
+		syspath, ok := strings.CutPrefix(strings.TrimSpace(line), "vfio-device-syspath:")
+		if !ok {
+			continue
+		}
+		name := path.Base(strings.TrimSpace(syspath))
+		i := slices.IndexFunc(devices, func(d *iommu.Device) bool { return d.Name == name })
+		if i < 0 {
+			return nil, true
+		}
+		return devices[i], true
+	}
+	return nil, false
+}

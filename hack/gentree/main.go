@@ -69,6 +69,7 @@ type tree struct {
 	group  int
 	inside int // members of the last group
 	irq    int
+	vfio   int // devices on a vfio driver so far
 	vfs    map[string]int
 	dense  bool // every bus is a PF and its VFs
 }
@@ -242,6 +243,29 @@ func (t *tree) add(f function) {
 	if f.driver != "" {
 		t.interrupt("IR-PCI-MSIX-" + name)
 	}
+	if strings.Contains(f.driver, "vfio") {
+		t.nodes(at, f.group)
+	}
+}
+
+// nodes makes what the kernel has, and udev makes, for a device on a vfio driver: a node of its group, and one of its own. They are
+// plain files, as an ordinary user can make no others.
+func (t *tree) nodes(at string, group int) {
+	own := fmt.Sprintf("vfio%d", t.vfio)
+	t.dir(filepath.Join(at, "vfio-dev", own))
+	t.file(filepath.Join(at, "vfio-dev", own, "dev"), fmt.Sprintf("511:%d\n", t.vfio))
+	t.link("sys/class/vfio-dev/"+own, filepath.Join(at, "vfio-dev", own))
+	t.file("dev/vfio/devices/"+own, "")
+	t.vfio++
+
+	shared := "sys/devices/virtual/vfio/" + strconv.Itoa(group)
+	if _, err := os.Lstat(filepath.Join(t.root, shared)); err == nil {
+		return // of another device in it
+	}
+	t.dir(shared)
+	t.file(shared+"/dev", fmt.Sprintf("236:%d\n", group))
+	t.link("sys/class/vfio/"+strconv.Itoa(group), shared)
+	t.file("dev/vfio/"+strconv.Itoa(group), "")
 }
 
 func (t *tree) interrupt(chip string) {
@@ -275,7 +299,8 @@ func main() {
 	}
 	t := &tree{root: flag.Arg(0), left: count, vfs: map[string]int{}, dense: *dense}
 	for _, d := range []string{"sys/bus/pci/devices", "sys/class/net", "sys/class/iommu", "sys/devices/virtual/net/lo",
-		"sys/devices/virtual/iommu/ivhd0", "sys/kernel/iommu_groups", "usr/share/misc", "proc", "dev"} {
+		"sys/devices/virtual/iommu/ivhd0", "sys/kernel/iommu_groups", "sys/class/vfio", "sys/class/vfio-dev", "usr/share/misc", "proc",
+		"dev/vfio/devices"} {
 		t.dir(d)
 	}
 	t.link("sys/class/net/lo", "sys/devices/virtual/net/lo")
@@ -285,6 +310,8 @@ func main() {
 		text = []byte(madeUpIDs)
 	}
 	t.file("usr/share/misc/pci.ids", string(text))
+	t.file("dev/vfio/vfio", "")
+	t.file("dev/iommu", "")
 	for range 24 {
 		t.interrupt("IR-IO-APIC")
 	}

@@ -29,4 +29,3 @@ func (s Step) String() string {
 	}
 	return fmt.Sprintf("echo > /%s", s.Path)
 }
-

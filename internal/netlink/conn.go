@@ -1,8 +1,8 @@
 // Package netlink asks the kernel over netlink: one request, and its answer or answers. It knows the messages of interfaces,
 // addresses and routes, and finds families of generic netlink; what their attributes mean to VFs stands above it.
 //
-// What the kernel says is not always whole. A message that was cut is asked for again with more room or with less in it, and a
-// list that changed while it was told is told again. A receive has a deadline.
+// What the kernel says is not always whole. A message that was cut is asked for again with less in it, and a list that changed
+// while it was told is told again. A receive has a deadline.
 package netlink
 
 import (
@@ -26,7 +26,7 @@ var errInterrupted = errors.New("what was asked for changed all the time while t
 const (
 	// patience is how long an answer is waited for. The kernel has it when a request was sent.
 	patience = 30 * time.Second
-	// firstRoom is what most answers fit in, and mostRoom what an answer may take at all: an interface with 4,096 VFs.
+	// firstRoom is what most answers fit in, and mostRoom what one may take at all: that of an interface with 4,096 VFs does.
 	firstRoom = 64 << 10
 	mostRoom  = 16 << 20
 	// retells is how often a list may change while it is told.
@@ -78,18 +78,11 @@ func (c *Conn) Close() { unix.Close(c.fd) }
 // Ask makes a request that has one answer, and returns the answer's payload; nil if it is only that it was done. Errors wrap
 // the errno, and ErrCut.
 func (c *Conn) Ask(kind int, flags int, parts ...nl.NetlinkRequestData) ([]byte, error) {
-	for {
-		req := request(kind, flags, parts)
-		if err := c.send(req); err != nil {
-			return nil, err
-		}
-
-		answer, err := c.answer(req.Seq)
-		if again, ok := errors.AsType[*noRoomError](err); ok && again.grown {
-			continue
-		}
-		return answer, err
+	req := request(kind, flags, parts)
+	if err := c.send(req); err != nil {
+		return nil, err
 	}
+	return c.answer(req.Seq)
 }
 
 func (c *Conn) answer(sequence uint32) ([]byte, error) {
@@ -131,15 +124,11 @@ func (c *Conn) Dump(kind int, parts ...nl.NetlinkRequestData) ([][]byte, error) 
 	return nil, errInterrupted
 }
 
-// answers reads to the end of a dump; whole is false if what it tells of changed meanwhile, or a part of it did not fit.
+// answers reads to the end of a dump; whole is false if what it tells of changed meanwhile.
 func (c *Conn) answers(sequence uint32) (out [][]byte, whole bool, err error) {
 	whole = true
 	for {
 		b, err := c.receive()
-		if room, ok := errors.AsType[*noRoomError](err); ok && room.grown {
-			whole = false
-			continue
-		}
 		if err != nil {
 			return nil, false, err
 		}
@@ -180,43 +169,42 @@ func (c *Conn) send(req *nl.NetlinkRequest) error {
 	return os.NewSyscallError("sendto", err)
 }
 
-// noRoomError says that a message did not fit into what there was for it; if there is more now, it can be asked for again.
-type noRoomError struct{ grown bool }
-
-func (e *noRoomError) Error() string { return ErrCut.Error() + ": it is too long" }
-
-// Is makes it an ErrCut.
-func (e *noRoomError) Is(target error) bool { return target == ErrCut }
-
-// receive reads one datagram, which is valid until the next call.
+// receive reads one datagram, which is valid until the next call. It asks for the length first, and makes room for it: the rest
+// of one that was cut is lost, with the end of a list that it may hold.
 func (c *Conn) receive() ([]byte, error) {
-	if c.room == nil {
-		c.room = make([]byte, firstRoom)
+	n, err := c.recv(nil, unix.MSG_PEEK)
+	if err != nil {
+		return nil, err
+	}
+	if n > mostRoom {
+		return nil, fmt.Errorf("%w: it has %d bytes", ErrCut, n)
+	}
+	if n > len(c.room) {
+		c.room = make([]byte, max(n, firstRoom))
 	}
 
-	var n, flags int
-	err := uninterrupted(func() (err error) {
-		n, _, flags, _, err = unix.Recvmsg(c.fd, c.room, nil, unix.MSG_TRUNC)
+	got, err := c.recv(c.room, 0)
+	if err == nil && got != n {
+		err = fmt.Errorf("%w: %d bytes of %d", ErrCut, n, got)
+	}
+	return c.room[:n], err
+}
+
+// recv is recvmsg, which returns the length of the whole datagram.
+func (c *Conn) recv(room []byte, flags int) (n int, err error) {
+	err = uninterrupted(func() (err error) {
+		n, _, _, _, err = unix.Recvmsg(c.fd, room, nil, flags|unix.MSG_TRUNC)
 		return err
 	})
 	switch {
 	case errors.Is(err, unix.EAGAIN):
-		return nil, fmt.Errorf("netlink: no answer within %s: %w", patience, os.ErrDeadlineExceeded)
+		return 0, fmt.Errorf("netlink: no answer within %s: %w", patience, os.ErrDeadlineExceeded)
 	case err != nil:
-		return nil, os.NewSyscallError("recvmsg", err)
+		return 0, os.NewSyscallError("recvmsg", err)
 	case n == 0:
-		return nil, errors.New("netlink: the other side is gone")
+		return 0, errors.New("netlink: the other side is gone")
 	}
-
-	if flags&unix.MSG_TRUNC != 0 || n > len(c.room) {
-		// With MSG_TRUNC the length is that of the whole message.
-		grown := n > len(c.room) && n <= mostRoom
-		if grown {
-			c.room = make([]byte, n+n/4)
-		}
-		return nil, &noRoomError{grown}
-	}
-	return c.room[:n], nil
+	return n, nil
 }
 
 func uninterrupted(call func() error) error {

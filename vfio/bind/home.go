@@ -2,6 +2,7 @@ package bind
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -20,39 +21,44 @@ func (b *Handle) awaitHome(ctx context.Context, d *iommu.Device) error {
 	}
 	events, err := uevent.Open(b.host.Host) // before the first look
 	if err != nil {
-		return err
+		return fmt.Errorf("%s was given back, but what it makes cannot be waited for: %w", d.Name, err)
 	}
 	defer events.Close()
 	ctx, cancel := context.WithTimeout(ctx, b.Timeout())
 	defer cancel()
 
 	for {
-		now, err := iommu.ReadDevice(b.host, d.Address)
+		driver, missing, err := b.missing(d, r)
 		if err != nil {
-			return err
-		}
-		netdevs, err := iommu.Netdevs(b.host, d.Address)
-		if err != nil {
-			return err
-		}
-		disks, err := holder.Disks(b.host, &now)
-		if err != nil {
-			return err
-		}
-
-		var missing []string
-		if len(netdevs) == 0 && len(r.Identity.MACs) > 0 {
-			missing = append(missing, "a network interface")
-		}
-		if len(disks) == 0 && r.Block {
-			missing = append(missing, "a disk")
+			return fmt.Errorf("%s was given back, but whether it has made what it had is not known: %w", d.Name, err)
 		}
 		if len(missing) == 0 {
 			return nil
 		}
 		if ctx.Err() != nil {
-			return fmt.Errorf("%s is on %s again, but has not made %s, which it had", d.Name, now.Driver, strings.Join(missing, " and "))
+			return fmt.Errorf("%s is on %s again, but has not made %s, which it had", d.Name, driver, strings.Join(missing, " and "))
 		}
 		events.Await(ctx, time.Second)
 	}
+}
+
+// missing is what a device that was given back had when it was taken and has not made again, on the driver that it has now.
+func (b *Handle) missing(d *iommu.Device, had takenRecord) (driver string, missing []string, err error) {
+	now, err := iommu.ReadDevice(b.host, d.Address)
+	if err != nil {
+		return "", nil, err
+	}
+	netdevs, err1 := iommu.Netdevs(b.host, d.Address)
+	disks, err2 := holder.Disks(b.host, &now)
+	if err := errors.Join(err1, err2); err != nil {
+		return "", nil, err
+	}
+
+	if len(netdevs) == 0 && len(had.Identity.MACs) > 0 {
+		missing = append(missing, "a network interface")
+	}
+	if len(disks) == 0 && had.Block {
+		missing = append(missing, "a disk")
+	}
+	return now.Driver, missing, nil
 }

@@ -2,6 +2,7 @@ package hosttest
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"maps"
 	"net"
@@ -167,7 +168,11 @@ func (k *Kernel) serve(fd int, family int, namespace string) {
 		}
 		kind, flags := binary.NativeEndian.Uint16(b[4:]), binary.NativeEndian.Uint16(b[6:])
 		c := &conversation{k: k, kind: kind, flags: flags, sequence: binary.NativeEndian.Uint32(b[8:]), namespace: namespace}
-		for _, datagram := range c.answer(family, b[unix.SizeofNlMsghdr:n]) {
+		answers := c.fault()
+		if answers == nil {
+			answers = c.answer(family, b[unix.SizeofNlMsghdr:n])
+		}
+		for _, datagram := range answers {
 			if k.Net.Answer != nil {
 				datagram = k.Net.Answer(kind, datagram)
 			}
@@ -198,6 +203,17 @@ func (c *conversation) message(kind, flags uint16, payload []byte) []byte {
 func (c *conversation) ack(err syscall.Errno) [][]byte {
 	b := binary.NativeEndian.AppendUint32(nil, uint32(-int32(err)))
 	return [][]byte{c.message(unix.NLMSG_ERROR, 0, append(b, make([]byte, unix.SizeofNlMsghdr)...))}
+}
+
+// fault is the answer to a request that is to fail, nil if it is not.
+func (c *conversation) fault() [][]byte {
+	err := c.k.Operation("message", strconv.Itoa(int(c.kind)))
+	if err == nil {
+		return nil
+	}
+	errno := syscall.EIO
+	errors.As(err, &errno)
+	return c.ack(errno)
 }
 
 // dump is the answer to a request for a list. The kernel tells in each message whether the list changed.

@@ -1,0 +1,430 @@
+package netlink
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+
+	"viaduct/internal/host"
+	"viaduct/internal/host/hosttest"
+)
+
+// pf is the igb of the captured lab host, which has an interface.
+const (
+	pf    = "0000:01:00.0"
+	nic   = "enp1s0"
+	other = "enp2s0"
+)
+
+func dial(t *testing.T, k *hosttest.Kernel, family int) *Conn {
+	t.Helper()
+	c, err := Dial(k.Host(), family)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Close)
+	return c
+}
+
+func makeVFs(t *testing.T, k *hosttest.Kernel, n int) {
+	t.Helper()
+	dir := "sys/bus/pci/devices/" + pf
+	for file, value := range map[string]string{"sriov_totalvfs": fmt.Sprintln(n), "sriov_offset": "32768\n", "sriov_stride": "1\n"} {
+		if err := os.WriteFile(k.Dir()+"/"+dir+"/"+file, []byte(value), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(k.Write(dir+"/sriov_drivers_autoprobe", "0"), k.Write(dir+"/sriov_numvfs", fmt.Sprint(n))); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// The VFs of a link are told in a list whose length has 16 bits. It is read to its end all the same, whatever it says of itself.
+func TestManyVFs(t *testing.T) {
+	for _, n := range []int{1, 7, 100, 256, 600} {
+		k := hosttest.NewLab(t, nil)
+		makeVFs(t, k, n)
+		c := dial(t, k, unix.NETLINK_ROUTE)
+		l, err := c.LinkWithVFs(nic, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if l.NumVF != n || len(l.VFs) != n || !l.VFStatistics {
+			t.Errorf("%d VFs: told of %d, %d of them, with counters %v", n, l.NumVF, len(l.VFs), l.VFStatistics)
+		}
+		for i, vf := range l.VFs {
+			Attributes(vf, func(kind uint16, v []byte) {
+				if kind == nl.IFLA_VF_MAC && int(native.Uint32(v)) != i {
+					t.Fatalf("of %d VFs, vf%d is told where vf%d is to be", n, native.Uint32(v), i)
+				}
+			})
+		}
+		if len(l.Permanent) != 6 { // what follows the list is read too
+			t.Errorf("%d VFs: the interface has no permanent address", n)
+		}
+	}
+}
+
+// A message that was cut is asked for again with less: VFs without counters, and at last no VFs, of which nothing is known then.
+func TestCutVFs(t *testing.T) {
+	for _, cut := range []struct {
+		longest int // message that comes whole
+		vfs     int
+		number  int
+	}{{1 << 20, 7, 7}, {1500, 7, 7}, {1000, 0, -1}} {
+		k := hosttest.NewLab(t, nil)
+		makeVFs(t, k, 7)
+		k.Net.Answer = func(_ uint16, b []byte) []byte {
+			if len(b) > cut.longest {
+				return b[:cut.longest]
+			}
+			return b
+		}
+		l, err := dial(t, k, unix.NETLINK_ROUTE).LinkWithVFs(nic, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if l.NumVF != cut.number || len(l.VFs) != cut.vfs || l.VFStatistics != (cut.longest == 1<<20) {
+			t.Errorf("cut at %d: %d VFs, told %d, counters %v", cut.longest, l.NumVF, len(l.VFs), l.VFStatistics)
+		}
+	}
+}
+
+// A message that is longer than there was room for is read whole.
+func TestLongMessage(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	c := dial(t, k, unix.NETLINK_ROUTE)
+	all, err := c.Links()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.room = nil
+	k.Net.Answer = func(kind uint16, b []byte) []byte { return append(b[:len(b):len(b)], answer(0, 0, make([]byte, 100<<10))...) }
+	if links, err := c.Links(); err != nil || len(links) != len(all) || len(c.room) < 100<<10 {
+		t.Errorf("%d of %d links, %v, room for %d", len(links), len(all), err, len(c.room))
+	}
+	if l, err := c.LinkByName(nic); err != nil || l.Name != nic {
+		t.Errorf("%+v, %v", l, err)
+	}
+}
+
+// A dump whose subject changed while it was told is told again, however often; and not for ever.
+func TestInterruptedDump(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	k.Net.Addresses = []hosttest.Address{{Interface: nic, CIDR: "192.0.2.1/24"}, {Interface: other, CIDR: "2001:db8::1/64"}}
+	c := dial(t, k, unix.NETLINK_ROUTE)
+	k.Net.Interrupt = 77
+	got, err := c.Addresses()
+	if err != nil || len(got) != 2 || got[0].String() != "192.0.2.1/24" || got[1].String() != "2001:db8::1/64" {
+		t.Errorf("%v, %v", got, err)
+	}
+	if k.Net.Interrupt != 0 {
+		t.Errorf("%d answers were not asked for again", k.Net.Interrupt)
+	}
+	k.Net.Interrupt = 1 << 30
+	if got, err := c.Addresses(); !errors.Is(err, errInterrupted) || got != nil {
+		t.Errorf("what changes all the time: %v, %v", got, err)
+	}
+}
+
+// An answer that ends in the middle, or is none, is an error, and never a short list.
+func TestCutDump(t *testing.T) {
+	for n := range 200 {
+		k := hosttest.NewLab(t, nil)
+		c := dial(t, k, unix.NETLINK_ROUTE)
+		all, err := c.Links()
+		if err != nil {
+			t.Fatal(err)
+		}
+		whole := true
+		k.Net.Answer = func(_ uint16, b []byte) []byte {
+			at := min(7*n+1, len(b))
+			if at < len(b) && isBoundary(b, at) {
+				at-- // or it would not be cut, but one of several
+			}
+			whole = at == len(b)
+			return b[:at]
+		}
+		links, err := c.Links()
+		if err == nil && len(links) != len(all) || whole != (err == nil) || err != nil && !errors.Is(err, ErrCut) {
+			t.Fatalf("cut at %d: %d of %d links, %v", 7*n+1, len(links), len(all), err)
+		}
+		if whole {
+			return
+		}
+	}
+}
+
+func TestLinks(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	k.Net.Kinds = map[string]string{other: "bond"}
+	k.Net.Over = map[string]string{other: nic}
+	k.Net.Permanent = map[string]string{nic: "02:00:00:00:00:99", other: ""}
+	c := dial(t, k, unix.NETLINK_ROUTE)
+	links, err := c.Links()
+	if err != nil {
+		t.Fatal(err)
+	}
+	byName := map[string]*Link{}
+	for _, l := range links {
+		byName[l.Name] = l
+	}
+	if l := byName[nic]; l == nil || l.Permanent.String() != "02:00:00:00:00:99" || l.MTU != 1500 || len(l.VFs) != 0 {
+		t.Errorf("%+v", l)
+	}
+	if l := byName[other]; l == nil || l.Kind != "bond" || l.Over != byName[nic].Index || l.Permanent != nil {
+		t.Errorf("%+v", l)
+	}
+	if l, err := c.LinkByIndex(byName[nic].Index); err != nil || l.Name != nic {
+		t.Errorf("by its index: %+v, %v", l, err)
+	}
+	if _, err := c.LinkByName("not-there"); !Gone(err) {
+		t.Errorf("an interface that is not there: %v", err)
+	}
+	permanent, err := Permanent(k.Host(), []string{nic, "not-there", other})
+	if err != nil || len(permanent) != 1 || permanent[nic].String() != "02:00:00:00:00:99" {
+		t.Errorf("permanent addresses: %v, %v", permanent, err)
+	}
+}
+
+func TestSet(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	makeVFs(t, k, 2)
+	c := dial(t, k, unix.NETLINK_ROUTE)
+	l, err := c.LinkByName(nic)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mtu := nl.NewRtAttr(unix.IFLA_MTU, nl.Uint32Attr(9000))
+	mac := append([]byte{1, 0, 0, 0, 2, 3, 4, 5, 6, 7}, make([]byte, 26)...)
+	if err := errors.Join(c.SetLink(l.Index, unix.IFF_UP, unix.IFF_UP, mtu), c.SetGenMode(l.Index, 1),
+		c.SetVF(l.Index, nl.IFLA_VF_MAC, mac)); err != nil {
+		t.Fatal(err)
+	}
+	now, err := c.LinkWithVFs("", l.Index)
+	if err != nil || now.MTU != 9000 || now.Flags&unix.IFF_UP == 0 || now.GenMode == nil || *now.GenMode != 1 {
+		t.Errorf("%+v, %v", now, err)
+	}
+	if !bytes.Contains(now.VFs[1], mac) || bytes.Contains(now.VFs[0], mac[4:10]) {
+		t.Errorf("VFs %x", now.VFs)
+	}
+	k.Net.Refuse = map[int]unix.Errno{nl.IFLA_VF_MAC: unix.EPERM}
+	if err := c.SetVF(l.Index, nl.IFLA_VF_MAC, mac); !errors.Is(err, unix.EPERM) {
+		t.Errorf("refused: %v", err)
+	}
+	if err := c.SetVF(1<<20, nl.IFLA_VF_MAC, mac); !Gone(err) {
+		t.Errorf("an interface that is gone: %v", err)
+	}
+}
+
+func TestRoutes(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	k.Net.Routes = []hosttest.Route{
+		{To: "192.0.2.0/24", Over: []string{nic}, Protocol: unix.RTPROT_KERNEL}, {To: "default", Over: []string{other, nic}},
+	}
+	c := dial(t, k, unix.NETLINK_ROUTE)
+	one, _ := c.LinkByName(nic)
+	two, _ := c.LinkByName(other)
+	routes, err := c.Routes()
+	if err != nil || len(routes) != 2 {
+		t.Fatalf("%+v, %v", routes, err)
+	}
+	if r := routes[0]; r.Default() || r.To.String() != "192.0.2.0/24" || !slices.Equal(r.Over, []int{one.Index}) ||
+		r.Protocol != unix.RTPROT_KERNEL {
+		t.Errorf("%+v", r)
+	}
+	if r := routes[1]; !r.Default() || !slices.Equal(r.Over, []int{two.Index, one.Index}) || r.Kind != unix.RTN_UNICAST {
+		t.Errorf("%+v", r)
+	}
+	if over, err := c.RouteTo(net.ParseIP("192.0.2.7"), nil); err != nil || !slices.Equal(over, []int{one.Index}) {
+		t.Errorf("over %v, %v", over, err)
+	}
+	k.Net.Routes = nil
+	if over, err := c.RouteTo(net.ParseIP("192.0.2.7"), net.ParseIP("192.0.2.1")); !errors.Is(err, unix.ENETUNREACH) {
+		t.Errorf("over %v, %v", over, err)
+	}
+	if id, ok := c.Peer(1); !ok || id != 0 {
+		t.Errorf("the namespace of process 1 is %d, %v", id, ok)
+	}
+}
+
+func TestGeneric(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	if _, err := DialGeneric(k.Host(), "devlink", 1); !errors.Is(err, unix.ENOENT) {
+		t.Errorf("a kernel without devlink: %v", err)
+	}
+	k.Net.Eswitch = map[string][3]int{pf: {1, 0, 0}}
+	g, err := DialGeneric(k.Host(), "devlink", 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer g.Close()
+	ask := func(device string) ([]byte, error) {
+		return g.Ask(nl.DEVLINK_CMD_ESWITCH_GET, nl.NewRtAttr(nl.DEVLINK_ATTR_DEV_NAME, nl.ZeroTerminated(device)))
+	}
+	for range 2 { // its acknowledgement is not the answer to the next
+		b, err := ask(pf)
+		mode := -1
+		Attributes(b, func(kind uint16, v []byte) {
+			if kind == nl.DEVLINK_ATTR_ESWITCH_MODE {
+				mode = int(v[0])
+			}
+		})
+		if err != nil || mode != 1 {
+			t.Errorf("mode %d, %v", mode, err)
+		}
+	}
+	if b, err := ask("0000:7f:00.0"); !errors.Is(err, unix.ENODEV) || len(b) != 0 {
+		t.Errorf("%x, %v", b, err)
+	}
+}
+
+// answer is a netlink message as the kernel sends it.
+func answer(kind uint16, sequence uint32, payload []byte) []byte {
+	b := binary.NativeEndian.AppendUint32(nil, uint32(unix.SizeofNlMsghdr+len(payload)))
+	b = binary.NativeEndian.AppendUint16(b, kind)
+	b = binary.NativeEndian.AppendUint16(b, 0)
+	b = binary.NativeEndian.AppendUint32(b, sequence)
+	return append(binary.NativeEndian.AppendUint32(b, 0), payload...)
+}
+
+func TestDecodeMessage(t *testing.T) {
+	words := append([]byte{13, 0, unix.NLMSGERR_ATTR_MSG, 0}, "no way!\x00\x00\x00\x00\x00"...)
+	errno := -int32(unix.EPERM)
+	refused := append(binary.NativeEndian.AppendUint32(nil, uint32(errno)), make([]byte, unix.SizeofNlMsghdr)...)
+	m, rest, err := decodeMessage(append(answer(unix.NLMSG_ERROR, 7, append(refused, words...)), 1, 2, 3))
+	if err != nil || m.kind != unix.NLMSG_ERROR || m.sequence != 7 || len(rest) != 3 {
+		t.Fatalf("%+v, %v, %v", m, rest, err)
+	}
+	if err := decodeAck(m.payload); !errors.Is(err, unix.EPERM) || !strings.HasSuffix(err.Error(), ": no way!") {
+		t.Errorf("an error with words: %v", err)
+	}
+	if err := decodeAck(refused); !errors.Is(err, unix.EPERM) {
+		t.Errorf("an error without words: %v", err)
+	}
+	if err := decodeAck(make([]byte, 20)); err != nil {
+		t.Errorf("success: %v", err)
+	}
+	if err := decodeAck(nil); !errors.Is(err, ErrCut) {
+		t.Errorf("an acknowledgement without an errno: %v", err)
+	}
+	if err := decodeDone(refused); !errors.Is(err, unix.EPERM) {
+		t.Errorf("a dump that the kernel ends: %v", err)
+	}
+	if err := errors.Join(decodeDone(nil), decodeDone(make([]byte, 4))); err != nil {
+		t.Errorf("a dump that ends: %v", err)
+	}
+	for _, length := range []uint32{0, 15, 17} {
+		b := answer(unix.RTM_NEWLINK, 7, nil)
+		binary.NativeEndian.PutUint32(b, length)
+		if _, _, err := decodeMessage(b); !errors.Is(err, ErrCut) {
+			t.Errorf("16 bytes that say they are %d: %v", length, err)
+		}
+	}
+}
+
+// The kernel's own answers, against what Go's library says.
+func TestKernel(t *testing.T) {
+	h, err := host.Open("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	c, err := Dial(h, unix.NETLINK_ROUTE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	lo, err := net.InterfaceByName("lo")
+	if err != nil {
+		t.Skip("there is no loopback interface here:", err)
+	}
+	byName, err1 := c.LinkByName("lo")
+	byIndex, err2 := c.LinkByIndex(lo.Index)
+	if err := errors.Join(err1, err2); err != nil || byName.Index != lo.Index || byIndex.Name != "lo" || byName.MTU != lo.MTU {
+		t.Errorf("%+v, %+v, %v", byName, byIndex, err)
+	}
+	if l, err := c.LinkWithVFs("lo", 0); err != nil || l.NumVF != 0 || len(l.VFs) != 0 {
+		t.Errorf("%+v, %v", l, err)
+	}
+	if _, err := c.LinkByName("not-there"); !Gone(err) {
+		t.Errorf("an interface that is not there: %v", err)
+	}
+	addresses, err := c.Addresses()
+	theirs, _ := lo.Addrs()
+	for _, a := range theirs {
+		if !slices.ContainsFunc(addresses, func(b Address) bool { return b.Index == lo.Index && b.String() == a.String() }) {
+			t.Errorf("%v is not among %v, %v", a, addresses, err)
+		}
+	}
+}
+
+func FuzzDecodeMessage(f *testing.F) {
+	f.Add(answer(unix.NLMSG_ERROR, 1, make([]byte, 20)))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		for {
+			m, rest, err := decodeMessage(b)
+			if err != nil {
+				return
+			}
+			_, _ = decodeAck(m.payload), decodeDone(m.payload)
+			if len(rest) >= len(b) {
+				t.Fatal("it does not end")
+			}
+			b = rest
+		}
+	})
+}
+
+func FuzzDecodeLink(f *testing.F) {
+	f.Add(make([]byte, unix.SizeofIfInfomsg))
+	f.Add(append(make([]byte, unix.SizeofIfInfomsg), 8, 0, 22, 0, 1, 0, 0, 0, 5, 0, 1, 0))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		l, err := DecodeLink(b)
+		if err != nil {
+			return
+		}
+		total := 0
+		for _, vf := range l.VFs {
+			total += len(vf)
+		}
+		if total > len(b) {
+			t.Errorf("%d bytes of VFs in %d", total, len(b))
+		}
+	})
+}
+
+func FuzzDecodeRoute(f *testing.F) {
+	f.Add(append(make([]byte, unix.SizeofRtMsg), 12, 0, 9, 0, 8, 0, 0, 0, 1, 0, 0, 0))
+	f.Fuzz(func(_ *testing.T, b []byte) {
+		if r, ok := decodeRoute(b); ok {
+			_ = r.Default()
+		}
+		if a, ok := decodeAddress(b); ok {
+			_ = a.String()
+		}
+	})
+}
+
+// isBoundary reports whether a message of a datagram ends there.
+func isBoundary(b []byte, at int) bool {
+	for rest := b; len(rest) > 0; {
+		var err error
+		if _, rest, err = decodeMessage(rest); err != nil {
+			return false
+		}
+		if len(b)-len(rest) == at {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,426 @@
+package sriov
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"viaduct/internal/host/hosttest"
+	"viaduct/iommu"
+	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
+)
+
+// A sweep lets each operation of a command fail in turn, or the command be killed at it, and holds what is reported against what
+// is. A test run takes a sample of them; with VIADUCT_SWEEP=all it takes all.
+
+const (
+	e1000 = "0000:07:01.0" // shares its group with a device without a driver
+	edu   = "0000:07:02.0"
+)
+
+// command is what a sweep runs: a state of the host before it, and what it is to be afterwards.
+type command struct {
+	name  string
+	setup func(t *testing.T, k *hosttest.Kernel)
+	run   func(ctx context.Context, s *Handle) error
+	// used makes somebody use what the command changes, so that it must refuse; nil if nothing refuses it.
+	used func(t *testing.T, k *hosttest.Kernel)
+	// lossy says that a failure may leave no VFs, where the error says so.
+	lossy bool
+}
+
+func parse(address string) iommu.Address {
+	a, _ := iommu.ParseAddress(address)
+	return a
+}
+
+// move brings a device where it is to go, as cmd does it.
+func move(ctx context.Context, s *Handle, address string, g bind.Goal) error {
+	t, err := s.Topology()
+	if err != nil {
+		return err
+	}
+	d, err := t.Find(parse(address))
+	if err != nil {
+		return err
+	}
+	j, err := s.Prepare(ctx, bind.Request{Devices: []*iommu.Device{d}, Goal: g})
+	if err != nil {
+		return err
+	}
+	errs := []error{j.Refused()}
+	for _, r := range j.Run(ctx) {
+		errs = append(errs, r.Err)
+	}
+	return errors.Join(errs...)
+}
+
+// quiet runs a command that must succeed.
+func quiet(t *testing.T, k *hosttest.Kernel, run func(context.Context, *Handle) error) {
+	t.Helper()
+	s := open(t, k)
+	defer s.Close()
+	if err := run(context.Background(), s); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func makeVFs(wish Wish) func(context.Context, *Handle) error {
+	return func(ctx context.Context, s *Handle) error {
+		_, err := s.Make(ctx, parse(pf), wish)
+		return err
+	}
+}
+
+var wished = Wish{VFs: []VFWish{
+	{UseVFIO, Settings{MAC: "52:54:00:aa:00:01", VLAN: "100", Trust: on}}, {Use: UseHome}, {Use: UseNone},
+}}
+
+// usesNode has a process have the VFIO node of a device open.
+func usesNode(t *testing.T, k *hosttest.Kernel, address string) {
+	t.Helper()
+	entries, err := os.ReadDir(k.Dir() + "/sys/bus/pci/devices/" + address + "/vfio-dev")
+	if err != nil || len(entries) == 0 {
+		t.Fatal(entries, err)
+	}
+	k.Process(4711, "qemu", "/dev/vfio/devices/"+entries[0].Name())
+}
+
+var commands = []command{
+	{
+		name: "bind",
+		run:  func(ctx context.Context, s *Handle) error { return move(ctx, s, e1000, bind.Take(bind.Auto)) },
+		used: func(t *testing.T, k *hosttest.Kernel) {
+			k.Net.Routes = []hosttest.Route{{To: "default", Over: []string{nicOf(t, k, e1000)}}}
+		},
+	},
+	{
+		name: "unbind",
+		setup: func(t *testing.T, k *hosttest.Kernel) {
+			quiet(t, k, func(ctx context.Context, s *Handle) error { return move(ctx, s, pf, bind.Take(bind.Auto)) })
+		},
+		run:  func(ctx context.Context, s *Handle) error { return move(ctx, s, pf, bind.GiveBack()) },
+		used: func(t *testing.T, k *hosttest.Kernel) { usesNode(t, k, pf) },
+	},
+	{name: "vf create", run: makeVFs(wished)},
+	{
+		name:  "vf create again",
+		setup: func(t *testing.T, k *hosttest.Kernel) { quiet(t, k, makeVFs(alike(2, UseVFIO))) },
+		run:   makeVFs(wished), lossy: true,
+		used: func(t *testing.T, k *hosttest.Kernel) { usesNode(t, k, "0000:01:10.2") },
+	},
+	{
+		name:  "vf set",
+		setup: func(t *testing.T, k *hosttest.Kernel) { quiet(t, k, makeVFs(wished)) },
+		run: func(ctx context.Context, s *Handle) error {
+			unverified, err := s.SetVF(ctx, parse("0000:01:10.0"), Settings{MAC: "52:54:00:aa:00:02", VLAN: "7", SpoofChk: off})
+			if len(unverified) > 0 {
+				err = errors.Join(err, fmt.Errorf("not verified: %v", unverified))
+			}
+			return err
+		},
+	},
+	{
+		name:  "vf destroy",
+		setup: func(t *testing.T, k *hosttest.Kernel) { quiet(t, k, makeVFs(wished)) },
+		run:   makeVFs(Wish{}),
+		lossy: true,
+		used:  func(t *testing.T, k *hosttest.Kernel) { usesNode(t, k, "0000:01:10.0") },
+	},
+	{
+		name: "recover",
+		setup: func(t *testing.T, k *hosttest.Kernel) {
+			s := open(t, k)
+			k.KillAt(4, isWrite)
+			_ = makeVFs(wished)(context.Background(), s)
+			s.Close()
+			if !k.Revive() {
+				t.Fatal("it was not killed")
+			}
+		},
+		run: func(ctx context.Context, s *Handle) error {
+			recovered, err := s.Recover(ctx)
+			for _, r := range recovered {
+				err = errors.Join(err, r.Err)
+			}
+			return err
+		},
+	},
+}
+
+func nicOf(t *testing.T, k *hosttest.Kernel, address string) string {
+	t.Helper()
+	entries, err := os.ReadDir(k.Dir() + "/sys/bus/pci/devices/" + address + "/net")
+	if err != nil || len(entries) == 0 {
+		t.Fatal(entries, err)
+	}
+	return entries[0].Name()
+}
+
+// hostState is all that the commands change: drivers, overrides, numbers of VFs, their settings, what is written down.
+type hostState struct {
+	devices, settings string
+	changes           []string // records of changes
+	taken             []string // records of devices that are taken
+}
+
+func look(t *testing.T, k *hosttest.Kernel) (out hostState) {
+	t.Helper()
+	s := open(t, k)
+	defer s.Close()
+	var text strings.Builder
+	topology, err := s.Scan()
+	if err != nil {
+		t.Fatal(err)
+	}
+	topology.All(func(d *iommu.Device) bool {
+		if d.PCI && (d.Name == e1000 || d.Name == edu || d.Name == pf || strings.HasPrefix(d.Name, "0000:01:10.")) {
+			fmt.Fprintf(&text, "%s %s %q", d.Name, d.Driver, d.DriverOverride)
+			if d.SRIOV != nil {
+				autoprobe, err := k.Host().String(autoprobe(d.Address))
+				fmt.Fprintf(&text, " %d VFs, autoprobe %s %v", len(d.SRIOV.VFs), autoprobe, err)
+			}
+			fmt.Fprintln(&text)
+		}
+		return true
+	})
+	out.devices = text.String()
+	port, err := ReadPort(s.Host(), device(t, s, pf))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if port != nil {
+		b, err := json.Marshal(port.VFs)
+		if err != nil {
+			t.Fatal(err)
+		}
+		out.settings = string(b)
+	}
+	if out.changes, err = s.journal.Keys("change-"); err != nil {
+		t.Fatal(err)
+	}
+	if out.taken, err = s.journal.Keys("taken-"); err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+// same reports whether the host is the same, whatever is written down.
+func (h hostState) same(other hostState) bool {
+	return h.devices == other.devices && h.settings == other.settings && slices.Equal(h.taken, other.taken)
+}
+
+func (h hostState) String() string {
+	return fmt.Sprintf("\n%s%s\nchanges %v, taken %v", h.devices, h.settings, h.changes, h.taken)
+}
+
+func anything(string, string) bool { return true }
+
+// operations counts what a command asks of the host.
+func (c *command) operations(t *testing.T) (n int, before, after hostState) {
+	t.Helper()
+	k := hosttest.NewLab(t, nil)
+	c.prepare(t, k)
+	before = look(t, k)
+	var count atomic.Int64
+	k.SetFault(func(string, string) error { count.Add(1); return nil })
+	s := open(t, k)
+	err := c.run(context.Background(), s)
+	s.Close()
+	k.Revive()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return int(count.Load()), before, look(t, k)
+}
+
+func (c *command) prepare(t *testing.T, k *hosttest.Kernel) {
+	if c.setup != nil {
+		c.setup(t, k)
+	}
+}
+
+// sample is each n-th operation of a command in a test run, beginning with another for each command, and all of them in a long
+// one.
+func sample(total int) func(func(int) bool) {
+	stride := total/60 + 1
+	if os.Getenv("VIADUCT_SWEEP") == "all" {
+		stride = 1
+	}
+	return func(yield func(int) bool) {
+		for n := total % stride; n < total; n += stride {
+			if !yield(n) {
+				return
+			}
+		}
+	}
+}
+
+// failures are what operations fail with. The last is what one of a device says that has gone.
+var failures = []error{unix.EIO, unix.EACCES, unix.ENOSPC, unix.ENOENT}
+
+// TestFaultSweep: whatever operation fails, what is reported is what is; nothing is changed without a record of it; the next
+// command brings the host to where it was or to where it was to go.
+func TestFaultSweep(t *testing.T) {
+	for _, c := range commands {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			total, before, after := c.operations(t)
+			for n := range sample(total) {
+				for i, fail := range failures {
+					if os.Getenv("VIADUCT_SWEEP") == "all" || i == n%len(failures) {
+						c.fault(t, n, fail, before, after)
+					}
+				}
+			}
+		})
+	}
+}
+
+func (c *command) fault(t *testing.T, n int, fail error, before, after hostState) {
+	k := hosttest.NewLab(t, nil)
+	c.prepare(t, k)
+	failed := failAt(k, n, fail)
+	s := open(t, k)
+	err := c.run(context.Background(), s)
+	s.Close()
+	k.Revive()
+	where := fmt.Sprintf("operation %d (%s) fails with %v: told %v", n, *failed, fail, err)
+
+	now := look(t, k)
+	if gone := fail == unix.ENOENT && deviceOf(*failed) != ""; !gone { // what has come back is another device
+		switch {
+		case err == nil && (!now.same(after) && !c.undone(now) || len(now.changes) > 0):
+			t.Errorf("%s\nis %s\nnot %s", where, now, after)
+		case err != nil && now.same(after) && strings.Contains(err.Error(), "was given back"): // and what it makes is not known
+		case err != nil && !now.same(before) && len(now.changes) == 0 && !c.lost(err, now) && c.name != "recover":
+			t.Errorf("%s\nis %s\nwas %s", where, now, before)
+		}
+		c.next(t, k, where, before, after)
+	}
+}
+
+// failAt has the n-th operation fail. What fails as a device that is gone is gone from then on.
+func failAt(k *hosttest.Kernel, n int, fail error) (failed *string) {
+	failed = new(string)
+	var left atomic.Int64
+	left.Store(int64(n))
+	var gone atomic.Pointer[string]
+	k.SetFault(func(op, name string) error {
+		if left.Add(-1) == -1 {
+			*failed = op + " " + name
+			if device := deviceOf(name); fail == unix.ENOENT && device != "" {
+				gone.Store(&device)
+			}
+			return fail
+		}
+		if device := gone.Load(); device != nil && strings.HasPrefix(name, "sys/") && strings.Contains(name, *device) {
+			return unix.ENOENT
+		}
+		return nil
+	})
+	return failed
+}
+
+// deviceOf is the address of a device of the commands in a name, the last if there are several; "" if there is none.
+func deviceOf(name string) string {
+	at := -1
+	for _, prefix := range []string{"0000:01:", "0000:07:"} {
+		at = max(at, strings.LastIndex(name, prefix))
+	}
+	if at < 0 || !strings.Contains(name, "sys/") || len(name) < at+len(pf) {
+		return ""
+	}
+	return name[at : at+len(pf)]
+}
+
+// undone reports whether what was recovered was undone, as it could not be finished.
+func (c *command) undone(now hostState) bool {
+	return c.name == "recover" && strings.Contains(now.devices, " 0 VFs, autoprobe 1")
+}
+
+// lost reports whether VFs went that had to go first, which the error says.
+func (c *command) lost(err error, now hostState) bool {
+	return c.lossy && strings.Contains(now.devices, " 0 VFs, autoprobe 1") && (err == nil || strings.Contains(err.Error(), "VFs before"))
+}
+
+// next is the next command: it leaves the host as it was or as it was to be.
+func (c *command) next(t *testing.T, k *hosttest.Kernel, where string, before, after hostState) {
+	t.Helper()
+	s := open(t, k)
+	recovered, err := s.Recover(context.Background())
+	s.Close()
+	for _, r := range recovered {
+		err = errors.Join(err, r.Err)
+	}
+	now := look(t, k)
+	fits := now.same(after) || c.lost(nil, now) || c.undone(now) || now.same(before) && c.name != "recover"
+	if err != nil || len(now.changes) > 0 || !fits {
+		t.Errorf("%s\nrecovered %v, %v\nis %s\nwas %s\nor %s", where, recovered, err, now, before, after)
+	}
+}
+
+// TestFaultOfLook: a look that failed is never "nobody": what somebody uses is refused, or the failure is told, and nothing is
+// changed.
+func TestFaultOfLook(t *testing.T) {
+	for _, c := range commands {
+		if c.used == nil {
+			continue
+		}
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			total, before, _ := c.operations(t)
+			for n := range sample(total) {
+				k := hosttest.NewLab(t, nil)
+				c.prepare(t, k)
+				c.used(t, k)
+				fail := failures[n%3] // but for ENOENT, which says that a process is gone
+				failed := failAt(k, n, fail)
+				s := open(t, k)
+				err := c.run(context.Background(), s)
+				s.Close()
+				k.Revive()
+				if now := look(t, k); err == nil || !now.same(before) {
+					t.Errorf("operation %d (%s) fails with %v: told %v\nis %s\nwas %s", n, *failed, fail, err, now, before)
+				}
+				if *failed == "" && !errors.Is(err, holder.ErrRefused) {
+					t.Errorf("nothing failed: %v", err)
+				}
+			}
+		})
+	}
+}
+
+// TestKillSweep: wherever a command is killed, the next one leaves the host as it was or as it was to be.
+func TestKillSweep(t *testing.T) {
+	changes := func(op, _ string) bool {
+		return slices.Contains([]string{"write", "replace", "remove", "own", "message", "modprobe"}, op)
+	}
+	for _, c := range commands {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			_, before, after := c.operations(t)
+			for n := 0; ; n++ {
+				k := hosttest.NewLab(t, nil)
+				c.prepare(t, k)
+				s := open(t, k)
+				k.KillAt(n, changes)
+				_ = c.run(context.Background(), s)
+				s.Close()
+				if !k.Revive() {
+					break
+				}
+				c.next(t, k, fmt.Sprintf("killed before change %d", n), before, after)
+			}
+		})
+	}
+}

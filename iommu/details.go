@@ -211,6 +211,15 @@ func ClassDevices(h *Host, a Address) (map[string][]string, error) {
 	return classes, err
 }
 
+// linkOf is where a link leads; false for what is no link, or not there.
+func linkOf(dir *host.Dir, name string) (target string, link bool, err error) {
+	target, err = dir.Link(name)
+	if host.Absent(err) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOTDIR) {
+		return "", false, nil
+	}
+	return target, err == nil, err
+}
+
 // classDevices finds what the device's drivers made of it: every directory below it whose subsystem is a class, by class,
 // as paths below dir. It descends neither into other PCI devices nor along links.
 func classDevices(dir *host.Dir) (map[string][]string, error) {
@@ -230,10 +239,17 @@ func classDevices(dir *host.Dir) (map[string][]string, error) {
 			if _, err := ParseAddress(n); err == nil || n == "power" || n == "msi_irqs" {
 				continue
 			}
-			if _, err := dir.Link(below); err == nil {
+			_, link, err := linkOf(dir, below)
+			if err != nil {
+				return err
+			}
+			if link {
 				continue
 			}
-			subsystem, _ := dir.Link(path.Join(below, "subsystem"))
+			subsystem, _, err := linkOf(dir, path.Join(below, "subsystem"))
+			if err != nil {
+				return err
+			}
 			if class := path.Base(subsystem); path.Base(path.Dir(subsystem)) == "class" && class != "wakeup" && class != "bdi" {
 				found[class] = append(found[class], below)
 			}

@@ -1,7 +1,6 @@
 package iommu
 
 import (
-	"errors"
 	"fmt"
 	"path"
 	"slices"
@@ -21,7 +20,7 @@ const (
 )
 
 // ErrNotFound is wrapped by errors that say that a device or group is not on this host.
-var ErrNotFound = errors.New("not on this host")
+const ErrNotFound = host.Error("not on this host")
 
 // Device is what `list` knows of a device: what one pass with a few system calls a device gives. A Device is what was read
 // at one moment; nothing keeps it up to date.

@@ -25,4 +25,4 @@ func (h *Host) Close() error { return h.Host.Close() }
 func (h *Host) Live() bool { return h.Host.Live() }
 
 // ErrReadOnly is matched by errors that say that a captured host cannot be changed.
-var ErrReadOnly = host.ErrReadOnly
+const ErrReadOnly = host.ErrReadOnly

@@ -1,9 +1,10 @@
 package iommu
 
 import (
-	"errors"
 	"fmt"
 	"strings"
+
+	"viaduct/internal/host"
 )
 
 // Selector names devices the way a user does. The forms: an address (0000:01:00.0, 01:00.0), a network interface (enp1s0), a
@@ -19,7 +20,7 @@ type Selector struct {
 }
 
 // ErrSyntax is wrapped by errors about a selector that no host could resolve.
-var ErrSyntax = errors.New("not a selector")
+const ErrSyntax = host.Error("not a selector")
 
 // AmbiguousError says that a selector which must name one device names several.
 type AmbiguousError struct {

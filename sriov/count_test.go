@@ -51,16 +51,16 @@ func device(t *testing.T, s *Handle, address string) *iommu.Device {
 }
 
 // setCount gives the lab's PF VFs as a command does.
-func setCount(t *testing.T, ctx context.Context, k *hosttest.Kernel, wish Wish) ([]string, error) {
+func setCount(t *testing.T, ctx context.Context, k *hosttest.Kernel, wish Wish) (*Plan, error) {
 	t.Helper()
 	s := open(t, k)
 	defer s.Close()
 	a, _ := iommu.ParseAddress(pf)
-	notes, err := s.Make(ctx, a, wish)
+	plan, err := s.Make(ctx, a, wish)
 	if keys, _ := s.journal.Keys("change-"); len(keys) > 0 {
 		t.Errorf("records are left: %q", keys)
 	}
-	return notes, err
+	return plan, err
 }
 
 // alike are n VFs of one use.

@@ -33,11 +33,11 @@ func Open(h *iommu.Host, o bind.Options) (*Handle, error) {
 // wrap is a Handle over one of package bind.
 func wrap(b *bind.Handle) *Handle { return &Handle{b, journal.In(b.Host().Host, journal.Dir)} }
 
-// Make gives a PF the VFs of a wish, none of which may be there afterwards as well: it locks the PF and the VFs that go, finishes
-// what interrupted runs left of them, plans, refuses to end VFs that somebody uses ([holder.ErrRefused], unless force overrides
-// their kinds), and carries the plan out. It returns what the user should know of the new VFs. On failure all is as it was, but
-// for VFs that had to go first.
-func (s *Handle) Make(ctx context.Context, pf iommu.Address, wish Wish, force ...holder.Kind) (notes []string, err error) {
+// Make gives a PF the VFs of a wish, and no others: it locks the PF and the VFs that go, finishes what interrupted runs left of
+// them, plans, refuses to end VFs that somebody uses ([holder.ErrRefused], unless force overrides their kinds), and carries the
+// plan out, which it returns with what the user should know of the new VFs in its Notes. On failure all is as it was, but for
+// VFs that had to go first. On a dry run, and on a captured host, the plan is all.
+func (s *Handle) Make(ctx context.Context, pf iommu.Address, wish Wish, force ...holder.Kind) (*Plan, error) {
 	d, err := s.lockPF(ctx, pf)
 	if err != nil {
 		return nil, err
@@ -46,13 +46,19 @@ func (s *Handle) Make(ctx context.Context, pf iommu.Address, wish Wish, force ..
 	if err != nil {
 		return nil, err
 	}
-	if err := s.Lock(ctx, plan.Victims); err != nil {
-		return nil, err
+	if s.Changes() {
+		err = s.Lock(ctx, plan.Victims)
 	}
-	if err := s.Check(plan, force); err != nil {
-		return nil, err
+	if err == nil {
+		err = s.Check(plan, force)
 	}
-	return s.Apply(ctx, plan)
+	if err != nil || !s.Changes() {
+		return plan, err
+	}
+
+	notes, err := s.Apply(ctx, plan)
+	plan.Notes = append(plan.Notes, notes...)
+	return plan, err
 }
 
 // SetVF gives a VF settings: all of them or, undone, none. It names the keys that the PF's driver takes and does not report.
@@ -85,6 +91,13 @@ func (s *Handle) SetVF(ctx context.Context, vf iommu.Address, want Settings) (un
 
 // lockPF locks a PF, finishes what interrupted runs left, and looks at the host as it is then.
 func (s *Handle) lockPF(ctx context.Context, pf iommu.Address) (*iommu.Device, error) {
+	if !s.Changes() {
+		t, err := s.Topology()
+		if err != nil {
+			return nil, err
+		}
+		return t.Find(pf)
+	}
 	d := &iommu.Device{Name: pf.String(), Address: pf, PCI: true}
 	if err := s.Lock(ctx, []*iommu.Device{d}); err != nil {
 		return nil, err

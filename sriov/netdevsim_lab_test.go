@@ -17,6 +17,7 @@ import (
 
 	"viaduct/iommu"
 	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
 )
 
 // TestMain serves the writes of the tests' binders: the child is this program again.
@@ -40,6 +41,9 @@ func simulated(t *testing.T, vfs int) (*iommu.Host, *iommu.Device) {
 	}
 	write("new_device", "7 1")
 	t.Cleanup(func() { write("del_device", "7") })
+	if err := os.WriteFile("/sys/kernel/debug/netdevsim/netdevsim7/max_vfs", []byte(strconv.Itoa(vfs)), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	write("devices/netdevsim7/sriov_numvfs", strconv.Itoa(vfs))
 	udevSettle(t)
 	h, err := iommu.Open("")
@@ -114,6 +118,101 @@ func TestNetdevsim(t *testing.T) {
 	}
 	if left := planSettings(now.Settings, want); len(left) > 0 {
 		t.Errorf("what is right already would be set again: %v", left)
+	}
+}
+
+// TestNetdevsimMany: with more VFs than a list of them has room for, each is told as it is, and none as another.
+func TestNetdevsimMany(t *testing.T) {
+	for _, n := range []int{256, 600} {
+		t.Run(strconv.Itoa(n), func(t *testing.T) {
+			h, pf := simulated(t, n)
+			s, err := Open(h, bind.Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer s.Close()
+			want := map[int]Settings{}
+			for _, i := range []int{0, 214, 215, 255, n - 1} {
+				want[i] = Settings{MAC: fmt.Sprintf("52:54:00:7a:%02x:%02x", i/256, i%256), VLAN: strconv.Itoa(i + 1), Trust: on}
+			}
+			for i, settings := range want {
+				port, err := ReadPort(h, interfaces(t, pf))
+				if err != nil {
+					t.Fatal(err)
+				}
+				now, _ := port.Of(i)
+				vf := &iommu.Device{Name: fmt.Sprintf("vf%d", i), VFIndex: i}
+				plan := &SetPlan{VF: vf, Want: settings, Settings: planSettings(now.Settings, settings), port: port}
+				if unverified, err := s.makeOrUndo(context.Background(), plan); err != nil || len(unverified) > 0 {
+					t.Fatalf("vf%d: %v, not verified: %v", i, err, unverified)
+				}
+			}
+
+			port, err := ReadPort(h, interfaces(t, pf))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(port.VFs) != n {
+				t.Errorf("%d VFs are told of %d", len(port.VFs), n)
+			}
+			for at, vf := range port.VFs {
+				settings := want[at]
+				if settings == nil {
+					settings = Settings{VLAN: "0", Trust: off}
+				}
+				if wrong, unknown := compare(vf.Settings, settings); vf.Index != at || len(wrong)+len(unknown) > 0 {
+					t.Fatalf("vf%d is told as vf%d: %v, not known: %v", at, vf.Index, wrong, unknown)
+				}
+				if vf.Stats == nil || *vf.Stats != (Stats{}) {
+					t.Fatalf("the counters of vf%d, which counts nothing, are %v", at, vf.Stats)
+				}
+			}
+		})
+	}
+}
+
+// TestFlappingAddress: none of a thousand looks at who uses a NIC fails while an address comes and goes.
+func TestFlappingAddress(t *testing.T) {
+	h, err := iommu.Open("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	topology, err := iommu.Scan(h)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var nic *iommu.Device
+	topology.All(func(d *iommu.Device) bool {
+		if len(d.Netdevs) > 0 && d.PCI {
+			nic = d
+		}
+		return nic == nil
+	})
+	if nic == nil {
+		t.Fatal("the host has no NIC")
+	}
+	flap := exec.Command("sh", "-c", `ip link add flap type dummy
+		for n in $(seq 2 200); do ip addr add 198.51.100.$n/32 dev flap; done
+		while ip addr add 198.51.100.1/32 dev flap && ip addr del 198.51.100.1/32 dev flap; do :; done`)
+	if err := flap.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = flap.Process.Kill()
+		_ = flap.Wait()
+		_ = exec.Command("ip", "link", "del", "flap").Run()
+	}()
+
+	failed := 0
+	for range 1000 {
+		if _, err := holder.Find(h, []*iommu.Device{nic}); err != nil {
+			failed++
+			t.Log(err)
+		}
+	}
+	if failed > 0 {
+		t.Errorf("%d of 1000 looks failed", failed)
 	}
 }
 

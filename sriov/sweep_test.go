@@ -43,25 +43,10 @@ func parse(address string) iommu.Address {
 	return a
 }
 
-// move brings a device where it is to go, as cmd does it.
+// move brings a device where it is to go.
 func move(ctx context.Context, s *Handle, address string, g bind.Goal) error {
-	t, err := s.Topology()
-	if err != nil {
-		return err
-	}
-	d, err := t.Find(parse(address))
-	if err != nil {
-		return err
-	}
-	j, err := s.Prepare(ctx, bind.Request{Devices: []*iommu.Device{d}, Goal: g})
-	if err != nil {
-		return err
-	}
-	errs := []error{j.Refused()}
-	for _, r := range j.Run(ctx) {
-		errs = append(errs, r.Err)
-	}
-	return errors.Join(errs...)
+	_, err := s.Move(ctx, g, parse(address))
+	return err
 }
 
 // quiet runs a command that must succeed.

@@ -19,7 +19,13 @@ func everyWrite() bool { return os.Getenv("LAB_ROUNDS") == "200" }
 // and returns what all of them said.
 func killAt(t *testing.T, n int, whom string, args ...string) (killed bool, rest func() string) {
 	t.Helper()
-	cmd := exec.Command("./killat", append([]string{strconv.Itoa(n), whom, viaduct}, args...)...)
+	return killProgram(t, n, whom, viaduct, args...)
+}
+
+// killProgram is killAt for another program that uses viaduct's packages.
+func killProgram(t *testing.T, n int, whom, program string, args ...string) (killed bool, rest func() string) {
+	t.Helper()
+	cmd := exec.Command("./killat", append([]string{strconv.Itoa(n), whom, program}, args...)...)
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
 	out, err := cmd.StdoutPipe()

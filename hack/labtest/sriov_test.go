@@ -213,12 +213,22 @@ func TestRace(t *testing.T) {
 	do(t, "vf", "destroy", spare)
 }
 
-// TestNetdevsim runs the package's own test on the kernel's simulated NIC, which knows more settings than igb.
+// TestNetdevsim runs the package's own tests on the kernel's simulated NIC, which knows more settings than igb, and can have more
+// VFs than fit into one answer of the kernel's. With these there, another NIC is taken and given back.
 func TestNetdevsim(t *testing.T) {
-	shell(t, "modprobe netdevsim")
-	if r := run(t, "./sriov.test", "-test.v", "-test.run", "TestNetdevsim"); r.status != 0 || strings.Count(r.stdout, "--- PASS: TestNetdevsim") != 2 {
+	shell(t, "modprobe netdevsim; mountpoint -q /sys/kernel/debug || mount -t debugfs none /sys/kernel/debug")
+	const tests = "TestNetdevsim|TestFlappingAddress"
+	r := run(t, "./sriov.test", "-test.v", "-test.run", tests)
+	if r.status != 0 || strings.Count(r.stdout, "\n--- PASS: Test") != 4 {
 		t.Errorf("exit status %d\n%s%s", r.status, r.stdout, r.stderr)
 	}
+
+	shell(t, "echo '8 1' > /sys/bus/netdevsim/new_device; echo 256 > /sys/kernel/debug/netdevsim/netdevsim8/max_vfs")
+	defer shell(t, "echo 8 > /sys/bus/netdevsim/del_device")
+	shell(t, "echo 256 > /sys/bus/netdevsim/devices/netdevsim8/sriov_numvfs; udevadm settle")
+	do(t, "bind", spare)
+	do(t, "vf", "list")
+	do(t, "unbind", spare)
 }
 
 // TestFaults pulls the PF away from under a command at its writes in turn: its driver is unloaded, the card is removed, its

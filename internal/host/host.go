@@ -17,7 +17,7 @@ import (
 )
 
 // ErrReadOnly is why a captured host refuses a write; it is EROFS.
-var ErrReadOnly error = unix.EROFS
+const ErrReadOnly = unix.EROFS
 
 // Host is one host's file trees, seen from its root directory, and what its kernel answers beside them (see [System]).
 type Host struct {
@@ -213,6 +213,11 @@ func (d *Dir) Write(name, value string) error {
 	}
 	return nil
 }
+
+// Error is an error that is a constant, so that nobody can assign another to its name.
+type Error string
+
+func (e Error) Error() string { return string(e) }
 
 // Absent reports whether err says that the thing is not there, or went away while it was read: ENOENT, or ENODEV and ENXIO
 // as sysfs gives them for a device that was removed.

@@ -6,6 +6,7 @@ import (
 	"sync"
 	"time"
 
+	"viaduct/internal/host"
 	"viaduct/internal/journal"
 	"viaduct/iommu"
 )
@@ -26,7 +27,7 @@ type Options struct {
 }
 
 // ErrDryRun is matched by errors of calls that would change the host, on a Handle that was opened for a dry run.
-var ErrDryRun = errors.New("this is a dry run: nothing is changed")
+const ErrDryRun = host.Error("this is a dry run: nothing is changed")
 
 // Handle takes devices of one host and gives them back. One Handle serves one command: it is closed when that is over. Its
 // methods may be called side by side, but for Scan and Close.

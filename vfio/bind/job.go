@@ -2,6 +2,7 @@ package bind
 
 import (
 	"context"
+	"errors"
 	"slices"
 
 	"viaduct/iommu"
@@ -59,6 +60,40 @@ func (b *Handle) Prepare(ctx context.Context, r Request) (*Job, error) {
 
 	j.Units, err = b.Check(units, r.Devices, r.Goal, r.Force)
 	return j, err
+}
+
+// Move brings devices, and all that shares a group with them, where they are to go: [Handle.Prepare] and [Job.Run] in one, for
+// who has nothing to ask in between. It says of each device what came of it. An error is one of [holder.ErrRefused], of what
+// cannot be known, or those of the results. On a dry run, and on a captured host, the results are the plan.
+func (b *Handle) Move(ctx context.Context, g Goal, devices ...iommu.Address) ([]Result, error) {
+	t, err := b.Scan()
+	if err != nil {
+		return nil, err
+	}
+	r := Request{Goal: g}
+	for _, a := range devices {
+		d, err := t.Find(a)
+		if err != nil {
+			return nil, err
+		}
+		r.Devices = append(r.Devices, d)
+	}
+
+	j, err := b.Prepare(ctx, r)
+	if err != nil {
+		return nil, err
+	}
+	var out []Result
+	if b.Changes() {
+		out = j.Run(ctx)
+	} else {
+		out = j.Plan()
+	}
+	errs := []error{j.Refused()}
+	for _, r := range out {
+		errs = append(errs, r.Err)
+	}
+	return out, errors.Join(errs...)
 }
 
 // Refused joins the errors of the units that are refused; they match [holder.ErrRefused]. It is nil if none is.

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"viaduct/internal/filelock"
+	"viaduct/internal/host"
 	"viaduct/iommu"
 )
 
@@ -173,7 +174,7 @@ func (e *BusyError) Error() string {
 }
 
 // ErrNotLocked is matched by errors that say that a device has to be locked before it is changed.
-var ErrNotLocked = errors.New("it has to be locked first")
+const ErrNotLocked = host.Error("it has to be locked first")
 
 // locked is an ErrNotLocked for a device that Lock has not.
 func (b *Handle) locked(a iommu.Address) error {

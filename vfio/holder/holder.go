@@ -12,7 +12,7 @@ import (
 )
 
 // ErrRefused is matched by every error that says that a safety check refused and nothing was touched.
-var ErrRefused = errors.New("refused")
+const ErrRefused = host.Error("refused")
 
 // RefusedError says what was refused and why. It matches ErrRefused.
 type RefusedError struct {
@@ -33,7 +33,7 @@ func (e *RefusedError) Error() string {
 func (e *RefusedError) Is(target error) bool { return target == ErrRefused }
 
 // ErrBlind is matched by errors that say that not all holders could be seen. What could be seen is returned beside it.
-var ErrBlind = errors.New("who has the device open cannot be seen (that takes root with CAP_SYS_PTRACE, in the host's pid namespace)")
+const ErrBlind = host.Error("who has the device open cannot be seen (that takes root with CAP_SYS_PTRACE, in the host's pid namespace)")
 
 // Holder is one user of a device.
 type Holder struct {

@@ -150,12 +150,19 @@ func FromSnapshot(tb testing.TB, file string) Tree {
 func (t Tree) Dir(tb testing.TB) string {
 	tb.Helper()
 	dir := tb.TempDir()
-	for _, name := range slices.Sorted(maps.Keys(t)) {
-		if err := t.unpack(filepath.Join(dir, name), name); err != nil {
-			tb.Fatal(err)
-		}
+	if err := t.unpackAll(dir); err != nil {
+		tb.Fatal(err)
 	}
 	return dir
+}
+
+func (t Tree) unpackAll(dir string) error {
+	for _, name := range slices.Sorted(maps.Keys(t)) {
+		if err := t.unpack(filepath.Join(dir, name), name); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (t Tree) unpack(file, name string) error {

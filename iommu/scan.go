@@ -288,9 +288,10 @@ func readNetdevs(h *Host, devices []Device) error {
 	}
 	defer dir.Close()
 	for _, name := range names {
-		target, err := dir.Link(name)
+		// What is no link is gone, or a file such as bonding_masters.
+		target, _, err := linkOf(dir, name)
 		if err != nil {
-			continue // gone, or a file such as bonding_masters
+			return err
 		}
 		if a, ok := lastAddress(target); ok {
 			if d := findDevice(devices, a); d != nil {

@@ -15,13 +15,19 @@ import (
 // awaitHome waits until a device that was given back has network interfaces or disks again, if it had any when it was taken:
 // some drivers make them after their probe.
 func (b *Handle) awaitHome(ctx context.Context, d *iommu.Device) error {
+	unknown := func(err error) error {
+		return fmt.Errorf("%s was given back, but whether it has made what it had is not known: %w", d.Name, err)
+	}
 	r, known, err := b.taken(d)
-	if err != nil || !known || len(r.Identity.MACs) == 0 && !r.Block {
-		return err
+	if err != nil {
+		return unknown(err)
+	}
+	if !known || len(r.Identity.MACs) == 0 && !r.Block {
+		return nil
 	}
 	events, err := uevent.Open(b.host.Host) // before the first look
 	if err != nil {
-		return fmt.Errorf("%s was given back, but what it makes cannot be waited for: %w", d.Name, err)
+		return unknown(err)
 	}
 	defer events.Close()
 	ctx, cancel := context.WithTimeout(ctx, b.Timeout())
@@ -30,7 +36,7 @@ func (b *Handle) awaitHome(ctx context.Context, d *iommu.Device) error {
 	for {
 		driver, missing, err := b.missing(d, r)
 		if err != nil {
-			return fmt.Errorf("%s was given back, but whether it has made what it had is not known: %w", d.Name, err)
+			return unknown(err)
 		}
 		if len(missing) == 0 {
 			return nil

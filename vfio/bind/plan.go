@@ -168,6 +168,12 @@ func (c *Change) back() Change {
 	return u
 }
 
+// is reports whether a device is where the change leads it.
+func (c *Change) is(now *iommu.Device) bool {
+	there := now.Driver == c.To || c.To == None && now.Driver == "" || c.To == "" && !now.VFIO
+	return there && now.DriverOverride == c.ToOverride
+}
+
 // check compares a device with where the change leads it.
 func (c *Change) check(h *iommu.Host) error {
 	if err := c.checkDriver(h); err != nil {

@@ -232,14 +232,36 @@ func (b *Handle) recoverOther(ctx context.Context, r changeRecord) Recovered {
 	return Recovered{a, what, err}
 }
 
+// arrived reports whether all of a unit is where it was to go.
+func (b *Handle) arrived(unit []changeRecord) (bool, error) {
+	for i := range unit {
+		c := &unit[i].Change
+		now, err := iommu.ReadDevice(b.host, c.Device)
+		if c.gone(&now, err) {
+			return false, nil
+		}
+		if err != nil {
+			return false, err
+		}
+		if !c.is(&now) {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
 // recoverUnit finishes a unit that is on its way back, or that is where it was to go as a whole, and puts back any other.
 func (b *Handle) recoverUnit(unit []changeRecord) []Recovered {
-	whole := true
-	for i := range unit {
-		whole = whole && unit[i].Change.check(b.host) == nil
+	var out []Recovered
+	whole, err := b.arrived(unit)
+	if err != nil { // then nothing is known of the unit, and its records stay
+		for i := range unit {
+			a := unit[i].Change.Device
+			out = append(out, Recovered{a, "cannot be read", fmt.Errorf("%s: %w", a, err)})
+		}
+		return out
 	}
 
-	var out []Recovered
 	for i := range unit {
 		c := &unit[i].Change
 		c.op = unit[i].Op

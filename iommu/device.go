@@ -102,14 +102,14 @@ func IsVFIODriver(name string) bool { return strings.Contains(name, "vfio") }
 
 // readVFIO reports whether a device's driver has made a VFIO device of it: it is there as vfio-dev/vfioN (Linux 6.1). On older
 // kernels only the driver's name tells: that its group has a node proves only that some member is bound.
-func readVFIO(dir *host.Dir, driver string) bool {
+func readVFIO(dir *host.Dir, driver string) (bool, error) {
 	switch {
 	case driver == "" || driver == "pcieport":
-		return false
+		return false, nil
 	case IsVFIODriver(driver):
-		return true
+		return true, nil
 	}
-	return dir.Exists("vfio-dev")
+	return dir.Has("vfio-dev")
 }
 
 // Modalias is what the kernel matches drivers by; see [ParseModalias].
@@ -157,7 +157,9 @@ func readDevice(dir *host.Dir, name string, override bool) (Device, error) {
 	} else if err != nil {
 		return d, err
 	}
-	d.VFIO = readVFIO(dir, d.Driver)
+	if d.VFIO, err = readVFIO(dir, d.Driver); err != nil {
+		return d, err
+	}
 
 	if override {
 		if d.DriverOverride, err = optional(driverOverride(dir.String("driver_override"))); err != nil {

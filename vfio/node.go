@@ -38,13 +38,20 @@ func nodes(h *iommu.Host, d *iommu.Device) ([]node, error) {
 // group's first. They may come to /dev a moment later. On a host that was captured a group is taken to have one.
 func Nodes(h *iommu.Host, d *iommu.Device) ([]string, error) {
 	all, err := nodes(h, d)
+	if err != nil {
+		return nil, err
+	}
 	var out []string
 	for i, n := range all {
-		if h.Exists(n.sign) || i == 0 && d.Group != nil && !h.Live() {
+		made, err := h.Has(n.sign)
+		if err != nil {
+			return nil, err
+		}
+		if made || i == 0 && d.Group != nil && !h.Live() {
 			out = append(out, n.file)
 		}
 	}
-	return out, err
+	return out, nil
 }
 
 // Numbers returns the files of the host that hold the numbers (major:minor) of the nodes which a device on a VFIO driver can

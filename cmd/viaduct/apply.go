@@ -34,7 +34,7 @@ func applyCommand(e *env) *cli.Command {
 			&cli.BoolFlag{Name: "confirmed", Usage: "keep what was applied with --confirm"},
 			&cli.BoolFlag{Name: "boot", Usage: "as the boot unit does: wait for the devices, take none that carried the host when it last ran, keep going", Destination: &o.boot},
 			&cli.DurationFlag{Name: "wait", Usage: "with --boot: how long devices are waited for", Value: 30 * time.Second, Destination: &o.wait},
-			&cli.StringSliceFlag{Name: "force", Usage: "go on although a holder of this `KIND` uses what is changed: " + holder.KindNames() + " (may be repeated)"},
+			forceFlag("what is changed"),
 			&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", DefaultText: "30s, and 1s for each VF", Destination: &o.timeout},
 			e.dryRunFlag(),
 		),
@@ -269,7 +269,7 @@ func undoCommand(e *env) *cli.Command {
 			"Examples:\n  viaduct undo",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "unless-confirmed", Usage: "wait for viaduct apply --confirmed, and undo what was applied with --confirm when its time is over (apply --confirm starts this)"},
-			&cli.StringSliceFlag{Name: "force", Usage: "go on although a holder of this `KIND` uses what is changed: " + holder.KindNames() + " (may be repeated)"},
+			forceFlag("what is changed"),
 			&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", Value: bind.DefaultTimeout, Destination: &timeout},
 		},
 		Action: func(c *cli.Context) error {

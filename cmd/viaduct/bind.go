@@ -32,11 +32,17 @@ type changeOptions struct {
 
 func (o *changeOptions) flags(e *env) []cli.Flag {
 	return []cli.Flag{
-		&cli.StringSliceFlag{Name: "force", Usage: "go on although a holder of this `KIND` uses the device: " + holder.KindNames() + " (may be repeated)"},
+		forceFlag("the device"),
 		&cli.BoolFlag{Name: "keep-going", Usage: "of several devices, leave out those that are refused", Destination: &o.keepGoing},
 		&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", Value: bind.DefaultTimeout, Destination: &o.timeout},
 		e.dryRunFlag(), e.jsonFlag(),
 	}
+}
+
+// forceFlag is --force of a command that somebody's use of something stops.
+func forceFlag(what string) *cli.StringSliceFlag {
+	usage := "go on although a holder of this `KIND` uses " + what + ": " + holder.KindNames() + " (may be repeated)"
+	return &cli.StringSliceFlag{Name: "force", Usage: usage}
 }
 
 func parseKinds(names []string) ([]holder.Kind, error) {

@@ -62,7 +62,7 @@ type createOptions struct {
 // countFlags are what create and destroy have in common.
 func (o *createOptions) countFlags(e *env) []cli.Flag {
 	return []cli.Flag{
-		&cli.StringSliceFlag{Name: "force", Usage: "go on although a holder of this `KIND` uses a VF that goes: " + holder.KindNames() + " (may be repeated)"},
+		forceFlag("a VF that goes"),
 		&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", DefaultText: "30s, and 1s for each VF", Destination: &o.timeout},
 		e.dryRunFlag(), e.jsonFlag(),
 	}

@@ -205,6 +205,18 @@ func (d *Dir) Exists(name string) bool {
 	return err == nil || errors.Is(err, unix.EINVAL) // EINVAL: it is there, and no link
 }
 
+// Has is Exists for where it matters that nobody can look: then it is an error.
+func (d *Dir) Has(name string) (bool, error) {
+	_, err := d.tree.readlink(name)
+	switch {
+	case err == nil || errors.Is(err, unix.EINVAL):
+		return true, nil
+	case Absent(err) || errors.Is(err, unix.ENOTDIR):
+		return false, nil
+	}
+	return false, d.fail("readlink", name, err)
+}
+
 // Write writes value to an existing file in one write(2). It never creates a file: a missing sysfs attribute must be
 // ErrNotExist, not a permission problem or, on a captured tree, a new file.
 func (d *Dir) Write(name, value string) error {

@@ -57,7 +57,11 @@ func diskHoldersOf(h *iommu.Host, d *iommu.Device, disks []string, used map[stri
 		if u, ok := used[b]; ok {
 			out = append(out, Holder{Device: d.Name, Kind: u.kind, Final: u.final, What: fmt.Sprintf("(%s) %s", b, u.text)})
 		}
-		if what := stackKind(h, b); what != "" {
+		what, err := stackKind(h, b)
+		if err != nil {
+			return nil, err
+		}
+		if what != "" {
 			out = append(out, Holder{Device: d.Name, Kind: Storage, What: fmt.Sprintf("is under %s", what)})
 		}
 	}
@@ -96,8 +100,9 @@ func carries(h *iommu.Host, name string) (bool, error) {
 		return false, err
 	}
 	for _, n := range below {
-		if h.Exists(path.Join(blockClass, name, n, "partition")) {
-			return true, nil
+		partition, err := h.Has(path.Join(blockClass, name, n, "partition"))
+		if partition || err != nil {
+			return partition, err
 		}
 	}
 	holders, err := names(h, path.Join(blockClass, name, "holders"))
@@ -114,10 +119,14 @@ func names(h *iommu.Host, dir string) ([]string, error) {
 }
 
 // stackKind names a device-mapper or md device, "" if it is none.
-func stackKind(h *iommu.Host, name string) string {
-	if mapped, err := h.String(path.Join(blockClass, name, "dm/name")); err == nil {
+func stackKind(h *iommu.Host, name string) (string, error) {
+	mapped, err := h.String(path.Join(blockClass, name, "dm/name"))
+	if err == nil {
 		kind := "device-mapper"
-		uuid, _ := h.String(path.Join(blockClass, name, "dm/uuid"))
+		uuid, err := h.String(path.Join(blockClass, name, "dm/uuid"))
+		if err != nil && !host.Absent(err) {
+			return "", err
+		}
 		// The prefix is the tool that made it.
 		switch {
 		case strings.HasPrefix(uuid, "LVM-"):
@@ -125,12 +134,17 @@ func stackKind(h *iommu.Host, name string) string {
 		case strings.HasPrefix(uuid, "CRYPT-"):
 			kind = "dm-crypt"
 		}
-		return fmt.Sprintf("%s %s (%s)", kind, mapped, name)
+		return fmt.Sprintf("%s %s (%s)", kind, mapped, name), nil
 	}
-	if level, err := h.String(path.Join(blockClass, name, "md/level")); err == nil {
-		return fmt.Sprintf("md %s (%s)", level, name)
+	if !host.Absent(err) {
+		return "", err
 	}
-	return ""
+
+	level, err := h.String(path.Join(blockClass, name, "md/level"))
+	if host.Absent(err) {
+		return "", nil
+	}
+	return fmt.Sprintf("md %s (%s)", level, name), err
 }
 
 const blockClass = "sys/class/block"
@@ -156,7 +170,11 @@ func Disks(h *iommu.Host, d *iommu.Device) ([]string, error) {
 			return nil, err
 		}
 		for _, n := range below {
-			if h.Exists(path.Join(blockClass, out[i], n, "partition")) && !slices.Contains(out, n) {
+			partition, err := h.Has(path.Join(blockClass, out[i], n, "partition"))
+			if err != nil {
+				return nil, err
+			}
+			if partition && !slices.Contains(out, n) {
 				out = append(out, n)
 			}
 		}
@@ -189,7 +207,11 @@ func ownDisks(h *iommu.Host, d *iommu.Device) ([]string, error) {
 			return nil, err
 		}
 		for _, s := range all {
-			if !h.Exists(path.Join(subsystems, s, controller)) {
+			has, err := h.Has(path.Join(subsystems, s, controller))
+			if err != nil {
+				return nil, err
+			}
+			if !has {
 				continue
 			}
 			members, err := names(h, path.Join(subsystems, s))
@@ -197,7 +219,11 @@ func ownDisks(h *iommu.Host, d *iommu.Device) ([]string, error) {
 				return nil, err
 			}
 			for _, m := range members {
-				if h.Exists(path.Join(blockClass, m)) {
+				disk, err := h.Has(path.Join(blockClass, m))
+				if err != nil {
+					return nil, err
+				}
+				if disk {
 					out = append(out, m)
 				}
 			}

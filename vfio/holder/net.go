@@ -53,7 +53,11 @@ func netHolders(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 		}
 
 		for _, o := range n.others {
-			if belongs(h, o.Link, d) {
+			its, err := belongs(h, o.Link, d)
+			if err != nil {
+				return nil, err
+			}
+			if its {
 				what := fmt.Sprintf("(%s) is in the network namespace of %s", o.Name, o.whose)
 				out = append(out, Holder{Device: d.Name, Kind: Namespace, What: what})
 			}
@@ -332,10 +336,13 @@ func linksIn(h *iommu.Host, file, whose string) ([]elsewhere, error) {
 }
 
 // belongs reports whether a device's driver made an interface, be it by way of a device on another bus, as virtio's.
-func belongs(h *iommu.Host, l *netlink.Link, d *iommu.Device) bool {
+func belongs(h *iommu.Host, l *netlink.Link, d *iommu.Device) (bool, error) {
 	if l.Device == "" || l.Device == d.Name {
-		return l.Device != ""
+		return l.Device != "", nil
 	}
 	target, err := h.Link(path.Join("sys/bus", l.Bus, "devices", l.Device))
-	return err == nil && slices.Contains(strings.Split(target, "/"), d.Name)
+	if host.Absent(err) {
+		return false, nil
+	}
+	return slices.Contains(strings.Split(target, "/"), d.Name), err
 }

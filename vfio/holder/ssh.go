@@ -10,6 +10,8 @@ import (
 	"strconv"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"viaduct/internal/host"
 	"viaduct/internal/netlink"
 	"viaduct/iommu"
@@ -35,13 +37,27 @@ func (n *interfaces) readPeers(h *iommu.Host, c *netlink.Conn, addrs []netlink.A
 				}
 			}
 		} else {
-			over, _ = c.RouteTo(p.peer, p.local) // without a way back to it the connection is dead already
+			var err error
+			if over, err = c.RouteTo(p.peer, p.local); err != nil && !noWay(err) {
+				return err
+			}
 		}
 		for _, index := range over {
 			n.ssh[index] = append(n.ssh[index], p.peer.String())
 		}
 	}
 	return err
+}
+
+// noWay reports whether an error says that there is no route, or one that forbids (fib_props of net/ipv4/fib_semantics.c): then a
+// connection that would need one is dead already.
+func noWay(err error) bool {
+	for _, errno := range []unix.Errno{unix.ENETUNREACH, unix.EHOSTUNREACH, unix.EACCES, unix.EINVAL} {
+		if errors.Is(err, errno) {
+			return true
+		}
+	}
+	return false
 }
 
 // sshPeers are the established connections that an ssh server has: of any user, through sudo, tmux and whatever else loses the
@@ -69,7 +85,13 @@ func sshPeers(h *iommu.Host) ([]connection, error) {
 	var out []connection
 	var blind error
 	for _, pid := range pids {
-		if name := processName(h, pid); !strings.HasPrefix(name, "sshd") && name != "dropbear" {
+		name, err := h.String(path.Join("proc", pid, "comm"))
+		if err = unseen(path.Join("proc", pid), err); errors.Is(err, ErrBlind) {
+			blind = err
+		} else if err != nil {
+			return nil, err
+		}
+		if !strings.HasPrefix(name, "sshd") && name != "dropbear" {
 			continue
 		}
 		found, err := connectionsOf(h, pid, all)

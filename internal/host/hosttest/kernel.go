@@ -239,7 +239,7 @@ func (k *Kernel) matches(dev, driver string) bool {
 		return o == driver
 	}
 	id := strings.TrimPrefix(k.text(dev, "vendor"), "0x") + ":" + strings.TrimPrefix(k.text(dev, "device"), "0x")
-	return !strings.Contains(driver, "vfio") && slices.Contains(k.IDs[driver], id)
+	return (driver == "vfio-pci" || !strings.Contains(driver, "vfio")) && slices.Contains(k.IDs[driver], id)
 }
 
 func (k *Kernel) override(dev string) string {

@@ -25,7 +25,7 @@ func (k *Kernel) Process(pid int, name string, open ...string) {
 	stat := fmt.Sprintf("%d (%s) S 1 1 1 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 %d 0 0 0\n", pid, name, 100+pid)
 	for file, content := range map[string]string{
 		"comm": name + "\n", "stat": stat, path.Join("task", strconv.Itoa(pid), "stat"): stat,
-		"mountinfo": "22 1 253:0 / / rw - ext4 /dev/vda rw\n", "cmdline": name + "\x00",
+		"mountinfo": "22 1 259:9 / / rw - ext4 /dev/vdz rw\n", "cmdline": name + "\x00",
 	} {
 		if !k.exists(path.Join(dir, file)) {
 			k.put(path.Join(dir, file), content)

@@ -1,0 +1,318 @@
+package bind
+
+import (
+	"context"
+	"errors"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"viaduct/internal/host/hosttest"
+	"viaduct/iommu"
+	"viaduct/vfio/holder"
+)
+
+func TestMain(m *testing.M) {
+	if ServeWrites() {
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// A deadline is for one write: many that are each in time are not stuck, however long they take together.
+func TestDeadlineOfOneWrite(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	b := open(t, k, Options{Timeout: time.Second})
+	d := read(t, b, igb)
+	if err := errors.Join(b.Lock(context.Background(), []*iommu.Device{d}), b.Begin("test", d, nil, 1)); err != nil {
+		t.Fatal(err)
+	}
+	k.Before = func(string, string) { time.Sleep(150 * time.Millisecond) } // as a driver is that resets its device
+	steps := make([]Step, 10)
+	for i := range steps {
+		steps[i] = Step{Path: overrideOf(d.Address), Value: "none"}
+	}
+	if err := b.Write(d.Address, steps); err != nil {
+		t.Error(err)
+	}
+	if n := len(k.Log); n != len(steps) {
+		t.Errorf("%d writes of %d were made", n, len(steps))
+	}
+}
+
+// A write that does not return is told of with whom it waits for, or with that nobody can know; nothing is undone meanwhile, and
+// the next command finishes the rest.
+func TestStuckWrite(t *testing.T) {
+	for _, known := range []bool{true, false} {
+		k := hosttest.NewLab(t, nil)
+		b := open(t, k, Options{Timeout: 50 * time.Millisecond})
+		if _, err := b.Move(context.Background(), Take(Auto), read(t, b, igb).Address); err != nil {
+			t.Fatal(err)
+		}
+		nodes, err := holder.Nodes(b.host, read(t, b, igb))
+		if err != nil || len(nodes) == 0 {
+			t.Fatal(nodes, err)
+		}
+		let := make(chan struct{})
+		returned := make(chan struct{})
+		k.Before = func(name, _ string) {
+			if strings.HasSuffix(name, "vfio-pci/unbind") {
+				if known {
+					k.Process(4711, "qemu", "/dev/vfio/devices/vfio0")
+				}
+				<-let
+			}
+		}
+		k.After = func(name, _ string) {
+			if strings.HasSuffix(name, "vfio-pci/unbind") {
+				close(returned)
+			}
+		}
+
+		_, err = giveBack(b, read(t, b, igb))
+		stuck, ok := errors.AsType[*StuckError](err)
+		if !ok || !IsStuck(err) || len(stuck.Holders) > 0 != known {
+			t.Fatalf("known %v: %v", known, err)
+		}
+		if says := "whom it waits for is not known"; strings.Contains(err.Error(), says) == known ||
+			strings.Contains(err.Error(), "4711") != known {
+			t.Errorf("known %v: %v", known, err)
+		}
+		if got := bound(t, b, igb); got[0] != "vfio-pci" {
+			t.Errorf("while it is stuck: %q", got)
+		}
+
+		k.End(4711)
+		close(let)
+		<-returned
+		b.Close()
+		next := open(t, k, Options{})
+		recovered, err := next.RecoverPatiently(context.Background())
+		if err != nil || len(recovered) != 1 || recovered[0].Err != nil {
+			t.Errorf("afterwards: %v, %v", recovered, err)
+		}
+		if got := bound(t, next, igb); got != [2]string{"igb", ""} {
+			t.Errorf("afterwards: %q", got)
+		}
+	}
+}
+
+// If one of a unit cannot go, each of it has an error, and none was touched.
+func TestMemberThatCannotGo(t *testing.T) {
+	for name, fails := range map[string]func(op, name string) bool{
+		"it cannot be written down": func(op, name string) bool {
+			return op == "replace" && strings.HasSuffix(name, "change-"+edu+".json")
+		},
+		"what it had cannot be read": func(op, name string) bool {
+			return op == "read" && strings.HasSuffix(name, "taken-"+edu+".json")
+		},
+	} {
+		k, b := newKernel(t)
+		unit := []*iommu.Device{read(t, b, e1000), read(t, b, edu)}
+		k.FailAt(0, fails, unix.ENOSPC)
+		results := b.Do(context.Background(), [][]*iommu.Device{unit}, Take(Auto))
+		if !k.Revive() {
+			t.Errorf("%s: nothing failed", name)
+		}
+		for _, r := range results {
+			if r.Err == nil {
+				t.Errorf("%s: %s has no error", name, r.Device)
+			}
+		}
+		if keys, err := b.journal.Keys(""); len(k.Log) > 0 || len(keys) > 0 || err != nil {
+			t.Errorf("%s: writes %q, records %q, %v", name, k.Log, keys, err)
+		}
+	}
+}
+
+// A driver that takes any device of some ids, as vfio-pci.ids= has it, takes it again when it is given back to the kernel's
+// choice. That is told, and the device is as it was.
+func TestGivenBackToVFIO(t *testing.T) {
+	k := hosttest.NewLab(t, hosttest.Tree{"proc/cmdline": "quiet vfio-pci.ids=8086:10c9\n"})
+	b := open(t, k, Options{})
+	for _, w := range [][2]string{
+		{overrideOf(read(t, b, igb).Address), "vfio-pci"}, {"sys/bus/pci/drivers/igb/unbind", igb}, {"sys/bus/pci/drivers_probe", igb},
+		{overrideOf(read(t, b, igb).Address), "\n"},
+	} {
+		if err := k.Write(w[0], w[1]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	k.IDs["vfio-pci"], k.IDs["igb"] = []string{"8086:10c9"}, nil
+	d := read(t, b, igb)
+	c, err := giveBack(b, d)
+	if err == nil || !strings.Contains(err.Error(), "vfio-pci") || bound(t, b, igb)[0] != "vfio-pci" {
+		t.Errorf("%v, plan %+v", err, c)
+	}
+	if keys, err := b.journal.Keys(""); len(keys) > 0 || err != nil {
+		t.Errorf("records %q, %v", keys, err)
+	}
+}
+
+// A child that ended leaves no descriptor, whether it was told to end or died.
+func TestWriterLeavesNoDescriptor(t *testing.T) {
+	h, err := iommu.Open("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	open := func() int {
+		entries, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(entries)
+	}
+	c := child{host: h, locks: &locks{name: t.TempDir() + "/lock"}}
+	if _, err := c.locks.open(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.Names("proc/self/ns"); err != nil { // what Go opens once for all
+		t.Fatal(err)
+	}
+	w, err := c.get()
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := open()
+	for range 3 {
+		p, err := os.FindProcess(w.process.PID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := p.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		_ = p.Release()
+		<-w.ended
+		if err := w.run(request{Device: iommu.Address{}}); err == nil || IsStuck(err) {
+			t.Errorf("a child that died: %v", err)
+		}
+		if w, err = c.get(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if now := open(); now != before {
+		t.Errorf("%d descriptors, before three children died %d", now, before)
+	}
+	c.close()
+	<-w.ended
+	if now := open(); now >= before {
+		t.Errorf("%d descriptors without a child, with one %d", now, before)
+	}
+	if _, err := c.get(); err == nil {
+		t.Error("a Handle that is closed has another child")
+	}
+}
+
+// A captured host can be planned for, and is never changed, nor is the machine that this runs on.
+func TestCapturedHost(t *testing.T) {
+	h := &iommu.Host{Host: hosttest.Lab(t).Host(t)}
+	b, err := Open(h, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	d := read(t, b, e1000)
+	results, err := b.Move(context.Background(), Take(Auto), d.Address)
+	if err != nil || len(results) != 2 || len(results[0].Steps) == 0 {
+		t.Errorf("the plan is %+v, %v", results, err)
+	}
+	_, recovered := b.Recover(context.Background())
+	for what, err := range map[string]error{
+		"take":    b.Do(context.Background(), [][]*iommu.Device{{d}}, Take(Auto))[0].Err,
+		"give":    b.Do(context.Background(), [][]*iommu.Device{{d}}, GiveBack())[0].Err,
+		"recover": recovered,
+		"lock":    b.Lock(context.Background(), []*iommu.Device{d}),
+		"begin":   b.Begin("x", d, nil, nil),
+		"write":   b.Write(d.Address, []Step{{Path: overrideOf(d.Address), Value: "x"}}),
+		"load":    b.load(context.Background(), "vfio_pci"),
+	} {
+		if !errors.Is(err, iommu.ErrReadOnly) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if b.Changes() {
+		t.Error("it says that it changes something")
+	}
+}
+
+func TestDryRun(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	b := open(t, k, Options{DryRun: true})
+	d := read(t, b, e1000)
+	results, err := b.Move(context.Background(), Take(Auto), d.Address)
+	if err != nil || len(results) != 2 || len(results[0].Steps) != 3 || len(k.Log) > 0 {
+		t.Errorf("the plan is %+v, %v, writes %q", results, err, k.Log)
+	}
+	if err := b.Do(context.Background(), [][]*iommu.Device{{d}}, Take(Auto))[0].Err; !errors.Is(err, ErrDryRun) {
+		t.Error(err)
+	}
+}
+
+// What has to be locked first is refused without, and a Recoverer is told of.
+func TestWithoutLock(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	b := open(t, k, Options{})
+	d := read(t, b, igb)
+	for what, err := range map[string]error{
+		"begin": b.Begin("count", d, nil, nil), "write": b.Write(d.Address, []Step{{Path: overrideOf(d.Address), Value: "x"}}),
+	} {
+		if !errors.Is(err, ErrNotLocked) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if err := errors.Join(b.Lock(context.Background(), []*iommu.Device{d}), b.Begin("count", d, nil, 7)); err != nil {
+		t.Fatal(err)
+	}
+	b.Close()
+
+	other := open(t, k, Options{})
+	recovered, err := other.Recover(context.Background())
+	unknown, ok := errors.AsType[*UnknownChangeError](errors.Join(append([]error{err}, errorsOf(recovered)...)...))
+	if !ok || unknown.Op != "count" || unknown.Device != d.Address {
+		t.Errorf("a change of another package's: %v, %v", recovered, err)
+	}
+	if keys, _ := other.journal.Keys("change-"); len(keys) != 1 {
+		t.Errorf("records %q", keys)
+	}
+	results, err := other.Move(context.Background(), Take(Auto), d.Address)
+	if !errors.Is(err, holder.ErrRefused) {
+		t.Errorf("taken in the middle of it: %+v, %v", results, err)
+	}
+}
+
+func errorsOf(all []Recovered) []error {
+	var out []error
+	for _, r := range all {
+		out = append(out, r.Err)
+	}
+	return out
+}
+
+// TryLock has what nobody has, also while another one locks and unlocks it all the time next door.
+func TestTryLock(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	a, b := open(t, k, Options{}), open(t, k, Options{})
+	one, two := read(t, a, igb).Address, read(t, a, e1000).Address
+	for range 200 {
+		if ok, err := a.TryLock(one); !ok || err != nil {
+			t.Fatalf("a free lock: %v, %v", ok, err)
+		}
+		if ok, err := b.TryLock(one); ok || err != nil {
+			t.Fatalf("another's: %v, %v", ok, err)
+		}
+		if ok, err := b.TryLock(two); !ok || err != nil {
+			t.Fatalf("the other: %v, %v", ok, err)
+		}
+		if !a.Holds(one) || a.Holds(two) {
+			t.Fatal("who has which is not known")
+		}
+		a.Close()
+		b.Close()
+		a, b = open(t, k, Options{}), open(t, k, Options{})
+	}
+}

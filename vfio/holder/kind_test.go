@@ -1,0 +1,224 @@
+package holder
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"viaduct/internal/host/hosttest"
+	"viaduct/iommu"
+)
+
+const (
+	disk    = "0000:00:01.0" // virtio, its disk is vda
+	diskDir = "sys/devices/pci0000:00/0000:00:01.0/virtio0/block/vda"
+	nic     = "ens1" // e1000's
+)
+
+// scenario is a host on which a device has a holder.
+type scenario struct {
+	device string
+	tree   hosttest.Tree
+	setup  func(*hosttest.Kernel)
+	says   string
+	final  bool
+}
+
+func withDisk(more hosttest.Tree) hosttest.Tree {
+	return hosttest.Tree{
+		"sys/class/block/vda": "-> ../../devices/pci0000:00/0000:00:01.0/virtio0/block/vda", diskDir + "/holders/": "", "dev/vda": "b 254:0\n",
+	}.With(more)
+}
+
+// scenarios are those of each kind.
+var scenarios = map[Kind][]scenario{
+	Process: {
+		{device: e1000, setup: func(k *hosttest.Kernel) { bindVFIO(k); k.Process(4711, "qemu", "/dev/vfio/devices/vfio0") },
+			says: "is open in process 4711"},
+		{device: e1000, setup: func(k *hosttest.Kernel) { bindVFIO(k); k.Process(4711, "qemu", "/dev/vfio/7") },
+			says: "is open in process 4711"},
+		// A kernel from 6.18 on names the device in a descriptor that was passed; an older one does not.
+		{device: e1000, setup: func(k *hosttest.Kernel) { bindVFIO(k); k.Process(4711, "qemu", "anon_inode:[vfio-device]") },
+			says: "process 4711"},
+	},
+	Lease: {{device: e1000, tree: hosttest.Tree{
+		"run/viaduct/lease-web.json": `{"guest":"web","devices":[{"address":"` + e1000 + `"}]}`}, says: `is assigned to guest "web"`}},
+	Mount: {
+		{device: disk, tree: withDisk(hosttest.Tree{"proc/1/mountinfo": "22 1 254:0 / /srv rw - ext4 /dev/vda rw\n"}), says: "is mounted on /srv"},
+		{device: disk, tree: withDisk(hosttest.Tree{"proc/1/mountinfo": "22 1 254:0 / / rw - ext4 /dev/vda rw\n"}), says: "is mounted on /", final: true},
+		{device: disk, tree: withDisk(hosttest.Tree{"proc/1/mountinfo": "22 1 0:33 / /srv rw - btrfs /dev/vda rw\n"}), says: "is mounted on /srv"},
+		{device: disk, tree: withDisk(hosttest.Tree{"sys/fs/btrfs/1-2/devices/vda/": "", "sys/fs/btrfs/features/": ""}), says: "part of a mounted btrfs"},
+	},
+	Swap: {{device: disk, tree: withDisk(hosttest.Tree{"proc/swaps": "Filename Type\n/dev/vda partition 1 0 -2\n"}), says: "is swap"}},
+	Storage: {
+		{device: disk, setup: func(k *hosttest.Kernel) { k.Busy["vda"] = true }, tree: withDisk(nil), says: "in exclusive use"},
+		{device: disk, tree: withDisk(hosttest.Tree{
+			diskDir + "/holders/dm-0": "-> ../../../../../../virtual/block/dm-0", "sys/class/block/dm-0": "-> ../../devices/virtual/block/dm-0",
+			"sys/devices/virtual/block/dm-0/dm/name": "vg-data\n", "sys/devices/virtual/block/dm-0/dm/uuid": "LVM-x\n",
+			"sys/devices/virtual/block/dm-0/dev": "252:0\n", "dev/dm-0": "b 252:0\n",
+		}), says: "LVM vg-data (dm-0)"},
+		{device: disk, tree: withDisk(hosttest.Tree{
+			diskDir + "/holders/md0": "-> ../../../../../../virtual/block/md0", "sys/class/block/md0": "-> ../../devices/virtual/block/md0",
+			"sys/devices/virtual/block/md0/md/level": "raid1\n", "sys/devices/virtual/block/md0/dev": "9:0\n", "dev/md0": "b 9:0\n",
+		}), says: "md0"},
+	},
+	Route: {
+		{device: e1000, setup: func(k *hosttest.Kernel) { k.Net.Routes = []hosttest.Route{{To: "default", Over: []string{nic}}} },
+			says: "carries the default route"},
+		{device: e1000, setup: func(k *hosttest.Kernel) {
+			k.Net.Routes = []hosttest.Route{{To: "10.0.0.0/8", Over: []string{"enp1s0", nic}}}
+		},
+			says: "the route to 10.0.0.0/8"},
+		{device: e1000, setup: func(k *hosttest.Kernel) { k.Net.Routes = []hosttest.Route{{To: "default"}} }, says: "may carry the default route"},
+	},
+	Addressed: {{device: e1000, setup: func(k *hosttest.Kernel) {
+		k.Net.Addresses = []hosttest.Address{{Interface: nic, CIDR: "192.0.2.1/24"}}
+	}, says: "has address 192.0.2.1/24"}},
+	Stacked: {
+		{device: e1000, setup: func(k *hosttest.Kernel) { k.Net.Over = map[string]string{"enp2s0": nic} }, says: "is under"},
+		{device: e1000, tree: hosttest.Tree{
+			"sys/devices/pci0000:00/0000:00:08.0/0000:07:01.0/net/ens1/upper_enp2s0": "-> ../../../../0000:00:06.0/0000:02:00.0/net/enp2s0",
+		}, says: "is under"},
+	},
+	Namespace: {{device: e1000, setup: func(k *hosttest.Kernel) {
+		k.Process(77, "ns")
+		k.Net.Elsewhere = map[string][]hosttest.Elsewhere{"proc/77/ns/net": {{Name: "eth0", Device: e1000}}}
+	}, tree: hosttest.Tree{"proc/77/ns/net": "-> net:[4026532000]"}, says: "is in the network namespace of process 77"}},
+	SSH: {{device: e1000, setup: func(k *hosttest.Kernel) {
+		k.Net.Routes = []hosttest.Route{{To: "192.0.2.0/24", Over: []string{nic}, Protocol: unix.RTPROT_KERNEL}}
+		k.Process(99, "sshd", "socket:[1234]")
+	}, tree: hosttest.Tree{
+		"proc/1/net/tcp": "  sl\n   0: 010200C0:0016 070200C0:A2C4 01 00000000:00000000 02:0 0     0        0 1234 1 0\n", "proc/self": "-> 1",
+	}, says: "carries the ssh connection of 192.0.2.7"}},
+	Display: {
+		{device: edu, tree: hosttest.Tree{
+			"sys/devices/pci0000:00/0000:00:08.0/0000:07:02.0/modalias": "pci:v00001234d000011E8sv00001AF4sd00001100bc03sc00i00\n",
+			"sys/devices/pci0000:00/0000:00:08.0/0000:07:02.0/boot_vga": "1\n",
+		}, says: "is the display this host started on"},
+		{device: edu, tree: hosttest.Tree{
+			"sys/devices/pci0000:00/0000:00:08.0/0000:07:02.0/modalias":           "pci:v00001234d000011E8sv00001AF4sd00001100bc03sc00i00\n",
+			"sys/devices/pci0000:00/0000:00:08.0/0000:07:02.0/graphics/fb0/modes": "\n",
+			"sys/class/graphics/fb0":                "-> ../../devices/pci0000:00/0000:00:08.0/0000:07:02.0/graphics/fb0",
+			"sys/class/graphics/fbcon/cursor_blink": "1\n",
+		}, says: "has the active framebuffer fb0"},
+	},
+	Owner: {{device: e1000, tree: hosttest.Tree{"etc/driverctl.d/pci-" + e1000: "e1000e\n"}, says: "is set to driver e1000e by driverctl"}},
+}
+
+// bindVFIO binds e1000 to vfio-pci.
+func bindVFIO(k *hosttest.Kernel) {
+	for _, w := range [][2]string{
+		{"sys/bus/pci/devices/" + e1000 + "/driver_override", "vfio-pci"}, {"sys/bus/pci/drivers/e1000/unbind", e1000},
+		{"sys/bus/pci/drivers_probe", e1000},
+	} {
+		if err := k.Write(w[0], w[1]); err != nil {
+			panic(err)
+		}
+	}
+}
+
+func (s *scenario) host(t *testing.T) (*hosttest.Kernel, *iommu.Host) {
+	t.Helper()
+	k, h := hostOf(t, s.tree)
+	if s.setup != nil {
+		s.setup(k)
+	}
+	return k, h
+}
+
+// Each kind of the table is whole: it has a name and a meaning, something finds it and nothing else is called so, and it can be
+// overridden by itself, unless it is the disk that the host runs on.
+func TestKinds(t *testing.T) {
+	seen := map[Kind]bool{}
+	for _, kind := range Kinds() {
+		r := kind.row()
+		if seen[kind] || r.means == "" || kind.Means() != r.means || r.look == nil {
+			t.Errorf("%q is there twice, or lacks a meaning or a way to look", kind)
+		}
+		seen[kind] = true
+		if k, err := ParseKind(string(kind)); k != kind || err != nil {
+			t.Errorf("%s: %s, %v", kind, k, err)
+		}
+		if r.carriesHost && !r.use || r.yieldsToRollback != slices.Contains(YieldToRollback(), kind) ||
+			kind.CarriesHost() != r.carriesHost || kind.InUse() != r.use || kind.IsGuests() != r.guests {
+			t.Errorf("%s contradicts itself: %+v", kind, r)
+		}
+		if len(scenarios[kind]) == 0 {
+			t.Errorf("nothing shows that a holder of kind %s is found", kind)
+		}
+		for i, s := range scenarios[kind] {
+			_, h := s.host(t)
+			d := read(t, h, s.device)
+			all, err := Find(h, []*iommu.Device{d})
+			if err != nil {
+				t.Fatalf("%s %d: %v", kind, i, err)
+			}
+			j := slices.IndexFunc(all, func(f Holder) bool { return f.Kind == kind && strings.Contains(f.What, s.says) })
+			if j < 0 || all[j].Device != s.device || all[j].Final != s.final {
+				t.Errorf("%s %d: %+v", kind, i, all)
+				continue
+			}
+			if why := all[j].Against(nil); !strings.Contains(why, s.says) {
+				t.Errorf("%s %d: refused as %q", kind, i, why)
+			}
+			if why := all[j].Against([]Kind{kind}); (why == "") == s.final {
+				t.Errorf("%s %d: overridden, it says %q", kind, i, why)
+			}
+			others := slices.DeleteFunc(Kinds(), func(k Kind) bool { return k == kind })
+			if err := Refuse("take it", all[j:j+1], others, ""); !errors.Is(err, ErrRefused) {
+				t.Errorf("%s %d: overridden by another kind: %v", kind, i, err)
+			}
+		}
+	}
+	if _, err := ParseKind("nobody"); err == nil || !strings.Contains(err.Error(), KindNames()) {
+		t.Error(err)
+	}
+}
+
+// What nobody uses has no holders.
+func TestNobody(t *testing.T) {
+	_, h := hostOf(t, withDisk(nil))
+	for _, address := range []string{e1000, edu, disk, igb} {
+		if all, err := Find(h, []*iommu.Device{read(t, h, address)}); err != nil || len(all) > 0 {
+			t.Errorf("%s: %+v, %v", address, all, err)
+		}
+	}
+}
+
+// Whatever cannot be looked at, who uses a device is found, or the failure is told: nobody is taken for absent who was not seen.
+func TestLooksThatFail(t *testing.T) {
+	for _, kind := range Kinds() {
+		for i, s := range scenarios[kind] {
+			k, h := s.host(t)
+			d := read(t, h, s.device)
+			for n, more := 0, true; more; n++ {
+				failed := ""
+				var left atomic.Int64
+				left.Store(int64(n))
+				fail := []error{unix.EIO, unix.EACCES, unix.ENOMEM}[n%3]
+				k.SetFault(func(op, name string) error {
+					if left.Add(-1) == -1 {
+						failed = op + " " + name
+						return fail
+					}
+					return nil
+				})
+				all, err := Find(h, []*iommu.Device{d})
+				k.Revive()
+				more = failed != ""
+				found := slices.ContainsFunc(all, func(f Holder) bool { return f.Kind == kind && strings.Contains(f.What, s.says) })
+				if strings.HasPrefix(failed, "message 26") && fail == unix.EACCES {
+					continue // a route may forbid
+				}
+				if err == nil && !found {
+					t.Errorf("%s %d: %s fails with %v: nobody is found (%s)", kind, i, failed, fail, fmt.Sprint(all))
+				}
+			}
+		}
+	}
+}

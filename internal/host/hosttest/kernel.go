@@ -26,17 +26,19 @@ import (
 //
 // Its fields may be set before the first operation, and by After.
 type Kernel struct {
-	IDs     map[string][]string      // by driver: the "vvvv:dddd" that it matches without an override
-	Modules map[string]string        // by module or alias that modprobe loads: the driver it brings, "" if it fails
-	Fail    map[string]error         // by file name as it is written to: answer this, and do nothing
-	Probe   map[string]error         // by device or driver: probing fails with this
-	Partial int                      // make at most so many VFs and report success, if not 0
-	Log     []string                 // every write in its order, also those that failed: "name=value"
-	Before  func(name, value string) // called before each write, without the lock
-	After   func(name, value string) // called after each write, without the lock; it may call Write, which calls it again
-	Busy    map[string]bool          // disks that are in exclusive use, by name
-	Owners  map[string]Owner         // of nodes, by name, as Own set them
-	Net     Network                  // what netlink answers from, beside the interfaces that the files show
+	IDs     map[string][]string // by driver: the "vvvv:dddd" that it matches without an override
+	Modules map[string]string   // by module or alias that modprobe loads: the driver it brings, "" if it fails
+	Fail    map[string]error    // by file name as it is written to: answer this, and do nothing
+	Probe   map[string]error    // by device or driver: probing fails with this
+	Partial int                 // make at most so many VFs and report success, if not 0
+	// EnableSRIOV has vfio-pci make VFs, as with enable_sriov=1, which it takes at once.
+	EnableSRIOV bool
+	Log         []string                 // every write in its order, also those that failed: "name=value"
+	Before      func(name, value string) // called before each write, without the lock
+	After       func(name, value string) // called after each write, without the lock; it may call Write, which calls it again
+	Busy        map[string]bool          // disks that are in exclusive use, by name
+	Owners      map[string]Owner         // of nodes, by name, as Own set them
+	Net         Network                  // what netlink answers from, beside the interfaces that the files show
 
 	tb   testing.TB
 	dir  string // of sysfs and all: the root

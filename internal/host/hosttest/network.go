@@ -95,6 +95,9 @@ func (k *Kernel) startNet() {
 				k.put(path.Join(dir, file), content+"\n")
 			}
 		}
+		if parent := k.parentOf(dir); parent != "" && !k.exists(path.Join(dir, "device")) {
+			k.must(os.Symlink("../../../"+path.Base(parent), k.at(path.Join(dir, "device"))))
+		}
 		if mode := path.Join("proc/sys/net/ipv6/conf", name, "addr_gen_mode"); !k.exists(mode) {
 			k.put(mode, "0\n")
 		}

@@ -22,7 +22,7 @@ func (k *Kernel) numvfs(pf, value string) error {
 		return syscall.ERANGE
 	case n == have:
 		return nil
-	case k.driver(pf) == "" || strings.Contains(k.driver(pf), "vfio") || k.driver(pf) == "pci-stub":
+	case k.driver(pf) == "" || strings.Contains(k.driver(pf), "vfio") && !k.EnableSRIOV || k.driver(pf) == "pci-stub":
 		return syscall.ENOENT // no driver, or one without sriov_configure
 	case n == 0:
 		k.removeVFs(pf)
@@ -107,6 +107,9 @@ func (k *Kernel) addVF(pf string, index int, address string) {
 	}
 	k.link(fmt.Sprintf("%s/virtfn%d", pf, index), vf)
 	k.link(vf+"/physfn", pf)
+	if driver := k.driver(pf); strings.Contains(driver, "vfio") { // vfio_pci_bus_notifier
+		k.put(vf+"/driver_override", driver+"\n")
+	}
 	k.probeAll(vf)
 }
 

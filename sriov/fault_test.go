@@ -1,0 +1,289 @@
+package sriov
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"path"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+
+	"viaduct/internal/host/hosttest"
+	"viaduct/iommu"
+	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
+)
+
+const vf0 = "0000:01:10.0"
+
+// vfSettings are the settings of one of the lab PF's VFs as its driver reports them.
+func vfSettings(t *testing.T, k *hosttest.Kernel, index int) Settings {
+	t.Helper()
+	s := open(t, k)
+	defer s.Close()
+	port, err := ReadPort(s.Host(), device(t, s, pf))
+	if err != nil {
+		t.Fatal(err)
+	}
+	vf, _ := port.Of(index)
+	return vf.Settings
+}
+
+func setVF(t *testing.T, k *hosttest.Kernel, want Settings) ([]Key, error) {
+	t.Helper()
+	s := open(t, k)
+	defer s.Close()
+	unverified, err := s.SetVF(context.Background(), parse(vf0), want)
+	if keys, _ := s.journal.Keys("change-"); len(keys) > 0 {
+		t.Errorf("records are left: %q", keys)
+	}
+	return unverified, err
+}
+
+// What a driver refuses, or takes and does not do, is told, and the VF is as it was; what it does not report is told too.
+func TestSetVF(t *testing.T) {
+	for name, c := range map[string]struct {
+		net        func(*hosttest.Network)
+		want       Settings
+		says       string
+		unverified []Key
+	}{
+		"taken":        {nil, Settings{MAC: "52:54:00:aa:00:07", VLAN: "7", MaxRate: "100"}, "", nil},
+		"nothing new":  {nil, Settings{VLAN: "0", Trust: off}, "", nil},
+		"refused":      {func(n *hosttest.Network) { n.Refuse = map[int]unix.Errno{nl.IFLA_VF_TRUST: unix.EPERM} }, Settings{VLAN: "7", Trust: on}, "driver igb refused trust", nil},
+		"unknown":      {func(n *hosttest.Network) { n.Refuse = map[int]unix.Errno{nl.IFLA_VF_RSS_QUERY_EN: unix.EOPNOTSUPP} }, Settings{VLAN: "7", RSSQuery: on}, "driver igb has no setting rss_query", nil},
+		"no 802.1ad":   {func(n *hosttest.Network) { n.Refuse = map[int]unix.Errno{nl.IFLA_VF_VLAN_LIST: unix.EPROTONOSUPPORT} }, Settings{VLAN: "7", Proto: dot1ad}, "no VLAN protocol but 802.1q", nil},
+		"rates":        {func(n *hosttest.Network) { n.Refuse = map[int]unix.Errno{nl.IFLA_VF_RATE: unix.EINVAL} }, Settings{MaxRate: "7"}, "rates need the PF's link to be up", nil},
+		"not done":     {func(n *hosttest.Network) { n.Ignore = map[int]bool{nl.IFLA_VF_TRUST: true} }, Settings{VLAN: "7", Trust: on}, "reported success, but trust was set to on and is off", nil},
+		"not reported": {func(n *hosttest.Network) { n.Unreported = map[int]bool{nl.IFLA_VF_TRUST: true} }, Settings{VLAN: "7", Trust: on}, "", []Key{Trust}},
+		"vectors":      {nil, Settings{MSIX: "4"}, "no setting msix", nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			k := hosttest.NewLab(t, nil)
+			quiet(t, k, makeVFs(alike(2, UseNone)))
+			if c.net != nil {
+				c.net(&k.Net)
+			}
+			before := vfSettings(t, k, 0)
+			unverified, err := setVF(t, k, c.want)
+			if (err == nil) != (c.says == "") || err != nil && !strings.Contains(err.Error(), c.says) || !slices.Equal(unverified, c.unverified) {
+				t.Errorf("error %v, not verified: %v", err, unverified)
+			}
+			now := vfSettings(t, k, 0)
+			if err != nil && !maps.Equal(now, before) {
+				t.Errorf("left %v, was %v", now, before)
+			}
+			if wrong, _ := compare(now, c.want); err == nil && len(wrong) > 0 {
+				t.Errorf("it succeeded, but %v", wrong)
+			}
+			if other := vfSettings(t, k, 1); other[VLAN] != "0" || other[Trust] == on {
+				t.Errorf("another VF has %v", other)
+			}
+		})
+	}
+}
+
+// A driver that is busy with a VF's reset is asked again; one that stays so is told of.
+func TestBusyDriver(t *testing.T) {
+	for _, times := range []int64{3, 1 << 20} {
+		k := hosttest.NewLab(t, nil)
+		quiet(t, k, makeVFs(alike(1, UseNone)))
+		var left atomic.Int64
+		left.Store(times)
+		k.SetFault(func(op, name string) error {
+			if op == "message" && name == fmt.Sprint(unix.RTM_SETLINK) && left.Add(-1) >= 0 {
+				return unix.EBUSY
+			}
+			return nil
+		})
+		_, err := setVF(t, k, Settings{VLAN: "7"})
+		k.Revive()
+		if refused, ok := errors.AsType[*SettingError](err); (err == nil) != (times == 3) || err != nil && (!ok || !errors.Is(refused, unix.EBUSY)) {
+			t.Errorf("busy %d times: %v", times, err)
+		}
+	}
+}
+
+// A MAC address that something else on the host has is refused. None, and zero, which has a driver make one up, are nobody's.
+func TestConflicts(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	k.Net.Permanent = map[string]string{"enp2s0": ""}
+	wish := alike(3, UseNone)
+	wish.VFs[1].Settings = Settings{MAC: "52:54:00:aa:00:01"}
+	quiet(t, k, makeVFs(wish)) // the others have a zero address
+	for mac, says := range map[string]string{
+		"00:00:00:00:00:00": "", "52:54:00:aa:00:09": "", "52:54:00:aa:00:01": "is that of vf1 of enp1s0 already",
+		"52:54:00:00:00:03": "is that of ens1 already",
+	} {
+		if _, err := setVF(t, k, Settings{MAC: mac}); (err == nil) != (says == "") || err != nil && !strings.Contains(err.Error(), says) {
+			t.Errorf("%s: %v, want %q", mac, err, says)
+		}
+	}
+	for _, mac := range []string{"00:00:00:00:00:00", "", StableMAC} {
+		settings := Settings{}
+		if mac != "" {
+			settings[MAC] = mac
+		}
+		quiet(t, k, makeVFs(Wish{}))
+		if _, err := setCount(t, context.Background(), k, Wish{VFs: Repeat(3, VFWish{UseNone, settings})}); err != nil {
+			t.Errorf("mac=%s for several: %v", mac, err)
+		}
+	}
+	s := open(t, k)
+	if _, err := s.PlanCount(device(t, s, pf), Wish{VFs: Repeat(4, VFWish{UseNone, Settings{MAC: "52:54:00:aa:00:09"}})}); err == nil {
+		t.Error("one address for several VFs")
+	}
+}
+
+// mac=stable is the same in the plan and in what is applied, whatever address the PF's interface was given meanwhile.
+func TestStableIsPermanent(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	k.Net.Permanent = map[string]string{"enp1s0": "52:54:00:00:00:77"}
+	wish := Wish{VFs: Repeat(2, VFWish{UseNone, Settings{MAC: StableMAC}})}
+	plan, err := setCount(t, context.Background(), k, wish)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, want := range []string{"26:00:00:00:00:77", "26:00:01:00:00:77"} {
+		if got := vfSettings(t, k, i)[MAC]; got != want || plan.Set[i].Want[MAC] != want {
+			t.Errorf("vf%d has %s, planned was %s, want %s", i, got, plan.Set[i].Want[MAC], want)
+		}
+	}
+	k.SetFault(func(op, name string) error {
+		if op == "message" && name == fmt.Sprint(unix.RTM_GETLINK) {
+			return unix.ENOBUFS
+		}
+		return nil
+	})
+	defer k.Revive()
+	if _, err := setVF(t, k, Settings{MAC: StableMAC}); !errors.Is(err, unix.ENOBUFS) {
+		t.Errorf("who cannot ask derives an address from nothing: %v", err)
+	}
+}
+
+// A PF that is on vfio-pci with enable_sriov gives VFs that vfio-pci has at once, and they go again.
+func TestPFOnVFIO(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	k.EnableSRIOV = true
+	quiet(t, k, func(ctx context.Context, s *Handle) error { return move(ctx, s, pf, bind.Take(bind.Auto)) })
+	for _, use := range []Use{UseNone, UseVFIO} {
+		plan, err := setCount(t, context.Background(), k, alike(2, use))
+		if err != nil || !strings.Contains(strings.Join(plan.Notes, ";"), "which gets its VFs at once") {
+			t.Fatalf("%s: %v", use, err)
+		}
+		if got := state(t, k); got != "vfio-pci/vfio-pci vfio-pci/vfio-pci 1" {
+			t.Errorf("%s: %s", use, got)
+		}
+		quiet(t, k, makeVFs(Wish{}))
+		if got := state(t, k); got != "1" {
+			t.Errorf("%s: left %s", use, got)
+		}
+	}
+	k.Fail[pfDir+"/sriov_drivers_autoprobe"] = nil
+	k.Partial = 1
+	if _, err := setCount(t, context.Background(), k, alike(2, UseVFIO)); err == nil || state(t, k) != "1" {
+		t.Errorf("a VF too few: %v, left %s", err, state(t, k))
+	}
+}
+
+// VFs for the host are looked at again: one that its driver did not take is told of.
+func TestHomeIsReadBack(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	k.Probe[vf0] = unix.ENOMEM
+	plan, err := setCount(t, context.Background(), k, alike(2, UseHome))
+	if err != nil || !strings.Contains(strings.Join(plan.Notes, ";"), vf0) {
+		t.Errorf("%v, notes %q", err, plan.Notes)
+	}
+}
+
+// What was taken of old VFs is forgotten when these go, and what was taken of new ones never: a VF that a guest has goes back to no
+// driver, and not to the host's.
+func TestRecordsOfNewVFs(t *testing.T) {
+	for n := range 60 {
+		k := hosttest.NewLab(t, nil)
+		quiet(t, k, makeVFs(alike(2, UseVFIO)))
+		s := open(t, k)
+		k.KillAt(n, isWrite)
+		_, _ = s.Make(context.Background(), parse(pf), alike(3, UseVFIO))
+		s.Close()
+		if !k.Revive() {
+			return
+		}
+		quiet(t, k, func(ctx context.Context, s *Handle) error { _, err := s.Recover(ctx); return err })
+		for _, vf := range strings.Fields(state(t, k)) {
+			if vf != "vfio-pci/vfio-pci" && vf != "1" {
+				t.Fatalf("killed before write %d: %s", n, state(t, k))
+			}
+		}
+		if !strings.HasPrefix(state(t, k), "vfio") {
+			continue
+		}
+		quiet(t, k, func(ctx context.Context, s *Handle) error { return move(ctx, s, vf0, bind.GiveBack()) })
+		if got := state(t, k); !strings.HasPrefix(got, "/none vfio-pci/vfio-pci") {
+			t.Errorf("killed before write %d: given back, vf0 is %s", n, got)
+		}
+	}
+}
+
+// VFs that somebody uses are not removed, unless that is overridden.
+func TestUsedVFs(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	quiet(t, k, makeVFs(alike(2, UseVFIO)))
+	usesNode(t, k, vf0)
+	s := open(t, k)
+	plan, err := s.Make(context.Background(), parse(pf), Wish{})
+	refused, ok := errors.AsType[*holder.RefusedError](err)
+	if !ok || !strings.Contains(refused.Error(), "process 4711") || plan == nil || len(plan.Victims) != 2 {
+		t.Errorf("%+v, %v", plan, err)
+	}
+	if _, err := s.Make(context.Background(), parse(pf), Wish{}, holder.Process); err != nil || state(t, k) != "1" {
+		t.Errorf("overridden: %v, left %s", err, state(t, k))
+	}
+}
+
+// The number of a PF in its representors' names is the function's with some drivers, the port's with others.
+func TestRepresentors(t *testing.T) {
+	const one, two = "sys/devices/pci0000:00/0000:00:05.0/0000:01:00.0/net/", "sys/devices/pci0000:00/0000:00:06.0/0000:02:00.0/net/"
+	tree := hosttest.Tree{}
+	add := func(dir, name, port string) {
+		tree[dir+name+"/phys_switch_id"], tree[dir+name+"/phys_port_name"] = "deadbeef\n", port+"\n"
+		tree[dir+name+"/device"] = "-> ../../../" + path.Base(path.Dir(path.Clean(dir)))
+		tree["sys/class/net/"+name] = "-> ../../" + strings.TrimPrefix(dir, "sys/") + name
+	}
+	add(one, "enp1s0", "p0")
+	add(one, "rep0", "pf1vf0") // mlx5: the second port, by whichever function
+	add(one, "rep1", "pf1vf1")
+	add(two, "rep2", "pf0vf0") // of another PF of the same card
+	tree["sys/class/net/other"] = "-> ../../devices/virtual/net/other"
+	tree["sys/devices/virtual/net/other/phys_switch_id"] = "deadbeef\n"
+	tree["sys/devices/virtual/net/other/phys_port_name"] = "pf0vf2\n" // of no device: then the number tells
+	k := hosttest.NewLab(t, tree)
+	h := &iommu.Host{Host: k.Host()}
+	ports, err := ReadPorts(h, &Port{PF: &iommu.Device{Address: parse(pf)}, SwitchID: "deadbeef"})
+	if err != nil || !slices.Equal(ports.Uplinks, []string{"enp1s0"}) || !maps.Equal(ports.VFs, map[int]string{0: "rep0", 1: "rep1", 2: "other"}) {
+		t.Errorf("%+v, %v", ports, err)
+	}
+}
+
+// A captured host is planned for, and never changed.
+func TestCapturedHost(t *testing.T) {
+	h := &iommu.Host{Host: hosttest.Lab(t).Host(t)}
+	s, err := Open(h, bind.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	plan, err := s.Make(context.Background(), parse(pf), alike(2, UseVFIO))
+	if err != nil || len(plan.Steps()) < 3 {
+		t.Errorf("%v, %v", plan, err)
+	}
+	if _, err := s.Apply(context.Background(), plan); !errors.Is(err, iommu.ErrReadOnly) {
+		t.Errorf("carried out: %v", err)
+	}
+}

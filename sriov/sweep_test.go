@@ -237,7 +237,7 @@ func (c *command) prepare(t *testing.T, k *hosttest.Kernel) {
 // sample is each n-th operation of a command in a test run, beginning with another for each command, and all of them in a long
 // one.
 func sample(total int) func(func(int) bool) {
-	stride := total/60 + 1
+	stride := total/16 + 1
 	if os.Getenv("VIADUCT_SWEEP") == "all" {
 		stride = 1
 	}
@@ -398,7 +398,11 @@ func TestKillSweep(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			_, before, after := c.operations(t)
-			for n, killed := 0, true; killed; n++ {
+			stride := 4
+			if os.Getenv("VIADUCT_SWEEP") == "all" {
+				stride = 1
+			}
+			for n, killed := len(c.name)%stride, true; killed; n += stride {
 				t.Run(fmt.Sprint(n), func(t *testing.T) {
 					k := hosttest.NewLab(t, nil)
 					c.prepare(t, k)

@@ -1,5 +1,5 @@
-// Package iommu sees a host's devices: PCI functions and their addresses, IOMMU groups and what is in them, the IOMMU units,
-// topology, names, and the selectors that users name devices by. It changes nothing.
+// Package iommu sees a host's devices: PCI functions and their addresses, IOMMU groups and what is in them, the IOMMU
+// units, topology, names, and the selectors that users name devices by. It changes nothing.
 package iommu
 
 import (
@@ -18,7 +18,8 @@ type Address struct {
 	Function uint8 // 0 to 7
 }
 
-// ParseAddress parses "0000:01:00.0", "01:00.0" (domain 0), and domains of more than four digits, as VMD's 10000:e1:00.0.
+// ParseAddress parses "0000:01:00.0", "01:00.0" (domain 0), and domains of more than four digits, as VMD's
+// 10000:e1:00.0.
 func ParseAddress(s string) (Address, error) {
 	a, ok := parseAddress(s)
 	if !ok {
@@ -57,12 +58,16 @@ func (a Address) String() string {
 			b = append(b, digits[v&15])
 		}
 	}
-	return string(append(b, ':', digits[a.Bus>>4], digits[a.Bus&15], ':', digits[a.Device>>4], digits[a.Device&15], '.', digits[a.Function&7]))
+	return string(
+		append(b, ':', digits[a.Bus>>4], digits[a.Bus&15], ':', digits[a.Device>>4], digits[a.Device&15], '.',
+			digits[a.Function&7]),
+	)
 }
 
 // Compare orders addresses as the hardware is numbered.
 func (a Address) Compare(b Address) int {
-	return cmp.Or(cmp.Compare(a.Domain, b.Domain), cmp.Compare(a.Bus, b.Bus), cmp.Compare(a.Device, b.Device), cmp.Compare(a.Function, b.Function))
+	return cmp.Or(cmp.Compare(a.Domain, b.Domain), cmp.Compare(a.Bus, b.Bus), cmp.Compare(a.Device, b.Device),
+		cmp.Compare(a.Function, b.Function))
 }
 
 // MarshalText makes an address a JSON string.

@@ -17,7 +17,13 @@ import (
 // What a snapshot holds. These are lists of what is wanted, never of what is not: some files of sysfs block, wake the
 // device, or act when they are touched, and a snapshot is handed to other people.
 var (
-	hostFiles   = []string{"proc/cmdline", "proc/sys/kernel/osrelease", "sys/firmware/acpi/tables/IVRS", "sys/firmware/acpi/tables/DMAR", "etc/viaduct/host.yaml"}
+	hostFiles = []string{
+		"proc/cmdline",
+		"proc/sys/kernel/osrelease",
+		"sys/firmware/acpi/tables/IVRS",
+		"sys/firmware/acpi/tables/DMAR",
+		"etc/viaduct/host.yaml",
+	}
 	deviceFiles = []string{
 		"modalias", "vendor", "device", "subsystem_vendor", "subsystem_device", "class", "revision", "numa_node", "driver_override",
 		"power_state", "reset_method", "boot_vga", "resource", "enable", "config",
@@ -25,9 +31,19 @@ var (
 		"sriov_totalvfs", "sriov_offset", "sriov_stride", "sriov_vf_device", "sriov_drivers_autoprobe", "sriov_vf_total_msix",
 	}
 	deviceLinks = []string{"driver", "iommu", "iommu_group", "physfn", "subsystem"}
-	classFiles  = []string{"address", "operstate", "flags", "mtu", "phys_port_name", "phys_switch_id", "dev", "size", "serial"}
-	groupFiles  = []string{"name", "type", "reserved_regions"}
-	unitFiles   = []string{
+	classFiles  = []string{
+		"address",
+		"operstate",
+		"flags",
+		"mtu",
+		"phys_port_name",
+		"phys_switch_id",
+		"dev",
+		"size",
+		"serial",
+	}
+	groupFiles = []string{"name", "type", "reserved_regions"}
+	unitFiles  = []string{
 		"amd-iommu/cap", "amd-iommu/features", "intel-iommu/address", "intel-iommu/cap", "intel-iommu/ecap", "intel-iommu/version",
 		"intel-iommu/domains_supported", "intel-iommu/domains_used",
 	}
@@ -52,24 +68,28 @@ func Capture(h *Host, w io.Writer) error {
 	if names, err := h.Names(dropIns); err == nil {
 		c.files(dropIns, names)
 	}
+
 	c.interrupts()
 	for _, u := range t.Units {
 		real := c.linked(path.Join(unitsDir, u.Name))
 		c.files(real, unitFiles)
 		c.links(path.Join(real, "devices"))
 	}
+
 	for _, g := range t.Groups {
 		at := fmt.Sprintf("%s/%d", groupsDir, g.ID)
 		c.files(at, groupFiles)
 		c.dir(path.Join(at, "devices"))
 		c.links(path.Join(at, "devices"))
 	}
+
 	c.links(netClass)
 	if names, err := h.Names(pciDrivers); err == nil {
 		for _, n := range names {
 			c.dir(path.Join(pciDrivers, n))
 		}
 	}
+
 	t.All(func(d *Device) bool {
 		c.device(d)
 		return c.err == nil
@@ -121,7 +141,8 @@ func (c *capture) files(dir string, names []string) {
 	}
 }
 
-// isRefusal says that this file cannot be had although it is there: not allowed, or a driver that answers with an error.
+// isRefusal says that this file cannot be had although it is there: not allowed, or a driver that answers with an
+// error.
 func isRefusal(err error) bool {
 	for _, e := range []error{unix.EACCES, unix.EPERM, unix.EINVAL, unix.EOPNOTSUPP, unix.EIO, unix.EAGAIN, unix.EBUSY, unix.ENOTDIR} {
 		if errors.Is(err, e) {
@@ -183,6 +204,7 @@ func (c *capture) device(d *Device) {
 			links = append(slices.Clip(links), fmt.Sprintf("virtfn%d", vf.Index))
 		}
 	}
+
 	for _, n := range links {
 		c.linked(path.Join(real, n))
 	}
@@ -192,6 +214,7 @@ func (c *capture) device(d *Device) {
 			c.dir(path.Join(real, "vfio-dev", n))
 		}
 	}
+
 	dir, err := c.h.Open(real)
 	if err != nil {
 		return // gone
@@ -223,6 +246,7 @@ func excerpt(n *Names, t *Topology) []byte {
 		}
 		return true
 	})
+
 	var b strings.Builder
 	b.WriteString("# the devices of one host\n")
 	for _, v := range slices.Sorted(maps.Keys(byVendor)) {

@@ -10,9 +10,9 @@ import (
 	"viaduct/internal/host"
 )
 
-// ReadSerial reads a device's PCIe serial number, as "00-00-c9-ff-ff-00-00-00", else that of an NVMe controller, which its driver
-// tells; "" if it has none. It reads config space, which wakes a sleeping device and, past its first 64 bytes, needs
-// CAP_SYS_ADMIN.
+// ReadSerial reads a device's PCIe serial number, as "00-00-c9-ff-ff-00-00-00", else that of an NVMe controller, which
+// its driver tells; "" if it has none. It reads config space, which wakes a sleeping device and, past its first 64
+// bytes, needs CAP_SYS_ADMIN.
 func ReadSerial(h *Host, a Address) (string, error) {
 	f, err := h.File(path.Join(pciDevices, a.String(), "config"))
 	if host.Absent(err) {
@@ -52,9 +52,9 @@ func serialNumber(config io.ReaderAt) string {
 	return strings.ReplaceAll(fmt.Sprintf("% x", b), " ", "-")
 }
 
-// extendedCapability finds an extended capability's offset in config space, 0 if it is not there. The list begins at 100h;
-// each header is id, version and the next offset (PCIe base specification 7.6.3). Only the headers are read: each four bytes
-// are a transaction with the device.
+// extendedCapability finds an extended capability's offset in config space, 0 if it is not there. The list begins at
+// 100h; each header is id, version and the next offset (PCIe base specification 7.6.3). Only the headers are read: each
+// four bytes are a transaction with the device.
 func extendedCapability(config io.ReaderAt, id uint16) int {
 	const first, size = 0x100, 0x1000
 	at := first

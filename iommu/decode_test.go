@@ -16,7 +16,20 @@ func TestParseModalias(t *testing.T) {
 		t.Errorf("%+v, %v", got, err)
 	}
 	good := "pci:v00008086d000010CAsv00000000sd00000000bc02sc00i00"
-	bad := []string{"", "pci:", "usb:v1D6Bp0002", good + "0", good + "\n", " " + good, strings.Replace(good, "sv", "sw", 1), strings.Replace(good, "0000", "00_0", 1), strings.Replace(good, "v00008086", "v+0008086", 1), strings.Replace(good, "pci", "vfio_pci", 1), strings.Replace(good, "sc00", "sc", 1), "pci:v*d*sv*sd*bc*sc*i*"}
+	bad := []string{
+		"",
+		"pci:",
+		"usb:v1D6Bp0002",
+		good + "0",
+		good + "\n",
+		" " + good,
+		strings.Replace(good, "sv", "sw", 1),
+		strings.Replace(good, "0000", "00_0", 1),
+		strings.Replace(good, "v00008086", "v+0008086", 1),
+		strings.Replace(good, "pci", "vfio_pci", 1),
+		strings.Replace(good, "sc00", "sc", 1),
+		"pci:v*d*sv*sd*bc*sc*i*",
+	}
 	for i := range good {
 		bad = append(bad, good[:i])
 	}
@@ -70,7 +83,9 @@ func TestParseResources(t *testing.T) {
 }
 
 func FuzzResources(f *testing.F) {
-	f.Add("0x00000000fe800000 0x00000000fe81ffff 0x0000000000040200\n0x0 0x0 0x0\n0x000000383fe00000 0x000000383fe03fff 0x000000000014220c\n")
+	f.Add(
+		"0x00000000fe800000 0x00000000fe81ffff 0x0000000000040200\n0x0 0x0 0x0\n0x000000383fe00000 0x000000383fe03fff 0x000000000014220c\n",
+	)
 	f.Fuzz(func(t *testing.T, s string) {
 		bars, err := parseResources(s)
 		if len(bars) > 6 || (err != nil && bars != nil) {
@@ -85,8 +100,14 @@ func FuzzResources(f *testing.F) {
 }
 
 func TestParseRegions(t *testing.T) {
-	got, err := parseRegions("0x00000000fee00000 0x00000000feefffff msi\n0x000000fd00000000 0x000000ffffffffff reserved\n0x0 0xffffffffffffffff direct-relaxable")
-	want := []Region{{0xfee00000, 0xfeefffff, "msi"}, {0xfd00000000, 0xffffffffff, "reserved"}, {0, math.MaxUint64, "direct-relaxable"}}
+	got, err := parseRegions(
+		"0x00000000fee00000 0x00000000feefffff msi\n0x000000fd00000000 0x000000ffffffffff reserved\n0x0 0xffffffffffffffff direct-relaxable",
+	)
+	want := []Region{
+		{0xfee00000, 0xfeefffff, "msi"},
+		{0xfd00000000, 0xffffffffff, "reserved"},
+		{0, math.MaxUint64, "direct-relaxable"},
+	}
 	if err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("%+v, %v", got, err)
 	}
@@ -184,7 +205,8 @@ func FuzzConfig(f *testing.F) {
 	f.Add(chain(4096, map[int][2]int{0x100: {1, 0x140}, 0x140: {3, 0}}), uint16(3))
 	f.Add(chain(0x200, map[int][2]int{0x100: {1, 0x104}, 0x104: {1, 0x100}}), uint16(0xb))
 	f.Fuzz(func(t *testing.T, b []byte, id uint16) {
-		if at := extendedCapability(bytes.NewReader(b), id); at != 0 && (at < 0x100 || at+4 > len(b) || binary.LittleEndian.Uint16(b[at:]) != id) {
+		if at := extendedCapability(bytes.NewReader(b), id); at != 0 &&
+			(at < 0x100 || at+4 > len(b) || binary.LittleEndian.Uint16(b[at:]) != id) {
 			t.Errorf("%#x of %#x", at, len(b))
 		}
 		if s := serialNumber(bytes.NewReader(b)); s != "" && len(s) != 23 {

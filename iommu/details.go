@@ -55,8 +55,8 @@ type VFDetails struct {
 	MSIXPool       *int   // sriov_vf_total_msix; nil where the PF's driver has no such pool
 }
 
-// ReadDetails reads one PCI device. Its link's speed and width, and a bridge's bus numbers, the kernel reads from config space
-// (drivers/pci/pci-sysfs.c), but it wakes no sleeping device for that.
+// ReadDetails reads one PCI device. Its link's speed and width, and a bridge's bus numbers, the kernel reads from
+// config space (drivers/pci/pci-sysfs.c), but it wakes no sleeping device for that.
 func ReadDetails(h *Host, a Address) (*Details, error) {
 	dir, err := h.Open(path.Join(pciDevices, a.String()))
 	if host.Absent(err) {
@@ -75,11 +75,17 @@ func ReadDetails(h *Host, a Address) (*Details, error) {
 		BootVGA:      r.number("boot_vga") == 1,
 		Unit:         r.link("iommu"),
 	}
+
 	if names := r.names("vfio-dev"); len(names) > 0 {
 		d.VFIODevice = names[0]
 	}
 	if speed := r.text("current_link_speed"); speed != "" {
-		d.Link = &Link{Speed: speed, MaxSpeed: r.text("max_link_speed"), Width: r.number("current_link_width"), MaxWidth: r.number("max_link_width")}
+		d.Link = &Link{
+			Speed:    speed,
+			MaxSpeed: r.text("max_link_speed"),
+			Width:    r.number("current_link_width"),
+			MaxWidth: r.number("max_link_width"),
+		}
 	}
 	if dir.Exists("sriov_offset") {
 		d.VFs = &VFDetails{Offset: r.number("sriov_offset"), Stride: r.number("sriov_stride")}
@@ -99,6 +105,7 @@ func ReadDetails(h *Host, a Address) (*Details, error) {
 			d.VFs.MSIXPool = &pool
 		}
 	}
+
 	d.BARs, err = parseResources(r.text("resource"))
 	r.keep(inFile(dir, "resource", err))
 	d.Parents, d.Path, err = readPath(h, a)
@@ -186,10 +193,17 @@ func parseResources(s string) ([]BAR, error) {
 				return nil, fmt.Errorf("resource line %q: %w", line, err)
 			}
 		}
+
 		if n[2] == 0 || n[1] <= n[0] { // not there, or not assigned
 			continue
 		}
-		bars = append(bars, BAR{Index: i, Size: n[1] - n[0] + 1, IO: n[2]&ioFlag != 0, Prefetchable: n[2]&prefetch != 0, Wide: n[2]&mem64 != 0})
+		bars = append(bars, BAR{
+			Index:        i,
+			Size:         n[1] - n[0] + 1,
+			IO:           n[2]&ioFlag != 0,
+			Prefetchable: n[2]&prefetch != 0,
+			Wide:         n[2]&mem64 != 0,
+		})
 	}
 	return bars, nil
 }
@@ -220,8 +234,8 @@ func linkOf(dir *host.Dir, name string) (target string, link bool, err error) {
 	return target, err == nil, err
 }
 
-// classDevices finds what the device's drivers made of it: every directory below it whose subsystem is a class, by class,
-// as paths below dir. It descends neither into other PCI devices nor along links.
+// classDevices finds what the device's drivers made of it: every directory below it whose subsystem is a class, by
+// class, as paths below dir. It descends neither into other PCI devices nor along links.
 func classDevices(dir *host.Dir) (map[string][]string, error) {
 	found := map[string][]string{}
 	const depth = 64 // a disk behind a SAS expander is eight deep, and each further one adds three
@@ -246,11 +260,13 @@ func classDevices(dir *host.Dir) (map[string][]string, error) {
 			if link {
 				continue
 			}
+
 			subsystem, _, err := linkOf(dir, path.Join(below, "subsystem"))
 			if err != nil {
 				return err
 			}
-			if class := path.Base(subsystem); path.Base(path.Dir(subsystem)) == "class" && class != "wakeup" && class != "bdi" {
+			if class := path.Base(subsystem); path.Base(path.Dir(subsystem)) == "class" && class != "wakeup" &&
+				class != "bdi" {
 				found[class] = append(found[class], below)
 			}
 			if err := walk(below, left-1); err != nil {
@@ -276,6 +292,7 @@ func readPath(h *Host, a Address) ([]Address, string, error) {
 	if host.Absent(err) {
 		return chain[:len(chain)-1], PhysicalPath(chain), nil
 	}
+
 	if err != nil {
 		return nil, "", err
 	}
@@ -287,6 +304,7 @@ func readPath(h *Host, a Address) ([]Address, string, error) {
 	if target, err = h.Link(path.Join(pciDevices, pfAddress.String())); err != nil {
 		return nil, "", err
 	}
+
 	pfDevice, err := ReadDevice(h, pfAddress)
 	if err != nil {
 		return nil, "", err
@@ -322,8 +340,8 @@ func pathAddresses(target string) []Address {
 	return chain
 }
 
-// PhysicalPath names the place of a device by what does not change when buses are numbered anew: the address on the root
-// bus, then device and function on each bus below, as "0000:00:01.0/00.0". A VF is its PF's path and "/vfN".
+// PhysicalPath names the place of a device by what does not change when buses are numbered anew: the address on the
+// root bus, then device and function on each bus below, as "0000:00:01.0/00.0". A VF is its PF's path and "/vfN".
 func PhysicalPath(chain []Address) string {
 	if len(chain) == 0 {
 		return ""

@@ -22,8 +22,8 @@ const (
 // ErrNotFound is wrapped by errors that say that a device or group is not on this host.
 const ErrNotFound = host.Error("not on this host")
 
-// Device is what `list` knows of a device: what one pass with a few system calls a device gives. A Device is what was read
-// at one moment; nothing keeps it up to date.
+// Device is what `list` knows of a device: what one pass with a few system calls a device gives. A Device is what was
+// read at one moment; nothing keeps it up to date.
 type Device struct {
 	// Name is the kernel's; a PCI device's is its address.
 	Name string
@@ -90,18 +90,20 @@ type VF struct {
 // shared by what is below it and never taken.
 func (d *Device) IsBridge() bool { return d.PCI && (d.Class>>8 == 0x0604 || d.Class>>8 == 0x0607) }
 
-// Blocks reports whether the device keeps its group from being viable: a driver of the host does its DMA. The harmless ones
-// are those that set driver_managed_dma: VFIO's, pci-stub, and pcieport of PCIe ports (drivers/pci/pcie/portdrv.c).
+// Blocks reports whether the device keeps its group from being viable: a driver of the host does its DMA. The harmless
+// ones are those that set driver_managed_dma: VFIO's, pci-stub, and pcieport of PCIe ports
+// (drivers/pci/pcie/portdrv.c).
 func (d *Device) Blocks() bool {
 	return d.Driver != "" && d.Driver != "pci-stub" && d.Driver != "pcieport" && !d.VFIO
 }
 
-// IsVFIODriver tells VFIO drivers from all others by name. Every driver of the kernel's drivers/vfio has "vfio" in its name:
-// vfio-pci, mlx5_vfio_pci, xe-vfio-pci, vfio-platform, vfio_mdev. Others may be VFIO drivers too: see Device.VFIO.
+// IsVFIODriver tells VFIO drivers from all others by name. Every driver of the kernel's drivers/vfio has "vfio" in its
+// name: vfio-pci, mlx5_vfio_pci, xe-vfio-pci, vfio-platform, vfio_mdev. Others may be VFIO drivers too: see
+// Device.VFIO.
 func IsVFIODriver(name string) bool { return strings.Contains(name, "vfio") }
 
-// readVFIO reports whether a device's driver has made a VFIO device of it: it is there as vfio-dev/vfioN (Linux 6.1). On older
-// kernels only the driver's name tells: that its group has a node proves only that some member is bound.
+// readVFIO reports whether a device's driver has made a VFIO device of it: it is there as vfio-dev/vfioN (Linux 6.1).
+// On older kernels only the driver's name tells: that its group has a node proves only that some member is bound.
 func readVFIO(dir *host.Dir, driver string) (bool, error) {
 	switch {
 	case driver == "" || driver == "pcieport":
@@ -118,7 +120,8 @@ func (id ID) Modalias() string {
 		id.Vendor, id.Device, id.Subvendor, id.Subdevice, id.Class>>16, id.Class>>8&0xff, id.Class&0xff)
 }
 
-// ParseModalias decodes a PCI modalias: pci:v00008086d000010CAsv...sd...bc02sc00i00 (drivers/pci/pci-sysfs.c, modalias_show).
+// ParseModalias decodes a PCI modalias: pci:v00008086d000010CAsv...sd...bc02sc00i00 (drivers/pci/pci-sysfs.c,
+// modalias_show).
 func ParseModalias(s string) (ID, error) {
 	rest, ok := strings.CutPrefix(s, "pci:")
 	var n [7]uint64
@@ -138,6 +141,7 @@ func ParseModalias(s string) (ID, error) {
 		}
 		n[i], rest = v, rest[f.digits:]
 	}
+
 	if rest != "" {
 		return ID{}, fmt.Errorf("%q is no PCI modalias", s)
 	}
@@ -148,7 +152,8 @@ func ParseModalias(s string) (ID, error) {
 }
 
 // readDevice reads a device from its directory. It fails with an error that host.Absent recognises when the device went
-// away meanwhile: the one attribute that every PCI device has is read last. Without override, driver_override is left out.
+// away meanwhile: the one attribute that every PCI device has is read last. Without override, driver_override is left
+// out.
 func readDevice(dir *host.Dir, name string, override bool) (Device, error) {
 	d := Device{Name: name}
 	var err error
@@ -237,8 +242,9 @@ func optional(s string, err error) (string, error) {
 	return s, err
 }
 
-// readSRIOV reads a PF's total and its VFs, by their links: reading sriov_numvfs would wait for a write that is in progress.
-// The links are listed and not counted up from virtfn0, as a removal that is stuck has taken the first ones away.
+// readSRIOV reads a PF's total and its VFs, by their links: reading sriov_numvfs would wait for a write that is in
+// progress. The links are listed and not counted up from virtfn0, as a removal that is stuck has taken the first ones
+// away.
 func readSRIOV(dir *host.Dir) (*SRIOV, error) {
 	total, err := dir.Int("sriov_totalvfs")
 	if host.Absent(err) {
@@ -250,6 +256,7 @@ func readSRIOV(dir *host.Dir) (*SRIOV, error) {
 	if total < 0 || total > 0xffff { // a 16-bit register
 		return nil, fmt.Errorf("%s: %d VFs", dir.Path("sriov_totalvfs"), total)
 	}
+
 	s := &SRIOV{Total: total}
 	names, err := dir.Names(".")
 	if err != nil {
@@ -268,12 +275,14 @@ func readSRIOV(dir *host.Dir) (*SRIOV, error) {
 		if err != nil {
 			return nil, err
 		}
+
 		a, err := ParseAddress(link)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", dir.Path(n), err)
 		}
 		s.VFs = append(s.VFs, VF{index, a})
 	}
+
 	slices.SortFunc(s.VFs, func(a, b VF) int { return a.Index - b.Index })
 	return s, nil
 }
@@ -292,6 +301,7 @@ func ReadDevice(h *Host, a Address) (Device, error) {
 	if err != nil {
 		return d, err
 	}
+
 	group, err := dir.LinkBase("iommu_group")
 	if host.Absent(err) {
 		return d, nil

@@ -288,12 +288,15 @@ var serialForm = form{
 		}, nil
 	},
 	missing: func(_ Selector, h *Host, t *Topology) (string, []string) {
-		return "no device has this serial number (root alone can read them)", candidates(t, pciOnly(func(d *Device) string {
-			if serial, err := ReadSerial(h, d.Address); err == nil && serial != "" {
-				return "serial=" + serial
-			}
-			return ""
-		}))
+		return "no device has this serial number (root alone can read them)", candidates(
+			t,
+			pciOnly(func(d *Device) string {
+				if serial, err := ReadSerial(h, d.Address); err == nil && serial != "" {
+					return "serial=" + serial
+				}
+				return ""
+			}),
+		)
 	},
 }
 

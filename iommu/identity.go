@@ -11,8 +11,8 @@ import (
 	"viaduct/internal/netlink"
 )
 
-// Identity is what tells a device from all others for longer than its address does. A device on a vfio driver has no network
-// interface to ask for its MAC address, so it is recorded when the device is taken.
+// Identity is what tells a device from all others for longer than its address does. A device on a vfio driver has no
+// network interface to ask for its MAC address, so it is recorded when the device is taken.
 type Identity struct {
 	Path   string            `json:"path,omitempty"` // see PhysicalPath
 	Serial string            `json:"serial,omitempty"`
@@ -62,7 +62,8 @@ func sortedMACs(byInterface map[string]string) []string {
 	return slices.Sorted(maps.Values(byInterface))
 }
 
-// MACs returns the [PermanentMACs] of a device's interfaces, also of those that udev has named since the device was looked at.
+// MACs returns the [PermanentMACs] of a device's interfaces, also of those that udev has named since the device was
+// looked at.
 func MACs(h *Host, d *Device) map[string]string {
 	out := PermanentMACs(h, d.Netdevs)
 	if len(out) < len(d.Netdevs) && d.PCI {
@@ -73,8 +74,8 @@ func MACs(h *Host, d *Device) map[string]string {
 	return out
 }
 
-// PermanentMACs returns, by interface, the addresses that interfaces were made with, or those they have where the kernel does
-// not know these. Interfaces that are gone are left out.
+// PermanentMACs returns, by interface, the addresses that interfaces were made with, or those they have where the
+// kernel does not know these. Interfaces that are gone are left out.
 func PermanentMACs(h *Host, names []string) map[string]string {
 	out := map[string]string{}
 	for _, n := range names {
@@ -96,8 +97,8 @@ func PermanentMACs(h *Host, names []string) map[string]string {
 	return out
 }
 
-// PermanentMAC returns the address that an interface was made with, or that it has where the kernel does not know that. An
-// error says that the kernel could not be asked: then it is not known, and nothing may be derived from it.
+// PermanentMAC returns the address that an interface was made with, or that it has where the kernel does not know that.
+// An error says that the kernel could not be asked: then it is not known, and nothing may be derived from it.
 func PermanentMAC(h *Host, name string) (net.HardwareAddr, error) {
 	if h.Live() {
 		permanent, err := netlink.Permanent(h.Host, []string{name})

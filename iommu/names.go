@@ -10,8 +10,8 @@ import (
 	"viaduct/internal/host"
 )
 
-// Names gives PCI devices the names of the system's hardware data: pci.ids, or udev's hwdb.bin where that is all there is.
-// Neither is parsed or read whole; a name is searched when it is asked for. The zero value knows no names.
+// Names gives PCI devices the names of the system's hardware data: pci.ids, or udev's hwdb.bin where that is all there
+// is. Neither is parsed or read whole; a name is searched when it is asked for. The zero value knows no names.
 type Names struct {
 	file  host.File
 	hwdb  bool // file is a hwdb.bin, not a pci.ids
@@ -23,12 +23,17 @@ type Names struct {
 
 // Files that hold names, the best first: https://pci-ids.ucw.cz, and systemd-hwdb(8).
 var (
-	idFiles   = [...]string{"usr/share/misc/pci.ids", "usr/share/hwdata/pci.ids", "usr/share/pci.ids", "var/lib/pciutils/pci.ids"}
+	idFiles = [...]string{
+		"usr/share/misc/pci.ids",
+		"usr/share/hwdata/pci.ids",
+		"usr/share/pci.ids",
+		"var/lib/pciutils/pci.ids",
+	}
 	hwdbFiles = [...]string{"etc/udev/hwdb.bin", "usr/lib/udev/hwdb.bin", "lib/udev/hwdb.bin"}
 )
 
-// OpenNames opens the host's name file. A host without one has devices without names, which is no error. The caller closes
-// the names.
+// OpenNames opens the host's name file. A host without one has devices without names, which is no error. The caller
+// closes the names.
 func OpenNames(h *Host) *Names {
 	n := &Names{cache: map[[2]uint16]string{}}
 	for i, f := range append(idFiles[:], hwdbFiles[:]...) {
@@ -83,8 +88,8 @@ func (n *Names) Vendor(vendor uint16) string {
 	return n.idsName(start, "", vendor)
 }
 
-// A pci.ids has a line "8086  Vendor" for each vendor, in order, and below it lines "\t10c9  Device", in order, below these
-// "\t\t..." for subsystems; comments begin with #, and the classes at its end with C. So it can be bisected.
+// A pci.ids has a line "8086  Vendor" for each vendor, in order, and below it lines "\t10c9  Device", in order, below
+// these "\t\t..." for subsystems; comments begin with #, and the classes at its end with C. So it can be bisected.
 
 // idsVendor is where a vendor's line begins and where the next vendor's does; the same if it is not there.
 func (n *Names) idsVendor(vendor uint16) (start, end int64) {
@@ -95,8 +100,8 @@ func (n *Names) idsVendor(vendor uint16) (start, end int64) {
 	return start, end
 }
 
-// idsFind bisects the lines that begin with indent and an id and stand behind low and not behind high. It returns where the
-// first one with this id or a greater one begins, high if there is none.
+// idsFind bisects the lines that begin with indent and an id and stand behind low and not behind high. It returns where
+// the first one with this id or a greater one begins, high if there is none.
 func (n *Names) idsFind(low, high int64, indent string, id uint16) int64 {
 	key, found := fmt.Sprintf("%04x", id), high
 	if indent == "" { // what earlier searches saw of the vendors narrows this one: the large ones take long to pass over
@@ -108,6 +113,7 @@ func (n *Names) idsFind(low, high int64, indent string, id uint16) int64 {
 			}
 		}
 	}
+
 	for low < high {
 		p := n.idsLine(low+(high-low)/2, high, indent)
 		switch {
@@ -155,11 +161,13 @@ func (n *Names) idsLine(from, high int64, indent string) probe {
 				next = at + int64(begin-1)
 				break
 			}
+
 			if string(b[begin:id]) == indent && isID(b[id:id+4]) {
 				return probe{from, at + int64(begin), string(b[id : id+4])}
 			}
 			pos = begin
 		}
+
 		if k < len(n.buf) {
 			return none
 		}
@@ -189,9 +197,10 @@ func isID(b []byte) bool {
 	return true
 }
 
-// hwdbLookup walks the trie of hwdb.bin along key and returns a property of the longest pattern that matches it. The layout
-// is that of systemd's src/libsystemd/sd-hwdb/hwdb-internal.h: a header with the sizes of its structures, nodes of a prefix
-// and of children and values sorted by character, strings by offset. PCI patterns end in "*" and have none before it.
+// hwdbLookup walks the trie of hwdb.bin along key and returns a property of the longest pattern that matches it. The
+// layout is that of systemd's src/libsystemd/sd-hwdb/hwdb-internal.h: a header with the sizes of its structures, nodes
+// of a prefix and of children and values sorted by character, strings by offset. PCI patterns end in "*" and have none
+// before it.
 func hwdbLookup(f host.File, key, property string) string {
 	var buf [1024]byte
 	bytesAt := func(at uint64, n int) []byte { // n bytes, or fewer at the end, valid until the next call
@@ -217,6 +226,7 @@ func hwdbLookup(f host.File, key, property string) string {
 		}
 		return string(s)
 	}
+
 	children := func(node uint64) uint64 {
 		if b := bytesAt(node+8, 1); len(b) == 1 {
 			return uint64(b[0])
@@ -230,6 +240,7 @@ func hwdbLookup(f host.File, key, property string) string {
 	if nodeSize < 24 || nodeSize > 4096 || childSize < 16 || childSize > 4096 || valueSize < 16 || valueSize > 4096 {
 		return ""
 	}
+
 	best := ""
 	values := func(node uint64) {
 		at := node + nodeSize + children(node)*childSize
@@ -240,6 +251,7 @@ func hwdbLookup(f host.File, key, property string) string {
 			at += valueSize
 		}
 	}
+
 	child := func(node uint64, c byte) uint64 {
 		at := node + nodeSize
 		for range children(node) {
@@ -250,6 +262,7 @@ func hwdbLookup(f host.File, key, property string) string {
 		}
 		return 0
 	}
+
 	for rest := key; node != 0; rest = rest[1:] {
 		prefix := text(u64(node))
 		if i := strings.IndexByte(prefix, '*'); i >= 0 {
@@ -258,6 +271,7 @@ func hwdbLookup(f host.File, key, property string) string {
 			}
 			return best
 		}
+
 		var ok bool
 		if rest, ok = strings.CutPrefix(rest, prefix); !ok {
 			return best
@@ -268,6 +282,7 @@ func hwdbLookup(f host.File, key, property string) string {
 		if rest == "" {
 			return best
 		}
+
 		node = child(node, rest[0])
 	}
 	return best

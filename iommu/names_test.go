@@ -126,7 +126,8 @@ func star(key, value string) map[byte]trieNode {
 
 const model, maker = "ID_MODEL_FROM_DATABASE", "ID_VENDOR_FROM_DATABASE"
 
-// smallHWDB has pci:v00008086*, pci:v00008086d000010C9*, ...CA*, pci:v00001AF4* with the star within a prefix, and a pattern that is none.
+// smallHWDB has pci:v00008086*, pci:v00008086d000010C9*, ...CA*, pci:v00001AF4* with the star within a prefix, and a
+// pattern that is none.
 func smallHWDB() []byte {
 	intel := star(maker, "Intel")
 	intel['d'] = trieNode{prefix: "000010C", children: map[byte]trieNode{
@@ -152,7 +153,8 @@ func TestHWDB(t *testing.T) {
 		}
 	}
 	n := OpenNames(hostOf(t, hosttest.Tree{"usr/lib/udev/hwdb.bin": string(b)}))
-	if n.Vendor(0x8086) != "Intel" || n.Vendor(0x1af4) != "Red Hat" || n.Vendor(0x8087) != "" || n.Device(0x8086, 0x10ca) != "VF" {
+	if n.Vendor(0x8086) != "Intel" || n.Vendor(0x1af4) != "Red Hat" || n.Vendor(0x8087) != "" ||
+		n.Device(0x8086, 0x10ca) != "VF" {
 		t.Errorf("%q %q %q %q", n.Vendor(0x8086), n.Vendor(0x1af4), n.Vendor(0x8087), n.Device(0x8086, 0x10ca))
 	}
 	for size := range b { // nothing cut short is read beyond its end
@@ -228,7 +230,8 @@ func FuzzIDs(f *testing.F) {
 	f.Add([]byte(ids), uint16(0x8086), uint16(0x10ca))
 	f.Fuzz(func(t *testing.T, b []byte, vendor, device uint16) {
 		n := &Names{file: inMemory(b), cache: map[[2]uint16]string{}}
-		if name := n.Device(vendor, device); strings.Contains(name, "\n") || len(name) > len(b) || n.Device(vendor, device) != name {
+		if name := n.Device(vendor, device); strings.Contains(name, "\n") || len(name) > len(b) ||
+			n.Device(vendor, device) != name {
 			t.Errorf("%q", name)
 		}
 		if name := n.Vendor(vendor); strings.Contains(name, "\n") {

@@ -108,7 +108,8 @@ func (t *Topology) Find(a Address) (*Device, error) {
 	return nil, fmt.Errorf("%s: %w", a, ErrNotFound)
 }
 
-// VFs are a PF's VFs, by index; those that were made or removed during the scan may be missing. None of a device that is no PF.
+// VFs are a PF's VFs, by index; those that were made or removed during the scan may be missing. None of a device that
+// is no PF.
 func (t *Topology) VFs(pf *Device) []*Device {
 	if pf.SRIOV == nil {
 		return nil
@@ -135,6 +136,7 @@ func Scan(h *Host) (*Topology, error) {
 	if err != nil {
 		return nil, err
 	}
+
 	devices, err := readAll(h, pciDevices, names, func(dir *host.Dir, name string) (Device, error) {
 		return readDevice(dir, name, !busy[name])
 	})
@@ -148,6 +150,7 @@ func Scan(h *Host) (*Topology, error) {
 	if t.Units, err = readUnits(h); err != nil {
 		return nil, err
 	}
+
 	if t.InterruptRemapping, err = readInterruptRemapping(h); err != nil {
 		return nil, err
 	}
@@ -158,6 +161,7 @@ func Scan(h *Host) (*Topology, error) {
 	if t.Groups, err = readGroups(h, devices); err != nil {
 		return nil, err
 	}
+
 	for i := range devices {
 		if devices[i].Group == nil {
 			t.Ungrouped = append(t.Ungrouped, devices[i])
@@ -166,9 +170,10 @@ func Scan(h *Host) (*Topology, error) {
 	return t, nil
 }
 
-// changing are the devices with a record of a change that is under way, and the VFs that they have or may have had. Reading
-// driver_override would wait for a write that is stuck: the kernel takes the device's lock for both (drivers/base/dd.c;
-// driver_override_show of older kernels), of a PF and, while its VFs are removed, of a VF that no link leads to any more.
+// changing are the devices with a record of a change that is under way, and the VFs that they have or may have had.
+// Reading driver_override would wait for a write that is stuck: the kernel takes the device's lock for both
+// (drivers/base/dd.c; driver_override_show of older kernels), of a PF and, while its VFs are removed, of a VF that no
+// link leads to any more.
 func changing(h *Host) (map[string]bool, error) {
 	names, err := h.Names(journal.Dir)
 	if host.Absent(err) || errors.Is(err, fs.ErrPermission) {
@@ -189,7 +194,8 @@ func changing(h *Host) (map[string]bool, error) {
 	return busy, err
 }
 
-// VFAddresses are the addresses at which a PF's VFs are, by index, when it has all it can have; none for any other device.
+// VFAddresses are the addresses at which a PF's VFs are, by index, when it has all it can have; none for any other
+// device.
 func VFAddresses(h *Host, pf Address) []Address {
 	dir := path.Join(pciDevices, pf.String())
 	total, err1 := h.SteadyInt(path.Join(dir, "sriov_totalvfs"))
@@ -201,7 +207,8 @@ func VFAddresses(h *Host, pf Address) []Address {
 	var out []Address
 	for i := range min(total, 1<<16) {
 		at := int(pf.Bus)<<8 + int(pf.Device)<<3 + int(pf.Function) + offset + i*stride
-		out = append(out, Address{Domain: pf.Domain, Bus: uint8(at >> 8), Device: uint8(at>>3) & 31, Function: uint8(at) & 7})
+		out = append(out,
+			Address{Domain: pf.Domain, Bus: uint8(at >> 8), Device: uint8(at>>3) & 31, Function: uint8(at) & 7})
 	}
 	return out
 }
@@ -227,8 +234,8 @@ func findDevice(devices []Device, a Address) *Device {
 	return &devices[i]
 }
 
-// readAll reads the directories names of dir side by side; sysfs takes no lock that would keep readers apart. What vanished
-// is left out.
+// readAll reads the directories names of dir side by side; sysfs takes no lock that would keep readers apart. What
+// vanished is left out.
 func readAll[T any](h *Host, dir string, names []string, read func(*host.Dir, string) (T, error)) ([]T, error) {
 	if len(names) == 0 {
 		return nil, nil
@@ -247,6 +254,7 @@ func readAll[T any](h *Host, dir string, names []string, read func(*host.Dir, st
 		}
 		errs[i] = err
 	}
+
 	const chunk = 16 // below this a second thread costs more than it brings
 	workers := min(runtime.NumCPU(), len(names)/chunk+1, 8)
 	var wg sync.WaitGroup
@@ -272,8 +280,8 @@ func readAll[T any](h *Host, dir string, names []string, read func(*host.Dir, st
 	return kept, nil
 }
 
-// readNetdevs gives each device its network interfaces. /sys/class/net names them all at once, also those of a device in
-// between, as virtio's, which a look into the PCI device's own net directory would miss.
+// readNetdevs gives each device its network interfaces. /sys/class/net names them all at once, also those of a device
+// in between, as virtio's, which a look into the PCI device's own net directory would miss.
 func readNetdevs(h *Host, devices []Device) error {
 	names, err := h.Names(netClass)
 	if host.Absent(err) || (err == nil && len(names) == 0) {
@@ -286,6 +294,7 @@ func readNetdevs(h *Host, devices []Device) error {
 	if err != nil {
 		return err
 	}
+
 	defer dir.Close()
 	for _, name := range names {
 		// What is no link is gone, or a file such as bonding_masters.
@@ -324,7 +333,8 @@ func lastAddress(target string) (Address, bool) {
 	return Address{}, false
 }
 
-// linkVFs tells the VFs whose they are, from the PFs' virtfn links: the kernel makes a VF's physfn link together with them.
+// linkVFs tells the VFs whose they are, from the PFs' virtfn links: the kernel makes a VF's physfn link together with
+// them.
 func linkVFs(devices []Device) {
 	for i := range devices {
 		if devices[i].SRIOV == nil {
@@ -358,6 +368,7 @@ func readGroups(h *Host, devices []Device) ([]Group, error) {
 	if err != nil {
 		return nil, err
 	}
+
 	slices.SortFunc(raw, func(a, b rawGroup) int { return a.ID - b.ID })
 	groups := make([]Group, len(raw))
 	for i, r := range raw {
@@ -380,6 +391,7 @@ func readGroups(h *Host, devices []Device) ([]Group, error) {
 			}
 			g.Devices = append(g.Devices, d)
 		}
+
 		if len(g.Devices) > 1 {
 			slices.SortFunc(g.Devices, CompareDevices)
 		}

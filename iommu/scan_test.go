@@ -133,7 +133,12 @@ func configWithSerial() []byte {
 }
 
 func richTopology(t testing.TB) *Topology {
-	port, pf, vf0, vf1 := dev(t, "0000:00:01.0", bridgeID), dev(t, "0000:01:00.0", nicID), dev(t, "0000:01:10.0", vfID), dev(t, "0000:01:10.2", vfID)
+	port, pf, vf0, vf1 := dev(t, "0000:00:01.0", bridgeID), dev(t, "0000:01:00.0", nicID), dev(t, "0000:01:10.0",
+		vfID), dev(
+		t,
+		"0000:01:10.2",
+		vfID,
+	)
 	net, disk := dev(t, "0000:00:03.0", virtioID), dev(t, "10000:e1:00.0", nvmeID)
 	port.Driver, port.Group = "pcieport", new(1)
 	pf.Driver, pf.Group, pf.NUMANode, pf.Netdevs = "igb", new(11), new(1), []string{"eth0", "eth0b"}
@@ -157,7 +162,8 @@ func richTopology(t testing.TB) *Topology {
 
 func sameTopology(t *testing.T, what string, got, want *Topology) {
 	t.Helper()
-	if !reflect.DeepEqual(got.Units, want.Units) || !reflect.DeepEqual(got.InterruptRemapping, want.InterruptRemapping) {
+	if !reflect.DeepEqual(got.Units, want.Units) ||
+		!reflect.DeepEqual(got.InterruptRemapping, want.InterruptRemapping) {
 		t.Errorf("%s: units %+v, interrupt remapping %v", what, got.Units, got.InterruptRemapping)
 	}
 	if len(got.Groups) != len(want.Groups) {
@@ -258,7 +264,8 @@ func TestScanErrors(t *testing.T) {
 	} {
 		for kind, h := range hostsOf(t, c.tree) {
 			got, err := Scan(h)
-			if err == nil || got != nil || !strings.Contains(err.Error(), c.want) || (c.is != nil && !errors.Is(err, c.is)) {
+			if err == nil || got != nil || !strings.Contains(err.Error(), c.want) ||
+				(c.is != nil && !errors.Is(err, c.is)) {
 				t.Errorf("%s, %s: %+v, %v; want an error with %q", name, kind, got, err, c.want)
 			}
 		}
@@ -291,7 +298,11 @@ func TestTopology(t *testing.T) {
 		}
 	}
 	got, err := Parents(hostOf(t, rich()), top)
-	want := map[string]string{"0000:01:00.0": "0000:00:01.0", "0000:01:10.0": "0000:01:00.0", "0000:01:10.2": "0000:01:00.0"}
+	want := map[string]string{
+		"0000:01:00.0": "0000:00:01.0",
+		"0000:01:10.0": "0000:01:00.0",
+		"0000:01:10.2": "0000:01:00.0",
+	}
 	if err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("parents %v, %v", got, err)
 	}
@@ -300,17 +311,55 @@ func TestTopology(t *testing.T) {
 func richDetails(t testing.TB) map[string]*Details {
 	port, pool := []Address{addr(t, "0000:00:01.0")}, 0
 	return map[string]*Details{
-		"0000:00:01.0": {Modalias: bridge, ResetMethods: []string{}, ClassDevices: map[string][]string{}, MACs: map[string]string{}, Path: "0000:00:01.0", Parents: []Address{}},
+		"0000:00:01.0": {
+			Modalias:     bridge,
+			ResetMethods: []string{},
+			ClassDevices: map[string][]string{},
+			MACs:         map[string]string{},
+			Path:         "0000:00:01.0",
+			Parents:      []Address{},
+		},
 		"0000:01:00.0": {
 			Modalias: nic, Revision: 1, PowerState: "D0", ResetMethods: []string{"flr", "bus"}, Unit: "ivhd0", Path: "0000:00:01.0/00.0", Parents: port,
-			ClassDevices: map[string][]string{"net": {"eth0", "eth0b"}}, MACs: map[string]string{"eth0": "52:54:00:00:00:01", "eth0b": "52:54:00:00:00:02"},
+			ClassDevices: map[string][]string{
+				"net": {"eth0", "eth0b"},
+			}, MACs: map[string]string{"eth0": "52:54:00:00:00:01", "eth0b": "52:54:00:00:00:02"},
 			Link: &Link{"8.0 GT/s PCIe", "16.0 GT/s PCIe", 4, 8}, BARs: []BAR{{Size: 128 << 10}},
 			VFs: &VFDetails{Offset: 128, Stride: 2, VFDevice: 0x10ca, Autoprobe: new(true), MSIXPool: &pool},
 		},
-		"0000:01:10.0":  {Modalias: vf, ResetMethods: []string{}, ClassDevices: map[string][]string{}, MACs: map[string]string{}, Path: "0000:00:01.0/00.0/vf0", Parents: port, VFIODevice: "vfio0"},
-		"0000:01:10.2":  {Modalias: vf, ResetMethods: []string{}, ClassDevices: map[string][]string{}, MACs: map[string]string{}, Path: "0000:00:01.0/00.0/vf1", Parents: port},
-		"0000:00:03.0":  {Modalias: virtio, ResetMethods: []string{}, ClassDevices: map[string][]string{"net": {"ens3"}}, MACs: map[string]string{"ens3": "52:54:00:00:00:03"}, Path: "0000:00:03.0", Parents: []Address{}},
-		"10000:e1:00.0": {Modalias: nvme, ResetMethods: []string{}, ClassDevices: map[string][]string{"nvme": {"nvme0"}, "block": {"nvme0n1"}}, MACs: map[string]string{}, Path: "10000:e1:00.0", Parents: []Address{}},
+		"0000:01:10.0": {
+			Modalias:     vf,
+			ResetMethods: []string{},
+			ClassDevices: map[string][]string{},
+			MACs:         map[string]string{},
+			Path:         "0000:00:01.0/00.0/vf0",
+			Parents:      port,
+			VFIODevice:   "vfio0",
+		},
+		"0000:01:10.2": {
+			Modalias:     vf,
+			ResetMethods: []string{},
+			ClassDevices: map[string][]string{},
+			MACs:         map[string]string{},
+			Path:         "0000:00:01.0/00.0/vf1",
+			Parents:      port,
+		},
+		"0000:00:03.0": {
+			Modalias:     virtio,
+			ResetMethods: []string{},
+			ClassDevices: map[string][]string{"net": {"ens3"}},
+			MACs:         map[string]string{"ens3": "52:54:00:00:00:03"},
+			Path:         "0000:00:03.0",
+			Parents:      []Address{},
+		},
+		"10000:e1:00.0": {
+			Modalias:     nvme,
+			ResetMethods: []string{},
+			ClassDevices: map[string][]string{"nvme": {"nvme0"}, "block": {"nvme0n1"}},
+			MACs:         map[string]string{},
+			Path:         "10000:e1:00.0",
+			Parents:      []Address{},
+		},
 	}
 }
 
@@ -349,7 +398,8 @@ func TestCapture(t *testing.T) {
 		if s, err := ReadSerial(h, addr(t, "0000:01:00.0")); s != "01-02-03-04-05-06-07-08" || err != nil {
 			t.Errorf("%s: serial %q, %v", what, s, err)
 		}
-		if r, err := ReservedRegions(h, 1); err != nil || !reflect.DeepEqual(r, []Region{{0xfee00000, 0xfeefffff, "msi"}}) {
+		if r, err := ReservedRegions(h, 1); err != nil ||
+			!reflect.DeepEqual(r, []Region{{0xfee00000, 0xfeefffff, "msi"}}) {
 			t.Errorf("%s: regions %v, %v", what, r, err)
 		}
 	}
@@ -357,7 +407,8 @@ func TestCapture(t *testing.T) {
 
 // TestCaptureNames: a vendor's name is kept when its device has none.
 func TestCaptureNames(t *testing.T) {
-	tree := join(pci("pci0000:00/0000:00:03.0", "pci:v00008086d00001234sv00000000sd00000000bc02sc00i00", nil), hosttest.Tree{"usr/share/misc/pci.ids": ids})
+	tree := join(pci("pci0000:00/0000:00:03.0", "pci:v00008086d00001234sv00000000sd00000000bc02sc00i00", nil),
+		hosttest.Tree{"usr/share/misc/pci.ids": ids})
 	file := filepath.Join(t.TempDir(), "snapshot")
 	f, err := os.Create(file)
 	if err == nil {
@@ -371,7 +422,8 @@ func TestCaptureNames(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer h.Close()
-	if n := OpenNames(h); n.Vendor(0x8086) != "Intel Corporation" || n.Device(0x8086, 0x1234) != "" || n.Vendor(0x1af4) != "" {
+	if n := OpenNames(h); n.Vendor(0x8086) != "Intel Corporation" || n.Device(0x8086, 0x1234) != "" ||
+		n.Vendor(0x1af4) != "" {
 		t.Errorf("%q, %q", n.Vendor(0x8086), n.Device(0x8086, 0x1234))
 	}
 }

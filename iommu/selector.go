@@ -7,8 +7,9 @@ import (
 	"viaduct/internal/host"
 )
 
-// Selector names devices the way a user does. The forms: an address (0000:01:00.0, 01:00.0), a network interface (enp1s0), a
-// VF of a PF (enp1s0/vf3), ids (8086:10c9), mac=, path= (see [PhysicalPath]), serial=, group=, class=. [ParseSelector] makes one.
+// Selector names devices the way a user does. The forms: an address (0000:01:00.0, 01:00.0), a network interface
+// (enp1s0), a VF of a PF (enp1s0/vf3), ids (8086:10c9), mac=, path= (see [PhysicalPath]), serial=, group=, class=.
+// [ParseSelector] makes one.
 type Selector struct {
 	text    string
 	kind    Form
@@ -29,7 +30,8 @@ type AmbiguousError struct {
 }
 
 func (e *AmbiguousError) Error() string {
-	return fmt.Sprintf("%s names %d devices, and one is needed: %s", e.Selector, len(e.Candidates), abbreviate(e.Candidates))
+	return fmt.Sprintf("%s names %d devices, and one is needed: %s", e.Selector, len(e.Candidates),
+		abbreviate(e.Candidates))
 }
 
 // NotFoundError says that a selector names nothing on this host. It matches ErrNotFound.

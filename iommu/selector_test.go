@@ -46,7 +46,9 @@ func TestParseSelector(t *testing.T) {
 		"group=-1", "group=+1", "group=2147483648", "class=", "class=2", "class=020", "class=02000000", "class=zz", "class=+2",
 	} {
 		got, err := ParseSelector(text)
-		if !errors.Is(err, ErrSyntax) || !reflect.DeepEqual(got, Selector{}) || (len(text) > 2 && !strings.Contains(err.Error(), strings.Trim(text, "\t "))) && !strings.Contains(text, "\t") {
+		if !errors.Is(err, ErrSyntax) || !reflect.DeepEqual(got, Selector{}) ||
+			(len(text) > 2 && !strings.Contains(err.Error(), strings.Trim(text, "\t "))) &&
+				!strings.Contains(text, "\t") {
 			t.Errorf("%q: %+v, %v", text, got, err)
 		}
 	}
@@ -111,7 +113,17 @@ func TestResolve(t *testing.T) {
 			}
 		}
 		vfs := []string{"0000:01:00.0/vf0", "0000:01:00.0/vf1"}
-		ids, classes := []string{"144d:a808", "1af4:1041", "8086:10c9", "8086:10ca", "8086:3420"}, []string{"class=0108", "class=0200", "class=0604"}
+		ids, classes := []string{
+			"144d:a808",
+			"1af4:1041",
+			"8086:10c9",
+			"8086:10ca",
+			"8086:3420",
+		}, []string{
+			"class=0108",
+			"class=0200",
+			"class=0604",
+		}
 		for text, want := range map[string]*NotFoundError{
 			"0000:09:00.0":          {What: "no such device", Candidates: []string{"0000:00:01.0", "0000:00:03.0", "0000:01:00.0", "0000:01:10.0", "0000:01:10.2", "10000:e1:00.0"}},
 			"eth9":                  {What: "no network interface of a PCI device has this name", Candidates: []string{"ens3", "eth0", "eth0b"}},
@@ -137,7 +149,8 @@ func TestResolve(t *testing.T) {
 				t.Fatal(err)
 			}
 			_, err = sel.One(h, top)
-			if got, ok := errors.AsType[*NotFoundError](err); !ok || !reflect.DeepEqual(got, want) || !errors.Is(err, ErrNotFound) {
+			if got, ok := errors.AsType[*NotFoundError](err); !ok || !reflect.DeepEqual(got, want) ||
+				!errors.Is(err, ErrNotFound) {
 				t.Errorf("%s: %s: %#v, want %#v", kind, text, err, want)
 			}
 		}

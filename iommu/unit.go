@@ -54,8 +54,9 @@ func readUnits(h *Host) ([]Unit, error) {
 const irqDir = "sys/kernel/irq"
 
 // readInterruptRemapping tells by the name of an interrupt's controller: both x86 drivers put "IR-" before the names of
-// the IO-APIC and of MSI when they remap interrupts (drivers/iommu/amd/iommu.c, intel/irq_remapping.c). The first interrupt
-// of one of the two decides, as remapping is on for all or for none. Other architectures have no such mark: nil.
+// the IO-APIC and of MSI when they remap interrupts (drivers/iommu/amd/iommu.c, intel/irq_remapping.c). The first
+// interrupt of one of the two decides, as remapping is on for all or for none. Other architectures have no such mark:
+// nil.
 func readInterruptRemapping(h *Host) (*bool, error) {
 	names, err := h.Names(irqDir)
 	if host.Absent(err) {

@@ -7,8 +7,8 @@ import (
 	"viaduct/iommu"
 )
 
-// asked is what was last set of a PF's VFs, by index, kept until the VFs go or the host is booted, so that it can be set again
-// after the PF was reset.
+// asked is what was last set of a PF's VFs, by index, kept until the VFs go or the host is booted, so that it can be
+// set again after the PF was reset.
 type asked struct {
 	PF  iommu.ID         `json:"pf"`
 	VFs map[int]Settings `json:"vfs"`
@@ -20,7 +20,8 @@ func askedKey(h *iommu.Host, pf *iommu.Device) (string, error) {
 	return "asked-" + strings.ReplaceAll(place, "/", "_"), err
 }
 
-// LastRequested returns the settings last requested for each VF of a PF, by the VF's index. It is the caller's to change.
+// LastRequested returns the settings last requested for each VF of a PF, by the VF's index. It is the caller's to
+// change.
 func (s *Handle) LastRequested(pf *iommu.Device) (map[int]Settings, error) {
 	key, err := askedKey(s.Host(), pf)
 	if err != nil {

@@ -22,8 +22,8 @@ type addressOwner struct {
 	vfs    []VFInfo
 }
 
-// readOwners finds them, if a wish has a MAC address that somebody could have: none has no address, or the one that stands for
-// none.
+// readOwners finds them, if a wish has a MAC address that somebody could have: none has no address, or the one that
+// stands for none.
 func readOwners(h *iommu.Host, vfs []VFWish) (owners, error) {
 	if !h.Live() || !anyVF(vfs, func(vf VFWish) bool { return isAddress(vf.Settings[MAC]) }) {
 		return nil, nil

@@ -10,9 +10,9 @@ import (
 	"viaduct/vfio/bind"
 )
 
-// Apply carries out a plan that Check let pass, for a PF and VFs that are locked, and reads back what came of it. On failure the
-// VFs it made are removed and the old settings restored; VFs that had to go first stay gone, which the error says. It returns
-// what the user should know of the new VFs.
+// Apply carries out a plan that Check let pass, for a PF and VFs that are locked, and reads back what came of it. On
+// failure the VFs it made are removed and the old settings restored; VFs that had to go first stay gone, which the
+// error says. It returns what the user should know of the new VFs.
 func (s *Handle) Apply(ctx context.Context, p *Plan) (notes []string, err error) {
 	if !p.Changes() {
 		return nil, nil
@@ -43,7 +43,8 @@ func (s *Handle) Apply(ctx context.Context, p *Plan) (notes []string, err error)
 	return nil, errors.Join(err, s.End(p.PF.Address))
 }
 
-// makeVFs makes the plan's changes up to the new VFs, which it returns. They have no driver, but where the kernel gave them one.
+// makeVFs makes the plan's changes up to the new VFs, which it returns. They have no driver, but where the kernel gave
+// them one.
 func (s *Handle) makeVFs(ctx context.Context, p *Plan, r *countRecord) ([]*iommu.Device, error) {
 	if err := s.preparePF(p); err != nil {
 		return nil, err
@@ -103,8 +104,8 @@ func (s *Handle) preparePF(p *Plan) error {
 	return nil
 }
 
-// clear removes the VFs that are there, and forgets what was known of them: whatever has their addresses from now on is another
-// VF. Only then it is written down that they are gone, so that this is done once.
+// clear removes the VFs that are there, and forgets what was known of them: whatever has their addresses from now on is
+// another VF. Only then it is written down that they are gone, so that this is done once.
 func (s *Handle) clear(p *Plan, r *countRecord) error {
 	if len(p.Clear) == 0 {
 		return nil
@@ -127,8 +128,8 @@ const (
 	late  moment = true
 )
 
-// setMode sets the e-switch if this is the moment for it. With a new mode an interface may be another, whose hw-tc-offload is as
-// the driver begins: it is set again.
+// setMode sets the e-switch if this is the moment for it. With a new mode an interface may be another, whose
+// hw-tc-offload is as the driver begins: it is set again.
 func (s *Handle) setMode(p *Plan, now moment) error {
 	if p.Eswitch == (Eswitch{}) || moment(p.modeLate()) != now {
 		return nil
@@ -152,8 +153,8 @@ func (s *Handle) setMode(p *Plan, now moment) error {
 	return nil
 }
 
-// counted compares the VFs that are there and the PF's own count with what was asked for: a driver may make fewer and report
-// success.
+// counted compares the VFs that are there and the PF's own count with what was asked for: a driver may make fewer and
+// report success.
 func (p *Plan) counted(h *iommu.Host, vfs []*iommu.Device) error {
 	number, err := h.Int(attribute(p.PF.Address, "sriov_numvfs"))
 	if err != nil {
@@ -178,8 +179,8 @@ func (p *Plan) counted(h *iommu.Host, vfs []*iommu.Device) error {
 	return nil
 }
 
-// awaitNoDriver waits for a moment while a VF has a driver. A driver that is loaded just now tries each VF, and has its link
-// until the kernel tells it no (really_probe in drivers/base/dd.c), of which there is no event.
+// awaitNoDriver waits for a moment while a VF has a driver. A driver that is loaded just now tries each VF, and has its
+// link until the kernel tells it no (really_probe in drivers/base/dd.c), of which there is no event.
 func awaitNoDriver(h *iommu.Host, vf *iommu.Device) error {
 	for try := 0; vf.Driver != "" && !vf.VFIO && try < 50; try++ {
 		time.Sleep(10 * time.Millisecond)
@@ -226,7 +227,8 @@ func (s *Handle) takeAll(ctx context.Context, vfs []*iommu.Device) error {
 	return errors.Join(errs...)
 }
 
-// sharedGroups warns of VFs that cannot be given to a guest by themselves. Without an IOMMU there are no groups to share.
+// sharedGroups warns of VFs that cannot be given to a guest by themselves. Without an IOMMU there are no groups to
+// share.
 func sharedGroups(pf *iommu.Device, vfs []*iommu.Device) []string {
 	var notes []string
 	first := map[int]string{}
@@ -238,7 +240,11 @@ func sharedGroups(pf *iommu.Device, vfs []*iommu.Device) []string {
 			continue
 		}
 		if with, shared := first[*vf.Group]; shared {
-			notes = append(notes, fmt.Sprintf("%s shares IOMMU group %d with %s: they can only be taken together", vf.Name, *vf.Group, with))
+			notes = append(
+				notes,
+				fmt.Sprintf("%s shares IOMMU group %d with %s: they can only be taken together", vf.Name, *vf.Group,
+					with),
+			)
 		} else {
 			first[*vf.Group] = vf.Name
 		}

@@ -314,7 +314,8 @@ func TestForecast(t *testing.T) {
 	}
 }
 
-// A driver that makes as many VFs as there were before, and not those that were asked for: they are new ones all the same.
+// A driver that makes as many VFs as there were before, and not those that were asked for: they are new ones all the
+// same.
 func TestPartialAfterOthers(t *testing.T) {
 	k := hosttest.NewLab(t, nil)
 	if _, err := setCount(t, context.Background(), k, alike(2, UseNone)); err != nil {
@@ -322,7 +323,8 @@ func TestPartialAfterOthers(t *testing.T) {
 	}
 	k.Partial = 2
 	_, err := setCount(t, context.Background(), k, alike(4, UseNone))
-	if err == nil || !strings.Contains(err.Error(), "made 2 without an error") || !strings.Contains(err.Error(), "had 2 VFs before and has 0 now") {
+	if err == nil || !strings.Contains(err.Error(), "made 2 without an error") ||
+		!strings.Contains(err.Error(), "had 2 VFs before and has 0 now") {
 		t.Errorf("error %v", err)
 	}
 	if got := state(t, k); got != "1" {

@@ -13,8 +13,8 @@ import (
 	"viaduct/iommu"
 )
 
-// Eswitch is how the switch between a PF, its VFs and the wire works. A field is "" where the driver has no such choice, and
-// in what is to be set, where it is to stay.
+// Eswitch is how the switch between a PF, its VFs and the wire works. A field is "" where the driver has no such
+// choice, and in what is to be set, where it is to stay.
 type Eswitch struct {
 	Mode   string `json:"mode,omitempty"`        // legacy or switchdev
 	Inline string `json:"inline_mode,omitempty"` // how much of a packet's head goes along to the NIC
@@ -56,8 +56,8 @@ func InlineModes() []string { return slices.Clone(choices[1].values) }
 // EncapModes returns the values of Encap.
 func EncapModes() []string { return slices.Clone(choices[2].values) }
 
-// modeFirst are the drivers that change the mode only while there are no VFs. The others want the VFs to be there, without
-// drivers, when the mode becomes switchdev.
+// modeFirst are the drivers that change the mode only while there are no VFs. The others want the VFs to be there,
+// without drivers, when the mode becomes switchdev.
 var modeFirst = [...]string{"ice", "i40e"}
 
 func (e *Eswitch) String() string {

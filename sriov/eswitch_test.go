@@ -43,8 +43,8 @@ func TestParsePortName(t *testing.T) {
 	}
 }
 
-// The mode is set where the driver needs it: ice has none but without VFs, mlx5 becomes switchdev when they are there and have no
-// driver, and legacy before.
+// The mode is set where the driver needs it: ice has none but without VFs, mlx5 becomes switchdev when they are there
+// and have no driver, and legacy before.
 func TestEswitchOrder(t *testing.T) {
 	for _, c := range []struct{ driver, mode, want string }{
 		{"ice", switchdev, "clear mode count override"},

@@ -27,7 +27,10 @@ func ExampleHandle_Make() {
 	}
 	defer s.Close()
 
-	guests := sriov.VFWish{Use: sriov.UseVFIO, Settings: sriov.Settings{sriov.MAC: "52:54:00:aa:00:01", sriov.VLAN: "100"}}
+	guests := sriov.VFWish{
+		Use:      sriov.UseVFIO,
+		Settings: sriov.Settings{sriov.MAC: "52:54:00:aa:00:01", sriov.VLAN: "100"},
+	}
 	plan, err := s.Make(context.Background(), iommu.Address{Bus: 1}, sriov.Wish{VFs: sriov.Repeat(1, guests)})
 	if err != nil {
 		fmt.Println(err)

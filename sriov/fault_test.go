@@ -46,7 +46,8 @@ func setVF(t *testing.T, k *hosttest.Kernel, want Settings) ([]Key, error) {
 	return unverified, err
 }
 
-// What a driver refuses, or takes and does not do, is told, and the VF is as it was; what it does not report is told too.
+// What a driver refuses, or takes and does not do, is told, and the VF is as it was; what it does not report is told
+// too.
 func TestSetVF(t *testing.T) {
 	for name, c := range map[string]struct {
 		net        func(*hosttest.Network)
@@ -72,7 +73,8 @@ func TestSetVF(t *testing.T) {
 			}
 			before := vfSettings(t, k, 0)
 			unverified, err := setVF(t, k, c.want)
-			if (err == nil) != (c.says == "") || err != nil && !strings.Contains(err.Error(), c.says) || !slices.Equal(unverified, c.unverified) {
+			if (err == nil) != (c.says == "") || err != nil && !strings.Contains(err.Error(), c.says) ||
+				!slices.Equal(unverified, c.unverified) {
 				t.Errorf("error %v, not verified: %v", err, unverified)
 			}
 			now := vfSettings(t, k, 0)
@@ -104,13 +106,15 @@ func TestBusyDriver(t *testing.T) {
 		})
 		_, err := setVF(t, k, Settings{VLAN: "7"})
 		k.Revive()
-		if refused, ok := errors.AsType[*SettingError](err); (err == nil) != (times == 3) || err != nil && (!ok || !errors.Is(refused, unix.EBUSY)) {
+		if refused, ok := errors.AsType[*SettingError](err); (err == nil) != (times == 3) ||
+			err != nil && (!ok || !errors.Is(refused, unix.EBUSY)) {
 			t.Errorf("busy %d times: %v", times, err)
 		}
 	}
 }
 
-// A MAC address that something else on the host has is refused. None, and zero, which has a driver make one up, are nobody's.
+// A MAC address that something else on the host has is refused. None, and zero, which has a driver make one up, are
+// nobody's.
 func TestConflicts(t *testing.T) {
 	k := hosttest.NewLab(t, nil)
 	k.Net.Permanent = map[string]string{"enp2s0": ""}
@@ -121,7 +125,8 @@ func TestConflicts(t *testing.T) {
 		"00:00:00:00:00:00": "", "52:54:00:aa:00:09": "", "52:54:00:aa:00:01": "is that of vf1 of enp1s0 already",
 		"52:54:00:00:00:03": "is that of ens1 already",
 	} {
-		if _, err := setVF(t, k, Settings{MAC: mac}); (err == nil) != (says == "") || err != nil && !strings.Contains(err.Error(), says) {
+		if _, err := setVF(t, k, Settings{MAC: mac}); (err == nil) != (says == "") ||
+			err != nil && !strings.Contains(err.Error(), says) {
 			t.Errorf("%s: %v, want %q", mac, err, says)
 		}
 	}
@@ -202,8 +207,8 @@ func TestHomeIsReadBack(t *testing.T) {
 	}
 }
 
-// What was taken of old VFs is forgotten when these go, and what was taken of new ones never: a VF that a guest has goes back to no
-// driver, and not to the host's.
+// What was taken of old VFs is forgotten when these go, and what was taken of new ones never: a VF that a guest has
+// goes back to no driver, and not to the host's.
 func TestRecordsOfNewVFs(t *testing.T) {
 	for n := range 60 {
 		k := hosttest.NewLab(t, nil)
@@ -266,7 +271,8 @@ func TestRepresentors(t *testing.T) {
 	k := hosttest.NewLab(t, tree)
 	h := &iommu.Host{Host: k.Host()}
 	ports, err := ReadPorts(h, &Port{PF: &iommu.Device{Address: parse(pf)}, SwitchID: "deadbeef"})
-	if err != nil || !slices.Equal(ports.Uplinks, []string{"enp1s0"}) || !maps.Equal(ports.VFs, map[int]string{0: "rep0", 1: "rep1", 2: "other"}) {
+	if err != nil || !slices.Equal(ports.Uplinks, []string{"enp1s0"}) ||
+		!maps.Equal(ports.VFs, map[int]string{0: "rep0", 1: "rep1", 2: "other"}) {
 		t.Errorf("%+v, %v", ports, err)
 	}
 }

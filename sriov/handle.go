@@ -17,8 +17,8 @@ type Handle struct {
 	journal *journal.Journal
 }
 
-// Open opens a host for changes of its devices and VFs. It is as [bind.Open], whose conditions it has; the caller closes the
-// Handle.
+// Open opens a host for changes of its devices and VFs. It is as [bind.Open], whose conditions it has; the caller
+// closes the Handle.
 func Open(h *iommu.Host, o bind.Options) (*Handle, error) {
 	all := map[string]bind.Recoverer{opCount: recoverCount, opSet: recoverSet}
 	maps.Copy(all, o.Recoverers)
@@ -33,10 +33,10 @@ func Open(h *iommu.Host, o bind.Options) (*Handle, error) {
 // wrap is a Handle over one of package bind.
 func wrap(b *bind.Handle) *Handle { return &Handle{b, journal.In(b.Host().Host, journal.Dir)} }
 
-// Make gives a PF the VFs of a wish, and no others: it locks the PF and the VFs that go, finishes what interrupted runs left of
-// them, plans, refuses to end VFs that somebody uses ([holder.ErrRefused], unless force overrides their kinds), and carries the
-// plan out, which it returns with what the user should know of the new VFs in its Notes. On failure all is as it was, but for
-// VFs that had to go first. On a dry run, and on a captured host, the plan is all.
+// Make gives a PF the VFs of a wish, and no others: it locks the PF and the VFs that go, finishes what interrupted runs
+// left of them, plans, refuses to end VFs that somebody uses ([holder.ErrRefused], unless force overrides their kinds),
+// and carries the plan out, which it returns with what the user should know of the new VFs in its Notes. On failure all
+// is as it was, but for VFs that had to go first. On a dry run, and on a captured host, the plan is all.
 func (s *Handle) Make(ctx context.Context, pf iommu.Address, wish Wish, force ...holder.Kind) (*Plan, error) {
 	d, err := s.lockPF(ctx, pf)
 	if err != nil {
@@ -61,7 +61,8 @@ func (s *Handle) Make(ctx context.Context, pf iommu.Address, wish Wish, force ..
 	return plan, err
 }
 
-// SetVF gives a VF settings: all of them or, undone, none. It names the keys that the PF's driver takes and does not report.
+// SetVF gives a VF settings: all of them or, undone, none. It names the keys that the PF's driver takes and does not
+// report.
 func (s *Handle) SetVF(ctx context.Context, vf iommu.Address, want Settings) (unverified []Key, err error) {
 	t, err := s.Topology()
 	if err != nil {
@@ -98,6 +99,7 @@ func (s *Handle) lockPF(ctx context.Context, pf iommu.Address) (*iommu.Device, e
 		}
 		return t.Find(pf)
 	}
+
 	d := &iommu.Device{Name: pf.String(), Address: pf, PCI: true}
 	if err := s.Lock(ctx, []*iommu.Device{d}); err != nil {
 		return nil, err
@@ -108,6 +110,7 @@ func (s *Handle) lockPF(ctx context.Context, pf iommu.Address) (*iommu.Device, e
 	if i := slices.IndexFunc(s.Stuck(), func(r bind.Recovered) bool { return r.Device == pf }); i >= 0 {
 		return nil, &holder.RefusedError{What: "change " + d.Name, Reasons: []string{s.Stuck()[i].Err.Error()}}
 	}
+
 	t, err := s.Scan()
 	if err != nil {
 		return nil, err

@@ -90,7 +90,8 @@ func indexOf(h *iommu.Host, name string) (int, error) {
 	return index, err
 }
 
-// ownInterfaces are those of a PF's interfaces that are no representors of its VFs, whose phys_port_name is like pf0vf1.
+// ownInterfaces are those of a PF's interfaces that are no representors of its VFs, whose phys_port_name is like
+// pf0vf1.
 func ownInterfaces(h *iommu.Host, names []string) ([]string, error) {
 	var out []string
 	for _, n := range names {
@@ -169,9 +170,9 @@ func unlessGone(err error) error {
 // carrier is how long an interface is waited for that may have no cable.
 const carrier = 5 * time.Second
 
-// settle puts back how the interface makes its addresses. The kernel makes one when the link is first there, which is waited
-// for; after that, and over netlink, the old mode makes none any more. Without a cable there is no address either, until there
-// is one.
+// settle puts back how the interface makes its addresses. The kernel makes one when the link is first there, which is
+// waited for; after that, and over netlink, the old mode makes none any more. Without a cable there is no address
+// either, until there is one.
 func (l Link) settle(ctx context.Context, h *iommu.Host) error {
 	if l.GenMode == nil {
 		return nil

@@ -5,10 +5,10 @@ import (
 	"net"
 )
 
-// DeriveMAC makes a locally administered address out of a PF's permanent one and a VF's index: the same at every boot, and of
-// every version of viaduct. The lower half is the PF's own, which tells the cards of one maker apart; in the upper, beside the
-// two bits that say "local" and "one station", are twelve bits of index and ten of what the maker's number folds to. An error
-// says that the address has not six bytes, or that there is no such index.
+// DeriveMAC makes a locally administered address out of a PF's permanent one and a VF's index: the same at every boot,
+// and of every version of viaduct. The lower half is the PF's own, which tells the cards of one maker apart; in the
+// upper, beside the two bits that say "local" and "one station", are twelve bits of index and ten of what the maker's
+// number folds to. An error says that the address has not six bytes, or that there is no such index.
 func DeriveMAC(pf net.HardwareAddr, index int) (net.HardwareAddr, error) {
 	if len(pf) != 6 {
 		return nil, fmt.Errorf("%s is no MAC address of six bytes", pf)

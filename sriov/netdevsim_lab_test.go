@@ -133,7 +133,11 @@ func TestNetdevsimMany(t *testing.T) {
 			defer s.Close()
 			want := map[int]Settings{}
 			for _, i := range []int{0, 214, 215, 255, n - 1} {
-				want[i] = Settings{MAC: fmt.Sprintf("52:54:00:7a:%02x:%02x", i/256, i%256), VLAN: strconv.Itoa(i + 1), Trust: on}
+				want[i] = Settings{
+					MAC:   fmt.Sprintf("52:54:00:7a:%02x:%02x", i/256, i%256),
+					VLAN:  strconv.Itoa(i + 1),
+					Trust: on,
+				}
 			}
 			for i, settings := range want {
 				port, err := ReadPort(h, interfaces(t, pf))
@@ -216,7 +220,8 @@ func TestFlappingAddress(t *testing.T) {
 	}
 }
 
-// TestNetdevsimEswitch changes the mode of the simulated NIC's e-switch, and finds each VF's representor while there are some.
+// TestNetdevsimEswitch changes the mode of the simulated NIC's e-switch, and finds each VF's representor while there
+// are some.
 func TestNetdevsimEswitch(t *testing.T) {
 	h, pf := simulated(t, 3)
 	for _, mode := range []string{switchdev, legacy, switchdev, legacy} {

@@ -14,8 +14,9 @@ import (
 	"viaduct/iommu"
 )
 
-// A VF of an NVMe controller is a secondary controller, which works only once it has queues and interrupts, given to it by
-// commands of the primary one, and is online (NVM Express Base Specification 2.0, 8.26). Numbers here are that specification's.
+// A VF of an NVMe controller is a secondary controller, which works only once it has queues and interrupts, given to it
+// by commands of the primary one, and is online (NVM Express Base Specification 2.0, 8.26). Numbers here are that
+// specification's.
 
 const nvmeClass = 0x010802
 
@@ -115,9 +116,9 @@ func (p pool) share(n int) uint32 {
 	return each - each%max(p.Unit, 1)
 }
 
-// shareOut plans what n VFs get: first what the others have is taken back, then each gets its share. What is right already is left
-// alone; a VF must be offline for a change, which the kernel's making of VFs sees to. It fails if a VF would get less than it
-// works with: a queue pair beside that for administration, and an interrupt.
+// shareOut plans what n VFs get: first what the others have is taken back, then each gets its share. What is right
+// already is left alone; a VF must be offline for a change, which the kernel's making of VFs sees to. It fails if a VF
+// would get less than it works with: a queue pair beside that for administration, and an interrupt.
 func shareOut(pools map[resource]pool, all []secondary, n int) ([]action, error) {
 	var take, give []action
 	for _, r := range []resource{queues, interrupts} {
@@ -130,6 +131,7 @@ func shareOut(pools map[resource]pool, all []secondary, n int) ([]action, error)
 				" (nvme virt-mgmt -a 1 and a reset of the controller free these)",
 				n, each, resourceNames[r], least, pools[r].Total, pools[r].Primary)
 		}
+
 		for _, s := range all {
 			want := each
 			if s.VF > n || s.VF < 1 {
@@ -266,7 +268,11 @@ func (c *nvmePF) secondaries() ([]secondary, error) {
 
 func (c *nvmePF) do(actions []action) error {
 	for _, a := range actions {
-		cmd := passthru{Opcode: opVirtManage, CDW10: a.Act | uint32(a.Resource)<<8 | uint32(a.Controller)<<16, CDW11: a.Count}
+		cmd := passthru{
+			Opcode: opVirtManage,
+			CDW10:  a.Act | uint32(a.Resource)<<8 | uint32(a.Controller)<<16,
+			CDW11:  a.Count,
+		}
 		if err := c.admin(&cmd); err != nil {
 			return fmt.Errorf("%s: %w", a.command(c.name), err)
 		}
@@ -291,6 +297,7 @@ func planShares(h *iommu.Host, pf *iommu.Device, n int) (name string, actions []
 	if err != nil {
 		return "", nil, err
 	}
+
 	pools, err := decodePrimary(b)
 	if err != nil || len(pools) == 0 {
 		return "", nil, err
@@ -333,6 +340,7 @@ func setOnline(h *iommu.Host, pf iommu.Address, n int) error {
 	if err != nil || len(all) == 0 {
 		return err
 	}
+
 	if err := c.do(goOnline(all, n)); err != nil {
 		return err
 	}

@@ -84,7 +84,10 @@ func TestShareOut(t *testing.T) {
 	if got, err = shareOut(pools, has, 4); err == nil {
 		t.Errorf("units of 4 for three and a half each: %v", got)
 	}
-	if got := goOnline([]secondary{{ID: 1, VF: 1, Online: true}, {ID: 2, VF: 2}, {ID: 3, VF: 3}}, 2); !reflect.DeepEqual(got, []action{{Controller: 2, Act: online}}) {
+	if got := goOnline([]secondary{{ID: 1, VF: 1, Online: true}, {ID: 2, VF: 2}, {ID: 3, VF: 3}}, 2); !reflect.DeepEqual(
+		got,
+		[]action{{Controller: 2, Act: online}},
+	) {
 		t.Errorf("online: %v", got)
 	}
 }

@@ -12,8 +12,8 @@ import (
 	"viaduct/iommu"
 )
 
-// Whether a NIC may carry out the rules of its e-switch is no matter of devlink but a feature of the interface, as ethtool shows
-// them (include/uapi/linux/ethtool.h).
+// Whether a NIC may carry out the rules of its e-switch is no matter of devlink but a feature of the interface, as
+// ethtool shows them (include/uapi/linux/ethtool.h).
 
 const (
 	tcFeature = "hw-tc-offload"

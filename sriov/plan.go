@@ -141,9 +141,9 @@ func count(pf *iommu.Device, n int) bind.Step {
 	}
 }
 
-// PlanCount plans how a PF gets to have its VFs. From one number to another, and to another mode of the e-switch, it goes
-// through none, which ends all VFs: see [Handle.Check]. Nothing is planned of what is right already. A *RangeError, *NotPFError
-// or *ForecastError says that it cannot be.
+// PlanCount plans how a PF gets to have its VFs. From one number to another, and to another mode of the e-switch, it
+// goes through none, which ends all VFs: see [Handle.Check]. Nothing is planned of what is right already. A
+// *RangeError, *NotPFError or *ForecastError says that it cannot be.
 func (s *Handle) PlanCount(pf *iommu.Device, wish Wish) (*Plan, error) {
 	h, n := s.Host(), len(wish.VFs)
 	switch {
@@ -181,7 +181,8 @@ func (s *Handle) PlanCount(pf *iommu.Device, wish Wish) (*Plan, error) {
 	return p, p.planVFs(h)
 }
 
-// planPF plans what is set of the PF itself. A captured host's e-switch cannot be asked for: where VFs are made it is set.
+// planPF plans what is set of the PF itself. A captured host's e-switch cannot be asked for: where VFs are made it is
+// set.
 func (p *Plan) planPF(h *iommu.Host, wish Wish) (err error) {
 	switch {
 	case wish.Eswitch == Eswitch{}:
@@ -210,7 +211,8 @@ func (p *Plan) planPF(h *iommu.Host, wish Wish) (err error) {
 // noteAsIs says what is left as it is, where the number of VFs is right.
 func (p *Plan) noteAsIs(t *iommu.Topology, wish Wish) {
 	if anyVF(wish.VFs, hasSettings) {
-		p.Notes = append(p.Notes, "the VFs are there already, and their settings are left as they are (vf set changes them)")
+		p.Notes = append(p.Notes,
+			"the VFs are there already, and their settings are left as they are (vf set changes them)")
 	}
 	for _, v := range p.PF.SRIOV.VFs {
 		vf, err := t.Find(v.Address)
@@ -248,8 +250,9 @@ func (p *Plan) planVFs(h *iommu.Host) (err error) {
 	return nil
 }
 
-// planWrites plans the writes around the new count: autoprobe is off while VFs are made that the host's drivers are not to have,
-// or not yet, and comes back when each VF has an override. From then on a module that is loaded takes what has none.
+// planWrites plans the writes around the new count: autoprobe is off while VFs are made that the host's drivers are not
+// to have, or not yet, and comes back when each VF has an override. From then on a module that is loaded takes what has
+// none.
 func (p *Plan) planWrites(h *iommu.Host) (err error) {
 	file := autoprobe(p.PF.Address)
 	if p.autoprobe, err = h.String(file); err != nil && anyVF(p.VFs, forGuests) {
@@ -320,16 +323,19 @@ func nameVFs(vfs []*iommu.Device) string {
 	return strings.Join(out, ", ")
 }
 
-// Check refuses, with a *holder.RefusedError, a plan that would end VFs which somebody uses, as [holder.Find] tells; force
-// overrides kinds of users. The PF's own users are no reason to refuse: a PF that carries the host's traffic is the normal case.
-// On a dry run who cannot see all users may still ask.
+// Check refuses, with a *holder.RefusedError, a plan that would end VFs which somebody uses, as [holder.Find] tells;
+// force overrides kinds of users. The PF's own users are no reason to refuse: a PF that carries the host's traffic is
+// the normal case. On a dry run who cannot see all users may still ask.
 func (s *Handle) Check(p *Plan, force []holder.Kind) error {
 	t, err := s.Topology()
 	if err != nil {
 		return err
 	}
 	if anyVF(p.VFs, onVFIO) && p.recounts() && len(t.Groups) == 0 {
-		return &holder.RefusedError{What: "make VFs on a vfio driver", Reasons: []string{"no IOMMU is active on this host"}}
+		return &holder.RefusedError{
+			What:    "make VFs on a vfio driver",
+			Reasons: []string{"no IOMMU is active on this host"},
+		}
 	}
 
 	users := p.Victims

@@ -21,8 +21,8 @@ type Port struct {
 	permanent string // its permanent MAC address, once it was asked for
 }
 
-// ReadPort asks for a PF's own interface; nil for a PF that has none, as one of NVMe. On a captured host nobody can be asked,
-// and nothing is known of the VFs.
+// ReadPort asks for a PF's own interface; nil for a PF that has none, as one of NVMe. On a captured host nobody can be
+// asked, and nothing is known of the VFs.
 func ReadPort(h *iommu.Host, pf *iommu.Device) (*Port, error) {
 	var port *Port
 	err := iommu.ByName(h, pf, func(names []string) (err error) {

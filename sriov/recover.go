@@ -59,8 +59,8 @@ func usersOf(h *iommu.Host) users {
 	}
 }
 
-// revert removes what was made, and restores what the settings were. VFs that went first cannot be brought back. After an
-// interruption somebody may use by now what is there, which used tells; right after the change it is nil.
+// revert removes what was made, and restores what the settings were. VFs that went first cannot be brought back. After
+// an interruption somebody may use by now what is there, which used tells; right after the change it is nil.
 func (s *Handle) revert(r *countRecord, pf iommu.Address, used users) error {
 	now, err := iommu.ReadDevice(s.Host(), pf)
 	if err != nil {
@@ -183,8 +183,9 @@ func (s *Handle) restoreAutoprobe(r *countRecord, pf iommu.Address) error {
 	return s.Write(pf, []bind.Step{{Path: file, Value: r.Autoprobe}})
 }
 
-// recoverCount finishes a change whose VFs are all there, or gone where that was wanted, and undoes every other, and one that
-// cannot be finished. What cannot be undone either is told once: a record that stays would keep the PF from all further changes.
+// recoverCount finishes a change whose VFs are all there, or gone where that was wanted, and undoes every other, and
+// one that cannot be finished. What cannot be undone either is told once: a record that stays would keep the PF from
+// all further changes.
 func recoverCount(ctx context.Context, b *bind.Handle, pf iommu.Address, data json.RawMessage) (string, error) {
 	s := wrap(b)
 	var r countRecord
@@ -224,8 +225,9 @@ func recoverCount(ctx context.Context, b *bind.Handle, pf iommu.Address, data js
 	return "is as it was: " + change, err
 }
 
-// cleared does what the interrupted run may not have come to after it had removed the VFs that were there: it forgets them. New
-// VFs are made only when that is done and written down, so where there are any, what is known by their addresses is theirs.
+// cleared does what the interrupted run may not have come to after it had removed the VFs that were there: it forgets
+// them. New VFs are made only when that is done and written down, so where there are any, what is known by their
+// addresses is theirs.
 func (s *Handle) cleared(r *countRecord, pf *iommu.Device) error {
 	if !r.Recounts || r.Cleared || len(pf.SRIOV.VFs) > 0 {
 		return nil
@@ -255,11 +257,13 @@ func (s *Handle) finish(ctx context.Context, r *countRecord, pf iommu.Address) e
 			vf.DriverOverride = bind.None
 		}
 	}
+
 	if !r.Probe {
 		if err := s.restoreAutoprobe(r, pf); err != nil {
 			return err
 		}
 	}
+
 	if err := errors.Join(settleAll(ctx, s.Host(), r.Up)...); err != nil {
 		return err
 	}
@@ -268,7 +272,8 @@ func (s *Handle) finish(ctx context.Context, r *countRecord, pf iommu.Address) e
 }
 
 // ready gives new VFs their settings, and then to the driver they are for.
-func (s *Handle) ready(ctx context.Context, r *countRecord, pf iommu.Address, vfs []*iommu.Device) (notes []string, err error) {
+func (s *Handle) ready(ctx context.Context, r *countRecord, pf iommu.Address,
+	vfs []*iommu.Device) (notes []string, err error) {
 	if len(vfs) == 0 {
 		return nil, nil
 	}
@@ -301,8 +306,8 @@ func (s *Handle) ready(ctx context.Context, r *countRecord, pf iommu.Address, vf
 	return s.atHome(home)
 }
 
-// probeAll lets the host's drivers have VFs, and puts autoprobe back, without which the kernel probes none. Each probe is a
-// request of its own: one that takes long, or is stuck, keeps no other.
+// probeAll lets the host's drivers have VFs, and puts autoprobe back, without which the kernel probes none. Each probe
+// is a request of its own: one that takes long, or is stuck, keeps no other.
 func (s *Handle) probeAll(r *countRecord, pf iommu.Address, vfs []*iommu.Device) error {
 	if err := s.Write(pf, []bind.Step{{Path: autoprobe(pf), Value: "1"}}); err != nil {
 		return err
@@ -321,8 +326,8 @@ func (s *Handle) probeAll(r *countRecord, pf iommu.Address, vfs []*iommu.Device)
 	return s.restoreAutoprobe(r, pf)
 }
 
-// atHome reads back which drivers VFs for the host have. One without a driver may get one as soon as its module is loaded, which
-// is told; one on a VFIO driver is not the host's.
+// atHome reads back which drivers VFs for the host have. One without a driver may get one as soon as its module is
+// loaded, which is told; one on a VFIO driver is not the host's.
 func (s *Handle) atHome(vfs []*iommu.Device) (notes []string, err error) {
 	for _, vf := range vfs {
 		now, err := iommu.ReadDevice(s.Host(), vf.Address)
@@ -330,9 +335,11 @@ func (s *Handle) atHome(vfs []*iommu.Device) (notes []string, err error) {
 		case err != nil:
 			return nil, err
 		case now.VFIO:
-			return nil, fmt.Errorf("VF %s was for the host, and the kernel gave it to %s%s", vf.Name, now.Driver, claimedBy(s.Host(), now.ID))
+			return nil, fmt.Errorf("VF %s was for the host, and the kernel gave it to %s%s", vf.Name, now.Driver,
+				claimedBy(s.Host(), now.ID))
 		case now.Driver == "":
-			notes = append(notes, fmt.Sprintf("VF %s has no driver of the host yet: none that is loaded is for it", vf.Name))
+			notes = append(notes,
+				fmt.Sprintf("VF %s has no driver of the host yet: none that is loaded is for it", vf.Name))
 		}
 	}
 	return notes, nil

@@ -21,9 +21,10 @@ type Ports struct {
 // noPort reports whether an error of reading phys_port_name or phys_switch_id says that there is none.
 func noPort(err error) bool { return host.Absent(err) || errors.Is(err, unix.EOPNOTSUPP) }
 
-// ReadPorts finds the interfaces of the e-switch of a PF's interface: they have its switch id, and say in their port name whom
-// they stand for (p0 a wire; pf0vf1 a VF, behind c1 one of another host; net/devlink/port.c). The number of the PF there is that
-// of the function with some drivers, and of the port with others (mlx5); an interface whose device is a PF tells whose it is.
+// ReadPorts finds the interfaces of the e-switch of a PF's interface: they have its switch id, and say in their port
+// name whom they stand for (p0 a wire; pf0vf1 a VF, behind c1 one of another host; net/devlink/port.c). The number of
+// the PF there is that of the function with some drivers, and of the port with others (mlx5); an interface whose device
+// is a PF tells whose it is.
 func ReadPorts(h *iommu.Host, port *Port) (Ports, error) {
 	out := Ports{VFs: map[int]string{}}
 	if port == nil || port.SwitchID == "" {
@@ -71,7 +72,8 @@ const (
 	representor = 'v'
 )
 
-// parsePortName reads p0, p0s1 and l1p0, which are wires, and pf0vf1. All other ports, of other hosts too, are of no kind.
+// parsePortName reads p0, p0s1 and l1p0, which are wires, and pf0vf1. All other ports, of other hosts too, are of no
+// kind.
 func parsePortName(s string) (pf, vf int, kind rune) {
 	var rest string
 	if n, _ := fmt.Sscanf(s, "pf%dvf%d%s", &pf, &vf, &rest); n == 2 {

@@ -70,8 +70,8 @@ func (p *SetPlan) Restores(requested Settings) bool {
 	return true
 }
 
-// PlanSet plans how a VF of a PF gets settings. It refuses what can be told to be wrong beforehand: interrupt vectors while the
-// VF has a driver, a MAC address that something else on this host has.
+// PlanSet plans how a VF of a PF gets settings. It refuses what can be told to be wrong beforehand: interrupt vectors
+// while the VF has a driver, a MAC address that something else on this host has.
 func (s *Handle) PlanSet(pf, vf *iommu.Device, want Settings) (*SetPlan, error) {
 	h := s.Host()
 	port, err := ReadPort(h, pf)
@@ -85,8 +85,8 @@ func (s *Handle) PlanSet(pf, vf *iommu.Device, want Settings) (*SetPlan, error) 
 	return planSet(h, pf, vf, want, port, owners)
 }
 
-// PlanSets plans how VFs of a PF get the settings of their wishes, which are by index, with one look at all. What the driver
-// does not report is taken to be as it was last set. A VF that is as wanted has no plan.
+// PlanSets plans how VFs of a PF get the settings of their wishes, which are by index, with one look at all. What the
+// driver does not report is taken to be as it was last set. A VF that is as wanted has no plan.
 func (s *Handle) PlanSets(pf *iommu.Device, vfs []*iommu.Device, wish []VFWish) ([]*SetPlan, error) {
 	h := s.Host()
 	port, err1 := ReadPort(h, pf)
@@ -121,7 +121,8 @@ func planSet(h *iommu.Host, pf, vf *iommu.Device, want Settings, port *Port, own
 		return nil, err
 	}
 	if _, asked := want[MSIX]; asked && vf.Driver != "" {
-		return nil, fmt.Errorf("%s is on driver %s: its interrupt vectors can be set only while it has none", vf.Name, vf.Driver)
+		return nil, fmt.Errorf("%s is on driver %s: its interrupt vectors can be set only while it has none", vf.Name,
+			vf.Driver)
 	}
 	if port == nil {
 		for k := range want {
@@ -155,7 +156,8 @@ func planNew(h *iommu.Host, pf *iommu.Device, vfs []VFWish) ([]SetPlan, error) {
 		}
 		mac := vfs[i].Settings[MAC]
 		if macs[mac] {
-			return nil, fmt.Errorf("mac=%s for several VFs: each needs one of its own (mac=%s makes them)", mac, StableMAC)
+			return nil, fmt.Errorf("mac=%s for several VFs: each needs one of its own (mac=%s makes them)", mac,
+				StableMAC)
 		}
 		macs[mac] = mac != "" && mac != StableMAC && mac != noMAC
 
@@ -186,6 +188,7 @@ func resolved(pf, vf *iommu.Device, want Settings, port *Port) (Settings, error)
 	if err != nil {
 		return nil, err
 	}
+
 	permanent, err := net.ParseMAC(text)
 	if err != nil {
 		return nil, fmt.Errorf("interface %s: %w", port.Name, err)
@@ -204,7 +207,9 @@ func Unverified(vf *iommu.Device, keys []Key) []string {
 	if len(keys) == 0 {
 		return nil
 	}
-	return []string{fmt.Sprintf("%s: set, not verifiable, as the driver does not report it: %s", vf.Name, keyNames(keys))}
+	return []string{
+		fmt.Sprintf("%s: set, not verifiable, as the driver does not report it: %s", vf.Name, keyNames(keys)),
+	}
 }
 
 // opSet is the kind of the record of settings that change.
@@ -216,8 +221,8 @@ type setRecord struct {
 	Old   Settings      `json:"old"`
 }
 
-// Set carries out a plan, for a PF and a VF that are locked: all of it or, undone, nothing. It reads back what came of it, and
-// names the keys that the driver takes and does not report. A *SettingError says what the driver refused.
+// Set carries out a plan, for a PF and a VF that are locked: all of it or, undone, nothing. It reads back what came of
+// it, and names the keys that the driver takes and does not report. A *SettingError says what the driver refused.
 func (s *Handle) Set(ctx context.Context, p *SetPlan) (unverified []Key, err error) {
 	pf := p.port.PF
 	if len(p.Settings) == 0 {
@@ -345,7 +350,8 @@ func (p *SetPlan) verify(port *Port) (unverified []Key, err error) {
 	}
 	wrong, unknown := compare(now.Settings, changed)
 	if len(wrong) > 0 {
-		return nil, fmt.Errorf("%s: driver %s reported success, but %s", p.VF.Name, p.port.PF.Driver, strings.Join(wrong, "; "))
+		return nil, fmt.Errorf("%s: driver %s reported success, but %s", p.VF.Name, p.port.PF.Driver,
+			strings.Join(wrong, "; "))
 	}
 	return unknown, nil
 }
@@ -356,7 +362,11 @@ func (s *Handle) undoSettings(port *session, p *SetPlan, done []Setting) error {
 	for _, change := range slices.Backward(done) {
 		back := Setting{Keys: change.Keys, From: change.To, To: change.From}
 		if len(back.To) == 0 {
-			errs = append(errs, fmt.Errorf("%s: %s cannot be put back, as the driver does not report it", p.VF.Name, keyNames(change.Keys)))
+			errs = append(
+				errs,
+				fmt.Errorf("%s: %s cannot be put back, as the driver does not report it", p.VF.Name,
+					keyNames(change.Keys)),
+			)
 			continue
 		}
 		errs = append(errs, s.makeOne(context.Background(), port, p.VF, back))

@@ -8,8 +8,8 @@ import (
 	"viaduct/iommu"
 )
 
-// Settings are what a PF decides for a VF, each by its key and in one spelling. A key that is missing is not reported by the
-// PF's driver, or not to be changed.
+// Settings are what a PF decides for a VF, each by its key and in one spelling. A key that is missing is not reported
+// by the PF's driver, or not to be changed.
 type Settings map[Key]string
 
 // Text is what [ParseSettings] reads, the keys in their order.

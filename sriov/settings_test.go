@@ -17,8 +17,24 @@ import (
 )
 
 func TestParseSettings(t *testing.T) {
-	got, err := ParseSettings([]string{"mac=52-54-00-AB-CD-EF", "vlan=0100", "state=Disable", "query_rss=on", "proto=802.1AD", "node_guid=00:11:22:33:44:55:66:77"})
-	want := Settings{MAC: "52:54:00:ab:cd:ef", VLAN: "100", LinkState: "disable", RSSQuery: on, Proto: dot1ad, NodeGUID: "00:11:22:33:44:55:66:77"}
+	got, err := ParseSettings(
+		[]string{
+			"mac=52-54-00-AB-CD-EF",
+			"vlan=0100",
+			"state=Disable",
+			"query_rss=on",
+			"proto=802.1AD",
+			"node_guid=00:11:22:33:44:55:66:77",
+		},
+	)
+	want := Settings{
+		MAC:       "52:54:00:ab:cd:ef",
+		VLAN:      "100",
+		LinkState: "disable",
+		RSSQuery:  on,
+		Proto:     dot1ad,
+		NodeGUID:  "00:11:22:33:44:55:66:77",
+	}
 	if err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("%v, %v, want %v", got, err, want)
 	}
@@ -32,7 +48,8 @@ func TestParseSettings(t *testing.T) {
 			t.Errorf("%s: %v, want an error that says %q", word, err, says)
 		}
 	}
-	if _, err := ParseSettings([]string{"link=auto", "state=auto"}); err == nil || !strings.Contains(err.Error(), "twice") {
+	if _, err := ParseSettings([]string{"link=auto", "state=auto"}); err == nil ||
+		!strings.Contains(err.Error(), "twice") {
 		t.Errorf("two words for one setting: %v", err)
 	}
 }
@@ -40,7 +57,8 @@ func TestParseSettings(t *testing.T) {
 // vfDevice is a VF that no host has.
 var vfDevice = vfAt(iommu.Address{Bus: 1}, iommu.Address{Bus: 2, Device: 16}, 3)
 
-// The address is set before it is checked, and not while it is; what is right already is not set; what is not given stays.
+// The address is set before it is checked, and not while it is; what is right already is not set; what is not given
+// stays.
 func TestPlanSettings(t *testing.T) {
 	now := Settings{MAC: "02:00:00:00:00:01", VLAN: "7", QoS: "3", SpoofChk: on, Trust: off, MinRate: "0", MaxRate: "0"}
 	for _, c := range []struct {
@@ -62,7 +80,8 @@ func TestPlanSettings(t *testing.T) {
 			t.Errorf("%v: %q, want %q", c.want, got, c.plan)
 		}
 	}
-	spoof := planSettings(Settings{SpoofChk: off, MAC: "02:00:00:00:00:01"}, Settings{SpoofChk: on, MAC: "02:00:00:00:00:02"})
+	spoof := planSettings(Settings{SpoofChk: off, MAC: "02:00:00:00:00:01"},
+		Settings{SpoofChk: on, MAC: "02:00:00:00:00:02"})
 	if len(spoof) != 2 || spoof[0].Keys[0] != MAC {
 		t.Errorf("spoof checking was turned on before the address was set: %v", spoof)
 	}
@@ -138,14 +157,20 @@ func TestDecodeVF(t *testing.T) {
 
 // samples are values of each setting, of which no two may be sent alike.
 var samples = map[Key][]string{
-	MAC: {"52:54:00:01:02:03", "00:00:00:00:00:00"}, VLAN: {"0", "100", "4094"}, QoS: {"0", "7"}, Proto: {dot1q, dot1ad},
-	Trust: {on, off}, SpoofChk: {on, off}, LinkState: {"auto", "enable", "disable"}, MaxRate: {"0", "1000", "4294967295"},
+	MAC: {
+		"52:54:00:01:02:03",
+		"00:00:00:00:00:00",
+	}, VLAN: {"0", "100", "4094"}, QoS: {"0", "7"}, Proto: {dot1q, dot1ad},
+	Trust: {
+		on,
+		off,
+	}, SpoofChk: {on, off}, LinkState: {"auto", "enable", "disable"}, MaxRate: {"0", "1000", "4294967295"},
 	MinRate: {"0", "10"}, RSSQuery: {on, off}, NodeGUID: {"00:11:22:33:44:55:66:77", "80:00:00:00:00:00:00:01"},
 	PortGUID: {"01:11:22:33:44:55:66:77"}, MSIX: {"0", "2048"},
 }
 
-// Each row of the table is whole: its words, how it is read, sent and decoded, when, and with what. What is sent for one setting
-// and value is sent for no other, and is what is decoded.
+// Each row of the table is whole: its words, how it is read, sent and decoded, when, and with what. What is sent for
+// one setting and value is sent for no other, and is what is decoded.
 func TestTable(t *testing.T) {
 	words, sent := map[string]Key{}, map[string]string{}
 	helped := strings.Join(func() (lines []string) {

@@ -52,14 +52,22 @@ func notPF(h *iommu.Host, d *iommu.Device) error {
 	return &NotPFError{d.Address, d.PhysFn, firmwareHint(h, d)}
 }
 
-// firmwareHint names the firmware setting that decides how many VFs a card has, for the makers whose cards hide the capability
-// or lower its total by one; current values where devlink tells.
+// firmwareHint names the firmware setting that decides how many VFs a card has, for the makers whose cards hide the
+// capability or lower its total by one; current values where devlink tells.
 func firmwareHint(h *iommu.Host, d *iommu.Device) string {
 	switch d.Vendor {
 	case 0x15b3:
-		return " (its firmware decides: mlxconfig settings SRIOV_EN and NUM_OF_VFS; a change takes effect with the next boot" + devlinkParam(h, d, "enable_sriov") + ")"
+		return " (its firmware decides: mlxconfig settings SRIOV_EN and NUM_OF_VFS; a change takes effect with the next boot" + devlinkParam(
+			h,
+			d,
+			"enable_sriov",
+		) + ")"
 	case 0x14e4:
-		return " (its firmware decides: NVM options of bnxtnvm, or devlink parameter enable_sriov; a change takes effect with the next boot" + devlinkParam(h, d, "enable_sriov") + ")"
+		return " (its firmware decides: NVM options of bnxtnvm, or devlink parameter enable_sriov; a change takes effect with the next boot" + devlinkParam(
+			h,
+			d,
+			"enable_sriov",
+		) + ")"
 	}
 	return ""
 }
@@ -67,7 +75,8 @@ func firmwareHint(h *iommu.Host, d *iommu.Device) string {
 // silentCause is why a driver makes no VFs and reports success, where that is known.
 func silentCause(pf *iommu.Device) string {
 	if pf.Driver == "bnxt_en" {
-		return " (bnxt_en makes none while the interface is down: ip link set dev " + strings.Join(pf.Netdevs, " ") + " up)"
+		return " (bnxt_en makes none while the interface is down: ip link set dev " + strings.Join(pf.Netdevs,
+			" ") + " up)"
 	}
 	return ""
 }
@@ -100,9 +109,14 @@ func forecast(h *iommu.Host, pf *iommu.Device, n int) error {
 	for i, line := range strings.Split(string(ranges), "\n") {
 		f := strings.Fields(line)
 		if i >= firstVF && i < afterVFs && len(f) == 3 && hexNumber(f[0]) == 0 && hexNumber(f[2]) != 0 {
-			return &ForecastError{pf.Address, n, "the firmware left no memory range for its VFs' BAR " + strconv.Itoa(i-firstVF) + " (" + noRoom + ")"}
+			return &ForecastError{
+				pf.Address,
+				n,
+				"the firmware left no memory range for its VFs' BAR " + strconv.Itoa(i-firstVF) + " (" + noRoom + ")",
+			}
 		}
 	}
+
 	offset, err1 := h.Int(attribute(pf.Address, "sriov_offset"))
 	stride, err2 := h.Int(attribute(pf.Address, "sriov_stride"))
 	if err1 != nil || err2 != nil {
@@ -114,9 +128,18 @@ func forecast(h *iommu.Host, pf *iommu.Device, n int) error {
 	if err != nil {
 		return err
 	}
+
 	highest, err := h.Int(path.Join("sys/bus/pci/devices", path.Base(path.Dir(place)), "subordinate_bus_number"))
 	if err == nil && last > highest {
-		return &ForecastError{pf.Address, n, fmt.Sprintf("the last VF would be on bus %02x, and the bridge above has bus numbers up to %02x (boot with pci=realloc or pci=assign-busses, or use another slot)", last, highest)}
+		return &ForecastError{
+			pf.Address,
+			n,
+			fmt.Sprintf(
+				"the last VF would be on bus %02x, and the bridge above has bus numbers up to %02x (boot with pci=realloc or pci=assign-busses, or use another slot)",
+				last,
+				highest,
+			),
+		}
 	}
 	return nil
 }
@@ -136,7 +159,11 @@ func vectorsLeft(h *iommu.Host, pf *iommu.Device, vfs []VFWish) error {
 		return nil // its driver has no such pool, and will say so
 	}
 	if need > pool {
-		return &ForecastError{pf.Address, len(vfs), fmt.Sprintf("they are to have %d interrupt vectors in all, and it has %d for its VFs", need, pool)}
+		return &ForecastError{
+			pf.Address,
+			len(vfs),
+			fmt.Sprintf("they are to have %d interrupt vectors in all, and it has %d for its VFs", need, pool),
+		}
 	}
 	return nil
 }

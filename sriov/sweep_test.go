@@ -19,8 +19,8 @@ import (
 	"viaduct/vfio/holder"
 )
 
-// A sweep lets each operation of a command fail in turn, or the command be killed at it, and holds what is reported against what
-// is. A test run takes a sample of them; with VIADUCT_SWEEP=all it takes all.
+// A sweep lets each operation of a command fail in turn, or the command be killed at it, and holds what is reported
+// against what is. A test run takes a sample of them; with VIADUCT_SWEEP=all it takes all.
 
 const (
 	e1000 = "0000:07:01.0" // shares its group with a device without a driver
@@ -107,7 +107,8 @@ var commands = []command{
 		name:  "vf set",
 		setup: func(t *testing.T, k *hosttest.Kernel) { quiet(t, k, makeVFs(wished)) },
 		run: func(ctx context.Context, s *Handle) error {
-			unverified, err := s.SetVF(ctx, parse("0000:01:10.0"), Settings{MAC: "52:54:00:aa:00:02", VLAN: "7", SpoofChk: off})
+			unverified, err := s.SetVF(ctx, parse("0000:01:10.0"),
+				Settings{MAC: "52:54:00:aa:00:02", VLAN: "7", SpoofChk: off})
 			if len(unverified) > 0 {
 				err = errors.Join(err, fmt.Errorf("not verified: %v", unverified))
 			}
@@ -234,8 +235,8 @@ func (c *command) prepare(t *testing.T, k *hosttest.Kernel) {
 	}
 }
 
-// sample is each n-th operation of a command in a test run, beginning with another for each command, and all of them in a long
-// one.
+// sample is each n-th operation of a command in a test run, beginning with another for each command, and all of them in
+// a long one.
 func sample(total int) func(func(int) bool) {
 	stride := total/16 + 1
 	if os.Getenv("VIADUCT_SWEEP") == "all" {
@@ -253,8 +254,8 @@ func sample(total int) func(func(int) bool) {
 // failures are what operations fail with. The last is what one of a device says that has gone.
 var failures = []error{unix.EIO, unix.EACCES, unix.ENOSPC, unix.ENOENT}
 
-// TestFaultSweep: whatever operation fails, what is reported is what is; nothing is changed without a record of it; the next
-// command brings the host to where it was or to where it was to go.
+// TestFaultSweep: whatever operation fails, what is reported is what is; nothing is changed without a record of it; the
+// next command brings the host to where it was or to where it was to go.
 func TestFaultSweep(t *testing.T) {
 	for _, c := range commands {
 		t.Run(c.name, func(t *testing.T) {
@@ -335,7 +336,8 @@ func (c *command) undone(now hostState) bool {
 
 // lost reports whether VFs went that had to go first, which the error says.
 func (c *command) lost(err error, now hostState) bool {
-	return c.lossy && strings.Contains(now.devices, " 0 VFs, autoprobe 1") && (err == nil || strings.Contains(err.Error(), "VFs before"))
+	return c.lossy && strings.Contains(now.devices, " 0 VFs, autoprobe 1") &&
+		(err == nil || strings.Contains(err.Error(), "VFs before"))
 }
 
 // next is the next command: it leaves the host as it was or as it was to be.
@@ -354,8 +356,8 @@ func (c *command) next(t *testing.T, k *hosttest.Kernel, where string, before, a
 	}
 }
 
-// TestFaultOfLook: a look that failed is never "nobody": what somebody uses is refused, or the failure is told, and nothing is
-// changed.
+// TestFaultOfLook: a look that failed is never "nobody": what somebody uses is refused, or the failure is told, and
+// nothing is changed.
 func TestFaultOfLook(t *testing.T) {
 	for _, c := range commands {
 		if c.used == nil {

@@ -45,7 +45,8 @@ const (
 )
 
 // row is all that there is to know of a setting. Settings go through the PF's network interface as attributes of an
-// IFLA_VF_INFO (include/uapi/linux/if_link.h), each a structure that begins with the VF's index; or are written to a file.
+// IFLA_VF_INFO (include/uapi/linux/if_link.h), each a structure that begins with the VF's index; or are written to a
+// file.
 type row struct {
 	key Key
 	// ip is ip(8)'s word for it, "" if that is the key; users may give either.
@@ -61,8 +62,8 @@ type row struct {
 	// usual is what a VF begins with on most drivers, "" if that is not known.
 	usual string
 
-	// attribute is what the kernel reports it in, and decode its value there; false if the driver reports none. Length is that
-	// of the PF's own address.
+	// attribute is what the kernel reports it in, and decode its value there; false if the driver reports none. Length
+	// is that of the PF's own address.
 	attribute int
 	decode    func(v []byte, length int) (string, bool)
 	// encode is the attribute that sets it, with all that is set along.
@@ -76,7 +77,10 @@ type row struct {
 var table = [...]row{
 	{
 		key: MAC, with: MAC, order: at(2),
-		help:      [2]string{"mac=52:54:00:12:34:56", "or mac=stable: derived from the PF's own address and the VF's index"},
+		help: [2]string{
+			"mac=52:54:00:12:34:56",
+			"or mac=stable: derived from the PF's own address and the VF's index",
+		},
 		parse:     parseMAC,
 		attribute: nl.IFLA_VF_MAC, decode: decodeMAC, encode: encodeMAC,
 	},

@@ -34,8 +34,9 @@ func nodes(h *iommu.Host, d *iommu.Device) ([]node, error) {
 	return out, nil
 }
 
-// Nodes returns the nodes that the kernel has made for a device on a VFIO driver, which a virtual machine monitor opens: the
-// group's first. They may come to /dev a moment later. On a host that was captured a group is taken to have one.
+// Nodes returns the nodes that the kernel has made for a device on a VFIO driver, which a virtual machine monitor
+// opens: the group's first. They may come to /dev a moment later. On a host that was captured a group is taken to have
+// one.
 func Nodes(h *iommu.Host, d *iommu.Device) ([]string, error) {
 	all, err := nodes(h, d)
 	if err != nil {
@@ -54,8 +55,8 @@ func Nodes(h *iommu.Host, d *iommu.Device) ([]string, error) {
 	return out, nil
 }
 
-// Numbers returns the files of the host that hold the numbers (major:minor) of the nodes which a device on a VFIO driver can
-// have. Those that it has not are not there.
+// Numbers returns the files of the host that hold the numbers (major:minor) of the nodes which a device on a VFIO
+// driver can have. Those that it has not are not there.
 func Numbers(h *iommu.Host, d *iommu.Device) ([]string, error) {
 	all, err := nodes(h, d)
 	out := make([]string, len(all))

@@ -50,12 +50,14 @@ func applyCommand(e *env) *cli.Command {
 					return err
 				}
 			}
+
 			if c.Bool("confirmed") {
 				if c.NumFlags() > 1 {
 					return usagef("apply --confirmed only keeps what was applied: no other option")
 				}
 				return runConfirmed(e)
 			}
+
 			if c.IsSet("confirm") && (o.confirm < time.Second || o.boot || e.dryRun) {
 				return usagef("apply: --confirm is a time of a second or more, as 60s, and is for neither --boot nor --dry-run")
 			}
@@ -68,6 +70,7 @@ func applyCommand(e *env) *cli.Command {
 				}
 				return nil
 			}
+
 			err = runApply(c.Context, e, &o)
 			if o.boot {
 				err = errors.Join(err, restoreLeases(c.Context, e))
@@ -77,8 +80,9 @@ func applyCommand(e *env) *cli.Command {
 	})
 }
 
-// planLocked plans what is declared, and locks all that it changes before that is looked at for the last time: another viaduct may
-// be in the middle of it, which looks like a difference, or like something that cannot be. What is wanted is asked each time.
+// planLocked plans what is declared, and locks all that it changes before that is looked at for the last time: another
+// viaduct may be in the middle of it, which looks like a difference, or like something that cannot be. What is wanted
+// is asked each time.
 func (c *changing) planLocked(ctx context.Context, o *declaredOptions, wanted func() (*hostfile.Host, error)) (*declared.Manager, []*declared.Item, error) {
 	locked := map[string]bool{}
 	for {
@@ -94,6 +98,7 @@ func (c *changing) planLocked(ctx context.Context, o *declaredOptions, wanted fu
 		if err != nil {
 			return nil, nil, err
 		}
+
 		var devices []*iommu.Device
 		for _, i := range items {
 			if i.State != declared.Differs && i.State != declared.Refused {
@@ -105,6 +110,7 @@ func (c *changing) planLocked(ctx context.Context, o *declaredOptions, wanted fu
 				}
 			}
 		}
+
 		if len(devices) > 0 {
 			if err := c.handle.Lock(ctx, devices); err != nil {
 				return nil, nil, err
@@ -113,6 +119,7 @@ func (c *changing) planLocked(ctx context.Context, o *declaredOptions, wanted fu
 				return nil, nil, err
 			}
 		}
+
 		if len(devices) == 0 || c.handle.Undisturbed() {
 			for _, i := range items {
 				if err := c.stuckIn(i.Devices()); err != nil && i.State == declared.Differs {
@@ -121,6 +128,7 @@ func (c *changing) planLocked(ctx context.Context, o *declaredOptions, wanted fu
 			}
 			return m, items, nil
 		}
+
 		if c.topology, err = c.handle.Scan(); err != nil {
 			return nil, nil, err
 		}
@@ -139,6 +147,7 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 		e.note("what is declared cannot be read: what was confirmed last is used")
 		s, err = declared.Of(c.handle.Host()).Confirmed()
 	}
+
 	if err != nil {
 		return usageError{err}
 	}
@@ -150,6 +159,7 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 	if err != nil {
 		return err
 	}
+
 	if use != s {
 		e.note("an apply of host.yaml was not confirmed: until the next apply, what was confirmed last is used instead of it")
 	}
@@ -169,6 +179,7 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 			return err
 		}
 	}
+
 	if err := c.recover(ctx); err != nil {
 		return err
 	}
@@ -179,6 +190,7 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 	if o.watching && m.Held() { // by an apply that was waited for
 		return nil
 	}
+
 	m.Check(items)
 	var errs []error
 	refused := false
@@ -192,17 +204,20 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 			refused = refused || i.State != declared.Missing
 		}
 	}
+
 	if refused && !o.keepGoing {
 		if err := errors.Join(errs...); errors.Is(err, holder.ErrRefused) {
 			return err
 		}
 		return &holder.RefusedError{What: "apply", Reasons: reasons(errs)}
 	}
+
 	if !o.boot {
 		if err := m.Protect(); err != nil {
 			return err
 		}
 	}
+
 	if o.confirm > 0 {
 		if err := errors.Join(m.Clean(), m.Begin(s, o.confirm, o.file != "")); err != nil {
 			return err
@@ -211,11 +226,13 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 			return err
 		}
 	}
+
 	if !o.boot {
 		if err := m.Hold(o.file != ""); err != nil {
 			return err
 		}
 	}
+
 	changed, touched := 0, false
 	errs = append(errs, m.Apply(ctx, items, func(i *declared.Item, err error) {
 		touched = true
@@ -231,6 +248,7 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 			i.Err = err
 		}
 	}))
+
 	errs = append(errs, m.Remember(items))
 	switch {
 	case o.confirm > 0:
@@ -239,6 +257,7 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 	case !o.boot && o.file == "" && errors.Join(errs...) == nil:
 		errs = append(errs, m.Keep(s))
 	}
+
 	if e.json {
 		views := []itemView{}
 		for _, i := range items {
@@ -291,7 +310,8 @@ func undoCommand(e *env) *cli.Command {
 	})
 }
 
-// runUndo undoes the last apply; due, if there is one, says whether that still is to be done when no other apply is at it any more.
+// runUndo undoes the last apply; due, if there is one, says whether that still is to be done when no other apply is at
+// it any more.
 func runUndo(ctx context.Context, e *env, force []holder.Kind, timeout time.Duration, due func() (bool, error)) error {
 	ctx, stop, c, err := e.beginChange(ctx, timeout)
 	if err != nil {
@@ -306,16 +326,19 @@ func runUndo(ctx context.Context, e *env, force []holder.Kind, timeout time.Dura
 	if err != nil {
 		return err
 	}
+
 	if !known {
 		fmt.Fprintln(e.stdout, "nothing was applied since the boot, or nothing by the last apply, or it was undone already")
 		return nil
 	}
+
 	var devices []*iommu.Device
 	for _, a := range addresses {
 		if d, err := c.topology.Find(a); err == nil {
 			devices = append(append(devices, d), c.topology.VFs(d)...)
 		}
 	}
+
 	if err := c.lock(ctx, devices); err != nil {
 		return err
 	}
@@ -324,6 +347,7 @@ func runUndo(ctx context.Context, e *env, force []holder.Kind, timeout time.Dura
 			return errors.Join(err, errNotDue)
 		}
 	}
+
 	done := 0
 	err = m.Undo(func(a iommu.Address, err error) {
 		if err == nil {
@@ -376,6 +400,7 @@ func runAdopt(e *env, file, source string) error {
 	} else {
 		s, notes, err = m.Import(source)
 	}
+
 	if err != nil {
 		return err
 	}
@@ -386,10 +411,12 @@ func runAdopt(e *env, file, source string) error {
 	if err != nil {
 		return err
 	}
+
 	if file == "" {
 		_, err = e.stdout.Write(text)
 		return err
 	}
+
 	f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
 	if err != nil {
 		return err

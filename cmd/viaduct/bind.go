@@ -33,8 +33,17 @@ type changeOptions struct {
 func (o *changeOptions) flags(e *env) []cli.Flag {
 	return []cli.Flag{
 		forceFlag("the device"),
-		&cli.BoolFlag{Name: "keep-going", Usage: "of several devices, leave out those that are refused", Destination: &o.keepGoing},
-		&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", Value: bind.DefaultTimeout, Destination: &o.timeout},
+		&cli.BoolFlag{
+			Name:        "keep-going",
+			Usage:       "of several devices, leave out those that are refused",
+			Destination: &o.keepGoing,
+		},
+		&cli.DurationFlag{
+			Name:        "timeout",
+			Usage:       "how long one write, or another viaduct, is waited for",
+			Value:       bind.DefaultTimeout,
+			Destination: &o.timeout,
+		},
 		e.dryRunFlag(), e.jsonFlag(),
 	}
 }
@@ -86,7 +95,12 @@ func bindCommand(e *env) *cli.Command {
 			"  viaduct bind 0000:03:00.0 --save",
 		Flags: append([]cli.Flag{
 			&cli.BoolFlag{Name: "save", Usage: "declare the device as well, for each boot", Destination: &o.save},
-			&cli.StringFlag{Name: "driver", Usage: "the vfio driver `auto|NAME`; auto is the device's own variant driver, else vfio-pci", Value: bind.Auto, Destination: &o.driver},
+			&cli.StringFlag{
+				Name:        "driver",
+				Usage:       "the vfio driver `auto|NAME`; auto is the device's own variant driver, else vfio-pci",
+				Value:       bind.Auto,
+				Destination: &o.driver,
+			},
 			&cli.StringFlag{Name: "node-owner", Usage: "who is to own the device's nodes: `USER[:GROUP]`"},
 		}, o.flags(e)...),
 		BashComplete: e.completeSelectors,
@@ -98,7 +112,8 @@ func bindCommand(e *env) *cli.Command {
 				return err
 			}
 			if o.driver != bind.Auto && !iommu.IsVFIODriver(o.driver) && o.driver != "pci-stub" {
-				return usagef("bind: %q is no vfio driver; want auto, vfio-pci or the name of a variant driver", o.driver)
+				return usagef("bind: %q is no vfio driver; want auto, vfio-pci or the name of a variant driver",
+					o.driver)
 			}
 			o.owner = c.String("node-owner")
 			return runBind(c.Context, e, o)
@@ -158,19 +173,26 @@ func (e *env) bind(ctx context.Context, o bindOptions) ([]changeView, error) {
 		lasts = " (and declared for each boot)"
 	}
 
-	return e.change(ctx, o.selectors, goal, o.changeOptions, lasts, func(m *declared.Manager, devices []*iommu.Device) error {
-		var errs []error
-		for _, d := range devices {
-			if !o.save {
-				continue
+	return e.change(
+		ctx,
+		o.selectors,
+		goal,
+		o.changeOptions,
+		lasts,
+		func(m *declared.Manager, devices []*iommu.Device) error {
+			var errs []error
+			for _, d := range devices {
+				if !o.save {
+					continue
+				}
+				file, err := m.Save(d, o.driver, o.owner)
+				if errs = append(errs, err); err == nil {
+					e.note("%s is declared in %s", d.Name, file)
+				}
 			}
-			file, err := m.Save(d, o.driver, o.owner)
-			if errs = append(errs, err); err == nil {
-				e.note("%s is declared in %s", d.Name, file)
-			}
-		}
-		return errors.Join(errs...)
-	})
+			return errors.Join(errs...)
+		},
+	)
 }
 
 func runUnbind(ctx context.Context, e *env, sel []iommu.Selector, o changeOptions) error {
@@ -199,7 +221,8 @@ func (e *env) tellSaved(m *declared.Manager, d *iommu.Device, forget bool) error
 	case forget:
 		return m.Forget(d)
 	case file != "":
-		e.note("%s is still declared in %s: viaduct apply takes it again (viaduct unbind %s --save ends that)", d.Name, file, d.Name)
+		e.note("%s is still declared in %s: viaduct apply takes it again (viaduct unbind %s --save ends that)", d.Name,
+			file, d.Name)
 	}
 	return nil
 }
@@ -214,8 +237,9 @@ type changeView struct {
 	Error   *string       `json:"error"`
 }
 
-// change brings devices to a goal: it resolves them, lets every gate speak before the first write, and then carries out all
-// units. Afterwards is done for the devices that were asked for and are where they are to be; lasts says how long that lasts.
+// change brings devices to a goal: it resolves them, lets every gate speak before the first write, and then carries out
+// all units. Afterwards is done for the devices that were asked for and are where they are to be; lasts says how long
+// that lasts.
 func (e *env) change(ctx context.Context, sel []iommu.Selector, goal bind.Goal, o changeOptions, lasts string,
 	afterwards func(*declared.Manager, []*iommu.Device) error,
 ) ([]changeView, error) {
@@ -288,7 +312,8 @@ func (c *changing) prepare(ctx context.Context, sel []iommu.Selector, goal bind.
 }
 
 // viewResults is what came of each device, and those of the devices asked for that are where they are to be.
-func viewResults(results []bind.Result, asked []*iommu.Device) (views []changeView, arrived []*iommu.Device, errs []error) {
+func viewResults(results []bind.Result,
+	asked []*iommu.Device) (views []changeView, arrived []*iommu.Device, errs []error) {
 	views = []changeView{}
 	byAddress := map[iommu.Address]*iommu.Device{}
 	for _, d := range asked {
@@ -318,7 +343,8 @@ func (c *changing) tellClaimed(results []bind.Result) {
 		return
 	}
 	for id, where := range holder.ClaimedByID(c.handle.Host(), home...) {
-		c.env.note("vfio-pci.ids= in %s claims all %04x:%04x: at the next boot vfio-pci has them again", where, id.Vendor, id.Device)
+		c.env.note("vfio-pci.ids= in %s claims all %04x:%04x: at the next boot vfio-pci has them again", where,
+			id.Vendor, id.Device)
 	}
 }
 
@@ -412,7 +438,13 @@ func recoverCommand(e *env) *cli.Command {
 }
 
 func viewChange(c bind.Change, err error) changeView {
-	v := changeView{Address: c.Device, From: known(c.From), To: known(c.To), Changed: len(c.Steps) > 0 && err == nil, Steps: []string{}}
+	v := changeView{
+		Address: c.Device,
+		From:    known(c.From),
+		To:      known(c.To),
+		Changed: len(c.Steps) > 0 && err == nil,
+		Steps:   []string{},
+	}
 	if c.To == bind.None {
 		v.To = nil
 	}

@@ -30,7 +30,8 @@ func (e *env) openHandle(h *iommu.Host, timeout time.Duration) (*sriov.Handle, e
 	return sriov.Open(h, bind.Options{Timeout: timeout, DryRun: e.dryRun, Recoverers: lease.Recoverers()})
 }
 
-// openLook opens and scans the host for a command that changes nothing and plans what would be; the caller calls stop at the end.
+// openLook opens and scans the host for a command that changes nothing and plans what would be; the caller calls stop
+// at the end.
 func (e *env) openLook() (stop func(), s *sriov.Handle, err error) {
 	h, err := e.open()
 	if err != nil {
@@ -49,19 +50,20 @@ func (e *env) openLook() (stop func(), s *sriov.Handle, err error) {
 	}, s, nil
 }
 
-// beginChange opens and scans the host. The caller calls stop at the end, which closes all; until then a first signal only
-// ends the context.
+// beginChange opens and scans the host. The caller calls stop at the end, which closes all; until then a first signal
+// only ends the context.
 func (e *env) beginChange(ctx context.Context, timeout time.Duration) (context.Context, func(), *changing, error) {
 	return e.begin(ctx, timeout, true)
 }
 
-// beginLook is beginChange for what may find that there is nothing to change: then the child that writes is started when it is
-// needed.
+// beginLook is beginChange for what may find that there is nothing to change: then the child that writes is started
+// when it is needed.
 func (e *env) beginLook(ctx context.Context, timeout time.Duration) (context.Context, func(), *changing, error) {
 	return e.begin(ctx, timeout, false)
 }
 
-func (e *env) begin(ctx context.Context, timeout time.Duration, writes bool) (context.Context, func(), *changing, error) {
+func (e *env) begin(ctx context.Context, timeout time.Duration,
+	writes bool) (context.Context, func(), *changing, error) {
 	if err := e.mayChange(); err != nil {
 		return nil, nil, nil, err
 	}
@@ -95,9 +97,9 @@ func (e *env) begin(ctx context.Context, timeout time.Duration, writes bool) (co
 	return ctx, stop, c, nil
 }
 
-// takePrecedence puts this process, and the child it starts, before others. Each change wakes udev, whose rules for one device
-// take longer than the kernel does for the next: side by side with them a hundred devices take twenty times as long, for the
-// rules as well. Without the right to it, all stays as it is.
+// takePrecedence puts this process, and the child it starts, before others. Each change wakes udev, whose rules for one
+// device take longer than the kernel does for the next: side by side with them a hundred devices take twenty times as
+// long, for the rules as well. Without the right to it, all stays as it is.
 func takePrecedence(h *iommu.Host) { setNice(h, -20) }
 
 func setNice(h *iommu.Host, nice int) {
@@ -112,8 +114,8 @@ func setNice(h *iommu.Host, nice int) {
 // live reports whether the host is really going to be changed.
 func (c *changing) live() bool { return c.handle.Changes() }
 
-// lock keeps other viaducts from devices, and finishes or undoes what interrupted ones left of them. One that is stuck in an
-// earlier change is refused.
+// lock keeps other viaducts from devices, and finishes or undoes what interrupted ones left of them. One that is stuck
+// in an earlier change is refused.
 func (c *changing) lock(ctx context.Context, devices []*iommu.Device) error {
 	if !c.live() {
 		return nil

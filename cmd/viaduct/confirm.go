@@ -36,8 +36,9 @@ func runConfirmed(e *env) error {
 	return nil
 }
 
-// guard starts the process that undoes what is not confirmed. It has a session of its own, so that no hangup reaches it, and is
-// put into the root of the control groups, as a session's are killed with it (KillUserProcesses of logind.conf).
+// guard starts the process that undoes what is not confirmed. It has a session of its own, so that no hangup reaches
+// it, and is put into the root of the control groups, as a session's are killed with it (KillUserProcesses of
+// logind.conf).
 func guard() error {
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
@@ -50,6 +51,7 @@ func guard() error {
 	if err != nil {
 		return fmt.Errorf("start what undoes it unless it is confirmed: %w", err)
 	}
+
 	h, err := iommu.Open("")
 	if err != nil {
 		return errors.Join(err, p.Kill())
@@ -83,6 +85,7 @@ func runGuard(ctx context.Context, e *env, timeout time.Duration) error {
 	if err != nil {
 		return err
 	}
+
 	defer h.Close()
 	m := declared.Of(h)
 	e.stdout, e.stderr = log, log
@@ -95,6 +98,7 @@ func runGuard(ctx context.Context, e *env, timeout time.Duration) error {
 			fmt.Fprintf(log, "<4>viaduct: what was applied was not confirmed in time, and is undone")
 			err = runUndo(ctx, e, append(force, holder.YieldToRollback()...), timeout, m.Due)
 		}
+
 		if errors.Is(err, errNotDue) {
 			continue // confirmed after all, or applied anew
 		}
@@ -108,6 +112,7 @@ func runGuard(ctx context.Context, e *env, timeout time.Duration) error {
 		if late, _, again := m.AwaitConfirmed(); again == nil && !late {
 			return err
 		}
+
 		select { // an apply may still be at it
 		case <-time.After(10 * time.Second):
 		case <-ctx.Done():

@@ -37,9 +37,23 @@ type declaredOptions struct {
 
 func (o *declaredOptions) flags(e *env) []cli.Flag {
 	return []cli.Flag{
-		&cli.StringFlag{Name: "file", Aliases: []string{"f"}, Usage: "read `FILE` instead of /etc/viaduct/host.yaml and host.d; - is standard input", Destination: &o.file, TakesFile: true},
-		&cli.BoolFlag{Name: "accept", Usage: "take what changed since (another card in a slot, a group that has grown) as it is now", Destination: &o.accept},
-		&cli.BoolFlag{Name: "late", Usage: "also what waits for a bond that others make (after_bond)", Destination: &o.late},
+		&cli.StringFlag{
+			Name:        "file",
+			Aliases:     []string{"f"},
+			Usage:       "read `FILE` instead of /etc/viaduct/host.yaml and host.d; - is standard input",
+			Destination: &o.file,
+			TakesFile:   true,
+		},
+		&cli.BoolFlag{
+			Name:        "accept",
+			Usage:       "take what changed since (another card in a slot, a group that has grown) as it is now",
+			Destination: &o.accept,
+		},
+		&cli.BoolFlag{
+			Name:        "late",
+			Usage:       "also what waits for a bond that others make (after_bond)",
+			Destination: &o.late,
+		},
 		e.jsonFlag(),
 	}
 }
@@ -220,6 +234,7 @@ func (e *env) printPlan(_ *declared.Manager, items []*declared.Item) error {
 			fmt.Fprintf(w, "  # %s\n", n)
 		}
 	}
+
 	if err := w.Flush(); err != nil {
 		return err
 	}
@@ -254,6 +269,7 @@ func (e *env) printStatus(m *declared.Manager, items []*declared.Item) error {
 		}
 		rows = append(rows, row)
 	}
+
 	if len(rows) > 1 {
 		writeTable(e.stdout, rows)
 	}

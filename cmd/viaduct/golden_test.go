@@ -18,8 +18,8 @@ var update = flag.Bool("update", false, "rewrite the golden files")
 
 const machines = "../../internal/host/hosttest/testdata"
 
-// TestGolden runs commands on captured machines, as a folder and as a snapshot, and compares what they print, text and JSON
-// alike: testdata/MACHINE/NAME.golden. go test ./cmd/viaduct -update rewrites them.
+// TestGolden runs commands on captured machines, as a folder and as a snapshot, and compares what they print, text and
+// JSON alike: testdata/MACHINE/NAME.golden. go test ./cmd/viaduct -update rewrites them.
 func TestGolden(t *testing.T) {
 	for _, machine := range []string{"amd-vi", "bare"} {
 		tree := hosttest.Load(t, filepath.Join(machines, machine+".txt"))

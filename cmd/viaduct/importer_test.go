@@ -11,8 +11,8 @@ import (
 	"viaduct/internal/host/hosttest"
 )
 
-// Programs of another module can do what viaduct does: hack/importer has three, which are run here on a captured host. README
-// shows how such a module names this one.
+// Programs of another module can do what viaduct does: hack/importer has three, which are run here on a captured host.
+// README shows how such a module names this one.
 func TestImporter(t *testing.T) {
 	const importer = "../../hack/importer"
 	bin := t.TempDir()

@@ -28,10 +28,27 @@ func installCommand(e *env) *cli.Command {
 			"now is written down, and not taken by a boot.\n\n" +
 			"Examples:\n  viaduct install\n  viaduct install --watch\n  viaduct install --initramfs --dry-run",
 		Flags: []cli.Flag{
-			&cli.BoolFlag{Name: "watch", Usage: "also a service that keeps the host as declared, after driver reloads, hotplug and resets", Destination: &o.Watch},
-			&cli.BoolFlag{Name: "libvirt", Usage: "also a hook that has libvirt check, take and scrub what is assigned to its domains", Destination: &o.Libvirt},
-			&cli.BoolFlag{Name: "initramfs", Usage: "also a hook that keeps devices with initramfs: true from their own drivers from the first moment on", Destination: &initramfs},
-			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "print the files, and write none", Destination: &e.dryRun},
+			&cli.BoolFlag{
+				Name:        "watch",
+				Usage:       "also a service that keeps the host as declared, after driver reloads, hotplug and resets",
+				Destination: &o.Watch,
+			},
+			&cli.BoolFlag{
+				Name:        "libvirt",
+				Usage:       "also a hook that has libvirt check, take and scrub what is assigned to its domains",
+				Destination: &o.Libvirt,
+			},
+			&cli.BoolFlag{
+				Name:        "initramfs",
+				Usage:       "also a hook that keeps devices with initramfs: true from their own drivers from the first moment on",
+				Destination: &initramfs,
+			},
+			&cli.BoolFlag{
+				Name:        "dry-run",
+				Aliases:     []string{"n"},
+				Usage:       "print the files, and write none",
+				Destination: &e.dryRun,
+			},
 		},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
@@ -55,6 +72,7 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 	if err != nil {
 		return usageError{err}
 	}
+
 	if o.Program, err = os.Executable(); err != nil {
 		return err
 	}
@@ -69,11 +87,13 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 			return err
 		}
 	}
+
 	if initramfs {
 		if o.Initramfs, err = m.Early(s); err != nil {
 			return err
 		}
 	}
+
 	files, err := o.Files(generator)
 	if err != nil {
 		return err
@@ -88,11 +108,14 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 		}
 		return nil
 	}
+
 	for _, volatile := range []string{"/tmp/", "/run/", "/dev/", "/home/", "/root/"} {
 		if strings.HasPrefix(o.Program, volatile) {
-			e.note("the units run %s, which may not be there at a boot: a place as /usr/local/sbin is better", o.Program)
+			e.note("the units run %s, which may not be there at a boot: a place as /usr/local/sbin is better",
+				o.Program)
 		}
 	}
+
 	watched := install.Watches()
 	changed, err := install.Write("/", files)
 	for _, f := range changed {
@@ -104,13 +127,17 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 	if initramfs || slices.ContainsFunc(changed, install.InInitramfs) {
 		e.note("now make the initramfs anew: %s", generator.Rebuild())
 	}
+
 	if slices.Contains(changed, install.LibvirtHook) {
-		e.note("libvirt looks for hooks when it starts: systemctl restart libvirtd (or virtqemud); running domains are not touched")
+		e.note(
+			"libvirt looks for hooks when it starts: systemctl restart libvirtd (or virtqemud); running domains are not touched",
+		)
 	}
 	if len(changed) == 0 {
 		fmt.Fprintln(e.stdout, "all is installed already")
 		return nil
 	}
+
 	start := []string{}
 	if o.Watch {
 		start = append(start, "viaduct-watch.service")
@@ -139,6 +166,7 @@ func uninstallCommand(e *env) *cli.Command {
 					return err
 				}
 			}
+
 			changed, err := install.Remove("/")
 			for _, f := range changed {
 				fmt.Fprintln(e.stdout, f)
@@ -146,6 +174,7 @@ func uninstallCommand(e *env) *cli.Command {
 					defer e.note("now make the initramfs anew: %s", install.Found().Rebuild())
 				}
 			}
+
 			if err != nil || len(changed) == 0 {
 				return err
 			}
@@ -200,7 +229,13 @@ func watchCommand(e *env) *cli.Command {
 			"and the udev rule of install, with --once, for a device that came later.\n\n" +
 			"Examples:\n  viaduct watch\n  viaduct watch --once",
 		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "file", Aliases: []string{"f"}, Usage: "read `FILE` instead of /etc/viaduct/host.yaml and host.d", Destination: &o.file, TakesFile: true},
+			&cli.StringFlag{
+				Name:        "file",
+				Aliases:     []string{"f"},
+				Usage:       "read `FILE` instead of /etc/viaduct/host.yaml and host.d",
+				Destination: &o.file,
+				TakesFile:   true,
+			},
 			&cli.BoolFlag{Name: "once", Usage: "look only now", Destination: &once},
 		},
 		Action: func(c *cli.Context) error {
@@ -226,6 +261,7 @@ func runWatch(ctx context.Context, e *env, o *declaredOptions) error {
 	if err != nil {
 		return err
 	}
+
 	defer h.Close()
 	return declared.Watch(ctx, h, func() bool {
 		tried, err := e.keep(ctx, o)

@@ -49,12 +49,16 @@ type sriovView struct {
 	Enabled int `json:"enabled"`
 }
 
-// writeList writes {"iommu": iommuView, "groups": [groupView...], "ungrouped": [deviceView...]}, one group or device a line and
-// one at a time: a host with thousands of VFs would otherwise be in memory several times over.
+// writeList writes {"iommu": iommuView, "groups": [groupView...], "ungrouped": [deviceView...]}, one group or device a
+// line and one at a time: a host with thousands of VFs would otherwise be in memory several times over.
 func writeList(w *bufio.Writer, t *iommu.Topology, names *iommu.Names, keep map[string]bool) error {
 	e := json.NewEncoder(w) // which ends each value with a newline
 	e.SetEscapeHTML(false)
-	v := iommuView{Present: len(t.Units) > 0 || len(t.Groups) > 0, Units: []unitView{}, InterruptRemapping: t.InterruptRemapping}
+	v := iommuView{
+		Present:            len(t.Units) > 0 || len(t.Groups) > 0,
+		Units:              []unitView{},
+		InterruptRemapping: t.InterruptRemapping,
+	}
 	for _, u := range t.Units {
 		v.Units = append(v.Units, unitView(u))
 	}
@@ -62,6 +66,7 @@ func writeList(w *bufio.Writer, t *iommu.Topology, names *iommu.Names, keep map[
 	if err := e.Encode(v); err != nil {
 		return err
 	}
+
 	w.WriteString(`,"groups":[`)
 	comma := ""
 	for i := range t.Groups {
@@ -73,6 +78,7 @@ func writeList(w *bufio.Writer, t *iommu.Topology, names *iommu.Names, keep map[
 			}
 		}
 	}
+
 	w.WriteString(`],"ungrouped":[`)
 	comma = ""
 	for i := range t.Ungrouped {
@@ -85,6 +91,7 @@ func writeList(w *bufio.Writer, t *iommu.Topology, names *iommu.Names, keep map[
 			}
 		}
 	}
+
 	_, err := w.WriteString("]}\n")
 	return err
 }

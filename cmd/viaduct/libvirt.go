@@ -49,6 +49,7 @@ func runLibvirtHook(ctx context.Context, e *env, name, op, sub string) error {
 			return err
 		}
 	}
+
 	d.Name = name
 	if op == "prepare" || op == "start" || op == "release" {
 		h, err := e.open()
@@ -60,6 +61,7 @@ func runLibvirtHook(ctx context.Context, e *env, name, op, sub string) error {
 			return err // a domain that has nothing of ours, which no mistake of ours may stop
 		}
 	}
+
 	ctx, stop, m, err := e.beginLeases(ctx, bind.DefaultTimeout, endsLeases)
 	if err != nil {
 		return err

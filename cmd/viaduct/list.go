@@ -67,6 +67,7 @@ func runList(e *env, o listOptions) error {
 	default:
 		writeTable(w, listRows(t, names, keep))
 	}
+
 	if err != nil {
 		return err
 	}
@@ -74,7 +75,9 @@ func runList(e *env, o listOptions) error {
 		return err
 	}
 	if len(t.Groups) == 0 && !e.json {
-		e.note("no IOMMU is active on this host, so no device is in a group: turn on AMD-Vi or VT-d (\"IOMMU\") in the firmware")
+		e.note(
+			"no IOMMU is active on this host, so no device is in a group: turn on AMD-Vi or VT-d (\"IOMMU\") in the firmware",
+		)
 	}
 	return nil
 }
@@ -111,14 +114,17 @@ func listRows(t *iommu.Topology, names *iommu.Names, keep map[string]bool) [][]s
 		if d.PCI {
 			id, class, name = idText(d), (*hex(6, d.Class))[:4], deviceName(names, d)
 		}
-		rows = append(rows, []string{group, kind, d.Name, id, class, driver, strings.Join(d.Netdevs, ","), vfText(d), name})
+		rows = append(rows,
+			[]string{group, kind, d.Name, id, class, driver, strings.Join(d.Netdevs, ","), vfText(d), name})
 	}
+
 	for i := range t.Groups {
 		g := &t.Groups[i]
 		for j := range g.Devices {
 			add(strconv.Itoa(g.ID), g.Type, &g.Devices[j])
 		}
 	}
+
 	for i := range t.Ungrouped {
 		add("", "", &t.Ungrouped[i])
 	}
@@ -171,7 +177,8 @@ func writeTable(w io.Writer, rows [][]string) {
 	}
 }
 
-// writeTree draws the devices as they hang together; a device's line is its own, bridges above a selected device are kept.
+// writeTree draws the devices as they hang together; a device's line is its own, bridges above a selected device are
+// kept.
 func writeTree(w io.Writer, h *iommu.Host, t *iommu.Topology, names *iommu.Names, keep map[string]bool) error {
 	parents, err := iommu.Parents(h, t)
 	if err != nil {
@@ -187,9 +194,11 @@ func writeTree(w io.Writer, h *iommu.Host, t *iommu.Topology, names *iommu.Names
 			keep[up] = true
 		}
 	}
+
 	var draw func(parent, indent string)
 	draw = func(parent, indent string) {
-		below := slices.DeleteFunc(slices.Clone(children[parent]), func(d *iommu.Device) bool { return keep != nil && !keep[d.Name] })
+		below := slices.DeleteFunc(slices.Clone(children[parent]),
+			func(d *iommu.Device) bool { return keep != nil && !keep[d.Name] })
 		slices.SortFunc(below, func(a, b *iommu.Device) int { return iommu.CompareDevices(*a, *b) })
 		for i, d := range below {
 			branch, next := "├─ ", "│  "
@@ -203,6 +212,7 @@ func writeTree(w io.Writer, h *iommu.Host, t *iommu.Topology, names *iommu.Names
 			draw(d.Name, indent+next)
 		}
 	}
+
 	draw("", "")
 	return nil
 }

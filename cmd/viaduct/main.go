@@ -1,5 +1,6 @@
-// Command viaduct shows a host's IOMMU groups, takes devices from the host's drivers and gives them back, and makes SR-IOV
-// virtual functions. The commands are thin: flags become an options struct, and one call into the packages does the work.
+// Command viaduct shows a host's IOMMU groups, takes devices from the host's drivers and gives them back, and makes
+// SR-IOV virtual functions. The commands are thin: flags become an options struct, and one call into the packages does
+// the work.
 package main
 
 import (
@@ -36,14 +37,14 @@ func main() {
 	if bind.ServeWrites() {
 		return
 	}
-	// One more than there are CPUs: as long as one is idle, Go's monitor thread lets system calls be. On a slow machine it
-	// would take each one that reads an attribute for stuck.
+	// One more than there are CPUs: as long as one is idle, Go's monitor thread lets system calls be. On a slow machine
+	// it would take each one that reads an attribute for stuck.
 	runtime.GOMAXPROCS(runtime.NumCPU() + 1)
 	os.Exit(run(os.Args, os.Stdout, os.Stderr))
 }
 
-// untilSignal is for commands that must not end in the middle: the first signal ends the context, a second one the process.
-// The others end at once, as processes do.
+// untilSignal is for commands that must not end in the middle: the first signal ends the context, a second one the
+// process. The others end at once, as processes do.
 func untilSignal(ctx context.Context) (context.Context, context.CancelFunc) {
 	signal.Ignore(unix.SIGPIPE) // what is begun is ended although nobody reads on
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, unix.SIGTERM, unix.SIGHUP)
@@ -125,6 +126,7 @@ func runOn(open func(string) (*iommu.Host, error), args []string, stdout, stderr
 	if err == nil {
 		return exitDone
 	}
+
 	if errors.Is(err, errDiffers) {
 		return exitDiffers
 	}
@@ -141,8 +143,8 @@ func runOn(open func(string) (*iommu.Host, error), args []string, stdout, stderr
 	return exitStatus(err)
 }
 
-// checkedWriter remembers that writing failed, so that output lost to a full disk is not taken for success and each print
-// need not be checked.
+// checkedWriter remembers that writing failed, so that output lost to a full disk is not taken for success and each
+// print need not be checked.
 type checkedWriter struct {
 	w   io.Writer
 	err error
@@ -190,7 +192,12 @@ func newApp(e *env) *cli.App {
 		ExitErrHandler:            func(*cli.Context, error) {}, // or cli ends the process itself
 		OnUsageError:              onUsageError,
 		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "host", Usage: "look at a captured tree or a snapshot `DIR|FILE`, read-only", Destination: &e.hostName, TakesFile: true},
+			&cli.StringFlag{
+				Name:        "host",
+				Usage:       "look at a captured tree or a snapshot `DIR|FILE`, read-only",
+				Destination: &e.hostName,
+				TakesFile:   true,
+			},
 		},
 		Before: func(c *cli.Context) error {
 			if c.IsSet("host") && e.hostName == "" {
@@ -208,7 +215,8 @@ func newApp(e *env) *cli.App {
 			listCommand(e), showCommand(e), bindCommand(e), unbindCommand(e), recoverCommand(e), vfCommand(e),
 			planCommand(e), applyCommand(e), statusCommand(e), undoCommand(e), adoptCommand(e), schemaCommand(e),
 			installCommand(e), uninstallCommand(e), watchCommand(e),
-			assignCommand(e), releaseCommand(e), leasesCommand(e), runCommand(e), heldCommand(), poolCommand(e), libvirtHookCommand(e),
+			assignCommand(e), releaseCommand(e), leasesCommand(e), runCommand(e), heldCommand(), poolCommand(e),
+			libvirtHookCommand(e),
 			snapshotCommand(e), completionCommand(e), manCommand(e), versionCommand(e),
 		},
 	}
@@ -228,7 +236,12 @@ func (e *env) jsonFlag() cli.Flag {
 }
 
 func (e *env) dryRunFlag() cli.Flag {
-	return &cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "print the writes in their order, and make none", Destination: &e.dryRun}
+	return &cli.BoolFlag{
+		Name:        "dry-run",
+		Aliases:     []string{"n"},
+		Usage:       "print the writes in their order, and make none",
+		Destination: &e.dryRun,
+	}
 }
 
 // flagsFirst puts the flags before the arguments, within the command that they belong to: cli takes a flag after an
@@ -247,7 +260,9 @@ func flagsFirst(app *cli.App, args []string) []string {
 			return append(append(append(out, arg), pending...), rest...)
 		}
 		if _, err := strconv.Atoi(arg); err == nil && arg[0] == '-' {
-			return append(append(append(append(out, "--"), pending...), arg), rest...) // a negative number is an argument, and wrong
+			return append(
+				append(append(append(out, "--"), pending...), arg),
+				rest...) // a negative number is an argument, and wrong
 		}
 		if len(arg) > 1 && arg[0] == '-' {
 			out = append(out, arg)
@@ -256,11 +271,14 @@ func flagsFirst(app *cli.App, args []string) []string {
 			}
 			continue
 		}
-		if i := slices.IndexFunc(commands, func(c *cli.Command) bool { return c.HasName(arg) }); i >= 0 && len(pending) == 0 {
+
+		if i := slices.IndexFunc(commands, func(c *cli.Command) bool { return c.HasName(arg) }); i >= 0 &&
+			len(pending) == 0 {
 			out = append(out, arg)
 			flags, commands = commands[i].Flags, commands[i].Subcommands
 			continue
 		}
+
 		pending = append(pending, arg)
 	}
 	return append(out, pending...)

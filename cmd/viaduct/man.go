@@ -8,8 +8,8 @@ import (
 	"github.com/urfave/cli/v2"
 )
 
-// cli's own manual page goes by way of Markdown, whose parser takes half of the program's start-up time even where no page is
-// asked for; the build tag urfave_cli_no_docs leaves it out.
+// cli's own manual page goes by way of Markdown, whose parser takes half of the program's start-up time even where no
+// page is asked for; the build tag urfave_cli_no_docs leaves it out.
 
 func manCommand(e *env) *cli.Command {
 	return command(&cli.Command{

@@ -118,7 +118,8 @@ func (e *env) complete(c *cli.Context, f func(*iommu.Device) []string) {
 // harmless reports whether a name, which may come from a stranger's snapshot, means nothing to a shell.
 func harmless(s string) bool {
 	for _, c := range []byte(s) {
-		if (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && (c < '0' || c > '9') && !strings.ContainsRune("._:/@-", rune(c)) {
+		if (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && (c < '0' || c > '9') &&
+			!strings.ContainsRune("._:/@-", rune(c)) {
 			return false
 		}
 	}

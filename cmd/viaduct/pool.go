@@ -59,6 +59,7 @@ func runPool(e *env, only string, network bool) error {
 	if err != nil {
 		return usageError{err}
 	}
+
 	names := declared.Pools(s)
 	if only != "" && !slices.Contains(names, only) {
 		return fmt.Errorf("no pool is called %q in /%s; there are %d", only, hostfile.File, len(names))
@@ -81,6 +82,7 @@ func runPool(e *env, only string, network bool) error {
 			}
 			v.Why = known(err.Error())
 		}
+
 		if network {
 			var addresses []iommu.Address
 			for _, vf := range vfs {
@@ -91,6 +93,7 @@ func runPool(e *env, only string, network bool) error {
 			_, err := fmt.Fprint(e.stdout, vmm.LibvirtNetwork(name, addresses))
 			return err
 		}
+
 		for _, vf := range vfs {
 			v.VFs = append(v.VFs, vf.Name)
 			switch {
@@ -102,14 +105,26 @@ func runPool(e *env, only string, network bool) error {
 				v.Free++
 			}
 		}
+
 		views = append(views, v)
 	}
+
 	if e.json {
 		return writeJSON(e.stdout, views)
 	}
 	rows := [][]string{{"POOL", "VFS", "FREE", "LEASED", "QUARANTINE", "WHAT"}}
 	for _, v := range views {
-		rows = append(rows, []string{v.Pool, strconv.Itoa(len(v.VFs)), strconv.Itoa(v.Free), strconv.Itoa(v.Leased), strconv.Itoa(v.Quarantine), ptr(v.Why)})
+		rows = append(
+			rows,
+			[]string{
+				v.Pool,
+				strconv.Itoa(len(v.VFs)),
+				strconv.Itoa(v.Free),
+				strconv.Itoa(v.Leased),
+				strconv.Itoa(v.Quarantine),
+				ptr(v.Why),
+			},
+		)
 	}
 	if len(rows) > 1 {
 		writeTable(e.stdout, rows)

@@ -42,9 +42,18 @@ func runCommand(e *env) *cli.Command {
 			"the command's, 128 and the signal that ended it, or 125 when viaduct failed before it was started.\n\n" +
 			"Examples:\n  viaduct run web --from net --vlan 100 -- qemu-system-x86_64 -m 4G -nographic disk.img\n" +
 			"  viaduct run web --from enp1s0 -- crosvm run {devices} vmlinux",
-		Flags: append(o.flags(),
-			&cli.StringFlag{Name: "format", Usage: "how the command is told of the devices: `qemu|qemu-iommufd|cloud-hypervisor|crosvm|kata|env`", Destination: &o.format},
-			&cli.DurationFlag{Name: "wait", Usage: "how long after the command's end its devices may still be open", Value: 30 * time.Second},
+		Flags: append(
+			o.flags(),
+			&cli.StringFlag{
+				Name:        "format",
+				Usage:       "how the command is told of the devices: `qemu|qemu-iommufd|cloud-hypervisor|crosvm|kata|env`",
+				Destination: &o.format,
+			},
+			&cli.DurationFlag{
+				Name:  "wait",
+				Usage: "how long after the command's end its devices may still be open",
+				Value: 30 * time.Second,
+			},
 		),
 		Action: func(c *cli.Context) error {
 			err := runRun(c, e, &o)
@@ -54,6 +63,7 @@ func runCommand(e *env) *cli.Command {
 			return err
 		},
 	})
+
 	run.OnUsageError = func(_ *cli.Context, err error, _ bool) error { return &vmmEnded{exitNotRun, err} }
 	return run
 }
@@ -72,6 +82,7 @@ func runRun(c *cli.Context, e *env, o *assignOptions) error {
 	if !known || format.Args == nil && o.format != "env" {
 		return usagef("run: --format %q: want one that is a command's arguments, or env", o.format)
 	}
+
 	if err := o.parse(c, format); err != nil {
 		return err
 	}
@@ -81,29 +92,40 @@ func runRun(c *cli.Context, e *env, o *assignOptions) error {
 	}
 	o.OwnerPID, o.Alone = os.Getpid(), true
 	signals := make(chan os.Signal, 16) // from now on: none may end viaduct between the lease and its end
-	signal.Notify(signals, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH)
+	signal.Notify(signals, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2,
+		unix.SIGWINCH)
 	defer signal.Stop(signals)
 	priority, err := unix.Getpriority(unix.PRIO_PROCESS, 0)
 	if err != nil {
 		return err
 	}
+
 	var l *lease.Lease
 	var g *vmm.Guest
 	err = e.assign(c.Context, o, func(m *lease.Manager, made *lease.Lease) (err error) {
 		l = made
-		setNice(m.Host(), 20-priority) // the system call's way to tell it (getpriority(2)); the command has what viaduct was started with
-		signal.Reset(unix.SIGPIPE)     // the command's, too
+		setNice(
+			m.Host(),
+			20-priority,
+		) // the system call's way to tell it (getpriority(2)); the command has what viaduct was started with
+		signal.Reset(unix.SIGPIPE) // the command's, too
 		g, err = guestOf(m, l, o.standby)
 		return err
 	})
 	release := func() error {
-		return runRelease(context.WithoutCancel(c.Context), &env{stdout: e.stderr, stderr: e.stderr, openHost: e.openHost}, o.timeout, func(ctx context.Context, m *lease.Manager) ([]lease.Certificate, error) {
-			return m.Release(ctx, o.Guest, c.Duration("wait"))
-		})
+		return runRelease(
+			context.WithoutCancel(c.Context),
+			&env{stdout: e.stderr, stderr: e.stderr, openHost: e.openHost},
+			o.timeout,
+			func(ctx context.Context, m *lease.Manager) ([]lease.Certificate, error) {
+				return m.Release(ctx, o.Guest, c.Duration("wait"))
+			},
+		)
 	}
 	if err != nil {
 		return err
 	}
+
 	cmd, gate, err := held(program, append(command[:1], substitute(command[1:], format, g)...))
 	if err != nil {
 		return errors.Join(err, release())
@@ -119,6 +141,7 @@ func runRun(c *cli.Context, e *env, o *assignOptions) error {
 	if err != nil {
 		return errors.Join(err, release())
 	}
+
 	if err := release(); err != nil {
 		e.note("%v", err)
 	}
@@ -149,7 +172,8 @@ func substitute(words []string, format *vmm.Format, g *vmm.Guest) []string {
 		devices = format.Args(g)
 	}
 	first := g.Devices[0]
-	values := strings.NewReplacer("{address}", first.Address.String(), "{group}", fmt.Sprint(first.Group), "{mac}", first.MAC, "{vlan}", first.VLAN)
+	values := strings.NewReplacer("{address}", first.Address.String(), "{group}", fmt.Sprint(first.Group), "{mac}",
+		first.MAC, "{vlan}", first.VLAN)
 	var out []string
 	placed := false
 	for _, w := range words {
@@ -161,14 +185,16 @@ func substitute(words []string, format *vmm.Format, g *vmm.Guest) []string {
 		placed = placed || strings.Contains(w, "{address}") || strings.Contains(w, "{group}")
 		out = append(out, replaced)
 	}
+
 	if !placed {
 		out = append(out, devices...)
 	}
 	return out
 }
 
-// held is a command that runs this program, which becomes the other one once gate is called, and ends if this process does before that:
-// no VMM runs of which its lease does not know. The pipe for that keeps the number it has, as the command may have been given others.
+// held is a command that runs this program, which becomes the other one once gate is called, and ends if this process
+// does before that: no VMM runs of which its lease does not know. The pipe for that keeps the number it has, as the
+// command may have been given others.
 func held(program string, words []string) (cmd *exec.Cmd, gate func() error, err error) {
 	var p [2]int
 	if err := unix.Pipe2(p[:], unix.O_CLOEXEC); err != nil {
@@ -181,7 +207,9 @@ func held(program string, words []string) (cmd *exec.Cmd, gate func() error, err
 		_, err := unix.Write(p[1], []byte{0})
 		return errors.Join(err, unix.Close(p[0]), unix.Close(p[1]))
 	}
-	return exec.Command("/proc/self/exe", append([]string{heldCommandName, "--", strconv.Itoa(p[0]), program}, words...)...), gate, nil
+	return exec.Command(
+		"/proc/self/exe",
+		append([]string{heldCommandName, "--", strconv.Itoa(p[0]), program}, words...)...), gate, nil
 }
 
 const heldCommandName = "run-held"
@@ -214,8 +242,8 @@ func heldCommand() *cli.Command {
 	})
 }
 
-// stay runs a command as its parent, hands signals on to it, and returns its status. Those of a terminal it gets itself, being in
-// the same group of processes; stopped and continued it is with us.
+// stay runs a command as its parent, hands signals on to it, and returns its status. Those of a terminal it gets
+// itself, being in the same group of processes; stopped and continued it is with us.
 func stay(cmd *exec.Cmd, signals <-chan os.Signal, started func(pid int) error) (status int, err error) {
 	if err := cmd.Start(); err != nil {
 		return 0, err
@@ -225,6 +253,7 @@ func stay(cmd *exec.Cmd, signals <-chan os.Signal, started func(pid int) error) 
 		_ = cmd.Wait()
 		return 0, err
 	}
+
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
 	for {

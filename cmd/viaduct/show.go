@@ -122,23 +122,27 @@ func runShow(e *env, sel iommu.Selector) error {
 	return w.Flush()
 }
 
-func showGroup(e *env, w io.Writer, h *iommu.Host, t *iommu.Topology, names *iommu.Names, sel iommu.Selector, id int) error {
+func showGroup(e *env, w io.Writer, h *iommu.Host, t *iommu.Topology, names *iommu.Names, sel iommu.Selector,
+	id int) error {
 	g, err := t.Group(id)
 	if err != nil {
 		_, err = sel.Resolve(h, t) // which knows what groups there are
 		return err
 	}
+
 	regions, err := iommu.ReservedRegions(h, id)
 	if err != nil {
 		return err
 	}
 	v := showGroupView{groupView: groupOf(g, names, nil), ReservedRegions: []regionView{}}
 	for _, r := range regions {
-		v.ReservedRegions = append(v.ReservedRegions, regionView{fmt.Sprintf("%#x", r.Start), fmt.Sprintf("%#x", r.End), r.Type})
+		v.ReservedRegions = append(v.ReservedRegions,
+			regionView{fmt.Sprintf("%#x", r.Start), fmt.Sprintf("%#x", r.End), r.Type})
 	}
 	if e.json {
 		return writeJSON(w, v)
 	}
+
 	f := fields{w}
 	f.add("group", "%d", id)
 	f.add("type", "%s", g.Type)
@@ -147,6 +151,7 @@ func showGroup(e *env, w io.Writer, h *iommu.Host, t *iommu.Topology, names *iom
 		d := &g.Devices[i]
 		f.add("device", "%s", treeLine(d, names))
 	}
+
 	for _, r := range v.ReservedRegions {
 		f.add("reserved", "%s - %s %s", r.Start, r.End, r.Type)
 	}
@@ -165,7 +170,12 @@ func showDevice(e *env, w io.Writer, h *iommu.Host, t *iommu.Topology, names *io
 	if err != nil {
 		return err
 	}
-	v := showView{deviceView: deviceOf(d, names), Parents: []iommu.Address{}, ResetMethods: []string{}, BARs: []barView{}}
+	v := showView{
+		deviceView:   deviceOf(d, names),
+		Parents:      []iommu.Address{},
+		ResetMethods: []string{},
+		BARs:         []barView{},
+	}
 	if d.Group != nil {
 		g, err := t.Group(*d.Group)
 		if err != nil {
@@ -177,11 +187,13 @@ func showDevice(e *env, w io.Writer, h *iommu.Host, t *iommu.Topology, names *io
 			v.Group.Devices = append(v.Group.Devices, g.Devices[i].Name)
 		}
 	}
+
 	if d.PCI {
 		if err := v.fill(h, d, names); err != nil {
 			return err
 		}
 	}
+
 	if e.json {
 		return writeJSON(w, v)
 	}
@@ -201,12 +213,14 @@ func (v *showView) fill(h *iommu.Host, d *iommu.Device, names *iommu.Names) erro
 	v.Revision = fmt.Sprintf("%02x", x.Revision)
 	v.SubsystemVendor, v.SubsystemDevice = fmt.Sprintf("%04x", d.Subvendor), fmt.Sprintf("%04x", d.Subdevice)
 	v.Modalias, v.VendorName, v.Unit = x.Modalias, known(names.Vendor(d.Vendor)), known(x.Unit)
-	v.Path, v.Serial, v.PowerState, v.VFIODevice, v.BootVGA = x.Path, known(serial), known(x.PowerState), known(x.VFIODevice), x.BootVGA
+	v.Path, v.Serial, v.PowerState = x.Path, known(serial), known(x.PowerState)
+	v.VFIODevice, v.BootVGA = known(x.VFIODevice), x.BootVGA
 	v.Parents, v.ResetMethods = append(v.Parents, x.Parents...), append(v.ResetMethods, x.ResetMethods...)
 	v.ClassDevices, v.MACs = x.ClassDevices, x.MACs
 	if x.Link != nil {
 		v.Link = &linkView{x.Link.Speed, x.Link.Width, x.Link.MaxSpeed, x.Link.MaxWidth}
 	}
+
 	for _, b := range x.BARs {
 		kind := "mem32"
 		switch {
@@ -217,12 +231,20 @@ func (v *showView) fill(h *iommu.Host, d *iommu.Device, names *iommu.Names) erro
 		}
 		v.BARs = append(v.BARs, barView{b.Index, b.Size, kind, b.Prefetchable})
 	}
+
 	if x.VFs != nil && d.SRIOV != nil {
 		addresses := []iommu.Address{}
 		for _, vf := range d.SRIOV.VFs {
 			addresses = append(addresses, vf.Address)
 		}
-		v.VFs = &vfsView{addresses, fmt.Sprintf("%04x", x.VFs.VFDevice), x.VFs.Offset, x.VFs.Stride, x.VFs.Autoprobe, x.VFs.MSIXPool}
+		v.VFs = &vfsView{
+			addresses,
+			fmt.Sprintf("%04x", x.VFs.VFDevice),
+			x.VFs.Offset,
+			x.VFs.Stride,
+			x.VFs.Autoprobe,
+			x.VFs.MSIXPool,
+		}
 	}
 	return nil
 }
@@ -247,12 +269,14 @@ func (v *showView) print(w io.Writer, d *iommu.Device) {
 	f.text("name", v.Name)
 	f.text("vendor", v.VendorName)
 	if d.PCI {
-		f.add("ids", "%s subsystem %s:%s class %s revision %s", idText(d), v.SubsystemVendor, v.SubsystemDevice, *v.Class, v.Revision)
+		f.add("ids", "%s subsystem %s:%s class %s revision %s", idText(d), v.SubsystemVendor, v.SubsystemDevice,
+			*v.Class, v.Revision)
 	}
 	driver := "none"
 	if d.Driver != "" {
 		driver = d.Driver
 	}
+
 	f.add("driver", "%s", driver)
 	f.text("override", v.DriverOverride)
 	if g := v.Group; g == nil {
@@ -261,6 +285,7 @@ func (v *showView) print(w io.Writer, d *iommu.Device) {
 		f.add("group", "%d %s, viable: %s", g.ID, ptr(g.Type), viability(g.Blockers))
 		f.add("members", "%s", strings.Join(g.Devices, ", "))
 	}
+
 	f.text("iommu", v.Unit)
 	if v.Path != "" {
 		f.add("path", "%s", v.Path)
@@ -272,6 +297,7 @@ func (v *showView) print(w io.Writer, d *iommu.Device) {
 	if v.PhysFn != nil {
 		f.add("vf", "%d of %s", *v.VFIndex, v.PhysFn)
 	}
+
 	if v.SRIOV != nil {
 		f.add("sr-iov", "%d of %d VFs", v.SRIOV.Enabled, v.SRIOV.Total)
 	}
@@ -280,6 +306,7 @@ func (v *showView) print(w io.Writer, d *iommu.Device) {
 			f.add("", "vf%d %s", vf.Index, vf.Address)
 		}
 	}
+
 	for _, class := range sortedKeys(v.ClassDevices) {
 		var names []string
 		for _, n := range v.ClassDevices[class] {
@@ -290,6 +317,7 @@ func (v *showView) print(w io.Writer, d *iommu.Device) {
 		}
 		f.add(class, "%s", strings.Join(names, ", "))
 	}
+
 	f.text("power", v.PowerState)
 	if d.PCI {
 		methods := "none: it cannot be reset by itself"
@@ -298,11 +326,13 @@ func (v *showView) print(w io.Writer, d *iommu.Device) {
 		}
 		f.add("reset", "%s", methods)
 	}
+
 	if v.Link != nil {
 		f.add("link", "%s x%d (at most %s x%d)", v.Link.Speed, v.Link.Width, v.Link.MaxSpeed, v.Link.MaxWidth)
 	}
 	for _, b := range v.BARs {
-		f.add(fmt.Sprintf("bar %d", b.Index), "%s %s%s", size(b.Size), b.Kind, map[bool]string{true: " prefetchable"}[b.Prefetchable])
+		f.add(fmt.Sprintf("bar %d", b.Index), "%s %s%s", size(b.Size), b.Kind,
+			map[bool]string{true: " prefetchable"}[b.Prefetchable])
 	}
 	if v.BootVGA {
 		f.add("boot vga", "yes: the console is on it")

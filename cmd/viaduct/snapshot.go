@@ -47,6 +47,7 @@ func runSnapshot(ctx context.Context, e *env, file string) (err error) {
 	if err != nil {
 		return fmt.Errorf("snapshot %s: %w", file, err)
 	}
+
 	defer func() {
 		if e := os.Remove(tmp.Name()); e != nil && !errors.Is(e, fs.ErrNotExist) {
 			err = errors.Join(err, e)
@@ -58,6 +59,7 @@ func runSnapshot(ctx context.Context, e *env, file string) (err error) {
 	if err := errors.Join(iommu.Capture(h, w), w.Flush(), tmp.Sync(), tmp.Close()); err != nil {
 		return fmt.Errorf("snapshot %s: %w", file, err)
 	}
+
 	// Whole under its name or not there: and, unlike rename(2), never in the place of a file that came meanwhile.
 	err = unix.Renameat2(unix.AT_FDCWD, tmp.Name(), unix.AT_FDCWD, file, unix.RENAME_NOREPLACE)
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) { // NFS has no such rename, but links

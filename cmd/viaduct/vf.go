@@ -21,7 +21,8 @@ func vfCommand(e *env) *cli.Command {
 		Name:  "vf",
 		Usage: "virtual functions: list, create, destroy, set, get, sync",
 		Subcommands: []*cli.Command{
-			vfListCommand(e), vfCreateCommand(e), vfDestroyCommand(e), vfSetCommand(e), vfGetCommand(e), vfSyncCommand(e),
+			vfListCommand(e), vfCreateCommand(e), vfDestroyCommand(e), vfSetCommand(e), vfGetCommand(e),
+			vfSyncCommand(e),
 		},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
@@ -63,7 +64,12 @@ type createOptions struct {
 func (o *createOptions) countFlags(e *env) []cli.Flag {
 	return []cli.Flag{
 		forceFlag("a VF that goes"),
-		&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", DefaultText: "30s, and 1s for each VF", Destination: &o.timeout},
+		&cli.DurationFlag{
+			Name:        "timeout",
+			Usage:       "how long one write, or another viaduct, is waited for",
+			DefaultText: "30s, and 1s for each VF",
+			Destination: &o.timeout,
+		},
 		e.dryRunFlag(), e.jsonFlag(),
 	}
 }
@@ -95,11 +101,32 @@ func vfCreateCommand(e *env) *cli.Command {
 			"Examples:\n  viaduct vf create enp1s0 4\n  viaduct vf create 0000:01:00.0 7 --driver vfio\n  viaduct vf create enp1s0 4 --dry-run\n" +
 			"  viaduct vf create enp1s0 enp2s0 7 mac=stable vlan=100 --driver vfio\n  viaduct vf create enp1s0np0 8 --eswitch switchdev --mtu 9000",
 		Flags: append([]cli.Flag{
-			&cli.StringFlag{Name: "driver", Usage: "what drives the VFs: `none|vfio|home`", Value: string(sriov.UseNone), Destination: &driver},
-			&cli.IntFlag{Name: "mtu", Usage: "raise the PF's MTU to `N` where it is lower, so that the VFs can have it", Destination: &o.wish.MTU},
-			&cli.StringFlag{Name: "eswitch", Usage: "the mode of the PF's e-switch: `legacy|switchdev`, set where the driver needs it: before the VFs or after", Destination: &o.wish.Eswitch.Mode},
-			&cli.StringFlag{Name: "inline-mode", Usage: "of the e-switch: `none|link|network|transport`", Destination: &o.wish.Eswitch.Inline},
-			&cli.StringFlag{Name: "hw-tc-offload", Usage: "whether the NIC carries out the e-switch's rules: `on|off`", Destination: &o.wish.Offload},
+			&cli.StringFlag{
+				Name:        "driver",
+				Usage:       "what drives the VFs: `none|vfio|home`",
+				Value:       string(sriov.UseNone),
+				Destination: &driver,
+			},
+			&cli.IntFlag{
+				Name:        "mtu",
+				Usage:       "raise the PF's MTU to `N` where it is lower, so that the VFs can have it",
+				Destination: &o.wish.MTU,
+			},
+			&cli.StringFlag{
+				Name:        "eswitch",
+				Usage:       "the mode of the PF's e-switch: `legacy|switchdev`, set where the driver needs it: before the VFs or after",
+				Destination: &o.wish.Eswitch.Mode,
+			},
+			&cli.StringFlag{
+				Name:        "inline-mode",
+				Usage:       "of the e-switch: `none|link|network|transport`",
+				Destination: &o.wish.Eswitch.Inline,
+			},
+			&cli.StringFlag{
+				Name:        "hw-tc-offload",
+				Usage:       "whether the NIC carries out the e-switch's rules: `on|off`",
+				Destination: &o.wish.Offload,
+			},
 			&cli.StringFlag{Name: "encap", Usage: "of the e-switch: `none|basic`", Destination: &o.wish.Eswitch.Encap},
 		}, o.countFlags(e)...),
 		BashComplete: e.completePFs,
@@ -110,13 +137,15 @@ func vfCreateCommand(e *env) *cli.Command {
 				return err
 			}
 			words := c.Args().Slice()
-			at := slices.IndexFunc(words, func(w string) bool { n, err := strconv.Atoi(w); return err == nil && n >= 0 })
+			at := slices.IndexFunc(words,
+				func(w string) bool { n, err := strconv.Atoi(w); return err == nil && n >= 0 })
 			switch {
 			case at < 0 && len(words) == 2:
 				return usagef("vf create: %q is no number of VFs", words[1])
 			case at < 1:
 				return usagef("vf create: want the PF and the number of VFs it is to have")
 			}
+
 			if o.pfs, err = parseSelectors(words[:at]); err != nil {
 				return err
 			}
@@ -129,6 +158,7 @@ func vfCreateCommand(e *env) *cli.Command {
 			if o.count == 0 && len(o.vf.Settings) > 0 {
 				return usagef("vf create: no VFs, and settings for them")
 			}
+
 			if o.vf.Use != sriov.UseNone && o.vf.Use != sriov.UseVFIO && o.vf.Use != sriov.UseHome {
 				return usagef("vf create: --driver is none, vfio or home, not %q", driver)
 			}
@@ -143,6 +173,7 @@ func vfCreateCommand(e *env) *cli.Command {
 					return usagef("vf create: --%s is %s, not %q", f.flag, strings.Join(f.all, " or "), f.value)
 				}
 			}
+
 			if c.IsSet("mtu") && (o.wish.MTU < 68 || o.wish.MTU > 65535) {
 				return usagef("vf create: --mtu is a number from 68 to 65535, not %d", o.wish.MTU)
 			}
@@ -185,7 +216,8 @@ type countView struct {
 	Notes   []string `json:"notes"`
 }
 
-// runVFCount is create and destroy: both set the number of VFs. All PFs are planned and asked for before the first is changed.
+// runVFCount is create and destroy: both set the number of VFs. All PFs are planned and asked for before the first is
+// changed.
 func runVFCount(ctx context.Context, e *env, o createOptions) error {
 	o.wish.VFs = sriov.Repeat(o.count, o.vf)
 	ctx, stop, c, err := e.beginChange(ctx, o.timeout)
@@ -197,6 +229,7 @@ func runVFCount(ctx context.Context, e *env, o createOptions) error {
 	if err != nil {
 		return err
 	}
+
 	plans, victims, err := c.planCounts(pfs, o.wish)
 	if err != nil {
 		return err
@@ -214,6 +247,7 @@ func runVFCount(ctx context.Context, e *env, o createOptions) error {
 			}
 		}
 	}
+
 	var errs []error
 	for _, plan := range plans {
 		errs = append(errs, c.handle.Check(plan, o.force))
@@ -230,6 +264,7 @@ func runVFCount(ctx context.Context, e *env, o createOptions) error {
 		}
 		views = append(views, view)
 	}
+
 	if e.json && len(plans) > 1 {
 		errs = append(errs, writeJSON(e.stdout, views))
 	} else if e.json && len(views) > 0 {
@@ -239,7 +274,8 @@ func runVFCount(ctx context.Context, e *env, o createOptions) error {
 }
 
 // planCounts plans for each PF, and says which VFs go.
-func (c *changing) planCounts(pfs []*iommu.Device, wish sriov.Wish) (plans []*sriov.Plan, victims []*iommu.Device, err error) {
+func (c *changing) planCounts(pfs []*iommu.Device,
+	wish sriov.Wish) (plans []*sriov.Plan, victims []*iommu.Device, err error) {
 	for _, pf := range pfs {
 		plan, err := c.handle.PlanCount(pf, wish)
 		if err != nil {
@@ -261,6 +297,7 @@ func (c *changing) count(ctx context.Context, plan *sriov.Plan) (countView, erro
 			e.note("%s", n)
 		}
 	}
+
 	if !e.dryRun {
 		notes, err := c.handle.Apply(ctx, plan)
 		for _, n := range notes {
@@ -271,6 +308,7 @@ func (c *changing) count(ctx context.Context, plan *sriov.Plan) (countView, erro
 		}
 		view.Notes = append(view.Notes, notes...)
 	}
+
 	switch {
 	case e.json:
 	case e.dryRun:

@@ -73,6 +73,7 @@ func runVFList(e *env, sel []iommu.Selector) error {
 		view.PFs = append(view.PFs, pf)
 		return true
 	})
+
 	if err != nil {
 		return err
 	}
@@ -97,6 +98,7 @@ func runVFList(e *env, sel []iommu.Selector) error {
 		}
 		writeTable(w, rows)
 	}
+
 	if err != nil {
 		return err
 	}
@@ -115,7 +117,8 @@ func viewPF(h *iommu.Host, t *iommu.Topology, names *iommu.Names, d *iommu.Devic
 	if x.VFs != nil {
 		v.Autoprobe = x.VFs.Autoprobe
 	}
-	if v.Eswitch, err = sriov.ReadEswitch(h, d.Address); err != nil && !errors.Is(err, fs.ErrPermission) { // root alone is told
+	if v.Eswitch, err = sriov.ReadEswitch(h, d.Address); err != nil &&
+		!errors.Is(err, fs.ErrPermission) { // root alone is told
 		return v, err
 	}
 	v.VFs, v.Uplinks, err = viewVFs(h, t, d)
@@ -140,6 +143,7 @@ func viewVFs(h *iommu.Host, t *iommu.Topology, pf *iommu.Device) (out []vfView, 
 			held[holder.Device] = append(held[holder.Device], holder.What)
 		}
 	}
+
 	leased, err := holder.Leases(h, vfs)
 	if err != nil && !errors.Is(err, fs.ErrPermission) { // nor of leases
 		return out, nil, err
@@ -152,11 +156,15 @@ func viewVFs(h *iommu.Host, t *iommu.Topology, pf *iommu.Device) (out []vfView, 
 	if err != nil {
 		return out, nil, err
 	}
+
 	for _, vf := range vfs {
 		info, _ := port.Of(vf.VFIndex)
 		row := vfView{
-			Index: vf.VFIndex, Address: vf.Name, Group: vf.Group, Driver: known(vf.Driver), DriverOverride: known(vf.DriverOverride), Netdevs: append([]string{}, vf.Netdevs...),
-			MAC: known(info.Settings[sriov.MAC]), Settings: info.Settings, Statistics: info.Stats, Representor: known(ports.VFs[vf.VFIndex]), Lease: known(guests[vf.Name]), Holders: append([]string{}, held[vf.Name]...),
+			Index: vf.VFIndex, Address: vf.Name, Group: vf.Group,
+			Driver: known(vf.Driver), DriverOverride: known(vf.DriverOverride),
+			Netdevs: append([]string{}, vf.Netdevs...), MAC: known(info.Settings[sriov.MAC]),
+			Settings: info.Settings, Statistics: info.Stats, Representor: known(ports.VFs[vf.VFIndex]),
+			Lease: known(guests[vf.Name]), Holders: append([]string{}, held[vf.Name]...),
 		}
 		out = append(out, row)
 	}

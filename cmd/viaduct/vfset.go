@@ -34,7 +34,12 @@ func vfSetCommand(e *env) *cli.Command {
 			settingsHelp() + "\n" +
 			"Examples:\n  viaduct vf set enp1s0/vf0 mac=52:54:00:12:34:56\n  viaduct vf set enp1s0/vf0 mac=stable vlan=100 trust=off spoofchk=on",
 		Flags: []cli.Flag{
-			&cli.DurationFlag{Name: "timeout", Usage: "how long another viaduct is waited for", Value: bind.DefaultTimeout, Destination: &o.timeout},
+			&cli.DurationFlag{
+				Name:        "timeout",
+				Usage:       "how long another viaduct is waited for",
+				Value:       bind.DefaultTimeout,
+				Destination: &o.timeout,
+			},
 			e.dryRunFlag(), e.jsonFlag(),
 		},
 		BashComplete: e.completeVFs,
@@ -180,6 +185,7 @@ func runVFGet(e *env, sel iommu.Selector) error {
 	if err != nil {
 		return err
 	}
+
 	if !h.Live() {
 		return errors.New("a captured host cannot be asked for the settings of its VFs")
 	}
@@ -191,6 +197,7 @@ func runVFGet(e *env, sel iommu.Selector) error {
 	if i < 0 {
 		return fmt.Errorf("%s went away just now", vf.Name)
 	}
+
 	if e.json {
 		return writeJSON(e.stdout, view[i])
 	}
@@ -208,7 +215,12 @@ func vfSyncCommand(e *env) *cli.Command {
 			"did is known until the VFs are removed or the host is booted.\n\n" +
 			"Examples:\n  viaduct vf sync\n  viaduct vf sync enp1s0 --dry-run",
 		Flags: []cli.Flag{
-			&cli.DurationFlag{Name: "timeout", Usage: "how long another viaduct is waited for", Value: bind.DefaultTimeout, Destination: &timeout},
+			&cli.DurationFlag{
+				Name:        "timeout",
+				Usage:       "how long another viaduct is waited for",
+				Value:       bind.DefaultTimeout,
+				Destination: &timeout,
+			},
 			e.dryRunFlag(), e.jsonFlag(),
 		},
 		BashComplete: e.completePFs,
@@ -240,6 +252,7 @@ func runVFSync(ctx context.Context, e *env, sel []iommu.Selector, timeout time.D
 			sel = append(sel, s)
 		}
 	}
+
 	views := []setView{}
 	all, err := c.lockPFs(ctx, sel)
 	if err != nil {
@@ -253,6 +266,7 @@ func runVFSync(ctx context.Context, e *env, sel []iommu.Selector, timeout time.D
 	if err != nil {
 		return err
 	}
+
 	var errs []error
 	leased := m.Guests()
 	for _, pf := range all {
@@ -265,6 +279,7 @@ func runVFSync(ctx context.Context, e *env, sel []iommu.Selector, timeout time.D
 				return err
 			}
 		}
+
 		for i, a := range iommu.VFAddresses(c.handle.Host(), pf.Address) { // what a guest has goes before
 			if own := leased[a]; len(own) > 0 {
 				if asked[i] == nil {
@@ -273,6 +288,7 @@ func runVFSync(ctx context.Context, e *env, sel []iommu.Selector, timeout time.D
 				maps.Copy(asked[i], own)
 			}
 		}
+
 		for _, index := range slices.Sorted(maps.Keys(asked)) {
 			vf, err := c.vfOf(pf, index)
 			if err != nil {

@@ -29,6 +29,7 @@ func main() {
 	if err == nil {
 		err = os.WriteFile(filepath.Join(dir, "viaduct.json"), spec, 0o644)
 	}
+
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -39,6 +40,7 @@ func main() {
 	if errs := cache.GetErrors(); len(errs) > 0 {
 		log.Fatal(errs)
 	}
+
 	d := cache.GetDevice(os.Args[2])
 	if d == nil {
 		log.Fatalf("no device %s; there are %v", os.Args[2], cache.ListDevices())
@@ -50,6 +52,7 @@ func main() {
 	if err := d.ApplyEdits(container); err != nil {
 		log.Fatal(err)
 	}
+
 	for _, n := range container.Linux.Devices {
 		fmt.Println(n.Path)
 	}

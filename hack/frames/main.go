@@ -1,4 +1,5 @@
-// Command frames prints the Ethernet frames of a capture (the classic pcap format), a line each: source, VLAN or "untagged".
+// Command frames prints the Ethernet frames of a capture (the classic pcap format), a line each: source, VLAN or
+// "untagged".
 package main
 
 import (
@@ -54,6 +55,7 @@ func frames(b []byte, w io.Writer) error {
 		case 0x88a8:
 			tag = fmt.Sprintf("802.1ad vlan %d", binary.BigEndian.Uint16(f[14:])&0xfff)
 		}
+
 		if _, err := fmt.Fprintf(w, "%s %s\n", net.HardwareAddr(f[6:12]), tag); err != nil {
 			return err
 		}

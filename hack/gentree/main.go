@@ -1,9 +1,10 @@
-// Command gentree makes a /sys with a given number of PCI devices, laid out and formatted as the kernel's, for benchmarks:
+// Command gentree makes a /sys with a given number of PCI devices, laid out and formatted as the kernel's, for
+// benchmarks:
 //
 //	gentree [-ids PCI.IDS] [-vfs] DIR COUNT
 //
-// 256 devices are one root complex: a root bus with a host bridge and 15 root ports, and 15 buses of 16 functions. Every
-// fourth of these is one PF with 15 VFs; with -vfs, each is. 16 root complexes are a PCI domain.
+// 256 devices are one root complex: a root bus with a host bridge and 15 root ports, and 15 buses of 16 functions.
+// Every fourth of these is one PF with 15 VFs; with -vfs, each is. 16 root complexes are a PCI domain.
 package main
 
 import (
@@ -117,8 +118,18 @@ func (t *tree) complex(n int) {
 			t.nextGroup()
 		}
 		ports[i] = address(domain, first, 8+i-1)
-		t.add(function{kind: rootPort, domain: domain, bus: first, devfn: 8 + i - 1, path: []string{root}, group: t.group})
+		t.add(
+			function{
+				kind:   rootPort,
+				domain: domain,
+				bus:    first,
+				devfn:  8 + i - 1,
+				path:   []string{root},
+				group:  t.group,
+			},
+		)
 	}
+
 	for i := 1; i < 16; i++ {
 		path := []string{root, ports[i]}
 		if i%4 != 1 && !t.dense {
@@ -131,12 +142,23 @@ func (t *tree) complex(n int) {
 			}
 			continue
 		}
+
 		k := physical[i/4%len(physical)]
 		pf := address(domain, first+i, 0)
 		t.vfs[pf] = min(15, t.left-1)
 		t.add(function{kind: k, domain: domain, bus: first + i, path: path, group: t.nextGroup()})
 		for devfn := 1; devfn < 16; devfn++ {
-			t.add(function{kind: *k.vfs, domain: domain, bus: first + i, devfn: devfn, path: path, pf: pf, group: t.nextGroup()})
+			t.add(
+				function{
+					kind:   *k.vfs,
+					domain: domain,
+					bus:    first + i,
+					devfn:  devfn,
+					path:   path,
+					pf:     pf,
+					group:  t.nextGroup(),
+				},
+			)
 		}
 	}
 }
@@ -175,7 +197,8 @@ func (t *tree) add(f function) {
 	attribute("current_link_width", "8")
 	attribute("max_link_speed", "16.0 GT/s PCIe")
 	attribute("max_link_width", "16")
-	attribute("uevent", "DRIVER=%s\nPCI_CLASS=%X\nPCI_ID=%04X:%04X\nPCI_SLOT_NAME=%s", f.driver, f.class, f.vendor, f.device, name)
+	attribute("uevent", "DRIVER=%s\nPCI_CLASS=%X\nPCI_ID=%04X:%04X\nPCI_SLOT_NAME=%s", f.driver, f.class, f.vendor,
+		f.device, name)
 	if f.class != rootPort.class {
 		attribute("reset_method", "flr bus")
 	}
@@ -236,7 +259,8 @@ func (t *tree) add(f function) {
 		t.dir(group + "/devices")
 		t.file(group+"/type", "DMA-FQ\n")
 		t.file(group+"/name", "")
-		t.file(group+"/reserved_regions", "0x00000000fee00000 0x00000000feefffff msi\n0x000000fd00000000 0x000000ffffffffff reserved\n")
+		t.file(group+"/reserved_regions",
+			"0x00000000fee00000 0x00000000feefffff msi\n0x000000fd00000000 0x000000ffffffffff reserved\n")
 	}
 	t.link(group+"/devices/"+name, at)
 	link("iommu_group", group)
@@ -248,8 +272,8 @@ func (t *tree) add(f function) {
 	}
 }
 
-// nodes makes what the kernel has, and udev makes, for a device on a vfio driver: a node of its group, and one of its own. They are
-// plain files, as an ordinary user can make no others.
+// nodes makes what the kernel has, and udev makes, for a device on a vfio driver: a node of its group, and one of its
+// own. They are plain files, as an ordinary user can make no others.
 func (t *tree) nodes(at string, group int) {
 	own := fmt.Sprintf("vfio%d", t.vfio)
 	t.dir(filepath.Join(at, "vfio-dev", own))
@@ -303,6 +327,7 @@ func main() {
 		"dev/vfio/devices"} {
 		t.dir(d)
 	}
+
 	t.link("sys/class/net/lo", "sys/devices/virtual/net/lo")
 	t.link("sys/class/iommu/ivhd0", "sys/devices/virtual/iommu/ivhd0")
 	text, err := os.ReadFile(*ids)

@@ -5,11 +5,11 @@
 //	killat N parent|child|both COMMAND...
 //	killat N run=SHELLCOMMAND COMMAND...
 //
-// It counts, over all threads and children of the command, the writes to files below /sys and the netlink messages that are no
-// queries. At the Nth, before the kernel carries it out, it kills the command, the child that writes, or both; with "parent" the
-// child's write is made a little later, as by one that was slow. It says "killed" as soon as that is done, or "ended, N writes"
-// when the command ended by itself. With "run=" it kills nothing: it runs something else at that moment, lets the command go on,
-// and ends with the command's exit status.
+// It counts, over all threads and children of the command, the writes to files below /sys and the netlink messages that
+// are no queries. At the Nth, before the kernel carries it out, it kills the command, the child that writes, or both;
+// with "parent" the child's write is made a little later, as by one that was slow. It says "killed" as soon as that is
+// done, or "ended, N writes" when the command ended by itself. With "run=" it kills nothing: it runs something else at
+// that moment, lets the command go on, and ends with the command's exit status.
 package main
 
 import (
@@ -29,7 +29,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// late is how long the write of a child that outlives its parent is held back: long enough for another command to begin.
+// late is how long the write of a child that outlives its parent is held back: long enough for another command to
+// begin.
 const late = 300 * time.Millisecond
 
 func main() {
@@ -45,6 +46,7 @@ func main() {
 	if err != nil {
 		log.Fatal(err)
 	}
+
 	runtime.LockOSThread() // ptrace is a matter of threads
 	cmd := exec.Command("/proc/self/exe", append([]string{filtered}, os.Args[3:]...)...)
 	cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
@@ -56,6 +58,7 @@ func main() {
 	if err := t.trace(); err != nil {
 		log.Fatal(err)
 	}
+
 	if t.killed == 0 {
 		fmt.Printf("ended, %d writes\n", t.count)
 	} else if strings.HasPrefix(t.whom, "run=") {
@@ -63,8 +66,8 @@ func main() {
 	}
 }
 
-// filtered is how the command is started: under a filter that stops it at the calls that may be writes, and only there. To stop at
-// each call would make a command ten times as slow.
+// filtered is how the command is started: under a filter that stops it at the calls that may be writes, and only there.
+// To stop at each call would make a command ten times as slow.
 const filtered = "--filtered"
 
 func execFiltered(command []string) error {
@@ -75,9 +78,11 @@ func execFiltered(command []string) error {
 	filter := []unix.SockFilter{{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: 0}} // seccomp_data.nr
 	calls := []uint32{unix.SYS_WRITE, unix.SYS_PWRITE64, unix.SYS_SENDTO}
 	for i, nr := range calls {
-		filter = append(filter, unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, Jt: uint8(len(calls) - i), K: nr})
+		filter = append(filter,
+			unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, Jt: uint8(len(calls) - i), K: nr})
 	}
-	filter = append(filter, unix.SockFilter{Code: unix.BPF_RET, K: unix.SECCOMP_RET_ALLOW}, unix.SockFilter{Code: unix.BPF_RET, K: unix.SECCOMP_RET_TRACE})
+	filter = append(filter, unix.SockFilter{Code: unix.BPF_RET, K: unix.SECCOMP_RET_ALLOW},
+		unix.SockFilter{Code: unix.BPF_RET, K: unix.SECCOMP_RET_TRACE})
 	rules := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
 	runtime.LockOSThread() // which has the filter, and becomes the command
 	if _, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, 0, uintptr(unsafe.Pointer(&rules))); errno != 0 {
@@ -107,6 +112,7 @@ func (t *tracer) trace() error {
 	if err := unix.PtraceCont(t.root, 0); err != nil {
 		return err
 	}
+
 	for {
 		pid, err := unix.Wait4(-1, &status, unix.WALL, nil)
 		if errors.Is(err, unix.ECHILD) {
@@ -118,6 +124,7 @@ func (t *tracer) trace() error {
 		if err != nil {
 			return err
 		}
+
 		if status.Exited() || status.Signaled() {
 			if pid == t.root {
 				t.rootGone, t.status = true, status.ExitStatus()
@@ -129,6 +136,7 @@ func (t *tracer) trace() error {
 			}
 			continue
 		}
+
 		signal := 0
 		switch s := status.StopSignal(); s {
 		case unix.SIGTRAP: // an event
@@ -139,6 +147,7 @@ func (t *tracer) trace() error {
 		default:
 			signal = int(s)
 		}
+
 		_ = unix.PtraceCont(pid, signal) // ESRCH: killed meanwhile
 	}
 }
@@ -153,8 +162,10 @@ func (t *tracer) atWrite(pid int) bool {
 		args [6]uint64
 		_    [2]uint64
 	}
+
 	const getSyscallInfo, seccomp = 0x420e, 3
-	_, _, errno := unix.Syscall6(unix.SYS_PTRACE, getSyscallInfo, uintptr(pid), unsafe.Sizeof(info), uintptr(unsafe.Pointer(&info)), 0, 0)
+	_, _, errno := unix.Syscall6(unix.SYS_PTRACE, getSyscallInfo, uintptr(pid), unsafe.Sizeof(info),
+		uintptr(unsafe.Pointer(&info)), 0, 0)
 	if errno != 0 || info.op != seccomp {
 		return false
 	}
@@ -175,6 +186,7 @@ func (t *tracer) atWrite(pid int) bool {
 	default:
 		return false
 	}
+
 	t.count++
 	return t.count == t.want
 }
@@ -190,6 +202,7 @@ func (t *tracer) kill(pid int) bool {
 		}
 		return false
 	}
+
 	writer := pid
 	if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid)); err == nil {
 		for line := range strings.Lines(string(b)) {
@@ -198,6 +211,7 @@ func (t *tracer) kill(pid int) bool {
 			}
 		}
 	}
+
 	if t.whom != "parent" {
 		_ = unix.Kill(writer, unix.SIGKILL)
 	}

@@ -7,7 +7,8 @@ import (
 	"testing"
 )
 
-// TestNoIOMMU runs on a host without an IOMMU: everything is shown, ungrouped, with one line that says why; nothing is taken.
+// TestNoIOMMU runs on a host without an IOMMU: everything is shown, ungrouped, with one line that says why; nothing is
+// taken.
 func TestNoIOMMU(t *testing.T) {
 	if g := names(groupsDir); len(g) != 0 {
 		t.Fatalf("this host has IOMMU groups: %v", g)
@@ -30,7 +31,8 @@ func TestNoIOMMU(t *testing.T) {
 		Ungrouped []map[string]any
 	}
 	decode(t, do(t, "list", "--json"), &got)
-	if got.IOMMU.Present || len(got.IOMMU.Units) != 0 || len(got.Groups) != 0 || len(got.Ungrouped) != len(names(devicesDir)) {
+	if got.IOMMU.Present || len(got.IOMMU.Units) != 0 || len(got.Groups) != 0 ||
+		len(got.Ungrouped) != len(names(devicesDir)) {
 		t.Errorf("list --json: %+v", got)
 	}
 	do(t, "list", "--tree")
@@ -39,7 +41,8 @@ func TestNoIOMMU(t *testing.T) {
 	}
 	before := fingerprint()
 	r = run(t, viaduct, "bind", spare)
-	if r.status != 3 || !strings.Contains(r.stderr, "no IOMMU is active") || strings.Count(r.stderr, "\n") != 1 || fingerprint() != before {
+	if r.status != 3 || !strings.Contains(r.stderr, "no IOMMU is active") || strings.Count(r.stderr, "\n") != 1 ||
+		fingerprint() != before {
 		t.Errorf("bind: exit status %d, %s", r.status, r.stderr)
 	}
 	if r := run(t, viaduct, "show", "group=0"); r.status != 1 || !strings.Contains(r.stderr, "no IOMMU groups") {

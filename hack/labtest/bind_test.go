@@ -26,7 +26,12 @@ func TestHolders(t *testing.T) {
 		t.Helper()
 		before := fingerprint()
 		trace := filepath.Join(t.TempDir(), "trace")
-		r := run(t, "strace", append([]string{"-f", "--seccomp-bpf", "-o", trace, "-e", "trace=openat,sendto,sendmsg", viaduct}, args...)...)
+		r := run(
+			t,
+			"strace",
+			append(
+				[]string{"-f", "--seccomp-bpf", "-o", trace, "-e", "trace=openat,sendto,sendmsg", viaduct},
+				args...)...)
 		if r.status != 3 || !strings.Contains(r.stderr, says) || fingerprint() != before {
 			t.Errorf("%s: exit status %d, want 3, nothing changed, and %q:\n%s", what, r.status, says, r.stderr)
 		}
@@ -35,8 +40,10 @@ func TestHolders(t *testing.T) {
 			t.Fatal(err)
 		}
 		for line := range strings.Lines(string(b)) {
-			if strings.Contains(line, "\"sys/") && (strings.Contains(line, "O_WRONLY") || strings.Contains(line, "O_RDWR")) ||
-				strings.Contains(line, "RTM_SET") || strings.Contains(line, "RTM_NEW") && strings.Contains(line, "sendto") {
+			if strings.Contains(line, "\"sys/") &&
+				(strings.Contains(line, "O_WRONLY") || strings.Contains(line, "O_RDWR")) ||
+				strings.Contains(line, "RTM_SET") ||
+				strings.Contains(line, "RTM_NEW") && strings.Contains(line, "sendto") {
 				t.Errorf("%s: refused, but %s", what, line)
 			}
 		}
@@ -78,12 +85,16 @@ func TestHolders(t *testing.T) {
 	shell(t, "udevadm settle")
 
 	// A kind can be overridden, and only that kind.
-	shell(t, "ip link set "+pf+" up; ip addr add 192.0.2.1/24 dev "+pf+"; ip route add 198.51.100.0/24 via 192.0.2.2 dev "+pf)
+	shell(
+		t,
+		"ip link set "+pf+" up; ip addr add 192.0.2.1/24 dev "+pf+"; ip route add 198.51.100.0/24 via 192.0.2.2 dev "+pf,
+	)
 	refused("force of another kind", "the route to", "bind", spare, "--force=address")
 	do(t, "bind", spare, "--force=address", "--force=route")
 	do(t, "unbind", spare)
 	shell(t, "udevadm settle")
-	if r := run(t, "setpriv", "--bounding-set", "-sys_ptrace", "--inh-caps", "-sys_ptrace", viaduct, "bind", nvme); r.status != 1 || !strings.Contains(r.stderr, "cannot be seen") {
+	if r := run(t, "setpriv", "--bounding-set", "-sys_ptrace", "--inh-caps", "-sys_ptrace", viaduct, "bind", nvme); r.status != 1 ||
+		!strings.Contains(r.stderr, "cannot be seen") {
 		t.Errorf("without the right to see others' files: exit status %d, %s", r.status, r.stderr)
 	}
 	away := exec.Command("unshare", "-m", "sleep", "1000") // another mount namespace with the same root
@@ -98,21 +109,30 @@ func TestHolders(t *testing.T) {
 	refused("the host's own disk by force", "cannot be forced", "bind", root, "--force=mount", "--force=process")
 }
 
-// TestSSH: the port that somebody is logged in over is not taken, wherever the command is run from: sudo and tmux keep no
-// environment that would tell.
+// TestSSH: the port that somebody is logged in over is not taken, wherever the command is run from: sudo and tmux keep
+// no environment that would tell.
 func TestSSH(t *testing.T) {
 	pf := netdev(t, spare)
 	do(t, "vf", "create", spare, "1", "--driver", "home")
 	shell(t, "udevadm settle")
 	vf := netdev(t, vfs(spare)[0])
-	shell(t, "ip link set "+pf+" up; ip addr add 10.9.0.1/24 dev "+pf+"; ip netns add client; ip link set "+vf+" netns client; "+
-		"ip -n client link set lo up; ip -n client link set "+vf+" up; ip -n client addr add 10.9.0.2/24 dev "+vf)
-	shell(t, "mkdir -p /root/.ssh /run/sshd; chmod 700 /root/.ssh; rm -f /root/.ssh/id_ed25519; ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/id_ed25519; "+
-		"cp /root/.ssh/id_ed25519.pub /root/.ssh/authorized_keys; ssh-keygen -A >/dev/null; "+
-		"/usr/sbin/sshd -o PidFile=/run/sshd-test.pid -o ListenAddress=10.9.0.1 -o UsePAM=no -o UseDNS=no")
-	shell(t, "until ip netns exec client ping -c 1 -W 1 10.9.0.1 >/dev/null; do ip -n client link set "+vf+" down; ip -n client link set "+vf+" up; done; "+ // the PF's own start may have made it deaf
-		"ip netns exec client ssh -o StrictHostKeyChecking=no -o BatchMode=yes root@10.9.0.1 'touch /run/logged-in; exec sleep 1000' </dev/null >/dev/null 2>&1 & "+
-		"echo $! >/run/ssh.pid; until [ -e /run/logged-in ]; do sleep 0.2; done")
+	shell(
+		t,
+		"ip link set "+pf+" up; ip addr add 10.9.0.1/24 dev "+pf+"; ip netns add client; ip link set "+vf+" netns client; "+
+			"ip -n client link set lo up; ip -n client link set "+vf+" up; ip -n client addr add 10.9.0.2/24 dev "+vf,
+	)
+	shell(
+		t,
+		"mkdir -p /root/.ssh /run/sshd; chmod 700 /root/.ssh; rm -f /root/.ssh/id_ed25519; ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/id_ed25519; "+
+			"cp /root/.ssh/id_ed25519.pub /root/.ssh/authorized_keys; ssh-keygen -A >/dev/null; "+
+			"/usr/sbin/sshd -o PidFile=/run/sshd-test.pid -o ListenAddress=10.9.0.1 -o UsePAM=no -o UseDNS=no",
+	)
+	shell(
+		t,
+		"until ip netns exec client ping -c 1 -W 1 10.9.0.1 >/dev/null; do ip -n client link set "+vf+" down; ip -n client link set "+vf+" up; done; "+ // the PF's own start may have made it deaf
+			"ip netns exec client ssh -o StrictHostKeyChecking=no -o BatchMode=yes root@10.9.0.1 'touch /run/logged-in; exec sleep 1000' </dev/null >/dev/null 2>&1 & "+
+			"echo $! >/run/ssh.pid; until [ -e /run/logged-in ]; do sleep 0.2; done",
+	)
 	for _, way := range []string{
 		"env -i setsid -w " + viaduct + " bind " + spare,
 		"ip netns exec client ssh -o StrictHostKeyChecking=no -o BatchMode=yes root@10.9.0.1 sudo -i " + viaduct + " bind " + spare,
@@ -130,8 +150,8 @@ func TestSSH(t *testing.T) {
 	do(t, "vf", "destroy", spare)
 }
 
-// TestStuck: a device that somebody has open is given back. The write waits; the command does not, list neither, and the next
-// command goes on where it was.
+// TestStuck: a device that somebody has open is given back. The write waits; the command does not, list neither, and
+// the next command goes on where it was.
 func TestStuck(t *testing.T) {
 	do(t, "vf", "create", spare, "2")
 	vf := vfs(spare)[0]
@@ -144,7 +164,8 @@ func TestStuck(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if r := run(t, viaduct, "unbind", vf); r.status != 3 || !strings.Contains(r.stderr, fmt.Sprintf("process %d", os.Getpid())) {
+	if r := run(t, viaduct, "unbind", vf); r.status != 3 ||
+		!strings.Contains(r.stderr, fmt.Sprintf("process %d", os.Getpid())) {
 		t.Errorf("unbind of an open device: exit status %d, %s", r.status, r.stderr)
 	}
 	fails(t, 3, "is open in", "bind", vf, "--driver", "pci-stub") // which would pull it out of a guest
@@ -164,7 +185,9 @@ func TestStuck(t *testing.T) {
 	}
 	_ = cmd.Wait()
 	took := time.Since(begin)
-	if s := stderr.String(); cmd.ProcessState.ExitCode() != 1 || !strings.Contains(s, "is stuck") || !strings.Contains(s, fmt.Sprintf("process %d", os.Getpid())) || took > 6*time.Second {
+	if s := stderr.String(); cmd.ProcessState.ExitCode() != 1 || !strings.Contains(s, "is stuck") ||
+		!strings.Contains(s, fmt.Sprintf("process %d", os.Getpid())) ||
+		took > 6*time.Second {
 		t.Fatalf("after %s: exit status %d, %s", took, cmd.ProcessState.ExitCode(), s)
 	}
 	do(t, "list")
@@ -194,7 +217,8 @@ func TestStuck(t *testing.T) {
 		t.Errorf("recover: %s", out)
 	}
 	if bound(vf) != "" || attr(devicesDir, vf, "driver_override") != "none" {
-		t.Errorf("in the end it is on %q with override %q, want none of both", bound(vf), attr(devicesDir, vf, "driver_override"))
+		t.Errorf("in the end it is on %q with override %q, want none of both", bound(vf),
+			attr(devicesDir, vf, "driver_override"))
 	}
 	if left, _ := filepath.Glob("/run/viaduct/*.json"); len(left) > 0 {
 		t.Errorf("records are left: %v", left)
@@ -202,14 +226,18 @@ func TestStuck(t *testing.T) {
 	do(t, "vf", "destroy", spare)
 }
 
-// TestReprobe: something re-probes each device whenever anything happens to it, and still none ends on the wrong driver.
+// TestReprobe: something re-probes each device whenever anything happens to it, and still none ends on the wrong
+// driver.
 func TestReprobe(t *testing.T) {
 	rounds := 30
 	if n, err := strconv.Atoi(os.Getenv("LAB_ROUNDS")); err == nil {
 		rounds = n
 	}
 	rule := "/run/udev/rules.d/99-reprobe.rules"
-	shell(t, "mkdir -p /run/udev/rules.d; echo 'SUBSYSTEM==\"pci\", RUN+=\"/bin/sh -c \\\"echo $kernel > /sys/bus/pci/drivers_probe\\\"\"' > "+rule+"; udevadm control --reload")
+	shell(
+		t,
+		"mkdir -p /run/udev/rules.d; echo 'SUBSYSTEM==\"pci\", RUN+=\"/bin/sh -c \\\"echo $kernel > /sys/bus/pci/drivers_probe\\\"\"' > "+rule+"; udevadm control --reload",
+	)
 	defer shell(t, "rm "+rule+"; udevadm control --reload")
 	shell(t, "modprobe igbvf")
 	do(t, "vf", "create", spare, "3", "--driver", "home")
@@ -225,7 +253,8 @@ func TestReprobe(t *testing.T) {
 		do(t, append([]string{"unbind"}, all...)...)
 		for _, vf := range all {
 			if bound(vf) != "igbvf" || attr(devicesDir, vf, "driver_override") != "(null)" {
-				t.Fatalf("round %d: %s given back and on %q, override %q", i, vf, bound(vf), attr(devicesDir, vf, "driver_override"))
+				t.Fatalf("round %d: %s given back and on %q, override %q", i, vf, bound(vf),
+					attr(devicesDir, vf, "driver_override"))
 			}
 		}
 	}
@@ -244,7 +273,10 @@ func TestNodeOwner(t *testing.T) {
 		if owner := shell(t, "stat -c '%U %a' "+node); owner != "nobody 600" {
 			t.Errorf("%s belongs to %s", node, owner)
 		}
-		shell(t, "udevadm control --reload; echo "+vf+" > /sys/bus/pci/drivers/vfio-pci/unbind; echo "+vf+" > /sys/bus/pci/drivers_probe; udevadm settle")
+		shell(
+			t,
+			"udevadm control --reload; echo "+vf+" > /sys/bus/pci/drivers/vfio-pci/unbind; echo "+vf+" > /sys/bus/pci/drivers_probe; udevadm settle",
+		)
 		if owner := shell(t, "stat -c '%U %a' "+node); owner != "nobody 600" {
 			t.Errorf("made again, %s belongs to %s", node, owner)
 		}
@@ -281,11 +313,13 @@ func TestFailures(t *testing.T) {
 		{"no time at all", "--timeout", 2, []string{"bind", vf, "--timeout", "0s"}},
 	} {
 		before := fingerprint()
-		if r := run(t, viaduct, f.args...); r.status != f.status || !strings.Contains(r.stderr, f.says) || fingerprint() != before {
+		if r := run(t, viaduct, f.args...); r.status != f.status || !strings.Contains(r.stderr, f.says) ||
+			fingerprint() != before {
 			t.Errorf("%s: exit status %d, %s", f.what, r.status, r.stderr)
 		}
 	}
-	if r := run(t, "setpriv", "--reuid=nobody", viaduct, "bind", vf); r.status != 1 || !strings.Contains(r.stderr, "takes root") {
+	if r := run(t, "setpriv", "--reuid=nobody", viaduct, "bind", vf); r.status != 1 ||
+		!strings.Contains(r.stderr, "takes root") {
 		t.Errorf("not root: exit status %d, %s", r.status, r.stderr)
 	}
 	do(t, "bind", vf)
@@ -296,11 +330,14 @@ func TestFailures(t *testing.T) {
 		shell(t, hide)
 		r := run(t, viaduct, "bind", vf, "--timeout", "2s")
 		shell(t, show)
-		if r.status != 1 || !strings.Contains(r.stderr, says) || bound(vf) != "" || attr(devicesDir, vf, "driver_override") != before {
-			t.Errorf("%s: exit status %d, %s; it is on %q with override %q", what, r.status, r.stderr, bound(vf), attr(devicesDir, vf, "driver_override"))
+		if r.status != 1 || !strings.Contains(r.stderr, says) || bound(vf) != "" ||
+			attr(devicesDir, vf, "driver_override") != before {
+			t.Errorf("%s: exit status %d, %s; it is on %q with override %q", what, r.status, r.stderr, bound(vf),
+				attr(devicesDir, vf, "driver_override"))
 		}
 	}
-	hidden("no module", "modprobe -r vfio_pci; mount -t tmpfs none /lib/modules", "umount /lib/modules; modprobe vfio_pci", "vfio_pci")
+	hidden("no module", "modprobe -r vfio_pci; mount -t tmpfs none /lib/modules",
+		"umount /lib/modules; modprobe vfio_pci", "vfio_pci")
 	hidden("no node", "mount -t tmpfs none /dev/vfio", "umount /dev/vfio", "did not appear")
 	do(t, "bind", vf, "--driver", "pci-stub") // of which there are no nodes to wait for
 	if bound(vf) != "pci-stub" {
@@ -313,8 +350,8 @@ func TestFailures(t *testing.T) {
 	do(t, "vf", "destroy", spare)
 }
 
-// TestReason: a driver that refuses a device says why in the kernel's log only. An NVMe VF has no resources until the PF gives
-// it some, and so is of no use to the driver of its home; it stays where it was.
+// TestReason: a driver that refuses a device says why in the kernel's log only. An NVMe VF has no resources until the
+// PF gives it some, and so is of no use to the driver of its home; it stays where it was.
 func TestReason(t *testing.T) {
 	do(t, "vf", "create", nvme, "1")
 	vf := vfs(nvme)[0]
@@ -355,7 +392,24 @@ func guest(t *testing.T, name string, devices ...string) vmm {
 // guestWith starts one with these arguments.
 func guestWith(t *testing.T, name string, more ...string) vmm {
 	t.Helper()
-	args := append([]string{"-accel", "tcg", "-machine", "q35", "-S", "-name", "guest=" + name + ",debug-threads=on", "-m", "64", "-nodefaults", "-display", "none", "-monitor", "stdio"}, more...)
+	args := append(
+		[]string{
+			"-accel",
+			"tcg",
+			"-machine",
+			"q35",
+			"-S",
+			"-name",
+			"guest=" + name + ",debug-threads=on",
+			"-m",
+			"64",
+			"-nodefaults",
+			"-display",
+			"none",
+			"-monitor",
+			"stdio",
+		},
+		more...)
 	qemu := exec.Command("qemu-system-x86_64", args...)
 	monitor, err := qemu.StdinPipe()
 	if err != nil {
@@ -388,7 +442,9 @@ func TestGuest(t *testing.T) {
 	for _, args := range [][]string{{"unbind", vf}, {"vf", "destroy", spare}, {"vf", "create", spare, "2"}} {
 		before := fingerprint()
 		r := run(t, viaduct, args...)
-		if r.status != 3 || !strings.Contains(r.stderr, fmt.Sprintf("process %d (qemu-system", qemu.cmd.Process.Pid)) || !strings.Contains(r.stderr, "guest \"tenant7\"") || fingerprint() != before {
+		if r.status != 3 || !strings.Contains(r.stderr, fmt.Sprintf("process %d (qemu-system", qemu.cmd.Process.Pid)) ||
+			!strings.Contains(r.stderr, "guest \"tenant7\"") ||
+			fingerprint() != before {
 			t.Errorf("%v while a guest has it: exit status %d, %s", args, r.status, r.stderr)
 		}
 	}
@@ -399,7 +455,10 @@ func TestGuest(t *testing.T) {
 
 // TestVariant: the kernel's variant driver for a device is found, loaded and bound, and the device comes home again.
 func TestVariant(t *testing.T) {
-	device := shell(t, "basename $(readlink -f /sys/class/net/$(grep -l 52:54:00:00:00:04 /sys/class/net/*/address | cut -d/ -f5)/device/..)")
+	device := shell(
+		t,
+		"basename $(readlink -f /sys/class/net/$(grep -l 52:54:00:00:00:04 /sys/class/net/*/address | cut -d/ -f5)/device/..)",
+	)
 	before := bound(device)
 	do(t, "bind", device)
 	if bound(device) != "virtio_vfio_pci" || attr(devicesDir, device, "driver_override") != "virtio_vfio_pci" {
@@ -417,19 +476,23 @@ func TestSave(t *testing.T) {
 	home := bound(spare)
 	do(t, "bind", spare, "--save", "--node-owner", "nobody")
 	shell(t, "udevadm settle")
-	if r := run(t, viaduct, "unbind", spare); r.status != 0 || !strings.Contains(r.stderr, "still declared") || bound(spare) != home {
+	if r := run(t, viaduct, "unbind", spare); r.status != 0 || !strings.Contains(r.stderr, "still declared") ||
+		bound(spare) != home {
 		t.Errorf("unbind: exit status %d, %s, on %q", r.status, r.stderr, bound(spare))
 	}
 	shell(t, "udevadm settle")
 	do(t, "apply")
 	shell(t, "udevadm settle")
-	if owner := shell(t, "stat -c %U /dev/vfio/"+link(devicesDir, spare, "iommu_group")); bound(spare) != "vfio-pci" || owner != "nobody" {
+	if owner := shell(t, "stat -c %U /dev/vfio/"+link(devicesDir, spare, "iommu_group")); bound(spare) != "vfio-pci" ||
+		owner != "nobody" {
 		t.Errorf("apply: on %q, its node belongs to %s", bound(spare), owner)
 	}
 	do(t, "unbind", spare)
 	shell(t, "udevadm settle; sed -i 's/52:54:00:00:00:02/52:54:00:00:00:99/' /var/lib/viaduct/known-path*.json")
 	before := fingerprint()
-	if r := run(t, viaduct, "apply"); r.status != 3 || !strings.Contains(r.stderr, "MAC address is 52:54:00:00:00:02 instead of 52:54:00:00:00:99") || fingerprint() != before {
+	if r := run(t, viaduct, "apply"); r.status != 3 ||
+		!strings.Contains(r.stderr, "MAC address is 52:54:00:00:00:02 instead of 52:54:00:00:00:99") ||
+		fingerprint() != before {
 		t.Errorf("another card in its place: exit status %d, %s", r.status, r.stderr)
 	}
 	do(t, "unbind", spare, "--save")
@@ -438,8 +501,8 @@ func TestSave(t *testing.T) {
 	}
 }
 
-// TestKills: bind and unbind are killed at each of their writes in turn, the command, the child that writes, or both. Whatever
-// is run next leaves the device fully taken or fully home, and no record.
+// TestKills: bind and unbind are killed at each of their writes in turn, the command, the child that writes, or both.
+// Whatever is run next leaves the device fully taken or fully home, and no record.
 func TestKills(t *testing.T) {
 	shell(t, "modprobe igbvf")
 	do(t, "vf", "create", spare, "1", "--driver", "home")
@@ -486,11 +549,14 @@ func kill(t *testing.T, vf string, state func() string, taken, home string, ever
 				kills++
 				r := run(t, viaduct, strings.Fields(then.command)...)
 				said := rest()
-				if got := state(); got != taken && got != home || then.leaves != "" && got != then.leaves || r.status != 0 {
-					t.Errorf("%s killed at write %d of %s, then %s: %q, exit status %d\n%s%s%s", whom, n, op, then.command, got, r.status, r.stdout, r.stderr, said)
+				if got := state(); got != taken && got != home || then.leaves != "" && got != then.leaves ||
+					r.status != 0 {
+					t.Errorf("%s killed at write %d of %s, then %s: %q, exit status %d\n%s%s%s", whom, n, op,
+						then.command, got, r.status, r.stdout, r.stderr, said)
 				}
 				if left, _ := filepath.Glob("/run/viaduct/change-*"); len(left) > 0 {
-					t.Errorf("%s killed at write %d of %s, then %s: records are left: %v", whom, n, op, then.command, left)
+					t.Errorf("%s killed at write %d of %s, then %s: records are left: %v", whom, n, op, then.command,
+						left)
 				}
 			}
 		}

@@ -27,7 +27,8 @@ func status(t *testing.T, want int, args ...string) result {
 	t.Helper()
 	r := run(t, viaduct, args...)
 	if r.status != want {
-		t.Fatalf("viaduct %s: exit status %d, want %d\n%s%s\nkernel log:\n%s", strings.Join(args, " "), r.status, want, r.stdout, r.stderr, kernelLog(t))
+		t.Fatalf("viaduct %s: exit status %d, want %d\n%s%s\nkernel log:\n%s", strings.Join(args, " "), r.status, want,
+			r.stdout, r.stderr, kernelLog(t))
 	}
 	return r
 }
@@ -92,7 +93,10 @@ func TestDeclared(t *testing.T) {
 		do(t, "vf", "destroy", a)
 	}
 	shell(t, "rm -rf /var/lib/viaduct/known-* /run/viaduct/undo.json")
-	old := shell(t, "basename $(dirname $(dirname $(grep -l 52:54:00:00:00:03 /sys/bus/pci/devices/*/net/*/address | xargs dirname)))")
+	old := shell(
+		t,
+		"basename $(dirname $(dirname $(grep -l 52:54:00:00:00:03 /sys/bus/pci/devices/*/net/*/address | xargs dirname)))",
+	)
 	was, mtu := fingerprint(), attr("/sys/class/net", pf, "mtu")
 	file := declare(t, declaration)
 
@@ -135,7 +139,10 @@ func TestDeclared(t *testing.T) {
 	status(t, 0, "status", "-f", file)
 	trace := filepath.Join(t.TempDir(), "trace")
 	shell(t, "strace -f -o "+trace+" -e trace=openat,sendto,sendmsg,ioctl "+viaduct+" apply -f "+file)
-	writes := shell(t, `grep -E 'openat.*"(/sys/|sys/)[^"]*", O_(WRONLY|RDWR)|RTM_(NEW|SET|DEL)LINK|nlmsg_type=0x13|NVME_IOCTL' `+trace+` || true`)
+	writes := shell(
+		t,
+		`grep -E 'openat.*"(/sys/|sys/)[^"]*", O_(WRONLY|RDWR)|RTM_(NEW|SET|DEL)LINK|nlmsg_type=0x13|NVME_IOCTL' `+trace+` || true`,
+	)
 	if writes != "" {
 		t.Errorf("the second apply wrote:\n%s", writes)
 	}
@@ -148,7 +155,9 @@ func TestDeclared(t *testing.T) {
 
 	do(t, "vf", "set", spare+"/vf1", "vlan=7")
 	do(t, "unbind", spare+"/vf2")
-	if r := status(t, 4, "plan", "-f", file); !strings.Contains(r.stdout, "vlan 101") || !strings.Contains(r.stdout, all[2]+"/driver_override") || strings.Contains(r.stdout, "numvfs") {
+	if r := status(t, 4, "plan", "-f", file); !strings.Contains(r.stdout, "vlan 101") ||
+		!strings.Contains(r.stdout, all[2]+"/driver_override") ||
+		strings.Contains(r.stdout, "numvfs") {
 		t.Errorf("after a VF lost its VLAN, and one its driver: %s", r.stdout)
 	}
 	do(t, "apply", "-f", file)
@@ -158,7 +167,16 @@ func TestDeclared(t *testing.T) {
 		t.Errorf("after undo: %s, VF 2 on %q", vfLine(t, pf, 1), bound(all[2]))
 	}
 	do(t, "apply", "-f", file)
-	do(t, "apply", "-f", declare(t, strings.ReplaceAll(strings.ReplaceAll(declaration, "count: 7", "count: 4"), "      - range: 4-6\n        trust: on\n        spoofchk: off\n", "")))
+	do(
+		t,
+		"apply",
+		"-f",
+		declare(
+			t,
+			strings.ReplaceAll(strings.ReplaceAll(declaration, "count: 7", "count: 4"),
+				"      - range: 4-6\n        trust: on\n        spoofchk: off\n", ""),
+		),
+	)
 	if len(vfs(spare)) != 4 {
 		t.Errorf("%d VFs, want 4", len(vfs(spare)))
 	}
@@ -178,8 +196,8 @@ func TestDeclared(t *testing.T) {
 	shell(t, "ip link set "+pf+" mtu "+mtu)
 }
 
-// TestDeclaredRefused: the root disk and the uplink, listed by mistake, are refused, and nothing else is touched either, unless
-// that is asked for.
+// TestDeclaredRefused: the root disk and the uplink, listed by mistake, are refused, and nothing else is touched
+// either, unless that is asked for.
 func TestDeclaredRefused(t *testing.T) {
 	t.Cleanup(forget)
 	do(t, "vf", "destroy", spare, uplink)
@@ -187,7 +205,12 @@ func TestDeclaredRefused(t *testing.T) {
 	shell(t, "ip link set "+up+" up; ip addr add 10.0.2.15/24 dev "+up+"; ip route add default via 10.0.2.2 dev "+up)
 	t.Cleanup(func() { shell(t, "ip addr flush dev "+up) })
 	was := fingerprint()
-	file := declare(t, "pfs:\n  - select: mac=52:54:00:00:00:02\n    count: 1\ndevices:\n  - select: "+rootDisk(t)+"\n  - select: mac=52:54:00:00:00:01\n")
+	file := declare(
+		t,
+		"pfs:\n  - select: mac=52:54:00:00:00:02\n    count: 1\ndevices:\n  - select: "+rootDisk(
+			t,
+		)+"\n  - select: mac=52:54:00:00:00:01\n",
+	)
 	r := status(t, 3, "apply", "-f", file)
 	if !strings.Contains(r.stderr, "mounted") || !strings.Contains(r.stderr, "default route") || fingerprint() != was {
 		t.Errorf("%s\nthe host was touched: %v", r.stderr, fingerprint() != was)
@@ -219,8 +242,8 @@ func TestDeclaredRefused(t *testing.T) {
 	do(t, "undo")
 }
 
-// TestSideBySide: applies at once wait for each other, whatever the other's PF looks like in the middle, and what looks after the
-// host leaves what they did alone.
+// TestSideBySide: applies at once wait for each other, whatever the other's PF looks like in the middle, and what looks
+// after the host leaves what they did alone.
 func TestSideBySide(t *testing.T) {
 	t.Cleanup(forget)
 	do(t, "vf", "destroy", spare)
@@ -255,8 +278,9 @@ func TestSideBySide(t *testing.T) {
 	do(t, "vf", "destroy", spare)
 }
 
-// TestInUse: what a guest's lease has set, neither apply nor undo changes; other settings for a VF that a guest has open are refused,
-// but what a reset took from it comes back; and what got hold of new VFs does not keep a rollback back.
+// TestInUse: what a guest's lease has set, neither apply nor undo changes; other settings for a VF that a guest has
+// open are refused, but what a reset took from it comes back; and what got hold of new VFs does not keep a rollback
+// back.
 func TestInUse(t *testing.T) {
 	t.Cleanup(forget)
 	t.Cleanup(func() { shell(t, "rm -f /run/viaduct/scrubbed-*") }) // the certificates stay otherwise
@@ -264,7 +288,13 @@ func TestInUse(t *testing.T) {
 	pf := netdev(t, spare)
 	shell(t, "modprobe igbvf; ip link set "+pf+" up")
 	tagged := func(vlan int) string {
-		return declare(t, fmt.Sprintf("pfs:\n  - select: mac=52:54:00:00:00:02\n    count: 3\n    vfs:\n      - driver: vfio\n        vlan: %d\n", vlan))
+		return declare(
+			t,
+			fmt.Sprintf(
+				"pfs:\n  - select: mac=52:54:00:00:00:02\n    count: 3\n    vfs:\n      - driver: vfio\n        vlan: %d\n",
+				vlan,
+			),
+		)
 	}
 	seen := func(when string, want ...string) {
 		t.Helper()
@@ -301,7 +331,8 @@ func TestInUse(t *testing.T) {
 	do(t, "apply", "-f", tagged(5))
 
 	qemu := guest(t, "plain", all[0])
-	if r := status(t, 3, "apply", "-f", tagged(9)); !strings.Contains(r.stderr, `guest "plain"`) || !strings.Contains(r.stderr, "--force=process") {
+	if r := status(t, 3, "apply", "-f", tagged(9)); !strings.Contains(r.stderr, `guest "plain"`) ||
+		!strings.Contains(r.stderr, "--force=process") {
 		t.Errorf("another VLAN below a guest: %s", r.stderr)
 	}
 	seen("refused", "5")
@@ -313,8 +344,13 @@ func TestInUse(t *testing.T) {
 	qemu.end()
 	do(t, "vf", "destroy", spare)
 
-	do(t, "apply", "--confirm", "4s", "-f", declare(t, "pfs:\n  - select: mac=52:54:00:00:00:02\n    count: 1\n    vfs:\n      - driver: home\n"))
-	shell(t, "udevadm settle; vf=$(ls "+filepath.Join(devicesDir, vfs(spare)[0], "net")+"); ip addr add 192.0.2.7/24 dev $vf; ip link set $vf up")
+	do(t, "apply", "--confirm", "4s", "-f",
+		declare(t, "pfs:\n  - select: mac=52:54:00:00:00:02\n    count: 1\n    vfs:\n      - driver: home\n"))
+	shell(
+		t,
+		"udevadm settle; vf=$(ls "+filepath.Join(devicesDir, vfs(spare)[0],
+			"net")+"); ip addr add 192.0.2.7/24 dev $vf; ip link set $vf up",
+	)
 	for end := time.Now().Add(time.Minute); len(vfs(spare)) > 0 && time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
 	}
 	if n := len(vfs(spare)); n != 0 {
@@ -327,9 +363,16 @@ func TestKillsApply(t *testing.T) {
 	t.Cleanup(forget)
 	pf := netdev(t, spare)
 	shell(t, "modprobe igbvf; ip link set "+pf+" up")
-	first := declare(t, "pfs:\n  - select: mac=52:54:00:00:00:02\n    count: 2\n    vfs:\n      - range: 0\n        mac: 52:54:00:66:00:00\n        driver: home\n        vlan: 5\n      - range: 1\n        driver: home\n        vlan: 6\n")
-	settings := declare(t, "pfs:\n  - select: mac=52:54:00:00:00:02\n    count: 2\n    vfs:\n      - range: 0\n        mac: 52:54:00:66:00:01\n        vlan: 7\n        driver: vfio\n      - range: 1\n        vlan: 8\n        driver: none\n")
-	count := declare(t, "pfs:\n  - select: mac=52:54:00:00:00:02\n    count: 3\n    vfs:\n      - vlan: 9\n        driver: vfio\n")
+	first := declare(
+		t,
+		"pfs:\n  - select: mac=52:54:00:00:00:02\n    count: 2\n    vfs:\n      - range: 0\n        mac: 52:54:00:66:00:00\n        driver: home\n        vlan: 5\n      - range: 1\n        driver: home\n        vlan: 6\n",
+	)
+	settings := declare(
+		t,
+		"pfs:\n  - select: mac=52:54:00:00:00:02\n    count: 2\n    vfs:\n      - range: 0\n        mac: 52:54:00:66:00:01\n        vlan: 7\n        driver: vfio\n      - range: 1\n        vlan: 8\n        driver: none\n",
+	)
+	count := declare(t,
+		"pfs:\n  - select: mac=52:54:00:00:00:02\n    count: 3\n    vfs:\n      - vlan: 9\n        driver: vfio\n")
 	kills := 0
 	for _, c := range []struct{ name, file string }{{"settings", settings}, {"count", count}} {
 		for i, whom := range []string{"parent", "child", "both"} {
@@ -354,9 +397,24 @@ func TestKillsApply(t *testing.T) {
 				known := map[string]bool{"vlan5 vlan6 (igbvf) (igbvf)": true, "vlan7 vlan8 (vfio-pci) ()": c.name == "settings", "vlan9 vlan9 vlan9 (vfio-pci) (vfio-pci) (vfio-pci)": c.name == "count"}[strings.Join(state, " ")]
 				left, _ := filepath.Glob("/run/viaduct/change-*")
 				more, _ := filepath.Glob("/run/viaduct/apply-*")
-				if left = append(left, more...); !known || before.status != 0 && after.status != 0 || len(left) > 0 || r.status != 0 {
-					t.Errorf("%s killed at write %d of %s, then recover: %q, plans %d and %d, records %v, exit status %d\n%s%s%s%s%s", whom, n, c.name, state,
-						before.status, after.status, left, r.status, r.stdout, r.stderr, said, before.stdout, after.stdout)
+				if left = append(left, more...); !known || before.status != 0 && after.status != 0 || len(left) > 0 ||
+					r.status != 0 {
+					t.Errorf(
+						"%s killed at write %d of %s, then recover: %q, plans %d and %d, records %v, exit status %d\n%s%s%s%s%s",
+						whom,
+						n,
+						c.name,
+						state,
+						before.status,
+						after.status,
+						left,
+						r.status,
+						r.stdout,
+						r.stderr,
+						said,
+						before.stdout,
+						after.stdout,
+					)
 				}
 			}
 		}

@@ -1,7 +1,8 @@
 //go:build lab
 
-// Package labtest holds the proofs that run inside lab hosts (hack/lab), on a real kernel, as root. What viaduct says and
-// does is judged by the kernel's own files, read here by other means than viaduct's, and by lspci. `hack/test` runs them.
+// Package labtest holds the proofs that run inside lab hosts (hack/lab), on a real kernel, as root. What viaduct says
+// and does is judged by the kernel's own files, read here by other means than viaduct's, and by lspci. `hack/test` runs
+// them.
 package labtest
 
 import (
@@ -67,7 +68,8 @@ func do(t *testing.T, args ...string) string {
 	t.Helper()
 	r := run(t, viaduct, args...)
 	if r.status != 0 {
-		t.Fatalf("viaduct %s: exit status %d\n%s%s\nkernel log:\n%s", strings.Join(args, " "), r.status, r.stdout, r.stderr, kernelLog(t))
+		t.Fatalf("viaduct %s: exit status %d\n%s%s\nkernel log:\n%s", strings.Join(args, " "), r.status, r.stdout,
+			r.stderr, kernelLog(t))
 	}
 	return r.stdout
 }
@@ -174,7 +176,8 @@ func fingerprint() string {
 	var b strings.Builder
 	for _, n := range names(devicesDir) {
 		dir := filepath.Join(devicesDir, n)
-		fmt.Fprintln(&b, n, link(dir, "driver"), attr(dir, "driver_override"), attr(dir, "sriov_numvfs"), attr(dir, "sriov_drivers_autoprobe"), names(dir, "net"))
+		fmt.Fprintln(&b, n, link(dir, "driver"), attr(dir, "driver_override"), attr(dir, "sriov_numvfs"),
+			attr(dir, "sriov_drivers_autoprobe"), names(dir, "net"))
 	}
 	return b.String()
 }

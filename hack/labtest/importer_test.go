@@ -8,17 +8,19 @@ import (
 	"testing"
 )
 
-// TestImporter runs the programs of hack/importer, a module of its own that uses viaduct's packages, on this host: they do what
-// they are for; and when they are killed in the middle, viaduct recover finishes or undoes what they had begun.
+// TestImporter runs the programs of hack/importer, a module of its own that uses viaduct's packages, on this host: they
+// do what they are for; and when they are killed in the middle, viaduct recover finishes or undoes what they had begun.
 func TestImporter(t *testing.T) {
 	const e1000, edu = "0000:07:01.0", "0000:07:02.0" // one group
 	r := run(t, "./groups")
-	if r.status != 0 || strings.Count(r.stdout, "group ") != len(names(groupsDir)) || !strings.Contains(r.stdout, e1000) {
+	if r.status != 0 || strings.Count(r.stdout, "group ") != len(names(groupsDir)) ||
+		!strings.Contains(r.stdout, e1000) {
 		t.Errorf("groups: exit status %d\n%s%s", r.status, r.stdout, r.stderr)
 	}
 	unit := func() string { return deviceState(e1000) + ", " + deviceState(edu) }
 	const taken, home = "vfio-pci vfio-pci, vfio-pci vfio-pci", "e1000 (null),  (null)"
-	if r := run(t, "./take", e1000); r.status != 0 || unit() != home || !strings.Contains(r.stdout, "drivers/e1000/unbind") {
+	if r := run(t, "./take", e1000); r.status != 0 || unit() != home ||
+		!strings.Contains(r.stdout, "drivers/e1000/unbind") {
 		t.Errorf("take: exit status %d, left %q\n%s%s", r.status, unit(), r.stdout, r.stderr)
 	}
 	if r := run(t, "./vfs", spare); r.status != 0 || len(vfs(spare)) != 0 || !strings.Contains(r.stdout, "vlan 100") {

@@ -8,7 +8,8 @@ import (
 	"testing"
 )
 
-// TestBadInput: each mistake gives one clear line on stderr, nothing on stdout, the right exit status, and an unchanged host.
+// TestBadInput: each mistake gives one clear line on stderr, nothing on stdout, the right exit status, and an unchanged
+// host.
 func TestBadInput(t *testing.T) {
 	existing := t.TempDir() + "/precious"
 	if err := os.WriteFile(existing, []byte("precious\n"), 0o644); err != nil {
@@ -66,8 +67,10 @@ func TestBadInput(t *testing.T) {
 	} {
 		before := fingerprint()
 		r := run(t, viaduct, strings.Fields(c.line)...)
-		if r.status != c.status || strings.Count(r.stderr, "\n") != 1 || !strings.Contains(r.stderr, c.says) || r.stdout != "" {
-			t.Errorf("viaduct %s: exit status %d, want %d and one line that says %q:\n%s%s", c.line, r.status, c.status, c.says, r.stdout, r.stderr)
+		if r.status != c.status || strings.Count(r.stderr, "\n") != 1 || !strings.Contains(r.stderr, c.says) ||
+			r.stdout != "" {
+			t.Errorf("viaduct %s: exit status %d, want %d and one line that says %q:\n%s%s", c.line, r.status, c.status,
+				c.says, r.stdout, r.stderr)
 		}
 		if fingerprint() != before {
 			t.Errorf("viaduct %s changed the host", c.line)
@@ -99,11 +102,14 @@ func TestSurroundings(t *testing.T) {
 	} {
 		before := fingerprint()
 		r := run(t, "bash", "-c", c.line)
-		if r.status != 1 || !strings.Contains(r.stderr, c.says) || strings.Count(r.stderr, "\n") != 1 || fingerprint() != before {
-			t.Errorf("%s: exit status %d, want 1, an unchanged host, and one line that says %q:\n%s", c.name, r.status, c.says, r.stderr)
+		if r.status != 1 || !strings.Contains(r.stderr, c.says) || strings.Count(r.stderr, "\n") != 1 ||
+			fingerprint() != before {
+			t.Errorf("%s: exit status %d, want 1, an unchanged host, and one line that says %q:\n%s", c.name, r.status,
+				c.says, r.stderr)
 		}
 	}
-	if r := run(t, "runuser", "-u", "nobody", "--", viaduct, "list"); r.status != 0 || strings.Count(r.stdout, "\n") < 10 {
+	if r := run(t, "runuser", "-u", "nobody", "--", viaduct, "list"); r.status != 0 ||
+		strings.Count(r.stdout, "\n") < 10 {
 		t.Errorf("list without root: exit status %d\n%s%s", r.status, r.stdout, r.stderr)
 	}
 }

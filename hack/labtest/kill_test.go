@@ -14,9 +14,9 @@ import (
 // everyWrite reports whether the long run was asked for, which kills at every write.
 func everyWrite() bool { return os.Getenv("LAB_ROUNDS") == "200" }
 
-// killAt runs viaduct and kills it at its nth write: the command (parent), the child that writes, or both. It reports whether it
-// came to that write. A child that outlives its command may still write what it was at when killAt returns; rest waits for its end,
-// and returns what all of them said.
+// killAt runs viaduct and kills it at its nth write: the command (parent), the child that writes, or both. It reports
+// whether it came to that write. A child that outlives its command may still write what it was at when killAt returns;
+// rest waits for its end, and returns what all of them said.
 func killAt(t *testing.T, n int, whom string, args ...string) (killed bool, rest func() string) {
 	t.Helper()
 	return killProgram(t, n, whom, viaduct, args...)

@@ -38,7 +38,8 @@ func pool(t *testing.T, pfs ...string) {
 	b.WriteString("pfs:\n")
 	for _, pf := range pfs {
 		shell(t, "ip link set "+netdev(t, pf)+" up")
-		fmt.Fprintf(&b, "  - select: mac=%s\n    count: 7\n    vfs:\n      - driver: vfio\n        pool: net\n", attr(devicesDir, pf, "net", netdev(t, pf), "address"))
+		fmt.Fprintf(&b, "  - select: mac=%s\n    count: 7\n    vfs:\n      - driver: vfio\n        pool: net\n",
+			attr(devicesDir, pf, "net", netdev(t, pf), "address"))
 	}
 	if err := os.MkdirAll("/etc/viaduct", 0o755); err != nil {
 		t.Fatal(err)
@@ -108,7 +109,8 @@ func TestLease(t *testing.T) {
 		t.Errorf("the VF is %s", line)
 	}
 	before := fingerprint() + shown(t, pf, 0)
-	if again := strings.TrimSpace(do(t, "assign", "web", "--from", "net", "--vlan", "100", "--mac", "52:54:00:aa:00:01")); again != out || fingerprint()+shown(t, pf, 0) != before {
+	if again := strings.TrimSpace(do(t, "assign", "web", "--from", "net", "--vlan", "100", "--mac", "52:54:00:aa:00:01")); again != out ||
+		fingerprint()+shown(t, pf, 0) != before {
 		t.Errorf("asked again, it is %q", again)
 	}
 	status(t, 3, "assign", "web", "--from", "net", "--vlan", "200")
@@ -131,7 +133,8 @@ func TestLease(t *testing.T) {
 
 	// every format is printed of the same lease; CDI's goes to its own library, outside
 	for _, format := range []string{"json", "env", "libvirt", "cloud-hypervisor", "crosvm", "incus", "xen", "kata", "cdi"} {
-		text := do(t, "assign", "web", "--from", "net", "--vlan", "100", "--mac", "52:54:00:aa:00:01", "--format", format, "--persist=false")
+		text := do(t, "assign", "web", "--from", "net", "--vlan", "100", "--mac", "52:54:00:aa:00:01", "--format",
+			format, "--persist=false")
 		if format == "cdi" {
 			if err := os.WriteFile("/out/cdi.json", []byte(text), 0o644); err != nil {
 				t.Fatal(err)
@@ -143,16 +146,20 @@ func TestLease(t *testing.T) {
 
 	// what QEMU takes, by QEMU
 	for _, format := range []string{"qemu", "qemu-iommufd"} {
-		args := strings.Fields(do(t, "assign", "web", "--from", "net", "--vlan", "100", "--mac", "52:54:00:aa:00:01", "--format", format))
+		args := strings.Fields(
+			do(t, "assign", "web", "--from", "net", "--vlan", "100", "--mac", "52:54:00:aa:00:01", "--format", format),
+		)
 		qemu := guestWith(t, "web", args...)
-		if l := leases(t)["web"]; l.State != "active" || !strings.Contains(strings.Join(l.Holders, " "), `guest "web"`) {
+		if l := leases(t)["web"]; l.State != "active" ||
+			!strings.Contains(strings.Join(l.Holders, " "), `guest "web"`) {
 			t.Errorf("%s: with a VMM, the lease is %+v", format, l)
 		}
 		if r := status(t, 3, "release", "web"); !strings.Contains(r.stderr, "qemu") {
 			t.Errorf("release while it runs: %s", r.stderr)
 		}
 		begun := time.Now()
-		if r := status(t, 3, "release", "web", "--wait", "1s"); time.Since(begun) < time.Second || time.Since(begun) > 20*time.Second {
+		if r := status(t, 3, "release", "web", "--wait", "1s"); time.Since(begun) < time.Second ||
+			time.Since(begun) > 20*time.Second {
 			t.Errorf("release --wait 1s while it runs: after %s: %s", time.Since(begun), r.stderr)
 		}
 		if format == "qemu" {
@@ -190,7 +197,8 @@ func TestLease(t *testing.T) {
 	}
 	do(t, "assign", "owned", "--from", "net", "--owner-pid", strconv.Itoa(sleeper.Process.Pid))
 	do(t, "assign", "stays", "--from", "net")
-	if got := leases(t); got["late"].State != "dead" || got["owned"].State != "reserved" || got["stays"].State != "reserved" {
+	if got := leases(t); got["late"].State != "dead" || got["owned"].State != "reserved" ||
+		got["stays"].State != "reserved" {
 		t.Errorf("leases %v", got)
 	}
 	_ = sleeper.Process.Kill()
@@ -231,7 +239,22 @@ func TestRun(t *testing.T) {
 	pf := ports()[1]
 	pool(t, pf)
 	fresh := shown(t, pf, 0)
-	got := status(t, 7, "run", "web", "--from", "net", "--vlan", "9", "--mac", "stable", "--", "sh", "-c", `echo "{address} $VIADUCT_GUEST"; ip link show `+netdev(t, pf)+`; exit 7`)
+	got := status(
+		t,
+		7,
+		"run",
+		"web",
+		"--from",
+		"net",
+		"--vlan",
+		"9",
+		"--mac",
+		"stable",
+		"--",
+		"sh",
+		"-c",
+		`echo "{address} $VIADUCT_GUEST"; ip link show `+netdev(t, pf)+`; exit 7`,
+	)
 	if !strings.HasPrefix(got.stdout, vfs(pf)[0]+" web\n") || !strings.Contains(got.stdout, "vlan 9") {
 		t.Errorf("the command saw:\n%s", got.stdout)
 	}
@@ -243,7 +266,8 @@ func TestRun(t *testing.T) {
 	}
 
 	// signals are the command's
-	cmd := exec.Command(viaduct, "run", "web", "--from", "net", "--", "sh", "-c", "trap 'exit 3' TERM; echo ready {address}; sleep 1000 & wait")
+	cmd := exec.Command(viaduct, "run", "web", "--from", "net", "--", "sh", "-c",
+		"trap 'exit 3' TERM; echo ready {address}; sleep 1000 & wait")
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -262,7 +286,8 @@ func TestRun(t *testing.T) {
 	}
 
 	// killed itself, the lease is dead once the VMM is gone
-	cmd = exec.Command(viaduct, "run", "web", "--from", "net", "--", "sh", "-c", "echo ready {address}; exec sleep 1000")
+	cmd = exec.Command(viaduct, "run", "web", "--from", "net", "--", "sh", "-c",
+		"echo ready {address}; exec sleep 1000")
 	if out, err = cmd.StdoutPipe(); err != nil {
 		t.Fatal(err)
 	}
@@ -287,8 +312,8 @@ func TestRun(t *testing.T) {
 	}
 }
 
-// TestManyAssigns: of two hundred at once exactly as many as there are VFs get one, each another; so it is when a third of them
-// are killed at any moment, and nothing is leaked.
+// TestManyAssigns: of two hundred at once exactly as many as there are VFs get one, each another; so it is when a third
+// of them are killed at any moment, and nothing is leaked.
 func TestManyAssigns(t *testing.T) {
 	pfs := ports()
 	pool(t, pfs...)
@@ -323,7 +348,8 @@ func TestManyAssigns(t *testing.T) {
 		for i := range most {
 			wg.Go(func() {
 				guest := fmt.Sprintf("g%d", i)
-				cmd := exec.Command(viaduct, "assign", guest, "--from", "net", "--vlan", "77", "--format", "json", "--ttl", "1ms", "--timeout", "300s")
+				cmd := exec.Command(viaduct, "assign", guest, "--from", "net", "--vlan", "77", "--format", "json",
+					"--ttl", "1ms", "--timeout", "300s")
 				var stdout, stderr bytes.Buffer
 				cmd.Stdout, cmd.Stderr = &stdout, &stderr
 				if err := cmd.Start(); err != nil {
@@ -359,7 +385,8 @@ func TestManyAssigns(t *testing.T) {
 			})
 		}
 		wg.Wait()
-		t.Logf("kill %v: %d got one, %d were told that the pool is exhausted, %d killed, in %s", kill, len(got), refused, killed, time.Since(begun).Round(time.Second))
+		t.Logf("kill %v: %d got one, %d were told that the pool is exhausted, %d killed, in %s", kill, len(got),
+			refused, killed, time.Since(begun).Round(time.Second))
 		if !kill && (len(got) != len(all) || refused != most-len(all)) {
 			t.Errorf("%d of %d got a VF, %d were refused", len(got), len(all), refused)
 		}
@@ -395,7 +422,9 @@ func TestManyAssigns(t *testing.T) {
 		if free[0].Free != len(all) {
 			t.Errorf("%d of %d are free", free[0].Free, len(all))
 		}
-		if left := slices.DeleteFunc(names("/run/viaduct"), func(n string) bool { return !strings.HasPrefix(n, "change-") && !strings.HasPrefix(n, "lease-") }); len(left) > 0 {
+		if left := slices.DeleteFunc(names("/run/viaduct"), func(n string) bool { return !strings.HasPrefix(n, "change-") && !strings.HasPrefix(n, "lease-") }); len(
+			left,
+		) > 0 {
 			t.Errorf("records are left: %v", left)
 		}
 	}

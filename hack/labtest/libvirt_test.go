@@ -22,7 +22,8 @@ for n in $(seq 60); do virsh -q version >/dev/null 2>&1 && exit; sleep 1; done
 virsh version`)
 }
 
-// stopLibvirtd ends it. One that hangs at its end, or leaves its file behind, is no matter here: a crash is a restart as well.
+// stopLibvirtd ends it. One that hangs at its end, or leaves its file behind, is no matter here: a crash is a restart
+// as well.
 const stopLibvirtd = `pid=$(cat /run/libvirtd.pid); kill $pid
 for n in $(seq 150); do kill -0 $pid 2>/dev/null || break; sleep 0.2; done
 kill -9 $pid 2>/dev/null && echo "libvirtd did not end by itself" || true
@@ -32,24 +33,34 @@ rm -f /run/libvirtd.pid`
 func domain(t *testing.T, name, devices string) string {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), name+".xml")
-	text := fmt.Sprintf("<domain type='qemu'><name>%s</name><memory unit='MiB'>64</memory><os><type arch='x86_64' machine='q35'>hvm</type></os><devices><emulator>/usr/bin/qemu-system-x86_64</emulator>%s</devices></domain>\n", name, devices)
+	text := fmt.Sprintf(
+		"<domain type='qemu'><name>%s</name><memory unit='MiB'>64</memory><os><type arch='x86_64' machine='q35'>hvm</type></os><devices><emulator>/usr/bin/qemu-system-x86_64</emulator>%s</devices></domain>\n",
+		name,
+		devices,
+	)
 	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	return file
 }
 
-// TestLibvirt: libvirt takes what assign and pool print; with the hook a domain has exactly its lease or does not start, what it
-// leaves is scrubbed, and a restart of libvirt changes nothing. virsh, virt-xml-validate and ip judge.
+// TestLibvirt: libvirt takes what assign and pool print; with the hook a domain has exactly its lease or does not
+// start, what it leaves is scrubbed, and a restart of libvirt changes nothing. virsh, virt-xml-validate and ip judge.
 func TestLibvirt(t *testing.T) {
 	pf := ports()[1]
 	pool(t, pf)
 	fresh := shown(t, pf, 0)
-	shell(t, "cp "+viaduct+" /usr/local/sbin/viaduct; /usr/local/sbin/viaduct install --libvirt; test -x /etc/libvirt/hooks/qemu.d/viaduct")
+	shell(
+		t,
+		"cp "+viaduct+" /usr/local/sbin/viaduct; /usr/local/sbin/viaduct install --libvirt; test -x /etc/libvirt/hooks/qemu.d/viaduct",
+	)
 	libvirtd(t)
 	t.Cleanup(func() {
 		run(t, viaduct, "uninstall")
-		shell(t, "for d in $(virsh list --name); do virsh destroy $d; done; for d in $(virsh list --all --name); do virsh undefine $d; done; for n in $(virsh net-list --all --name); do virsh net-destroy $n || true; virsh net-undefine $n; done")
+		shell(
+			t,
+			"for d in $(virsh list --name); do virsh destroy $d; done; for d in $(virsh list --all --name); do virsh undefine $d; done; for n in $(virsh net-list --all --name); do virsh net-destroy $n || true; virsh net-undefine $n; done",
+		)
 		shell(t, stopLibvirtd)
 		for guest := range leases(t) {
 			run(t, viaduct, "release", guest)
@@ -112,13 +123,18 @@ func TestLibvirt(t *testing.T) {
 		t.Fatal(err)
 	}
 	shell(t, "virt-xml-validate "+network+" network; virsh net-define "+network+"; virsh net-start net")
-	file = domain(t, "drawn", "<interface type='network'><source network='net'/><mac address='52:54:00:aa:00:07'/></interface>")
+	file = domain(t, "drawn",
+		"<interface type='network'><source network='net'/><mac address='52:54:00:aa:00:07'/></interface>")
 	shell(t, "virsh define "+file+"; virsh start drawn")
 	l := leases(t)["drawn"]
 	if l.State != "active" || len(l.Devices) != 1 {
 		t.Fatalf("what the domain drew from the network is in no lease: %v", leases(t))
 	}
-	index := strings.TrimPrefix(shell(t, "basename $(find "+filepath.Join(devicesDir, pf)+"/ -lname '*"+l.Devices[0].Address+"' -name 'virtfn*')"), "virtfn")
+	index := strings.TrimPrefix(
+		shell(t,
+			"basename $(find "+filepath.Join(devicesDir, pf)+"/ -lname '*"+l.Devices[0].Address+"' -name 'virtfn*')"),
+		"virtfn",
+	)
 	shell(t, "virsh destroy drawn")
 	if left := leases(t); len(left) != 0 {
 		t.Errorf("after it, leases %v", left)

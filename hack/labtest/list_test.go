@@ -65,7 +65,8 @@ func TestList(t *testing.T) {
 				blockers = append(blockers, m)
 			}
 		}
-		if !slices.Equal(g.Blockers, blockers) && len(g.Blockers)+len(blockers) > 0 || g.Viable != (len(blockers) == 0) {
+		if !slices.Equal(g.Blockers, blockers) && len(g.Blockers)+len(blockers) > 0 ||
+			g.Viable != (len(blockers) == 0) {
 			t.Errorf("group %s: viable %v, blockers %v; by the drivers they are %v", id, g.Viable, g.Blockers, blockers)
 		}
 	}
@@ -91,7 +92,10 @@ func TestList(t *testing.T) {
 	if !reflect.DeepEqual(got.IOMMU.Units, units) || !got.IOMMU.Present {
 		t.Errorf("units %v, want %v", got.IOMMU.Units, units)
 	}
-	remapping := strings.Contains(shell(t, "dmesg | grep -E 'AMD-Vi: Interrupt remapping enabled|DMAR-IR: Enabled IRQ remapping' || true"), "nabled")
+	remapping := strings.Contains(
+		shell(t, "dmesg | grep -E 'AMD-Vi: Interrupt remapping enabled|DMAR-IR: Enabled IRQ remapping' || true"),
+		"nabled",
+	)
 	if got.IOMMU.InterruptRemapping == nil || *got.IOMMU.InterruptRemapping != remapping {
 		t.Errorf("interrupt remapping %v, by the kernel's log it is %v", got.IOMMU.InterruptRemapping, remapping)
 	}

@@ -9,14 +9,23 @@ import (
 	"testing"
 )
 
-// TestSnapshot takes a snapshot, and leaves beside it what the commands print here; `hack/test` runs them on the snapshot on
-// the build machine and compares.
+// TestSnapshot takes a snapshot, and leaves beside it what the commands print here; `hack/test` runs them on the
+// snapshot on the build machine and compares.
 func TestSnapshot(t *testing.T) {
 	do(t, "vf", "create", spare, "3")
 	do(t, "bind", spare+"/vf1")
 	defer do(t, "vf", "destroy", spare)
 	do(t, "snapshot", "/out/host.tar.gz")
-	lines := []string{"list", "list --json", "list --tree", "list class=0200", "show " + spare + "/vf1", "show group=0 --json", "vf create --dry-run --json " + uplink + " 7", "vf create --dry-run --json " + spare + " 2"}
+	lines := []string{
+		"list",
+		"list --json",
+		"list --tree",
+		"list class=0200",
+		"show " + spare + "/vf1",
+		"show group=0 --json",
+		"vf create --dry-run --json " + uplink + " 7",
+		"vf create --dry-run --json " + spare + " 2",
+	}
 	for _, n := range names(devicesDir) {
 		lines = append(lines, "show "+n, "show --json "+n)
 	}

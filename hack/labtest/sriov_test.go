@@ -17,8 +17,10 @@ import (
 func fails(t *testing.T, status int, says string, args ...string) {
 	t.Helper()
 	before := fingerprint()
-	if r := run(t, viaduct, args...); r.status != status || !strings.Contains(r.stderr, says) || fingerprint() != before {
-		t.Errorf("viaduct %s: exit status %d, want %d, %q and nothing changed: %s%s", strings.Join(args, " "), r.status, status, says, r.stdout, r.stderr)
+	if r := run(t, viaduct, args...); r.status != status || !strings.Contains(r.stderr, says) ||
+		fingerprint() != before {
+		t.Errorf("viaduct %s: exit status %d, want %d, %q and nothing changed: %s%s", strings.Join(args, " "), r.status,
+			status, says, r.stdout, r.stderr)
 	}
 }
 
@@ -38,7 +40,10 @@ func vfLine(t *testing.T, pf string, index int) string {
 func TestSettings(t *testing.T) {
 	pf := netdev(t, spare)
 	do(t, "vf", "create", pf, "2")
-	shell(t, "ip link set "+pf+" up; until [ $(cat /sys/class/net/"+pf+"/operstate) = up ]; do sleep 0.1; done") // rates need a link
+	shell(
+		t,
+		"ip link set "+pf+" up; until [ $(cat /sys/class/net/"+pf+"/operstate) = up ]; do sleep 0.1; done",
+	) // rates need a link
 	has := func(words ...string) {
 		t.Helper()
 		line := vfLine(t, pf, 1)
@@ -48,13 +53,17 @@ func TestSettings(t *testing.T) {
 			}
 		}
 	}
-	do(t, "vf", "set", pf+"/vf1", "mac=52:54:00:77:00:01", "vlan=100", "qos=3", "trust=on", "spoofchk=off", "max_tx_rate=100")
+	do(t, "vf", "set", pf+"/vf1", "mac=52:54:00:77:00:01", "vlan=100", "qos=3", "trust=on", "spoofchk=off",
+		"max_tx_rate=100")
 	has("52:54:00:77:00:01", "vlan 100, qos 3", "trust on", "spoof checking off", "max_tx_rate 100Mbps")
 	if out := do(t, "vf", "set", pf+"/vf1", "vlan=100", "--json"); !strings.Contains(out, `"changed": false`) {
 		t.Errorf("what is right already was written: %s", out)
 	}
 	get := do(t, "vf", "get", pf+"/vf1")
-	if want := "mac=52:54:00:77:00:01 vlan=100 qos=3 proto=802.1q trust=on spoofchk=off link=auto max_tx_rate=100 min_tx_rate=0"; !strings.HasPrefix(get, want) {
+	if want := "mac=52:54:00:77:00:01 vlan=100 qos=3 proto=802.1q trust=on spoofchk=off link=auto max_tx_rate=100 min_tx_rate=0"; !strings.HasPrefix(
+		get,
+		want,
+	) {
 		t.Errorf("vf get: %q, want %q", get, want)
 	}
 	refused := func(says string, words ...string) {
@@ -74,7 +83,8 @@ func TestSettings(t *testing.T) {
 	do(t, "vf", "set", pf+"/vf0", "mac=stable")
 	stable := strings.TrimPrefix(strings.Fields(do(t, "vf", "get", pf+"/vf0"))[0], "mac=")
 	refused("is that of vf0", "mac="+stable)
-	do(t, "vf", "set", pf+"/vf1", "spoofchk=on", "trust=off", "vlan=0", "qos=0", "max_tx_rate=0", "mac=52:54:00:77:00:03")
+	do(t, "vf", "set", pf+"/vf1", "spoofchk=on", "trust=off", "vlan=0", "qos=0", "max_tx_rate=0",
+		"mac=52:54:00:77:00:03")
 	has("52:54:00:77:00:03", "spoof checking on", "trust off")
 	if line := vfLine(t, pf, 1); strings.Contains(line, "vlan") || strings.Contains(line, "max_tx_rate") {
 		t.Errorf("ip says %q", line)
@@ -87,13 +97,15 @@ func TestSettings(t *testing.T) {
 	if line := vfLine(t, pf, 1); strings.Contains(line, "vlan") {
 		t.Errorf("after vf sync ip says %q", line)
 	}
-	if list := do(t, "vf", "list", pf); !strings.Contains(list, stable) || !strings.Contains(list, "52:54:00:77:00:03") {
+	if list := do(t, "vf", "list", pf); !strings.Contains(list, stable) ||
+		!strings.Contains(list, "52:54:00:77:00:03") {
 		t.Errorf("vf list: %s", list)
 	}
 	do(t, "vf", "destroy", pf)
 }
 
-// TestCount: VFs that somebody has keep their PF's number from changing; a PF that is down is brought up without an address.
+// TestCount: VFs that somebody has keep their PF's number from changing; a PF that is down is brought up without an
+// address.
 func TestCount(t *testing.T) {
 	pf := netdev(t, spare)
 	shell(t, "ip link set "+pf+" down")
@@ -116,7 +128,10 @@ func TestCount(t *testing.T) {
 	}
 	do(t, "vf", "destroy", pf)
 
-	shell(t, "modprobe bonding max_bonds=0; ip link add b1 type bond; ip link set "+pf+" down; ip link set "+pf+" master b1; ip link set b1 up")
+	shell(
+		t,
+		"modprobe bonding max_bonds=0; ip link add b1 type bond; ip link set "+pf+" down; ip link set "+pf+" master b1; ip link set b1 up",
+	)
 	do(t, "vf", "create", pf, "3")
 	if master := link("/sys/class/net", pf, "master"); master != "b1" || len(vfs(spare)) != 3 {
 		t.Errorf("a bond's port: %d VFs, in %q", len(vfs(spare)), master)
@@ -125,8 +140,8 @@ func TestCount(t *testing.T) {
 	shell(t, "ip link del b1")
 }
 
-// TestKillsVF: the commands of VFs are killed at each write in turn. What is run next leaves the PF with the VFs it had, those
-// it was to have, or none, autoprobe as it was, and no record.
+// TestKillsVF: the commands of VFs are killed at each write in turn. What is run next leaves the PF with the VFs it
+// had, those it was to have, or none, autoprobe as it was, and no record.
 func TestKillsVF(t *testing.T) {
 	pf := netdev(t, spare)
 	shell(t, "modprobe igbvf")
@@ -159,7 +174,8 @@ func TestKillsVF(t *testing.T) {
 				all := vfs(spare)
 				wrong := attr(devicesDir, spare, "sriov_drivers_autoprobe") != "1" || len(all) > 2
 				for _, vf := range all {
-					wrong = wrong || bound(vf) != "" && bound(vf) != "vfio-pci" || attr(devicesDir, vf, "driver_override") == "(null)"
+					wrong = wrong || bound(vf) != "" && bound(vf) != "vfio-pci" ||
+						attr(devicesDir, vf, "driver_override") == "(null)"
 				}
 				if c.name == "set" {
 					line := vfLine(t, pf, 0)
@@ -167,8 +183,20 @@ func TestKillsVF(t *testing.T) {
 				}
 				left, _ := filepath.Glob("/run/viaduct/change-*")
 				if wrong || len(left) > 0 || r.status != 0 {
-					t.Errorf("%s killed at write %d of %s, then recover: %v, autoprobe %s, records %v, exit status %d\n%s%s%s%s", whom, n, c.name, all,
-						attr(devicesDir, spare, "sriov_drivers_autoprobe"), left, r.status, r.stdout, r.stderr, said, vfLine(t, pf, 0))
+					t.Errorf(
+						"%s killed at write %d of %s, then recover: %v, autoprobe %s, records %v, exit status %d\n%s%s%s%s",
+						whom,
+						n,
+						c.name,
+						all,
+						attr(devicesDir, spare, "sriov_drivers_autoprobe"),
+						left,
+						r.status,
+						r.stdout,
+						r.stderr,
+						said,
+						vfLine(t, pf, 0),
+					)
 				}
 			}
 		}
@@ -177,8 +205,8 @@ func TestKillsVF(t *testing.T) {
 	do(t, "vf", "destroy", spare)
 }
 
-// TestRace: one process changes the number of VFs while another sets one. What is there in the end is what came of one after
-// the other.
+// TestRace: one process changes the number of VFs while another sets one. What is there in the end is what came of one
+// after the other.
 func TestRace(t *testing.T) {
 	rounds := 20
 	if everyWrite() {
@@ -213,8 +241,8 @@ func TestRace(t *testing.T) {
 	do(t, "vf", "destroy", spare)
 }
 
-// TestNetdevsim runs the package's own tests on the kernel's simulated NIC, which knows more settings than igb, and can have more
-// VFs than fit into one answer of the kernel's. With these there, another NIC is taken and given back.
+// TestNetdevsim runs the package's own tests on the kernel's simulated NIC, which knows more settings than igb, and can
+// have more VFs than fit into one answer of the kernel's. With these there, another NIC is taken and given back.
 func TestNetdevsim(t *testing.T) {
 	shell(t, "modprobe netdevsim; mountpoint -q /sys/kernel/debug || mount -t debugfs none /sys/kernel/debug")
 	const tests = "TestNetdevsim|TestFlappingAddress"
@@ -231,8 +259,8 @@ func TestNetdevsim(t *testing.T) {
 	do(t, "unbind", spare)
 }
 
-// TestFaults pulls the PF away from under a command at its writes in turn: its driver is unloaded, the card is removed, its
-// interface gets another name. What is reported is so, autoprobe is on again, and what is run next succeeds.
+// TestFaults pulls the PF away from under a command at its writes in turn: its driver is unloaded, the card is removed,
+// its interface gets another name. What is reported is so, autoprobe is on again, and what is run next succeeds.
 func TestFaults(t *testing.T) {
 	pf := netdev(t, spare)
 	long, faults := everyWrite(), 0
@@ -256,14 +284,21 @@ func TestFaults(t *testing.T) {
 				} else {
 					shell(t, "ip link set "+pf+" down")
 				}
-				r := run(t, "timeout", append([]string{"60", "./killat", strconv.Itoa(n), "run=" + f.begin, viaduct}, strings.Fields(c)...)...)
+				r := run(
+					t,
+					"timeout",
+					append(
+						[]string{"60", "./killat", strconv.Itoa(n), "run=" + f.begin, viaduct},
+						strings.Fields(c)...)...)
 				if !strings.HasPrefix(r.stdout, "killed") {
 					break
 				}
 				faults++
 				wrong := ""
 				switch all := vfs(spare); {
-				case r.status != 0 && r.status != 1, r.status == 1 && r.stderr == "", strings.Contains(r.stderr, "panic"):
+				case r.status != 0 && r.status != 1,
+					r.status == 1 && r.stderr == "",
+					strings.Contains(r.stderr, "panic"):
 					wrong = "no exit status or message of its own"
 				case r.status == 0 && i == 0 && (len(all) != 2 || bound(all[0]) != "vfio-pci" || bound(all[1]) != "vfio-pci"):
 					wrong = fmt.Sprintf("success, and its VFs are %v", all)
@@ -274,7 +309,8 @@ func TestFaults(t *testing.T) {
 					if f.name == "renamed" {
 						name = "other"
 					}
-					if line := vfLine(t, name, 0); !strings.Contains(line, "77:00:01") || !strings.Contains(line, "vlan 7") {
+					if line := vfLine(t, name, 0); !strings.Contains(line, "77:00:01") ||
+						!strings.Contains(line, "vlan 7") {
 						wrong = "success, and ip says " + line
 					}
 				}
@@ -285,7 +321,8 @@ func TestFaults(t *testing.T) {
 					wrong += "; autoprobe " + autoprobe
 				}
 				if wrong != "" || next.status != 0 || len(left) > 0 {
-					t.Errorf("%s at write %d of %s: %s\nexit status %d, %s%s\nthen recover: %d %s%s, records %v", f.name, n, c, wrong, r.status, r.stdout, r.stderr, next.status, next.stdout, next.stderr, left)
+					t.Errorf("%s at write %d of %s: %s\nexit status %d, %s%s\nthen recover: %d %s%s, records %v",
+						f.name, n, c, wrong, r.status, r.stdout, r.stderr, next.status, next.stdout, next.stderr, left)
 				}
 			}
 		}
@@ -324,14 +361,18 @@ func TestStuckCount(t *testing.T) {
 		}
 	}
 	_ = cmd.Wait()
-	if s := stderr.String(); cmd.ProcessState.ExitCode() != 1 || !strings.Contains(s, "is stuck") || !strings.Contains(s, fmt.Sprintf("process %d", os.Getpid())) {
+	if s := stderr.String(); cmd.ProcessState.ExitCode() != 1 || !strings.Contains(s, "is stuck") ||
+		!strings.Contains(s, fmt.Sprintf("process %d", os.Getpid())) {
 		t.Errorf("exit status %d, %s", cmd.ProcessState.ExitCode(), s)
 	}
 	if r := run(t, viaduct, "vf", "create", spare, "4"); r.status != 3 || !strings.Contains(r.stderr, "is stuck") {
 		t.Errorf("create while it is stuck: exit status %d, %s", r.status, r.stderr)
 	}
 	node.Close()
-	shell(t, "until [ ! -e /sys/bus/pci/devices/"+spare+"/virtfn0 ] && [ \"$(cat /sys/bus/pci/devices/"+spare+"/sriov_numvfs)\" = 0 ]; do sleep 0.1; done")
+	shell(
+		t,
+		"until [ ! -e /sys/bus/pci/devices/"+spare+"/virtfn0 ] && [ \"$(cat /sys/bus/pci/devices/"+spare+"/sriov_numvfs)\" = 0 ]; do sleep 0.1; done",
+	)
 	do(t, "vf", "create", spare, "4")
 	if n := len(vfs(spare)); n != 4 {
 		t.Errorf("%d VFs, want 4", n)

@@ -27,8 +27,8 @@ func netdev(t *testing.T, address string) string {
 	return n[0]
 }
 
-// TestVFs is the life of VFs on a NIC: made for guests, taken, given back, removed; after each step the kernel's files are
-// looked at.
+// TestVFs is the life of VFs on a NIC: made for guests, taken, given back, removed; after each step the kernel's files
+// are looked at.
 func TestVFs(t *testing.T) {
 	pf := netdev(t, spare)
 	shell(t, "ip link set "+pf+" up; modprobe -r igbvf || true")
@@ -46,7 +46,8 @@ func TestVFs(t *testing.T) {
 		t.Helper()
 		for _, vf := range all {
 			if bound(vf) != "" || attr(devicesDir, vf, "driver_override") != "none" {
-				t.Errorf("%s: %s is on %q with override %q, want no driver and none", when, vf, bound(vf), attr(devicesDir, vf, "driver_override"))
+				t.Errorf("%s: %s is on %q with override %q, want no driver and none", when, vf, bound(vf),
+					attr(devicesDir, vf, "driver_override"))
 			}
 		}
 	}
@@ -63,7 +64,8 @@ func TestVFs(t *testing.T) {
 	}
 
 	do(t, "vf", "set", pf+"/vf3", "mac=52:54:00:aa:bb:03")
-	if out := shell(t, "ip link show "+pf); !strings.Contains(out, "vf 3") || !strings.Contains(out, "52:54:00:aa:bb:03") {
+	if out := shell(t, "ip link show "+pf); !strings.Contains(out, "vf 3") ||
+		!strings.Contains(out, "52:54:00:aa:bb:03") {
 		t.Errorf("the MAC address of VF 3 is not as set:\n%s", out)
 	}
 
@@ -98,7 +100,8 @@ func TestVFs(t *testing.T) {
 
 	do(t, "unbind", pf+"/vf3")
 	if bound(all[3]) != "" || attr(devicesDir, all[3], "driver_override") != "none" {
-		t.Errorf("after unbind VF 3 is on %q with override %q; it had no driver and none before", bound(all[3]), attr(devicesDir, all[3], "driver_override"))
+		t.Errorf("after unbind VF 3 is on %q with override %q; it had no driver and none before", bound(all[3]),
+			attr(devicesDir, all[3], "driver_override"))
 	}
 
 	do(t, "vf", "create", pf, "2")
@@ -127,7 +130,8 @@ func TestVFs(t *testing.T) {
 		t.Errorf("taken from igbvf: on %q", bound(home))
 	}
 	do(t, "unbind", home)
-	if bound(home) != "igbvf" || attr(devicesDir, home, "driver_override") != "(null)" || len(names(devicesDir, home, "net")) != 1 {
+	if bound(home) != "igbvf" || attr(devicesDir, home, "driver_override") != "(null)" ||
+		len(names(devicesDir, home, "net")) != 1 {
 		t.Errorf("given back to igbvf: on %q, override %q", bound(home), attr(devicesDir, home, "driver_override"))
 	}
 	do(t, "vf", "destroy", spare)
@@ -192,7 +196,10 @@ func TestNVMeVFs(t *testing.T) {
 	}
 	do(t, "vf", "create", nvme, "4", "--driver", "home")
 	for _, vf := range vfs(nvme) {
-		if state := attr(devicesDir, vf, "nvme", strings.Join(names(devicesDir, vf, "nvme"), ""), "state"); bound(vf) != "nvme" || state != "live" {
+		if state := attr(devicesDir, vf, "nvme", strings.Join(names(devicesDir, vf, "nvme"), ""), "state"); bound(
+			vf,
+		) != "nvme" ||
+			state != "live" {
 			t.Errorf("%s for the host: on %q, %q", vf, bound(vf), state)
 		}
 	}
@@ -201,7 +208,8 @@ func TestNVMeVFs(t *testing.T) {
 
 // TestManyVFs makes as many VFs as a PF can have, on a vfio driver, and removes them.
 func TestManyVFs(t *testing.T) {
-	pf := shell(t, "for p in /sys/bus/pci/drivers/nvme/0000:*; do [ \"$(cat $p/sriov_totalvfs)\" != 127 ] || basename $p; done")
+	pf := shell(t,
+		"for p in /sys/bus/pci/drivers/nvme/0000:*; do [ \"$(cat $p/sriov_totalvfs)\" != 127 ] || basename $p; done")
 	do(t, "vf", "create", pf, "127", "--driver", "vfio")
 	if n := len(byDriver("vfio-pci")); n != 127 || len(vfs(pf)) != 127 {
 		t.Errorf("%d VFs, %d on vfio-pci, want 127", len(vfs(pf)), n)
@@ -214,7 +222,8 @@ func TestManyVFs(t *testing.T) {
 
 // TestVirtioVFs makes VFs of a virtio NIC and gives one to a QEMU, which opens it through VFIO.
 func TestVirtioVFs(t *testing.T) {
-	pf := shell(t, "for p in /sys/bus/pci/drivers/virtio-pci/0000:*; do [ ! -e $p/sriov_totalvfs ] || basename $p; done")
+	pf := shell(t,
+		"for p in /sys/bus/pci/drivers/virtio-pci/0000:*; do [ ! -e $p/sriov_totalvfs ] || basename $p; done")
 	do(t, "vf", "create", pf, "4", "--driver", "vfio")
 	all := vfs(pf)
 	if len(all) != 4 {
@@ -226,7 +235,8 @@ func TestVirtioVFs(t *testing.T) {
 		}
 	}
 	qemu := guest(t, "four", all...)
-	if r := run(t, viaduct, "vf", "destroy", pf); r.status != 3 || !strings.Contains(r.stderr, "guest \"four\"") || len(vfs(pf)) != 4 {
+	if r := run(t, viaduct, "vf", "destroy", pf); r.status != 3 || !strings.Contains(r.stderr, "guest \"four\"") ||
+		len(vfs(pf)) != 4 {
 		t.Errorf("destroy while a guest has them: exit status %d, %s", r.status, r.stderr)
 	}
 	qemu.end()
@@ -236,8 +246,8 @@ func TestVirtioVFs(t *testing.T) {
 	}
 }
 
-// TestUplink: the NIC that carries the default route gets VFs, and is not taken itself, also not through a bond, and not
-// when the route is IPv6 or in another table.
+// TestUplink: the NIC that carries the default route gets VFs, and is not taken itself, also not through a bond, and
+// not when the route is IPv6 or in another table.
 func TestUplink(t *testing.T) {
 	pf := netdev(t, uplink)
 	shell(t, "ip link set "+pf+" up; ip addr add 10.0.2.15/24 dev "+pf+"; ip route add default via 10.0.2.2 dev "+pf)
@@ -265,9 +275,12 @@ func TestUplink(t *testing.T) {
 	refuse("default route in table 77", "bind", pf)
 	shell(t, "ip route del default table 77; ip addr flush dev "+pf+"; ip -6 route add default dev "+pf)
 	refuse("IPv6 default route", "bind", pf)
-	shell(t, "ip -6 route del default dev "+pf+"; ip link set "+pf+" down; modprobe bonding max_bonds=0; ip link add b0 type bond; "+
-		"ip link set "+pf+" master b0; ip link add link b0 name b0.7 type vlan id 7; ip link set b0 up; ip link set b0.7 up; "+
-		"ip addr add 10.7.0.2/24 dev b0.7; ip route add default via 10.7.0.1 dev b0.7")
+	shell(
+		t,
+		"ip -6 route del default dev "+pf+"; ip link set "+pf+" down; modprobe bonding max_bonds=0; ip link add b0 type bond; "+
+			"ip link set "+pf+" master b0; ip link add link b0 name b0.7 type vlan id 7; ip link set b0 up; ip link set b0.7 up; "+
+			"ip addr add 10.7.0.2/24 dev b0.7; ip route add default via 10.7.0.1 dev b0.7",
+	)
 	refuse("default route over a VLAN on a bond", "bind", pf)
 	shell(t, "ip link del b0.7; ip link del b0")
 
@@ -300,7 +313,8 @@ func TestDisk(t *testing.T) {
 	}
 	root := filepath.Base(shell(t, "readlink -f /sys/class/block/vda/device/.."))
 	before := fingerprint()
-	if r := run(t, viaduct, "bind", root); r.status != 3 || !strings.Contains(r.stderr, "mounted on /") || fingerprint() != before {
+	if r := run(t, viaduct, "bind", root); r.status != 3 || !strings.Contains(r.stderr, "mounted on /") ||
+		fingerprint() != before {
 		t.Errorf("bind of the disk the host runs on: exit status %d, %s", r.status, r.stderr)
 	}
 	do(t, "bind", nvme)
@@ -324,7 +338,8 @@ func TestUnit(t *testing.T) {
 		t.Errorf("bind: %q, %q, bridge on %q (was %q)", bound(edu), bound(e1000), bound(bridge), was)
 	}
 	do(t, "unbind", "group="+link(devicesDir, edu, "iommu_group"))
-	if bound(edu) != "" || bound(e1000) != "e1000" || attr(devicesDir, e1000, "driver_override") != "(null)" || attr(devicesDir, edu, "driver_override") != "(null)" {
+	if bound(edu) != "" || bound(e1000) != "e1000" || attr(devicesDir, e1000, "driver_override") != "(null)" ||
+		attr(devicesDir, edu, "driver_override") != "(null)" {
 		t.Errorf("unbind: %q, %q", bound(edu), bound(e1000))
 	}
 	if r := run(t, viaduct, "bind", bridge); r.status != 3 || !strings.Contains(r.stderr, "bridge") {

@@ -1,11 +1,12 @@
-// Command timeit runs commands in turn, each as often as the others, and prints for each the median and the least wall time
-// in milliseconds and the greatest resident size in KiB, separated by blanks:
+// Command timeit runs commands in turn, each as often as the others, and prints for each the median and the least wall
+// time in milliseconds and the greatest resident size in KiB, separated by blanks:
 //
 //	timeit RUNS COMMAND...
 //
-// A command is one argument, split at blanks, in which {n} is the number of the round. One round beforehand is not counted. It stands beside the commands, in their
-// chroot or their emulated host, so that nothing but their own start, work and end is measured. The resident size is never
-// below timeit's own, which the kernel hands on across fork and exec.
+// A command is one argument, split at blanks, in which {n} is the number of the round. One round beforehand is not
+// counted. It stands beside the commands, in their chroot or their emulated host, so that nothing but their own start,
+// work and end is measured. The resident size is never below timeit's own, which the kernel hands on across fork and
+// exec.
 package main
 
 import (
@@ -47,6 +48,7 @@ func main() {
 			if err != nil {
 				log.Fatalf("%s: %v\n%s", c, err, stderr.Bytes())
 			}
+
 			if round == 0 {
 				continue
 			}
@@ -54,6 +56,7 @@ func main() {
 			rss[i] = max(rss[i], cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss)
 		}
 	}
+
 	for i := range commands {
 		slices.Sort(times[i])
 		fmt.Printf("%.2f %.2f %d\n", ms(times[i][len(times[i])/2]), ms(times[i][0]), rss[i])

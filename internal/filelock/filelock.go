@@ -1,6 +1,6 @@
 // Package filelock keeps processes apart by bytes of one file, each of which is a lock. A lock belongs to the open file
-// (fcntl(2), open file description locks): it is shared with whoever was given the file, and ends with the last of them,
-// however that ends.
+// (fcntl(2), open file description locks): it is shared with whoever was given the file, and ends with the last of
+// them, however that ends.
 package filelock
 
 import (
@@ -87,8 +87,8 @@ func (l *File) Wait(ctx context.Context, at int64) error {
 	}
 }
 
-// awaitFree returns once nobody has a lock. It waits with a file of its own, as the wait cannot be cut off, and nobody may
-// close the file below it.
+// awaitFree returns once nobody has a lock. It waits with a file of its own, as the wait cannot be cut off, and nobody
+// may close the file below it.
 func awaitFree(name string, at int64) error {
 	f, err := os.OpenFile(name, os.O_RDWR, 0)
 	if err != nil {

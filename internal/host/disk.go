@@ -13,8 +13,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// disk is a directory of a real file system. A captured folder is confined: every name is resolved by the kernel from the
-// folder's root (openat2, Linux 5.6), so that no link in it, absolute or climbing, reaches the host it is looked at on.
+// disk is a directory of a real file system. A captured folder is confined: every name is resolved by the kernel from
+// the folder's root (openat2, Linux 5.6), so that no link in it, absolute or climbing, reaches the host it is looked at
+// on.
 type disk struct {
 	fd       int
 	confined bool
@@ -42,7 +43,11 @@ func (d *disk) openat(name string, flags int) (fd int, err error) {
 			}
 			return err
 		}
-		how := unix.OpenHow{Flags: uint64(flags | unix.O_NONBLOCK), Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS}
+
+		how := unix.OpenHow{
+			Flags:   uint64(flags | unix.O_NONBLOCK),
+			Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
+		}
 		if flags&unix.O_PATH != 0 {
 			how.Flags &^= unix.O_NONBLOCK | unix.O_NOCTTY // openat2 takes no flag that O_PATH would ignore
 		}
@@ -53,6 +58,7 @@ func (d *disk) openat(name string, flags int) (fd int, err error) {
 				return err
 			}
 		}
+
 		for range 1000 { // EAGAIN: something was renamed or mounted meanwhile, and ".." could not be trusted (openat2(2))
 			if fd, err = unix.Openat2(d.root, path.Join(d.below, name, "."), &how); !errors.Is(err, unix.EAGAIN) {
 				break
@@ -112,7 +118,8 @@ func (d *disk) openRead(name string) (fd int, err error) {
 		return fd, err
 	}
 	var st unix.Stat_t
-	if err = unix.Fstat(fd, &st); err == nil && st.Mode&unix.S_IFMT != unix.S_IFREG && st.Mode&unix.S_IFMT != unix.S_IFDIR {
+	if err = unix.Fstat(fd, &st); err == nil && st.Mode&unix.S_IFMT != unix.S_IFREG &&
+		st.Mode&unix.S_IFMT != unix.S_IFDIR {
 		err = unix.EINVAL // a captured tree has no pipe or device to wait for
 	}
 	if err != nil {
@@ -135,6 +142,7 @@ func (d *disk) attribute(name string, steady bool) (string, error) {
 	} else {
 		n, err = readOnce(fd, *page)
 	}
+
 	if err != nil {
 		return "", err
 	}
@@ -160,6 +168,7 @@ func (d *disk) read(name string) ([]byte, error) {
 	if err := unix.Fstat(fd, &st); err == nil && st.Size >= int64(size) && st.Size <= maxFile {
 		size = int(st.Size) + 1 // and room to see the end
 	}
+
 	out := make([]byte, 0, size)
 	for {
 		if len(out) == cap(out) {
@@ -215,6 +224,7 @@ func (d *disk) readlink(name string) (string, error) {
 		defer unix.Close(parent)
 		fd, at = parent, base
 	}
+
 	page := pages.Get().(*[]byte)
 	defer pages.Put(page)
 	var n int
@@ -224,6 +234,7 @@ func (d *disk) readlink(name string) (string, error) {
 	} else {
 		n, err = unix.Readlinkat(fd, at, *page)
 	}
+
 	if err != nil {
 		return "", err
 	}

@@ -2,8 +2,8 @@ package host
 
 import "path"
 
-// Fake is for tests: a live host whose files are those of a folder, confined as a captured tree is, and whose system answers
-// everything else.
+// Fake is for tests: a live host whose files are those of a folder, confined as a captured tree is, and whose system
+// answers everything else.
 func Fake(dir string, system System) (*Host, error) {
 	t, err := openDisk(dir, true)
 	if err != nil {
@@ -12,8 +12,8 @@ func Fake(dir string, system System) (*Host, error) {
 	return &Host{Dir: Dir{tree: fake{tree: t, system: system}, path: dir}, system: system}, nil
 }
 
-// fake asks the system before each operation, under the name relative to the root as far as it is known without following
-// links.
+// fake asks the system before each operation, under the name relative to the root as far as it is known without
+// following links.
 type fake struct {
 	tree
 	at     string

@@ -1,5 +1,5 @@
-// Package host gives the file trees of a host (/sys, /proc, /dev, /etc, /run, /var/lib) as one value: the running host, a
-// folder that holds a captured tree, or a snapshot archive. Nothing above it opens a path of its own.
+// Package host gives the file trees of a host (/sys, /proc, /dev, /etc, /run, /var/lib) as one value: the running host,
+// a folder that holds a captured tree, or a snapshot archive. Nothing above it opens a path of its own.
 //
 // Names are relative and use '/'. Every error is a *fs.PathError with the whole path, so that errors.Is works with
 // fs.ErrNotExist, fs.ErrPermission and errnos, and the path need not be added by callers.
@@ -25,8 +25,8 @@ type Host struct {
 	system System // nil: a captured host
 }
 
-// Open opens the running host ("" or "/"), a folder holding a captured tree, or a snapshot file. Only the running host can
-// be written to. The caller closes it.
+// Open opens the running host ("" or "/"), a folder holding a captured tree, or a snapshot file. Only the running host
+// can be written to. The caller closes it.
 func Open(name string) (*Host, error) {
 	if name == "" || name == "/" {
 		t, err := openDisk("/", false)
@@ -35,6 +35,7 @@ func Open(name string) (*Host, error) {
 		}
 		return &Host{Dir: Dir{tree: t, path: "/"}, system: machine{t}}, nil
 	}
+
 	var st unix.Stat_t
 	if err := retry(func() error { return unix.Stat(name, &st) }); err != nil {
 		return nil, &fs.PathError{Op: "open", Path: name, Err: err}
@@ -46,6 +47,7 @@ func Open(name string) (*Host, error) {
 		}
 		return &Host{Dir: Dir{tree: t, path: path.Clean(name)}}, nil
 	}
+
 	if st.Mode&unix.S_IFMT != unix.S_IFREG {
 		return nil, badSnapshot(name, "neither a folder nor a regular file")
 	}
@@ -132,8 +134,8 @@ func (d *Dir) File(name string) (File, error) {
 // String returns a sysfs attribute without its trailing newline. It reads once: an attribute is at most a page.
 func (d *Dir) String(name string) (string, error) { return d.attribute(name, false) }
 
-// Steady is String for attributes that the kernel gives from memory, under no lock that a driver may hold for long, such as
-// numa_node and modalias (drivers/pci/pci-sysfs.c). It is quicker and cannot be waited for.
+// Steady is String for attributes that the kernel gives from memory, under no lock that a driver may hold for long,
+// such as numa_node and modalias (drivers/pci/pci-sysfs.c). It is quicker and cannot be waited for.
 func (d *Dir) Steady(name string) (string, error) { return d.attribute(name, true) }
 
 func (d *Dir) attribute(name string, steady bool) (string, error) {
@@ -231,8 +233,8 @@ type Error string
 
 func (e Error) Error() string { return string(e) }
 
-// Absent reports whether err says that the thing is not there, or went away while it was read: ENOENT, or ENODEV and ENXIO
-// as sysfs gives them for a device that was removed.
+// Absent reports whether err says that the thing is not there, or went away while it was read: ENOENT, or ENODEV and
+// ENXIO as sysfs gives them for a device that was removed.
 func Absent(err error) bool {
 	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENXIO)
 }

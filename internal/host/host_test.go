@@ -89,7 +89,11 @@ func TestAnswers(t *testing.T) {
 		return answers{errs: [6]error{e, e, e, e, e, e}, exists: exists}
 	}
 	dir := func(names ...string) answers {
-		return answers{names: names, exists: true, errs: [6]error{unix.EISDIR, unix.EISDIR, unix.EINVAL, unix.EINVAL, unix.EISDIR, nil}}
+		return answers{
+			names:  names,
+			exists: true,
+			errs:   [6]error{unix.EISDIR, unix.EISDIR, unix.EINVAL, unix.EINVAL, unix.EISDIR, nil},
+		}
 	}
 	link := func(target, base string, to answers) answers {
 		to.link, to.base, to.errs[2], to.errs[3], to.exists = target, base, nil, nil, true
@@ -106,14 +110,15 @@ func TestAnswers(t *testing.T) {
 		"sys/devices/root/dev/subsystem": link("../../../class/net", "net", dir()),
 		"sys/bus":                        dir("dangling", "dev", "loop"),
 		".":                              dir("sys"),
-		"sys/bus/dev":                    link("../devices/root/dev", "dev", dir("big", "empty", "id", "lines", "none", "number", "page", "subsystem")),
-		"sys/bus/dangling":               link("../devices/gone", "gone", none(unix.ENOENT, true)),
-		"sys/bus/loop":                   link("loop", "loop", none(unix.ELOOP, true)),
-		"sys/bus/loop/x":                 none(unix.ELOOP, false),
-		"sys/bus/dangling/x":             none(unix.ENOENT, false),
-		"sys/bus/nothing":                none(unix.ENOENT, false),
-		"sys/bus/dev/id/x":               none(unix.ENOTDIR, false),
-		"../../sys/bus/dev/id":           text("0x8086\n", 0x8086, false),
+		"sys/bus/dev": link("../devices/root/dev", "dev",
+			dir("big", "empty", "id", "lines", "none", "number", "page", "subsystem")),
+		"sys/bus/dangling":     link("../devices/gone", "gone", none(unix.ENOENT, true)),
+		"sys/bus/loop":         link("loop", "loop", none(unix.ELOOP, true)),
+		"sys/bus/loop/x":       none(unix.ELOOP, false),
+		"sys/bus/dangling/x":   none(unix.ENOENT, false),
+		"sys/bus/nothing":      none(unix.ENOENT, false),
+		"sys/bus/dev/id/x":     none(unix.ENOTDIR, false),
+		"../../sys/bus/dev/id": text("0x8086\n", 0x8086, false),
 	}
 	for kind, h := range sample.Hosts(t) {
 		for name, want := range want {
@@ -193,7 +198,8 @@ func TestErrors(t *testing.T) {
 			t.Errorf("path %q, want %q", got, want)
 		}
 	}
-	if _, err := host.Open(dir + "/gone"); !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), dir+"/gone") {
+	if _, err := host.Open(dir + "/gone"); !errors.Is(err, fs.ErrNotExist) ||
+		!strings.Contains(err.Error(), dir+"/gone") {
 		t.Errorf("open of nothing: %v", err)
 	}
 }

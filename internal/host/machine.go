@@ -37,7 +37,8 @@ func (m machine) Socket(family int, groups uint32, namespace string) (fd int, er
 	return fd, nil
 }
 
-// inside does something in a network namespace, on a thread of its own. One that does not get back to where it was ends.
+// inside does something in a network namespace, on a thread of its own. One that does not get back to where it was
+// ends.
 func (m machine) inside(namespace string, do func() error) error {
 	done := make(chan error, 1)
 	go func() {

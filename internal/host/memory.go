@@ -61,6 +61,7 @@ func (m memory) find(name string, keepLast bool) (*node, error) {
 			here = here.parent
 			continue
 		}
+
 		n := here.children[next]
 		switch {
 		case n == nil:
@@ -69,6 +70,7 @@ func (m memory) find(name string, keepLast bool) (*node, error) {
 			here = n
 			continue
 		}
+
 		if links++; links > maxLinks {
 			return nil, unix.ELOOP
 		}

@@ -28,7 +28,8 @@ func ModprobeArgs(module string) []string {
 	return []string{"--", module}
 }
 
-// Modprobe does not wait for a program that the kernel does not let go of: it may hang for good in a module's initialisation.
+// Modprobe does not wait for a program that the kernel does not let go of: it may hang for good in a module's
+// initialisation.
 func (m machine) Modprobe(ctx context.Context, module string) error {
 	h := Host{Dir: Dir{tree: m.root, path: "/"}}
 	program := h.modprobe()
@@ -59,7 +60,8 @@ func (m machine) Modprobe(ctx context.Context, module string) error {
 			}
 			return err
 		case <-time.After(2 * cmd.WaitDelay):
-			return fmt.Errorf("%s %s: %w; it hangs in the kernel (process %d)", program, module, ctx.Err(), cmd.Process.Pid)
+			return fmt.Errorf("%s %s: %w; it hangs in the kernel (process %d)", program, module, ctx.Err(),
+				cmd.Process.Pid)
 		}
 	}
 }

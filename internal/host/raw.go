@@ -6,9 +6,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The calls that look things up in sysfs, without telling Go's scheduler: they never wait for anything but memory, and on a
-// slow machine the scheduler would hand the thread's work on at each of them. Reading an attribute may wait for a driver, so
-// only the steady ones are read this way.
+// The calls that look things up in sysfs, without telling Go's scheduler: they never wait for anything but memory, and
+// on a slow machine the scheduler would hand the thread's work on at each of them. Reading an attribute may wait for a
+// driver, so only the steady ones are read this way.
 
 // cstring copies name to buf, which the kernel reads; false if it does not fit.
 func cstring(buf *[256]byte, name string) bool { return copy(buf[:len(buf)-1], name) == len(name) }
@@ -18,7 +18,8 @@ func rawOpenat(dir int, name string, flags int) (int, error) {
 	if !cstring(&buf, name) {
 		return unix.Openat(dir, name, flags, 0)
 	}
-	fd, _, errno := unix.RawSyscall6(unix.SYS_OPENAT, uintptr(dir), uintptr(unsafe.Pointer(&buf)), uintptr(flags), 0, 0, 0)
+	fd, _, errno := unix.RawSyscall6(unix.SYS_OPENAT, uintptr(dir), uintptr(unsafe.Pointer(&buf)), uintptr(flags), 0, 0,
+		0)
 	if errno != 0 {
 		return -1, errno
 	}
@@ -30,7 +31,8 @@ func rawReadlinkat(dir int, name string, b []byte) (int, error) {
 	if !cstring(&buf, name) {
 		return unix.Readlinkat(dir, name, b)
 	}
-	n, _, errno := unix.RawSyscall6(unix.SYS_READLINKAT, uintptr(dir), uintptr(unsafe.Pointer(&buf)), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), 0, 0)
+	n, _, errno := unix.RawSyscall6(unix.SYS_READLINKAT, uintptr(dir), uintptr(unsafe.Pointer(&buf)),
+		uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), 0, 0)
 	if errno != 0 {
 		return -1, errno
 	}

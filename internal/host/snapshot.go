@@ -13,8 +13,8 @@ import (
 	"time"
 )
 
-// A snapshot is a gzip-compressed tar archive of small files and relative links, the manifest first. It comes from other
-// people's machines, so it is read with bounds, into memory, and never unpacked.
+// A snapshot is a gzip-compressed tar archive of small files and relative links, the manifest first. It comes from
+// other people's machines, so it is read with bounds, into memory, and never unpacked.
 const (
 	manifestName    = "viaduct-snapshot.json"
 	snapshotFormat  = 1
@@ -66,8 +66,10 @@ func decodeSnapshot(name string, r io.Reader) (*node, error) {
 		if err != nil {
 			return nil, badSnapshot(name, "damaged or truncated after %d entries (%v)", entries, err)
 		}
+
 		content += int(min(h.Size, maxContent)) + len(h.Name) + len(h.Linkname)
-		if h.Size > maxEntry || len(h.Name) > maxName || len(h.Linkname) > maxName || content > maxContent || max(entries, nodes) > maxEntries {
+		if h.Size > maxEntry || len(h.Name) > maxName || len(h.Linkname) > maxName || content > maxContent ||
+			max(entries, nodes) > maxEntries {
 			return nil, badSnapshot(name, "larger than any real one, at entry %q", shorten(h.Name))
 		}
 		n := &node{}
@@ -86,6 +88,7 @@ func decodeSnapshot(name string, r io.Reader) (*node, error) {
 		default:
 			return nil, badSnapshot(name, "entry %q is neither file, link nor directory", shorten(h.Name))
 		}
+
 		if entries == 0 {
 			var m manifest
 			if h.Name != manifestName || json.Unmarshal(n.data, &m) != nil {
@@ -96,12 +99,14 @@ func decodeSnapshot(name string, r io.Reader) (*node, error) {
 			}
 			continue
 		}
+
 		made, err := root.add(h.Name, n)
 		if err != nil {
 			return nil, badSnapshot(name, "entry %q: %v", shorten(h.Name), err)
 		}
 		nodes += made
 	}
+
 	// tar stops at its end mark; what follows must be padding only, and reading it makes gzip check its sum.
 	if n, err := io.Copy(io.Discard, io.LimitReader(z, 1<<20)); err != nil {
 		return nil, badSnapshot(name, "damaged at its end (%v)", err)
@@ -120,7 +125,8 @@ func shorten(s string) string {
 
 // leaves says whether a link would climb out of the tree.
 func leaves(name, target string) bool {
-	return target == "" || path.IsAbs(target) || strings.HasPrefix(path.Join(path.Dir(path.Clean(name)), target)+"/", "../")
+	return target == "" || path.IsAbs(target) ||
+		strings.HasPrefix(path.Join(path.Dir(path.Clean(name)), target)+"/", "../")
 }
 
 // add puts leaf at name, with the directories above it, and says how many nodes that made.
@@ -151,6 +157,7 @@ func (n *node) add(name string, leaf *node) (made int, err error) {
 		case child.children == nil:
 			return made, errors.New("below something that is no directory")
 		}
+
 		n = child
 	}
 	return made, nil
@@ -194,7 +201,9 @@ func (s *SnapshotWriter) Link(name, target string) error {
 		return nil
 	}
 	s.seen[name] = true
-	return s.t.WriteHeader(&tar.Header{Typeflag: tar.TypeSymlink, Name: name, Linkname: target, Mode: 0o777, ModTime: s.now})
+	return s.t.WriteHeader(
+		&tar.Header{Typeflag: tar.TypeSymlink, Name: name, Linkname: target, Mode: 0o777, ModTime: s.now},
+	)
 }
 
 // Dir adds a directory, which only an empty one needs.

@@ -55,11 +55,9 @@ func sampleSnapshot(t testing.TB) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = errors.Join(
-		w.File("sys/devices/a/id", []byte("0x8086\n")), w.File("sys/devices/a/id", []byte("added twice")),
+	err = errors.Join(w.File("sys/devices/a/id", []byte("0x8086\n")), w.File("sys/devices/a/id", []byte("added twice")),
 		w.Link("sys/bus/a", "../devices/a"), w.Link("sys/bus/a", "../devices/b"),
-		w.Dir("sys/class"), w.Dir("sys/class"), w.Dir("sys/devices"), w.File("sys/class/empty", nil),
-	)
+		w.Dir("sys/class"), w.Dir("sys/class"), w.Dir("sys/devices"), w.File("sys/class/empty", nil))
 	for i := range 100 { // bytes that do not compress
 		err = errors.Join(err, w.File(fmt.Sprintf("sys/devices/%d/id", i), fmt.Appendf(nil, "%x\n", i*i*7919)))
 	}
@@ -153,8 +151,8 @@ func TestSnapshotTruncated(t *testing.T) {
 	refused(t, "not closed", unfinished.Bytes())
 }
 
-// TestSnapshotFlipped: a changed byte is noticed, unless the content is still the same: parts of gzip's header say nothing
-// of it, and a repetition can be found in two places.
+// TestSnapshotFlipped: a changed byte is noticed, unless the content is still the same: parts of gzip's header say
+// nothing of it, and a repetition can be found in two places.
 func TestSnapshotFlipped(t *testing.T) {
 	b := sampleSnapshot(t)
 	want, err := decodeSnapshot("s", bytes.NewReader(b))
@@ -281,7 +279,13 @@ func TestSnapshotBombs(t *testing.T) {
 	manifest := append(block(&tar.Header{Name: manifestName, Typeflag: tar.TypeReg, Size: 12}), goodManifest.content...)
 	manifest = append(manifest, make([]byte, 500)...)
 	zero := make([]byte, 1<<20)
-	pax := block(&tar.Header{Name: "x", Typeflag: tar.TypeReg, PAXRecords: map[string]string{"VIADUCT.x": strings.Repeat("x", 1<<18)}})
+	pax := block(
+		&tar.Header{
+			Name:       "x",
+			Typeflag:   tar.TypeReg,
+			PAXRecords: map[string]string{"VIADUCT.x": strings.Repeat("x", 1<<18)},
+		},
+	)
 	pax = pax[:len(pax)-512] // tar reads it, and looks for the entry that it belongs to
 	for _, c := range []struct {
 		name  string
@@ -348,8 +352,20 @@ func FuzzSnapshot(f *testing.F) {
 		return raw
 	}
 	f.Add(sampleSnapshot(f), false)
-	f.Add(unpack(archive(f, goodManifest, entry{name: "sys/x", content: "1"}, entry{name: "l", link: "sys/x", kind: tar.TypeSymlink})), true)
-	f.Add(unpack(archive(f, goodManifest, entry{name: "d/", kind: tar.TypeDir}, entry{name: "d/e/l", link: "../..", kind: tar.TypeSymlink})), true)
+	f.Add(
+		unpack(
+			archive(f, goodManifest, entry{name: "sys/x", content: "1"},
+				entry{name: "l", link: "sys/x", kind: tar.TypeSymlink}),
+		),
+		true,
+	)
+	f.Add(
+		unpack(
+			archive(f, goodManifest, entry{name: "d/", kind: tar.TypeDir},
+				entry{name: "d/e/l", link: "../..", kind: tar.TypeSymlink}),
+		),
+		true,
+	)
 	f.Fuzz(func(t *testing.T, b []byte, compress bool) { // compressed here, the fuzzer sees the archive itself
 		if compress {
 			var out bytes.Buffer

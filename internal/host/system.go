@@ -8,9 +8,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// System is what a running host has beside its file trees: a kernel to ask, and files to make and remove. The machine that
-// this program runs on is one; tests have another, which can also let any operation fail. Names are relative to the host's
-// root, as those of Dir are.
+// System is what a running host has beside its file trees: a kernel to ask, and files to make and remove. The machine
+// that this program runs on is one; tests have another, which can also let any operation fail. Names are relative to
+// the host's root, as those of Dir are.
 type System interface {
 	// Operation is asked before each operation, also before those of the file trees; an error fails it.
 	Operation(op, name string) error
@@ -29,11 +29,13 @@ type System interface {
 	InUse(name string) (bool, error)
 	// Own gives a file an owner, a group (-1 leaves either) and a mode.
 	Own(name string, uid, gid int, mode uint32) error
-	// Modprobe loads a module, or with an alias what it stands for. It returns when the context ends, whatever the kernel does.
+	// Modprobe loads a module, or with an alias what it stands for. It returns when the context ends, whatever the
+	// kernel does.
 	Modprobe(ctx context.Context, module string) error
 }
 
-// Real reports whether this is the machine that this program runs on: the only host that has this program's own processes.
+// Real reports whether this is the machine that this program runs on: the only host that has this program's own
+// processes.
 func (h *Host) Real() bool {
 	_, real := h.system.(machine)
 	return real
@@ -50,7 +52,8 @@ func (h *Host) ask(op, name string) error {
 	return nil
 }
 
-// Socket opens a netlink socket of a family, as unix.NETLINK_ROUTE, that hears these multicast groups. The caller closes it.
+// Socket opens a netlink socket of a family, as unix.NETLINK_ROUTE, that hears these multicast groups. The caller
+// closes it.
 func (h *Host) Socket(family int, groups uint32) (int, error) { return h.SocketIn("", family, groups) }
 
 // SocketIn is Socket in the network namespace that a file stands for, as proc/1/ns/net.
@@ -79,8 +82,8 @@ func (h *Host) OpenNode(name string, flags int) (int, error) {
 	return fd, nil
 }
 
-// Ioctl is ioctl(2) for a descriptor of OpenNode, and for a plain network socket if fd is below zero. Name is what the error
-// names. What arg points to has to be kept alive by the caller.
+// Ioctl is ioctl(2) for a descriptor of OpenNode, and for a plain network socket if fd is below zero. Name is what the
+// error names. What arg points to has to be kept alive by the caller.
 func (h *Host) Ioctl(fd int, name string, request uintptr, arg unsafe.Pointer) (int, error) {
 	if err := h.ask("ioctl", name); err != nil {
 		return 0, err
@@ -96,8 +99,8 @@ func (h *Host) Ioctl(fd int, name string, request uintptr, arg unsafe.Pointer) (
 // ErrNoDevice says that a file is no device file.
 var ErrNoDevice = errors.New("not a device file")
 
-// DeviceNumber is the number of the device file that name leads to, links followed: the major number in the upper 32 bits,
-// the minor one in the lower; ErrNoDevice for any other file. It waits for no network file system.
+// DeviceNumber is the number of the device file that name leads to, links followed: the major number in the upper 32
+// bits, the minor one in the lower; ErrNoDevice for any other file. It waits for no network file system.
 func (h *Host) DeviceNumber(name string) (block bool, number uint64, err error) {
 	if err := h.ask("stat", name); err != nil {
 		return false, 0, err
@@ -108,8 +111,8 @@ func (h *Host) DeviceNumber(name string) (block bool, number uint64, err error) 
 	return block, number, nil
 }
 
-// InUse reports whether a disk is in exclusive use (open(2), O_EXCL on block devices): mounted, or part of something larger.
-// One that is not there is not.
+// InUse reports whether a disk is in exclusive use (open(2), O_EXCL on block devices): mounted, or part of something
+// larger. One that is not there is not.
 func (h *Host) InUse(name string) (bool, error) {
 	if err := h.ask("exclusive", name); err != nil {
 		return false, err
@@ -132,9 +135,9 @@ func (h *Host) Own(name string, uid, gid int, mode uint32) error {
 	return nil
 }
 
-// Modprobe loads a module by its name, or those of an alias less what the administrator's files blacklist, with dependencies
-// and options, which is why it is not done by finit_module(2). It returns when the context ends, also when the kernel does not
-// let go of the program that loads.
+// Modprobe loads a module by its name, or those of an alias less what the administrator's files blacklist, with
+// dependencies and options, which is why it is not done by finit_module(2). It returns when the context ends, also when
+// the kernel does not let go of the program that loads.
 func (h *Host) Modprobe(ctx context.Context, module string) error {
 	if err := h.ask("modprobe", module); err != nil {
 		return err

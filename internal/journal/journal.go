@@ -1,5 +1,5 @@
-// Package journal keeps what viaduct must know to undo its changes, and what it knows of devices from one boot to the next:
-// small records in a folder of the host, each written durably and whole or not at all.
+// Package journal keeps what viaduct must know to undo its changes, and what it knows of devices from one boot to the
+// next: small records in a folder of the host, each written durably and whole or not at all.
 package journal
 
 import (
@@ -14,7 +14,8 @@ import (
 	"viaduct/internal/host"
 )
 
-// Dir is where the journal of changes is, below the host's root: it dies with the boot, as the state that it describes does.
+// Dir is where the journal of changes is, below the host's root: it dies with the boot, as the state that it describes
+// does.
 const Dir = "run/viaduct"
 
 // Changing begins the keys of the records of changes that are under way, by device.
@@ -48,7 +49,8 @@ func (j *Journal) Keys(prefix string) ([]string, error) {
 	return keys, err
 }
 
-// Changed is when a record was last made, replaced or removed, as finely as the kernel keeps time; zero if there was none yet.
+// Changed is when a record was last made, replaced or removed, as finely as the kernel keeps time; zero if there was
+// none yet.
 func (j *Journal) Changed() time.Time {
 	if st, err := os.Stat(j.Dir()); err == nil {
 		return st.ModTime()

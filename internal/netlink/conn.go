@@ -1,8 +1,9 @@
-// Package netlink asks the kernel over netlink: one request, and its answer or answers. It knows the messages of interfaces,
-// addresses and routes, and finds families of generic netlink; what their attributes mean to VFs stands above it.
+// Package netlink asks the kernel over netlink: one request, and its answer or answers. It knows the messages of
+// interfaces, addresses and routes, and finds families of generic netlink; what their attributes mean to VFs stands
+// above it.
 //
-// What the kernel says is not always whole. A message that was cut is asked for again with less in it, and a list that changed
-// while it was told is told again. A receive has a deadline.
+// What the kernel says is not always whole. A message that was cut is asked for again with less in it, and a list that
+// changed while it was told is told again. A receive has a deadline.
 package netlink
 
 import (
@@ -26,7 +27,8 @@ var errInterrupted = errors.New("what was asked for changed all the time while t
 const (
 	// patience is how long an answer is waited for. The kernel has it when a request was sent.
 	patience = 30 * time.Second
-	// firstRoom is what most answers fit in, and mostRoom what one may take at all: that of an interface with 4,096 VFs does.
+	// firstRoom is what most answers fit in, and mostRoom what one may take at all: that of an interface with 4,096 VFs
+	// does.
 	firstRoom = 64 << 10
 	mostRoom  = 16 << 20
 	// retells is how often a list may change while it is told.
@@ -35,8 +37,8 @@ const (
 
 var native = binary.NativeEndian
 
-// Conn is a netlink socket for one request after the other. It blocks: the kernel has answered when a request is sent, and to
-// have the runtime wait for that would take longer than the request. Its owner closes it.
+// Conn is a netlink socket for one request after the other. It blocks: the kernel has answered when a request is sent,
+// and to have the runtime wait for that would take longer than the request. Its owner closes it.
 type Conn struct {
 	fd   int
 	to   unix.Sockaddr
@@ -75,8 +77,8 @@ func DialIn(h *host.Host, namespace string, family int) (*Conn, error) {
 // Close closes the socket.
 func (c *Conn) Close() { unix.Close(c.fd) }
 
-// Ask makes a request that has one answer, and returns the answer's payload; nil if it is only that it was done. Errors wrap
-// the errno, and ErrCut.
+// Ask makes a request that has one answer, and returns the answer's payload; nil if it is only that it was done. Errors
+// wrap the errno, and ErrCut.
 func (c *Conn) Ask(kind int, flags int, parts ...nl.NetlinkRequestData) ([]byte, error) {
 	req := request(kind, flags, parts)
 	if err := c.send(req); err != nil {
@@ -107,8 +109,8 @@ func (c *Conn) answer(sequence uint32) ([]byte, error) {
 	}
 }
 
-// Dump makes a request that has any number of answers, and returns their payloads. What changes while it is told is told
-// again from the beginning.
+// Dump makes a request that has any number of answers, and returns their payloads. What changes while it is told is
+// told again from the beginning.
 func (c *Conn) Dump(kind int, parts ...nl.NetlinkRequestData) ([][]byte, error) {
 	for range retells {
 		req := request(kind, unix.NLM_F_DUMP, parts)
@@ -169,8 +171,8 @@ func (c *Conn) send(req *nl.NetlinkRequest) error {
 	return os.NewSyscallError("sendto", err)
 }
 
-// receive reads one datagram, which is valid until the next call. It asks for the length first, and makes room for it: the rest
-// of one that was cut is lost, with the end of a list that it may hold.
+// receive reads one datagram, which is valid until the next call. It asks for the length first, and makes room for it:
+// the rest of one that was cut is lost, with the end of a list that it may hold.
 func (c *Conn) receive() ([]byte, error) {
 	n, err := c.recv(nil, unix.MSG_PEEK)
 	if err != nil {
@@ -236,7 +238,8 @@ func decodeMessage(b []byte) (m message, rest []byte, err error) {
 	return m, b[min((length+3)&^3, len(b)):], nil
 }
 
-// decodeAck is the error that an NLMSG_ERROR tells, with the kernel's own words where it has some; nil if it tells success.
+// decodeAck is the error that an NLMSG_ERROR tells, with the kernel's own words where it has some; nil if it tells
+// success.
 func decodeAck(b []byte) error {
 	// The errno and the request's header; the rest of the request is left out (NETLINK_CAP_ACK).
 	const head = 4 + unix.SizeofNlMsghdr

@@ -13,7 +13,8 @@ import (
 	"viaduct/internal/host"
 )
 
-// Link is a network interface as an RTM_NEWLINK tells of it. Numbers of attributes are those of include/uapi/linux/if_link.h.
+// Link is a network interface as an RTM_NEWLINK tells of it. Numbers of attributes are those of
+// include/uapi/linux/if_link.h.
 type Link struct {
 	Index        int
 	Name         string
@@ -193,9 +194,9 @@ func (l *Link) decodeFamilies(value []byte) {
 	})
 }
 
-// walkVFs reads the VFs of an IFLA_VFINFO_LIST that begins at b. Its own length has 16 bits, which some 215 VFs with counters
-// overflow: so it is walked up to the number of VFs that the kernel told before it, and what follows the last is what follows
-// the list.
+// walkVFs reads the VFs of an IFLA_VFINFO_LIST that begins at b. Its own length has 16 bits, which some 215 VFs with
+// counters overflow: so it is walked up to the number of VFs that the kernel told before it, and what follows the last
+// is what follows the list.
 func walkVFs(b []byte, length, count int) (vfs [][]byte, rest []byte) {
 	at := b[unix.SizeofRtAttr:]
 	end := at[min((length+3)&^3, len(at)):]
@@ -234,8 +235,8 @@ func (c *Conn) SetGenMode(index, mode int) error {
 	return c.SetLink(index, 0, 0, families)
 }
 
-// Permanent is, by interface, the addresses that interfaces were made with, where the kernel knows these. An interface that is
-// gone, or that was renamed just now, is left out.
+// Permanent is, by interface, the addresses that interfaces were made with, where the kernel knows these. An interface
+// that is gone, or that was renamed just now, is left out.
 func Permanent(h *host.Host, names []string) (map[string]net.HardwareAddr, error) {
 	c, err := Dial(h, unix.NETLINK_ROUTE)
 	if err != nil {

@@ -48,7 +48,8 @@ func makeVFs(t *testing.T, k *hosttest.Kernel, n int) {
 	}
 }
 
-// The VFs of a link are told in a list whose length has 16 bits. It is read to its end all the same, whatever it says of itself.
+// The VFs of a link are told in a list whose length has 16 bits. It is read to its end all the same, whatever it says
+// of itself.
 func TestManyVFs(t *testing.T) {
 	for _, n := range []int{1, 7, 100, 256, 600} {
 		k := hosttest.NewLab(t, nil)
@@ -74,7 +75,8 @@ func TestManyVFs(t *testing.T) {
 	}
 }
 
-// A message that was cut is asked for again with less: VFs without counters, and at last no VFs, of which nothing is known then.
+// A message that was cut is asked for again with less: VFs without counters, and at last no VFs, of which nothing is
+// known then.
 func TestCutVFs(t *testing.T) {
 	for _, cut := range []struct {
 		longest int // message that comes whole
@@ -122,7 +124,10 @@ func TestLongMessage(t *testing.T) {
 // A dump whose subject changed while it was told is told again, however often; and not for ever.
 func TestInterruptedDump(t *testing.T) {
 	k := hosttest.NewLab(t, nil)
-	k.Net.Addresses = []hosttest.Address{{Interface: nic, CIDR: "192.0.2.1/24"}, {Interface: other, CIDR: "2001:db8::1/64"}}
+	k.Net.Addresses = []hosttest.Address{
+		{Interface: nic, CIDR: "192.0.2.1/24"},
+		{Interface: other, CIDR: "2001:db8::1/64"},
+	}
 	c := dial(t, k, unix.NETLINK_ROUTE)
 	k.Net.Interrupt = 77
 	got, err := c.Addresses()
@@ -231,7 +236,11 @@ func TestSet(t *testing.T) {
 func TestRoutes(t *testing.T) {
 	k := hosttest.NewLab(t, nil)
 	k.Net.Routes = []hosttest.Route{
-		{To: "192.0.2.0/24", Over: []string{nic}, Protocol: unix.RTPROT_KERNEL}, {To: "default", Over: []string{other, nic}},
+		{
+			To:       "192.0.2.0/24",
+			Over:     []string{nic},
+			Protocol: unix.RTPROT_KERNEL,
+		}, {To: "default", Over: []string{other, nic}},
 	}
 	c := dial(t, k, unix.NETLINK_ROUTE)
 	one, _ := c.LinkByName(nic)
@@ -244,7 +253,8 @@ func TestRoutes(t *testing.T) {
 		r.Protocol != unix.RTPROT_KERNEL {
 		t.Errorf("%+v", r)
 	}
-	if r := routes[1]; !r.Default() || !slices.Equal(r.Over, []int{two.Index, one.Index}) || r.Kind != unix.RTN_UNICAST {
+	if r := routes[1]; !r.Default() || !slices.Equal(r.Over, []int{two.Index, one.Index}) ||
+		r.Kind != unix.RTN_UNICAST {
 		t.Errorf("%+v", r)
 	}
 	if over, err := c.RouteTo(net.ParseIP("192.0.2.7"), nil); err != nil || !slices.Equal(over, []int{one.Index}) {
@@ -352,7 +362,8 @@ func TestKernel(t *testing.T) {
 	}
 	byName, err1 := c.LinkByName("lo")
 	byIndex, err2 := c.LinkByIndex(lo.Index)
-	if err := errors.Join(err1, err2); err != nil || byName.Index != lo.Index || byIndex.Name != "lo" || byName.MTU != lo.MTU {
+	if err := errors.Join(err1, err2); err != nil || byName.Index != lo.Index || byIndex.Name != "lo" ||
+		byName.MTU != lo.MTU {
 		t.Errorf("%+v, %+v, %v", byName, byIndex, err)
 	}
 	if l, err := c.LinkWithVFs("lo", 0); err != nil || l.NumVF != 0 || len(l.VFs) != 0 {
@@ -364,7 +375,8 @@ func TestKernel(t *testing.T) {
 	addresses, err := c.Addresses()
 	theirs, _ := lo.Addrs()
 	for _, a := range theirs {
-		if !slices.ContainsFunc(addresses, func(b Address) bool { return b.Index == lo.Index && b.String() == a.String() }) {
+		if !slices.ContainsFunc(addresses,
+			func(b Address) bool { return b.Index == lo.Index && b.String() == a.String() }) {
 			t.Errorf("%v is not among %v, %v", a, addresses, err)
 		}
 	}

@@ -30,7 +30,8 @@ func (c *Conn) Addresses() ([]Address, error) {
 	return out, nil
 }
 
-// decodeAddress reads an RTM_NEWADDR. On a link between two hosts IFA_LOCAL is this one's address, and IFA_ADDRESS the other's.
+// decodeAddress reads an RTM_NEWADDR. On a link between two hosts IFA_LOCAL is this one's address, and IFA_ADDRESS the
+// other's.
 func decodeAddress(b []byte) (Address, bool) {
 	if len(b) < unix.SizeofIfAddrmsg {
 		return Address{}, false
@@ -90,8 +91,8 @@ func (c *Conn) Routes() ([]Route, error) {
 	return out, nil
 }
 
-// RouteTo asks over which interface the kernel sends from one address to another. An errno, as ENETUNREACH, says that there is
-// no way.
+// RouteTo asks over which interface the kernel sends from one address to another. An errno, as ENETUNREACH, says that
+// there is no way.
 func (c *Conn) RouteTo(to, from net.IP) ([]int, error) {
 	family, length := unix.AF_INET6, net.IPv6len
 	if v4 := to.To4(); v4 != nil {

@@ -14,8 +14,8 @@ import (
 // Events is a subscription. Its owner closes it.
 type Events struct{ devices, links int }
 
-// Open subscribes to what the kernel tells udev (NETLINK_KOBJECT_UEVENT, group 1) and what udev tells when it is done with it (group 2),
-// and to changes of network interfaces (RTNLGRP_LINK). Who opens before a first look misses nothing.
+// Open subscribes to what the kernel tells udev (NETLINK_KOBJECT_UEVENT, group 1) and what udev tells when it is done
+// with it (group 2), and to changes of network interfaces (RTNLGRP_LINK). Who opens before a first look misses nothing.
 func Open(h *host.Host) (*Events, error) {
 	e := &Events{-1, -1}
 	for _, s := range []struct {
@@ -45,8 +45,8 @@ func (e *Events) Close() {
 	}
 }
 
-// Await returns true when something happened, and false after a time, of which no more than a second passes after the context
-// has ended. Not all that matters comes with an event, so who waits for a state looks again each time.
+// Await returns true when something happened, and false after a time, of which no more than a second passes after the
+// context has ended. Not all that matters comes with an event, so who waits for a state looks again each time.
 func (e *Events) Await(ctx context.Context, most time.Duration) bool {
 	if deadline, ok := ctx.Deadline(); ok {
 		most = min(most, time.Until(deadline))

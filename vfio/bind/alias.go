@@ -18,8 +18,8 @@ const (
 	genericModule = "vfio_pci"
 )
 
-// matchModules returns the modules of a modules.alias file whose alias matches, the most specific first: the one with the
-// fewest wildcards. A module's several matches count once, as its best.
+// matchModules returns the modules of a modules.alias file whose alias matches, the most specific first: the one with
+// the fewest wildcards. A module's several matches count once, as its best.
 func matchModules(aliases []byte, modalias string) []string {
 	prefix, _, _ := strings.Cut(modalias, ":")
 	key := []byte("alias " + prefix + ":")
@@ -38,6 +38,7 @@ func matchModules(aliases []byte, modalias string) []string {
 		}
 		found = append(found, match{f[2], strings.Count(f[1], "*")})
 	}
+
 	var modules []string
 	for len(found) > 0 {
 		best := 0
@@ -67,8 +68,8 @@ func glob(pattern, s string) bool {
 	return false
 }
 
-// readAliases are the aliases of the running kernel's modules, those that are built in included, as modules.alias has them;
-// empty if there are no such files.
+// readAliases are the aliases of the running kernel's modules, those that are built in included, as modules.alias has
+// them; empty if there are no such files.
 func readAliases(h *iommu.Host) ([]byte, error) {
 	release, err := h.String("proc/sys/kernel/osrelease")
 	if err != nil {
@@ -88,8 +89,8 @@ func readAliases(h *iommu.Host) ([]byte, error) {
 	return nil, nil
 }
 
-// builtinAliases makes lines of modules.alias out of modules.builtin.modinfo, which holds MODULE.KEY=VALUE, each ended by a
-// zero byte.
+// builtinAliases makes lines of modules.alias out of modules.builtin.modinfo, which holds MODULE.KEY=VALUE, each ended
+// by a zero byte.
 func builtinAliases(modinfo []byte) []byte {
 	var out []byte
 	for entry := range bytes.SplitSeq(modinfo, []byte{0}) {
@@ -101,8 +102,8 @@ func builtinAliases(modinfo []byte) []byte {
 	return out
 }
 
-// driverOf is the name of the PCI driver that a loaded module registered, "" if it is not loaded or has none. The two names
-// differ: module vfio_pci has driver vfio-pci.
+// driverOf is the name of the PCI driver that a loaded module registered, "" if it is not loaded or has none. The two
+// names differ: module vfio_pci has driver vfio-pci.
 func driverOf(h *iommu.Host, module string) string {
 	names, err := h.Names(path.Join("sys/module", module, "drivers"))
 	if err != nil {
@@ -132,8 +133,8 @@ type modules struct {
 	found   map[string][]string // by alias
 }
 
-// candidates are the modules for an alias. The vfio_pci: aliases are of drivers/vfio/pci, as include/linux/mod_devicetable.h
-// has them: of modules that pass a device through, with vfio_pci as the last resort.
+// candidates are the modules for an alias. The vfio_pci: aliases are of drivers/vfio/pci, as
+// include/linux/mod_devicetable.h has them: of modules that pass a device through, with vfio_pci as the last resort.
 func (m *modules) candidates(alias string) ([]string, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -160,8 +161,8 @@ func (m *modules) useless(module string) bool {
 
 func devicePath(a iommu.Address) string { return path.Join("sys/bus/pci/devices", a.String()) }
 
-// vfio finds the VFIO driver for a device: the one that is wished for, or with Auto the best. With a module, that has to be
-// loaded first, and the driver's name is a guess until it is.
+// vfio finds the VFIO driver for a device: the one that is wished for, or with Auto the best. With a module, that has
+// to be loaded first, and the driver's name is a guess until it is.
 func (m *modules) vfio(d *iommu.Device, wish string) (driver, module string, err error) {
 	switch {
 	case wish == None:
@@ -190,8 +191,8 @@ func (m *modules) vfio(d *iommu.Device, wish string) (driver, module string, err
 	return m.vfio(d, generic) // also where the variant does not load
 }
 
-// home finds the driver that the host would use for a device: one that is there, else what modprobe loads for it, as udev
-// has it do, less what is blacklisted; "" leaves the choice to the kernel.
+// home finds the driver that the host would use for a device: one that is there, else what modprobe loads for it, as
+// udev has it do, less what is blacklisted; "" leaves the choice to the kernel.
 func (m *modules) home(d *iommu.Device) (driver, module string, err error) {
 	modules, err := m.candidates(d.Modalias())
 	if err != nil {

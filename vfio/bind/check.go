@@ -10,8 +10,8 @@ import (
 	"viaduct/vfio/holder"
 )
 
-// Units are what must be taken together with the given devices: the endpoints of their groups, each group once. Bridges are
-// left alone. A device without a group is a unit of its own.
+// Units are what must be taken together with the given devices: the endpoints of their groups, each group once. Bridges
+// are left alone. A device without a group is a unit of its own.
 func Units(t *iommu.Topology, devices []*iommu.Device) ([][]*iommu.Device, error) {
 	var out [][]*iommu.Device
 	seen := map[string]bool{}
@@ -49,14 +49,15 @@ type Verdict struct {
 	Unit []*iommu.Device
 	// Refused is a *holder.RefusedError that names every reason, nil if the unit may go.
 	Refused error
-	// Against are the holders that are a reason to refuse, and Overridden those that were, had force not overridden them.
+	// Against are the holders that are a reason to refuse, and Overridden those that were, had force not overridden
+	// them.
 	Against, Overridden []holder.Holder
 }
 
-// Check asks, for each unit, whether it may go where it is to go, by one look at who uses them. Asked are the devices that
-// somebody named; the rest of a unit comes along. What the host itself uses, PFs with VFs, bridges and devices that no IOMMU is
-// in front of are not taken, and what a guest has open is not given back: the write would wait for the guest. On a dry run who
-// cannot see all users ([holder.ErrBlind]) is told of those that can be seen.
+// Check asks, for each unit, whether it may go where it is to go, by one look at who uses them. Asked are the devices
+// that somebody named; the rest of a unit comes along. What the host itself uses, PFs with VFs, bridges and devices
+// that no IOMMU is in front of are not taken, and what a guest has open is not given back: the write would wait for the
+// guest. On a dry run who cannot see all users ([holder.ErrBlind]) is told of those that can be seen.
 func (b *Handle) Check(units [][]*iommu.Device, asked []*iommu.Device, g Goal, force []holder.Kind) ([]Verdict, error) {
 	t, err := b.Topology()
 	if err != nil {
@@ -65,7 +66,10 @@ func (b *Handle) Check(units [][]*iommu.Device, asked []*iommu.Device, g Goal, f
 	if g.takes() {
 		for _, d := range asked {
 			if d.IsBridge() {
-				return nil, &holder.RefusedError{What: "take " + d.Name, Reasons: []string{d.Name + " is a bridge, which no guest can have"}}
+				return nil, &holder.RefusedError{
+					What:    "take " + d.Name,
+					Reasons: []string{d.Name + " is a bridge, which no guest can have"},
+				}
 			}
 		}
 	}

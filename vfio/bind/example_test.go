@@ -9,8 +9,8 @@ import (
 	"viaduct/vfio/bind"
 )
 
-// On a running host Move takes the device, and what shares its group; on this captured one it says what it would do. The program
-// begins with ServeWrites: see the package's description.
+// On a running host Move takes the device, and what shares its group; on this captured one it says what it would do.
+// The program begins with ServeWrites: see the package's description.
 func ExampleHandle_Move() {
 	captured, remove := hosttest.LabFolder()
 	defer remove()

@@ -43,8 +43,8 @@ func TestDeadlineOfOneWrite(t *testing.T) {
 	}
 }
 
-// A write that does not return is told of with whom it waits for, or with that nobody can know; nothing is undone meanwhile, and
-// the next command finishes the rest.
+// A write that does not return is told of with whom it waits for, or with that nobody can know; nothing is undone
+// meanwhile, and the next command finishes the rest.
 func TestStuckWrite(t *testing.T) {
 	for _, known := range []bool{true, false} {
 		k := hosttest.NewLab(t, nil)
@@ -128,8 +128,8 @@ func TestMemberThatCannotGo(t *testing.T) {
 	}
 }
 
-// A driver that takes any device of some ids, as vfio-pci.ids= has it, takes it again when it is given back to the kernel's
-// choice. That is told, and the device is as it was.
+// A driver that takes any device of some ids, as vfio-pci.ids= has it, takes it again when it is given back to the
+// kernel's choice. That is told, and the device is as it was.
 func TestGivenBackToVFIO(t *testing.T) {
 	k := hosttest.NewLab(t, hosttest.Tree{"proc/cmdline": "quiet vfio-pci.ids=8086:10c9\n"})
 	b := open(t, k, Options{})

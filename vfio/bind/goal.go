@@ -21,16 +21,16 @@ const (
 	toHome
 )
 
-// Take is the goal of a device that is taken from the host: a VFIO driver, by its name or Auto; or None, which leaves it
-// without a driver.
+// Take is the goal of a device that is taken from the host: a VFIO driver, by its name or Auto; or None, which leaves
+// it without a driver.
 func Take(driver string) Goal { return Goal{to: toTake, driver: driver} }
 
-// GiveBack is the goal of a device that is given back: what it had when it was taken, be that no driver. If that is not known
-// (it was not taken by viaduct, or not since the boot), it is the driver that the host would use.
+// GiveBack is the goal of a device that is given back: what it had when it was taken, be that no driver. If that is not
+// known (it was not taken by viaduct, or not since the boot), it is the driver that the host would use.
 func GiveBack() Goal { return Goal{to: toGiveBack} }
 
-// Home is the goal of a device that the host is to use, also of one that was kept without a driver: the driver it had when it
-// was taken, else the one that the host would use.
+// Home is the goal of a device that the host is to use, also of one that was kept without a driver: the driver it had
+// when it was taken, else the one that the host would use.
 func Home() Goal { return Goal{to: toHome} }
 
 // OwnedBy is the goal with an owner for the nodes of what is taken; nil leaves them as they are.

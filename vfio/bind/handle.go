@@ -16,11 +16,11 @@ const DefaultTimeout = 30 * time.Second
 
 // Options are what a Handle is opened with. The zero value is for most.
 type Options struct {
-	// Timeout is how long one write may take, and how long another process that changes the same device is waited for. 0 is
-	// DefaultTimeout, and more for a write that takes longer the more it makes.
+	// Timeout is how long one write may take, and how long another process that changes the same device is waited for.
+	// 0 is DefaultTimeout, and more for a write that takes longer the more it makes.
 	Timeout time.Duration
-	// DryRun plans and checks, and changes nothing: every call that would is an error. Who cannot see all who use a device may
-	// still ask.
+	// DryRun plans and checks, and changes nothing: every call that would is an error. Who cannot see all who use a
+	// device may still ask.
 	DryRun bool
 	// Recoverers finish or undo the changes that other packages began with [Handle.Begin], by their names.
 	Recoverers map[string]Recoverer
@@ -29,8 +29,8 @@ type Options struct {
 // ErrDryRun is matched by errors of calls that would change the host, on a Handle that was opened for a dry run.
 const ErrDryRun = host.Error("this is a dry run: nothing is changed")
 
-// Handle takes devices of one host and gives them back. One Handle serves one command: it is closed when that is over. Its
-// methods may be called side by side, but for Scan and Close.
+// Handle takes devices of one host and gives them back. One Handle serves one command: it is closed when that is over.
+// Its methods may be called side by side, but for Scan and Close.
 type Handle struct {
 	host    *iommu.Host
 	options Options
@@ -44,9 +44,9 @@ type Handle struct {
 	stuck []Recovered // what Recover last reported as stuck
 }
 
-// Open opens a host for changes. The caller closes the Handle, and the host after it. On a running host the program must have
-// called [ServeWrites] first in its main, or Open fails. On a captured host all plans can be made, and changes are
-// [iommu.ErrReadOnly].
+// Open opens a host for changes. The caller closes the Handle, and the host after it. On a running host the program
+// must have called [ServeWrites] first in its main, or Open fails. On a captured host all plans can be made, and
+// changes are [iommu.ErrReadOnly].
 func Open(h *iommu.Host, o Options) (*Handle, error) {
 	if h.Real() && !served.Load() {
 		return nil, errors.New("bind: the program must call bind.ServeWrites first in its main")
@@ -59,7 +59,8 @@ func Open(h *iommu.Host, o Options) (*Handle, error) {
 	return b, nil
 }
 
-// Close frees the locks and lets the child that writes end; one that is stuck goes on by itself. Further calls do nothing.
+// Close frees the locks and lets the child that writes end; one that is stuck goes on by itself. Further calls do
+// nothing.
 func (b *Handle) Close() error {
 	b.child.close()
 	return b.locks.close()
@@ -140,8 +141,8 @@ func (s *scan) look() (err error) {
 	return err
 }
 
-// Undisturbed reports whether nothing of viaduct's has changed anything since the last look at the host: each change begins
-// and ends with a record.
+// Undisturbed reports whether nothing of viaduct's has changed anything since the last look at the host: each change
+// begins and ends with a record.
 func (b *Handle) Undisturbed() bool {
 	b.scan.mu.Lock()
 	defer b.scan.mu.Unlock()
@@ -150,8 +151,8 @@ func (b *Handle) Undisturbed() bool {
 	return b.scan.changed.Equal(b.journal.Changed()) && b.scan.began.Sub(b.scan.changed) > tick
 }
 
-// Start starts the child that writes, which takes as long as a look at the host does. Without it the child is started when it is
-// needed first.
+// Start starts the child that writes, which takes as long as a look at the host does. Without it the child is started
+// when it is needed first.
 func (b *Handle) Start() {
 	if b.Changes() {
 		go func() { _, _ = b.child.get() }()

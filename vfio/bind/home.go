@@ -12,8 +12,8 @@ import (
 	"viaduct/vfio/holder"
 )
 
-// awaitHome waits until a device that was given back has network interfaces or disks again, if it had any when it was taken:
-// some drivers make them after their probe.
+// awaitHome waits until a device that was given back has network interfaces or disks again, if it had any when it was
+// taken: some drivers make them after their probe.
 func (b *Handle) awaitHome(ctx context.Context, d *iommu.Device) error {
 	unknown := func(err error) error {
 		return fmt.Errorf("%s was given back, but whether it has made what it had is not known: %w", d.Name, err)
@@ -42,13 +42,15 @@ func (b *Handle) awaitHome(ctx context.Context, d *iommu.Device) error {
 			return nil
 		}
 		if ctx.Err() != nil {
-			return fmt.Errorf("%s is on %s again, but has not made %s, which it had", d.Name, driver, strings.Join(missing, " and "))
+			return fmt.Errorf("%s is on %s again, but has not made %s, which it had", d.Name, driver,
+				strings.Join(missing, " and "))
 		}
 		events.Await(ctx, time.Second)
 	}
 }
 
-// missing is what a device that was given back had when it was taken and has not made again, on the driver that it has now.
+// missing is what a device that was given back had when it was taken and has not made again, on the driver that it has
+// now.
 func (b *Handle) missing(d *iommu.Device, had takenRecord) (driver string, missing []string, err error) {
 	now, err := iommu.ReadDevice(b.host, d.Address)
 	if err != nil {

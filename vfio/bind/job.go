@@ -29,9 +29,10 @@ type Job struct {
 	goal   Goal
 }
 
-// Prepare finds the units of the devices, locks them, finishes or undoes what interrupted runs left, looks at the devices
-// again if something of viaduct's has changed anything meanwhile, and asks who uses them. What is refused stands in the Job; an
-// error says that it cannot be known, or that a device cannot be had. On a dry run, and on a captured host, nothing is locked.
+// Prepare finds the units of the devices, locks them, finishes or undoes what interrupted runs left, looks at the
+// devices again if something of viaduct's has changed anything meanwhile, and asks who uses them. What is refused
+// stands in the Job; an error says that it cannot be known, or that a device cannot be had. On a dry run, and on a
+// captured host, nothing is locked.
 func (b *Handle) Prepare(ctx context.Context, r Request) (*Job, error) {
 	j := &Job{handle: b, goal: r.Goal}
 	t, err := b.Topology()
@@ -62,9 +63,10 @@ func (b *Handle) Prepare(ctx context.Context, r Request) (*Job, error) {
 	return j, err
 }
 
-// Move brings devices, and all that shares a group with them, where they are to go: [Handle.Prepare] and [Job.Run] in one, for
-// who has nothing to ask in between. It says of each device what came of it. An error is one of [holder.ErrRefused], of what
-// cannot be known, or those of the results. On a dry run, and on a captured host, the results are the plan.
+// Move brings devices, and all that shares a group with them, where they are to go: [Handle.Prepare] and [Job.Run] in
+// one, for who has nothing to ask in between. It says of each device what came of it. An error is one of
+// [holder.ErrRefused], of what cannot be known, or those of the results. On a dry run, and on a captured host, the
+// results are the plan.
 func (b *Handle) Move(ctx context.Context, g Goal, devices ...iommu.Address) ([]Result, error) {
 	t, err := b.Scan()
 	if err != nil {
@@ -111,8 +113,8 @@ func (j *Job) Plan() []Result {
 	return out
 }
 
-// Run brings the units that are not refused where they are to go, each whole or not at all, and says of each device what came
-// of it. When the context ends, what was not begun is left alone, and half a unit is put back.
+// Run brings the units that are not refused where they are to go, each whole or not at all, and says of each device
+// what came of it. When the context ends, what was not begun is left alone, and half a unit is put back.
 func (j *Job) Run(ctx context.Context) []Result {
 	var units [][]*iommu.Device
 	for _, v := range j.Units {
@@ -123,8 +125,8 @@ func (j *Job) Run(ctx context.Context) []Result {
 	return j.handle.Do(ctx, units, j.goal)
 }
 
-// Refresh reads devices that are locked again, as they are now that nobody else changes them. Those that are stuck stay as they
-// were: to read them would be to wait with them.
+// Refresh reads devices that are locked again, as they are now that nobody else changes them. Those that are stuck stay
+// as they were: to read them would be to wait with them.
 func (b *Handle) Refresh(devices []*iommu.Device) error {
 	stuck := b.Stuck()
 	for _, d := range devices {

@@ -12,8 +12,8 @@ import (
 	"viaduct/iommu"
 )
 
-// kernelLog reads what the kernel logs from when it was opened on: why a probe failed, which no errno of drivers_probe says.
-// Without access to /dev/kmsg it says nothing.
+// kernelLog reads what the kernel logs from when it was opened on: why a probe failed, which no errno of drivers_probe
+// says. Without access to /dev/kmsg it says nothing.
 type kernelLog struct {
 	fd int
 
@@ -33,7 +33,8 @@ func openKernelLog(h *iommu.Host) *kernelLog {
 	return &kernelLog{fd: fd}
 }
 
-// explain adds what the kernel says of a device to the error of its change, but not to that of a write that has not returned.
+// explain adds what the kernel says of a device to the error of its change, but not to that of a write that has not
+// returned.
 func (l *kernelLog) explain(a iommu.Address, err error) error {
 	if err == nil || IsStuck(err) {
 		return err

@@ -13,9 +13,9 @@ import (
 	"viaduct/iommu"
 )
 
-// Two processes at once are kept apart device by device: each device is one byte of one lock file, at an offset made of its
-// address. The child that writes shares the locks: while it still writes for a command that was killed, nobody else comes
-// between.
+// Two processes at once are kept apart device by device: each device is one byte of one lock file, at an offset made of
+// its address. The child that writes shares the locks: while it still writes for a command that was killed, nobody else
+// comes between.
 
 // offset is a device's byte.
 func offset(a iommu.Address) int64 {
@@ -84,9 +84,10 @@ func (l *locks) pass(a iommu.Address) {
 // Holds reports whether Lock has the device.
 func (b *Handle) Holds(a iommu.Address) bool { return b.locks.holds(a) }
 
-// Lock keeps every other process from changing these devices until Close. It waits for one that does, at most for the Handle's
-// timeout, but not for a write that is known to be stuck: that device is left out, and [Handle.Recover] reports it. Devices are
-// locked in the order of their addresses, so that two commands never wait for each other. A *BusyError says who has one.
+// Lock keeps every other process from changing these devices until Close. It waits for one that does, at most for the
+// Handle's timeout, but not for a write that is known to be stuck: that device is left out, and [Handle.Recover]
+// reports it. Devices are locked in the order of their addresses, so that two commands never wait for each other. A
+// *BusyError says who has one.
 func (b *Handle) Lock(ctx context.Context, devices []*iommu.Device) error {
 	if err := b.mayChange(); err != nil {
 		return err

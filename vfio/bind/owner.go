@@ -18,7 +18,8 @@ import (
 	"viaduct/vfio"
 )
 
-// NodeOwner is who owns the nodes of a taken device, so that a VMM needs no root to open them. [ParseNodeOwner] makes one.
+// NodeOwner is who owns the nodes of a taken device, so that a VMM needs no root to open them. [ParseNodeOwner] makes
+// one.
 type NodeOwner struct {
 	Text     string // as given: USER, USER:GROUP or :GROUP
 	uid, gid int    // -1 leaves it
@@ -82,6 +83,7 @@ func (b *Handle) nodes(ctx context.Context, unit []*iommu.Device, results []*Res
 		if len(files) == 0 {
 			return fmt.Errorf("%s: the kernel made no node for it, neither of its group nor its own", d.Name)
 		}
+
 		for _, f := range files {
 			if err := appears(ctx, b.host.Path(f[1:])); err != nil {
 				return fmt.Errorf("%s: node %s: %w", d.Name, f, err)
@@ -93,6 +95,7 @@ func (b *Handle) nodes(ctx context.Context, unit []*iommu.Device, results []*Res
 				return err
 			}
 		}
+
 		if err := b.own(d, owner); err != nil { // also of one that was taken before
 			return err
 		}
@@ -146,8 +149,9 @@ func ruleFile(a iommu.Address) string {
 	return path.Join(rules, "70-viaduct-"+strings.ReplaceAll(a.String(), ":", "-")+".rules")
 }
 
-// own has udev keep the owner when a node is made again, as after another tool unbound the device and bound it anew. udev
-// looks whether there are new rules at most every three seconds. Without udev here there is none that would change it either.
+// own has udev keep the owner when a node is made again, as after another tool unbound the device and bound it anew.
+// udev looks whether there are new rules at most every three seconds. Without udev here there is none that would change
+// it either.
 func (b *Handle) own(d *iommu.Device, owner *NodeOwner) error {
 	if owner == nil || !b.host.Exists("run/udev") {
 		return nil

@@ -30,8 +30,8 @@ func from(d *iommu.Device) Change {
 
 func overrideOf(a iommu.Address) string { return path.Join(devicePath(a), "driver_override") }
 
-// rebind is the one order in which a device changes drivers: the override first, so that nothing else (udev, a module that
-// is loaded) can have the device between unbind and probe. To None it is only unbound.
+// rebind is the one order in which a device changes drivers: the override first, so that nothing else (udev, a module
+// that is loaded) can have the device between unbind and probe. To None it is only unbound.
 func rebind(d *iommu.Device, to string) []Step {
 	steps := []Step{{Path: overrideOf(d.Address), Value: orNewline(to)}}
 	if d.Driver != "" && d.Driver != to {
@@ -205,7 +205,11 @@ func (c *Change) checkDriver(h *iommu.Host) error {
 func (c *Change) claimed(h *iommu.Host, driver string) error {
 	err := fmt.Errorf("%s: the kernel bound it to %s again", c.Device, driver)
 	if where := holder.ClaimedByID(h, c.ID)[c.ID]; where != "" {
-		return fmt.Errorf("%w, as vfio-pci.ids= in %s claims it (take it out there, or name the driver with driver_override)", err, where)
+		return fmt.Errorf(
+			"%w, as vfio-pci.ids= in %s claims it (take it out there, or name the driver with driver_override)",
+			err,
+			where,
+		)
 	}
 	return err
 }

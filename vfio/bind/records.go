@@ -11,9 +11,9 @@ import (
 	"viaduct/vfio/holder"
 )
 
-// The journal has two kinds of records. change-ADDRESS is there while a device changes drivers, written before the first
-// write and removed after the last check: one that nobody is at work on is of a run that was interrupted. taken-ADDRESS is
-// there as long as a device is taken and says what it had.
+// The journal has two kinds of records. change-ADDRESS is there while a device changes drivers, written before the
+// first write and removed after the last check: one that nobody is at work on is of a run that was interrupted.
+// taken-ADDRESS is there as long as a device is taken and says what it had.
 
 const (
 	opTake = "take"
@@ -36,13 +36,13 @@ type changeRecord struct {
 	Nodes   []holder.Node   `json:"nodes"`           // what led to the device: they are gone while an unbind waits for who has them open
 }
 
-// Recoverer finishes or undoes a change of a device that another package had written down with [Handle.Begin], and says what
-// became of it, as in "has its 7 VFs".
+// Recoverer finishes or undoes a change of a device that another package had written down with [Handle.Begin], and says
+// what became of it, as in "has its 7 VFs".
 type Recoverer func(ctx context.Context, b *Handle, device iommu.Address, data json.RawMessage) (string, error)
 
-// Begin writes down a change of a device, which is to be locked, before its first write. Users are the devices whose users the
-// change may have to wait for. [Handle.End] ends it; a run that is killed before leaves it to the Recoverer of this name. Begun
-// again, a change has the new data.
+// Begin writes down a change of a device, which is to be locked, before its first write. Users are the devices whose
+// users the change may have to wait for. [Handle.End] ends it; a run that is killed before leaves it to the Recoverer
+// of this name. Begun again, a change has the new data.
 func (b *Handle) Begin(op string, d *iommu.Device, users []*iommu.Device, data any) error {
 	if err := errors.Join(b.mayChange(), b.locked(d.Address)); err != nil {
 		return err
@@ -121,8 +121,8 @@ func (b *Handle) Taken(d *iommu.Device) (iommu.Identity, error) {
 	return r.Identity, err
 }
 
-// remember records what a device has before it is taken. A record of a device that has no driver now is what knows better:
-// of one that viaduct took and something else unbound.
+// remember records what a device has before it is taken. A record of a device that has no driver now is what knows
+// better: of one that viaduct took and something else unbound.
 func (b *Handle) remember(d *iommu.Device, owner *NodeOwner) error {
 	old, known, err := b.taken(d)
 	if err != nil {

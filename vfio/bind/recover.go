@@ -21,26 +21,28 @@ type Recovered struct {
 	Err    error // nil if it was finished or undone
 }
 
-// UnknownChangeError says that a change was interrupted which this Handle cannot finish or undo: it was opened without the
-// Recoverer for it, as one of package bind alone is for changes of VFs. The change's record was left untouched.
+// UnknownChangeError says that a change was interrupted which this Handle cannot finish or undo: it was opened without
+// the Recoverer for it, as one of package bind alone is for changes of VFs. The change's record was left untouched.
 type UnknownChangeError struct {
 	Device iommu.Address
 	Op     string // the name of the Recoverer
 }
 
 func (e *UnknownChangeError) Error() string {
-	return fmt.Sprintf("%s: a change of another kind (%s) was interrupted, which viaduct recover finishes or undoes", e.Device, e.Op)
+	return fmt.Sprintf("%s: a change of another kind (%s) was interrupted, which viaduct recover finishes or undoes",
+		e.Device, e.Op)
 }
 
 // dying is how long a child whose command was killed is waited for in any case: it may only be about to end.
 const dying = 200 * time.Millisecond
 
-// Recover finishes or undoes what interrupted runs left: a take that did not get through is undone, unless its whole unit is
-// there; a device that was on its way back goes there. What another process is at work on is left alone, and what still waits
-// in a write is reported with a *StuckError. [Handle.Prepare] does this for what it locks.
+// Recover finishes or undoes what interrupted runs left: a take that did not get through is undone, unless its whole
+// unit is there; a device that was on its way back goes there. What another process is at work on is left alone, and
+// what still waits in a write is reported with a *StuckError. [Handle.Prepare] does this for what it locks.
 func (b *Handle) Recover(ctx context.Context) ([]Recovered, error) { return b.recoverAll(ctx, dying) }
 
-// RecoverPatiently is Recover that waits, at most for the Handle's timeout, for what still writes for a run that is over.
+// RecoverPatiently is Recover that waits, at most for the Handle's timeout, for what still writes for a run that is
+// over.
 func (b *Handle) RecoverPatiently(ctx context.Context) ([]Recovered, error) {
 	return b.recoverAll(ctx, b.Timeout())
 }
@@ -134,8 +136,8 @@ func (r *recovery) left(a iommu.Address, recorded []iommu.Address) bool {
 	return !claimed
 }
 
-// lock locks a device for its recovery, unless another has it. A child that still writes for a command that is over is waited
-// for a while, and else told of.
+// lock locks a device for its recovery, unless another has it. A child that still writes for a command that is over is
+// waited for a while, and else told of.
 func (r *recovery) lock(ctx context.Context, a iommu.Address) (bool, error) {
 	if r.b.Holds(a) {
 		return true, nil
@@ -201,7 +203,13 @@ func (b *Handle) stillStuck(r changeRecord) error {
 	if what == "" {
 		what = fmt.Sprintf("a write of viaduct (pid %d), which was killed,", r.Command.PID)
 	}
-	return &StuckError{Device: r.Change.Device, What: what, Writer: *r.Writer, Since: r.Since, Holders: r.waitsFor(b.host)}
+	return &StuckError{
+		Device:  r.Change.Device,
+		What:    what,
+		Writer:  *r.Writer,
+		Since:   r.Since,
+		Holders: r.waitsFor(b.host),
+	}
 }
 
 // recoverOther has another package finish or undo its change.
@@ -250,7 +258,8 @@ func (b *Handle) arrived(unit []changeRecord) (bool, error) {
 	return true, nil
 }
 
-// recoverUnit finishes a unit that is on its way back, or that is where it was to go as a whole, and puts back any other.
+// recoverUnit finishes a unit that is on its way back, or that is where it was to go as a whole, and puts back any
+// other.
 func (b *Handle) recoverUnit(unit []changeRecord) []Recovered {
 	var out []Recovered
 	whole, err := b.arrived(unit)

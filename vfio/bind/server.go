@@ -23,8 +23,8 @@ const writerEnv = "VIADUCT_WRITER"
 
 var served atomic.Bool
 
-// ServeWrites must be called first in main by every program that changes devices, which ends if it returns true: the program
-// was started by itself to make its writes, and has made them.
+// ServeWrites must be called first in main by every program that changes devices, which ends if it returns true: the
+// program was started by itself to make its writes, and has made them.
 func ServeWrites() bool {
 	served.Store(true)
 	if os.Getenv(writerEnv) == "" {
@@ -52,8 +52,8 @@ type reply struct {
 	Step  int
 }
 
-// How many requests are carried out side by side. The kernel serialises part of a probe, but a driver may take a second for
-// the rest. A write that takes longer than the patience lets another begin: it may wait for a guest.
+// How many requests are carried out side by side. The kernel serialises part of a probe, but a driver may take a second
+// for the rest. A write that takes longer than the patience lets another begin: it may wait for a guest.
 const (
 	parallel = 8
 	patience = time.Second
@@ -71,7 +71,8 @@ type server struct {
 	running map[iommu.Address]int
 }
 
-// serve writes until the parent has no more requests or is gone, and then ends what it is in the middle of, but no more.
+// serve writes until the parent has no more requests or is gone, and then ends what it is in the middle of, but no
+// more.
 func serve(h *iommu.Host, l *filelock.File, requests io.Reader, replies io.Writer) {
 	s := server{
 		host: h, locks: l, slots: make(chan struct{}, parallel), gone: make(chan struct{}),

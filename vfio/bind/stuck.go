@@ -29,10 +29,12 @@ func (e *StuckError) Error() string {
 	}
 	return fmt.Sprintf("%s is stuck: %q has not returned since %s", e.Device, e.What, e.Since.Format(time.TimeOnly)) +
 		holders.String() +
-		fmt.Sprintf(" (process %d waits on; after that, the next change or viaduct recover does the rest)", e.Writer.PID)
+		fmt.Sprintf(" (process %d waits on; after that, the next change or viaduct recover does the rest)",
+			e.Writer.PID)
 }
 
-// IsStuck reports whether an error is, or wraps, a *StuckError: then the device is the child's, and nothing is to be undone.
+// IsStuck reports whether an error is, or wraps, a *StuckError: then the device is the child's, and nothing is to be
+// undone.
 func IsStuck(err error) bool {
 	_, stuck := errors.AsType[*StuckError](err)
 	return stuck

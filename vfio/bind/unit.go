@@ -37,13 +37,14 @@ const (
 	over                  // nothing more is to be done for it: it has arrived, was put back, or waits in a write
 )
 
-// Do brings units where they are to go. It locks them, unless that was done, and asks nobody: [Handle.Prepare] does, and who
-// calls Do has asked with [Handle.Check], or has just made the devices. What is taken is taken whole or not at all: if one of a
-// unit's devices fails, the others are put back as they were. What is given back is so device by device.
+// Do brings units where they are to go. It locks them, unless that was done, and asks nobody: [Handle.Prepare] does,
+// and who calls Do has asked with [Handle.Check], or has just made the devices. What is taken is taken whole or not at
+// all: if one of a unit's devices fails, the others are put back as they were. What is given back is so device by
+// device.
 //
-// All units are planned, with the modules they need, and written down; the child makes their writes, without waiting for one
-// unit before the next. What came of them is looked at when all writes are through: each reader of sysfs makes a probe, which
-// adds dozens of files there, wait for a lock.
+// All units are planned, with the modules they need, and written down; the child makes their writes, without waiting
+// for one unit before the next. What came of them is looked at when all writes are through: each reader of sysfs makes
+// a probe, which adds dozens of files there, wait for a lock.
 func (b *Handle) Do(ctx context.Context, units [][]*iommu.Device, g Goal) []Result {
 	var out []*Result
 	var all []*unit
@@ -145,7 +146,8 @@ func (u *unit) leave() {
 	i := slices.IndexFunc(u.results, func(r *Result) bool { return r.Err != nil })
 	for _, r := range u.results {
 		if r.Err == nil {
-			r.Err = fmt.Errorf("%s: left as it was, as its group cannot be taken whole without %s", r.Device, u.results[i].Device)
+			r.Err = fmt.Errorf("%s: left as it was, as its group cannot be taken whole without %s", r.Device,
+				u.results[i].Device)
 		}
 	}
 }
@@ -289,8 +291,8 @@ func (b *Handle) load(ctx context.Context, module string) error {
 	return b.host.Modprobe(ctx, module)
 }
 
-// putBack puts a device back as it was before the change and ends the change's record. It has no context: that of the command
-// may be over. A device with a stuck write is left alone.
+// putBack puts a device back as it was before the change and ends the change's record. It has no context: that of the
+// command may be over. A device with a stuck write is left alone.
 func (b *Handle) putBack(c Change, why error) error {
 	if IsStuck(why) {
 		return nil
@@ -305,7 +307,8 @@ func (b *Handle) putBack(c Change, why error) error {
 	return b.End(c.Device)
 }
 
-// dropTaken drops what is known of a device from when it was taken, if that was for this change, or is no longer of use.
+// dropTaken drops what is known of a device from when it was taken, if that was for this change, or is no longer of
+// use.
 func (b *Handle) dropTaken(c Change) error {
 	var r takenRecord
 	known, err := b.journal.Get(takenKey(c.Device), &r)

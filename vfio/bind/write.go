@@ -11,7 +11,8 @@ import (
 	"viaduct/iommu"
 )
 
-// request is a sequence of writes for a device, each made when the one before it succeeded, with the change to be checked.
+// request is a sequence of writes for a device, each made when the one before it succeeded, with the change to be
+// checked.
 type request struct {
 	ID     int64
 	Device iommu.Address // which the lock is for
@@ -38,8 +39,9 @@ func (b *Handle) write(ctx context.Context, batch int64, c Change) error {
 	return b.noteStuck(b.send(r))
 }
 
-// Write makes writes for a device whose change was begun with [Handle.Begin], one after the other until one fails. One that
-// does not return within the time for it is a *StuckError, and the device the child's until it does. Errors wrap the errno.
+// Write makes writes for a device whose change was begun with [Handle.Begin], one after the other until one fails. One
+// that does not return within the time for it is a *StuckError, and the device the child's until it does. Errors wrap
+// the errno.
 func (b *Handle) Write(a iommu.Address, steps []Step) error {
 	if err := errors.Join(b.mayChange(), b.locked(a)); err != nil {
 		return err
@@ -62,8 +64,8 @@ func (b *Handle) send(r request) error {
 	return w.run(r)
 }
 
-// carryOut makes writes until begin, asked before each, says no. A probe succeeds even when nothing was bound: what follows it
-// is done only if the change has come about.
+// carryOut makes writes until begin, asked before each, says no. A probe succeeds even when nothing was bound: what
+// follows it is done only if the change has come about.
 func carryOut(h *iommu.Host, steps []Step, c *Change, begin func(step int) bool) error {
 	for i, s := range steps {
 		if !begin(i) {

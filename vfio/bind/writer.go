@@ -17,9 +17,9 @@ import (
 	"viaduct/vfio/holder"
 )
 
-// A write to sysfs may block for as long as a guest has the device, and cannot be cut off. So it is made in a child, one for
-// all writes of a command, which outlives the command if it must: the write ends when it ends, the command at its deadline.
-// This is the parent's side.
+// A write to sysfs may block for as long as a guest has the device, and cannot be cut off. So it is made in a child,
+// one for all writes of a command, which outlives the command if it must: the write ends when it ends, the command at
+// its deadline. This is the parent's side.
 
 // child is the process that writes for a Handle, started when it is needed first.
 type child struct {

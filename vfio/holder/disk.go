@@ -55,7 +55,8 @@ func diskHoldersOf(h *iommu.Host, d *iommu.Device, disks []string, used map[stri
 	var out []Holder
 	for _, b := range disks {
 		if u, ok := used[b]; ok {
-			out = append(out, Holder{Device: d.Name, Kind: u.kind, Final: u.final, What: fmt.Sprintf("(%s) %s", b, u.text)})
+			out = append(out,
+				Holder{Device: d.Name, Kind: u.kind, Final: u.final, What: fmt.Sprintf("(%s) %s", b, u.text)})
 		}
 		what, err := stackKind(h, b)
 		if err != nil {
@@ -191,8 +192,8 @@ func Disks(h *iommu.Host, d *iommu.Device) ([]string, error) {
 	return out, nil
 }
 
-// ownDisks are the disks that a device's driver made. With native multipath an NVMe disk hangs on the subsystem, not on the
-// controller.
+// ownDisks are the disks that a device's driver made. With native multipath an NVMe disk hangs on the subsystem, not on
+// the controller.
 func ownDisks(h *iommu.Host, d *iommu.Device) ([]string, error) {
 	classes, err := iommu.ClassDevices(h, d.Address)
 	if err != nil {

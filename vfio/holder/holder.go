@@ -33,7 +33,9 @@ func (e *RefusedError) Error() string {
 func (e *RefusedError) Is(target error) bool { return target == ErrRefused }
 
 // ErrBlind is matched by errors that say that not all holders could be seen. What could be seen is returned beside it.
-const ErrBlind = host.Error("who has the device open cannot be seen (that takes root with CAP_SYS_PTRACE, in the host's pid namespace)")
+const ErrBlind = host.Error(
+	"who has the device open cannot be seen (that takes root with CAP_SYS_PTRACE, in the host's pid namespace)",
+)
 
 // Holder is one user of a device.
 type Holder struct {
@@ -47,8 +49,8 @@ type Holder struct {
 
 func (h Holder) String() string { return h.Device + " " + h.What }
 
-// Find says who uses the devices in a way that must not be cut off. It looks at a running host only: a captured one has no
-// users. With an error that matches ErrBlind it returns those that it could see.
+// Find says who uses the devices in a way that must not be cut off. It looks at a running host only: a captured one has
+// no users. With an error that matches ErrBlind it returns those that it could see.
 func Find(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 	if !h.Live() {
 		return nil, nil
@@ -101,8 +103,8 @@ func (h Holder) Against(force []Kind) string {
 
 func devicePath(a iommu.Address) string { return path.Join("sys/bus/pci/devices", a.String()) }
 
-// displayHolders finds the display that the firmware began with and active framebuffers. A device without a driver counts too:
-// the console may be on its memory.
+// displayHolders finds the display that the firmware began with and active framebuffers. A device without a driver
+// counts too: the console may be on its memory.
 func displayHolders(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 	var out []Holder
 	var frames map[string]string

@@ -37,7 +37,8 @@ type row struct {
 	carriesHost bool
 	// use: the device is in use by that alone. Who only has it in a book may not have started to use it.
 	use bool
-	// yieldsToRollback: it may be why a rollback is needed, as an address that a DHCP client gave a new VF, and stops none.
+	// yieldsToRollback: it may be why a rollback is needed, as an address that a DHCP client gave a new VF, and stops
+	// none.
 	yieldsToRollback bool
 	// guests: it is a guest's right to the device, which stops nothing that is done for the guest itself.
 	guests bool
@@ -103,8 +104,8 @@ func (k Kind) row() *row {
 // Kinds returns all kinds of holders, in the order in which they are named to users.
 func Kinds() []Kind { return kindsWhere(func(*row) bool { return true }) }
 
-// YieldToRollback returns the kinds of holders that stop no rollback: what got hold of new VFs, as a DHCP client does, may be
-// why it is needed.
+// YieldToRollback returns the kinds of holders that stop no rollback: what got hold of new VFs, as a DHCP client does,
+// may be why it is needed.
 func YieldToRollback() []Kind { return kindsWhere(func(r *row) bool { return r.yieldsToRollback }) }
 
 func kindsWhere(such func(*row) bool) []Kind {

@@ -39,25 +39,59 @@ func withDisk(more hosttest.Tree) hosttest.Tree {
 // scenarios are those of each kind.
 var scenarios = map[Kind][]scenario{
 	Process: {
-		{device: e1000, setup: func(k *hosttest.Kernel) { bindVFIO(k); k.Process(4711, "qemu", "/dev/vfio/devices/vfio0") },
-			says: "is open in process 4711"},
+		{
+			device: e1000,
+			setup:  func(k *hosttest.Kernel) { bindVFIO(k); k.Process(4711, "qemu", "/dev/vfio/devices/vfio0") },
+			says:   "is open in process 4711",
+		},
 		{device: e1000, setup: func(k *hosttest.Kernel) { bindVFIO(k); k.Process(4711, "qemu", "/dev/vfio/7") },
 			says: "is open in process 4711"},
 		// A kernel from 6.18 on names the device in a descriptor that was passed; an older one does not.
-		{device: e1000, setup: func(k *hosttest.Kernel) { bindVFIO(k); k.Process(4711, "qemu", "anon_inode:[vfio-device]") },
-			says: "process 4711"},
+		{
+			device: e1000,
+			setup:  func(k *hosttest.Kernel) { bindVFIO(k); k.Process(4711, "qemu", "anon_inode:[vfio-device]") },
+			says:   "process 4711",
+		},
 	},
 	Lease: {{device: e1000, tree: hosttest.Tree{
 		"run/viaduct/lease-web.json": `{"guest":"web","devices":[{"address":"` + e1000 + `"}]}`}, says: `is assigned to guest "web"`}},
 	Mount: {
-		{device: disk, tree: withDisk(hosttest.Tree{"proc/1/mountinfo": "22 1 254:0 / /srv rw - ext4 /dev/vda rw\n"}), says: "is mounted on /srv"},
-		{device: disk, tree: withDisk(hosttest.Tree{"proc/1/mountinfo": "22 1 254:0 / / rw - ext4 /dev/vda rw\n"}), says: "is mounted on /", final: true},
-		{device: disk, tree: withDisk(hosttest.Tree{"proc/1/mountinfo": "22 1 0:33 / /srv rw - btrfs /dev/vda rw\n"}), says: "is mounted on /srv"},
-		{device: disk, tree: withDisk(hosttest.Tree{"sys/fs/btrfs/1-2/devices/vda/": "", "sys/fs/btrfs/features/": ""}), says: "part of a mounted btrfs"},
+		{
+			device: disk,
+			tree:   withDisk(hosttest.Tree{"proc/1/mountinfo": "22 1 254:0 / /srv rw - ext4 /dev/vda rw\n"}),
+			says:   "is mounted on /srv",
+		},
+		{
+			device: disk,
+			tree:   withDisk(hosttest.Tree{"proc/1/mountinfo": "22 1 254:0 / / rw - ext4 /dev/vda rw\n"}),
+			says:   "is mounted on /",
+			final:  true,
+		},
+		{
+			device: disk,
+			tree:   withDisk(hosttest.Tree{"proc/1/mountinfo": "22 1 0:33 / /srv rw - btrfs /dev/vda rw\n"}),
+			says:   "is mounted on /srv",
+		},
+		{
+			device: disk,
+			tree:   withDisk(hosttest.Tree{"sys/fs/btrfs/1-2/devices/vda/": "", "sys/fs/btrfs/features/": ""}),
+			says:   "part of a mounted btrfs",
+		},
 	},
-	Swap: {{device: disk, tree: withDisk(hosttest.Tree{"proc/swaps": "Filename Type\n/dev/vda partition 1 0 -2\n"}), says: "is swap"}},
+	Swap: {
+		{
+			device: disk,
+			tree:   withDisk(hosttest.Tree{"proc/swaps": "Filename Type\n/dev/vda partition 1 0 -2\n"}),
+			says:   "is swap",
+		},
+	},
 	Storage: {
-		{device: disk, setup: func(k *hosttest.Kernel) { k.Busy["vda"] = true }, tree: withDisk(nil), says: "in exclusive use"},
+		{
+			device: disk,
+			setup:  func(k *hosttest.Kernel) { k.Busy["vda"] = true },
+			tree:   withDisk(nil),
+			says:   "in exclusive use",
+		},
 		{device: disk, tree: withDisk(hosttest.Tree{
 			diskDir + "/holders/dm-0": "-> ../../../../../../virtual/block/dm-0", "sys/class/block/dm-0": "-> ../../devices/virtual/block/dm-0",
 			"sys/devices/virtual/block/dm-0/dm/name": "vg-data\n", "sys/devices/virtual/block/dm-0/dm/uuid": "LVM-x\n",
@@ -69,19 +103,30 @@ var scenarios = map[Kind][]scenario{
 		}), says: "md0"},
 	},
 	Route: {
-		{device: e1000, setup: func(k *hosttest.Kernel) { k.Net.Routes = []hosttest.Route{{To: "default", Over: []string{nic}}} },
-			says: "carries the default route"},
+		{
+			device: e1000,
+			setup:  func(k *hosttest.Kernel) { k.Net.Routes = []hosttest.Route{{To: "default", Over: []string{nic}}} },
+			says:   "carries the default route",
+		},
 		{device: e1000, setup: func(k *hosttest.Kernel) {
 			k.Net.Routes = []hosttest.Route{{To: "10.0.0.0/8", Over: []string{"enp1s0", nic}}}
 		},
 			says: "the route to 10.0.0.0/8"},
-		{device: e1000, setup: func(k *hosttest.Kernel) { k.Net.Routes = []hosttest.Route{{To: "default"}} }, says: "may carry the default route"},
+		{
+			device: e1000,
+			setup:  func(k *hosttest.Kernel) { k.Net.Routes = []hosttest.Route{{To: "default"}} },
+			says:   "may carry the default route",
+		},
 	},
 	Addressed: {{device: e1000, setup: func(k *hosttest.Kernel) {
 		k.Net.Addresses = []hosttest.Address{{Interface: nic, CIDR: "192.0.2.1/24"}}
 	}, says: "has address 192.0.2.1/24"}},
 	Stacked: {
-		{device: e1000, setup: func(k *hosttest.Kernel) { k.Net.Over = map[string]string{"enp2s0": nic} }, says: "is under"},
+		{
+			device: e1000,
+			setup:  func(k *hosttest.Kernel) { k.Net.Over = map[string]string{"enp2s0": nic} },
+			says:   "is under",
+		},
 		{device: e1000, tree: hosttest.Tree{
 			"sys/devices/pci0000:00/0000:00:08.0/0000:07:01.0/net/ens1/upper_enp2s0": "-> ../../../../0000:00:06.0/0000:02:00.0/net/enp2s0",
 		}, says: "is under"},
@@ -108,7 +153,13 @@ var scenarios = map[Kind][]scenario{
 			"sys/class/graphics/fbcon/cursor_blink": "1\n",
 		}, says: "has the active framebuffer fb0"},
 	},
-	Owner: {{device: e1000, tree: hosttest.Tree{"etc/driverctl.d/pci-" + e1000: "e1000e\n"}, says: "is set to driver e1000e by driverctl"}},
+	Owner: {
+		{
+			device: e1000,
+			tree:   hosttest.Tree{"etc/driverctl.d/pci-" + e1000: "e1000e\n"},
+			says:   "is set to driver e1000e by driverctl",
+		},
+	},
 }
 
 // bindVFIO binds e1000 to vfio-pci.
@@ -132,8 +183,8 @@ func (s *scenario) host(t *testing.T) (*hosttest.Kernel, *iommu.Host) {
 	return k, h
 }
 
-// Each kind of the table is whole: it has a name and a meaning, something finds it and nothing else is called so, and it can be
-// overridden by itself, unless it is the disk that the host runs on.
+// Each kind of the table is whole: it has a name and a meaning, something finds it and nothing else is called so, and
+// it can be overridden by itself, unless it is the disk that the host runs on.
 func TestKinds(t *testing.T) {
 	seen := map[Kind]bool{}
 	for _, kind := range Kinds() {
@@ -159,7 +210,8 @@ func TestKinds(t *testing.T) {
 			if err != nil {
 				t.Fatalf("%s %d: %v", kind, i, err)
 			}
-			j := slices.IndexFunc(all, func(f Holder) bool { return f.Kind == kind && strings.Contains(f.What, s.says) })
+			j := slices.IndexFunc(all,
+				func(f Holder) bool { return f.Kind == kind && strings.Contains(f.What, s.says) })
 			if j < 0 || all[j].Device != s.device || all[j].Final != s.final {
 				t.Errorf("%s %d: %+v", kind, i, all)
 				continue
@@ -191,7 +243,8 @@ func TestNobody(t *testing.T) {
 	}
 }
 
-// Whatever cannot be looked at, who uses a device is found, or the failure is told: nobody is taken for absent who was not seen.
+// Whatever cannot be looked at, who uses a device is found, or the failure is told: nobody is taken for absent who was
+// not seen.
 func TestLooksThatFail(t *testing.T) {
 	for _, kind := range Kinds() {
 		for i, s := range scenarios[kind] {
@@ -216,7 +269,8 @@ func TestLooksThatFail(t *testing.T) {
 				all, err := Find(h, []*iommu.Device{d})
 				k.Revive()
 				more = failed != ""
-				found := slices.ContainsFunc(all, func(f Holder) bool { return f.Kind == kind && strings.Contains(f.What, s.says) })
+				found := slices.ContainsFunc(all,
+					func(f Holder) bool { return f.Kind == kind && strings.Contains(f.What, s.says) })
 				if strings.HasPrefix(failed, "message 26") && fail == unix.EACCES {
 					continue // a route may forbid
 				}

@@ -22,8 +22,9 @@ type Node struct {
 	Number uint64 `json:"number"` // the major number in the upper 32 bits
 }
 
-// Processes finds processes that have a device open: the node of its group, its own node, or the nodes of what its driver made
-// of it (verbs, disks, render nodes). Unbinding a device that a guest has open blocks for as long as it has.
+// Processes finds processes that have a device open: the node of its group, its own node, or the nodes of what its
+// driver made of it (verbs, disks, render nodes). Unbinding a device that a guest has open blocks for as long as it
+// has.
 func Processes(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 	if !h.Live() {
 		return nil, nil
@@ -42,8 +43,8 @@ func Processes(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 	return openIn(h, devices, nodes)
 }
 
-// OpenIn finds the processes that have one of the nodes open that led to a device when [Nodes] listed them: while an unbind
-// waits for one of them, the device itself leads to none any more.
+// OpenIn finds the processes that have one of the nodes open that led to a device when [Nodes] listed them: while an
+// unbind waits for one of them, the device itself leads to none any more.
 func OpenIn(h *iommu.Host, d *iommu.Device, nodes []Node) ([]Holder, error) {
 	of := map[Node]*iommu.Device{}
 	for _, n := range nodes {
@@ -145,7 +146,8 @@ func heldBy(h *iommu.Host, pid string, devices []*iommu.Device, nodes map[Node]*
 		}
 	}
 
-	// Who was passed the descriptor of a device and has no node of VFIO may have any device, where the kernel does not say which.
+	// Who was passed the descriptor of a device and has no node of VFIO may have any device, where the kernel does not
+	// say which.
 	if len(nameless) > 0 && !viaNode {
 		return nameless, blind
 	}
@@ -156,7 +158,8 @@ func onVFIO(devices []*iommu.Device) []*iommu.Device {
 	return slices.DeleteFunc(slices.Clone(devices), func(d *iommu.Device) bool { return !d.VFIO })
 }
 
-// unseen is the ErrBlind of what may not be looked at, nil for a process or descriptor that is gone, and else the error itself.
+// unseen is the ErrBlind of what may not be looked at, nil for a process or descriptor that is gone, and else the error
+// itself.
 func unseen(dir string, err error) error {
 	switch {
 	case errors.Is(err, fs.ErrPermission):
@@ -229,8 +232,8 @@ func parseNumber(s string) (uint64, bool) {
 	return a<<32 | b, ok && err1 == nil && err2 == nil
 }
 
-// openDevice is the device behind a descriptor of the container interface, nil if it is none of these; named is false where
-// the kernel does not tell (before Linux 6.18).
+// openDevice is the device behind a descriptor of the container interface, nil if it is none of these; named is false
+// where the kernel does not tell (before Linux 6.18).
 func openDevice(h *iommu.Host, pid, fd string, devices []*iommu.Device) (d *iommu.Device, named bool) {
 	info, err := h.Read(path.Join("proc", pid, "fdinfo", fd))
 	if err != nil {

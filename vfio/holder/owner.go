@@ -90,10 +90,11 @@ func libvirtDomains(h *iommu.Host) (map[string]string, error) {
 	return out, nil
 }
 
-// hasDevice reports whether a domain has a device of the host: as a hostdev or as an interface of that type, whose sources
-// are addresses of the host. A guest's own addresses stand in no source.
+// hasDevice reports whether a domain has a device of the host: as a hostdev or as an interface of that type, whose
+// sources are addresses of the host. A guest's own addresses stand in no source.
 func hasDevice(domain string, a iommu.Address) bool {
-	address := fmt.Sprintf("domain='0x%04x' bus='0x%02x' slot='0x%02x' function='0x%x'", a.Domain, a.Bus, a.Device, a.Function)
+	address := fmt.Sprintf("domain='0x%04x' bus='0x%02x' slot='0x%02x' function='0x%x'", a.Domain, a.Bus, a.Device,
+		a.Function)
 	for {
 		_, rest, found := strings.Cut(domain, "<source")
 		if !found {
@@ -107,8 +108,9 @@ func hasDevice(domain string, a iommu.Address) bool {
 	}
 }
 
-// ClaimedByID says where vfio-pci.ids= claims devices by their ids, on the kernel's command line or in modprobe's files, for
-// those that are claimed: vfio-pci will have them again after the next boot, and wherever else the host's driver lets go.
+// ClaimedByID says where vfio-pci.ids= claims devices by their ids, on the kernel's command line or in modprobe's
+// files, for those that are claimed: vfio-pci will have them again after the next boot, and wherever else the host's
+// driver lets go.
 func ClaimedByID(h *iommu.Host, ids ...iommu.ID) map[iommu.ID]string {
 	claimed := map[iommu.ID]string{}
 	claim := func(list, where string) {

@@ -112,7 +112,8 @@ func TestParseMount(t *testing.T) {
 }
 
 func FuzzHostText(f *testing.F) {
-	f.Add("36 35 98:0 /mnt1 /mnt2 rw - ext3 /dev/root rw", "0: 0100007F:1F90 0200007F:A2C4 01 00000000:00000000 00:00000000 00000000 0 0 123 1")
+	f.Add("36 35 98:0 /mnt1 /mnt2 rw - ext3 /dev/root rw",
+		"0: 0100007F:1F90 0200007F:A2C4 01 00000000:00000000 00:00000000 00000000 0 0 123 1")
 	f.Fuzz(func(t *testing.T, mount, tcp string) {
 		if _, _, _, _, ok := parseMount(mount); ok && !strings.Contains(mount, "-") {
 			t.Errorf("%q", mount)
@@ -134,7 +135,8 @@ func TestParseTCP(t *testing.T) {
 		"   0: 0100007F:0016 0200007F:A2C4 01 00000000:00000000 02:00000000 00000000     0        0 123 1 0\n"+
 		"   1: 00000000:0016 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 124 1 0\n"+
 		"   2: 0000000000000000FFFF00000100007F:0016 0000000000000000FFFF00000300007F:A2C4 01 0:0 0:0 0 0 0 125 1 0\n"), peers)
-	if len(peers) != 2 || peers["123"].peer.String() != "127.0.0.2" || peers["125"].peer.String() != "127.0.0.3" || peers["125"].local.String() != "127.0.0.1" {
+	if len(peers) != 2 || peers["123"].peer.String() != "127.0.0.2" || peers["125"].peer.String() != "127.0.0.3" ||
+		peers["125"].local.String() != "127.0.0.1" {
 		t.Errorf("%v", peers)
 	}
 }

@@ -29,7 +29,8 @@ func NameProcess(h *iommu.Host, pid int) Proc {
 	return Proc{pid, start}
 }
 
-// Alive reports whether any thread of a process still runs. One that was killed in a write lives on without its first thread.
+// Alive reports whether any thread of a process still runs. One that was killed in a write lives on without its first
+// thread.
 func (p Proc) Alive(h *iommu.Host) bool {
 	if _, start, ok := processStat(h, processDir(p.PID)); !ok || start != p.Start {
 		return false
@@ -54,8 +55,8 @@ func (p Proc) Ended(h *iommu.Host) bool {
 	return ok && state == "Z"
 }
 
-// processStat are the state of a process or thread and when it started, in clock ticks since the boot: fields 3 and 22 of
-// proc_pid_stat(5).
+// processStat are the state of a process or thread and when it started, in clock ticks since the boot: fields 3 and 22
+// of proc_pid_stat(5).
 func processStat(h *iommu.Host, dir string) (state string, start uint64, ok bool) {
 	stat, err := h.String(path.Join(dir, "stat"))
 	if err != nil {
@@ -83,9 +84,9 @@ func processName(h *iommu.Host, pid string) string {
 	return name
 }
 
-// namespaces looks into every namespace of a type (mnt, net) that any process is in, but for this one's own, until one process
-// of each let it: look returns false if its process has ended. Its error, and the ErrBlind of what may not be looked at, come
-// when all others were looked at.
+// namespaces looks into every namespace of a type (mnt, net) that any process is in, but for this one's own, until one
+// process of each let it: look returns false if its process has ended. Its error, and the ErrBlind of what may not be
+// looked at, come when all others were looked at.
 func namespaces(h *iommu.Host, kind string, look func(pid string) (bool, error)) error {
 	pids, err := processes(h)
 	if err != nil {

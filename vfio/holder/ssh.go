@@ -49,8 +49,8 @@ func (n *interfaces) readPeers(h *iommu.Host, c *netlink.Conn, addrs []netlink.A
 	return err
 }
 
-// noWay reports whether an error says that there is no route, or one that forbids (fib_props of net/ipv4/fib_semantics.c): then a
-// connection that would need one is dead already.
+// noWay reports whether an error says that there is no route, or one that forbids (fib_props of
+// net/ipv4/fib_semantics.c): then a connection that would need one is dead already.
 func noWay(err error) bool {
 	for _, errno := range []unix.Errno{unix.ENETUNREACH, unix.EHOSTUNREACH, unix.EACCES, unix.EINVAL} {
 		if errors.Is(err, errno) {
@@ -60,8 +60,8 @@ func noWay(err error) bool {
 	return false
 }
 
-// sshPeers are the established connections that an ssh server has: of any user, through sudo, tmux and whatever else loses the
-// environment variable that names one.
+// sshPeers are the established connections that an ssh server has: of any user, through sudo, tmux and whatever else
+// loses the environment variable that names one.
 func sshPeers(h *iommu.Host) ([]connection, error) {
 	all := map[string]connection{} // by socket
 	for _, file := range []string{"proc/self/net/tcp", "proc/self/net/tcp6"} {
@@ -101,7 +101,8 @@ func sshPeers(h *iommu.Host) ([]connection, error) {
 			return nil, err
 		}
 		for _, c := range found {
-			if !slices.ContainsFunc(out, func(o connection) bool { return o.local.Equal(c.local) && o.peer.Equal(c.peer) }) {
+			if !slices.ContainsFunc(out,
+				func(o connection) bool { return o.local.Equal(c.local) && o.peer.Equal(c.peer) }) {
 				out = append(out, c)
 			}
 		}

@@ -13,8 +13,8 @@ import (
 	"viaduct/vfio/bind"
 )
 
-// before is what it takes to bring one item back: a PF's declaration of itself, or the devices that are to be given back. It is
-// written down before the item's first write, and dropped after its last.
+// before is what it takes to bring one item back: a PF's declaration of itself, or the devices that are to be given
+// back. It is written down before the item's first write, and dropped after its last.
 type before struct {
 	Device  iommu.Address   `json:"device"`
 	PF      string          `json:"pf,omitempty"` // as YAML
@@ -26,9 +26,9 @@ const (
 	lastDone = "undo"   // what the last apply did, for undo
 )
 
-// Apply does what items take, and tells each. PFs are worked on side by side, up to what the kernel does one after the other, then
-// devices. One that fails is put back as it was, and the others go on. The caller has locked all their devices, and Check let
-// them pass.
+// Apply does what items take, and tells each. PFs are worked on side by side, up to what the kernel does one after the
+// other, then devices. One that fails is put back as it was, and the others go on. The caller has locked all their
+// devices, and Check let them pass.
 func (m *Manager) Apply(ctx context.Context, items []*Item, tell func(*Item, error)) error {
 	var todo []*Item
 	var all []before
@@ -44,6 +44,7 @@ func (m *Manager) Apply(ctx context.Context, items []*Item, tell func(*Item, err
 			todo, all = append(todo, i), append(all, was)
 		}
 	}
+
 	if len(todo) == 0 {
 		return errors.Join(append(failed, m.Clean())...)
 	}
@@ -64,6 +65,7 @@ func (m *Manager) Apply(ctx context.Context, items []*Item, tell func(*Item, err
 		errs[n] = err
 		tell(todo[n], err)
 	}
+
 	var wg sync.WaitGroup
 	for n, i := range todo {
 		if i.unit == nil {
@@ -79,8 +81,8 @@ func (m *Manager) Apply(ctx context.Context, items []*Item, tell func(*Item, err
 	return errors.Join(append(failed, errs...)...)
 }
 
-// record writes down what is about to be changed, for undo. What a boot or the watch service repairs is no apply of the user's, and
-// while one waits to be confirmed, the first state of each device is what all goes back to.
+// record writes down what is about to be changed, for undo. What a boot or the watch service repairs is no apply of the
+// user's, and while one waits to be confirmed, the first state of each device is what all goes back to.
 func (m *Manager) record(all []before) error {
 	if m.options.Boot {
 		return nil
@@ -102,7 +104,8 @@ func (m *Manager) record(all []before) error {
 	return m.run.Put(lastDone, all)
 }
 
-// Clean forgets what there was to undo, unless it waits to be confirmed. A boot, or the watch service, forgets nothing of it.
+// Clean forgets what there was to undo, unless it waits to be confirmed. A boot, or the watch service, forgets nothing
+// of it.
 func (m *Manager) Clean() error {
 	if m.options.Boot {
 		return nil
@@ -124,6 +127,7 @@ func (m *Manager) before(i *Item) (before, error) {
 		}
 		return b, nil
 	}
+
 	pf, err := m.describe(i.Device, true)
 	if err != nil {
 		return b, err
@@ -134,6 +138,7 @@ func (m *Manager) before(i *Item) (before, error) {
 			pf.VFs[n].Settings = nil // they are the guest's, and not the next one's
 		}
 	}
+
 	b.PF, err = text(&hostfile.Host{PFs: []hostfile.PF{pf}})
 	return b, err
 }
@@ -167,6 +172,7 @@ func (m *Manager) do(ctx context.Context, i *Item) error {
 			return err
 		}
 	}
+
 	var errs []error
 	for _, s := range i.sets {
 		unverified, err := m.handle.Set(ctx, s)
@@ -175,6 +181,7 @@ func (m *Manager) do(ctx context.Context, i *Item) error {
 		}
 		i.Notes = append(i.Notes, sriov.Unverified(s.VF, unverified)...)
 	}
+
 	var all []bind.Result
 	for _, s := range []struct {
 		units [][]*iommu.Device
@@ -189,6 +196,7 @@ func (m *Manager) do(ctx context.Context, i *Item) error {
 			all = append(all, m.handle.Do(ctx, s.units, s.goal)...)
 		}
 	}
+
 	for _, r := range all {
 		errs = append(errs, r.Err)
 	}
@@ -227,6 +235,7 @@ func (m *Manager) back(was before) error {
 		}
 		return errors.Join(errs...)
 	}
+
 	s, err := hostfile.Parse("record", []byte(was.PF))
 	if err != nil {
 		return err
@@ -241,6 +250,7 @@ func (m *Manager) back(was before) error {
 	if err != nil {
 		return err
 	}
+
 	for _, i := range items {
 		if i.Err != nil {
 			return i.Err
@@ -249,6 +259,7 @@ func (m *Manager) back(was before) error {
 			return err
 		}
 	}
+
 	plain.Check(items)
 	for _, i := range items {
 		if i.State == Refused {
@@ -263,8 +274,8 @@ func (m *Manager) back(was before) error {
 	return nil
 }
 
-// Recover puts back what an apply left that was killed in the middle, and says of what. What another viaduct is at work on is
-// left alone.
+// Recover puts back what an apply left that was killed in the middle, and says of what. What another viaduct is at work
+// on is left alone.
 func (m *Manager) Recover() ([]bind.Recovered, error) {
 	keys, err := m.run.Keys(applying)
 	if err != nil {
@@ -278,6 +289,7 @@ func (m *Manager) Recover() ([]bind.Recovered, error) {
 			out = append(out, bind.Recovered{Device: was.Device, What: "has a record that cannot be read", Err: err})
 			continue
 		}
+
 		ours, err := m.handle.TryLock(was.Device)
 		if err != nil {
 			return out, err
@@ -288,8 +300,10 @@ func (m *Manager) Recover() ([]bind.Recovered, error) {
 		if known, _ = m.run.Get(key, &was); !known {
 			continue // it has ended meanwhile
 		}
+
 		r := bind.Recovered{Device: was.Device, What: "is as it was: viaduct apply had been interrupted"}
-		r.Err = errors.Join(m.back(was), m.run.Delete(key)) // told once: a record that stays would be in the way for good
+		r.Err = errors.Join(m.back(was),
+			m.run.Delete(key)) // told once: a record that stays would be in the way for good
 		out = append(out, r)
 	}
 	return out, nil

@@ -11,8 +11,9 @@ import (
 	"viaduct/vfio/holder"
 )
 
-// A declaration that is applied with --confirm is written down before the first write, and stays so until it is confirmed: also
-// after it was rolled back, or the power cut. A boot that finds the same declaration uses the one that was confirmed last.
+// A declaration that is applied with --confirm is written down before the first write, and stays so until it is
+// confirmed: also after it was rolled back, or the power cut. A boot that finds the same declaration uses the one that
+// was confirmed last.
 
 const unconfirmedKey = "unconfirmed"
 
@@ -59,7 +60,8 @@ func (m *Manager) Begin(s *hostfile.Host, within time.Duration, other bool) erro
 	if err != nil {
 		return err
 	}
-	return m.state.Put(unconfirmedKey, unconfirmed{Spec: y, Until: sinceBoot() + within, Boot: m.bootID(), Force: m.options.Force, Other: other})
+	return m.state.Put(unconfirmedKey,
+		unconfirmed{Spec: y, Until: sinceBoot() + within, Boot: m.bootID(), Force: m.options.Force, Other: other})
 }
 
 // Keep makes a declaration the confirmed one.
@@ -81,7 +83,8 @@ func (m *Manager) keep(y string) error {
 	return m.state.Delete(unconfirmedKey)
 }
 
-// Confirm makes what waits for it the confirmed declaration, which a boot uses too, unless it was another than that of host.yaml.
+// Confirm makes what waits for it the confirmed declaration, which a boot uses too, unless it was another than that of
+// host.yaml.
 func (m *Manager) Confirm() (booted bool, err error) {
 	var u unconfirmed
 	known, err := m.state.Get(unconfirmedKey, &u)
@@ -110,9 +113,9 @@ func (m *Manager) Due() (bool, error) {
 	return known && m.open(&u) && u.left() <= 0, err
 }
 
-// Booted is the declaration that a boot, or the watch service, is to use: that of host.yaml, unless an apply of it was to be confirmed
-// and was not. Then it is the one that was confirmed last, whatever host.yaml has become since, until the next apply; and while the
-// time to confirm goes on, it is what was applied.
+// Booted is the declaration that a boot, or the watch service, is to use: that of host.yaml, unless an apply of it was
+// to be confirmed and was not. Then it is the one that was confirmed last, whatever host.yaml has become since, until
+// the next apply; and while the time to confirm goes on, it is what was applied.
 func (m *Manager) Booted(s *hostfile.Host) (*hostfile.Host, error) {
 	var u unconfirmed
 	if known, err := m.state.Get(unconfirmedKey, &u); err != nil || !known {
@@ -142,14 +145,15 @@ func (m *Manager) Confirmed() (*hostfile.Host, error) {
 	return hostfile.Parse(m.host.Path(confirmedFile), content)
 }
 
-// AwaitConfirmed waits until what is unconfirmed is confirmed, and reports whether that has not come by its time, and what was
-// overridden for it. Another apply with --confirm sets the time anew.
+// AwaitConfirmed waits until what is unconfirmed is confirmed, and reports whether that has not come by its time, and
+// what was overridden for it. Another apply with --confirm sets the time anew.
 func (m *Manager) AwaitConfirmed() (late bool, force []holder.Kind, err error) {
 	watch, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
 	if err == nil {
 		defer unix.Close(watch)
 		_, err = unix.InotifyAddWatch(watch, m.state.Dir(), unix.IN_MOVED_TO|unix.IN_DELETE)
 	}
+
 	most := time.Hour
 	if err != nil {
 		watch, most = -1, time.Second // a host may have no more of them: then it looks each second

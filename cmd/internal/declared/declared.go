@@ -1,5 +1,5 @@
-// Package declared makes a host what is declared of it: it finds what the declaration names, plans what is different, has the
-// engines of vfio and sriov do that, and puts a PF back as it was if it could not be brought all the way.
+// Package declared makes a host what is declared of it: it finds what the declaration names, plans what is different,
+// has the engines of vfio and sriov do that, and puts a PF back as it was if it could not be brought all the way.
 package declared
 
 import (
@@ -28,8 +28,8 @@ type Options struct {
 	Accept bool          // what changed since is as it is to be
 	Late   bool          // also what waits for a bond
 
-	// Leased tells the settings that guests' VFs have instead of what is declared; the drivers of all that is in it are left alone.
-	// It is asked anew for each plan. nil: there are no guests.
+	// Leased tells the settings that guests' VFs have instead of what is declared; the drivers of all that is in it are
+	// left alone. It is asked anew for each plan. nil: there are no guests.
 	Leased func() map[iommu.Address]sriov.Settings
 }
 
@@ -57,7 +57,8 @@ func New(s *sriov.Handle, o Options) (*Manager, error) {
 	return m, nil
 }
 
-// Of is a Manager for what needs no look at the host's devices: what waits to be confirmed, and what is left alone on purpose.
+// Of is a Manager for what needs no look at the host's devices: what waits to be confirmed, and what is left alone on
+// purpose.
 func Of(h *iommu.Host) *Manager {
 	return &Manager{host: h, run: journal.In(h.Host, journal.Dir), state: journal.In(h.Host, StateDir)}
 }
@@ -140,17 +141,23 @@ func (m *Manager) Plan(s *hostfile.Host) ([]*Item, error) {
 				continue
 			}
 			if of := seen[d.PhysFn.String()]; of != nil && of.pf != nil {
-				i.Refuse(fmt.Errorf("%s: %s is a VF of %s, which is declared in pfs: what it is to have belongs there", i.At, d.Name, d.PhysFn))
+				i.Refuse(
+					fmt.Errorf("%s: %s is a VF of %s, which is declared in pfs: what it is to have belongs there", i.At,
+						d.Name, d.PhysFn),
+				)
 				break
 			}
 		}
+
 		for _, d := range touched {
 			if seen[d.Name] == nil {
 				seen[d.Name] = i
 			}
 		}
+
 		items = append(items, i)
 	}
+
 	leased := m.Guests()
 	for k := range s.PFs {
 		add(m.planPF(&s.PFs[k], guard, leased))
@@ -174,17 +181,24 @@ func (m *Manager) found(i *Item, match hostfile.Match) bool {
 		}
 		return false
 	}
+
 	i.Device = d
 	if i.known, err = m.remembered(match); err != nil {
 		i.Refuse(err)
 		return false
 	}
+
 	if why := m.changed(i.known, match, d); why != "" && !m.options.Accept {
 		i.State, i.Err = Changed, fmt.Errorf("%s: %s (viaduct apply --accept takes it as it is now)", i.Name, why)
 		return false
 	}
+
 	if !match.Has(iommu.ByMAC, iommu.ByPath, iommu.BySerial) {
-		i.Notes = append(i.Notes, fmt.Sprintf("%s: %s may name another device at the next boot; path=, serial= or mac= do not", i.At, match.String()))
+		i.Notes = append(
+			i.Notes,
+			fmt.Sprintf("%s: %s may name another device at the next boot; path=, serial= or mac= do not", i.At,
+				match.String()),
+		)
 	}
 	return true
 }
@@ -198,6 +212,7 @@ func (m *Manager) planPF(pf *hostfile.PF, guard *guard, leased map[iommu.Address
 		i.Refuse(err)
 		return i
 	}
+
 	i.Waits = pf.AfterLAG && !m.options.Late && !m.bonded(i.Device)
 	wish := m.wish(pf, i.Device, i.Waits, leased)
 	plan, err := m.handle.PlanCount(i.Device, wish)
@@ -205,19 +220,25 @@ func (m *Manager) planPF(pf *hostfile.PF, guard *guard, leased map[iommu.Address
 		i.Refuse(err)
 		return i
 	}
-	if m.options.Boot && guard.names[i.Device.Name] != "" { // what carries the host gets its addresses as if it were brought up for that
+
+	if m.options.Boot &&
+		guard.names[i.Device.Name] != "" { // what carries the host gets its addresses as if it were brought up for that
 		for n := range plan.Up {
 			plan.Up[n].GenMode = nil
 		}
 	}
+
 	if plan.Changes() {
 		i.count = plan
 		i.Steps = append(i.Steps, plan.Steps()...)
 		i.Notes = append(i.Notes, plan.Notes...)
 	}
+
 	if plan.Have == plan.Want && plan.Eswitch.Mode == "" {
 		if n := len(i.Device.SRIOV.VFs); n > 0 && i.Device.SRIOV.VFs[n-1].Index != n-1 {
-			i.Refuse(fmt.Errorf("%s: VFs of it are missing in between, as while they are made or removed", i.Device.Name))
+			i.Refuse(
+				fmt.Errorf("%s: VFs of it are missing in between, as while they are made or removed", i.Device.Name),
+			)
 			return i
 		}
 		if err := m.planVFs(i, wish.VFs, leased); err != nil {
@@ -225,6 +246,7 @@ func (m *Manager) planPF(pf *hostfile.PF, guard *guard, leased map[iommu.Address
 			return i
 		}
 	}
+
 	if len(i.Steps) > 0 {
 		i.State = Differs
 	}
@@ -232,7 +254,8 @@ func (m *Manager) planPF(pf *hostfile.PF, guard *guard, leased map[iommu.Address
 }
 
 // wish is what a PF is declared to have, but for what guests' VFs have instead.
-func (m *Manager) wish(pf *hostfile.PF, d *iommu.Device, waits bool, leased map[iommu.Address]sriov.Settings) sriov.Wish {
+func (m *Manager) wish(pf *hostfile.PF, d *iommu.Device, waits bool,
+	leased map[iommu.Address]sriov.Settings) sriov.Wish {
 	wish := sriov.Wish{
 		Eswitch: sriov.Eswitch{Mode: pf.Eswitch, Inline: pf.Inline, Encap: pf.Encap}, Offload: pf.Offload, MTU: pf.MTU,
 	}
@@ -269,7 +292,8 @@ func (m *Manager) Guests() map[iommu.Address]sriov.Settings {
 
 // bonded reports whether a PF's interface is in a bond or the like.
 func (m *Manager) bonded(d *iommu.Device) bool {
-	return slices.ContainsFunc(d.Netdevs, func(n string) bool { return m.host.Exists("sys/class/net/" + n + "/master") })
+	return slices.ContainsFunc(d.Netdevs,
+		func(n string) bool { return m.host.Exists("sys/class/net/" + n + "/master") })
 }
 
 // planVFs is what VFs that are there lack.
@@ -285,6 +309,7 @@ func (m *Manager) planVFs(i *Item, wish []sriov.VFWish, leased map[iommu.Address
 			return err
 		}
 	}
+
 	for _, s := range i.sets {
 		i.Steps = append(i.Steps, s.Commands()...)
 	}
@@ -303,6 +328,7 @@ func (m *Manager) planVFs(i *Item, wish []sriov.VFWish, leased map[iommu.Address
 			i.home = append(i.home, vf)
 			change, err = m.handle.Plan(vf, bind.Home())
 		}
+
 		if err != nil {
 			return err
 		}
@@ -328,6 +354,7 @@ func (m *Manager) planDevice(dev *hostfile.Device, guard *guard) *Item {
 			return i
 		}
 	}
+
 	units, err := bind.Units(m.topology, []*iommu.Device{i.Device})
 	if err == nil && len(units) == 0 {
 		err = fmt.Errorf("%s is a bridge, which no guest can have", i.Device.Name)
@@ -336,6 +363,7 @@ func (m *Manager) planDevice(dev *hostfile.Device, guard *guard) *Item {
 		i.Refuse(err)
 		return i
 	}
+
 	i.unit = units[0]
 	for _, d := range i.unit {
 		change, err := m.handle.Plan(d, bind.Take(i.driver))
@@ -347,6 +375,7 @@ func (m *Manager) planDevice(dev *hostfile.Device, guard *guard) *Item {
 			i.Steps = append(i.Steps, s.String())
 		}
 	}
+
 	if m.host.Live() && i.owner != nil && len(i.Steps) == 0 {
 		for _, d := range i.unit {
 			if nodes, _ := vfio.Nodes(m.host, d); d.VFIO && !i.owner.Keeps(m.host, d) {
@@ -354,6 +383,7 @@ func (m *Manager) planDevice(dev *hostfile.Device, guard *guard) *Item {
 			}
 		}
 	}
+
 	if len(i.Steps) == 0 {
 		return i
 	}
@@ -363,6 +393,7 @@ func (m *Manager) planDevice(dev *hostfile.Device, guard *guard) *Item {
 		i.Err = fmt.Errorf("%s: %s (viaduct apply --accept takes it along)", i.Name, joined)
 		return i
 	}
+
 	if err := guard.take(i.unit); err != nil {
 		i.Refuse(err)
 	}
@@ -415,8 +446,8 @@ func (m *Manager) check(i *Item) error {
 	return nil
 }
 
-// checkSets refuses other settings for VFs that are in use, unless that is forced, and tells of it then. What a PF's reset took from
-// a guest's VF, as its VLAN, must come back: there is no reason against that.
+// checkSets refuses other settings for VFs that are in use, unless that is forced, and tells of it then. What a PF's
+// reset took from a guest's VF, as its VLAN, must come back: there is no reason against that.
 func (m *Manager) checkSets(i *Item) error {
 	if len(i.sets) == 0 || !m.host.Live() {
 		return nil
@@ -432,6 +463,7 @@ func (m *Manager) checkSets(i *Item) error {
 			other = append(other, s.VF)
 		}
 	}
+
 	holders, err := holder.Find(m.host, all)
 	if err != nil && !errors.Is(err, holder.ErrBlind) { // who cannot see all is told of those that can be seen
 		return err
@@ -443,6 +475,7 @@ func (m *Manager) checkSets(i *Item) error {
 	if err := holder.Refuse("change the settings of VFs of "+i.Device.Name, hit, m.options.Force, "end their users first"); err != nil {
 		return err
 	}
+
 	for _, h := range holders {
 		i.Notes = append(i.Notes, "its settings change while "+h.String())
 	}

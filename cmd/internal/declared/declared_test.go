@@ -124,7 +124,11 @@ func TestApply(t *testing.T) {
 	if err := apply(t, m, mixed); err != nil || len(k.Log) != 0 {
 		t.Errorf("again: %v, wrote %q", err, k.Log)
 	}
-	other := strings.ReplaceAll(strings.ReplaceAll(strings.ReplaceAll(mixed, "driver: vfio", "driver: x"), "driver: home", "driver: vfio"), "driver: x", "driver: home")
+	other := strings.ReplaceAll(
+		strings.ReplaceAll(strings.ReplaceAll(mixed, "driver: vfio", "driver: x"), "driver: home", "driver: vfio"),
+		"driver: x",
+		"driver: home",
+	)
 	m = again(t, m)
 	if err := apply(t, m, other); err != nil {
 		t.Fatal(err)
@@ -289,13 +293,15 @@ func TestPlanStates(t *testing.T) {
 			t.Errorf("%s: %s with steps %q", c.text, i.State, i.Steps)
 		}
 	}
-	if i := one("pfs:\n  - {select: " + pf + ", count: 0}\n"); len(i.Notes) != 1 || !strings.Contains(i.Notes[0], "another device at the next boot") {
+	if i := one("pfs:\n  - {select: " + pf + ", count: 0}\n"); len(i.Notes) != 1 ||
+		!strings.Contains(i.Notes[0], "another device at the next boot") {
 		t.Errorf("a bare address: %q", i.Notes)
 	}
 
 	// A boot takes no NIC of which nothing is known, and none that carried the host.
 	m.options.Boot = true
-	if i := one("devices:\n  - {select: " + pf + "}\n"); i.State != Refused || !strings.Contains(i.Err.Error(), "nothing says which NICs") {
+	if i := one("devices:\n  - {select: " + pf + "}\n"); i.State != Refused ||
+		!strings.Contains(i.Err.Error(), "nothing says which NICs") {
 		t.Errorf("a boot without a record: %s, %v", i.State, i.Err)
 	}
 	d, err := m.topology.Find(mustParse(t, pf))
@@ -305,7 +311,8 @@ func TestPlanStates(t *testing.T) {
 	if err := m.state.Put(protectedKey, []protected{{d.Address, iommu.Identify(m.host, d), "carries the default route"}}); err != nil {
 		t.Fatal(err)
 	}
-	if i := one("devices:\n  - {select: " + pf + "}\n"); i.State != Refused || !strings.Contains(i.Err.Error(), "carries the default route") {
+	if i := one("devices:\n  - {select: " + pf + "}\n"); i.State != Refused ||
+		!strings.Contains(i.Err.Error(), "carries the default route") {
 		t.Errorf("a boot, and a device that carried the host: %s, %v", i.State, i.Err)
 	}
 	if i := one("pfs:\n  - {select: " + pf + ", count: 2}\n"); i.State != Differs {
@@ -335,7 +342,8 @@ func TestPlanStates(t *testing.T) {
 	for _, mine.Driver = range []string{"vfio-pci", driver} { // taken already, or not
 		mine.DriverOverride = mine.Driver
 		if got, err := m.Early(early); err == nil || !strings.Contains(err.Error(), "never to be touched") {
-			t.Errorf("what is protected, and on %s, is kept from its driver by the initramfs: %v, %v", mine.Driver, got, err)
+			t.Errorf("what is protected, and on %s, is kept from its driver by the initramfs: %v, %v", mine.Driver, got,
+				err)
 		}
 	}
 	mine.DriverOverride = override
@@ -350,8 +358,8 @@ func TestPlanStates(t *testing.T) {
 		t.Errorf("%v, %v", got, err)
 	}
 
-	// A card in another slot is the same if it is found by a number of its own, also when nobody knew that number the last time; and its
-	// number is known by whatever name udev has given its interface meanwhile.
+	// A card in another slot is the same if it is found by a number of its own, also when nobody knew that number the
+	// last time; and its number is known by whatever name udev has given its interface meanwhile.
 	id := iommu.Identify(m.host, mine)
 	mac := slices.Collect(maps.Values(id.MACs))[0]
 	mine.Netdevs = []string{"eth0"}
@@ -373,7 +381,8 @@ func TestPlanStates(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(k.Dir(), pfDir, "modalias"), []byte("pci:v000015B3d00001017sv000015B3sd00000020bc02sc00i00\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if i := one("pfs:\n  - {select: " + pf + ", count: 2}\n"); i.State != Changed || !strings.Contains(i.Err.Error(), "15b3:1017") {
+	if i := one("pfs:\n  - {select: " + pf + ", count: 2}\n"); i.State != Changed ||
+		!strings.Contains(i.Err.Error(), "15b3:1017") {
 		t.Errorf("another card in the slot: %s, %v", i.State, i.Err)
 	}
 	m.options.Accept = true
@@ -400,7 +409,8 @@ func mustParse(t *testing.T, s string) iommu.Address {
 	return a
 }
 
-// VFs of PFs that others bond are made early and get their drivers late. (Unproven on hardware: no emulated NIC has switchdev.)
+// VFs of PFs that others bond are made early and get their drivers late. (Unproven on hardware: no emulated NIC has
+// switchdev.)
 func TestAfterBond(t *testing.T) {
 	k := hosttest.NewLab(t, nil)
 	k.Net.Eswitch = map[string][3]int{pf: {}}
@@ -454,7 +464,8 @@ func TestAdopt(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(s.PFs) != 1 || s.PFs[0].Count != 3 || len(s.PFs[0].VFs) != 3 || strings.Contains(string(text), "select: \""+pf) {
+	if len(s.PFs) != 1 || s.PFs[0].Count != 3 || len(s.PFs[0].VFs) != 3 ||
+		strings.Contains(string(text), "select: \""+pf) {
 		t.Errorf("%s", text)
 	}
 	for _, i := range plan(t, again(t, m), string(text)) {

@@ -44,19 +44,25 @@ func (m *Manager) describe(d *iommu.Device, full bool) (pf hostfile.PF, err erro
 			permanent, _ = net.ParseMAC(mac)
 		}
 	}
+
 	for _, v := range d.SRIOV.VFs {
 		vf, err := m.topology.Find(v.Address)
 		if err != nil {
 			return pf, err
 		}
 		info, _ := port.Of(v.Index)
-		r := hostfile.VFs{Range: hostfile.Span(v.Index, v.Index), Driver: sriov.UseNone, Settings: map[hostfile.Key]hostfile.Valued{}}
+		r := hostfile.VFs{
+			Range:    hostfile.Span(v.Index, v.Index),
+			Driver:   sriov.UseNone,
+			Settings: map[hostfile.Key]hostfile.Valued{},
+		}
 		switch {
 		case vf.VFIO:
 			r.Driver = sriov.UseVFIO
 		case vf.Blocks():
 			r.Driver = sriov.UseHome
 		}
+
 		for k, value := range info.Settings {
 			if k == sriov.MAC {
 				if value == "00:00:00:00:00:00" {
@@ -70,10 +76,12 @@ func (m *Manager) describe(d *iommu.Device, full bool) (pf hostfile.PF, err erro
 			}
 			r.Settings[k] = hostfile.Value(value)
 		}
+
 		if n := len(pf.VFs) - 1; n >= 0 && !full && alike(&pf.VFs[n], &r) {
 			pf.VFs[n].Range = pf.VFs[n].Range.To(v.Index)
 			continue
 		}
+
 		pf.VFs = append(pf.VFs, r)
 	}
 	return pf, nil
@@ -85,7 +93,8 @@ func isDefault(k sriov.Key, value string) bool {
 }
 
 func alike(a, b *hostfile.VFs) bool {
-	return a.Driver == b.Driver && maps.Equal(a.Settings, b.Settings) && (b.Settings[sriov.MAC] == hostfile.Valued{} || b.Settings[sriov.MAC] == hostfile.Value(sriov.StableMAC))
+	return a.Driver == b.Driver && maps.Equal(a.Settings, b.Settings) &&
+		(b.Settings[sriov.MAC] == hostfile.Valued{} || b.Settings[sriov.MAC] == hostfile.Value(sriov.StableMAC))
 }
 
 // Adopt declares the host as it is now: PFs with VFs, and devices on vfio drivers. Comments say what each is.

@@ -16,8 +16,8 @@ func dropIn(match hostfile.Match) string {
 	return filepath.Join("/", hostfile.Dir, "50-bind-"+strings.ReplaceAll(place, "/", "_")+".yaml")
 }
 
-// Save declares a device that was taken, in a drop-in of its own, unless it is declared already, and writes down what it is, so
-// that no other card in its place is taken for it. It returns where it is declared.
+// Save declares a device that was taken, in a drop-in of its own, unless it is declared already, and writes down what
+// it is, so that no other card in its place is taken for it. It returns where it is declared.
 func (m *Manager) Save(d *iommu.Device, driver, owner string) (file string, err error) {
 	match, err := at(m.host, d)
 	if err != nil {
@@ -25,21 +25,25 @@ func (m *Manager) Save(d *iommu.Device, driver, owner string) (file string, err 
 	}
 	if declared, err := hostfile.Load(m.host); err == nil { // one that is wrong is apply's matter
 		for _, other := range declared.Devices {
-			if found, err := m.find(other.Select); err == nil && found.Name == d.Name && other.At.File != dropIn(match) {
+			if found, err := m.find(other.Select); err == nil && found.Name == d.Name &&
+				other.At.File != dropIn(match) {
 				return other.At.String(), nil
 			}
 		}
 	}
+
 	dev := hostfile.Device{Select: match, Driver: driver, Owner: owner}
 	if driver == bind.Auto {
 		dev.Driver = ""
 	}
 	names := iommu.OpenNames(m.host)
 	defer names.Close()
-	text, err := (&hostfile.Host{Devices: []hostfile.Device{dev}}).YAML(map[string]string{match.String(): comment(names, d)})
+	one := hostfile.Host{Devices: []hostfile.Device{dev}}
+	text, err := one.YAML(map[string]string{match.String(): comment(names, d)})
 	if err != nil {
 		return "", err
 	}
+
 	file = dropIn(match)
 	head := "# Written by viaduct bind --save; viaduct unbind --save removes it.\n"
 	if err := m.host.Replace(file[1:], append([]byte(head), text...)); err != nil {
@@ -51,6 +55,7 @@ func (m *Manager) Save(d *iommu.Device, driver, owner string) (file string, err 
 	if err := m.state.Delete(knownKey(match.String())); err != nil { // of what was there before
 		return "", err
 	}
+
 	i := &Item{Name: match.String(), Device: d, State: OK, unit: []*iommu.Device{d}}
 	if units, err := bind.Units(m.topology, i.unit); err == nil && len(units) > 0 {
 		i.unit = units[0]

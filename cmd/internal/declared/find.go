@@ -12,7 +12,8 @@ import (
 	"viaduct/vfio/holder"
 )
 
-// index finds devices by what takes long to read, with one look at each. VFs are not in it: they are declared below their PF.
+// index finds devices by what takes long to read, with one look at each. VFs are not in it: they are declared below
+// their PF.
 type index struct {
 	macs, paths, serials map[string][]*iommu.Device
 }
@@ -51,8 +52,8 @@ func (m *Manager) all(match hostfile.Match) ([]*iommu.Device, error) {
 	return all, nil
 }
 
-// resolve are the devices of a selector. A device on a vfio driver has no interface to ask for its MAC address: it is found by
-// what was written down when it was taken.
+// resolve are the devices of a selector. A device on a vfio driver has no interface to ask for its MAC address: it is
+// found by what was written down when it was taken.
 func (m *Manager) resolve(s iommu.Selector) ([]*iommu.Device, error) {
 	var by *map[string][]*iommu.Device
 	if m.index == nil {
@@ -68,11 +69,13 @@ func (m *Manager) resolve(s iommu.Selector) ([]*iommu.Device, error) {
 	default:
 		return s.Resolve(m.host, m.topology)
 	}
+
 	if *by == nil {
 		*by = map[string][]*iommu.Device{}
 		m.topology.All(func(d *iommu.Device) bool {
 			if d.PCI && d.PhysFn == nil {
-				keys, _ := m.keys(s.Form(), d) // of one that cannot be asked nothing is known, and it is not found by it
+				keys, _ := m.keys(s.Form(),
+					d) // of one that cannot be asked nothing is known, and it is not found by it
 				for _, k := range keys {
 					(*by)[k] = append((*by)[k], d)
 				}
@@ -80,10 +83,12 @@ func (m *Manager) resolve(s iommu.Selector) ([]*iommu.Device, error) {
 			return true
 		})
 	}
+
 	if found := (*by)[strings.ToLower(s.Value())]; len(found) > 0 {
 		return found, nil
 	}
-	return s.Resolve(m.host, m.topology) // which says what there is instead, and knows addresses that are no permanent ones
+	return s.Resolve(m.host,
+		m.topology) // which says what there is instead, and knows addresses that are no permanent ones
 }
 
 // keys are what a device is found by.

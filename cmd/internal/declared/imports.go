@@ -58,6 +58,7 @@ func (i *importer) files(suffix string, dirs ...string) (names []string, content
 			names, content[file] = append(names, file), string(b)
 		}
 	}
+
 	slices.SortFunc(names, func(a, b string) int { return strings.Compare(path.Base(a), path.Base(b)) })
 	return names, content, nil
 }
@@ -112,6 +113,7 @@ func (i *importer) netplan() error {
 		Delay   bool   `yaml:"delay-virtual-functions-rebind"`
 		MTU     int    `yaml:"mtu"`
 	}
+
 	type vlan struct {
 		Link     string `yaml:"link"`
 		Renderer string `yaml:"renderer"`
@@ -135,16 +137,24 @@ func (i *importer) netplan() error {
 			all[id] = e
 			linked[e.Link]++
 		}
+
 		for id, v := range file.Network.VLANs {
 			if v.Renderer == "sriov" {
-				i.note("/%s: VLAN %s: netplan gives VFs their numbers when it runs; declare it at the VF that is meant", n, id)
+				i.note("/%s: VLAN %s: netplan gives VFs their numbers when it runs; declare it at the VF that is meant",
+					n, id)
 			}
 		}
 	}
+
 	slices.Sort(order)
 	for _, id := range order {
 		e := all[id]
-		pf := hostfile.PF{MTU: e.MTU, Eswitch: e.Eswitch, AfterLAG: e.Delay && e.Eswitch == "switchdev", Count: linked[id]}
+		pf := hostfile.PF{
+			MTU:      e.MTU,
+			Eswitch:  e.Eswitch,
+			AfterLAG: e.Delay && e.Eswitch == "switchdev",
+			Count:    linked[id],
+		}
 		if e.Count != nil {
 			pf.Count = *e.Count
 		}
@@ -160,10 +170,12 @@ func (i *importer) netplan() error {
 		case e.Match.Name != "":
 			words = e.Match.Name
 		}
+
 		if pf.Select, err = i.match(words); err != nil {
 			i.note("%s: %v", id, err)
 			continue
 		}
+
 		pf.VFs = append(pf.VFs, hostfile.VFs{Driver: sriov.UseHome})
 		if pf.Count == 0 {
 			pf.VFs = nil
@@ -202,6 +214,7 @@ func (i *importer) systemd() error {
 					vfs = append(vfs, vf...)
 				}
 			}
+
 			if count < 0 && len(vfs) == 0 {
 				continue
 			}
@@ -210,12 +223,14 @@ func (i *importer) systemd() error {
 				i.note("/%s: its [Match] names no one device that can be named here", n)
 				continue
 			}
+
 			at, known := byName[match.String()]
 			if !known {
 				at = len(i.out.PFs)
 				byName[match.String()] = at
 				i.out.PFs = append(i.out.PFs, hostfile.PF{Select: match})
 			}
+
 			pf := &i.out.PFs[at]
 			pf.Count, pf.VFs = max(pf.Count, count), append(pf.VFs, vfs...)
 			for _, r := range vfs {
@@ -265,25 +280,33 @@ func (i *importer) systemdVF(file string, keys map[string]string) ([]hostfile.VF
 			}
 			continue
 		}
+
 		switch strings.ToLower(value) { // systemd's words for a switch
 		case "1", "yes", "y", "true", "t":
 			value = "on"
 		case "0", "no", "n", "false", "f":
 			value = "off"
 		}
+
 		if key == sriov.LinkState {
 			value = map[string]string{"on": "enable", "off": "disable"}[value]
 			if value == "" {
 				value = "auto"
 			}
 		}
+
 		words = append(words, string(key)+"="+value)
 	}
+
 	settings, err := sriov.ParseSettings(words)
 	if err != nil {
 		return nil, fmt.Errorf("/%s: VF %d: %w", file, index, err)
 	}
-	vf := hostfile.VFs{Range: hostfile.Span(index, index), Driver: sriov.UseHome, Settings: map[hostfile.Key]hostfile.Valued{}}
+	vf := hostfile.VFs{
+		Range:    hostfile.Span(index, index),
+		Driver:   sriov.UseHome,
+		Settings: map[hostfile.Key]hostfile.Valued{},
+	}
 	for k, v := range settings {
 		vf.Settings[k] = hostfile.Value(v)
 	}

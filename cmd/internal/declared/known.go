@@ -42,8 +42,8 @@ func (m *Manager) remembered(match hostfile.Match) (*known, error) {
 	return &k, nil
 }
 
-// changed says how what is there differs from what was there; "" if it does not. A card that moved to another slot is the same, which its
-// own numbers tell, those that it was found by as well.
+// changed says how what is there differs from what was there; "" if it does not. A card that moved to another slot is
+// the same, which its own numbers tell, those that it was found by as well.
 func (m *Manager) changed(k *known, match hostfile.Match, d *iommu.Device) string {
 	if k == nil {
 		return ""
@@ -51,8 +51,11 @@ func (m *Manager) changed(k *known, match hostfile.Match, d *iommu.Device) strin
 	if why := k.Identity.Differs(m.host, d); why != "" {
 		return fmt.Sprintf("%s is another device than %s was: %s", d.Name, k.Address, why)
 	}
-	if place, err := iommu.PathOf(m.host, d); err == nil && place != k.Identity.Path && !match.Has(iommu.ByMAC, iommu.BySerial) && !m.Same(&k.Identity, d) {
-		return fmt.Sprintf("%s is at path=%s instead of %s, and nothing tells whether it is the same device", d.Name, place, k.Identity.Path)
+	if place, err := iommu.PathOf(m.host, d); err == nil && place != k.Identity.Path &&
+		!match.Has(iommu.ByMAC, iommu.BySerial) &&
+		!m.Same(&k.Identity, d) {
+		return fmt.Sprintf("%s is at path=%s instead of %s, and nothing tells whether it is the same device", d.Name,
+			place, k.Identity.Path)
 	}
 	return ""
 }
@@ -75,8 +78,8 @@ func (m *Manager) joined(i *Item) string {
 	return "its group has grown by what the host uses: " + strings.Join(out, ", ")
 }
 
-// dropped adds to a wish what was declared of VFs when that was last applied, and is not any more: it goes back to what VFs begin
-// with. A MAC address stays, as there is none to go back to.
+// dropped adds to a wish what was declared of VFs when that was last applied, and is not any more: it goes back to what
+// VFs begin with. A MAC address stays, as there is none to go back to.
 func (i *Item) dropped(vfs []*iommu.Device, wish []sriov.VFWish, leased map[iommu.Address]sriov.Settings) {
 	if i.known == nil {
 		return
@@ -110,12 +113,15 @@ func (m *Manager) Remember(items []*Item) error {
 				k.Group = append(k.Group, place)
 			}
 		}
+
 		if i.State == OK && i.pf != nil {
 			k.Settings = settingsOf(i.pf)
 		} else if i.known != nil {
 			k.Settings = i.known.Settings
 		}
-		if i.known == nil || m.options.Accept || !slices.Equal(k.Group, i.known.Group) || k.Address != i.known.Address ||
+
+		if i.known == nil || m.options.Accept || !slices.Equal(k.Group, i.known.Group) ||
+			k.Address != i.known.Address ||
 			!maps.EqualFunc(k.Settings, i.known.Settings, maps.Equal) {
 			errs = append(errs, m.state.Put(knownKey(i.Name), k))
 		}

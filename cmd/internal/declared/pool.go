@@ -21,8 +21,8 @@ func Pools(s *hostfile.Host) []string {
 	return out
 }
 
-// Pool are the VFs of a pool that are there. PFs that are missing, or are other devices than they were when they were last
-// applied, add none: the error says which, if no VF is left.
+// Pool are the VFs of a pool that are there. PFs that are missing, or are other devices than they were when they were
+// last applied, add none: the error says which, if no VF is left.
 func (m *Manager) Pool(s *hostfile.Host, name string) ([]*iommu.Device, error) {
 	var out []*iommu.Device
 	var last error
@@ -43,6 +43,7 @@ func (m *Manager) Pool(s *hostfile.Host, name string) ([]*iommu.Device, error) {
 			}
 		}
 	}
+
 	if len(out) == 0 {
 		if last == nil {
 			last = fmt.Errorf("its VFs are not made yet (viaduct apply)")

@@ -19,8 +19,8 @@ type protected struct {
 	Why      string         `json:"why"`
 }
 
-// Protect writes down which devices carry the host, for boots, which cannot see that yet: those with its addresses, routes, mounts
-// and swap, and those behind fstab, crypttab, and root= and ip= of the kernel's command line.
+// Protect writes down which devices carry the host, for boots, which cannot see that yet: those with its addresses,
+// routes, mounts and swap, and those behind fstab, crypttab, and root= and ip= of the kernel's command line.
 func (m *Manager) Protect() error {
 	var all []*iommu.Device
 	m.topology.All(func(d *iommu.Device) bool {
@@ -33,6 +33,7 @@ func (m *Manager) Protect() error {
 	if err != nil {
 		return err
 	}
+
 	needs := needed(m.host)
 	out := []protected{}
 	for _, d := range all {
@@ -48,6 +49,7 @@ func (m *Manager) Protect() error {
 			out = append(out, protected{d.Address, iommu.Identify(m.host, d), why})
 		}
 	}
+
 	var before []protected
 	if _, err := m.state.Get(protectedKey, &before); err != nil {
 		return err
@@ -55,11 +57,14 @@ func (m *Manager) Protect() error {
 	if !m.options.Accept { // what carried the host once may be down just now: it stays protected as long as it is there
 		for _, old := range before {
 			still := slices.ContainsFunc(all, func(d *iommu.Device) bool { return m.Same(&old.Identity, d) })
-			if still && !slices.ContainsFunc(out, func(p protected) bool { return reflect.DeepEqual(p.Identity, old.Identity) }) {
+			if still &&
+				!slices.ContainsFunc(out,
+					func(p protected) bool { return reflect.DeepEqual(p.Identity, old.Identity) }) {
 				out = append(out, old)
 			}
 		}
 	}
+
 	if before != nil && reflect.DeepEqual(before, out) {
 		return nil
 	}
@@ -85,8 +90,8 @@ func (m *Manager) recorded(g *guard) error {
 	return nil
 }
 
-// Same reports whether this is the device that was identified: by its own numbers where both are known, else by its place. The
-// functions of a card share its serial number.
+// Same reports whether this is the device that was identified: by its own numbers where both are known, else by its
+// place. The functions of a card share its serial number.
 func (m *Manager) Same(id *iommu.Identity, d *iommu.Device) bool {
 	if id.Differs(m.host, d) != "" {
 		return false
@@ -105,7 +110,8 @@ func (m *Manager) Same(id *iommu.Identity, d *iommu.Device) bool {
 	return place == id.Path
 }
 
-// needs is what the host's own files say that it needs, mounted now or not: where that is said, by block device and interface.
+// needs is what the host's own files say that it needs, mounted now or not: where that is said, by block device and
+// interface.
 type needs struct{ disks, links map[string]string }
 
 // needed reads them; what is not there, or says something else, needs nothing.
@@ -122,6 +128,7 @@ func needed(h *iommu.Host) needs {
 			}
 		}
 	}
+
 	line, _ := h.String("proc/cmdline")
 	for word := range strings.FieldsSeq(line) {
 		switch key, value, _ := strings.Cut(word, "="); key {

@@ -10,15 +10,15 @@ import (
 	"viaduct/iommu"
 )
 
-// How often Watch looks without an event, and how long after one nothing more must come before it looks: a driver that is loaded
-// makes dozens.
+// How often Watch looks without an event, and how long after one nothing more must come before it looks: a driver that
+// is loaded makes dozens.
 const (
 	atLeast = time.Minute
 	quiet   = 500 * time.Millisecond
 )
 
-// Watch calls look at once, when devices or links change, and each minute, until the context ends. After one that tried something
-// and failed, which by itself makes events, it waits longer each time.
+// Watch calls look at once, when devices or links change, and each minute, until the context ends. After one that tried
+// something and failed, which by itself makes events, it waits longer each time.
 func Watch(ctx context.Context, h *iommu.Host, look func() (failed bool)) error {
 	events, err := uevent.Open(h.Host)
 	if err != nil {
@@ -46,7 +46,8 @@ func Watch(ctx context.Context, h *iommu.Host, look func() (failed bool)) error 
 	return nil
 }
 
-// Settle calls look, and again as long as devices or links change meanwhile: a card brings several, one after the other.
+// Settle calls look, and again as long as devices or links change meanwhile: a card brings several, one after the
+// other.
 func Settle(ctx context.Context, h *iommu.Host, look func()) error {
 	events, err := uevent.Open(h.Host)
 	if err != nil {
@@ -66,8 +67,8 @@ func Settle(ctx context.Context, h *iommu.Host, look func()) error {
 	return nil
 }
 
-// hold says that the host is not as declared on purpose, which the watch service leaves alone: it was undone, or something else was
-// applied.
+// hold says that the host is not as declared on purpose, which the watch service leaves alone: it was undone, or
+// something else was applied.
 const hold = "hold"
 
 // Hold writes that down, or ends it.
@@ -85,8 +86,8 @@ func (m *Manager) Held() bool {
 	return known && err == nil
 }
 
-// Early are the places of the devices that the initramfs is to keep from their drivers. Nothing there can ask what they are for: one
-// that must not be taken, or that the host uses now, is refused, with all that would be taken along.
+// Early are the places of the devices that the initramfs is to keep from their drivers. Nothing there can ask what they
+// are for: one that must not be taken, or that the host uses now, is refused, with all that would be taken along.
 func (m *Manager) Early(s *hostfile.Host) ([]string, error) {
 	boot := *m
 	boot.options.Boot = true
@@ -108,6 +109,7 @@ func (m *Manager) Early(s *hostfile.Host) ([]string, error) {
 		if i.Err != nil {
 			return nil, fmt.Errorf("%s: %w", dev.At, i.Err)
 		}
+
 		place, err := iommu.PathOf(m.host, i.Device)
 		if err != nil {
 			return nil, err

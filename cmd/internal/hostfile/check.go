@@ -23,7 +23,11 @@ func (d *decoder) check(h *Host) {
 			d.failAt(dev.At, dev.Driver, "this is no vfio driver; want auto, vfio-pci or the name of a variant driver")
 		}
 		if dev.Early && !dev.Select.Has(iommu.ByAddress, iommu.ByPath) {
-			d.failAt(dev.At, dev.Select.String(), "a device that is taken in the initramfs has no driver and no name yet: name its path= (viaduct show prints it)")
+			d.failAt(
+				dev.At,
+				dev.Select.String(),
+				"a device that is taken in the initramfs has no driver and no name yet: name its path= (viaduct show prints it)",
+			)
 		}
 	}
 	if err := h.twice(); err != nil {
@@ -39,6 +43,7 @@ func (d *decoder) checkPF(pf *PF) {
 		d.failAt(pf.VFs[0].At, "", "there are no VFs (count is 0), so there is nothing to say of them")
 		return
 	}
+
 	owner := make([]*VFs, pf.Count)
 	macs := map[string]bool{}
 	for i := range pf.VFs {
@@ -54,6 +59,7 @@ func (d *decoder) checkPF(pf *PF) {
 			}
 			owner[n] = r
 		}
+
 		mac, ok := r.Settings[sriov.MAC]
 		if ok && mac.word != sriov.StableMAC && (len(indexes) > 1 || macs[mac.word]) {
 			d.failAt(r.At, mac.word, "each VF needs a MAC address of its own (mac: %s makes them)", sriov.StableMAC)
@@ -63,10 +69,12 @@ func (d *decoder) checkPF(pf *PF) {
 			for k, v := range r.Settings { // with the greatest index, as for the least it was looked at already
 				text := v.Of(indexes[len(indexes)-1])
 				if _, err := sriov.ParseSettings([]string{string(k) + "=" + text}); v.plus && err != nil {
-					d.failAt(r.At, v.String(), "%s of VF %d would be %s: %v", k, indexes[len(indexes)-1], text, reason(err))
+					d.failAt(r.At, v.String(), "%s of VF %d would be %s: %v", k, indexes[len(indexes)-1], text,
+						reason(err))
 				}
 			}
 		}
+
 		_, qos := r.Settings[sriov.QoS]
 		_, proto := r.Settings[sriov.Proto]
 		if _, vlan := r.Settings[sriov.VLAN]; !vlan && (qos || proto) {
@@ -76,6 +84,7 @@ func (d *decoder) checkPF(pf *PF) {
 			d.failAt(r.At, r.Pool, "guests draw from a pool, and cannot have what the host's driver has (driver: home)")
 		}
 	}
+
 	if pf.AfterLAG && pf.Eswitch != "switchdev" {
 		d.failAt(pf.At, "after_bond", "is for the PFs of a bond in mode switchdev (eswitch: switchdev)")
 	}
@@ -93,6 +102,7 @@ func (h *Host) twice() error {
 		}
 		seen[name] = at
 	}
+
 	type owner struct {
 		pf int
 		at Pos
@@ -112,6 +122,7 @@ func (h *Host) twice() error {
 			}
 		}
 	}
+
 	for _, dev := range h.Devices {
 		see(dev.Select, dev.At)
 	}

@@ -20,8 +20,8 @@ const (
 	mostValues = 2_000_000
 )
 
-// Parse reads one file. What it returns beside errors is what could be read. Each error is an *Error; it tells at most the
-// first twenty.
+// Parse reads one file. What it returns beside errors is what could be read. Each error is an *Error; it tells at most
+// the first twenty.
 func Parse(file string, content []byte) (*Host, error) {
 	d := decoder{file: file}
 	h := &Host{}
@@ -36,12 +36,14 @@ func Parse(file string, content []byte) (*Host, error) {
 		}
 		return h, d.syntax(content, err)
 	}
+
 	var second yaml.Node
 	if err := loader.Load(&second); err == nil {
 		d.fail(&second, "", "a second document; want one in a file")
 	} else if !isEnd(err) {
 		return h, d.syntax(content, err)
 	}
+
 	if len(doc.Content) > 0 && !isNull(doc.Content[0]) {
 		d.decode(doc.Content[0], reflect.ValueOf(h).Elem(), nil)
 	}
@@ -78,6 +80,7 @@ func (d *decoder) syntax(content []byte, err error) error {
 		e.Why = "this is no YAML: " + load.Message
 		e.At.Line, e.At.Column = load.Mark.Line, load.Mark.Column
 	}
+
 	if e.At.Line == 0 { // it tells no place of what is no text
 		e.At.Line, e.At.Column = 1, 1
 		for _, c := range string(content) {
@@ -89,6 +92,7 @@ func (d *decoder) syntax(content []byte, err error) error {
 			e.At.Column++
 		}
 	}
+
 	lines := strings.Split(string(content), "\n")
 	if e.At.Line > 0 && e.At.Line <= len(lines) {
 		e.Text = strings.TrimSpace(lines[e.At.Line-1])
@@ -119,6 +123,7 @@ func (d *decoder) decode(n *yaml.Node, v reflect.Value, f *reflect.StructField) 
 		}
 		return
 	}
+
 	if n.Kind == yaml.AliasNode && n.Alias != nil {
 		n = n.Alias
 	}
@@ -130,6 +135,7 @@ func (d *decoder) decode(n *yaml.Node, v reflect.Value, f *reflect.StructField) 
 		}
 		return
 	}
+
 	switch v.Kind() {
 	case reflect.Struct:
 		if field, ok := onlyScalar(v.Type()); ok {
@@ -137,6 +143,7 @@ func (d *decoder) decode(n *yaml.Node, v reflect.Value, f *reflect.StructField) 
 			d.decode(n, v.FieldByIndex(field.Index), field)
 			return
 		}
+
 		d.mapping(n, v)
 	case reflect.Slice:
 		if isNull(n) {
@@ -146,6 +153,7 @@ func (d *decoder) decode(n *yaml.Node, v reflect.Value, f *reflect.StructField) 
 			d.fail(n, n.Value, "want a list, not %s", kindOf(n))
 			return
 		}
+
 		for _, item := range n.Content {
 			v.Set(reflect.Append(v, reflect.Zero(v.Type().Elem())))
 			d.decode(item, v.Index(v.Len()-1), nil)
@@ -198,6 +206,7 @@ func (d *decoder) mapping(n *yaml.Node, v reflect.Value) {
 		d.fail(n, n.Value, "want a mapping with the keys %s, not %s", strings.Join(keysOf(v.Type()), ", "), kindOf(n))
 		return
 	}
+
 	setPos(v, Pos{d.file, n.Line, n.Column})
 	seen := map[string]*yaml.Node{}
 	for i := 0; i+1 < len(n.Content); i += 2 {
@@ -215,6 +224,7 @@ func (d *decoder) mapping(n *yaml.Node, v reflect.Value) {
 			d.fail(key, key.Value, "there is no such key here%s; the keys are %s", meant(key.Value, keysOf(v.Type())), strings.Join(keysOf(v.Type()), ", "))
 		}
 	}
+
 	for i := range v.NumField() {
 		f := v.Type().Field(i)
 		if name := f.Tag.Get("yaml"); f.Tag.Get("required") != "" && seen[name] == nil {

@@ -1,5 +1,5 @@
-// Package hostfile is the declared host: what /etc/viaduct/host.yaml and its drop-ins say that a host's PFs, VFs and passthrough
-// devices are. It reads and writes files and knows nothing of the host that they are for.
+// Package hostfile is the declared host: what /etc/viaduct/host.yaml and its drop-ins say that a host's PFs, VFs and
+// passthrough devices are. It reads and writes files and knows nothing of the host that they are for.
 package hostfile
 
 import (
@@ -11,7 +11,7 @@ import (
 // Host is a host as it is declared.
 type Host struct {
 	Protect []Protect `yaml:"protect" doc:"devices that are never touched"`
-	PFs     []PF      `yaml:"pfs" doc:"SR-IOV physical functions, and what their VFs are"`
+	PFs     []PF      `yaml:"pfs"     doc:"SR-IOV physical functions, and what their VFs are"`
 	Devices []Device  `yaml:"devices" doc:"devices that are taken from the host for passthrough"`
 }
 
@@ -24,35 +24,35 @@ type Protect struct {
 // PF is a physical function with its VFs. What is left out is left as it is.
 type PF struct {
 	At       Pos    `yaml:"-"`
-	Select   Match  `yaml:"select" required:"true" doc:"the PF: mac=, path=, serial=, ids, an address, an interface; several words must all hold"`
-	Optional bool   `yaml:"optional" doc:"its absence is no failure"`
-	Count    int    `yaml:"count" required:"true" min:"0" max:"65535" doc:"number of VFs"`
-	MTU      int    `yaml:"mtu" min:"68" max:"65535" doc:"that VFs are to be able to have: the PF's is raised to it, never lowered"`
-	Eswitch  string `yaml:"eswitch" enum:"legacy,switchdev" doc:"mode of the e-switch"`
-	Inline   string `yaml:"inline_mode" enum:"none,link,network,transport" doc:"of the e-switch"`
-	Encap    string `yaml:"encap" enum:"none,basic" doc:"of the e-switch"`
-	Offload  string `yaml:"hw_tc_offload" enum:"on,off" doc:"whether the NIC carries out the e-switch's rules"`
-	AfterLAG bool   `yaml:"after_bond" doc:"its VFs get their drivers only when the PF is in a bond, which others make: for switchdev PFs of one bond"`
-	VFs      []VFs  `yaml:"vfs" doc:"what the VFs are, by ranges; those in no range have no driver and no settings"`
+	Select   Match  `yaml:"select"        required:"true" doc:"the PF: mac=, path=, serial=, ids, an address, an interface; several words must all hold"`
+	Optional bool   `yaml:"optional"                      doc:"its absence is no failure"`
+	Count    int    `yaml:"count"         required:"true" doc:"number of VFs"                                                                                             min:"0"  max:"65535"`
+	MTU      int    `yaml:"mtu"                           doc:"that VFs are to be able to have: the PF's is raised to it, never lowered"                                  min:"68" max:"65535"`
+	Eswitch  string `yaml:"eswitch"                       doc:"mode of the e-switch"                                                                                                           enum:"legacy,switchdev"`
+	Inline   string `yaml:"inline_mode"                   doc:"of the e-switch"                                                                                                                enum:"none,link,network,transport"`
+	Encap    string `yaml:"encap"                         doc:"of the e-switch"                                                                                                                enum:"none,basic"`
+	Offload  string `yaml:"hw_tc_offload"                 doc:"whether the NIC carries out the e-switch's rules"                                                                               enum:"on,off"`
+	AfterLAG bool   `yaml:"after_bond"                    doc:"its VFs get their drivers only when the PF is in a bond, which others make: for switchdev PFs of one bond"`
+	VFs      []VFs  `yaml:"vfs"                           doc:"what the VFs are, by ranges; those in no range have no driver and no settings"`
 }
 
 // VFs is a range of a PF's VFs.
 type VFs struct {
 	At       Pos            `yaml:"-"`
-	Range    Range          `yaml:"range" doc:"indexes, as 0-3 or 0-3,6; all if left out"`
-	Driver   sriov.Use      `yaml:"driver" enum:"vfio,home,none" doc:"what drives them; none if left out"`
-	Pool     string         `yaml:"pool" doc:"name that guests draw from"`
+	Range    Range          `yaml:"range"     doc:"indexes, as 0-3 or 0-3,6; all if left out"`
+	Driver   sriov.Use      `yaml:"driver"    doc:"what drives them; none if left out"        enum:"vfio,home,none"`
+	Pool     string         `yaml:"pool"      doc:"name that guests draw from"`
 	Settings map[Key]Valued `yaml:",settings"`
 }
 
 // Device is a device that is taken for passthrough, with all of its IOMMU group.
 type Device struct {
 	At       Pos    `yaml:"-"`
-	Select   Match  `yaml:"select" required:"true" doc:"the device, as a PF's"`
-	Optional bool   `yaml:"optional" doc:"its absence is no failure"`
-	Driver   string `yaml:"driver" doc:"vfio driver; auto, the default, is the device's own variant driver, else vfio-pci"`
-	Owner    string `yaml:"node_owner" doc:"USER[:GROUP] that the device's nodes belong to"`
-	Early    bool   `yaml:"initramfs" doc:"taken in the initramfs already, before its own driver can have it"`
+	Select   Match  `yaml:"select"     required:"true" doc:"the device, as a PF's"`
+	Optional bool   `yaml:"optional"                   doc:"its absence is no failure"`
+	Driver   string `yaml:"driver"                     doc:"vfio driver; auto, the default, is the device's own variant driver, else vfio-pci"`
+	Owner    string `yaml:"node_owner"                 doc:"USER[:GROUP] that the device's nodes belong to"`
+	Early    bool   `yaml:"initramfs"                  doc:"taken in the initramfs already, before its own driver can have it"`
 }
 
 // Key is a VF setting's.

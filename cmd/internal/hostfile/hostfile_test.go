@@ -89,7 +89,12 @@ func TestParse(t *testing.T) {
 		t.Fatal(err)
 	}
 	vfs := h.PFs[0].Each()
-	if want := (sriov.Settings{sriov.MAC: "stable", sriov.VLAN: "102", sriov.Trust: "on"}); !reflect.DeepEqual(vfs[2].Settings, want) || vfs[2].Pool != "fast" || vfs[2].Use != sriov.UseVFIO {
+	if want := (sriov.Settings{sriov.MAC: "stable", sriov.VLAN: "102", sriov.Trust: "on"}); !reflect.DeepEqual(
+		vfs[2].Settings,
+		want,
+	) ||
+		vfs[2].Pool != "fast" ||
+		vfs[2].Use != sriov.UseVFIO {
 		t.Errorf("VF 2: %+v, want %v", vfs[2], want)
 	}
 	if vfs[4].Use != sriov.UseHome || vfs[4].Settings[sriov.MaxRate] != "1000" || vfs[4].Pool != "" {
@@ -155,10 +160,13 @@ func TestSchema(t *testing.T) {
 		t.Fatal(err)
 	}
 	pf := s.Properties["pfs"].Items
-	if s.AdditionalProperties || len(s.Properties) != 3 || !reflect.DeepEqual(pf.Required, []string{"select", "count"}) || s.Properties["protect"].Items.Type != "string" {
+	if s.AdditionalProperties || len(s.Properties) != 3 ||
+		!reflect.DeepEqual(pf.Required, []string{"select", "count"}) ||
+		s.Properties["protect"].Items.Type != "string" {
 		t.Errorf("%s", text)
 	}
-	if e := pf.Properties["eswitch"].Enum; !reflect.DeepEqual(e, []string{"legacy", "switchdev"}) || pf.Properties["count"].Maximum != 65535 {
+	if e := pf.Properties["eswitch"].Enum; !reflect.DeepEqual(e, []string{"legacy", "switchdev"}) ||
+		pf.Properties["count"].Maximum != 65535 {
 		t.Errorf("eswitch %v, count %+v", e, pf.Properties["count"])
 	}
 	for key, p := range pf.Properties {
@@ -191,7 +199,9 @@ func BenchmarkParse(b *testing.B) {
 	for pf := range 100 {
 		fmt.Fprintf(&text, "  - select: path=0000:00:01.0/%02x.0\n    count: 100\n    vfs:\n", pf)
 		for vf := range 100 {
-			fmt.Fprintf(&text, "      - range: %d\n        driver: vfio\n        mac: stable\n        vlan: %d\n        trust: on\n", vf, vf)
+			fmt.Fprintf(&text,
+				"      - range: %d\n        driver: vfio\n        mac: stable\n        vlan: %d\n        trust: on\n",
+				vf, vf)
 		}
 	}
 	for b.Loop() {

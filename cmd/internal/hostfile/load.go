@@ -16,8 +16,8 @@ const (
 	Dir  = "etc/viaduct/host.d"
 )
 
-// Load reads what a host declares: File, then the files of Dir by name. A host without any declares nothing. Its errors are as
-// [Parse] has them, of all files.
+// Load reads what a host declares: File, then the files of Dir by name. A host without any declares nothing. Its errors
+// are as [Parse] has them, of all files.
 func Load(h *iommu.Host) (*Host, error) {
 	names, err := h.Names(Dir)
 	if err != nil && !host.Absent(err) {
@@ -30,6 +30,7 @@ func Load(h *iommu.Host) (*Host, error) {
 			files = append(files, path.Join(Dir, n))
 		}
 	}
+
 	all := &Host{}
 	var errs []error
 	for _, f := range files {
@@ -42,8 +43,10 @@ func Load(h *iommu.Host) (*Host, error) {
 		}
 		one, err := Parse("/"+f, content)
 		errs = append(errs, err)
-		all.Protect, all.PFs, all.Devices = append(all.Protect, one.Protect...), append(all.PFs, one.PFs...), append(all.Devices, one.Devices...)
+		all.Protect = append(all.Protect, one.Protect...)
+		all.PFs, all.Devices = append(all.PFs, one.PFs...), append(all.Devices, one.Devices...)
 	}
+
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}

@@ -82,11 +82,13 @@ func (r *Range) parse(text string) error {
 		if a > b {
 			return fmt.Errorf("%d-%d ends before it begins", a, b)
 		}
+
 		for _, s := range r.spans {
 			if a <= s[1] && s[0] <= b {
 				return fmt.Errorf("%d-%d and %d-%d overlap", s[0], s[1], a, b)
 			}
 		}
+
 		if r.spans = append(r.spans, [2]int{a, b}); len(r.spans) > mostSpans {
 			return fmt.Errorf("more than %d parts", mostSpans)
 		}

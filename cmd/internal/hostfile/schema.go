@@ -38,7 +38,10 @@ func schemaOf(t reflect.Type, f *reflect.StructField) map[string]any {
 				continue
 			case ",settings":
 				for _, k := range sriov.Keys() {
-					properties[string(k)] = map[string]any{"type": []string{"string", "integer"}, "description": settingDoc(k)}
+					properties[string(k)] = map[string]any{
+						"type":        []string{"string", "integer"},
+						"description": settingDoc(k),
+					}
 				}
 				continue
 			}
@@ -47,6 +50,7 @@ func schemaOf(t reflect.Type, f *reflect.StructField) map[string]any {
 				required = append(required, name)
 			}
 		}
+
 		out["type"], out["properties"], out["additionalProperties"] = "object", properties, false
 		if len(required) > 0 {
 			out["required"] = required

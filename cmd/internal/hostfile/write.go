@@ -11,8 +11,8 @@ import (
 	"viaduct/sriov"
 )
 
-// YAML is a declared host as a file that Parse reads. Comments are put above what they are about: a PF's or a device's, by its
-// selector as it is written.
+// YAML is a declared host as a file that Parse reads. Comments are put above what they are about: a PF's or a device's,
+// by its selector as it is written.
 func (h *Host) YAML(comments map[string]string) ([]byte, error) {
 	n := nodeOf(reflect.ValueOf(h).Elem(), comments)
 	if n == nil {
@@ -88,6 +88,7 @@ func mappingOf(v reflect.Value, comments map[string]string) *yaml.Node {
 			out.Content = append(out.Content, k, value)
 		}
 	}
+
 	for i := range v.NumField() {
 		f := v.Type().Field(i)
 		switch name := f.Tag.Get("yaml"); name {
@@ -106,6 +107,7 @@ func mappingOf(v reflect.Value, comments map[string]string) *yaml.Node {
 			add(name, n)
 		}
 	}
+
 	if len(out.Content) == 0 {
 		return nil
 	}

@@ -42,8 +42,8 @@ func (g Generator) Rebuild() string {
 	return map[Generator]string{InitramfsTools: "update-initramfs -u", Dracut: "dracut --force"}[g]
 }
 
-// The devices are named by their place, as addresses move, and overrides are written before any module is loaded: a driver that
-// comes then passes them over. vfio-pci takes them in the real root, by viaduct.service.
+// The devices are named by their place, as addresses move, and overrides are written before any module is loaded: a
+// driver that comes then passes them over. vfio-pci takes them in the real root, by viaduct.service.
 const takeEarly = `
 viaduct_override() {
 	for d in /sys/bus/pci/devices/*; do

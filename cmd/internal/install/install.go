@@ -36,8 +36,8 @@ const (
 
 const marker = "Written by viaduct install; viaduct uninstall removes it."
 
-// The early unit does everything, before anybody else looks at network interfaces or starts guests. It orders itself, as the
-// default dependencies would put it behind what has to wait for it.
+// The early unit does everything, before anybody else looks at network interfaces or starts guests. It orders itself,
+// as the default dependencies would put it behind what has to wait for it.
 const early = `# ` + marker + `
 [Unit]
 Description=SR-IOV virtual functions and passthrough devices as declared
@@ -93,8 +93,8 @@ RestartSec=5
 WantedBy=multi-user.target
 `
 
-// A card that comes later has the unit run that brings it to what is declared. Nothing is run by the rule itself: udev waits for
-// what a rule runs, and kills it.
+// A card that comes later has the unit run that brings it to what is declared. Nothing is run by the rule itself: udev
+// waits for what a rule runs, and kills it.
 const rule = `# ` + marker + `
 ACTION=="add", SUBSYSTEM=="net|nvme", ATTRS{sriov_totalvfs}=="?*", TAG+="systemd", ENV{SYSTEMD_WANTS}+="viaduct-hotplug.service"
 `
@@ -112,7 +112,8 @@ Type=oneshot
 ExecStart=%s watch --once
 `
 
-// A hook of libvirt's (docs/hooks.rst there; the folder since 6.5). What it is called for, and what it refuses, is the program's.
+// A hook of libvirt's (docs/hooks.rst there; the folder since 6.5). What it is called for, and what it refuses, is the
+// program's.
 const libvirtHook = `#!/bin/sh
 # ` + marker + `
 exec %s libvirt-hook "$@"
@@ -129,7 +130,9 @@ type File struct {
 // Files are what the options come to.
 func (o *Options) Files(initramfs Generator) ([]File, error) {
 	unit := func(name, text string, enabled bool) []File {
-		out := []File{{Path: filepath.Join(units, name), Content: strings.ReplaceAll(text, "%s", o.Program), Mode: 0o644}}
+		out := []File{
+			{Path: filepath.Join(units, name), Content: strings.ReplaceAll(text, "%s", o.Program), Mode: 0o644},
+		}
 		if enabled {
 			out = append(out, File{Path: filepath.Join(wanted, name), Link: filepath.Join(units, name)})
 		}
@@ -141,6 +144,7 @@ func (o *Options) Files(initramfs Generator) ([]File, error) {
 	if o.Late {
 		all = append(all, unit("viaduct-late.service", late, true)...)
 	}
+
 	if o.Watch {
 		all = append(all, unit("viaduct-watch.service", watch, true)...)
 	}
@@ -168,7 +172,8 @@ func everything() []File {
 	return all
 }
 
-// Write makes the files below root, and removes those of an earlier install that are not among them. It returns what it changed.
+// Write makes the files below root, and removes those of an earlier install that are not among them. It returns what it
+// changed.
 func Write(root string, files []File) (changed []string, err error) {
 	for _, old := range everything() {
 		if !slices.ContainsFunc(files, func(f File) bool { return f.Path == old.Path }) {
@@ -197,6 +202,7 @@ func (f *File) write(root string, changed *[]string) error {
 		*changed = append(*changed, f.Path)
 		return nil
 	}
+
 	old, err := os.ReadFile(file)
 	switch {
 	case err == nil && string(old) == f.Content:
@@ -204,6 +210,7 @@ func (f *File) write(root string, changed *[]string) error {
 	case err == nil && !strings.Contains(string(old), marker):
 		return fmt.Errorf("%s is there, and is not by viaduct install: it is left alone (move it away first)", f.Path)
 	}
+
 	if err := host.WriteFile(file, []byte(f.Content)); err != nil {
 		return err
 	}

@@ -27,7 +27,12 @@ func filesIn(t *testing.T, root string) []string {
 
 func TestWrite(t *testing.T) {
 	root := t.TempDir()
-	o := Options{Program: "/usr/local/sbin/viaduct", Watch: true, Late: true, Initramfs: []string{"0000:00:01.0/00.0/1f.3"}}
+	o := Options{
+		Program:   "/usr/local/sbin/viaduct",
+		Watch:     true,
+		Late:      true,
+		Initramfs: []string{"0000:00:01.0/00.0/1f.3"},
+	}
 	files, err := o.Files(InitramfsTools)
 	if err != nil {
 		t.Fatal(err)
@@ -44,7 +49,8 @@ func TestWrite(t *testing.T) {
 		t.Errorf("the link leads into %s", unit) // it is absolute: on the host it leads to the unit
 	}
 	unit, err = os.ReadFile(filepath.Join(root, units, "viaduct.service"))
-	if err != nil || !strings.Contains(string(unit), "ExecStart=/usr/local/sbin/viaduct apply --boot\n") || strings.Contains(string(unit), "%!") {
+	if err != nil || !strings.Contains(string(unit), "ExecStart=/usr/local/sbin/viaduct apply --boot\n") ||
+		strings.Contains(string(unit), "%!") {
 		t.Errorf("%v\n%s", err, unit)
 	}
 
@@ -87,8 +93,10 @@ func TestEarlyScript(t *testing.T) {
 		"0000:00:1f.3": {"/sys/devices/pci0000:00/0000:00:1f.3": true, "/sys/devices/pci0000:00/0000:00:1f.3/0000:01:00.0": false},
 	} {
 		for device, yes := range want {
-			out, err := exec.Command("/bin/sh", "-c", "case "+device+" in\n"+pattern(place)+") echo yes ;;\n*) echo no ;;\nesac").CombinedOutput()
-			if got := strings.TrimSpace(string(out)); err != nil || got != map[bool]string{true: "yes", false: "no"}[yes] {
+			out, err := exec.Command("/bin/sh", "-c", "case "+device+" in\n"+pattern(place)+") echo yes ;;\n*) echo no ;;\nesac").
+				CombinedOutput()
+			if got := strings.TrimSpace(string(out)); err != nil ||
+				got != map[bool]string{true: "yes", false: "no"}[yes] {
 				t.Errorf("%s, %s: %s, %v", place, device, got, err)
 			}
 		}

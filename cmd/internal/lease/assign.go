@@ -91,8 +91,9 @@ func (m *Manager) all() ([]*Lease, error) {
 	return all, err
 }
 
-// Assign gives a guest devices: draws them, under the lock of the books, and then configures and takes them. Asked again for the
-// same guest it finishes what is there; fresh is false then. It returns what the user should know beside the lease.
+// Assign gives a guest devices: draws them, under the lock of the books, and then configures and takes them. Asked
+// again for the same guest it finishes what is there; fresh is false then. It returns what the user should know beside
+// the lease.
 func (m *Manager) Assign(ctx context.Context, r *Request) (l *Lease, fresh bool, notes []string, err error) {
 	mine, err := m.Book.lockGuest(ctx, r.Guest, m.handle.Timeout())
 	if err != nil {
@@ -106,6 +107,7 @@ func (m *Manager) Assign(ctx context.Context, r *Request) (l *Lease, fresh bool,
 			return nil, false, nil, err
 		}
 	}
+
 	skip := map[string]bool{}
 	for {
 		if l, fresh, err = m.reserve(ctx, r, units, skip); err != nil {
@@ -116,8 +118,10 @@ func (m *Manager) Assign(ctx context.Context, r *Request) (l *Lease, fresh bool,
 			return l, fresh, notes, err
 		}
 		if undone := m.undo(ctx, l); undone != nil { // the lease stays, for release to end
-			return nil, false, notes, errors.Join(err, fmt.Errorf("%s keeps what it was given, for viaduct release %s: %w", r.Guest, r.Guest, undone))
+			return nil, false, notes, errors.Join(err,
+				fmt.Errorf("%s keeps what it was given, for viaduct release %s: %w", r.Guest, r.Guest, undone))
 		}
+
 		used, refused := errors.AsType[*inUseError](err)
 		if !refused || ctx.Err() != nil {
 			return nil, false, notes, err
@@ -148,7 +152,8 @@ func (m *Manager) units(r *Request) ([][]*iommu.Device, error) {
 }
 
 // reserve draws devices for a guest and writes that down; fresh is false if it has some already.
-func (m *Manager) reserve(ctx context.Context, r *Request, units [][]*iommu.Device, skip map[string]bool) (l *Lease, fresh bool, err error) {
+func (m *Manager) reserve(ctx context.Context, r *Request, units [][]*iommu.Device,
+	skip map[string]bool) (l *Lease, fresh bool, err error) {
 	held, err := m.Book.lockAll(ctx, m.handle.Timeout())
 	if err != nil {
 		return nil, false, err
@@ -161,7 +166,11 @@ func (m *Manager) reserve(ctx context.Context, r *Request, units [][]*iommu.Devi
 	if i := slices.IndexFunc(all, func(l *Lease) bool { return l.Guest == r.Guest }); i >= 0 {
 		l := all[i]
 		if why := l.differs(r); why != "" {
-			return nil, false, &holder.RefusedError{What: "assign to " + r.Guest, Reasons: []string{fmt.Sprintf("it has a lease already, %s", why)}, Cure: "viaduct release " + r.Guest}
+			return nil, false, &holder.RefusedError{
+				What:    "assign to " + r.Guest,
+				Reasons: []string{fmt.Sprintf("it has a lease already, %s", why)},
+				Cure:    "viaduct release " + r.Guest,
+			}
 		}
 		if why := m.busy(l); r.Alone && why != "" {
 			return nil, false, &holder.RefusedError{What: "run " + r.Guest, Reasons: []string{why}}
@@ -169,6 +178,7 @@ func (m *Manager) reserve(ctx context.Context, r *Request, units [][]*iommu.Devi
 		l.renew(m, r)
 		return l, false, m.Book.putLocked(l)
 	}
+
 	drawn, err := m.free(all, r, units, skip)
 	if err != nil {
 		return nil, false, err
@@ -177,11 +187,21 @@ func (m *Manager) reserve(ctx context.Context, r *Request, units [][]*iommu.Devi
 	if err := m.handle.Refresh(devices); err != nil { // as it is since nobody else can draw it
 		return nil, false, err
 	}
-	l = &Lease{LeaseHead: holder.LeaseHead{Guest: r.Guest}, From: r.From, Count: r.Count, Drawn: r.exactly != nil, Foreign: r.Foreign, Holders: []Holder{}}
+	l = &Lease{
+		LeaseHead: holder.LeaseHead{Guest: r.Guest},
+		From:      r.From,
+		Count:     r.Count,
+		Drawn:     r.exactly != nil,
+		Foreign:   r.Foreign,
+		Holders:   []Holder{},
+	}
 	l.renew(m, r)
 	for _, d := range devices {
 		if d.PhysFn == nil && len(r.Settings) > 0 {
-			return nil, false, &holder.RefusedError{What: "assign " + d.Name, Reasons: []string{"it is no VF, and has no " + r.Settings.Text()}}
+			return nil, false, &holder.RefusedError{
+				What:    "assign " + d.Name,
+				Reasons: []string{"it is no VF, and has no " + r.Settings.Text()},
+			}
 		}
 		l.Devices = append(l.Devices, m.describe(d, r.Settings))
 	}
@@ -279,16 +299,19 @@ func (m *Manager) finish(ctx context.Context, l *Lease, r *Request) (notes []str
 			return notes, err
 		}
 	}
+
 	var owner *bind.NodeOwner
 	if l.NodeOwner != "" {
 		if owner, err = bind.ParseNodeOwner(l.NodeOwner); err != nil {
 			return notes, err
 		}
 	}
+
 	if err := m.clean(l, devices); err != nil {
 		return notes, err
 	}
-	if m.host.Live() && (l.configured() || slices.ContainsFunc(devices, func(d *iommu.Device) bool { return !d.VFIO })) {
+	if m.host.Live() &&
+		(l.configured() || slices.ContainsFunc(devices, func(d *iommu.Device) bool { return !d.VFIO })) {
 		m.handle.Start() // beside what is asked first
 	}
 	if err := m.lock(ctx, m.withPFs(devices, l.configured())); err != nil {
@@ -297,6 +320,7 @@ func (m *Manager) finish(ctx context.Context, l *Lease, r *Request) (notes []str
 	if err := m.handle.Refresh(devices); err != nil {
 		return notes, err
 	}
+
 	units, err := bind.Units(m.Topology, devices)
 	if err != nil {
 		return notes, err
@@ -306,6 +330,7 @@ func (m *Manager) finish(ctx context.Context, l *Lease, r *Request) (notes []str
 			return notes, err
 		}
 	}
+
 	if m.host.Live() {
 		refusals, err := m.ask(l, devices, units)
 		if err != nil {
@@ -324,6 +349,7 @@ func (m *Manager) finish(ctx context.Context, l *Lease, r *Request) (notes []str
 			return notes, err
 		}
 	}
+
 	if !l.Foreign {
 		var errs []error
 		for _, result := range m.handle.Do(ctx, units, bind.Take(bind.Auto).OwnedBy(owner)) {
@@ -333,11 +359,14 @@ func (m *Manager) finish(ctx context.Context, l *Lease, r *Request) (notes []str
 			return notes, err
 		}
 	}
+
 	for _, d := range devices {
 		if m.host.Live() && !l.Ready && !m.host.Exists(path.Join("sys/bus/pci/devices", d.Name, "reset")) {
-			notes = append(notes, d.Name+": the kernel knows no way to reset it, so that it goes into quarantine when it is released")
+			notes = append(notes,
+				d.Name+": the kernel knows no way to reset it, so that it goes into quarantine when it is released")
 		}
 	}
+
 	if !l.Ready {
 		l.Ready, l.Made = true, time.Now()
 	}
@@ -352,13 +381,18 @@ func (m *Manager) clean(l *Lease, devices []*iommu.Device) error {
 	}
 	for _, d := range devices {
 		if why := quarantine.Why(m.host, d); why != "" {
-			return &holder.RefusedError{What: "give " + d.Name + " to " + l.Guest, Reasons: []string{"it is in quarantine: " + why}, Cure: "viaduct release --quarantined " + d.Name}
+			return &holder.RefusedError{
+				What:    "give " + d.Name + " to " + l.Guest,
+				Reasons: []string{"it is in quarantine: " + why},
+				Cure:    "viaduct release --quarantined " + d.Name,
+			}
 		}
 	}
 	return nil
 }
 
-// ask asks who uses a lease's devices, before the first change. Under Xen the kernel shows no IOMMU groups, and VFIO takes nothing.
+// ask asks who uses a lease's devices, before the first change. Under Xen the kernel shows no IOMMU groups, and VFIO
+// takes nothing.
 func (m *Manager) ask(l *Lease, devices []*iommu.Device, units [][]*iommu.Device) ([]error, error) {
 	guests := []holder.Kind{holder.Lease}
 	var out []error
@@ -390,10 +424,12 @@ func (m *Manager) inUse(l *Lease, units [][]*iommu.Device, refusals []error) err
 		}
 		return used
 	}
+
 	if l.Ready || len(l.Holders) > 0 {
 		return nil // it may run
 	}
-	holders, err := holder.Processes(m.host, slices.Concat(units...)) // of those on a vfio driver, which the gate lets pass
+	holders, err := holder.Processes(m.host,
+		slices.Concat(units...)) // of those on a vfio driver, which the gate lets pass
 	if err != nil || len(holders) == 0 {
 		return err
 	}
@@ -419,7 +455,8 @@ func (m *Manager) devices(l *Lease) ([]*iommu.Device, error) {
 	for i := range l.Devices {
 		d, err := m.Topology.Find(l.Devices[i].Address)
 		if err != nil || d.ID != l.Devices[i].ID || l.Devices[i].Nowhere {
-			return nil, fmt.Errorf("%s of %s is lost: it is not there any more (viaduct release %s ends the lease)", l.Devices[i].Address, l.Guest, l.Guest)
+			return nil, fmt.Errorf("%s of %s is lost: it is not there any more (viaduct release %s ends the lease)",
+				l.Devices[i].Address, l.Guest, l.Guest)
 		}
 		out = append(out, d)
 	}

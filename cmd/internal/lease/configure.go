@@ -29,6 +29,7 @@ func (m *Manager) byPF(l *Lease, do func(pf *iommu.Device, devices []*Device) er
 		}
 		of[pf.Address] = append(of[pf.Address], &l.Devices[i])
 	}
+
 	for _, pf := range order {
 		if err := do(pf, of[pf.Address]); err != nil {
 			return err
@@ -66,6 +67,7 @@ func (m *Manager) before(l *Lease) error {
 		}
 		return nil
 	})
+
 	if err != nil || !changed {
 		return err
 	}
@@ -86,6 +88,7 @@ func (m *Manager) configure(ctx context.Context, l *Lease, devices []*iommu.Devi
 			}
 			notes = append(notes, sriov.Unverified(vf, unverified)...)
 		}
+
 		port, err := sriov.ReadPort(m.host, pf)
 		if err != nil {
 			return err

@@ -20,7 +20,9 @@ type ExhaustedError struct {
 }
 
 func (e *ExhaustedError) Error() string {
-	out := []string{fmt.Sprintf("pool exhausted: %q has %d, of which %d are assigned (viaduct leases)", e.From, e.Of, e.Leased)}
+	out := []string{
+		fmt.Sprintf("pool exhausted: %q has %d, of which %d are assigned (viaduct leases)", e.From, e.Of, e.Leased),
+	}
 	for _, more := range []struct {
 		n    int
 		what string
@@ -35,8 +37,9 @@ func (e *ExhaustedError) Error() string {
 	return strings.Join(out, ", ")
 }
 
-// source is what a guest may draw from: units of devices, each of which it gets whole. A VF is a unit by itself where its PF
-// isolates it, as PFs do. What is on a driver of the host is drawn only from a pool, or when it is named by itself.
+// source is what a guest may draw from: units of devices, each of which it gets whole. A VF is a unit by itself where
+// its PF isolates it, as PFs do. What is on a driver of the host is drawn only from a pool, or when it is named by
+// itself.
 func (m *Manager) source(from string) ([][]*iommu.Device, error) {
 	var devices []*iommu.Device
 	if slices.Contains(declared.Pools(m.declaration), from) {
@@ -46,6 +49,7 @@ func (m *Manager) source(from string) ([][]*iommu.Device, error) {
 		}
 		return bind.Units(m.Topology, devices)
 	}
+
 	noPool := "no pool is called so"
 	if all := declared.Pools(m.declaration); len(all) > 0 {
 		noPool = "the pools are " + strings.Join(all, ", ")
@@ -58,10 +62,14 @@ func (m *Manager) source(from string) ([][]*iommu.Device, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w; and %s", err, noPool)
 	}
+
 	for _, d := range found {
 		switch {
 		case d.IsBridge():
-			err = &holder.RefusedError{What: "assign " + d.Name, Reasons: []string{d.Name + " is a bridge, which no guest can have"}}
+			err = &holder.RefusedError{
+				What:    "assign " + d.Name,
+				Reasons: []string{d.Name + " is a bridge, which no guest can have"},
+			}
 		case d.VFIO:
 			devices = append(devices, d)
 		case d.SRIOV != nil && len(d.SRIOV.VFs) > 0:
@@ -70,31 +78,40 @@ func (m *Manager) source(from string) ([][]*iommu.Device, error) {
 					devices = append(devices, vf)
 				}
 			}
-			err = errors.New("all VFs of " + from + " are on drivers of the host: one that is to be taken from it has to be named by itself")
+
+			err = errors.New(
+				"all VFs of " + from + " are on drivers of the host: one that is to be taken from it has to be named by itself",
+			)
 		case d.SRIOV != nil && d.SRIOV.Total > 0:
 			err = &holder.RefusedError{What: "draw from " + d.Name, Reasons: []string{d.Name + " is a PF without VFs"},
-				Cure: fmt.Sprintf("viaduct vf create %s N; or, to assign the PF itself, viaduct bind %s first", d.Name, d.Name)}
+				Cure: fmt.Sprintf("viaduct vf create %s N; or, to assign the PF itself, viaduct bind %s first", d.Name,
+					d.Name)}
 		case d.Blocks() && len(found) > 1:
-			err = errors.New("all that " + from + " names are on drivers of the host: one that is to be taken from it has to be named by itself")
+			err = errors.New(
+				"all that " + from + " names are on drivers of the host: one that is to be taken from it has to be named by itself",
+			)
 		default:
 			devices = append(devices, d)
 		}
 	}
+
 	if len(devices) == 0 && err != nil {
 		return nil, err
 	}
 	return bind.Units(m.Topology, devices)
 }
 
-// free are the units that nobody has, the best first: on the guest's NUMA node, on a vfio driver already, without any, and by
-// address. Those that are skipped were seen to be in use.
-func (m *Manager) free(all []*Lease, r *Request, units [][]*iommu.Device, skip map[string]bool) ([][]*iommu.Device, error) {
+// free are the units that nobody has, the best first: on the guest's NUMA node, on a vfio driver already, without any,
+// and by address. Those that are skipped were seen to be in use.
+func (m *Manager) free(all []*Lease, r *Request, units [][]*iommu.Device,
+	skip map[string]bool) ([][]*iommu.Device, error) {
 	leased := map[iommu.Address]bool{}
 	for _, l := range all {
 		for _, d := range l.Devices {
 			leased[d.Address] = leased[d.Address] || !d.Nowhere
 		}
 	}
+
 	quarantine, err1 := m.Book.Quarantined()
 	owners, err2 := holder.Owners(m.host, slices.Concat(units...))
 	if m.handle.DryRun() && errors.Is(err2, holder.ErrBlind) {
@@ -122,6 +139,7 @@ func (m *Manager) free(all []*Lease, r *Request, units [][]*iommu.Device, skip m
 			out = append(out, unit)
 		}
 	}
+
 	if len(out) < r.Count {
 		return nil, e
 	}
@@ -139,6 +157,7 @@ func (m *Manager) free(all []*Lease, r *Request, units [][]*iommu.Device, skip m
 		}
 		return n
 	}
+
 	slices.SortStableFunc(out, func(a, b []*iommu.Device) int { return rank(a) - rank(b) })
 	return out[:r.Count], nil
 }

@@ -10,8 +10,8 @@ import (
 	"viaduct/vfio/holder"
 )
 
-// A guest's memory is where a PC has it: below the hole for devices under 4 GiB, the rest above (QEMU's hw/i386/pc_q35.c:
-// 2 GiB below if it does not all fit under 0xb0000000).
+// A guest's memory is where a PC has it: below the hole for devices under 4 GiB, the rest above (QEMU's
+// hw/i386/pc_q35.c: 2 GiB below if it does not all fit under 0xb0000000).
 const (
 	gib      = 1 << 30
 	lowMost  = 0xb0000000
@@ -77,9 +77,14 @@ func (m *Manager) fits(l *Lease, devices []*iommu.Device, r *Request) (notes []s
 				cure = "give it less than 1010G of memory, or use QEMU with a CPU of AMD's, which puts memory elsewhere"
 			}
 			return nil, &holder.RefusedError{What: "assign " + d.Name + " to " + l.Guest, Cure: cure,
-				Reasons: []string{"the guest's memory would lie where group " + strconv.Itoa(group) + " cannot have any: " + strings.Join(bad, ", ")}}
+				Reasons: []string{
+					"the guest's memory would lie where group " + strconv.Itoa(
+						group,
+					) + " cannot have any: " + strings.Join(bad, ", "),
+				}}
 		}
 	}
+
 	pids := UnitPIDs(m.host, r.Unit)
 	if r.OwnerPID != 0 {
 		pids = append(pids, r.OwnerPID)
@@ -87,12 +92,30 @@ func (m *Manager) fits(l *Lease, devices []*iommu.Device, r *Request) (notes []s
 	for _, pid := range pids {
 		limit, may := memlock(m.host, pid)
 		if !may && limit < r.Memory {
-			return nil, &holder.RefusedError{What: "assign to " + l.Guest, Cure: "raise LimitMEMLOCK= of the unit, or ulimit -l, to infinity",
-				Reasons: []string{fmt.Sprintf("process %d may lock %d MiB of memory, and the guest has %d MiB, all of which VFIO locks", pid, limit>>20, r.Memory>>20)}}
+			return nil, &holder.RefusedError{
+				What: "assign to " + l.Guest,
+				Cure: "raise LimitMEMLOCK= of the unit, or ulimit -l, to infinity",
+				Reasons: []string{
+					fmt.Sprintf(
+						"process %d may lock %d MiB of memory, and the guest has %d MiB, all of which VFIO locks",
+						pid,
+						limit>>20,
+						r.Memory>>20,
+					),
+				},
+			}
 		}
 	}
+
 	if len(pids) == 0 && r.NodeOwner != "" {
-		notes = append(notes, fmt.Sprintf("the VMM of %s has to be allowed to lock all of the guest's memory, %d MiB and some more (ulimit -l, LimitMEMLOCK=)", r.NodeOwner, r.Memory>>20))
+		notes = append(
+			notes,
+			fmt.Sprintf(
+				"the VMM of %s has to be allowed to lock all of the guest's memory, %d MiB and some more (ulimit -l, LimitMEMLOCK=)",
+				r.NodeOwner,
+				r.Memory>>20,
+			),
+		)
 	}
 	return notes, nil
 }
@@ -110,6 +133,7 @@ func memlock(h *iommu.Host, pid int) (limit uint64, may bool) {
 			}
 		}
 	}
+
 	limits, _ := h.String(path.Join(dir, "limits"))
 	for line := range strings.Lines(limits) {
 		if rest, ok := strings.CutPrefix(line, "Max locked memory"); ok {

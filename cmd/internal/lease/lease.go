@@ -1,5 +1,5 @@
-// Package lease assigns devices to guests and gets them back clean: it draws VFs from pools, configures and takes them, keeps the
-// books, and scrubs what a guest leaves before anybody else gets it.
+// Package lease assigns devices to guests and gets them back clean: it draws VFs from pools, configures and takes them,
+// keeps the books, and scrubs what a guest leaves before anybody else gets it.
 package lease
 
 import (
@@ -18,8 +18,8 @@ import (
 	"viaduct/vfio/holder"
 )
 
-// Lease is devices that are assigned to a guest. It is written down before the first of them is touched, and is there until the
-// last is scrubbed.
+// Lease is devices that are assigned to a guest. It is written down before the first of them is touched, and is there
+// until the last is scrubbed.
 type Lease struct {
 	holder.LeaseHead
 	From      string        `json:"from"`  // what it was drawn from: a pool, or a selector
@@ -82,8 +82,13 @@ const (
 
 // CheckGuest refuses what is no name of a guest: it stands in command lines, file names and tables.
 func CheckGuest(name string) error {
-	if name == "" || len(name) > 120 || strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r == '/' || r == 0x7f }) || name[0] == '-' {
-		return fmt.Errorf("%q is no name of a guest: want up to 120 letters, digits and signs, without blanks and slashes", name)
+	if name == "" || len(name) > 120 ||
+		strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r == '/' || r == 0x7f }) ||
+		name[0] == '-' {
+		return fmt.Errorf(
+			"%q is no name of a guest: want up to 120 letters, digits and signs, without blanks and slashes",
+			name,
+		)
 	}
 	return nil
 }
@@ -139,7 +144,8 @@ func (b *Book) All() ([]*Lease, error) {
 	return out, nil
 }
 
-// Settings are what the VFs of leases are to have, by address. One that cannot be read is told of where leases are looked at.
+// Settings are what the VFs of leases are to have, by address. One that cannot be read is told of where leases are
+// looked at.
 func (b *Book) Settings() map[iommu.Address]sriov.Settings {
 	all, _ := b.All()
 	out := map[iommu.Address]sriov.Settings{}

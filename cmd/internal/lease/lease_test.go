@@ -65,7 +65,8 @@ func newManager(tb testing.TB, k *hosttest.Kernel) *Manager {
 	if err != nil {
 		tb.Fatal(err)
 	}
-	d, err := hostfile.Parse("host.yaml", []byte(strings.Replace(declaration, "path=0000:00:02.0/00.0", "path="+place, 1)))
+	d, err := hostfile.Parse("host.yaml",
+		[]byte(strings.Replace(declaration, "path=0000:00:02.0/00.0", "path="+place, 1)))
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -116,7 +117,9 @@ func TestAssign(t *testing.T) {
 			t.Fatal(err)
 		}
 		a := l.Devices[0].Address
-		if driver, _ := iommu.ReadDriver(&iommu.Host{Host: k.Host()}, a); driver != "vfio-pci" || slices.Contains(got, a) || !l.Ready {
+		if driver, _ := iommu.ReadDriver(&iommu.Host{Host: k.Host()}, a); driver != "vfio-pci" ||
+			slices.Contains(got, a) ||
+			!l.Ready {
 			t.Errorf("%s got %s, on %q: %+v", guest, a, driver, l)
 		}
 		got = append(got, a)
@@ -201,7 +204,8 @@ func TestRelease(t *testing.T) {
 	m := newManager(t, k)
 	vf := l.Devices[0].Address
 	certificates, err := m.Release(context.Background(), "a", 0)
-	if err == nil || len(certificates) != 1 || certificates[0].Result != Fouled || !strings.Contains(certificates[0].Why, "no way to reset") {
+	if err == nil || len(certificates) != 1 || certificates[0].Result != Fouled ||
+		!strings.Contains(certificates[0].Why, "no way to reset") {
 		t.Fatalf("without a reset: %+v, %v", certificates, err)
 	}
 	if _, err := assign(t, k, "b", pf); err == nil || !strings.Contains(err.Error(), "1 in quarantine") {
@@ -256,8 +260,8 @@ func TestStates(t *testing.T) {
 	}
 }
 
-// TestOutlivesBoot: a lease that persists is there after /run is gone, wherever its PF is then, and its VF is nobody else's before
-// it is made again.
+// TestOutlivesBoot: a lease that persists is there after /run is gone, wherever its PF is then, and its VF is nobody
+// else's before it is made again.
 func TestOutlivesBoot(t *testing.T) {
 	k := newKernel(t, 2)
 	m := newManager(t, k)

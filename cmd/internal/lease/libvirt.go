@@ -78,8 +78,11 @@ func ParseDomain(text []byte) (*Domain, error) {
 		if s.Function == "" {
 			s.Function = "0"
 		}
+
 		pad := func(n string, digits int) string { return strings.Repeat("0", max(0, digits-len(n))) + n }
-		a, err := iommu.ParseAddress(pad(trim(s.Domain), 4) + ":" + pad(trim(s.Bus), 2) + ":" + pad(trim(s.Slot), 2) + "." + trim(s.Function))
+		a, err := iommu.ParseAddress(
+			pad(trim(s.Domain), 4) + ":" + pad(trim(s.Bus), 2) + ":" + pad(trim(s.Slot), 2) + "." + trim(s.Function),
+		)
 		if err != nil {
 			return nil, fmt.Errorf("domain %s: %w", x.Name, err)
 		}
@@ -112,6 +115,7 @@ func (d *Domain) mismatch(l *Lease, all []*Lease, quarantined func(iommu.Address
 			}
 		}
 	}
+
 	if l == nil {
 		return out
 	}
@@ -119,11 +123,24 @@ func (d *Domain) mismatch(l *Lease, all []*Lease, quarantined func(iommu.Address
 		x := d.has(dev.Address)
 		switch want, vlan := dev.Now[sriov.MAC], dev.Now[sriov.VLAN]; {
 		case x == nil:
-			out = append(out, fmt.Sprintf("%s is assigned to it and is not in its XML (viaduct assign %s --from %s --format libvirt prints what has to be there)", dev.Address, d.Name, l.From))
+			out = append(
+				out,
+				fmt.Sprintf(
+					"%s is assigned to it and is not in its XML (viaduct assign %s --from %s --format libvirt prints what has to be there)",
+					dev.Address,
+					d.Name,
+					l.From,
+				),
+			)
 		case x.Managed:
-			out = append(out, fmt.Sprintf("%s has managed='yes', with which libvirt changes its driver: it has to be managed='no'", dev.Address))
+			out = append(
+				out,
+				fmt.Sprintf("%s has managed='yes', with which libvirt changes its driver: it has to be managed='no'",
+					dev.Address),
+			)
 		case x.MAC != "" && dev.Wanted[sriov.MAC] != "" && want != "" && x.MAC != want:
-			out = append(out, fmt.Sprintf("%s has MAC address %s in the XML, and %s in its lease", dev.Address, x.MAC, want))
+			out = append(out,
+				fmt.Sprintf("%s has MAC address %s in the XML, and %s in its lease", dev.Address, x.MAC, want))
 		case x.MAC != "" && vlan != "" && vlan != "0" && x.VLAN != vlan:
 			out = append(out, fmt.Sprintf("%s has VLAN %q in the XML, and %s in its lease", dev.Address, x.VLAN, vlan))
 		}
@@ -131,8 +148,8 @@ func (d *Domain) mismatch(l *Lease, all []*Lease, quarantined func(iommu.Address
 	return out
 }
 
-// Hook does what libvirt's hook is for (docs/hooks.rst of libvirt): before a domain starts its devices are checked, configured and
-// taken, or its start fails; when it has stopped they are scrubbed. It never calls libvirt.
+// Hook does what libvirt's hook is for (docs/hooks.rst of libvirt): before a domain starts its devices are checked,
+// configured and taken, or its start fails; when it has stopped they are scrubbed. It never calls libvirt.
 func (m *Manager) Hook(ctx context.Context, d *Domain, op, sub string) ([]Certificate, error) {
 	switch op + " " + sub {
 	case "prepare begin":
@@ -195,19 +212,39 @@ func (m *Manager) claim(ctx context.Context, d *Domain) error {
 			continue // none of it is there
 		}
 		for _, x := range d.Devices {
-			if slices.ContainsFunc(vfs, func(vf *iommu.Device) bool { return vf.Address == x.Address }) && (l == nil || !l.Has(x.Address)) {
+			if slices.ContainsFunc(vfs, func(vf *iommu.Device) bool { return vf.Address == x.Address }) &&
+				(l == nil || !l.Has(x.Address)) {
 				if x.Managed {
-					return &holder.RefusedError{What: "start " + d.Name, Reasons: []string{fmt.Sprintf("%s is of pool %q and has managed='yes', with which libvirt changes its driver: it has to be managed='no'", x.Address, pool)}}
+					return &holder.RefusedError{
+						What: "start " + d.Name,
+						Reasons: []string{
+							fmt.Sprintf(
+								"%s is of pool %q and has managed='yes', with which libvirt changes its driver: it has to be managed='no'",
+								x.Address,
+								pool,
+							),
+						},
+					}
 				}
 				r.exactly, r.From = append(r.exactly, x.Address), pool
 			}
 		}
 	}
+
 	if r.Count = len(r.exactly); r.Count == 0 {
 		return nil
 	}
 	if l != nil {
-		return &holder.RefusedError{What: "start " + d.Name, Reasons: []string{fmt.Sprintf("%s is of pool %q, and what is assigned to it is not all it has: it has either a lease or what networks give it", r.exactly[0], r.From)}}
+		return &holder.RefusedError{
+			What: "start " + d.Name,
+			Reasons: []string{
+				fmt.Sprintf(
+					"%s is of pool %q, and what is assigned to it is not all it has: it has either a lease or what networks give it",
+					r.exactly[0],
+					r.From,
+				),
+			},
+		}
 	}
 	_, _, _, err = m.Assign(ctx, r)
 	return err
@@ -227,6 +264,7 @@ func (m *Manager) stopped(ctx context.Context, d *Domain) ([]Certificate, error)
 	if err != nil {
 		return nil, err
 	}
+
 	defer mine.Close()
 	if l, err = m.known(d.Name); err != nil {
 		return nil, err
@@ -238,6 +276,7 @@ func (m *Manager) stopped(ctx context.Context, d *Domain) ([]Certificate, error)
 	if err := m.lock(ctx, m.withPFs(devices, true)); err != nil {
 		return nil, err
 	}
+
 	certificates, unwritten, err := m.scrubAll(ctx, l)
 	l.rebooted() // to be made again
 	return certificates, errors.Join(err, unwritten, m.Book.put(l))

@@ -40,7 +40,10 @@ func TestParseDomain(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []DomainDevice{{Address: at(t, "0000:03:00.0"), Managed: true}, {Address: at(t, "0000:01:10.2"), MAC: "52:54:00:aa:00:01", VLAN: "100"}}
+	want := []DomainDevice{
+		{Address: at(t, "0000:03:00.0"), Managed: true},
+		{Address: at(t, "0000:01:10.2"), MAC: "52:54:00:aa:00:01", VLAN: "100"},
+	}
 	if d.Name != "web" || len(d.Devices) != 2 || d.Devices[0] != want[0] || d.Devices[1] != want[1] {
 		t.Errorf("%+v", d)
 	}
@@ -57,7 +60,11 @@ func TestMismatch(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	vf := Device{LeaseDevice: holder.LeaseDevice{Address: at(t, "0000:01:10.2")}, PF: &iommu.Identity{}, Now: sriov.Settings{sriov.MAC: "52:54:00:aa:00:01", sriov.VLAN: "100"}}
+	vf := Device{
+		LeaseDevice: holder.LeaseDevice{Address: at(t, "0000:01:10.2")},
+		PF:          &iommu.Identity{},
+		Now:         sriov.Settings{sriov.MAC: "52:54:00:aa:00:01", sriov.VLAN: "100"},
+	}
 	own := &Lease{LeaseHead: holder.LeaseHead{Guest: "web"}, From: "net", Devices: []Device{vf}}
 	vf.Wanted = vf.Now
 	other := vf
@@ -102,8 +109,14 @@ func FuzzParseDomain(f *testing.F) {
 
 // TestOverlaps: where a guest's memory cannot be.
 func TestOverlaps(t *testing.T) {
-	amd := []iommu.Region{{Start: 0xfee00000, End: 0xfeefffff, Type: "msi"}, {Start: 0xfd00000000, End: 0xffffffffff, Type: "reserved"}}
-	rmrr := []iommu.Region{{Start: 0x7d000000, End: 0x7f7fffff, Type: "direct"}, {Start: 0, End: 0xffffff, Type: "direct-relaxable"}}
+	amd := []iommu.Region{
+		{Start: 0xfee00000, End: 0xfeefffff, Type: "msi"},
+		{Start: 0xfd00000000, End: 0xffffffffff, Type: "reserved"},
+	}
+	rmrr := []iommu.Region{
+		{Start: 0x7d000000, End: 0x7f7fffff, Type: "direct"},
+		{Start: 0, End: 0xffffff, Type: "direct-relaxable"},
+	}
 	for _, c := range []struct {
 		memory  uint64
 		moves   bool

@@ -51,7 +51,11 @@ func (b *Book) lockGuest(ctx context.Context, guest string, most time.Duration) 
 	defer cancel()
 	f, err := b.lock(ctx, byteOf(guest))
 	if errors.Is(err, context.DeadlineExceeded) {
-		return nil, fmt.Errorf("%s: another viaduct has been at work on its lease for %s; try again, or with a longer --timeout", guest, most)
+		return nil, fmt.Errorf(
+			"%s: another viaduct has been at work on its lease for %s; try again, or with a longer --timeout",
+			guest,
+			most,
+		)
 	}
 	return f, err
 }

@@ -37,6 +37,7 @@ func (m *Manager) Preview(r *Request) ([]string, error) {
 			}
 		}
 	}
+
 	if _, err := m.fits(&Lease{LeaseHead: holder.LeaseHead{Guest: r.Guest}}, devices, r); err != nil {
 		return nil, err
 	}
@@ -49,6 +50,7 @@ func (m *Manager) Preview(r *Request) ([]string, error) {
 			}
 			out = append(out, plan.Commands()...)
 		}
+
 		change, err := m.handle.Plan(d, bind.Take(bind.Auto))
 		if err != nil {
 			return nil, err

@@ -69,8 +69,8 @@ func (e *NoLeaseError) Error() string {
 	return fmt.Sprintf("%s has no lease; these have: %s", e.Guest, strings.Join(e.Have, ", "))
 }
 
-// Release ends a guest's lease: it waits, at most for the given time, until nobody has its devices open, and scrubs them. One
-// that cannot be scrubbed goes into quarantine, and the error says why.
+// Release ends a guest's lease: it waits, at most for the given time, until nobody has its devices open, and scrubs
+// them. One that cannot be scrubbed goes into quarantine, and the error says why.
 func (m *Manager) Release(ctx context.Context, guest string, wait time.Duration) ([]Certificate, error) {
 	mine, err := m.Book.lockGuest(ctx, guest, m.handle.Timeout())
 	if err != nil {
@@ -84,6 +84,7 @@ func (m *Manager) Release(ctx context.Context, guest string, wait time.Duration)
 	if m.host.Live() {
 		m.handle.Start() // beside the look at who has them
 	}
+
 	devices := m.present(l)
 	if err := m.awaitGone(ctx, l, devices, wait); err != nil {
 		return nil, err
@@ -145,10 +146,13 @@ func (m *Manager) awaitGone(ctx context.Context, l *Lease, devices []*iommu.Devi
 			return err
 		}
 		for _, h := range l.Holders {
-			if h.Runs && h.Alive(m.host) && !slices.ContainsFunc(holders, func(x holder.Holder) bool { return x.PID == h.PID }) {
-				holders = append(holders, holder.Holder{Device: l.Guest, Kind: holder.Process, PID: h.PID, What: "is run by " + h.Name})
+			if h.Runs && h.Alive(m.host) &&
+				!slices.ContainsFunc(holders, func(x holder.Holder) bool { return x.PID == h.PID }) {
+				holders = append(holders,
+					holder.Holder{Device: l.Guest, Kind: holder.Process, PID: h.PID, What: "is run by " + h.Name})
 			}
 		}
+
 		if len(holders) == 0 {
 			return nil
 		}
@@ -164,6 +168,7 @@ func (m *Manager) awaitGone(ctx context.Context, l *Lease, devices []*iommu.Devi
 			}
 			return &holder.RefusedError{What: "release " + l.Guest, Reasons: reasons, Cure: cure}
 		}
+
 		awaitEnd(ctx, holders, min(left, time.Second)) // a holder may also let go of a device and live on
 	}
 }
@@ -187,8 +192,8 @@ func awaitEnd(ctx context.Context, holders []holder.Holder, most time.Duration) 
 	}
 }
 
-// scrubAll scrubs what is left of a lease's devices, and writes the certificates. The second error is of what could not be written
-// down, and must not be forgotten.
+// scrubAll scrubs what is left of a lease's devices, and writes the certificates. The second error is of what could not
+// be written down, and must not be forgotten.
 func (m *Manager) scrubAll(ctx context.Context, l *Lease) (out []Certificate, unwritten, failed error) {
 	var errs, lost []error
 	for i := range l.Devices {
@@ -200,6 +205,7 @@ func (m *Manager) scrubAll(ctx context.Context, l *Lease) (out []Certificate, un
 			out = append(out, c)
 			continue
 		}
+
 		c.Place = place(m.host, d)
 		err = m.scrub(ctx, l, dev, d, &c)
 		if err != nil && ctx.Err() != nil {
@@ -211,6 +217,7 @@ func (m *Manager) scrubAll(ctx context.Context, l *Lease) (out []Certificate, un
 			errs = append(errs, fmt.Errorf("%s could not be scrubbed, and is in quarantine: %w", d.Name, err))
 			lost = append(lost, m.Book.State.Put(quarantineKey(c.Place), q))
 		}
+
 		errs = append(errs, m.Book.Run.Put(scrubbed+d.Name, c))
 		out = append(out, c)
 	}
@@ -227,18 +234,25 @@ func (m *Manager) scrub(ctx context.Context, l *Lease, dev *Device, d *iommu.Dev
 	}
 	foreign := l.Foreign && d.Driver == "pciback"
 	if d.Blocks() && !dev.Home && !foreign {
-		return fmt.Errorf("it is on driver %s of the host: somebody took it from its guest (viaduct bind %s takes it back)", d.Driver, d.Name)
+		return fmt.Errorf(
+			"it is on driver %s of the host: somebody took it from its guest (viaduct bind %s takes it back)",
+			d.Driver,
+			d.Name,
+		)
 	}
+
 	if !d.Blocks() || foreign { // else it was never taken, or is back already, and its own driver has made it anew
 		if err := m.reset(d, c); err != nil {
 			return err
 		}
 	}
+
 	if d.PhysFn != nil {
 		if err := m.reconfigure(ctx, dev, d, l.Drawn, c); err != nil {
 			return err
 		}
 	}
+
 	if err := m.giveBack(context.WithoutCancel(ctx), dev, d); err != nil {
 		return err
 	}
@@ -247,6 +261,7 @@ func (m *Manager) scrub(ctx context.Context, l *Lease, dev *Device, d *iommu.Dev
 			return err
 		}
 	}
+
 	now, err := iommu.ReadDevice(m.host, d.Address)
 	c.Driver = now.Driver
 	return err
@@ -286,6 +301,7 @@ func (m *Manager) reconfigure(ctx context.Context, dev *Device, d *iommu.Device,
 		now, _ := port.Of(d.VFIndex)
 		return now.Settings, nil
 	}
+
 	if c.Found, err = read(); err != nil {
 		return err
 	}
@@ -298,20 +314,22 @@ func (m *Manager) reconfigure(ctx context.Context, dev *Device, d *iommu.Device,
 	if c.Settings, err = read(); err != nil {
 		return err
 	}
+
 	var wrong []string
 	for _, k := range sriov.Keys() {
 		if want, known := dev.Before[k]; known && c.Settings[k] != want {
 			wrong = append(wrong, fmt.Sprintf("%s is %s instead of %s", k, c.Settings[k], want))
 		}
 	}
+
 	if len(wrong) > 0 {
 		return errors.New("it does not have what it had: " + strings.Join(wrong, ", "))
 	}
 	return nil
 }
 
-// fresh is what a VF is to have that libvirt configured before it was seen: what is declared of it, and else what VFs begin with.
-// Its MAC address libvirt has put back itself.
+// fresh is what a VF is to have that libvirt configured before it was seen: what is declared of it, and else what VFs
+// begin with. Its MAC address libvirt has put back itself.
 func (m *Manager) fresh(pf *iommu.Device, index int, found sriov.Settings) sriov.Settings {
 	own, _ := m.declared.Settings(m.declaration, pf)
 	out := sriov.Settings{}
@@ -344,6 +362,7 @@ func (m *Manager) Lift(ctx context.Context, devices []*iommu.Device) ([]Certific
 			errs = append(errs, fmt.Errorf("%s is in no quarantine (viaduct leases tells what is)", d.Name))
 			continue
 		}
+
 		l := &Lease{LeaseHead: holder.LeaseHead{Guest: q.Guest}, Devices: []Device{q.Device}}
 		if err := m.awaitGone(ctx, l, []*iommu.Device{d}, 0); err != nil {
 			return out, err
@@ -357,12 +376,14 @@ func (m *Manager) Lift(ctx context.Context, devices []*iommu.Device) ([]Certific
 		if err = errors.Join(err, unwritten); err == nil {
 			err = m.Book.State.Delete(quarantineKey(at))
 		}
+
 		errs = append(errs, err)
 	}
 	return out, errors.Join(errs...)
 }
 
-// Reclaim releases all leases that are dead, those of different PFs side by side: a reset takes the kernel a tenth of a second.
+// Reclaim releases all leases that are dead, those of different PFs side by side: a reset takes the kernel a tenth of a
+// second.
 func (m *Manager) Reclaim(ctx context.Context) ([]Certificate, error) {
 	looks, err := m.Look()
 	if err != nil {
@@ -383,6 +404,7 @@ func (m *Manager) Reclaim(ctx context.Context) ([]Certificate, error) {
 		if err != nil {
 			return nil, err
 		}
+
 		if l == nil {
 			continue
 		}
@@ -394,6 +416,7 @@ func (m *Manager) Reclaim(ctx context.Context) ([]Certificate, error) {
 		}
 		byPF[pf] = append(byPF[pf], l)
 	}
+
 	if len(devices) == 0 {
 		return nil, nil
 	}
@@ -411,11 +434,13 @@ func (m *Manager) Reclaim(ctx context.Context) ([]Certificate, error) {
 			}
 		}
 	}
+
 	out, err := m.endAll(ctx, byPF)
 	return out, errors.Join(append(errs, err)...)
 }
 
-// stillDead is a guest's lease, now that nobody else is at work on it, with a device of it there; nil if it is somebody's again.
+// stillDead is a guest's lease, now that nobody else is at work on it, with a device of it there; nil if it is
+// somebody's again.
 func (m *Manager) stillDead(guest string) (*Lease, error) {
 	l, err := m.Book.Get(guest)
 	if l == nil || err != nil {
@@ -446,6 +471,7 @@ func (m *Manager) endAll(ctx context.Context, byPF map[iommu.Address][]*Lease) (
 			mu.Unlock()
 		}
 	}
+
 	for pf, leases := range byPF {
 		if pf != (iommu.Address{}) {
 			wg.Go(func() { work(leases) })

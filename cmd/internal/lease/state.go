@@ -35,8 +35,8 @@ type Look struct {
 	Now   []holder.Holder
 }
 
-// Look looks at all leases. Holders that it sees are written down: when they are gone, the lease is dead. For who cannot see
-// holders, those are used that were seen last.
+// Look looks at all leases. Holders that it sees are written down: when they are gone, the lease is dead. For who
+// cannot see holders, those are used that were seen last.
 func (m *Manager) Look() ([]Look, error) {
 	all, err := m.all()
 	if err != nil {
@@ -50,6 +50,7 @@ func (m *Manager) Look() ([]Look, error) {
 			}
 		}
 	}
+
 	holders, blind := holder.Processes(m.host, devices)
 	var out []Look
 	for _, l := range all {
@@ -78,6 +79,7 @@ func (m *Manager) saw(l *Lease, now []holder.Holder) {
 			holders = append(holders, Holder{p, strings.TrimPrefix(h.What, "is open in "), runs})
 		}
 	}
+
 	if slices.Equal(holders, l.Holders) {
 		return
 	}
@@ -102,6 +104,7 @@ func (m *Manager) state(l *Lease, now []holder.Holder, at time.Time) (State, str
 			return Lost, fmt.Sprintf("%s is not there any more", d.Address)
 		}
 	}
+
 	if len(now) > 0 {
 		return Active, ""
 	}
@@ -185,8 +188,8 @@ func UnitRuns(h *iommu.Host, unit string) bool {
 	return len(UnitPIDs(h, unit)) > 0
 }
 
-// Started writes down who is going to hold a lease's devices: the VMM that was started with them. It fails if the lease is no longer
-// this process's.
+// Started writes down who is going to hold a lease's devices: the VMM that was started with them. It fails if the lease
+// is no longer this process's.
 func (b *Book) Started(ctx context.Context, l *Lease, pid int, name string) error {
 	mine, err := b.lockGuest(ctx, l.Guest, bind.DefaultTimeout)
 	if err != nil {
@@ -198,7 +201,8 @@ func (b *Book) Started(ctx context.Context, l *Lease, pid int, name string) erro
 	if err != nil {
 		return err
 	}
-	if self := holder.NameProcess(b.host, os.Getpid()); now == nil || !now.Ready || now.Owner == nil || *now.Owner != self {
+	if self := holder.NameProcess(b.host, os.Getpid()); now == nil || !now.Ready || now.Owner == nil ||
+		*now.Owner != self {
 		return fmt.Errorf("%s: its lease was ended meanwhile", l.Guest)
 	}
 	now.Holders = []Holder{{holder.NameProcess(b.host, pid), fmt.Sprintf("process %d (%s)", pid, name), true}}

@@ -51,13 +51,34 @@ var Formats = []Format{
 		Cannot: "QEMU older than 8.2, and kernels without CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV, cannot do this: take qemu"},
 	{Name: "libvirt", Text: libvirt, Persist: true, Standby: true, Moves: true,
 		Cannot: "libvirt's hostdev goes by the IOMMU group, not by iommufd; the lease ends with viaduct release, not with the domain (viaduct install --libvirt scrubs between its starts)"},
-	{Name: "cdi", Text: cdi, Cannot: "a CDI spec hands nodes to a container; a VMM in it still needs its own arguments, and memory that it may lock"},
+	{
+		Name:   "cdi",
+		Text:   cdi,
+		Cannot: "a CDI spec hands nodes to a container; a VMM in it still needs its own arguments, and memory that it may lock",
+	},
 	{Name: "env", Text: env},
-	{Name: "cloud-hypervisor", Args: cloudHypervisor, Cannot: "Cloud Hypervisor has no failover pair, and opens the IOMMU group, not iommufd"},
+	{
+		Name:   "cloud-hypervisor",
+		Args:   cloudHypervisor,
+		Cannot: "Cloud Hypervisor has no failover pair, and opens the IOMMU group, not iommufd",
+	},
 	{Name: "crosvm", Args: crosvm, Cannot: "crosvm has no failover pair, and opens the IOMMU group, not iommufd"},
-	{Name: "incus", Text: incus, Cannot: "Incus binds the device to vfio-pci itself, and back when the instance stops: viaduct release ends the lease; containers cannot have it; no live migration"},
-	{Name: "xen", Text: xen, Foreign: true, Cannot: "Xen has the IOMMU to itself: xl takes the device to pciback (seize=1), not vfio; dom0 shows no IOMMU groups, so the whole group is for you to give; no failover pair"},
-	{Name: "kata", Args: kata, Cannot: "Kata needs vfio_mode and hotplug_vfio (or cold_plug_vfio) in its configuration.toml, and hands on whole IOMMU groups; no failover pair"},
+	{
+		Name:   "incus",
+		Text:   incus,
+		Cannot: "Incus binds the device to vfio-pci itself, and back when the instance stops: viaduct release ends the lease; containers cannot have it; no live migration",
+	},
+	{
+		Name:    "xen",
+		Text:    xen,
+		Foreign: true,
+		Cannot:  "Xen has the IOMMU to itself: xl takes the device to pciback (seize=1), not vfio; dom0 shows no IOMMU groups, so the whole group is for you to give; no failover pair",
+	},
+	{
+		Name:   "kata",
+		Args:   kata,
+		Cannot: "Kata needs vfio_mode and hotplug_vfio (or cold_plug_vfio) in its configuration.toml, and hands on whole IOMMU groups; no failover pair",
+	},
 }
 
 // Names are the names of all formats, json included.
@@ -93,7 +114,8 @@ func (f *Format) Print(g *Guest) (string, error) {
 // quote makes a word one of the shell.
 func quote(word string) string {
 	plain := func(r rune) bool {
-		return r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("-_.,:=/+@%", r)
+		return r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' ||
+			strings.ContainsRune("-_.,:=/+@%", r)
 	}
 	if word != "" && !strings.ContainsFunc(word, func(r rune) bool { return !plain(r) }) {
 		return word
@@ -110,16 +132,17 @@ func qemuIOMMUFD(g *Guest) []string {
 	return append([]string{"-object", "iommufd,id=viaduct"}, qemuDevices(g, ",iommufd=viaduct")...)
 }
 
-// qemuDevices are the devices; with a standby, the first is a failover pair with it, which needs a port that it can be unplugged from
-// (docs/system/virtio-net-failover.rst).
+// qemuDevices are the devices; with a standby, the first is a failover pair with it, which needs a port that it can be
+// unplugged from (docs/system/virtio-net-failover.rst).
 func qemuDevices(g *Guest, more string) []string {
 	var out []string
 	for i, d := range g.Devices {
 		pair := ""
 		if i == 0 && g.Standby != "" {
-			out = append(out, "-netdev", "bridge,id=viaduct-net,br="+comma(g.Standby),
-				"-device", "pcie-root-port,id=viaduct-port0,chassis=240,slot=240", "-device", "pcie-root-port,id=viaduct-port1,chassis=241,slot=241",
-				"-device", "virtio-net-pci,netdev=viaduct-net,id=viaduct-standby,bus=viaduct-port0,mac="+d.MAC+",failover=on")
+			out = append(out, "-netdev", "bridge,id=viaduct-net,br="+comma(g.Standby), "-device",
+				"pcie-root-port,id=viaduct-port0,chassis=240,slot=240", "-device",
+				"pcie-root-port,id=viaduct-port1,chassis=241,slot=241", "-device",
+				"virtio-net-pci,netdev=viaduct-net,id=viaduct-standby,bus=viaduct-port0,mac="+d.MAC+",failover=on")
 			pair = ",id=viaduct-primary,bus=viaduct-port1,failover_pair_id=viaduct-standby"
 		}
 		out = append(out, "-device", "vfio-pci,host="+d.Address.String()+more+pair)
@@ -129,7 +152,8 @@ func qemuDevices(g *Guest, more string) []string {
 
 // Address is a PCI address as libvirt writes it (virPCIDeviceAddressFormat).
 func addressXML(a iommu.Address) string {
-	return fmt.Sprintf("<address type='pci' domain='0x%04x' bus='0x%02x' slot='0x%02x' function='0x%x'/>", a.Domain, a.Bus, a.Device, a.Function)
+	return fmt.Sprintf("<address type='pci' domain='0x%04x' bus='0x%02x' slot='0x%02x' function='0x%x'/>", a.Domain,
+		a.Bus, a.Device, a.Function)
 }
 
 func escape(s string) string {
@@ -143,20 +167,35 @@ func escape(s string) string {
 func libvirt(g *Guest) (string, error) {
 	var b strings.Builder
 	for i, d := range g.Devices {
-		if !d.VF || !d.NIC || d.MAC == "" || d.QoS != "" && d.QoS != "0" || d.Proto != "" && d.Proto != "802.1q" { // which libvirt does not know, and would undo
-			fmt.Fprintf(&b, "<hostdev mode='subsystem' type='pci' managed='no'>\n  <source>\n    %s\n  </source>\n</hostdev>\n", strings.Replace(addressXML(d.Address), " type='pci'", "", 1)) // which its schema does not have there
+		if !d.VF || !d.NIC || d.MAC == "" || d.QoS != "" && d.QoS != "0" ||
+			d.Proto != "" && d.Proto != "802.1q" { // which libvirt does not know, and would undo
+			fmt.Fprintf(&b,
+				"<hostdev mode='subsystem' type='pci' managed='no'>\n  <source>\n    %s\n  </source>\n</hostdev>\n",
+				strings.Replace(addressXML(d.Address), " type='pci'", "", 1)) // which its schema does not have there
 			continue
 		}
 		teaming := ""
 		if i == 0 && g.Standby != "" {
-			fmt.Fprintf(&b, "<interface type='bridge'>\n  <mac address='%s'/>\n  <source bridge='%s'/>\n  <model type='virtio'/>\n  <teaming type='persistent'/>\n  <alias name='ua-viaduct-standby'/>\n</interface>\n", d.MAC, escape(g.Standby))
+			fmt.Fprintf(
+				&b,
+				"<interface type='bridge'>\n  <mac address='%s'/>\n  <source bridge='%s'/>\n  <model type='virtio'/>\n  <teaming type='persistent'/>\n  <alias name='ua-viaduct-standby'/>\n</interface>\n",
+				d.MAC,
+				escape(g.Standby),
+			)
 			teaming = "  <teaming type='transient' persistent='ua-viaduct-standby'/>\n"
 		}
 		vlan := ""
 		if d.VLAN != "" {
 			vlan = fmt.Sprintf("  <vlan>\n    <tag id='%s'/>\n  </vlan>\n", d.VLAN)
 		}
-		fmt.Fprintf(&b, "<interface type='hostdev' managed='no'>\n  <mac address='%s'/>\n  <source>\n    %s\n  </source>\n%s%s</interface>\n", d.MAC, addressXML(d.Address), vlan, teaming)
+		fmt.Fprintf(
+			&b,
+			"<interface type='hostdev' managed='no'>\n  <mac address='%s'/>\n  <source>\n    %s\n  </source>\n%s%s</interface>\n",
+			d.MAC,
+			addressXML(d.Address),
+			vlan,
+			teaming,
+		)
 	}
 	return b.String(), nil
 }
@@ -207,6 +246,7 @@ func cdi(g *Guest) (string, error) {
 	if changed || !letter(name[0]) || strings.TrimRight(name, "_-.:") != name { // two guests must not come to be one
 		name = fmt.Sprintf("g.%s.%x", strings.Trim(name, "_-.:"), crc32.ChecksumIEEE([]byte(g.Name)))
 	}
+
 	d := cdiDevice{Name: name}
 	for _, kv := range pairs(g) {
 		d.Edits.Env = append(d.Edits.Env, kv[0]+"="+kv[1])
@@ -247,8 +287,14 @@ func pairs(g *Guest) [][2]string {
 		macs, vlans = append(macs, orDash(d.MAC)), append(vlans, orDash(d.VLAN))
 	}
 	return [][2]string{
-		{"VIADUCT_GUEST", g.Name}, {"VIADUCT_DEVICES", strings.Join(addresses, " ")}, {"VIADUCT_GROUPS", strings.Join(groups, " ")},
-		{"VIADUCT_NODES", strings.Join(nodes(g), " ")}, {"VIADUCT_MACS", strings.Join(macs, " ")}, {"VIADUCT_VLANS", strings.Join(vlans, " ")},
+		{
+			"VIADUCT_GUEST",
+			g.Name,
+		}, {"VIADUCT_DEVICES", strings.Join(addresses, " ")}, {"VIADUCT_GROUPS", strings.Join(groups, " ")},
+		{
+			"VIADUCT_NODES",
+			strings.Join(nodes(g), " "),
+		}, {"VIADUCT_MACS", strings.Join(macs, " ")}, {"VIADUCT_VLANS", strings.Join(vlans, " ")},
 	}
 }
 

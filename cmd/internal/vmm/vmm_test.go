@@ -26,7 +26,15 @@ func address(t *testing.T, s string) iommu.Address {
 // web is a guest with a VF of a NIC on a VLAN and a disk's, whose name and bridge need care everywhere.
 func web(t *testing.T) *Guest {
 	return &Guest{Name: "web&1", Devices: []Device{
-		{Address: address(t, "0000:01:10.2"), Group: 24, Nodes: []string{"/dev/vfio/24", "/dev/vfio/devices/vfio3"}, VF: true, NIC: true, MAC: "52:54:00:aa:00:01", VLAN: "100"},
+		{
+			Address: address(t, "0000:01:10.2"),
+			Group:   24,
+			Nodes:   []string{"/dev/vfio/24", "/dev/vfio/devices/vfio3"},
+			VF:      true,
+			NIC:     true,
+			MAC:     "52:54:00:aa:00:01",
+			VLAN:    "100",
+		},
 		{Address: address(t, "10000:e1:00.0"), Group: 31, Nodes: []string{"/dev/vfio/31", "/dev/vfio/devices/vfio4"}},
 	}}
 }

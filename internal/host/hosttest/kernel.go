@@ -20,9 +20,9 @@ import (
 )
 
 // Kernel is a fake of a running host: a folder that answers writes the way drivers/base/bus.c, drivers/pci/pci-sysfs.c,
-// pci-driver.c and iov.c do, errnos included, and a system that answers netlink, ioctls and modprobe. Where it does not know a
-// file it refuses the write, as the kernel does for read-only attributes (EACCES). Drivers with "vfio" in their names match by
-// driver_override only and make no VFs.
+// pci-driver.c and iov.c do, errnos included, and a system that answers netlink, ioctls and modprobe. Where it does not
+// know a file it refuses the write, as the kernel does for read-only attributes (EACCES). Drivers with "vfio" in their
+// names match by driver_override only and make no VFs.
 //
 // Its fields may be set before the first operation, and by After.
 type Kernel struct {
@@ -95,6 +95,7 @@ func NewKernel(tb testing.TB, tree Tree) *Kernel {
 			k.put(dev+"/driver_override", "(null)\n")
 		}
 	}
+
 	k.startNet()
 	h, err := host.Fake(k.dir, k)
 	k.must(err)
@@ -109,8 +110,8 @@ func (k *Kernel) Host() *host.Host { return k.host }
 // Dir is the folder that the kernel's files are in, for a test that changes them behind its back.
 func (k *Kernel) Dir() string { return k.dir }
 
-// Register loads a driver that matches these "vvvv:dddd": as in the kernel it is probed at once for every device that has
-// none.
+// Register loads a driver that matches these "vvvv:dddd": as in the kernel it is probed at once for every device that
+// has none.
 func (k *Kernel) Register(driver string, ids ...string) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -147,6 +148,7 @@ func (k *Kernel) locked(name, value string) error {
 	if err != nil {
 		return err
 	}
+
 	if st, err := os.Stat(k.at(real)); err != nil || st.IsDir() {
 		return syscall.EISDIR
 	}
@@ -265,7 +267,8 @@ func (k *Kernel) probe(dev, driver string) error {
 	if k.driver(dev) != "" {
 		return syscall.EBUSY
 	}
-	if pf, err := k.resolve(dev + "/physfn"); err == nil && k.text(pf, "sriov_drivers_autoprobe") == "0" && k.override(dev) == "" {
+	if pf, err := k.resolve(dev + "/physfn"); err == nil && k.text(pf, "sriov_drivers_autoprobe") == "0" &&
+		k.override(dev) == "" {
 		return syscall.ENODEV // pci_device_can_probe
 	}
 	if err := errors.Join(k.Probe[driver], k.Probe[path.Base(dev)]); err != nil {
@@ -279,6 +282,7 @@ func (k *Kernel) probe(dev, driver string) error {
 			return syscall.EBUSY
 		}
 	}
+
 	k.link(dev+"/driver", path.Join(sysDrivers, driver))
 	k.bound(dev, driver)
 	key := path.Base(dev) + " " + driver
@@ -287,6 +291,7 @@ func (k *Kernel) probe(dev, driver string) error {
 			k.must(t.unpack(k.at(name), name))
 		}
 	}
+
 	if strings.Contains(driver, "vfio") {
 		k.makeNodes(dev)
 	}
@@ -347,6 +352,7 @@ func (k *Kernel) takeAway(dir string) Tree {
 		out[name] = string(b)
 		return err
 	})
+
 	if !errors.Is(err, fs.ErrNotExist) {
 		k.must(err)
 	}

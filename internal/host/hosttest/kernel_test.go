@@ -143,7 +143,8 @@ func TestKernelRebind(t *testing.T) {
 	if got, _ := k.Host().Names(pfFiles + "vfio-dev"); !slices.Equal(got, []string{"vfio0"}) {
 		t.Errorf("vfio-dev has %v", got)
 	}
-	if k.Host().Exists("sys/class/net/eth0") || k.Host().Exists(pfFiles+"net") || k.Host().Exists("sys/bus/pci/drivers/igb/0000:01:00.0") {
+	if k.Host().Exists("sys/class/net/eth0") || k.Host().Exists(pfFiles+"net") ||
+		k.Host().Exists("sys/bus/pci/drivers/igb/0000:01:00.0") {
 		t.Error("the interface outlived its driver")
 	}
 	if !slices.Equal(seen, writes) || !slices.Equal(k.Log, writes) {
@@ -153,11 +154,13 @@ func TestKernelRebind(t *testing.T) {
 	if s, _ := k.Host().String(override); s != "vfio-pci" {
 		t.Errorf("override is %q", s)
 	}
-	do(t, k, nil, override+"=\n", "sys/bus/pci/drivers/vfio-pci/unbind=0000:01:00.0", probe+"=0000:01:00.0", probe+"=0000:01:00.0")
+	do(t, k, nil, override+"=\n", "sys/bus/pci/drivers/vfio-pci/unbind=0000:01:00.0", probe+"=0000:01:00.0",
+		probe+"=0000:01:00.0")
 	if got := driverOf(t, k, "0000:01:00.0"); got != "igb" {
 		t.Errorf("driver %q", got)
 	}
-	if s, _ := k.Host().String("sys/class/net/eth0/address"); s != "52:54:00:00:00:01" || k.Host().Exists(pfFiles+"vfio-dev") {
+	if s, _ := k.Host().String("sys/class/net/eth0/address"); s != "52:54:00:00:00:01" ||
+		k.Host().Exists(pfFiles+"vfio-dev") {
 		t.Errorf("address %q", s)
 	}
 	if s, _ := k.Host().String(override); s != "(null)" {
@@ -249,7 +252,8 @@ func TestKernelVFsForGuests(t *testing.T) {
 		t.Errorf("driver %q with an override", got)
 	}
 	do(t, k, nil, numvfs+"=0", numvfs+"=1")
-	if s, _ := k.Host().String(pfFiles + "virtfn0/driver_override"); s != "(null)" || driverOf(t, k, "0000:01:10.0") != "" {
+	if s, _ := k.Host().String(pfFiles + "virtfn0/driver_override"); s != "(null)" ||
+		driverOf(t, k, "0000:01:10.0") != "" {
 		t.Error("the override outlived its VF")
 	}
 }

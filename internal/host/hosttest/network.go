@@ -95,6 +95,7 @@ func (k *Kernel) startNet() {
 				k.put(path.Join(dir, file), content+"\n")
 			}
 		}
+
 		if parent := k.parentOf(dir); parent != "" && !k.exists(path.Join(dir, "device")) {
 			k.must(os.Symlink("../../../"+path.Base(parent), k.at(path.Join(dir, "device"))))
 		}
@@ -102,6 +103,7 @@ func (k *Kernel) startNet() {
 			k.put(mode, "0\n")
 		}
 	}
+
 	k.tb.Cleanup(func() {
 		k.Net.mu.Lock()
 		defer k.Net.mu.Unlock()
@@ -170,11 +172,18 @@ func (k *Kernel) serve(fd int, family int, namespace string) {
 			return
 		}
 		kind, flags := binary.NativeEndian.Uint16(b[4:]), binary.NativeEndian.Uint16(b[6:])
-		c := &conversation{k: k, kind: kind, flags: flags, sequence: binary.NativeEndian.Uint32(b[8:]), namespace: namespace}
+		c := &conversation{
+			k:         k,
+			kind:      kind,
+			flags:     flags,
+			sequence:  binary.NativeEndian.Uint32(b[8:]),
+			namespace: namespace,
+		}
 		answers := c.fault()
 		if answers == nil {
 			answers = c.answer(family, b[unix.SizeofNlMsghdr:n])
 		}
+
 		for _, datagram := range answers {
 			if k.Net.Answer != nil {
 				datagram = k.Net.Answer(kind, datagram)
@@ -309,6 +318,7 @@ func (c *conversation) links() [][]byte {
 		}
 		return out
 	}
+
 	for _, name := range c.k.names(sysNet) {
 		if c.k.netDir(name) != "" {
 			out = append(out, c.k.linkMessage(name, 0))
@@ -437,6 +447,7 @@ func (k *Kernel) vfList(device string, count, mask int) []byte {
 			}
 			one = append(one, attr(kind, value)...)
 		}
+
 		if mask&filterNoStats == 0 {
 			var stats []byte
 			for n := range 9 {
@@ -444,6 +455,7 @@ func (k *Kernel) vfList(device string, count, mask int) []byte {
 			}
 			one = append(one, attr(vfStats, stats)...)
 		}
+
 		out = append(out, attr(vfInfo, one)...)
 	}
 	return out
@@ -497,6 +509,7 @@ func (k *Kernel) setVF(dir string, kind int, v []byte) syscall.Errno {
 	if device == "" || len(v) < 4 || int(binary.NativeEndian.Uint32(v)) >= len(k.vfs(device)) {
 		return syscall.EINVAL
 	}
+
 	if k.Net.Ignore[kind] {
 		return 0
 	}
@@ -507,6 +520,7 @@ func (k *Kernel) setVF(dir string, kind int, v []byte) syscall.Errno {
 	if k.Net.vfs[pf][index] == nil {
 		k.Net.vfs[pf][index] = map[int]vfAt{}
 	}
+
 	k.Net.vfs[pf][index][kind] = value
 	switch kind {
 	case vfVLAN: // of the protocol that VLANs begin with
@@ -554,6 +568,7 @@ func (k *Kernel) routeMessage(r Route) []byte {
 		b[1] = byte(ones)
 		b = append(b, attr(unix.RTA_DST, network.IP)...)
 	}
+
 	index := func(name string) int { return k.number(k.netDir(name), "ifindex") }
 	if len(r.Over) == 1 {
 		return append(b, attr(unix.RTA_OIF, u32(index(r.Over[0])))...)
@@ -605,6 +620,7 @@ func (c *conversation) generic(payload []byte) [][]byte {
 			}
 		}
 	})
+
 	if c.kind == unix.GENL_ID_CTRL {
 		if c.k.Net.Eswitch == nil || texts[unix.CTRL_ATTR_FAMILY_NAME] != "devlink" {
 			return c.ack(syscall.ENOENT)
@@ -612,6 +628,7 @@ func (c *conversation) generic(payload []byte) [][]byte {
 		b := append(make([]byte, 4), attr(unix.CTRL_ATTR_FAMILY_ID, []byte{genlDevlink, 0})...)
 		return [][]byte{c.message(unix.GENL_ID_CTRL, 0, b)}
 	}
+
 	now, known := c.k.Net.Eswitch[texts[2]]
 	if !known {
 		return c.ack(syscall.ENODEV)

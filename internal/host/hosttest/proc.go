@@ -19,7 +19,8 @@ func (k *Kernel) startProc() {
 	}
 }
 
-// Process starts a process of a name, which has files open: names of the host, or what a link of /proc/PID/fd can say else.
+// Process starts a process of a name, which has files open: names of the host, or what a link of /proc/PID/fd can say
+// else.
 func (k *Kernel) Process(pid int, name string, open ...string) {
 	dir := path.Join("proc", strconv.Itoa(pid))
 	stat := fmt.Sprintf("%d (%s) S 1 1 1 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 %d 0 0 0\n", pid, name, 100+pid)
@@ -31,6 +32,7 @@ func (k *Kernel) Process(pid int, name string, open ...string) {
 			k.put(path.Join(dir, file), content)
 		}
 	}
+
 	for kind, inode := range map[string]int{"net": 4026531840, "mnt": 4026531841, "pid": 4026531836} {
 		link := path.Join(dir, "ns", kind)
 		if !k.exists(link) {
@@ -38,6 +40,7 @@ func (k *Kernel) Process(pid int, name string, open ...string) {
 			k.must(os.Symlink(fmt.Sprintf("%s:[%d]", kind, inode), k.at(link)))
 		}
 	}
+
 	k.must(os.MkdirAll(k.at(path.Join(dir, "fd")), 0o755))
 	for i, target := range open {
 		k.must(os.Symlink(target, k.at(path.Join(dir, "fd", strconv.Itoa(3+i)))))

@@ -86,6 +86,7 @@ func (k *Kernel) addVF(pf string, index int, address string) {
 			k.put(path.Join(vf, name), content+"\n")
 		}
 	}
+
 	if path.Dir(vf) != sysDevices {
 		k.link(path.Join(sysDevices, address), vf)
 	}
@@ -105,6 +106,7 @@ func (k *Kernel) addVF(pf string, index int, address string) {
 		k.link(path.Join(dir, "devices", address), vf)
 		k.link(vf+"/iommu_group", dir)
 	}
+
 	k.link(fmt.Sprintf("%s/virtfn%d", pf, index), vf)
 	k.link(vf+"/physfn", pf)
 	if driver := k.driver(pf); strings.Contains(driver, "vfio") { // vfio_pci_bus_notifier
@@ -133,11 +135,13 @@ func (k *Kernel) removeVFs(pf string) {
 				k.must(os.RemoveAll(k.at(group)))
 			}
 		}
+
 		if path.Dir(vf) != sysDevices {
 			k.must(os.Remove(k.at(path.Join(sysDevices, path.Base(vf)))))
 		}
 		k.must(os.RemoveAll(k.at(vf)))
 	}
+
 	k.forgetVFs(pf)
 	k.put(pf+"/sriov_numvfs", "0\n")
 }

@@ -61,6 +61,7 @@ func (k *Kernel) Device(name string) (block bool, number uint64, err error) {
 			name = path.Join(real, target)
 		}
 	}
+
 	b, err := os.ReadFile(k.at(name))
 	if err != nil {
 		return false, 0, syscall.ENOENT
@@ -140,8 +141,8 @@ func (k *Kernel) removeNodes(dev, driver string) {
 // ErrKilled is what every operation fails with once a Kernel's program was killed.
 var ErrKilled = errors.New("killed")
 
-// KillAt has every operation fail from the n-th such operation on, counted from 0, as if the program had been killed before it:
-// nothing it does after that has an effect. Revive ends that.
+// KillAt has every operation fail from the n-th such operation on, counted from 0, as if the program had been killed
+// before it: nothing it does after that has an effect. Revive ends that.
 func (k *Kernel) KillAt(n int, such func(op, name string) bool) {
 	k.count(n, such, func() error { return ErrKilled }, func() error {
 		if k.killed.Load() {
@@ -151,8 +152,8 @@ func (k *Kernel) KillAt(n int, such func(op, name string) bool) {
 	})
 }
 
-// FailAt has the n-th such operation, counted from 0, fail with an error, and no other. Revive ends that, and tells whether there
-// were so many.
+// FailAt has the n-th such operation, counted from 0, fail with an error, and no other. Revive ends that, and tells
+// whether there were so many.
 func (k *Kernel) FailAt(n int, such func(op, name string) bool, err error) {
 	k.count(n, such, func() error { return err }, func() error { return nil })
 }

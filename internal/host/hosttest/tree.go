@@ -1,5 +1,5 @@
-// Package hosttest gives tests hosts made of text: file trees, packed into one file a machine, and a fake of the kernel's
-// driver core that acts on one.
+// Package hosttest gives tests hosts made of text: file trees, packed into one file a machine, and a fake of the
+// kernel's driver core that acts on one.
 package hosttest
 
 import (
@@ -26,12 +26,14 @@ type Tree map[string]string
 
 const arrow = "-> "
 
-// With is a copy of the tree with the changes of another; an entry whose content is Gone is left out, with all below it.
+// With is a copy of the tree with the changes of another; an entry whose content is Gone is left out, with all below
+// it.
 func (t Tree) With(changes Tree) Tree {
 	out := maps.Clone(t)
 	for name, content := range changes {
 		if content == Gone {
-			maps.DeleteFunc(out, func(n, _ string) bool { return n == name || strings.HasPrefix(n, strings.TrimSuffix(name, "/")+"/") })
+			maps.DeleteFunc(out,
+				func(n, _ string) bool { return n == name || strings.HasPrefix(n, strings.TrimSuffix(name, "/")+"/") })
 		}
 	}
 	for name, content := range changes { // after all that goes: a directory can come in a file's place
@@ -81,6 +83,7 @@ func Parse(b []byte) (Tree, error) {
 		case rest != "" || !strings.HasSuffix(name, "/"):
 			err = errors.New("neither file, link nor directory")
 		}
+
 		if err == nil && !filepath.IsLocal(name) {
 			err = errors.New("not a relative name")
 		}
@@ -123,6 +126,7 @@ func FromSnapshot(tb testing.TB, file string) Tree {
 	if err != nil {
 		tb.Fatalf("%s: %v", file, err)
 	}
+
 	t, archive := Tree{}, tar.NewReader(z)
 	for entry := 0; ; entry++ {
 		h, err := archive.Next()

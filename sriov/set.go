@@ -240,13 +240,10 @@ func (s *Handle) Set(ctx context.Context, p *SetPlan) (unverified []Key, err err
 	if bind.IsStuck(err) {
 		return nil, err
 	}
-	if err == nil {
-		err = s.rememberRequested(pf, *p)
-	}
 	return unverified, errors.Join(err, s.End(pf.Address))
 }
 
-// makeOrUndo makes the settings of a plan and reads them back, and undoes those it made when one fails.
+// makeOrUndo makes the settings of a plan, reads them back and remembers them, and undoes those it made when that fails.
 func (s *Handle) makeOrUndo(ctx context.Context, p *SetPlan) (unverified []Key, err error) {
 	port, err := p.port.open()
 	if err != nil {
@@ -263,6 +260,9 @@ func (s *Handle) makeOrUndo(ctx context.Context, p *SetPlan) (unverified []Key, 
 		if now, err = port.again(); err == nil {
 			unverified, err = p.verify(now)
 		}
+	}
+	if err == nil {
+		err = s.rememberRequested(p.port.PF, *p)
 	}
 	if err != nil {
 		err = errors.Join(err, s.undoSettings(port, p, p.Settings[:done]))

@@ -78,6 +78,27 @@ func interfaces(t *testing.T, pf *iommu.Device) *iommu.Device {
 	return &now
 }
 
+// carryOut makes a plan's settings and reads them back. Nothing is remembered of a PF that is no PCI device.
+func carryOut(t *testing.T, s *Handle, p *SetPlan) *Port {
+	t.Helper()
+	over, err := p.port.open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer over.close()
+	if _, err := s.makeAll(context.Background(), over, p); err != nil {
+		t.Fatal(err)
+	}
+	now, err := over.again() // udev may have renamed it meanwhile
+	if err != nil {
+		t.Fatal(err)
+	}
+	if unverified, err := p.verify(now); err != nil || len(unverified) > 0 {
+		t.Fatalf("%s: %v, not verified: %v", p.VF.Name, err, unverified)
+	}
+	return now
+}
+
 // TestNetdevsim sets all that the kernel's simulated NIC knows. It runs as root in the lab (hack/test).
 func TestNetdevsim(t *testing.T) {
 	h, pf := simulated(t, 4)
@@ -96,18 +117,7 @@ func TestNetdevsim(t *testing.T) {
 	}
 	now, _ := port.Of(2)
 	plan := &SetPlan{VF: vf, Want: want, Settings: planSettings(now.Settings, want), port: port}
-	unverified, err := s.makeOrUndo(context.Background(), plan)
-	if err != nil || len(unverified) > 0 {
-		t.Fatalf("%v, not verified: %v", err, unverified)
-	}
-	over, err := port.open()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer over.close()
-	if port, err = over.again(); err != nil { // udev may have renamed it meanwhile
-		t.Fatal(err)
-	}
+	port = carryOut(t, s, plan)
 	now, _ = port.Of(2)
 	if wrong, unknown := compare(now.Settings, want); len(wrong)+len(unknown) > 0 {
 		t.Errorf("wrong %v, unknown %v", wrong, unknown)
@@ -147,9 +157,7 @@ func TestNetdevsimMany(t *testing.T) {
 				now, _ := port.Of(i)
 				vf := &iommu.Device{Name: fmt.Sprintf("vf%d", i), VFIndex: i}
 				plan := &SetPlan{VF: vf, Want: settings, Settings: planSettings(now.Settings, settings), port: port}
-				if unverified, err := s.makeOrUndo(context.Background(), plan); err != nil || len(unverified) > 0 {
-					t.Fatalf("vf%d: %v, not verified: %v", i, err, unverified)
-				}
+				carryOut(t, s, plan)
 			}
 
 			port, err := ReadPort(h, interfaces(t, pf))

@@ -34,6 +34,10 @@ func TestImporter(t *testing.T) {
 		}
 	}
 
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil || !strings.Contains(string(readme), "require viaduct v0.0.0\n\n    replace viaduct => ") {
+		t.Errorf("README does not show how to import the packages: %v", err)
+	}
 	sources, err := filepath.Glob(importer + "/*/main.go")
 	if err != nil || len(sources) != 3 {
 		t.Errorf("programs %v, %v", sources, err)

@@ -61,7 +61,8 @@ func Capture(h *Host, w io.Writer) error {
 		return err
 	}
 	c := capture{h: h, w: out}
-	c.dir("sys/kernel") // Scan takes its absence for an unmounted sysfs
+	// Scan takes its absence for an unmounted sysfs.
+	c.dir("sys/kernel")
 	c.dir(pciDevices)
 	c.files("", hostFiles)
 	const dropIns = "etc/viaduct/host.d"
@@ -217,7 +218,8 @@ func (c *capture) device(d *Device) {
 
 	dir, err := c.h.Open(real)
 	if err != nil {
-		return // gone
+		// Gone.
+		return
 	}
 	defer dir.Close()
 	classes, err := classDevices(dir)

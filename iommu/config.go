@@ -58,7 +58,8 @@ func serialNumber(config io.ReaderAt) string {
 func extendedCapability(config io.ReaderAt, id uint16) int {
 	const first, size = 0x100, 0x1000
 	at := first
-	for range (size - first) / 8 { // no longer list fits, so a loop ends here
+	for range (size - first) / 8 {
+		// No longer list fits, so a loop ends here.
 		var b [4]byte
 		if at < first || at+4 > size {
 			return 0

@@ -100,7 +100,8 @@ func ReadDetails(h *Host, a Address) (*Details, error) {
 		}
 		busy, err := changing(h)
 		r.keep(err)
-		if dir.Exists("sriov_vf_total_msix") && !busy[a.String()] { // reading it takes the device's lock
+		if dir.Exists("sriov_vf_total_msix") && !busy[a.String()] {
+			// Reading it takes the device's lock.
 			pool := r.number("sriov_vf_total_msix")
 			d.VFs.MSIXPool = &pool
 		}
@@ -159,7 +160,8 @@ func (r *reader) number(name string) int {
 func (r *reader) link(name string) string {
 	s, err := r.dir.LinkBase(name)
 	if err != nil {
-		if !errors.Is(err, unix.EINVAL) { // no link: "iommu" is a directory in the IOMMU's own PCI device
+		if !errors.Is(err, unix.EINVAL) {
+			// No link: "iommu" is a directory in the IOMMU's own PCI device.
 			r.keep(err)
 		}
 		return ""
@@ -194,7 +196,8 @@ func parseResources(s string) ([]BAR, error) {
 			}
 		}
 
-		if n[2] == 0 || n[1] <= n[0] { // not there, or not assigned
+		if n[2] == 0 || n[1] <= n[0] {
+			// Not there, or not assigned.
 			continue
 		}
 		bars = append(bars, BAR{
@@ -238,7 +241,8 @@ func linkOf(dir *host.Dir, name string) (target string, link bool, err error) {
 // class, as paths below dir. It descends neither into other PCI devices nor along links.
 func classDevices(dir *host.Dir) (map[string][]string, error) {
 	found := map[string][]string{}
-	const depth = 64 // a disk behind a SAS expander is eight deep, and each further one adds three
+	// A disk behind a SAS expander is eight deep, and each further one adds three.
+	const depth = 64
 	var walk func(at string, left int) error
 	walk = func(at string, left int) error {
 		names, err := dir.Names(at)
@@ -310,7 +314,8 @@ func readPath(h *Host, a Address) ([]Address, string, error) {
 		return nil, "", err
 	}
 	index := pfDevice.SRIOV.index(a)
-	if index < 0 { // it goes away just now
+	if index < 0 {
+		// It goes away just now.
 		return nil, "", fmt.Errorf("%s: no VF of %s: %w", a, pfAddress, fs.ErrNotExist)
 	}
 	return chain[:len(chain)-1], PhysicalPath(pathAddresses(target)) + "/vf" + strconv.Itoa(index), nil

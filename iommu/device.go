@@ -253,7 +253,8 @@ func readSRIOV(dir *host.Dir) (*SRIOV, error) {
 	if err != nil {
 		return nil, err
 	}
-	if total < 0 || total > 0xffff { // a 16-bit register
+	if total < 0 || total > 0xffff {
+		// A 16-bit register.
 		return nil, fmt.Errorf("%s: %d VFs", dir.Path("sriov_totalvfs"), total)
 	}
 

@@ -104,7 +104,8 @@ func (n *Names) idsVendor(vendor uint16) (start, end int64) {
 // the first one with this id or a greater one begins, high if there is none.
 func (n *Names) idsFind(low, high int64, indent string, id uint16) int64 {
 	key, found := fmt.Sprintf("%04x", id), high
-	if indent == "" { // what earlier searches saw of the vendors narrows this one: the large ones take long to pass over
+	if indent == "" {
+		// What earlier searches saw of the vendors narrows this one: the large ones take long to pass over.
 		for _, p := range n.probes {
 			if p.id < key {
 				low = max(low, p.at)
@@ -157,7 +158,8 @@ func (n *Names) idsLine(from, high int64, indent string) probe {
 			if at+int64(begin) > high {
 				return none
 			}
-			if id+4 > k { // cut off: again, from the newline on
+			if id+4 > k {
+				// Cut off: again, from the newline on.
 				next = at + int64(begin-1)
 				break
 			}
@@ -203,7 +205,8 @@ func isID(b []byte) bool {
 // before it.
 func hwdbLookup(f host.File, key, property string) string {
 	var buf [1024]byte
-	bytesAt := func(at uint64, n int) []byte { // n bytes, or fewer at the end, valid until the next call
+	bytesAt := func(at uint64, n int) []byte {
+		// N bytes, or fewer at the end, valid until the next call.
 		if at > math.MaxInt64 {
 			return nil
 		}
@@ -245,7 +248,8 @@ func hwdbLookup(f host.File, key, property string) string {
 	values := func(node uint64) {
 		at := node + nodeSize + children(node)*childSize
 		for range min(u64(node+16), 64) {
-			if name := text(u64(at)); name == " "+property { // the space marks a property, apart from names for the compiler
+			if name := text(u64(at)); name == " "+property {
+				// The space marks a property, apart from names for the compiler.
 				best = text(u64(at + 8))
 			}
 			at += valueSize

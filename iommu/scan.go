@@ -90,7 +90,8 @@ func (t *Topology) All(f func(*Device) bool) {
 // Find returns a PCI device by its address.
 func (t *Topology) Find(a Address) (*Device, error) {
 	l := t.lookup
-	if l == nil { // made by hand
+	if l == nil {
+		// Made by hand.
 		l = &lookup{}
 	}
 	l.once.Do(func() {
@@ -143,7 +144,8 @@ func Scan(h *Host) (*Topology, error) {
 	if err != nil {
 		return nil, err
 	}
-	if !slices.IsSortedFunc(devices, CompareDevices) { // as with domains of different length
+	if !slices.IsSortedFunc(devices, CompareDevices) {
+		// As with domains of different length.
 		slices.SortFunc(devices, CompareDevices)
 	}
 	t := &Topology{lookup: &lookup{}}
@@ -227,7 +229,8 @@ func CompareDevices(a, b Device) int {
 }
 
 func findDevice(devices []Device, a Address) *Device {
-	i := sort.Search(len(devices), func(i int) bool { return devices[i].Address.Compare(a) >= 0 }) // copies no Device
+	// Copies no Device.
+	i := sort.Search(len(devices), func(i int) bool { return devices[i].Address.Compare(a) >= 0 })
 	if i == len(devices) || devices[i].Address != a {
 		return nil
 	}
@@ -255,7 +258,8 @@ func readAll[T any](h *Host, dir string, names []string, read func(*host.Dir, st
 		errs[i] = err
 	}
 
-	const chunk = 16 // below this a second thread costs more than it brings
+	// Below this a second thread costs more than it brings.
+	const chunk = 16
 	workers := min(runtime.NumCPU(), len(names)/chunk+1, 8)
 	var wg sync.WaitGroup
 	for w := range workers {
@@ -380,7 +384,8 @@ func readGroups(h *Host, devices []Device) ([]Group, error) {
 					d.Group = id
 					g.Devices = append(g.Devices, *d)
 				}
-				continue // else: it came or went between the two looks
+				// Else: it came or went between the two looks.
+				continue
 			}
 			d, err := readMember(h, id, g.ID, name)
 			if host.Absent(err) {

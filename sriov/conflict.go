@@ -42,7 +42,8 @@ func readOwners(h *iommu.Host, vfs []VFWish) (owners, error) {
 	for _, n := range names {
 		device, err := h.LinkBase(path.Join(netClass, n, "device"))
 		if host.Absent(err) || errors.Is(err, unix.ENOTDIR) {
-			continue // of no device
+			// Of no device.
+			continue
 		}
 		if err != nil {
 			return nil, err

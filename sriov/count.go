@@ -37,7 +37,8 @@ func (s *Handle) Apply(ctx context.Context, p *Plan) (notes []string, err error)
 	if lost := r.lost(s.Host(), p.PF.Address); lost != "" {
 		err = errors.Join(err, errors.New(lost))
 	}
-	if undone != nil { // the record stays, for the next command to try again
+	if undone != nil {
+		// The record stays, for the next command to try again.
 		return nil, errors.Join(err, undone)
 	}
 	return nil, errors.Join(err, s.End(p.PF.Address))

@@ -46,7 +46,8 @@ func decodeParam(b []byte) []string {
 }
 
 func decodeParamValue(kind byte, b []byte) string {
-	value, when := "false", "" // of a switch that is off there is no value
+	// Of a switch that is off there is no value.
+	value, when := "false", ""
 	netlink.Attributes(b, func(attribute uint16, v []byte) {
 		switch {
 		case attribute == nl.DEVLINK_ATTR_PARAM_VALUE_CMODE && len(v) > 0:

@@ -51,7 +51,8 @@ func readLinksDown(h *iommu.Host, names []string) ([]Link, error) {
 	for _, n := range own {
 		text, err := h.String(path.Join(netClass, n, "flags"))
 		if host.Absent(err) && !h.Live() {
-			continue // not captured
+			// Not captured.
+			continue
 		}
 		if err != nil {
 			return nil, err

@@ -43,14 +43,16 @@ func decodePrimary(b []byte) (map[resource]pool, error) {
 	if len(b) < 80 {
 		return nil, fmt.Errorf("NVMe primary controller capabilities of %d bytes", len(b))
 	}
-	at := func(o int) pool { // VQFRT, VQRFA, VQRFAP, VQPRT, VQFRSM, VQGRAN
+	at := func(o int) pool {
+		// VQFRT, VQRFA, VQRFAP, VQPRT, VQFRSM, VQGRAN.
 		return pool{
 			Total: binary.LittleEndian.Uint32(b[o:]), Primary: uint32(binary.LittleEndian.Uint16(b[o+8:])),
 			Most: uint32(binary.LittleEndian.Uint16(b[o+12:])), Unit: uint32(binary.LittleEndian.Uint16(b[o+14:])),
 		}
 	}
 	pools := map[resource]pool{}
-	if b[4]&1 != 0 { // CRT: what it shares at all
+	if b[4]&1 != 0 {
+		// CRT: what it shares at all.
 		pools[queues] = at(32)
 	}
 	if b[4]&2 != 0 {
@@ -230,7 +232,8 @@ func (c *nvmePF) admin(cmd *passthru) error {
 		return err
 	}
 	if status != 0 {
-		return nvmeStatus(status & 0x7ff) // without the bits "more" and "do not retry"
+		// Without the bits "more" and "do not retry".
+		return nvmeStatus(status & 0x7ff)
 	}
 	return nil
 }

@@ -340,7 +340,8 @@ func (s *Handle) Check(p *Plan, force []holder.Kind) error {
 
 	users := p.Victims
 	what, cure := fmt.Sprintf("remove the %d VFs of %s", p.Have, p.PF.Name), "end their users first"
-	if p.Eswitch.Mode != "" { // which makes the PF's own interface anew
+	if p.Eswitch.Mode != "" {
+		// Which makes the PF's own interface anew.
 		users = append([]*iommu.Device{p.PF}, users...)
 		what, cure = "change the e-switch of "+p.PF.Name, "end the users of the PF and of its VFs first"
 	}

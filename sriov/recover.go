@@ -78,7 +78,8 @@ func (s *Handle) revert(r *countRecord, pf iommu.Address, used users) error {
 	}
 	if removable {
 		if err := s.Write(pf, []bind.Step{count(&now, 0)}); err != nil {
-			return errors.Join(append(errs, err)...) // and the rest with the next command
+			// And the rest with the next command.
+			return errors.Join(append(errs, err)...)
 		}
 		errs = append(errs, s.Forget(now.SRIOV.VFs))
 	}

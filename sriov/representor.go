@@ -39,7 +39,8 @@ func ReadPorts(h *iommu.Host, port *Port) (Ports, error) {
 		id, err1 := h.String(path.Join(netClass, n, "phys_switch_id"))
 		name, err2 := h.String(path.Join(netClass, n, "phys_port_name"))
 		if noPort(err1) || noPort(err2) || errors.Is(err1, unix.ENOTDIR) {
-			continue // gone, or no port of a switch
+			// Gone, or no port of a switch.
+			continue
 		}
 		if err := errors.Join(err1, err2); err != nil {
 			return out, err

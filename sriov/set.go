@@ -243,7 +243,8 @@ func (s *Handle) Set(ctx context.Context, p *SetPlan) (unverified []Key, err err
 	return unverified, errors.Join(err, s.End(pf.Address))
 }
 
-// makeOrUndo makes the settings of a plan, reads them back and remembers them, and undoes those it made when that fails.
+// makeOrUndo makes the settings of a plan, reads them back and remembers them, and undoes those it made when that
+// fails.
 func (s *Handle) makeOrUndo(ctx context.Context, p *SetPlan) (unverified []Key, err error) {
 	port, err := p.port.open()
 	if err != nil {
@@ -401,7 +402,8 @@ func (s *Handle) setNew(ctx context.Context, pf iommu.Address, vfs []*iommu.Devi
 		if err != nil {
 			return err
 		}
-		if vf.Driver != "" { // an interrupted run has come as far as that
+		if vf.Driver != "" {
+			// An interrupted run has come as far as that.
 			want = maps.Clone(want)
 			delete(want, MSIX)
 		}
@@ -454,7 +456,8 @@ func recoverSet(ctx context.Context, b *bind.Handle, pf iommu.Address, data json
 		if bind.IsStuck(err) {
 			return "is not done", err
 		}
-		if err != nil { // told once: a record that stays would keep the PF from all further changes
+		if err != nil {
+			// Told once: a record that stays would keep the PF from all further changes.
 			return "is not done", errors.Join(err, s.End(pf))
 		}
 	}

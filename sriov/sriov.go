@@ -105,7 +105,8 @@ func forecast(h *iommu.Host, pf *iommu.Device, n int) error {
 	if err != nil && !host.Absent(err) {
 		return err
 	}
-	const firstVF, afterVFs = 7, 13 // six BARs and the ROM come before, bridge windows after (include/linux/pci.h)
+	// Six BARs and the ROM come before, bridge windows after (include/linux/pci.h)
+	const firstVF, afterVFs = 7, 13
 	for i, line := range strings.Split(string(ranges), "\n") {
 		f := strings.Fields(line)
 		if i >= firstVF && i < afterVFs && len(f) == 3 && hexNumber(f[0]) == 0 && hexNumber(f[2]) != 0 {
@@ -120,7 +121,8 @@ func forecast(h *iommu.Host, pf *iommu.Device, n int) error {
 	offset, err1 := h.Int(attribute(pf.Address, "sriov_offset"))
 	stride, err2 := h.Int(attribute(pf.Address, "sriov_stride"))
 	if err1 != nil || err2 != nil {
-		return nil // the kernel knows better
+		// The kernel knows better.
+		return nil
 	}
 	a := pf.Address
 	last := int(a.Bus) + (int(a.Device)<<3+int(a.Function)+offset+stride*(n-1))>>8
@@ -156,7 +158,8 @@ func vectorsLeft(h *iommu.Host, pf *iommu.Device, vfs []VFWish) error {
 	}
 	pool, err := h.Int(attribute(pf.Address, "sriov_vf_total_msix"))
 	if err != nil || pool == 0 {
-		return nil // its driver has no such pool, and will say so
+		// Its driver has no such pool, and will say so.
+		return nil
 	}
 	if need > pool {
 		return &ForecastError{

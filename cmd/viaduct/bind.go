@@ -268,7 +268,8 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, goal bind.Goal, 
 
 	var results []bind.Result
 	if e.dryRun {
-		results = job.Plan() // which also shows what is refused
+		// Which also shows what is refused.
+		results = job.Plan()
 	} else {
 		results = job.Run(ctx)
 	}
@@ -317,7 +318,8 @@ func viewResults(results []bind.Result,
 	views = []changeView{}
 	byAddress := map[iommu.Address]*iommu.Device{}
 	for _, d := range asked {
-		if d.PCI { // others have no address
+		if d.PCI {
+			// Others have no address.
 			byAddress[d.Address] = d
 		}
 	}
@@ -351,7 +353,8 @@ func (c *changing) tellClaimed(results []bind.Result) {
 // mixed makes refusals that were passed over a plain failure: something was touched.
 func mixed(err error, touched bool) error {
 	if err != nil && touched && errors.Is(err, holder.ErrRefused) {
-		return errors.New(err.Error()) // no longer an ErrRefused
+		// No longer an ErrRefused.
+		return errors.New(err.Error())
 	}
 	return err
 }
@@ -373,7 +376,8 @@ func resolveAsked(h *iommu.Host, t *iommu.Topology, sel []iommu.Selector) ([]*io
 			devices = g.Endpoints()
 		case len(devices) > 1:
 			_, err := s.One(h, t)
-			return nil, err // several where one was meant: too easily too many
+			// Several where one was meant: too easily too many.
+			return nil, err
 		}
 		asked = append(asked, devices...)
 	}
@@ -461,7 +465,8 @@ func viewChange(c bind.Change, err error) changeView {
 func (e *env) printChanges(views []changeView, lasts string) {
 	for _, v := range views {
 		switch {
-		case v.Error != nil: // said by the error itself
+		case v.Error != nil:
+			// Said by the error itself.
 		case e.dryRun:
 			for _, s := range v.Steps {
 				fmt.Fprintln(e.stdout, s)

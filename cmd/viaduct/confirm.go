@@ -100,10 +100,12 @@ func runGuard(ctx context.Context, e *env, timeout time.Duration) error {
 		}
 
 		if errors.Is(err, errNotDue) {
-			continue // confirmed after all, or applied anew
+			// Confirmed after all, or applied anew.
+			continue
 		}
 		if err == nil || ctx.Err() != nil || errors.Is(err, holder.ErrRefused) {
-			err = errors.Join(err, m.RolledBack(), m.Hold(false)) // the watch service has what was confirmed
+			// The watch service has what was confirmed.
+			err = errors.Join(err, m.RolledBack(), m.Hold(false))
 		}
 		if err == nil {
 			return nil
@@ -113,7 +115,8 @@ func runGuard(ctx context.Context, e *env, timeout time.Duration) error {
 			return err
 		}
 
-		select { // an apply may still be at it
+		select {
+		// An apply may still be at it.
 		case <-time.After(10 * time.Second):
 		case <-ctx.Done():
 			return err

@@ -129,7 +129,8 @@ func runPlan(e *env, o *declaredOptions, show func(*declared.Manager, []*declare
 	var s *hostfile.Host
 	var wrong error
 	read := make(chan struct{})
-	go func() { // beside the scan: of ten thousand VFs it takes as long
+	go func() {
+		// Beside the scan: of ten thousand VFs it takes as long.
 		defer close(read)
 		s, wrong = o.load(h)
 	}()

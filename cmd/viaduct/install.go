@@ -269,7 +269,8 @@ func runWatch(ctx context.Context, e *env, o *declaredOptions) error {
 		if err != nil {
 			now = err.Error()
 		}
-		if now != said && ctx.Err() == nil { // each once, not each minute
+		if now != said && ctx.Err() == nil {
+			// Each once, not each minute.
 			for line := range strings.Lines(now) {
 				e.note("%s", strings.TrimSpace(line))
 			}

@@ -52,7 +52,8 @@ type sriovView struct {
 // writeList writes {"iommu": iommuView, "groups": [groupView...], "ungrouped": [deviceView...]}, one group or device a
 // line and one at a time: a host with thousands of VFs would otherwise be in memory several times over.
 func writeList(w *bufio.Writer, t *iommu.Topology, names *iommu.Names, keep map[string]bool) error {
-	e := json.NewEncoder(w) // which ends each value with a newline
+	// Which ends each value with a newline.
+	e := json.NewEncoder(w)
 	e.SetEscapeHTML(false)
 	v := iommuView{
 		Present:            len(t.Units) > 0 || len(t.Groups) > 0,

@@ -28,7 +28,8 @@ func libvirtHookCommand(e *env) *cli.Command {
 				return usagef("libvirt-hook: want a domain, an operation and its part, as libvirt calls it")
 			}
 			err := runLibvirtHook(c.Context, e, c.Args().Get(0), c.Args().Get(1), c.Args().Get(2))
-			if op := c.Args().Get(1); err != nil && (op == "reconnect" || op == "started") { // the domain runs
+			if op := c.Args().Get(1); err != nil && (op == "reconnect" || op == "started") {
+				// The domain runs.
 				e.note("%v", err)
 				return nil
 			}
@@ -38,7 +39,8 @@ func libvirtHookCommand(e *env) *cli.Command {
 }
 
 func runLibvirtHook(ctx context.Context, e *env, name, op, sub string) error {
-	const most = 16 << 20 // more than any domain
+	// More than any domain.
+	const most = 16 << 20
 	text, err := io.ReadAll(io.LimitReader(os.Stdin, most))
 	if err != nil {
 		return err
@@ -58,7 +60,8 @@ func runLibvirtHook(ctx context.Context, e *env, name, op, sub string) error {
 		}
 		l, err := lease.BookOf(h).Get(name)
 		if err = errors.Join(err, h.Close()); err != nil || l == nil && len(d.Devices) == 0 {
-			return err // a domain that has nothing of ours, which no mistake of ours may stop
+			// A domain that has nothing of ours, which no mistake of ours may stop.
+			return err
 		}
 	}
 

@@ -46,11 +46,13 @@ func main() {
 // untilSignal is for commands that must not end in the middle: the first signal ends the context, a second one the
 // process. The others end at once, as processes do.
 func untilSignal(ctx context.Context) (context.Context, context.CancelFunc) {
-	signal.Ignore(unix.SIGPIPE) // what is begun is ended although nobody reads on
+	// What is begun is ended although nobody reads on.
+	signal.Ignore(unix.SIGPIPE)
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, unix.SIGTERM, unix.SIGHUP)
 	context.AfterFunc(ctx, func() {
 		stop()
-		signal.Ignore(unix.SIGHUP) // the terminal is gone, and that may be told twice
+		// The terminal is gone, and that may be told twice.
+		signal.Ignore(unix.SIGHUP)
 	})
 	return ctx, stop
 }
@@ -256,7 +258,8 @@ func flagsFirst(app *cli.App, args []string) []string {
 	for len(rest) > 0 {
 		arg := rest[0]
 		rest = rest[1:]
-		if arg == "--" { // what follows are arguments, whatever they look like
+		if arg == "--" {
+			// What follows are arguments, whatever they look like.
 			return append(append(append(out, arg), pending...), rest...)
 		}
 		if _, err := strconv.Atoi(arg); err == nil && arg[0] == '-' {

@@ -86,12 +86,14 @@ func runRun(c *cli.Context, e *env, o *assignOptions) error {
 	if err := o.parse(c, format); err != nil {
 		return err
 	}
-	program, err := exec.LookPath(command[0]) // before anything is touched
+	// Before anything is touched.
+	program, err := exec.LookPath(command[0])
 	if err != nil {
 		return err
 	}
 	o.OwnerPID, o.Alone = os.Getpid(), true
-	signals := make(chan os.Signal, 16) // from now on: none may end viaduct between the lease and its end
+	// From now on: none may end viaduct between the lease and its end.
+	signals := make(chan os.Signal, 16)
 	signal.Notify(signals, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2,
 		unix.SIGWINCH)
 	defer signal.Stop(signals)
@@ -108,7 +110,8 @@ func runRun(c *cli.Context, e *env, o *assignOptions) error {
 			m.Host(),
 			20-priority,
 		) // the system call's way to tell it (getpriority(2)); the command has what viaduct was started with
-		signal.Reset(unix.SIGPIPE) // the command's, too
+		// The command's, too.
+		signal.Reset(unix.SIGPIPE)
 		g, err = guestOf(m, l, o.standby)
 		return err
 	})

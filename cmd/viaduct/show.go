@@ -126,7 +126,8 @@ func showGroup(e *env, w io.Writer, h *iommu.Host, t *iommu.Topology, names *iom
 	id int) error {
 	g, err := t.Group(id)
 	if err != nil {
-		_, err = sel.Resolve(h, t) // which knows what groups there are
+		// Which knows what groups there are.
+		_, err = sel.Resolve(h, t)
 		return err
 	}
 

@@ -62,7 +62,8 @@ func runSnapshot(ctx context.Context, e *env, file string) (err error) {
 
 	// Whole under its name or not there: and, unlike rename(2), never in the place of a file that came meanwhile.
 	err = unix.Renameat2(unix.AT_FDCWD, tmp.Name(), unix.AT_FDCWD, file, unix.RENAME_NOREPLACE)
-	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) { // NFS has no such rename, but links
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) {
+		// NFS has no such rename, but links.
 		err = unix.Link(tmp.Name(), file)
 	}
 	if err != nil {

@@ -238,7 +238,8 @@ func runVFCount(ctx context.Context, e *env, o createOptions) error {
 		if err := c.lock(ctx, victims); err != nil {
 			return err
 		}
-		if c.live() && !c.handle.Undisturbed() { // they may be another's by now
+		if c.live() && !c.handle.Undisturbed() {
+			// They may be another's by now.
 			if pfs, err = c.lockPFs(ctx, o.pfs); err != nil {
 				return err
 			}

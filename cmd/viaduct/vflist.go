@@ -118,7 +118,8 @@ func viewPF(h *iommu.Host, t *iommu.Topology, names *iommu.Names, d *iommu.Devic
 		v.Autoprobe = x.VFs.Autoprobe
 	}
 	if v.Eswitch, err = sriov.ReadEswitch(h, d.Address); err != nil &&
-		!errors.Is(err, fs.ErrPermission) { // root alone is told
+		!errors.Is(err, fs.ErrPermission) {
+		// Root alone is told.
 		return v, err
 	}
 	v.VFs, v.Uplinks, err = viewVFs(h, t, d)
@@ -136,7 +137,8 @@ func viewVFs(h *iommu.Host, t *iommu.Topology, pf *iommu.Device) (out []vfView, 
 			return out, nil, err
 		}
 		holders, err := holder.Processes(h, vfs)
-		if err != nil && !errors.Is(err, holder.ErrBlind) { // an ordinary user is not told of others' processes
+		if err != nil && !errors.Is(err, holder.ErrBlind) {
+			// An ordinary user is not told of others' processes.
 			return out, nil, err
 		}
 		for _, holder := range holders {
@@ -145,7 +147,8 @@ func viewVFs(h *iommu.Host, t *iommu.Topology, pf *iommu.Device) (out []vfView, 
 	}
 
 	leased, err := holder.Leases(h, vfs)
-	if err != nil && !errors.Is(err, fs.ErrPermission) { // nor of leases
+	if err != nil && !errors.Is(err, fs.ErrPermission) {
+		// Nor of leases.
 		return out, nil, err
 	}
 	guests := map[string]string{}

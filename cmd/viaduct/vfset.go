@@ -280,7 +280,8 @@ func runVFSync(ctx context.Context, e *env, sel []iommu.Selector, timeout time.D
 			}
 		}
 
-		for i, a := range iommu.VFAddresses(c.handle.Host(), pf.Address) { // what a guest has goes before
+		for i, a := range iommu.VFAddresses(c.handle.Host(), pf.Address) {
+			// What a guest has goes before.
 			if own := leased[a]; len(own) > 0 {
 				if asked[i] == nil {
 					asked[i] = sriov.Settings{}

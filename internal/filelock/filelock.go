@@ -120,5 +120,6 @@ func (l *File) KeepOnly(kept []int64) {
 		}
 		from = at + 1
 	}
-	_ = l.set(unix.F_OFD_SETLK, unix.F_UNLCK, from, 0) // 0: to the end
+	// 0: to the end.
+	_ = l.set(unix.F_OFD_SETLK, unix.F_UNLCK, from, 0)
 }

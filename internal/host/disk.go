@@ -49,9 +49,11 @@ func (d *disk) openat(name string, flags int) (fd int, err error) {
 			Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
 		}
 		if flags&unix.O_PATH != 0 {
-			how.Flags &^= unix.O_NONBLOCK | unix.O_NOCTTY // openat2 takes no flag that O_PATH would ignore
+			// openat2 takes no flag that O_PATH would ignore.
+			how.Flags &^= unix.O_NONBLOCK | unix.O_NOCTTY
 		}
-		if plain(name) && flags&unix.O_PATH == 0 { // attributes: they are no links, and need no way down from the root
+		if plain(name) && flags&unix.O_PATH == 0 {
+			// Attributes: they are no links, and need no way down from the root.
 			near := how
 			near.Resolve = unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS
 			if fd, err = unix.Openat2(d.fd, name, &near); !errors.Is(err, unix.ELOOP) {
@@ -59,7 +61,8 @@ func (d *disk) openat(name string, flags int) (fd int, err error) {
 			}
 		}
 
-		for range 1000 { // EAGAIN: something was renamed or mounted meanwhile, and ".." could not be trusted (openat2(2))
+		for range 1000 {
+			// EAGAIN: something was renamed or mounted meanwhile, and ".." could not be trusted (openat2(2))
 			if fd, err = unix.Openat2(d.root, path.Join(d.below, name, "."), &how); !errors.Is(err, unix.EAGAIN) {
 				break
 			}
@@ -120,7 +123,8 @@ func (d *disk) openRead(name string) (fd int, err error) {
 	var st unix.Stat_t
 	if err = unix.Fstat(fd, &st); err == nil && st.Mode&unix.S_IFMT != unix.S_IFREG &&
 		st.Mode&unix.S_IFMT != unix.S_IFDIR {
-		err = unix.EINVAL // a captured tree has no pipe or device to wait for
+		// A captured tree has no pipe or device to wait for.
+		err = unix.EINVAL
 	}
 	if err != nil {
 		unix.Close(fd)
@@ -147,7 +151,8 @@ func (d *disk) attribute(name string, steady bool) (string, error) {
 		return "", err
 	}
 	text := (*page)[:n]
-	if n == len(*page) { // more than sysfs gives: a file of another kind
+	if n == len(*page) {
+		// More than sysfs gives: a file of another kind.
 		more := make([]byte, n)
 		if n, err = readOnce(fd, more); err != nil {
 			return "", err
@@ -166,7 +171,8 @@ func (d *disk) read(name string) ([]byte, error) {
 	size := 4096
 	var st unix.Stat_t // sysfs and proc tell no true size, others do
 	if err := unix.Fstat(fd, &st); err == nil && st.Size >= int64(size) && st.Size <= maxFile {
-		size = int(st.Size) + 1 // and room to see the end
+		// And room to see the end.
+		size = int(st.Size) + 1
 	}
 
 	out := make([]byte, 0, size)

@@ -81,7 +81,8 @@ type tree interface {
 
 // Path is the whole path of name below this directory, for messages.
 func (d *Dir) Path(name string) string {
-	switch { // path.Join would be a good part of what a small read costs
+	switch {
+	// path.Join would be a good part of what a small read costs.
 	case name == "":
 		return d.path
 	case d.path == "/":
@@ -204,7 +205,8 @@ func (d *Dir) Names(name string) ([]string, error) {
 // looked at does not exist.
 func (d *Dir) Exists(name string) bool {
 	_, err := d.tree.readlink(name)
-	return err == nil || errors.Is(err, unix.EINVAL) // EINVAL: it is there, and no link
+	// EINVAL: it is there, and no link.
+	return err == nil || errors.Is(err, unix.EINVAL)
 }
 
 // Has is Exists for where it matters that nobody can look: then it is an error.

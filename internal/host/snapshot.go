@@ -53,7 +53,8 @@ func decodeSnapshot(name string, r io.Reader) (*node, error) {
 		return nil, badSnapshot(name, "no gzip archive (%v)", err)
 	}
 	root, content, nodes := newRoot(), 0, 0
-	all := io.LimitReader(z, maxArchive) // tar reads headers and padding of any length by itself
+	// Tar reads headers and padding of any length by itself.
+	all := io.LimitReader(z, maxArchive)
 	archive := tar.NewReader(all)
 	for entries := 0; ; entries++ {
 		h, err := archive.Next()

@@ -56,7 +56,8 @@ func DialIn(h *host.Host, namespace string, family int) (*Conn, error) {
 	}
 
 	c := &Conn{fd: fd}
-	if h.Real() { // a test's socket is no netlink socket
+	if h.Real() {
+		// A test's socket is no netlink socket.
 		c.to = &unix.SockaddrNetlink{Family: unix.AF_NETLINK}
 		// The kernel's own words, and not our own.
 		for _, option := range []int{unix.NETLINK_EXT_ACK, unix.NETLINK_CAP_ACK} {

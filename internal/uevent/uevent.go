@@ -57,7 +57,8 @@ func (e *Events) Await(ctx context.Context, most time.Duration) bool {
 		var event [8192]byte
 		for s.Revents != 0 {
 			if _, err := unix.Read(int(s.Fd), event[:]); err != nil {
-				break // all are read, or too much was to be told, which is something too
+				// All are read, or too much was to be told, which is something too.
+				break
 			}
 		}
 	}

@@ -188,7 +188,8 @@ func (m *modules) vfio(d *iommu.Device, wish string) (driver, module string, err
 			return name, name, nil
 		}
 	}
-	return m.vfio(d, generic) // also where the variant does not load
+	// Also where the variant does not load.
+	return m.vfio(d, generic)
 }
 
 // home finds the driver that the host would use for a device: one that is there, else what modprobe loads for it, as

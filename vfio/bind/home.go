@@ -25,7 +25,8 @@ func (b *Handle) awaitHome(ctx context.Context, d *iommu.Device) error {
 	if !known || len(r.Identity.MACs) == 0 && !r.Block {
 		return nil
 	}
-	events, err := uevent.Open(b.host.Host) // before the first look
+	// Before the first look.
+	events, err := uevent.Open(b.host.Host)
 	if err != nil {
 		return unknown(err)
 	}

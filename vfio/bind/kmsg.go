@@ -49,10 +49,12 @@ func (l *kernelLog) explain(a iommu.Address, err error) error {
 func (l *kernelLog) about(device string) string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	buf := make([]byte, 8192) // a record is smaller (Documentation/ABI/testing/dev-kmsg)
+	// A record is smaller (Documentation/ABI/testing/dev-kmsg)
+	buf := make([]byte, 8192)
 	for l.fd >= 0 {
 		n, err := unix.Read(l.fd, buf)
-		if errors.Is(err, unix.EPIPE) || errors.Is(err, unix.EINTR) { // overwritten before it was read
+		if errors.Is(err, unix.EPIPE) || errors.Is(err, unix.EINTR) {
+			// Overwritten before it was read.
 			continue
 		}
 		if err != nil || n <= 0 {

@@ -74,7 +74,8 @@ func (b *Handle) nodes(ctx context.Context, unit []*iommu.Device, results []*Res
 	defer cancel()
 	for i, d := range unit {
 		if to := results[i].To; to == None || to == "pci-stub" {
-			continue // these make none
+			// These make none.
+			continue
 		}
 		files, err := vfio.Nodes(b.host, d)
 		if err != nil {
@@ -96,7 +97,8 @@ func (b *Handle) nodes(ctx context.Context, unit []*iommu.Device, results []*Res
 			}
 		}
 
-		if err := b.own(d, owner); err != nil { // also of one that was taken before
+		if err := b.own(d, owner); err != nil {
+			// Also of one that was taken before.
 			return err
 		}
 	}
@@ -118,13 +120,15 @@ func appears(ctx context.Context, file string) error {
 
 	for {
 		dir := filepath.Dir(file)
-		for !there(dir) { // which is made together with its first node
+		for !there(dir) {
+			// Which is made together with its first node.
 			dir = filepath.Dir(dir)
 		}
 		if _, err := unix.InotifyAddWatch(fd, dir, unix.IN_CREATE|unix.IN_MOVED_TO); err != nil {
 			return err
 		}
-		if there(file) { // between the first look and the watch
+		if there(file) {
+			// Between the first look and the watch.
 			return nil
 		}
 

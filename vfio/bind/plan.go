@@ -71,7 +71,8 @@ func (b *Handle) Plan(d *iommu.Device, g Goal) (Change, error) {
 func (b *Handle) planTake(d *iommu.Device, driver string) (Change, error) {
 	c := from(d)
 	if driver == Auto && d.VFIO {
-		driver = d.Driver // taken already; a better driver is not worth the loss of a guest
+		// Taken already; a better driver is not worth the loss of a guest.
+		driver = d.Driver
 	}
 	var err error
 	if c.To, c.Module, err = b.modules.vfio(d, driver); err != nil {
@@ -85,7 +86,8 @@ func (b *Handle) planTake(d *iommu.Device, driver string) (Change, error) {
 func (b *Handle) planGiveBack(d *iommu.Device) (Change, error) {
 	c := from(d)
 	if d.Blocks() {
-		c.To = d.Driver // at home
+		// At home.
+		c.To = d.Driver
 		c.plan(d)
 		return c, nil
 	}
@@ -95,7 +97,8 @@ func (b *Handle) planGiveBack(d *iommu.Device) (Change, error) {
 	case err != nil:
 		return c, err
 	case !known && d.Driver == "" && d.DriverOverride == None:
-		c.To, c.ToOverride = None, None // kept without a driver on purpose
+		// Kept without a driver on purpose.
+		c.To, c.ToOverride = None, None
 		return c, nil
 	case !known:
 		if c.To, c.Module, err = b.modules.home(d); err != nil {
@@ -106,7 +109,8 @@ func (b *Handle) planGiveBack(d *iommu.Device) (Change, error) {
 	default:
 		c.To = r.Driver
 		if !registered(b.host, r.Driver) && !b.modules.useless(d.Modalias()) {
-			c.Module = d.Modalias() // its module was unloaded meanwhile
+			// Its module was unloaded meanwhile.
+			c.Module = d.Modalias()
 		}
 	}
 	c.ToOverride = r.Override
@@ -142,7 +146,8 @@ func (c *Change) plan(d *iommu.Device) {
 func (c *Change) steps(now *iommu.Device) []Step {
 	to := c.To
 	if to == "" && now.Blocks() {
-		to = now.Driver // left to the kernel, which has chosen
+		// Left to the kernel, which has chosen.
+		to = now.Driver
 	}
 
 	var steps []Step

@@ -180,7 +180,8 @@ func (r *recovery) unit(ctx context.Context, first iommu.Address) {
 			members = append(members, m)
 			delete(r.records, a)
 		} else if _, known, err := r.b.change(a); known || err != nil {
-			whole = false // another has it, or its write is stuck: half a unit is not recovered
+			// Another has it, or its write is stuck: half a unit is not recovered.
+			whole = false
 		}
 	}
 	defer func() {
@@ -263,7 +264,8 @@ func (b *Handle) arrived(unit []changeRecord) (bool, error) {
 func (b *Handle) recoverUnit(unit []changeRecord) []Recovered {
 	var out []Recovered
 	whole, err := b.arrived(unit)
-	if err != nil { // then nothing is known of the unit, and its records stay
+	if err != nil {
+		// Then nothing is known of the unit, and its records stay.
 		for i := range unit {
 			a := unit[i].Change.Device
 			out = append(out, Recovered{a, "cannot be read", fmt.Errorf("%s: %w", a, err)})

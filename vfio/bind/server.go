@@ -32,7 +32,8 @@ func ServeWrites() bool {
 	}
 	var in unix.Stat_t
 	if err := unix.Fstat(4, &in); err != nil || in.Mode&unix.S_IFMT != unix.S_IFIFO {
-		return false // somebody else set it
+		// Somebody else set it.
+		return false
 	}
 	h, err := iommu.Open("")
 	if err != nil {
@@ -79,7 +80,8 @@ func serve(h *iommu.Host, l *filelock.File, requests io.Reader, replies io.Write
 		replies: json.NewEncoder(replies), running: map[iommu.Address]int{},
 	}
 	var wg sync.WaitGroup
-	drops := map[int64]chan struct{}{} // by batch
+	// By batch.
+	drops := map[int64]chan struct{}{}
 	for in := json.NewDecoder(requests); ; {
 		var r request
 		if err := in.Decode(&r); err != nil {
@@ -130,7 +132,8 @@ func (s *server) over() bool {
 func (s *server) answer(a reply) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	_ = s.replies.Encode(a) // without a parent, nobody need know
+	// Without a parent, nobody need know.
+	_ = s.replies.Encode(a)
 }
 
 // do carries out a request that has a slot, which it frees when it ends or has no more patience.

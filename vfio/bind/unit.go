@@ -126,7 +126,8 @@ func (u *unit) begin(ctx context.Context, batch int64) {
 			continue
 		}
 		if r.Err = u.b.write(ctx, batch, r.Change); r.Err != nil {
-			return // a group that is not whole is of no use to a guest
+			// A group that is not whole is of no use to a guest.
+			return
 		}
 	}
 }
@@ -189,7 +190,8 @@ func (b *Handle) recordOne(d *iommu.Device, r changeRecord, g Goal) error {
 		return err
 	}
 	if g.owner == nil && !d.VFIO {
-		return b.disown(d.Address) // whom it belonged to when it was last taken is somebody else
+		// Whom it belonged to when it was last taken is somebody else.
+		return b.disown(d.Address)
 	}
 	return b.own(d, g.owner)
 }
@@ -261,7 +263,8 @@ func (b *Handle) loaded(ctx context.Context, d *iommu.Device, g Goal) (Change, e
 
 	b.modules.loading.Lock()
 	defer b.modules.loading.Unlock()
-	if c, err = b.Plan(d, g); err != nil { // loaded for another device meanwhile
+	if c, err = b.Plan(d, g); err != nil {
+		// Loaded for another device meanwhile.
 		return c, err
 	}
 	for c.Module != "" {
@@ -274,7 +277,8 @@ func (b *Handle) loaded(ctx context.Context, d *iommu.Device, g Goal) (Change, e
 		if failed == nil && next.Module == module {
 			failed = fmt.Errorf("module %s is loaded, but there is no PCI driver %s", module, c.To)
 		}
-		if failed != nil { // then without it, where there is another way
+		if failed != nil {
+			// Then without it, where there is another way.
 			b.modules.tried.Store(module, true)
 			if next, err = b.Plan(d, g); err != nil || next.Module == module {
 				return c, errors.Join(failed, err)

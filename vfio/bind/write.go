@@ -69,7 +69,8 @@ func (b *Handle) send(r request) error {
 func carryOut(h *iommu.Host, steps []Step, c *Change, begin func(step int) bool) error {
 	for i, s := range steps {
 		if !begin(i) {
-			return nil // and nobody is there to be told
+			// And nobody is there to be told.
+			return nil
 		}
 		if err := h.Write(s.Path, s.Value); err != nil {
 			return err

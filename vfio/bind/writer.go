@@ -210,7 +210,8 @@ func (e *writeError) Unwrap() error {
 
 // run has the child make writes. When one is late it returns a *StuckError and leaves the child to it.
 func (w *writer) run(r request) error {
-	answer := make(chan reply, 1) // never blocks the reader
+	// Never blocks the reader.
+	answer := make(chan reply, 1)
 	since := time.Now()
 	if err := w.request(&r, answer); err != nil {
 		return fmt.Errorf("%s: %w", r.Device, err)
@@ -262,7 +263,8 @@ func (w *writer) await(r request, answer chan reply) (reply, error) {
 		select {
 		case a := <-answer:
 			return a, nil
-		case <-w.ended: // and has read all there was to read
+		case <-w.ended:
+			// And has read all there was to read.
 			select {
 			case a := <-answer:
 				return a, nil

@@ -157,7 +157,8 @@ func Disks(h *iommu.Host, d *iommu.Device) ([]string, error) {
 	}
 	out, err := ownDisks(h, d)
 	if err != nil || len(out) == 0 {
-		return nil, err // of most devices: then there is nothing to look for loop devices over
+		// Of most devices: then there is nothing to look for loop devices over.
+		return nil, err
 	}
 
 	loops, err := loopDevices(h)
@@ -247,7 +248,8 @@ func loopDevices(h *iommu.Host) (map[string][]string, error) {
 		}
 		file, err := h.String(path.Join(blockClass, n, "loop/backing_file"))
 		if host.Absent(err) {
-			continue // it is over nothing
+			// It is over nothing.
+			continue
 		}
 		if err != nil {
 			return nil, err
@@ -324,7 +326,8 @@ func addMounts(h *iommu.Host, numbers blockNumbers, used map[string]use) error {
 			}
 
 			name := numbers.byNumber[number]
-			if name == "" { // btrfs and others have a number of their own; their source is the device
+			if name == "" {
+				// Btrfs and others have a number of their own; their source is the device.
 				if source, ok := strings.CutPrefix(source, "/dev/"); ok {
 					name = deviceNamed(source, numbers.mapped)
 				}

@@ -40,7 +40,8 @@ func Leases(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 		}
 		text, err := h.Read(path.Join(journal.Dir, n))
 		if host.Absent(err) {
-			continue // it has just ended
+			// It has just ended.
+			continue
 		}
 		var l struct {
 			LeaseHead

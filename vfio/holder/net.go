@@ -105,7 +105,8 @@ func (n *interfaces) holders(h *iommu.Host, d *iommu.Device, name string) ([]Hol
 		if host.Absent(err) && top != name {
 			continue
 		}
-		if err != nil { // nobody knows who uses an interface that was just renamed
+		if err != nil {
+			// Nobody knows who uses an interface that was just renamed.
 			return nil, err
 		}
 		below[index] = true
@@ -234,7 +235,8 @@ func (n *interfaces) readRoutes(c *netlink.Conn) error {
 		if !r.Default() {
 			text = "the route to " + r.To.String()
 		}
-		if len(r.Over) == 0 { // by a nexthop object only: it may be any interface's
+		if len(r.Over) == 0 {
+			// By a nexthop object only: it may be any interface's.
 			n.vague = n.vague || r.Default()
 		}
 		for _, index := range r.Over {
@@ -327,7 +329,8 @@ func linksIn(h *iommu.Host, file, whose string) ([]elsewhere, error) {
 		return nil, err
 	}
 
-	here, known := there.Peer(unix.Getpid()) // what that namespace calls this one
+	// What that namespace calls this one.
+	here, known := there.Peer(unix.Getpid())
 	var out []elsewhere
 	for _, l := range links {
 		out = append(out, elsewhere{l, known && l.Elsewhere != nil && *l.Elsewhere == here, whose})

@@ -78,7 +78,8 @@ func openIn(h *iommu.Host, devices []*iommu.Device, nodes map[Node]*iommu.Device
 
 		name := processName(h, pid)
 		if strings.HasPrefix(name, "(udev-worker") || strings.Contains(name, "udevd") {
-			continue // it looks at every new disk, and is gone in a moment
+			// It looks at every new disk, and is gone in a moment.
+			continue
 		}
 		number, _ := strconv.Atoi(pid)
 		guest := guestName(h, pid, name)

@@ -63,7 +63,8 @@ func noWay(err error) bool {
 // sshPeers are the established connections that an ssh server has: of any user, through sudo, tmux and whatever else
 // loses the environment variable that names one.
 func sshPeers(h *iommu.Host) ([]connection, error) {
-	all := map[string]connection{} // by socket
+	// By socket.
+	all := map[string]connection{}
 	for _, file := range []string{"proc/self/net/tcp", "proc/self/net/tcp6"} {
 		b, err := h.Read(file)
 		if host.Absent(err) {

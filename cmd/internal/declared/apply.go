@@ -48,7 +48,8 @@ func (m *Manager) Apply(ctx context.Context, items []*Item, tell func(*Item, err
 	if len(todo) == 0 {
 		return errors.Join(append(failed, m.Clean())...)
 	}
-	if err := m.record(all); err != nil { // before they are touched: undo may find some as they are
+	if err := m.record(all); err != nil {
+		// Before they are touched: undo may find some as they are.
 		return err
 	}
 	errs := make([]error, len(todo))
@@ -135,7 +136,8 @@ func (m *Manager) before(i *Item) (before, error) {
 	leased := m.Guests()
 	for n, place := range iommu.VFAddresses(m.host, i.Device.Address) {
 		if _, ours := leased[place]; ours && n < len(pf.VFs) {
-			pf.VFs[n].Settings = nil // they are the guest's, and not the next one's
+			// They are the guest's, and not the next one's.
+			pf.VFs[n].Settings = nil
 		}
 	}
 
@@ -153,7 +155,8 @@ func (m *Manager) applyOne(ctx context.Context, i *Item, was before) error {
 	}
 	err := m.do(ctx, i)
 	if bind.IsStuck(err) {
-		return errors.Join(err, m.run.Delete(key)) // what is left of it is the engines'
+		// What is left of it is the engines'.
+		return errors.Join(err, m.run.Delete(key))
 	}
 	if err != nil {
 		if undone := m.back(was); undone != nil {
@@ -221,7 +224,8 @@ func (m *Manager) back(was before) error {
 	if was.PF == "" {
 		var units [][]*iommu.Device
 		for _, a := range was.Release {
-			if d, err := t.Find(a); err == nil && d.VFIO { // else it is gone, or home already
+			if d, err := t.Find(a); err == nil && d.VFIO {
+				// Else it is gone, or home already.
 				units = append(units, []*iommu.Device{d})
 			}
 		}
@@ -298,12 +302,14 @@ func (m *Manager) Recover() ([]bind.Recovered, error) {
 			continue
 		}
 		if known, _ = m.run.Get(key, &was); !known {
-			continue // it has ended meanwhile
+			// It has ended meanwhile.
+			continue
 		}
 
 		r := bind.Recovered{Device: was.Device, What: "is as it was: viaduct apply had been interrupted"}
 		r.Err = errors.Join(m.back(was),
-			m.run.Delete(key)) // told once: a record that stays would be in the way for good
+			// Told once: a record that stays would be in the way for good.
+			m.run.Delete(key))
 		out = append(out, r)
 	}
 	return out, nil

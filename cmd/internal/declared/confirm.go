@@ -156,7 +156,8 @@ func (m *Manager) AwaitConfirmed() (late bool, force []holder.Kind, err error) {
 
 	most := time.Hour
 	if err != nil {
-		watch, most = -1, time.Second // a host may have no more of them: then it looks each second
+		// A host may have no more of them: then it looks each second.
+		watch, most = -1, time.Second
 	}
 	for {
 		var u unconfirmed

@@ -222,7 +222,8 @@ func (m *Manager) planPF(pf *hostfile.PF, guard *guard, leased map[iommu.Address
 	}
 
 	if m.options.Boot &&
-		guard.names[i.Device.Name] != "" { // what carries the host gets its addresses as if it were brought up for that
+		guard.names[i.Device.Name] != "" {
+		// What carries the host gets its addresses as if it were brought up for that.
 		for n := range plan.Up {
 			plan.Up[n].GenMode = nil
 		}
@@ -271,7 +272,8 @@ func (m *Manager) wish(pf *hostfile.PF, d *iommu.Device, waits bool,
 		if n < len(places) {
 			if own, ours := leased[places[n]]; ours {
 				use = sriov.UseVFIO
-				if m.exact { // what it had before is no business of the guest's
+				if m.exact {
+					// What it had before is no business of the guest's.
 					clear(vf.Settings)
 				}
 				maps.Copy(vf.Settings, own)
@@ -302,7 +304,8 @@ func (m *Manager) planVFs(i *Item, wish []sriov.VFWish, leased map[iommu.Address
 	if len(vfs) != len(i.Device.SRIOV.VFs) {
 		return fmt.Errorf("%s: VFs of it were made or removed just now", i.Device.Name)
 	}
-	if m.host.Live() { // of a captured host, nobody can be asked for settings
+	if m.host.Live() {
+		// Of a captured host, nobody can be asked for settings.
 		i.dropped(vfs, wish, leased)
 		var err error
 		if i.sets, err = m.handle.PlanSets(i.Device, vfs, wish); err != nil {
@@ -320,8 +323,10 @@ func (m *Manager) planVFs(i *Item, wish []sriov.VFWish, leased map[iommu.Address
 		case use == sriov.UseVFIO && !vf.VFIO:
 			i.take = append(i.take, vf)
 			change, err = m.handle.Plan(vf, bind.Take(bind.Auto))
-		case i.Waits && vf.Driver != "": // which the bond that was there let it have
-		case use == sriov.UseNone && (vf.Blocks() || m.exact && vf.Driver != ""): // with vfio, a guest may have been given it
+		case i.Waits && vf.Driver != "":
+			// Which the bond that was there let it have.
+		case use == sriov.UseNone && (vf.Blocks() || m.exact && vf.Driver != ""):
+			// With vfio, a guest may have been given it.
 			i.none = append(i.none, vf)
 			change, err = m.handle.Plan(vf, bind.Take(bind.None))
 		case use == sriov.UseHome && !vf.Blocks():
@@ -465,7 +470,8 @@ func (m *Manager) checkSets(i *Item) error {
 	}
 
 	holders, err := holder.Find(m.host, all)
-	if err != nil && !errors.Is(err, holder.ErrBlind) { // who cannot see all is told of those that can be seen
+	if err != nil && !errors.Is(err, holder.ErrBlind) {
+		// Who cannot see all is told of those that can be seen.
 		return err
 	}
 	holders = slices.DeleteFunc(holders, func(h holder.Holder) bool { return !h.Kind.InUse() })

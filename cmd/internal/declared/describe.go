@@ -66,7 +66,8 @@ func (m *Manager) describe(d *iommu.Device, full bool) (pf hostfile.PF, err erro
 		for k, value := range info.Settings {
 			if k == sriov.MAC {
 				if value == "00:00:00:00:00:00" {
-					continue // it has none, and to set that is not to leave it
+					// It has none, and to set that is not to leave it.
+					continue
 				}
 				if stable, err := sriov.DeriveMAC(permanent, v.Index); err == nil && stable.String() == value {
 					value = sriov.StableMAC
@@ -107,7 +108,8 @@ func (m *Manager) Adopt() (*hostfile.Host, map[string]string, error) {
 	})
 	names := iommu.OpenNames(m.host)
 	defer names.Close()
-	units := map[string]bool{} // by the first of each
+	// By the first of each.
+	units := map[string]bool{}
 	for _, d := range all {
 		switch {
 		case d.SRIOV != nil && len(d.SRIOV.VFs) > 0:
@@ -121,7 +123,8 @@ func (m *Manager) Adopt() (*hostfile.Host, map[string]string, error) {
 			out.PFs = append(out.PFs, pf)
 			comments[pf.Select.String()] = comment(names, d)
 		case d.PCI && d.PhysFn == nil && d.VFIO && !units[m.firstOf(d)]:
-			units[m.firstOf(d)] = true // one of a group takes all
+			// One of a group takes all.
+			units[m.firstOf(d)] = true
 			match, err := m.stable(d)
 			if err != nil {
 				return nil, nil, err
@@ -160,7 +163,8 @@ func (m *Manager) stable(d *iommu.Device) (hostfile.Match, error) {
 		for _, k := range keys {
 			sel, err := iommu.ParseSelector(form.key + k)
 			if err != nil {
-				continue // with blanks in it
+				// With blanks in it.
+				continue
 			}
 			match := hostfile.Match{Selectors: []iommu.Selector{sel}}
 			if found, err := m.find(match); err == nil && found == d {

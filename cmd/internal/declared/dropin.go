@@ -23,7 +23,8 @@ func (m *Manager) Save(d *iommu.Device, driver, owner string) (file string, err 
 	if err != nil {
 		return "", err
 	}
-	if declared, err := hostfile.Load(m.host); err == nil { // one that is wrong is apply's matter
+	if declared, err := hostfile.Load(m.host); err == nil {
+		// One that is wrong is apply's matter.
 		for _, other := range declared.Devices {
 			if found, err := m.find(other.Select); err == nil && found.Name == d.Name &&
 				other.At.File != dropIn(match) {
@@ -52,7 +53,8 @@ func (m *Manager) Save(d *iommu.Device, driver, owner string) (file string, err 
 	if err := m.host.Own(file[1:], -1, -1, 0o644); err != nil {
 		return "", err
 	}
-	if err := m.state.Delete(knownKey(match.String())); err != nil { // of what was there before
+	if err := m.state.Delete(knownKey(match.String())); err != nil {
+		// Of what was there before.
 		return "", err
 	}
 

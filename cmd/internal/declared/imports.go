@@ -159,7 +159,8 @@ func (i *importer) netplan() error {
 			pf.Count = *e.Count
 		}
 		if e.Count == nil && linked[id] == 0 && e.Eswitch == "" {
-			continue // no PF
+			// No PF.
+			continue
 		}
 		words := id
 		switch {
@@ -188,7 +189,8 @@ func (i *importer) netplan() error {
 // systemd: [SR-IOV] sections of systemd.link(5) and systemd.network(5).
 func (i *importer) systemd() error {
 	dirs := []string{"etc/systemd/network", "run/systemd/network", "usr/lib/systemd/network"}
-	byName := map[string]int{} // of i.out.PFs
+	// Of i.out.PFs.
+	byName := map[string]int{}
 	for _, suffix := range []string{".link", ".network"} {
 		names, content, err := i.files(suffix, dirs...)
 		if err != nil {
@@ -244,7 +246,8 @@ func (i *importer) systemd() error {
 }
 
 func matchWords(keys map[string]string) string {
-	first := func(s string) string { // several words are alternatives
+	first := func(s string) string {
+		// Several words are alternatives.
 		word, _, _ := strings.Cut(strings.TrimSpace(s), " ")
 		return word
 	}
@@ -281,7 +284,8 @@ func (i *importer) systemdVF(file string, keys map[string]string) ([]hostfile.VF
 			continue
 		}
 
-		switch strings.ToLower(value) { // systemd's words for a switch
+		switch strings.ToLower(value) {
+		// Systemd's words for a switch.
 		case "1", "yes", "y", "true", "t":
 			value = "on"
 		case "0", "no", "n", "false", "f":

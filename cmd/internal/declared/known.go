@@ -102,11 +102,13 @@ func (m *Manager) Remember(items []*Item) error {
 	var errs []error
 	for _, i := range items {
 		if i.Device == nil || i.State == Changed {
-			continue // but also of what was refused: at the next boot something else may be there
+			// But also of what was refused: at the next boot something else may be there.
+			continue
 		}
 		k := known{Selector: i.Name, Address: i.Device.Address, Identity: iommu.Identify(m.host, i.Device)}
 		if taken, err := m.handle.Taken(i.Device); err == nil && taken.Path != "" {
-			k.Identity = taken // from when it could still be asked
+			// From when it could still be asked.
+			k.Identity = taken
 		}
 		for _, d := range i.unit {
 			if place, err := iommu.PathOf(m.host, d); err == nil {

@@ -54,7 +54,8 @@ func (m *Manager) Protect() error {
 	if _, err := m.state.Get(protectedKey, &before); err != nil {
 		return err
 	}
-	if !m.options.Accept { // what carried the host once may be down just now: it stays protected as long as it is there
+	if !m.options.Accept {
+		// What carried the host once may be down just now: it stays protected as long as it is there.
 		for _, old := range before {
 			still := slices.ContainsFunc(all, func(d *iommu.Device) bool { return m.Same(&old.Identity, d) })
 			if still &&
@@ -97,7 +98,8 @@ func (m *Manager) Same(id *iommu.Identity, d *iommu.Device) bool {
 		return false
 	}
 	if len(id.MACs) > 0 && len(iommu.MACs(m.host, d)) > 0 {
-		return true // and they were compared
+		// And they were compared.
+		return true
 	}
 	place, err := iommu.PathOf(m.host, d)
 	if err != nil {
@@ -105,7 +107,8 @@ func (m *Manager) Same(id *iommu.Identity, d *iommu.Device) bool {
 	}
 	serial, err := iommu.ReadSerial(m.host, d.Address)
 	if err == nil && serial != "" && id.Serial != "" {
-		return place[len(place)-1] == id.Path[max(len(id.Path)-1, 0)] // the function
+		// The function.
+		return place[len(place)-1] == id.Path[max(len(id.Path)-1, 0)]
 	}
 	return place == id.Path
 }
@@ -134,11 +137,14 @@ func needed(h *iommu.Host) needs {
 		switch key, value, _ := strings.Cut(word, "="); key {
 		case "root", "resume":
 			n.disk(h, value, "the kernel's command line ("+key+"=)")
-		case "ip": // CLIENT:SERVER:GATEWAY:MASK:NAME:INTERFACE:..., or INTERFACE:...; Documentation/admin-guide/nfs/nfsroot.rst, dracut.cmdline(7)
+		case "ip":
+			// CLIENT:SERVER:GATEWAY:MASK:NAME:INTERFACE:..., or INTERFACE:...;
+			// Documentation/admin-guide/nfs/nfsroot.rst, dracut.cmdline(7)
 			for field := range strings.SplitSeq(value, ":") {
 				n.links[field] = "the kernel's command line (ip=)"
 			}
-		case "BOOTIF": // 01-52-54-00-12-34-56
+		case "BOOTIF":
+			// 01-52-54-00-12-34-56.
 			if len(value) > 3 {
 				n.links[strings.ToLower(strings.ReplaceAll(value[3:], "-", ":"))] = "the kernel's command line (BOOTIF=)"
 			}
@@ -160,7 +166,8 @@ func (n *needs) disk(h *iommu.Host, source, where string) {
 	if target, err := h.LinkBase(path.Join("dev", name)); err == nil {
 		name = target
 	}
-	n.disks[strings.ReplaceAll(name, "/", "!")] = where // as sysfs writes a slash
+	// As sysfs writes a slash.
+	n.disks[strings.ReplaceAll(name, "/", "!")] = where
 }
 
 // of says what needs a device; "" if nothing does.

@@ -14,7 +14,8 @@ import (
 // Wait waits, by the events of the kernel and of udev, until all that is declared as needed is there: found, with its
 // driver, and a NIC with its interface, named. When the context ends, what is missing is left to the plan to tell.
 func (m *Manager) Wait(ctx context.Context, s *hostfile.Host) error {
-	events, err := uevent.Open(m.host.Host) // before the first look
+	// Before the first look.
+	events, err := uevent.Open(m.host.Host)
 	if err != nil {
 		return err
 	}
@@ -45,7 +46,8 @@ func (m *Manager) allThere(s *hostfile.Host) bool {
 		if !dev.Optional && err != nil {
 			return false
 		}
-		if err == nil && d.Driver == "" { // which has the numbers that tell whether it is the one of the last time
+		if err == nil && d.Driver == "" {
+			// Which has the numbers that tell whether it is the one of the last time.
 			if was, err := m.remembered(dev.Select); err == nil && was != nil &&
 				(len(was.Identity.MACs) > 0 || was.Identity.Serial != "") {
 				return false
@@ -64,6 +66,7 @@ func (m *Manager) allThere(s *hostfile.Host) bool {
 func (m *Manager) named(d *iommu.Device) bool {
 	return !m.host.Exists("run/udev/data") || !slices.ContainsFunc(d.Netdevs, func(n string) bool {
 		index, err := m.host.String("sys/class/net/" + n + "/ifindex")
-		return err == nil && !m.host.Exists("run/udev/data/n"+index) // sd-device(3): what has an entry is initialized
+		// sd-device(3): what has an entry is initialized.
+		return err == nil && !m.host.Exists("run/udev/data/n"+index)
 	})
 }

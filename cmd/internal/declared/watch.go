@@ -37,7 +37,8 @@ func Watch(ctx context.Context, h *iommu.Host, look func() (failed bool)) error 
 		pause = quiet
 		for since := time.Now(); ctx.Err() == nil && time.Since(since) < atLeast; {
 			if events.Await(ctx, min(time.Second, atLeast-time.Since(since))) {
-				for n := 0; n < 20 && events.Await(ctx, quiet); n++ { // busy for good is no reason never to look
+				for n := 0; n < 20 && events.Await(ctx, quiet); n++ {
+					// Busy for good is no reason never to look.
 				}
 				break
 			}
@@ -54,7 +55,8 @@ func Settle(ctx context.Context, h *iommu.Host, look func()) error {
 		return err
 	}
 	defer events.Close()
-	for range 30 { // busy for good is no reason never to end
+	for range 30 {
+		// Busy for good is no reason never to end.
 		look()
 		more := false
 		for n := 0; n < 2 && !more; n++ {
@@ -104,7 +106,8 @@ func (m *Manager) Early(s *hostfile.Host) ([]string, error) {
 		i := boot.planDevice(dev, guard)
 		boot.Check([]*Item{i})
 		if i.Err == nil {
-			i.Err = guard.take(i.unit) // also of what is taken already
+			// Also of what is taken already.
+			i.Err = guard.take(i.unit)
 		}
 		if i.Err != nil {
 			return nil, fmt.Errorf("%s: %w", dev.At, i.Err)

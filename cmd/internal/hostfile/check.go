@@ -66,7 +66,8 @@ func (d *decoder) checkPF(pf *PF) {
 		}
 		macs[mac.word] = true
 		if len(indexes) > 0 {
-			for k, v := range r.Settings { // with the greatest index, as for the least it was looked at already
+			for k, v := range r.Settings {
+				// With the greatest index, as for the least it was looked at already.
 				text := v.Of(indexes[len(indexes)-1])
 				if _, err := sriov.ParseSettings([]string{string(k) + "=" + text}); v.plus && err != nil {
 					d.failAt(r.At, v.String(), "%s of VF %d would be %s: %v", k, indexes[len(indexes)-1], text,
@@ -117,7 +118,8 @@ func (h *Host) twice() error {
 			}
 			if first, again := owners[mac]; !again {
 				owners[mac] = owner{i, r.At}
-			} else if first.pf != i { // within a PF, that is told already
+			} else if first.pf != i {
+				// Within a PF, that is told already.
 				errs = append(errs, &Error{r.At, mac, fmt.Sprintf("the VF at %s has this MAC address already: each needs one of its own (mac: %s makes them)", first.at, sriov.StableMAC)})
 			}
 		}

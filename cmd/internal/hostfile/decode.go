@@ -81,7 +81,8 @@ func (d *decoder) syntax(content []byte, err error) error {
 		e.At.Line, e.At.Column = load.Mark.Line, load.Mark.Column
 	}
 
-	if e.At.Line == 0 { // it tells no place of what is no text
+	if e.At.Line == 0 {
+		// It tells no place of what is no text.
 		e.At.Line, e.At.Column = 1, 1
 		for _, c := range string(content) {
 			if c == '\n' {

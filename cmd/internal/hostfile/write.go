@@ -71,7 +71,8 @@ func word(text string) *yaml.Node {
 		return nil
 	}
 	n := &yaml.Node{Kind: yaml.ScalarNode, Value: text}
-	if strings.Contains(text, ":") { // older YAML took some for times
+	if strings.Contains(text, ":") {
+		// Older YAML took some for times.
 		n.Style = yaml.DoubleQuotedStyle
 	}
 	return n

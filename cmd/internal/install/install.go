@@ -232,7 +232,8 @@ func remove(root string, f File, changed *[]string) error {
 	file := filepath.Join(root, f.Path)
 	if f.Link == "" {
 		if old, err := os.ReadFile(file); err == nil && !strings.Contains(string(old), marker) {
-			return nil // somebody else's
+			// Somebody else's.
+			return nil
 		}
 	}
 	err := os.Remove(file)

@@ -103,7 +103,8 @@ func (m *Manager) Assign(ctx context.Context, r *Request) (l *Lease, fresh bool,
 	units, err := m.units(r)
 	if err != nil {
 		old, _ := m.Book.Get(r.Guest)
-		if old == nil || old.From != r.From { // what it was drawn from may be gone from the declaration
+		if old == nil || old.From != r.From {
+			// What it was drawn from may be gone from the declaration.
 			return nil, false, nil, err
 		}
 	}
@@ -117,7 +118,8 @@ func (m *Manager) Assign(ctx context.Context, r *Request) (l *Lease, fresh bool,
 		if err == nil || !fresh {
 			return l, fresh, notes, err
 		}
-		if undone := m.undo(ctx, l); undone != nil { // the lease stays, for release to end
+		if undone := m.undo(ctx, l); undone != nil {
+			// The lease stays, for release to end.
 			return nil, false, notes, errors.Join(err,
 				fmt.Errorf("%s keeps what it was given, for viaduct release %s: %w", r.Guest, r.Guest, undone))
 		}
@@ -126,7 +128,8 @@ func (m *Manager) Assign(ctx context.Context, r *Request) (l *Lease, fresh bool,
 		if !refused || ctx.Err() != nil {
 			return nil, false, notes, err
 		}
-		for _, d := range used.devices { // by what keeps no books: the next one, then
+		for _, d := range used.devices {
+			// By what keeps no books: the next one, then.
 			skip[d.Name] = true
 		}
 		if len(units) == r.Count || r.exactly != nil {
@@ -184,7 +187,8 @@ func (m *Manager) reserve(ctx context.Context, r *Request, units [][]*iommu.Devi
 		return nil, false, err
 	}
 	devices := slices.Concat(drawn...)
-	if err := m.handle.Refresh(devices); err != nil { // as it is since nobody else can draw it
+	if err := m.handle.Refresh(devices); err != nil {
+		// As it is since nobody else can draw it.
 		return nil, false, err
 	}
 	l = &Lease{
@@ -312,7 +316,8 @@ func (m *Manager) finish(ctx context.Context, l *Lease, r *Request) (notes []str
 	}
 	if m.host.Live() &&
 		(l.configured() || slices.ContainsFunc(devices, func(d *iommu.Device) bool { return !d.VFIO })) {
-		m.handle.Start() // beside what is asked first
+		// Beside what is asked first.
+		m.handle.Start()
 	}
 	if err := m.lock(ctx, m.withPFs(devices, l.configured())); err != nil {
 		return notes, err
@@ -426,10 +431,12 @@ func (m *Manager) inUse(l *Lease, units [][]*iommu.Device, refusals []error) err
 	}
 
 	if l.Ready || len(l.Holders) > 0 {
-		return nil // it may run
+		// It may run.
+		return nil
 	}
 	holders, err := holder.Processes(m.host,
-		slices.Concat(units...)) // of those on a vfio driver, which the gate lets pass
+		// Of those on a vfio driver, which the gate lets pass.
+		slices.Concat(units...))
 	if err != nil || len(holders) == 0 {
 		return err
 	}

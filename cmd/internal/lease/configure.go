@@ -57,7 +57,8 @@ func (m *Manager) before(l *Lease) error {
 				continue
 			}
 			d.Before, changed = maps.Clone(now.Settings), true
-			for k := range d.Wanted { // what the driver does not report was as it was last set, or as VFs begin
+			for k := range d.Wanted {
+				// What the driver does not report was as it was last set, or as VFs begin.
 				for _, was := range []sriov.Settings{asked[d.Index], own[d.Index], sriov.DefaultSettings()} {
 					if v, known := was[k]; known && d.Before[k] == "" && v != sriov.StableMAC {
 						d.Before[k] = v
@@ -106,13 +107,15 @@ func (m *Manager) configure(ctx context.Context, l *Lease, devices []*iommu.Devi
 
 // undo brings the devices of a lease that could not be made back to what they were, and ends it.
 func (m *Manager) undo(ctx context.Context, l *Lease) error {
-	ctx = context.WithoutCancel(ctx) // that of the command may be over
+	// That of the command may be over.
+	ctx = context.WithoutCancel(ctx)
 	for i := range l.Devices {
 		d, err := m.Topology.Find(l.Devices[i].Address)
 		if err != nil {
 			continue
 		}
-		if l.configured() { // then its PF is locked
+		if l.configured() {
+			// Then its PF is locked.
 			err = m.restore(ctx, &l.Devices[i], d)
 		}
 		if err := errors.Join(err, m.giveBack(ctx, &l.Devices[i], d)); err != nil {

@@ -115,7 +115,8 @@ func (m *Manager) free(all []*Lease, r *Request, units [][]*iommu.Device,
 	quarantine, err1 := m.Book.Quarantined()
 	owners, err2 := holder.Owners(m.host, slices.Concat(units...))
 	if m.handle.DryRun() && errors.Is(err2, holder.ErrBlind) {
-		err2 = nil // who cannot see all may still ask
+		// Who cannot see all may still ask.
+		err2 = nil
 	}
 	if err := errors.Join(err1, err2); err != nil {
 		return nil, err

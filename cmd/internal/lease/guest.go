@@ -127,7 +127,8 @@ func memlock(h *iommu.Host, pid int) (limit uint64, may bool) {
 	for line := range strings.Lines(status) {
 		if hex, ok := strings.CutPrefix(line, "CapEff:"); ok {
 			caps, err := strconv.ParseUint(strings.TrimSpace(hex), 16, 64)
-			const ipcLock = 14 // CAP_IPC_LOCK (include/uapi/linux/capability.h)
+			// CAP_IPC_LOCK (include/uapi/linux/capability.h)
+			const ipcLock = 14
 			if err == nil && caps>>ipcLock&1 == 1 {
 				return 0, true
 			}

@@ -132,7 +132,8 @@ func (b *Book) All() ([]*Lease, error) {
 			if known, err := j.Get(k, l); err != nil {
 				return nil, err
 			} else if !known {
-				continue // it has just ended
+				// It has just ended.
+				continue
 			}
 			if j == b.State {
 				l.rebooted()
@@ -220,7 +221,8 @@ type Quarantined map[string]Quarantine
 // Why is why a device is in quarantine; "" if it is not.
 func (q Quarantined) Why(h *iommu.Host, d *iommu.Device) string {
 	if len(q) == 0 {
-		return "" // without asking where it is
+		// Without asking where it is.
+		return ""
 	}
 	return q[place(h, d)].Why
 }

@@ -68,7 +68,8 @@ func ParseDomain(text []byte) (*Domain, error) {
 	out := &Domain{Name: x.Name}
 	for _, h := range append(slices.Clone(x.Devices.Hostdevs), x.Devices.Interfaces...) {
 		s := h.Source.Address
-		if s.Bus == "" || s.Slot == "" { // no PCI device of the host, as a USB one
+		if s.Bus == "" || s.Slot == "" {
+			// No PCI device of the host, as a USB one.
 			continue
 		}
 		trim := func(n string) string { return strings.TrimPrefix(n, "0x") }
@@ -154,14 +155,16 @@ func (m *Manager) Hook(ctx context.Context, d *Domain, op, sub string) ([]Certif
 	switch op + " " + sub {
 	case "prepare begin":
 		return nil, m.prepare(ctx, d)
-	case "start begin": // what comes from a network is known by now
+	case "start begin":
+		// What comes from a network is known by now.
 		return nil, m.claim(ctx, d)
 	case "started begin":
 		_, err := m.Look()
 		return nil, err
 	case "release end":
 		return m.stopped(ctx, d)
-	case "reconnect begin": // the domain runs, whatever the books say
+	case "reconnect begin":
+		// The domain runs, whatever the books say.
 		_, _ = m.Look()
 	}
 	return nil, nil
@@ -209,7 +212,8 @@ func (m *Manager) claim(ctx context.Context, d *Domain) error {
 	for _, pool := range declared.Pools(m.declaration) {
 		vfs, err := m.declared.Pool(m.declaration, pool)
 		if err != nil {
-			continue // none of it is there
+			// None of it is there.
+			continue
 		}
 		for _, x := range d.Devices {
 			if slices.ContainsFunc(vfs, func(vf *iommu.Device) bool { return vf.Address == x.Address }) &&
@@ -256,7 +260,8 @@ func (m *Manager) stopped(ctx context.Context, d *Domain) ([]Certificate, error)
 	if l == nil || err != nil {
 		return nil, err
 	}
-	const most = 20 * time.Second // its VMM has ended
+	// Its VMM has ended.
+	const most = 20 * time.Second
 	if !l.Persist {
 		return m.Release(ctx, d.Name, most)
 	}
@@ -278,6 +283,7 @@ func (m *Manager) stopped(ctx context.Context, d *Domain) ([]Certificate, error)
 	}
 
 	certificates, unwritten, err := m.scrubAll(ctx, l)
-	l.rebooted() // to be made again
+	// To be made again.
+	l.rebooted()
 	return certificates, errors.Join(err, unwritten, m.Book.put(l))
 }

@@ -82,7 +82,8 @@ func (m *Manager) Release(ctx context.Context, guest string, wait time.Duration)
 		return nil, err
 	}
 	if m.host.Live() {
-		m.handle.Start() // beside the look at who has them
+		// Beside the look at who has them.
+		m.handle.Start()
 	}
 
 	devices := m.present(l)
@@ -92,7 +93,8 @@ func (m *Manager) Release(ctx context.Context, guest string, wait time.Duration)
 	if err := m.lock(ctx, m.withPFs(devices, true)); err != nil {
 		return nil, err
 	}
-	if err := m.awaitGone(ctx, l, devices, 0); err != nil { // somebody may have been quicker
+	if err := m.awaitGone(ctx, l, devices, 0); err != nil {
+		// Somebody may have been quicker.
 		return nil, err
 	}
 	return m.end(ctx, l)
@@ -106,7 +108,8 @@ func (m *Manager) end(ctx context.Context, l *Lease) ([]Certificate, error) {
 	}
 	certificates, unwritten, err := m.scrubAll(ctx, l)
 	if unwritten != nil || ctx.Err() != nil && err != nil {
-		return certificates, errors.Join(err, unwritten) // the lease stays, interrupted
+		// The lease stays, interrupted.
+		return certificates, errors.Join(err, unwritten)
 	}
 	return certificates, errors.Join(err, m.Book.drop(l))
 }
@@ -169,7 +172,8 @@ func (m *Manager) awaitGone(ctx context.Context, l *Lease, devices []*iommu.Devi
 			return &holder.RefusedError{What: "release " + l.Guest, Reasons: reasons, Cure: cure}
 		}
 
-		awaitEnd(ctx, holders, min(left, time.Second)) // a holder may also let go of a device and live on
+		// A holder may also let go of a device and live on.
+		awaitEnd(ctx, holders, min(left, time.Second))
 	}
 }
 
@@ -241,7 +245,8 @@ func (m *Manager) scrub(ctx context.Context, l *Lease, dev *Device, d *iommu.Dev
 		)
 	}
 
-	if !d.Blocks() || foreign { // else it was never taken, or is back already, and its own driver has made it anew
+	if !d.Blocks() || foreign {
+		// Else it was never taken, or is back already, and its own driver has made it anew.
 		if err := m.reset(d, c); err != nil {
 			return err
 		}
@@ -397,7 +402,8 @@ func (m *Manager) Reclaim(ctx context.Context) ([]Certificate, error) {
 		}
 		mine := m.Book.tryGuest(look.Guest)
 		if mine == nil {
-			continue // somebody is at work on it
+			// Somebody is at work on it.
+			continue
 		}
 		defer mine.Close()
 		l, err := m.stillDead(look.Guest)
@@ -421,7 +427,8 @@ func (m *Manager) Reclaim(ctx context.Context) ([]Certificate, error) {
 		return nil, nil
 	}
 	var errs []error
-	if err := m.lock(ctx, m.withPFs(devices, true)); err != nil { // one that is stuck keeps no other
+	if err := m.lock(ctx, m.withPFs(devices, true)); err != nil {
+		// One that is stuck keeps no other.
 		errs = append(errs, err)
 		for pf, leases := range byPF {
 			var some []*iommu.Device

@@ -85,7 +85,8 @@ func (m *Manager) saw(l *Lease, now []holder.Holder) {
 	}
 	mine := m.Book.tryGuest(l.Guest)
 	if mine == nil {
-		return // somebody else is at work on it, or looks
+		// Somebody else is at work on it, or looks.
+		return
 	}
 	defer mine.Close()
 	if now, err := m.Book.Get(l.Guest); err == nil && now != nil && now.Ready {
@@ -206,14 +207,16 @@ func (b *Book) Started(ctx context.Context, l *Lease, pid int, name string) erro
 		return fmt.Errorf("%s: its lease was ended meanwhile", l.Guest)
 	}
 	now.Holders = []Holder{{holder.NameProcess(b.host, pid), fmt.Sprintf("process %d (%s)", pid, name), true}}
-	now.Owner = nil // which the VMM outlives
+	// Which the VMM outlives.
+	now.Owner = nil
 	return b.put(now)
 }
 
 // LookAt is one lease, as it is.
 func (m *Manager) LookAt(l *Lease) Look {
 	look := Look{Lease: l}
-	look.Now, _ = holder.Processes(m.host, m.present(l)) // who cannot see all is told what was seen last
+	// Who cannot see all is told what was seen last.
+	look.Now, _ = holder.Processes(m.host, m.present(l))
 	look.State, look.Why = m.state(l, look.Now, time.Now())
 	return look
 }

@@ -158,7 +158,8 @@ func addressXML(a iommu.Address) string {
 
 func escape(s string) string {
 	var b strings.Builder
-	_ = xml.EscapeText(&b, []byte(s)) // a strings.Builder takes all
+	// A strings.Builder takes all.
+	_ = xml.EscapeText(&b, []byte(s))
 	return b.String()
 }
 
@@ -168,10 +169,12 @@ func libvirt(g *Guest) (string, error) {
 	var b strings.Builder
 	for i, d := range g.Devices {
 		if !d.VF || !d.NIC || d.MAC == "" || d.QoS != "" && d.QoS != "0" ||
-			d.Proto != "" && d.Proto != "802.1q" { // which libvirt does not know, and would undo
+			d.Proto != "" && d.Proto != "802.1q" {
+			// Which libvirt does not know, and would undo.
 			fmt.Fprintf(&b,
 				"<hostdev mode='subsystem' type='pci' managed='no'>\n  <source>\n    %s\n  </source>\n</hostdev>\n",
-				strings.Replace(addressXML(d.Address), " type='pci'", "", 1)) // which its schema does not have there
+				// Which its schema does not have there.
+				strings.Replace(addressXML(d.Address), " type='pci'", "", 1))
 			continue
 		}
 		teaming := ""
@@ -243,7 +246,8 @@ func cdi(g *Guest) (string, error) {
 		return '_'
 	}, g.Name)
 	letter := func(c byte) bool { return c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' }
-	if changed || !letter(name[0]) || strings.TrimRight(name, "_-.:") != name { // two guests must not come to be one
+	if changed || !letter(name[0]) || strings.TrimRight(name, "_-.:") != name {
+		// Two guests must not come to be one.
 		name = fmt.Sprintf("g.%s.%x", strings.Trim(name, "_-.:"), crc32.ChecksumIEEE([]byte(g.Name)))
 	}
 

@@ -119,7 +119,8 @@ func (k *Kernel) Register(driver string, ids ...string) {
 	k.IDs[driver] = append(k.IDs[driver], ids...)
 	for _, address := range k.names(sysDevices) {
 		if dev := k.device(address); k.driver(dev) == "" && k.matches(dev, driver) {
-			_ = k.probe(dev, driver) // driver_attach
+			// driver_attach.
+			_ = k.probe(dev, driver)
 		}
 	}
 }
@@ -153,7 +154,8 @@ func (k *Kernel) locked(name, value string) error {
 		return syscall.EISDIR
 	}
 	if value == "" {
-		return k.writable(real) // a write of nothing reaches no driver (fs/sysfs/file.c, sysfs_kf_write)
+		// A write of nothing reaches no driver (fs/sysfs/file.c, sysfs_kf_write)
+		return k.writable(real)
 	}
 	if len(value) > 4096 {
 		value = value[:4096]
@@ -180,7 +182,8 @@ func (k *Kernel) store(file, value string) error {
 		return err
 	}
 	dir, attribute := path.Dir(file), path.Base(file)
-	name := strings.TrimSuffix(value, "\n") // sysfs_streq
+	// sysfs_streq.
+	name := strings.TrimSuffix(value, "\n")
 	switch attribute {
 	case "drivers_probe":
 		dev, err := k.find(name)
@@ -269,7 +272,8 @@ func (k *Kernel) probe(dev, driver string) error {
 	}
 	if pf, err := k.resolve(dev + "/physfn"); err == nil && k.text(pf, "sriov_drivers_autoprobe") == "0" &&
 		k.override(dev) == "" {
-		return syscall.ENODEV // pci_device_can_probe
+		// pci_device_can_probe.
+		return syscall.ENODEV
 	}
 	if err := errors.Join(k.Probe[driver], k.Probe[path.Base(dev)]); err != nil {
 		return err
@@ -302,7 +306,8 @@ func (k *Kernel) probe(dev, driver string) error {
 func (k *Kernel) unbind(dev string) {
 	driver := k.driver(dev)
 	if len(k.vfs(dev)) > 0 {
-		k.removeVFs(dev) // as igb, mlx5_core and most do
+		// As igb, mlx5_core and most do.
+		k.removeVFs(dev)
 	}
 	key := path.Base(dev) + " " + driver
 	k.classes[key] = k.takeClasses(dev)
@@ -445,7 +450,8 @@ func (k *Kernel) number(dev, attribute string) int {
 
 func (k *Kernel) put(file, content string) {
 	k.must(os.MkdirAll(k.at(path.Dir(file)), 0o755))
-	tmp := k.at(".new") // a reader sees the old content or the new one, as in the kernel
+	// A reader sees the old content or the new one, as in the kernel.
+	tmp := k.at(".new")
 	k.must(os.WriteFile(tmp, []byte(content), 0o644))
 	k.must(os.Rename(tmp, k.at(file)))
 }

@@ -523,7 +523,8 @@ func (k *Kernel) setVF(dir string, kind int, v []byte) syscall.Errno {
 
 	k.Net.vfs[pf][index][kind] = value
 	switch kind {
-	case vfVLAN: // of the protocol that VLANs begin with
+	case vfVLAN:
+		// Of the protocol that VLANs begin with.
 		k.Net.vfs[pf][index][vfVLANList] = append(append(vfAt(nil), value...), 0x81, 0, 0, 0)
 	case vfVLANList:
 		k.Net.vfs[pf][index][vfVLAN] = append(vfAt(nil), value[:8]...)
@@ -614,7 +615,8 @@ func (c *conversation) generic(payload []byte) [][]byte {
 	var has [3]bool
 	attrs(payload[4:], func(kind int, v []byte) {
 		texts[kind] = unix.ByteSliceToString(v)
-		for i, a := range []int{25, 26, 62} { // DEVLINK_ATTR_ESWITCH_MODE, ..._INLINE_MODE, ..._ENCAP_MODE
+		for i, a := range []int{25, 26, 62} {
+			// DEVLINK_ATTR_ESWITCH_MODE, ..._INLINE_MODE, ..._ENCAP_MODE.
 			if kind == a && len(v) > 0 {
 				set[i], has[i] = int(v[0]), true
 			}
@@ -634,11 +636,13 @@ func (c *conversation) generic(payload []byte) [][]byte {
 		return c.ack(syscall.ENODEV)
 	}
 	switch payload[0] {
-	case 29: // DEVLINK_CMD_ESWITCH_GET
+	case 29:
+		// DEVLINK_CMD_ESWITCH_GET.
 		b := append(make([]byte, 4), attr(25, []byte{byte(now[0]), 0})...)
 		b = append(append(b, attr(26, []byte{byte(now[1])})...), attr(62, []byte{byte(now[2])})...)
 		return append([][]byte{c.message(genlDevlink, 0, b)}, c.ack(0)...)
-	case 30: // DEVLINK_CMD_ESWITCH_SET
+	case 30:
+		// DEVLINK_CMD_ESWITCH_SET.
 		for i := range now {
 			if has[i] {
 				now[i] = set[i]

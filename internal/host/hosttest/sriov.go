@@ -23,7 +23,8 @@ func (k *Kernel) numvfs(pf, value string) error {
 	case n == have:
 		return nil
 	case k.driver(pf) == "" || strings.Contains(k.driver(pf), "vfio") && !k.EnableSRIOV || k.driver(pf) == "pci-stub":
-		return syscall.ENOENT // no driver, or one without sriov_configure
+		// No driver, or one without sriov_configure.
+		return syscall.ENOENT
 	case n == 0:
 		k.removeVFs(pf)
 		return nil
@@ -109,7 +110,8 @@ func (k *Kernel) addVF(pf string, index int, address string) {
 
 	k.link(fmt.Sprintf("%s/virtfn%d", pf, index), vf)
 	k.link(vf+"/physfn", pf)
-	if driver := k.driver(pf); strings.Contains(driver, "vfio") { // vfio_pci_bus_notifier
+	if driver := k.driver(pf); strings.Contains(driver, "vfio") {
+		// vfio_pci_bus_notifier.
 		k.put(vf+"/driver_override", driver+"\n")
 	}
 	k.probeAll(vf)
@@ -126,7 +128,8 @@ func (k *Kernel) removeVFs(pf string) {
 		if k.driver(vf) != "" {
 			k.unbind(vf)
 		}
-		for _, m := range []map[string]Tree{k.home, k.classes} { // the next VF there is another
+		for _, m := range []map[string]Tree{k.home, k.classes} {
+			// The next VF there is another.
 			maps.DeleteFunc(m, func(key string, _ Tree) bool { return strings.HasPrefix(key, path.Base(vf)+" ") })
 		}
 		if group, err := k.resolve(vf + "/iommu_group"); err == nil {

@@ -36,7 +36,8 @@ func (t Tree) With(changes Tree) Tree {
 				func(n, _ string) bool { return n == name || strings.HasPrefix(n, strings.TrimSuffix(name, "/")+"/") })
 		}
 	}
-	for name, content := range changes { // after all that goes: a directory can come in a file's place
+	for name, content := range changes {
+		// After all that goes: a directory can come in a file's place.
 		if content != Gone {
 			out[name] = content
 		}
@@ -137,7 +138,8 @@ func FromSnapshot(tb testing.TB, file string) Tree {
 			tb.Fatalf("%s: %v", file, err)
 		}
 		switch {
-		case entry == 0: // the manifest
+		case entry == 0:
+			// The manifest.
 		case h.Typeflag == tar.TypeSymlink:
 			t[h.Name] = arrow + h.Linkname
 		default:

@@ -57,17 +57,11 @@ func notPF(h *iommu.Host, d *iommu.Device) error {
 func firmwareHint(h *iommu.Host, d *iommu.Device) string {
 	switch d.Vendor {
 	case 0x15b3:
-		return " (its firmware decides: mlxconfig settings SRIOV_EN and NUM_OF_VFS; a change takes effect with the next boot" + devlinkParam(
-			h,
-			d,
-			"enable_sriov",
-		) + ")"
+		return " (its firmware decides: mlxconfig settings SRIOV_EN and NUM_OF_VFS; a change takes effect with the next" +
+			" boot" + devlinkParam(h, d, "enable_sriov") + ")"
 	case 0x14e4:
-		return " (its firmware decides: NVM options of bnxtnvm, or devlink parameter enable_sriov; a change takes effect with the next boot" + devlinkParam(
-			h,
-			d,
-			"enable_sriov",
-		) + ")"
+		return " (its firmware decides: NVM options of bnxtnvm, or devlink parameter enable_sriov; a change takes effect" +
+			" with the next boot" + devlinkParam(h, d, "enable_sriov") + ")"
 	}
 	return ""
 }

@@ -38,7 +38,8 @@ func ParseNodeOwner(s string) (*NodeOwner, error) {
 		if err != nil {
 			u, err = user.LookupId(name)
 		}
-		if err != nil {
+		if err != nil || u.Username != name && u.Uid != name {
+			// A number that is too long may be cut to another one's.
 			return nil, fmt.Errorf("there is no user %q", name)
 		}
 		if o.uid, err = strconv.Atoi(u.Uid); err != nil {
@@ -50,7 +51,7 @@ func ParseNodeOwner(s string) (*NodeOwner, error) {
 		if err != nil {
 			g, err = user.LookupGroupId(group)
 		}
-		if err != nil {
+		if err != nil || g.Name != group && g.Gid != group {
 			return nil, fmt.Errorf("there is no group %q", group)
 		}
 		if o.gid, err = strconv.Atoi(g.Gid); err != nil {

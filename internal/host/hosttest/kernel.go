@@ -15,6 +15,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"unsafe"
 
 	"viaduct/internal/host"
 )
@@ -31,6 +32,8 @@ type Kernel struct {
 	Fail    map[string]error    // by file name as it is written to: answer this, and do nothing
 	Probe   map[string]error    // by device or driver: probing fails with this
 	Partial int                 // make at most so many VFs and report success, if not 0
+	// OnIoctl answers ioctl(2); nil knows none.
+	OnIoctl func(fd int, request uintptr, arg unsafe.Pointer) (int, error)
 	// EnableSRIOV has vfio-pci make VFs, as with enable_sriov=1, which it takes at once.
 	EnableSRIOV bool
 	Log         []string                 // every write in its order, also those that failed: "name=value"

@@ -44,8 +44,13 @@ func (k *Kernel) Open(name string, flags int) (int, error) {
 	return unix.Open(k.at(real), flags&^unix.O_EXCL|unix.O_CLOEXEC, 0)
 }
 
-// Ioctl knows no device and no interface.
-func (k *Kernel) Ioctl(int, uintptr, unsafe.Pointer) (int, error) { return 0, syscall.ENOTTY }
+// Ioctl knows no device and no interface of its own.
+func (k *Kernel) Ioctl(fd int, request uintptr, arg unsafe.Pointer) (int, error) {
+	if k.OnIoctl == nil {
+		return 0, syscall.ENOTTY
+	}
+	return k.OnIoctl(fd, request, arg)
+}
 
 // Device is the number of a device file, which is a file that says "c 511:0" or "b 8:0".
 func (k *Kernel) Device(name string) (block bool, number uint64, err error) {
@@ -100,6 +105,10 @@ func (k *Kernel) Modprobe(ctx context.Context, module string) error {
 		return fmt.Errorf("modprobe %s: %w", module, errors.New("module not found"))
 	}
 	k.Register(driver)
+	name := strings.ReplaceAll(module, "-", "_")
+	if link := path.Join("sys/module", name, "drivers", "pci:"+driver); !k.exists(link) {
+		k.link(link, path.Join(sysDrivers, driver))
+	}
 	return nil
 }
 

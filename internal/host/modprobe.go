@@ -28,11 +28,14 @@ func ModprobeArgs(module string) []string {
 	return []string{"--", module}
 }
 
-// Modprobe does not wait for a program that the kernel does not let go of: it may hang for good in a module's
-// initialisation.
 func (m machine) Modprobe(ctx context.Context, module string) error {
 	h := Host{Dir: Dir{tree: m.root, path: "/"}}
-	program := h.modprobe()
+	return runModprobe(ctx, h.modprobe(), module)
+}
+
+// runModprobe does not wait for a program that the kernel does not let go of: it may hang for good in a module's
+// initialisation.
+func runModprobe(ctx context.Context, program, module string) error {
 	var out bytes.Buffer
 	cmd := exec.CommandContext(ctx, program, ModprobeArgs(module)...)
 	cmd.Stdout, cmd.Stderr, cmd.WaitDelay = &out, &out, time.Second

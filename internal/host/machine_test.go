@@ -1,0 +1,144 @@
+package host_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"viaduct/internal/host"
+	"viaduct/internal/host/hosttest"
+)
+
+// The machine that this test runs on, as far as it may be touched.
+func TestMachine(t *testing.T) {
+	h, err := host.Open("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	if !h.Live() || !h.Real() {
+		t.Error("it does not live")
+	}
+	file := filepath.Join(t.TempDir(), "sub", "file")
+	name := strings.TrimPrefix(file, "/")
+	if err := h.Replace(name, []byte("one\n")); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.Write(name, "two\n"); err != nil {
+		t.Error(err)
+	}
+	if s, err := h.String(name); err != nil || s != "two" {
+		t.Errorf("%q, %v", s, err)
+	}
+	if err := h.Write(name+".not", "x"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a file that is not there: %v", err)
+	}
+	if err := h.Own(name, os.Getuid(), os.Getgid(), 0o640); err != nil {
+		t.Error(err)
+	}
+	if st, err := os.Stat(file); err != nil || st.Mode().Perm() != 0o640 {
+		t.Errorf("%v, %v", st.Mode(), err)
+	}
+	if used, err := h.InUse(name); used || err != nil {
+		t.Errorf("a file is in exclusive use: %v, %v", used, err)
+	}
+	if used, err := h.InUse(name + ".not"); used || err != nil {
+		t.Errorf("what is not there is in exclusive use: %v, %v", used, err)
+	}
+	if err := errors.Join(h.Remove(name), h.Remove(name)); err != nil || h.Exists(name) {
+		t.Errorf("removed twice: %v", err)
+	}
+
+	if block, number, err := h.DeviceNumber("dev/null"); err != nil || block || number != 1<<32|3 {
+		t.Errorf("/dev/null: %v, %#x, %v", block, number, err)
+	}
+	if _, _, err := h.DeviceNumber("proc"); !errors.Is(err, host.ErrNoDevice) {
+		t.Errorf("/proc: %v", err)
+	}
+	fd, err := h.OpenNode("dev/zero", unix.O_RDONLY)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if b := []byte{1, 1}; true {
+		if n, err := unix.Read(fd, b); n != 2 || err != nil || !bytes.Equal(b, []byte{0, 0}) {
+			t.Errorf("%d, %v, %v", n, err, b)
+		}
+	}
+	if _, err := h.Ioctl(fd, "dev/zero", unix.TCGETS, unsafe.Pointer(&unix.Termios{})); !errors.Is(err, unix.ENOTTY) {
+		t.Errorf("/dev/zero as a terminal: %v", err)
+	}
+	var request struct {
+		name [unix.IFNAMSIZ]byte
+		mtu  int32
+		_    [20]byte
+	}
+	copy(request.name[:], "lo")
+	if _, err := h.Ioctl(-1, "lo", unix.SIOCGIFMTU, unsafe.Pointer(&request)); err != nil || request.mtu == 0 {
+		t.Errorf("lo has MTU %d, %v", request.mtu, err)
+	}
+	socket, err := h.SocketIn("proc/self/ns/net", unix.NETLINK_ROUTE, 0)
+	if err == nil {
+		unix.Close(socket)
+	} else if !errors.Is(err, unix.EPERM) {
+		t.Errorf("a socket in this namespace: %v", err)
+	}
+	if socket, err = h.Socket(unix.NETLINK_KOBJECT_UEVENT, 1); err != nil {
+		t.Errorf("a socket that hears of devices: %v", err)
+	}
+	unix.Close(socket)
+	if _, err := h.SocketIn("proc/not/there", unix.NETLINK_ROUTE, 0); err == nil {
+		t.Error("a socket in no namespace")
+	}
+
+	names, err := h.Names("proc/self/fdinfo")
+	if err != nil || len(names) < 3 {
+		t.Errorf("%v, %v", names, err)
+	}
+	if has, err := h.Has("proc/self/exe"); !has || err != nil {
+		t.Errorf("%v, %v", has, err)
+	}
+	if has, err := h.Has("proc/self/no"); has || err != nil {
+		t.Errorf("%v, %v", has, err)
+	}
+}
+
+// modprobe is the program that the kernel names, its words are told, and one that does not end is not waited for.
+func TestModprobe(t *testing.T) {
+	program := filepath.Join(t.TempDir(), "modprobe")
+	script := func(text string) {
+		t.Helper()
+		if err := os.WriteFile(program, []byte("#!/bin/sh\n"+text+"\n"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	script(`[ "$*" = "-b -- pci:v1" ] || { echo "bad words $*" >&2; exit 3; }`)
+	run := func(ctx context.Context, module string) error {
+		return host.RunModprobe(ctx, hosttest.Tree{"proc/sys/kernel/modprobe": program + "\n"}.Host(t), module)
+	}
+	if err := run(context.Background(), "pci:v1"); err != nil {
+		t.Error(err)
+	}
+	if err := run(context.Background(), "igb"); err == nil || !strings.Contains(err.Error(), "bad words -- igb") {
+		t.Error(err)
+	}
+	script("exec sleep 1000")
+	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+	defer cancel()
+	began := time.Now()
+	if err := run(ctx, "igb"); !errors.Is(err, context.DeadlineExceeded) || time.Since(began) > 10*time.Second {
+		t.Errorf("after %s: %v", time.Since(began), err)
+	}
+	program += ".not"
+	if err := run(context.Background(), "igb"); !errors.Is(err, os.ErrNotExist) {
+		t.Error(err)
+	}
+}

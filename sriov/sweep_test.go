@@ -27,6 +27,12 @@ const (
 	edu   = "0000:07:02.0"
 )
 
+// small is the lab's host with only the devices of the commands, and the bridges that these are behind.
+func small(t *testing.T) *hosttest.Kernel {
+	t.Helper()
+	return hosttest.NewSmallLab(t, "0000:00:05.0", pf, "0000:00:08.0", e1000, edu)
+}
+
 // command is what a sweep runs: a state of the host before it, and what it is to be afterwards.
 type command struct {
 	name  string
@@ -214,7 +220,7 @@ func anything(string, string) bool { return true }
 // operations counts what a command asks of the host.
 func (c *command) operations(t *testing.T) (n int, before, after hostState) {
 	t.Helper()
-	k := hosttest.NewLab(t, nil)
+	k := small(t)
 	c.prepare(t, k)
 	before = look(t, k)
 	var count atomic.Int64
@@ -238,7 +244,7 @@ func (c *command) prepare(t *testing.T, k *hosttest.Kernel) {
 // sample is each n-th operation of a command in a test run, beginning with another for each command, and all of them in
 // a long one.
 func sample(total int) func(func(int) bool) {
-	stride := total/16 + 1
+	stride := total/40 + 1
 	if os.Getenv("VIADUCT_SWEEP") == "all" {
 		stride = 1
 	}
@@ -273,7 +279,7 @@ func TestFaultSweep(t *testing.T) {
 }
 
 func (c *command) fault(t *testing.T, n int, fail error, before, after hostState) {
-	k := hosttest.NewLab(t, nil)
+	k := small(t)
 	c.prepare(t, k)
 	failed := failAt(k, n, fail)
 	s := open(t, k)
@@ -374,7 +380,7 @@ func TestFaultOfLook(t *testing.T) {
 }
 
 func (c *command) faultOfLook(t *testing.T, n int, before hostState) {
-	k := hosttest.NewLab(t, nil)
+	k := small(t)
 	c.prepare(t, k)
 	c.used(t, k)
 	fail := failures[n%3] // but for ENOENT, which says that a process is gone
@@ -406,7 +412,7 @@ func TestKillSweep(t *testing.T) {
 			}
 			for n, killed := len(c.name)%stride, true; killed; n += stride {
 				t.Run(fmt.Sprint(n), func(t *testing.T) {
-					k := hosttest.NewLab(t, nil)
+					k := small(t)
 					c.prepare(t, k)
 					s := open(t, k)
 					k.KillAt(n, changes)

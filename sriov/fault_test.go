@@ -221,7 +221,7 @@ func TestRecordsOfNewVFs(t *testing.T) {
 			return
 		}
 		quiet(t, k, func(ctx context.Context, s *Handle) error { _, err := s.Recover(ctx); return err })
-		for _, vf := range strings.Fields(state(t, k)) {
+		for vf := range strings.FieldsSeq(state(t, k)) {
 			if vf != "vfio-pci/vfio-pci" && vf != "1" {
 				t.Fatalf("killed before write %d: %s", n, state(t, k))
 			}

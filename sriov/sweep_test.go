@@ -215,8 +215,6 @@ func (h hostState) String() string {
 	return fmt.Sprintf("\n%s%s\nchanges %v, taken %v", h.devices, h.settings, h.changes, h.taken)
 }
 
-func anything(string, string) bool { return true }
-
 // operations counts what a command asks of the host.
 func (c *command) operations(t *testing.T) (n int, before, after hostState) {
 	t.Helper()
@@ -289,7 +287,7 @@ func (c *command) fault(t *testing.T, n int, fail error, before, after hostState
 	where := fmt.Sprintf("operation %d (%s) fails with %v: told %v", n, *failed, fail, err)
 
 	now := look(t, k)
-	if fail != unix.ENOENT { // what has come back is another device
+	if !errors.Is(fail, unix.ENOENT) { // what has come back is another device
 		switch {
 		case err == nil && (!now.same(after) && !c.undone(now) || len(now.changes) > 0):
 			t.Errorf("%s\nis %s\nnot %s", where, now, after)
@@ -310,7 +308,7 @@ func failAt(k *hosttest.Kernel, n int, fail error) (failed *string) {
 	k.SetFault(func(op, name string) error {
 		if left.Add(-1) == -1 {
 			*failed = op + " " + name
-			if device := deviceOf(name); fail == unix.ENOENT && device != "" {
+			if device := deviceOf(name); errors.Is(fail, unix.ENOENT) && device != "" {
 				gone.Store(&device)
 			}
 			return fail

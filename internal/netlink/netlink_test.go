@@ -111,7 +111,7 @@ func TestLongMessage(t *testing.T) {
 	}
 	c.room = nil
 	k.Net.Answer = func(kind uint16, b []byte) []byte {
-		return append(b[:len(b):len(b)], answer(0, 0, make([]byte, 100<<10))...)
+		return append(slices.Clip(b), answer(0, 0, make([]byte, 100<<10))...)
 	}
 	if links, err := c.Links(); err != nil || len(links) != len(all) || len(c.room) < 100<<10 {
 		t.Errorf("%d of %d links, %v, room for %d", len(links), len(all), err, len(c.room))

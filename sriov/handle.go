@@ -100,15 +100,14 @@ func (s *Handle) lockPF(ctx context.Context, pf iommu.Address) (*iommu.Device, e
 		return t.Find(pf)
 	}
 
-	d := &iommu.Device{Name: pf.String(), Address: pf, PCI: true}
-	if err := s.Lock(ctx, []*iommu.Device{d}); err != nil {
+	if err := s.LockAt(ctx, pf); err != nil {
 		return nil, err
 	}
 	if _, err := s.Recover(ctx); err != nil {
 		return nil, err
 	}
 	if i := slices.IndexFunc(s.Stuck(), func(r bind.Recovered) bool { return r.Device == pf }); i >= 0 {
-		return nil, &holder.RefusedError{What: "change " + d.Name, Reasons: []string{s.Stuck()[i].Err.Error()}}
+		return nil, &holder.RefusedError{What: "change " + pf.String(), Reasons: []string{s.Stuck()[i].Err.Error()}}
 	}
 
 	t, err := s.Scan()

@@ -89,6 +89,17 @@ func (b *Handle) Holds(a iommu.Address) bool { return b.locks.holds(a) }
 // reports it. Devices are locked in the order of their addresses, so that two commands never wait for each other. A
 // *BusyError says who has one.
 func (b *Handle) Lock(ctx context.Context, devices []*iommu.Device) error {
+	var all []iommu.Address
+	for _, d := range devices {
+		if d.PCI {
+			all = append(all, d.Address)
+		}
+	}
+	return b.LockAt(ctx, all...)
+}
+
+// LockAt is Lock for devices of which only the addresses are known.
+func (b *Handle) LockAt(ctx context.Context, devices ...iommu.Address) error {
 	if err := b.mayChange(); err != nil {
 		return err
 	}
@@ -99,18 +110,13 @@ func (b *Handle) Lock(ctx context.Context, devices []*iommu.Device) error {
 	ctx, cancel := context.WithTimeout(ctx, b.Timeout())
 	defer cancel()
 
-	devices = slices.Clone(devices)
-	slices.SortFunc(devices, func(a, b *iommu.Device) int { return a.Address.Compare(b.Address) })
-	for _, d := range devices {
-		if !d.PCI {
-			continue
-		}
-		stuck, err := b.lockOne(ctx, l, d.Address)
+	for _, a := range slices.SortedFunc(slices.Values(devices), iommu.Address.Compare) {
+		stuck, err := b.lockOne(ctx, l, a)
 		if err != nil {
 			return err
 		}
 		if !stuck {
-			b.locks.hold(d.Address)
+			b.locks.hold(a)
 		}
 	}
 	return nil

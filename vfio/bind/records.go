@@ -85,8 +85,7 @@ func (b *Handle) change(a iommu.Address) (r changeRecord, known bool, err error)
 
 // waitsFor are the processes that a change waits for, as far as they can be seen.
 func (r *changeRecord) waitsFor(h *iommu.Host) []holder.Holder {
-	d := &iommu.Device{Name: r.Change.Device.String(), Address: r.Change.Device}
-	found, _ := holder.OpenIn(h, d, r.Nodes)
+	found, _ := holder.OpenIn(h, r.Change.Device, r.Nodes)
 	return found
 }
 

@@ -45,7 +45,8 @@ func Processes(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 
 // OpenIn finds the processes that have one of the nodes open that led to a device when [Nodes] listed them: while an
 // unbind waits for one of them, the device itself leads to none any more.
-func OpenIn(h *iommu.Host, d *iommu.Device, nodes []Node) ([]Holder, error) {
+func OpenIn(h *iommu.Host, a iommu.Address, nodes []Node) ([]Holder, error) {
+	d := &iommu.Device{Name: a.String(), Address: a, PCI: true}
 	of := map[Node]*iommu.Device{}
 	for _, n := range nodes {
 		of[n] = d

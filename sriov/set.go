@@ -176,10 +176,11 @@ func vfAt(pf, vf iommu.Address, index int) *iommu.Device {
 	return &iommu.Device{Name: vf.String(), Address: vf, PCI: true, PhysFn: &pf, VFIndex: index}
 }
 
-// resolved puts the address that "stable" stands for in its place.
+// resolved checks settings, and puts the address that "stable" stands for in its place.
 func resolved(pf, vf *iommu.Device, want Settings, port *Port) (Settings, error) {
-	if want[MAC] != StableMAC {
-		return want, nil
+	want, err := want.checked()
+	if err != nil || want[MAC] != StableMAC {
+		return want, err
 	}
 	if port == nil || port.Name == "" {
 		return nil, fmt.Errorf("%s has no network interface to derive a MAC address from", pf.Name)

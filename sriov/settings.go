@@ -44,6 +44,23 @@ func ParseSettings(words []string) (Settings, error) {
 	return s, nil
 }
 
+// checked is the settings in their one spelling. Its errors name the key and what is wanted.
+func (s Settings) checked() (Settings, error) {
+	out := Settings{}
+	for k, v := range s {
+		r := rowNamed(string(k))
+		if r == nil || r.key != k {
+			return nil, fmt.Errorf("%q is no setting; the keys are %s", k, keyNames(Keys()))
+		}
+		text, err := r.parse(v)
+		if err != nil {
+			return nil, fmt.Errorf("%s=%s: %w", k, v, err)
+		}
+		out[k] = text
+	}
+	return out, nil
+}
+
 func keyNames(keys []Key) string {
 	var names []string
 	for _, k := range keys {

@@ -1,6 +1,7 @@
 package sriov
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -13,6 +14,7 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
+	"viaduct/internal/host/hosttest"
 	"viaduct/iommu"
 )
 
@@ -308,4 +310,26 @@ func FuzzParseSettings(f *testing.F) {
 			t.Errorf("%q: %v", word, s)
 		}
 	})
+}
+
+// What is no value of a setting is refused, also from a program that did not parse it; another spelling is the one that is read back.
+func TestCheckedSettings(t *testing.T) {
+	for _, s := range []Settings{{VLAN: "9999"}, {"veb": on}, {"state": "auto"}, {MAC: "nonsense"}, {Trust: ""}} {
+		if got, err := s.checked(); err == nil {
+			t.Errorf("%v: %v", s, got)
+		}
+	}
+	got, err := Settings{VLAN: "007", MAC: "52-54-00-AA-00-01"}.checked()
+	if err != nil || got[VLAN] != "7" || got[MAC] != "52:54:00:aa:00:01" {
+		t.Errorf("%v, %v", got, err)
+	}
+	k := hosttest.NewLab(t, nil)
+	quiet(t, k, makeVFs(alike(1, UseNone)))
+	if _, err := setVF(t, k, Settings{VLAN: "5000"}); err == nil || vfSettings(t, k, 0)[VLAN] != "0" {
+		t.Errorf("VLAN 5000 of a VF: %v", err)
+	}
+	if _, err := setCount(t, context.Background(), k, Wish{VFs: Repeat(2, VFWish{UseNone, Settings{VLAN: "5000"}})}); err == nil ||
+		state(t, k) != "/none 1" {
+		t.Errorf("VLAN 5000 of new VFs: %v, left %s", err, state(t, k))
+	}
 }

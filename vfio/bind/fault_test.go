@@ -316,3 +316,85 @@ func TestTryLock(t *testing.T) {
 		a, b = open(t, k, Options{}), open(t, k, Options{})
 	}
 }
+
+// Nothing that could not be looked at is taken for nothing: each call tells that it failed.
+func TestLooksThatFail(t *testing.T) {
+	failing := func(k *hosttest.Kernel, op, name string) {
+		k.SetFault(func(o, n string) error {
+			if o == op && strings.Contains(n, name) {
+				return unix.EIO
+			}
+			return nil
+		})
+	}
+	for what, c := range map[string]struct {
+		op, name string
+		call     func(b *Handle) error
+	}{
+		"scan":     {"readdir", "sys/bus/pci/devices", func(b *Handle) error { _, err := b.Scan(); return err }},
+		"topology": {"readdir", "sys/bus/pci/devices", func(b *Handle) error { _, err := b.Topology(); return err }},
+		"records":  {"readdir", "run/viaduct", func(b *Handle) error { _, err := b.Recover(context.Background()); return err }},
+		"what it had": {"read", "taken-", func(b *Handle) error {
+			_, err := b.Plan(&iommu.Device{Name: igb, Address: iommu.Address{Bus: 1}, PCI: true, Driver: "vfio-pci", VFIO: true}, GiveBack())
+			return err
+		}},
+		"what was taken": {"read", "taken-", func(b *Handle) error {
+			_, err := b.Taken(&iommu.Device{Name: igb, Address: iommu.Address{Bus: 1}, PCI: true})
+			return err
+		}},
+		"modules": {"read", "modules.alias", func(b *Handle) error {
+			_, err := b.Plan(&iommu.Device{Name: igb, Address: iommu.Address{Bus: 1}, PCI: true, Driver: "igb"}, Take(Auto))
+			return err
+		}},
+		"users": {"readdir", "proc", func(b *Handle) error {
+			_, err := b.Move(context.Background(), Take(Auto), iommu.Address{Bus: 1})
+			return err
+		}},
+		"nodes": {"readdir", "vfio-dev", func(b *Handle) error {
+			_, err := b.Move(context.Background(), Take(Auto), iommu.Address{Bus: 1})
+			return err
+		}},
+		"the driver after it": {"readlink", igb + "/driver", func(b *Handle) error {
+			return (&Change{Device: iommu.Address{Bus: 1}, To: "igb"}).check(b.host)
+		}},
+		"the override after it": {"read", igb + "/driver_override", func(b *Handle) error {
+			return (&Change{Device: iommu.Address{Bus: 1}, To: "igb"}).check(b.host)
+		}},
+	} {
+		k, b := newKernel(t)
+		failing(k, c.op, c.name)
+		if err := c.call(b); !errors.Is(err, unix.EIO) {
+			t.Errorf("%s: %v", what, err)
+		}
+		k.Revive()
+		if got := bound(t, b, igb); got != [2]string{"igb", ""} {
+			t.Errorf("%s: left %q", what, got)
+		}
+	}
+}
+
+// What cannot be written down is not done, and what cannot be struck out stays for the next command.
+func TestRecordsThatFail(t *testing.T) {
+	for what, c := range map[string]struct{ op, name string }{
+		"change": {"replace", "change-"}, "taken": {"replace", "taken-"}, "end": {"remove", "change-"},
+	} {
+		k, b := newKernel(t)
+		k.FailAt(0, func(op, name string) bool { return op == c.op && strings.Contains(name, c.name) }, unix.ENOSPC)
+		_, err := b.Move(context.Background(), Take(Auto), read(t, b, igb).Address)
+		if !k.Revive() || !errors.Is(err, unix.ENOSPC) {
+			t.Errorf("%s: %v", what, err)
+		}
+		keys, _ := b.journal.Keys("")
+		if taken := bound(t, b, igb)[0] == "vfio-pci"; taken != (what == "end") || taken != (len(keys) > 0) {
+			t.Errorf("%s: taken %v, records %q", what, taken, keys)
+		}
+		b.Close()
+		next := open(t, k, Options{})
+		if _, err := next.Move(context.Background(), GiveBack(), read(t, next, igb).Address); err != nil || bound(t, next, igb) != [2]string{"igb", ""} {
+			t.Errorf("%s: given back: %v, %q", what, err, bound(t, next, igb))
+		}
+		if keys, _ := next.journal.Keys(""); len(keys) > 0 {
+			t.Errorf("%s: records %q are left", what, keys)
+		}
+	}
+}

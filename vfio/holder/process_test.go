@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -149,6 +150,35 @@ func TestDisks(t *testing.T) {
 	found, err := Processes(h, []*iommu.Device{d})
 	if err != nil || len(found) != 1 || found[0].PID != 4711 {
 		t.Errorf("who has a loop device over it open: %+v, %v", found, err)
+	}
+}
+
+// The nodes of a device are all that its driver made: controllers, disks, and a namespace's character device.
+func TestNodes(t *testing.T) {
+	k, h := hostOf(t, withDisk(hosttest.Tree{
+		"sys/class/nvme/nvme0":                            "-> ../../devices/pci0000:00/0000:00:0a.0/0000:09:00.0/nvme/nvme0",
+		"sys/class/nvme-subsystem/nvme-subsys0/nvme0":     "-> ../../nvme/nvme0",
+		"sys/class/nvme-subsystem/nvme-subsys0/nvme0n1/x": "\n",
+		"sys/class/block/nvme0n1":                         "-> ../../devices/virtual/block/nvme0n1",
+		"sys/devices/virtual/block/nvme0n1/dev":           "259:1\n",
+		"sys/devices/virtual/nvme-generic/ng0n1/dev":      "237:1\n",
+		"sys/class/nvme-generic/ng0n1":                    "-> ../../devices/virtual/nvme-generic/ng0n1",
+	}))
+	number := func(major, minor uint64) uint64 { return major<<32 | minor }
+	got, err := Nodes(h, read(t, h, nvmeMultipath))
+	want := []Node{{false, number(250, 0)}, {true, number(259, 1)}, {false, number(237, 1)}}
+	if err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("%v, %v, want %v", got, err, want)
+	}
+	if got, err = Nodes(h, read(t, h, disk)); err != nil || !reflect.DeepEqual(got, []Node{{true, number(254, 0)}}) {
+		t.Errorf("%v, %v", got, err)
+	}
+	bindVFIO(k)
+	if got, err = Nodes(h, read(t, h, e1000)); err != nil || len(got) != 2 || got[0].Block || got[1].Block {
+		t.Errorf("%v, %v", got, err)
+	}
+	if got, err = Nodes(h, read(t, h, edu)); err != nil || len(got) != 0 {
+		t.Errorf("a device without a driver: %v, %v", got, err)
 	}
 }
 

@@ -186,33 +186,45 @@ func changing(h *Host) (map[string]bool, error) {
 		if key, ok := strings.CutPrefix(n, journal.Changing); ok {
 			name := strings.TrimSuffix(key, ".json")
 			busy[name] = true
-			if pf, err := ParseAddress(name); err == nil {
-				for _, vf := range VFAddresses(h, pf) {
-					busy[vf.String()] = true
-				}
+			pf, err := ParseAddress(name)
+			if err != nil {
+				continue
+			}
+			vfs, err := VFAddresses(h, pf)
+			if err != nil {
+				return nil, err
+			}
+			for _, vf := range vfs {
+				busy[vf.String()] = true
 			}
 		}
 	}
 	return busy, err
 }
 
-// VFAddresses are the addresses at which a PF's VFs are, by index, when it has all it can have; none for any other
+// VFAddresses returns the addresses at which a PF's VFs are, by index, when it has all it can have; none for any other
 // device.
-func VFAddresses(h *Host, pf Address) []Address {
+func VFAddresses(h *Host, pf Address) ([]Address, error) {
 	dir := path.Join(pciDevices, pf.String())
 	total, err1 := h.SteadyInt(path.Join(dir, "sriov_totalvfs"))
 	offset, err2 := h.SteadyInt(path.Join(dir, "sriov_offset"))
 	stride, err3 := h.SteadyInt(path.Join(dir, "sriov_stride"))
-	if err1 != nil || err2 != nil || err3 != nil {
-		return nil
+	for _, err := range []error{err1, err2, err3} {
+		if host.Absent(err) {
+			return nil, nil
+		}
+		if err != nil {
+			return nil, err
+		}
 	}
+
 	var out []Address
 	for i := range min(total, 1<<16) {
 		at := int(pf.Bus)<<8 + int(pf.Device)<<3 + int(pf.Function) + offset + i*stride
 		out = append(out,
 			Address{Domain: pf.Domain, Bus: uint8(at >> 8), Device: uint8(at>>3) & 31, Function: uint8(at) & 7})
 	}
-	return out
+	return out, nil
 }
 
 // CompareDevices orders PCI devices by address, and all others after them by name.

@@ -293,3 +293,73 @@ func TestCapturedHost(t *testing.T) {
 		t.Errorf("carried out: %v", err)
 	}
 }
+
+// A look at a PF and its VFs, and a plan, of which a part fails tells so, or is the same.
+func TestLooksThatFail(t *testing.T) {
+	k := small(t)
+	k.Net.Eswitch = map[string][3]int{pf: {}}
+	k.OnIoctl = (&nic{}).ioctl
+	quiet(t, k, makeVFs(alike(2, UseNone)))
+	look := func(do func(s *Handle, pf *iommu.Device) (any, error)) func() (any, error) {
+		return func() (any, error) {
+			s, err := Open(&iommu.Host{Host: k.Host()}, bind.Options{})
+			if err != nil {
+				return nil, err
+			}
+			defer s.Close()
+			topology, err := s.Topology()
+			if err != nil {
+				return nil, err
+			}
+			d, err := topology.Find(parse(pf))
+			if err != nil {
+				return nil, err
+			}
+			return do(s, d)
+		}
+	}
+	steps := func(p *Plan, err error) (any, error) {
+		if err != nil {
+			return nil, err
+		}
+		return p.Steps(), nil
+	}
+	for what, do := range map[string]func() (any, error){
+		"port": look(func(s *Handle, d *iommu.Device) (any, error) {
+			port, err := ReadPort(s.Host(), d)
+			if err != nil || port == nil {
+				return nil, err
+			}
+			return port.VFs, nil
+		}),
+		"e-switch": look(func(s *Handle, d *iommu.Device) (any, error) { return ReadEswitch(s.Host(), d.Address) }),
+		"count": look(func(s *Handle, d *iommu.Device) (any, error) {
+			return steps(s.PlanCount(d, Wish{
+				VFs:     Repeat(3, VFWish{UseVFIO, Settings{MAC: StableMAC, VLAN: "7"}}),
+				Eswitch: Eswitch{Mode: switchdev}, Offload: on, MTU: 9000,
+			}))
+		}),
+		"check": look(func(s *Handle, d *iommu.Device) (any, error) {
+			p, err := s.PlanCount(d, Wish{})
+			if err == nil {
+				err = s.Check(p, nil)
+			}
+			return nil, err
+		}),
+		"set": look(func(s *Handle, d *iommu.Device) (any, error) {
+			p, err := s.PlanSet(d, vfAt(d.Address, parse(vf0), 0), Settings{MAC: "52:54:00:aa:00:05", VLAN: "7"})
+			if err != nil {
+				return nil, err
+			}
+			return p.Commands(), nil
+		}),
+		"sets": look(func(s *Handle, d *iommu.Device) (any, error) {
+			vfs := []*iommu.Device{vfAt(d.Address, parse(vf0), 0)}
+			plans, err := s.PlanSets(d, vfs, Repeat(1, VFWish{UseNone, Settings{VLAN: "7"}}))
+			return len(plans), err
+		}),
+		"what was asked": look(func(s *Handle, d *iommu.Device) (any, error) { return s.LastRequested(d) }),
+	} {
+		hosttest.EachFailure(t, k, what, do)
+	}
+}

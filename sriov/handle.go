@@ -46,13 +46,19 @@ func (s *Handle) Make(ctx context.Context, pf iommu.Address, wish Wish, force ..
 	if err != nil {
 		return nil, err
 	}
-	if s.Changes() {
-		err = s.Lock(ctx, plan.Victims)
+	if s.Changes() && len(plan.Victims) > 0 {
+		// Who had a VF until it was locked may have changed it.
+		if err := s.Lock(ctx, plan.Victims); err != nil {
+			return plan, err
+		}
+		if d, err = s.find(pf); err != nil {
+			return plan, err
+		}
+		if plan, err = s.PlanCount(d, wish); err != nil {
+			return nil, err
+		}
 	}
-	if err == nil {
-		err = s.Check(plan, force)
-	}
-	if err != nil || !s.Changes() {
+	if err := s.Check(plan, force); err != nil || !s.Changes() {
 		return plan, err
 	}
 
@@ -62,13 +68,9 @@ func (s *Handle) Make(ctx context.Context, pf iommu.Address, wish Wish, force ..
 }
 
 // SetVF gives a VF settings: all of them or, undone, none. It names the keys that the PF's driver takes and does not
-// report.
+// report. On a dry run, and on a captured host, it fails: [Handle.PlanSet] plans.
 func (s *Handle) SetVF(ctx context.Context, vf iommu.Address, want Settings) (unverified []Key, err error) {
-	t, err := s.Topology()
-	if err != nil {
-		return nil, err
-	}
-	d, err := t.Find(vf)
+	d, err := s.find(vf)
 	if err != nil {
 		return nil, err
 	}
@@ -80,7 +82,10 @@ func (s *Handle) SetVF(ctx context.Context, vf iommu.Address, want Settings) (un
 	if err != nil {
 		return nil, err
 	}
-	if err := s.Lock(ctx, []*iommu.Device{d}); err != nil {
+	if err := s.LockAt(ctx, vf); err != nil {
+		return nil, err
+	}
+	if d, err = s.find(vf); err != nil {
 		return nil, err
 	}
 	plan, err := s.PlanSet(pf, d, want)
@@ -110,9 +115,14 @@ func (s *Handle) lockPF(ctx context.Context, pf iommu.Address) (*iommu.Device, e
 		return nil, &holder.RefusedError{What: "change " + pf.String(), Reasons: []string{s.Stuck()[i].Err.Error()}}
 	}
 
+	return s.find(pf)
+}
+
+// find is a device as it is now.
+func (s *Handle) find(a iommu.Address) (*iommu.Device, error) {
 	t, err := s.Scan()
 	if err != nil {
 		return nil, err
 	}
-	return t.Find(pf)
+	return t.Find(a)
 }

@@ -150,7 +150,11 @@ func planNew(h *iommu.Host, pf *iommu.Device, vfs []VFWish) ([]SetPlan, error) {
 
 	var out []SetPlan
 	macs := map[string]bool{}
-	for i, a := range iommu.VFAddresses(h, pf.Address) {
+	places, err := iommu.VFAddresses(h, pf.Address)
+	if err != nil {
+		return nil, err
+	}
+	for i, a := range places {
 		if i == len(vfs) {
 			break
 		}

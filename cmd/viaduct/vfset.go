@@ -280,7 +280,11 @@ func runVFSync(ctx context.Context, e *env, sel []iommu.Selector, timeout time.D
 			}
 		}
 
-		for i, a := range iommu.VFAddresses(c.handle.Host(), pf.Address) {
+		places, err := iommu.VFAddresses(c.handle.Host(), pf.Address)
+		if err != nil {
+			return err
+		}
+		for i, a := range places {
 			// What a guest has goes before.
 			if own := leased[a]; len(own) > 0 {
 				if asked[i] == nil {

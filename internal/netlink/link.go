@@ -203,7 +203,7 @@ func walkVFs(b []byte, length, count int) (vfs [][]byte, rest []byte) {
 	for len(vfs) < count || count <= 0 && len(at) > len(end) {
 		kind, value, next, ok := attribute(at)
 		if !ok || kind != nl.IFLA_VF_INFO {
-			return vfs, end
+			break
 		}
 		vfs, at = append(vfs, value), next
 	}

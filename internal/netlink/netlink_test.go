@@ -300,6 +300,43 @@ func TestGeneric(t *testing.T) {
 	}
 }
 
+// What cannot be asked is an error, and never an empty answer.
+func TestLooksThatFail(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	makeVFs(t, k, 2)
+	k.Net.Addresses = []hosttest.Address{{Interface: nic, CIDR: "192.0.2.1/24"}}
+	k.Net.Routes = []hosttest.Route{{To: "default", Over: []string{nic}}}
+	k.Net.Eswitch = map[string][3]int{pf: {1, 0, 0}}
+	with := func(look func(c *Conn) (any, error)) func() (any, error) {
+		return func() (any, error) {
+			c, err := Dial(k.Host(), unix.NETLINK_ROUTE)
+			if err != nil {
+				return nil, err
+			}
+			defer c.Close()
+			return look(c)
+		}
+	}
+	for what, look := range map[string]func() (any, error){
+		"Links":       with(func(c *Conn) (any, error) { return c.Links() }),
+		"LinkWithVFs": with(func(c *Conn) (any, error) { return c.LinkWithVFs(nic, 0) }),
+		"Addresses":   with(func(c *Conn) (any, error) { return c.Addresses() }),
+		"Routes":      with(func(c *Conn) (any, error) { return c.Routes() }),
+		"RouteTo":     with(func(c *Conn) (any, error) { return c.RouteTo(net.ParseIP("192.0.2.7"), nil) }),
+		"Permanent":   func() (any, error) { return Permanent(k.Host(), []string{nic, other}) },
+		"DialGeneric": func() (any, error) {
+			g, err := DialGeneric(k.Host(), "devlink", 1)
+			if err != nil {
+				return nil, err
+			}
+			defer g.Close()
+			return g.Ask(nl.DEVLINK_CMD_ESWITCH_GET, nl.NewRtAttr(nl.DEVLINK_ATTR_DEV_NAME, nl.ZeroTerminated(pf)))
+		},
+	} {
+		hosttest.EachFailure(t, k, what, look)
+	}
+}
+
 // answer is a netlink message as the kernel sends it.
 func answer(kind uint16, sequence uint32, payload []byte) []byte {
 	b := binary.NativeEndian.AppendUint32(nil, uint32(unix.SizeofNlMsghdr+len(payload)))

@@ -117,8 +117,8 @@ func driverOf(h *iommu.Host, module string) string {
 	return ""
 }
 
-func registered(h *iommu.Host, driver string) bool {
-	return h.Exists(path.Join("sys/bus/pci/drivers", driver))
+func registered(h *iommu.Host, driver string) (bool, error) {
+	return h.Has(path.Join("sys/bus/pci/drivers", driver))
 }
 
 // modules finds the drivers and modules for devices, and remembers what it found for one command.
@@ -164,13 +164,16 @@ func devicePath(a iommu.Address) string { return path.Join("sys/bus/pci/devices"
 // vfio finds the VFIO driver for a device: the one that is wished for, or with Auto the best. With a module, that has
 // to be loaded first, and the driver's name is a guess until it is.
 func (m *modules) vfio(d *iommu.Device, wish string) (driver, module string, err error) {
-	switch {
-	case wish == None:
+	switch wish {
+	case None:
 		return None, "", nil
-	case wish != Auto && registered(m.host, wish):
-		return wish, "", nil
-	case wish != Auto:
-		return wish, strings.ReplaceAll(wish, "-", "_"), nil
+	case Auto:
+	default:
+		there, err := registered(m.host, wish)
+		if !there {
+			module = strings.ReplaceAll(wish, "-", "_")
+		}
+		return wish, module, err
 	}
 
 	modules, err := m.candidates("vfio_" + d.Modalias())

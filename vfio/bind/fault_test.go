@@ -398,3 +398,40 @@ func TestRecordsThatFail(t *testing.T) {
 		}
 	}
 }
+
+// A plan, and a check, of which a part cannot be looked at fails, or is the same.
+func TestPlansThatFail(t *testing.T) {
+	k := hosttest.NewSmallLab(t, "0000:00:05.0", igb, "0000:00:08.0", e1000, edu)
+	b := open(t, k, Options{})
+	if _, err := b.Move(context.Background(), Take(Auto), read(t, b, igb).Address); err != nil {
+		t.Fatal(err)
+	}
+	taken, free := read(t, b, igb), read(t, b, e1000)
+	look := func(do func(b *Handle) (any, error)) func() (any, error) {
+		return func() (any, error) {
+			b, err := Open(&iommu.Host{Host: k.Host()}, Options{})
+			if err != nil {
+				return nil, err
+			}
+			defer b.Close()
+			return do(b)
+		}
+	}
+	for what, do := range map[string]func() (any, error){
+		"take":  look(func(b *Handle) (any, error) { return b.Plan(free, Take(Auto)) }),
+		"give":  look(func(b *Handle) (any, error) { return b.Plan(taken, GiveBack()) }),
+		"home":  look(func(b *Handle) (any, error) { return b.Plan(taken, Home()) }),
+		"taken": look(func(b *Handle) (any, error) { return b.Taken(taken) }),
+		"check": look(func(b *Handle) (any, error) {
+			v, err := b.Check([][]*iommu.Device{{free}}, []*iommu.Device{free}, Take(Auto), nil)
+			return len(v), errors.Join(err, Refusals(v))
+		}),
+		"check of what goes back": look(func(b *Handle) (any, error) {
+			v, err := b.Check([][]*iommu.Device{{taken}}, []*iommu.Device{taken}, GiveBack(), nil)
+			return len(v), errors.Join(err, Refusals(v))
+		}),
+		"refresh": look(func(b *Handle) (any, error) { d := *taken; err := b.Refresh([]*iommu.Device{&d}); return d, err }),
+	} {
+		hosttest.EachFailure(t, k, what, do)
+	}
+}

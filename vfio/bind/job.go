@@ -3,8 +3,11 @@ package bind
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
+	"sync/atomic"
 
+	"viaduct/internal/host"
 	"viaduct/iommu"
 	"viaduct/vfio/holder"
 )
@@ -27,7 +30,11 @@ type Job struct {
 
 	handle *Handle
 	goal   Goal
+	ran    atomic.Bool
 }
+
+// ErrRan is matched by errors of a Job that was carried out before: what it had asked for may be another thing now.
+const ErrRan = host.Error("it was carried out already")
 
 // Prepare finds the units of the devices, locks them, finishes or undoes what interrupted runs left, looks at the
 // devices again if something of viaduct's has changed anything meanwhile, and asks who uses them. What is refused
@@ -114,8 +121,17 @@ func (j *Job) Plan() []Result {
 }
 
 // Run brings the units that are not refused where they are to go, each whole or not at all, and says of each device
-// what came of it. When the context ends, what was not begun is left alone, and half a unit is put back.
+// what came of it. When the context ends, what was not begun is left alone, and half a unit is put back. A
+// Job is run once.
 func (j *Job) Run(ctx context.Context) []Result {
+	if j.ran.Swap(true) {
+		out := j.Plan()
+		for i := range out {
+			out[i].Err = fmt.Errorf("%s: %w", out[i].Device, ErrRan)
+		}
+		return out
+	}
+
 	var units [][]*iommu.Device
 	for _, v := range j.Units {
 		if v.Refused == nil {

@@ -108,7 +108,11 @@ func (b *Handle) planGiveBack(d *iommu.Device) (Change, error) {
 		c.To = None
 	default:
 		c.To = r.Driver
-		if !registered(b.host, r.Driver) && !b.modules.useless(d.Modalias()) {
+		there, err := registered(b.host, r.Driver)
+		if err != nil {
+			return c, err
+		}
+		if !there && !b.modules.useless(d.Modalias()) {
 			// Its module was unloaded meanwhile.
 			c.Module = d.Modalias()
 		}

@@ -117,6 +117,10 @@ func (r *recovery) claim(ctx context.Context) error {
 		switch record, known, err := r.b.change(a); {
 		case err != nil:
 			r.out = append(r.out, Recovered{a, "has a record that cannot be read", err})
+		case known && record.Stuck != "" && record.Command == r.b.child.self && record.Writer.Alive(r.b.host):
+			// This Handle's own write waits yet.
+			r.out = append(r.out, Recovered{a, "is still stuck", r.b.stillStuck(record)})
+			continue
 		case known:
 			r.records[a] = record
 			continue
@@ -184,19 +188,40 @@ func (r *recovery) unit(ctx context.Context, first iommu.Address) {
 			whole = false
 		}
 	}
-	defer func() {
-		for _, m := range members {
-			r.b.locks.pass(m.Change.Device)
-		}
-	}()
-
+	var out []Recovered
 	switch {
 	case !whole:
 	case record.Op == opTake || record.Op == opGive:
-		r.out = append(r.out, r.b.recoverUnit(members)...)
+		out = r.b.recoverUnit(members)
 	default:
-		r.out = append(r.out, r.b.recoverOther(ctx, record))
+		out = append(out, r.b.recoverOther(ctx, record))
 	}
+	r.out = append(r.out, out...)
+
+	for _, m := range members {
+		a := m.Change.Device
+		// What waits in a write is the child's, which shares the lock: it stays with both.
+		if !slices.ContainsFunc(out, func(r Recovered) bool { return r.Device == a && IsStuck(r.Err) }) {
+			r.b.locks.pass(a)
+		}
+	}
+}
+
+// resume makes the records those of this run, which is at work on them now: should its own write wait, others are told
+// of it.
+func (b *Handle) resume(records []changeRecord) error {
+	w, err := b.child.get()
+	if err != nil {
+		return err
+	}
+	for i := range records {
+		r := &records[i]
+		r.Command, r.Writer, r.Stuck = b.child.self, &w.process, ""
+		if err := b.journal.Put(changeKey(r.Change.Device), *r); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (b *Handle) stillStuck(r changeRecord) error {
@@ -223,6 +248,10 @@ func (b *Handle) recoverOther(ctx context.Context, r changeRecord) Recovered {
 	now, err := iommu.ReadDevice(b.host, a)
 	if r.Change.gone(&now, err) {
 		return Recovered{a, "is gone", b.End(a)}
+	}
+
+	if err := b.resume([]changeRecord{r}); err != nil {
+		return Recovered{a, "is not done", err}
 	}
 
 	// The device is this Handle's while it is recovered.
@@ -273,6 +302,12 @@ func (b *Handle) recoverUnit(unit []changeRecord) []Recovered {
 		return out
 	}
 
+	if err := b.resume(unit); err != nil {
+		for i := range unit {
+			out = append(out, Recovered{unit[i].Change.Device, "is not done", err})
+		}
+		return out
+	}
 	for i := range unit {
 		c := &unit[i].Change
 		c.op = unit[i].Op

@@ -51,7 +51,8 @@ func (b *Handle) Do(ctx context.Context, units [][]*iommu.Device, g Goal) []Resu
 	for _, devices := range units {
 		parts := [][]*iommu.Device{devices}
 		if !g.takes() {
-			parts = Singly(devices)
+			// What is no PCI device was not taken.
+			parts = Singly(slices.DeleteFunc(slices.Clone(devices), func(d *iommu.Device) bool { return !d.PCI }))
 		}
 		for _, part := range parts {
 			u := newUnit(b, g, part)
@@ -134,7 +135,11 @@ func (u *unit) begin(ctx context.Context, batch int64) {
 
 func (u *unit) plan(ctx context.Context, i int, d *iommu.Device) {
 	r := u.results[i]
-	if d.PCI && !u.b.Holds(d.Address) {
+	if !d.PCI {
+		r.Err = fmt.Errorf("%s is no PCI device, of which the driver could be changed", d.Name)
+		return
+	}
+	if !u.b.Holds(d.Address) {
 		r.Err = fmt.Errorf("%s is stuck in an earlier change (viaduct recover says why)", d.Name)
 		return
 	}
@@ -332,7 +337,7 @@ func (b *Handle) arrive(c *Change) error {
 	if there.Steps = c.steps(&now); len(there.Steps) == 0 {
 		return nil
 	}
-	if err := b.send(there.request()); err != nil {
+	if err := b.noteStuck(b.send(there.request())); err != nil {
 		return err
 	}
 	return there.check(b.host)

@@ -134,7 +134,11 @@ func (m *Manager) before(i *Item) (before, error) {
 		return b, err
 	}
 	leased := m.Guests()
-	for n, place := range iommu.VFAddresses(m.host, i.Device.Address) {
+	places, err := iommu.VFAddresses(m.host, i.Device.Address)
+	if err != nil {
+		return b, err
+	}
+	for n, place := range places {
 		if _, ours := leased[place]; ours && n < len(pf.VFs) {
 			// They are the guest's, and not the next one's.
 			pf.VFs[n].Settings = nil

@@ -214,15 +214,18 @@ func (m *Manager) planPF(pf *hostfile.PF, guard *guard, leased map[iommu.Address
 	}
 
 	i.Waits = pf.AfterLAG && !m.options.Late && !m.bonded(i.Device)
-	wish := m.wish(pf, i.Device, i.Waits, leased)
+	wish, err := m.wish(pf, i.Device, i.Waits, leased)
+	if err != nil {
+		i.Refuse(err)
+		return i
+	}
 	plan, err := m.handle.PlanCount(i.Device, wish)
 	if err != nil {
 		i.Refuse(err)
 		return i
 	}
 
-	if m.options.Boot &&
-		guard.names[i.Device.Name] != "" {
+	if m.options.Boot && guard.names[i.Device.Name] != "" {
 		// What carries the host gets its addresses as if it were brought up for that.
 		for n := range plan.Up {
 			plan.Up[n].GenMode = nil
@@ -256,13 +259,16 @@ func (m *Manager) planPF(pf *hostfile.PF, guard *guard, leased map[iommu.Address
 
 // wish is what a PF is declared to have, but for what guests' VFs have instead.
 func (m *Manager) wish(pf *hostfile.PF, d *iommu.Device, waits bool,
-	leased map[iommu.Address]sriov.Settings) sriov.Wish {
+	leased map[iommu.Address]sriov.Settings) (sriov.Wish, error) {
 	wish := sriov.Wish{
 		Eswitch: sriov.Eswitch{Mode: pf.Eswitch, Inline: pf.Inline, Encap: pf.Encap}, Offload: pf.Offload, MTU: pf.MTU,
 	}
 	var places []iommu.Address
 	if len(leased) > 0 {
-		places = iommu.VFAddresses(m.host, d.Address)
+		var err error
+		if places, err = iommu.VFAddresses(m.host, d.Address); err != nil {
+			return wish, err
+		}
 	}
 	for n, vf := range pf.Each() {
 		use := vf.Use
@@ -281,7 +287,7 @@ func (m *Manager) wish(pf *hostfile.PF, d *iommu.Device, waits bool,
 		}
 		wish.VFs = append(wish.VFs, sriov.VFWish{Use: use, Settings: vf.Settings})
 	}
-	return wish
+	return wish, nil
 }
 
 // Guests are the settings that Leased tells now.

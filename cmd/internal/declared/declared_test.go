@@ -187,12 +187,12 @@ func TestLeasedUndo(t *testing.T) {
 	if len(item.take) != 1 || item.take[0].Name != vf.Name {
 		t.Errorf("the guest's VF is to be taken, and nothing else: %v", item.take)
 	}
-	wish := m.wish(&parse(t, mixed+"      - {range: 2, vlan: 7, trust: on}\n").PFs[0], found(t, m), false, m.Guests())
+	wish, _ := m.wish(&parse(t, mixed+"      - {range: 2, vlan: 7, trust: on}\n").PFs[0], found(t, m), false, m.Guests())
 	if got := wish.VFs[2].Settings; !maps.Equal(got, own) {
 		t.Errorf("an undo gives the guest's VF %v, want %v", got, own)
 	}
 	m.exact = false
-	wish = m.wish(&parse(t, mixed+"      - {range: 2, vlan: 7, trust: on}\n").PFs[0], found(t, m), false, m.Guests())
+	wish, _ = m.wish(&parse(t, mixed+"      - {range: 2, vlan: 7, trust: on}\n").PFs[0], found(t, m), false, m.Guests())
 	if got := wish.VFs[2].Settings; got[sriov.VLAN] != "100" || got[sriov.Trust] != "on" {
 		t.Errorf("an apply gives the guest's VF %v", got)
 	}

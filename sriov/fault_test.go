@@ -363,3 +363,66 @@ func TestLooksThatFail(t *testing.T) {
 		hosttest.EachFailure(t, k, what, do)
 	}
 }
+
+// Who took a VF until it was locked is seen: a look from before the lock is none.
+func TestMakeLooksAgain(t *testing.T) {
+	k := small(t)
+	quiet(t, k, makeVFs(alike(2, UseNone)))
+	s := open(t, k)
+	var once atomic.Bool
+	k.SetFault(func(op, name string) error {
+		// The last device of a look.
+		if op == "read" && strings.HasSuffix(name, edu+"/modalias") && once.CompareAndSwap(false, true) {
+			dir := "sys/bus/pci/devices/" + vf0
+			if err := errors.Join(k.Write(dir+"/driver_override", "vfio-pci"), k.Write("sys/bus/pci/drivers_probe", vf0)); err != nil {
+				t.Error(err)
+			}
+			usesNode(t, k, vf0)
+		}
+		return nil
+	})
+	_, err := s.Make(context.Background(), parse(pf), Wish{})
+	k.Revive()
+	if !once.Load() || !errors.Is(err, holder.ErrRefused) || !strings.HasPrefix(state(t, k), "vfio-pci/vfio-pci") {
+		t.Errorf("seen %v: %v, left %s", once.Load(), err, state(t, k))
+	}
+}
+
+// What is known of VFs goes with them, and of new ones is what was done with these; one handle does all of it.
+func TestForgotten(t *testing.T) {
+	k := small(t)
+	s := open(t, k)
+	known := func() string {
+		t.Helper()
+		taken, err1 := s.journal.Keys("taken-")
+		all, err2 := s.LastRequested(device(t, s, pf))
+		if err := errors.Join(err1, err2); err != nil {
+			t.Fatal(err)
+		}
+		return fmt.Sprint(taken, all)
+	}
+	for _, c := range []struct {
+		wish Wish
+		want string
+	}{
+		{alike(2, UseVFIO), "[taken-0000:01:10.0 taken-0000:01:10.2] map[]"},
+		{wished, "[taken-0000:01:10.0] map[0:map[mac:52:54:00:aa:00:01 trust:on vlan:100]]"},
+		{Wish{}, "[] map[]"},
+	} {
+		if _, err := s.Make(context.Background(), parse(pf), c.wish); err != nil {
+			t.Fatal(err)
+		}
+		if got := known(); got != c.want {
+			t.Errorf("of %d VFs is known %s, want %s", len(c.wish.VFs), got, c.want)
+		}
+		if len(c.wish.VFs) == 0 {
+			continue
+		}
+		if _, err := s.SetVF(context.Background(), parse(vf0), Settings{QoS: "0"}); err != nil {
+			t.Errorf("a VF of the same handle: %v", err)
+		}
+		if err := s.rememberRequested(device(t, s, pf), SetPlan{VF: vfAt(parse(pf), parse(vf0), 0), Want: c.wish.VFs[0].Settings}); err != nil {
+			t.Fatal(err)
+		}
+	}
+}

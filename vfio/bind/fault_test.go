@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -433,5 +434,95 @@ func TestPlansThatFail(t *testing.T) {
 		"refresh": look(func(b *Handle) (any, error) { d := *taken; err := b.Refresh([]*iommu.Device{&d}); return d, err }),
 	} {
 		hosttest.EachFailure(t, k, what, do)
+	}
+}
+
+// A recovery whose own write waits keeps the lock and is told of by the next one, and does not begin a second write.
+func TestStuckRecovery(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	first := open(t, k, Options{})
+	a := read(t, first, igb).Address
+	if _, err := first.Move(context.Background(), Take(Auto), a); err != nil {
+		t.Fatal(err)
+	}
+	k.KillAt(1, isWrite) // the override is written, and the unbind is not
+	_, _ = first.Move(context.Background(), GiveBack(), a)
+	first.Close()
+	if !k.Revive() {
+		t.Fatal("it was not killed")
+	}
+
+	let, returned := make(chan struct{}), make(chan struct{})
+	var begun atomic.Int64
+	k.Before = func(name, _ string) {
+		if strings.HasSuffix(name, "vfio-pci/unbind") {
+			begun.Add(1)
+			<-let
+		}
+	}
+	k.After = func(name, _ string) {
+		if strings.HasSuffix(name, "vfio-pci/unbind") {
+			close(returned)
+		}
+	}
+	b := open(t, k, Options{Timeout: 100 * time.Millisecond})
+	for range 2 {
+		recovered, err := b.Recover(context.Background())
+		if err != nil || len(recovered) != 1 || !IsStuck(recovered[0].Err) {
+			t.Fatalf("%v, %v", recovered, err)
+		}
+	}
+	other := open(t, k, Options{Timeout: 100 * time.Millisecond})
+	if ok, err := other.TryLock(a); ok || err != nil {
+		t.Errorf("another has its lock: %v, %v", ok, err)
+	}
+	if n := begun.Load(); n != 1 {
+		t.Errorf("%d unbinds wait", n)
+	}
+	close(let)
+	<-returned
+	b.Close()
+	next := open(t, k, Options{})
+	if _, err := next.RecoverPatiently(context.Background()); err != nil || bound(t, next, igb) != [2]string{"igb", ""} {
+		t.Errorf("afterwards: %v, %q", err, bound(t, next, igb))
+	}
+}
+
+// A Job is run once: what it asked for may be another thing afterwards.
+func TestJobRunsOnce(t *testing.T) {
+	k, b := newKernel(t)
+	d := read(t, b, igb)
+	j, err := b.Prepare(context.Background(), Request{Devices: []*iommu.Device{d}, Goal: Take(Auto)})
+	if err != nil || j.Refused() != nil {
+		t.Fatal(err, j.Refused())
+	}
+	if r := j.Run(context.Background()); len(r) != 1 || r[0].Err != nil {
+		t.Errorf("%+v", r)
+	}
+	k.Log = nil
+	if r := j.Run(context.Background()); len(r) != 1 || !errors.Is(r[0].Err, ErrRan) || len(k.Log) > 0 || bound(t, b, igb)[0] != "vfio-pci" {
+		t.Errorf("again: %+v, writes %q", r, k.Log)
+	}
+}
+
+// What is no PCI device is never written to, whichever way its group goes.
+func TestNoPCIDevice(t *testing.T) {
+	k, b := newKernel(t)
+	other := &iommu.Device{Name: "plat.0"}
+	for _, goal := range []Goal{Take(Auto), GiveBack(), Home()} {
+		results := b.Do(context.Background(), [][]*iommu.Device{{read(t, b, e1000), other}}, goal)
+		for _, r := range results {
+			if goal.takes() && r.Err == nil {
+				t.Errorf("%+v", r)
+			}
+		}
+	}
+	for _, w := range k.Log {
+		if strings.Contains(w, "plat") || strings.Contains(w, "0000:00:00.0") {
+			t.Errorf("written: %s", w)
+		}
+	}
+	if keys, _ := b.journal.Keys(""); len(keys) > 0 {
+		t.Errorf("records %q", keys)
 	}
 }

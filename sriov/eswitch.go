@@ -61,6 +61,9 @@ func EncapModes() []string { return slices.Clone(choices[2].values) }
 var modeFirst = [...]string{"ice", "i40e"}
 
 func (e *Eswitch) String() string {
+	if e == nil {
+		return ""
+	}
 	var words []string
 	for _, c := range choices {
 		if value := *c.of(e); value != "" {

@@ -25,12 +25,37 @@ type Wish struct {
 
 // VFWish is what one VF is to be.
 type VFWish struct {
+	// Use is UseNone if it is "".
 	Use      Use      `json:"use"`
 	Settings Settings `json:"settings,omitempty"`
 }
 
-// Repeat returns n wishes that are alike.
-func Repeat(n int, vf VFWish) []VFWish { return slices.Repeat([]VFWish{vf}, n) }
+// Repeat returns n wishes that are alike, none if n is not above zero.
+func Repeat(n int, vf VFWish) []VFWish { return slices.Repeat([]VFWish{vf}, max(n, 0)) }
+
+// check refuses what no PF can be.
+func (w *Wish) check() error {
+	for i, vf := range w.VFs {
+		if !slices.Contains([]Use{"", UseNone, UseVFIO, UseHome}, vf.Use) {
+			return fmt.Errorf("vf%d: %q is no use of a VF; there are %s, %s and %s", i, vf.Use, UseNone, UseVFIO, UseHome)
+		}
+		if _, err := vf.Settings.checked(); err != nil {
+			return fmt.Errorf("vf%d: %w", i, err)
+		}
+	}
+	for _, c := range choices {
+		if value := *c.of(&w.Eswitch); value != "" && !slices.Contains(c.values, value) {
+			return fmt.Errorf("%q is no %s of an e-switch; there are %s", value, c.name, strings.Join(c.values, ", "))
+		}
+	}
+	if !slices.Contains([]string{"", on, off}, w.Offload) {
+		return fmt.Errorf("%q is no state of hw-tc-offload; there are on and off", w.Offload)
+	}
+	if w.MTU < 0 {
+		return fmt.Errorf("%d is no MTU", w.MTU)
+	}
+	return nil
+}
 
 // anyVF reports whether one of the VFs is such a one.
 func anyVF(vfs []VFWish, such func(VFWish) bool) bool { return slices.ContainsFunc(vfs, such) }
@@ -146,6 +171,9 @@ func count(pf *iommu.Device, n int) bind.Step {
 // *RangeError, *NotPFError or *ForecastError says that it cannot be.
 func (s *Handle) PlanCount(pf *iommu.Device, wish Wish) (*Plan, error) {
 	h, n := s.Host(), len(wish.VFs)
+	if err := wish.check(); err != nil {
+		return nil, err
+	}
 	switch {
 	case pf.SRIOV == nil:
 		return nil, notPF(h, pf)

@@ -229,6 +229,9 @@ type setRecord struct {
 // Set carries out a plan, for a PF and a VF that are locked: all of it or, undone, nothing. It reads back what came of
 // it, and names the keys that the driver takes and does not report. A *SettingError says what the driver refused.
 func (s *Handle) Set(ctx context.Context, p *SetPlan) (unverified []Key, err error) {
+	if err := s.MayChange(); err != nil {
+		return nil, err
+	}
 	pf := p.port.PF
 	if len(p.Settings) == 0 {
 		return nil, s.rememberRequested(pf, *p)

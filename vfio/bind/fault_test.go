@@ -249,8 +249,18 @@ func TestDryRun(t *testing.T) {
 	if err != nil || len(results) != 2 || len(results[0].Steps) != 3 || len(k.Log) > 0 {
 		t.Errorf("the plan is %+v, %v, writes %q", results, err, k.Log)
 	}
-	if err := b.Do(context.Background(), [][]*iommu.Device{{d}}, Take(Auto))[0].Err; !errors.Is(err, ErrDryRun) {
-		t.Error(err)
+	for what, err := range map[string]error{
+		"do": b.Do(context.Background(), [][]*iommu.Device{{d}}, Take(Auto))[0].Err, "end": b.End(d.Address), "forget": b.Forget(nil),
+	} {
+		if !errors.Is(err, ErrDryRun) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if r := open(t, k, Options{}).Do(context.Background(), [][]*iommu.Device{{}}, Take(Auto)); len(r) > 0 {
+		t.Errorf("of nothing came %+v", r)
+	}
+	if _, err := Open(&iommu.Host{}, Options{}); err == nil {
+		t.Error("a Handle of no host")
 	}
 }
 

@@ -49,6 +49,9 @@ type Handle struct {
 // must have called [ServeWrites] first in its main, or Open fails. On a captured host all plans can be made, and
 // changes are [iommu.ErrReadOnly].
 func Open(h *iommu.Host, o Options) (*Handle, error) {
+	if h == nil || h.Host == nil {
+		return nil, errors.New("bind: there is no host (iommu.Open gives one)")
+	}
 	if h.Real() && !served.Load() {
 		return nil, errors.New("bind: the program must call bind.ServeWrites first in its main")
 	}
@@ -76,8 +79,8 @@ func (b *Handle) DryRun() bool { return b.options.DryRun }
 // Changes reports whether the Handle can change its host: it is a running one, and this is no dry run.
 func (b *Handle) Changes() bool { return b.host.Live() && !b.options.DryRun }
 
-// mayChange is why the Handle can change nothing, nil if it can.
-func (b *Handle) mayChange() error {
+// MayChange is why the Handle can change nothing: [iommu.ErrReadOnly] or [ErrDryRun]; nil if it can.
+func (b *Handle) MayChange() error {
 	switch {
 	case !b.host.Live():
 		return fmt.Errorf("%s is a captured host: %w", b.host.Path(""), iommu.ErrReadOnly)

@@ -100,7 +100,7 @@ func (b *Handle) Lock(ctx context.Context, devices []*iommu.Device) error {
 
 // LockAt is Lock for devices of which only the addresses are known.
 func (b *Handle) LockAt(ctx context.Context, devices ...iommu.Address) error {
-	if err := b.mayChange(); err != nil {
+	if err := b.MayChange(); err != nil {
 		return err
 	}
 	l, err := b.locks.open()
@@ -149,7 +149,7 @@ func (b *Handle) lockOne(ctx context.Context, l *filelock.File, a iommu.Address)
 
 // TryLock locks a device as Lock does, unless another process has it.
 func (b *Handle) TryLock(a iommu.Address) (bool, error) {
-	if err := b.mayChange(); err != nil {
+	if err := b.MayChange(); err != nil {
 		return false, err
 	}
 	l, err := b.locks.open()

@@ -191,7 +191,7 @@ func (o *NodeOwner) rule(d *iommu.Device) string {
 
 // Disown gives the nodes of a taken device, which stays taken, back to root alone.
 func (b *Handle) Disown(d *iommu.Device) error {
-	if err := b.mayChange(); err != nil {
+	if err := b.MayChange(); err != nil {
 		return err
 	}
 	files, err := vfio.Nodes(b.host, d)

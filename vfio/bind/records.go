@@ -44,7 +44,7 @@ type Recoverer func(ctx context.Context, b *Handle, device iommu.Address, data j
 // users the change may have to wait for. [Handle.End] ends it; a run that is killed before leaves it to the Recoverer
 // of this name. Begun again, a change has the new data.
 func (b *Handle) Begin(op string, d *iommu.Device, users []*iommu.Device, data any) error {
-	if err := errors.Join(b.mayChange(), b.locked(d.Address)); err != nil {
+	if err := errors.Join(b.MayChange(), b.locked(d.Address)); err != nil {
 		return err
 	}
 	text, err := json.Marshal(data)
@@ -55,7 +55,12 @@ func (b *Handle) Begin(op string, d *iommu.Device, users []*iommu.Device, data a
 }
 
 // End says that the change of a device is over, done or undone.
-func (b *Handle) End(a iommu.Address) error { return b.journal.Delete(changeKey(a)) }
+func (b *Handle) End(a iommu.Address) error {
+	if err := b.MayChange(); err != nil {
+		return err
+	}
+	return b.journal.Delete(changeKey(a))
+}
 
 // put completes a record by the run that makes it, and writes it down.
 func (b *Handle) put(users []*iommu.Device, r changeRecord) error {
@@ -158,7 +163,10 @@ func (b *Handle) forgetTaken(a iommu.Address) error {
 
 // Forget drops what the journal keeps of VFs that are no more.
 func (b *Handle) Forget(vfs []iommu.VF) error {
-	var errs []error
+	errs := []error{b.MayChange()}
+	if errs[0] != nil {
+		return errs[0]
+	}
 	for _, vf := range vfs {
 		errs = append(errs, b.forgetTaken(vf.Address))
 	}

@@ -55,7 +55,7 @@ func (b *Handle) Stuck() []Recovered {
 }
 
 func (b *Handle) recoverAll(ctx context.Context, patience time.Duration) ([]Recovered, error) {
-	if err := b.mayChange(); err != nil {
+	if err := b.MayChange(); err != nil {
 		return nil, err
 	}
 	l, err := b.locks.open()

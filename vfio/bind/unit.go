@@ -49,6 +49,9 @@ func (b *Handle) Do(ctx context.Context, units [][]*iommu.Device, g Goal) []Resu
 	var out []*Result
 	var all []*unit
 	for _, devices := range units {
+		if len(devices) == 0 {
+			continue
+		}
 		parts := [][]*iommu.Device{devices}
 		if !g.takes() {
 			// What is no PCI device was not taken.

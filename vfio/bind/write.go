@@ -43,7 +43,7 @@ func (b *Handle) write(ctx context.Context, batch int64, c Change) error {
 // that does not return within the time for it is a *StuckError, and the device the child's until it does. Errors wrap
 // the errno.
 func (b *Handle) Write(a iommu.Address, steps []Step) error {
-	if err := errors.Join(b.mayChange(), b.locked(a)); err != nil {
+	if err := errors.Join(b.MayChange(), b.locked(a)); err != nil {
 		return err
 	}
 	if len(steps) == 0 {

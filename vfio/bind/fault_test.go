@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -304,28 +305,44 @@ func errorsOf(all []Recovered) []error {
 	return out
 }
 
-// TryLock has what nobody has, also while another one locks and unlocks it all the time next door.
+// TryLock has what nobody has, also while others ask for it, or for the device next door, all the time.
 func TestTryLock(t *testing.T) {
 	k := hosttest.NewLab(t, nil)
 	a, b := open(t, k, Options{}), open(t, k, Options{})
 	one, two := read(t, a, igb).Address, read(t, a, e1000).Address
-	for range 200 {
-		if ok, err := a.TryLock(one); !ok || err != nil {
-			t.Fatalf("a free lock: %v, %v", ok, err)
+	if ok, err := b.TryLock(one); !ok || err != nil {
+		t.Fatal(ok, err)
+	}
+	done := make(chan struct{})
+	var wg sync.WaitGroup
+	for range 4 { // who is refused looks at the lock all the same
+		other := open(t, k, Options{})
+		wg.Go(func() {
+			for {
+				select {
+				case <-done:
+					return
+				default:
+				}
+				if ok, err := other.TryLock(one); ok || err != nil {
+					t.Errorf("another's lock: %v, %v", ok, err)
+					return
+				}
+			}
+		})
+	}
+	for range 300 {
+		if ok, err := a.TryLock(two); !ok || err != nil {
+			t.Fatalf("a lock that nobody has: %v, %v", ok, err)
 		}
-		if ok, err := b.TryLock(one); ok || err != nil {
-			t.Fatalf("another's: %v, %v", ok, err)
-		}
-		if ok, err := b.TryLock(two); !ok || err != nil {
-			t.Fatalf("the other: %v, %v", ok, err)
-		}
-		if !a.Holds(one) || a.Holds(two) {
+		if !a.Holds(two) || a.Holds(one) {
 			t.Fatal("who has which is not known")
 		}
 		a.Close()
-		b.Close()
-		a, b = open(t, k, Options{}), open(t, k, Options{})
+		a = open(t, k, Options{})
 	}
+	close(done)
+	wg.Wait()
 }
 
 // Nothing that could not be looked at is taken for nothing: each call tells that it failed.

@@ -31,6 +31,7 @@ func (b *Handle) awaitHome(ctx context.Context, d *iommu.Device) error {
 		return unknown(err)
 	}
 	defer events.Close()
+	asked := ctx
 	ctx, cancel := context.WithTimeout(ctx, b.Timeout())
 	defer cancel()
 
@@ -41,6 +42,10 @@ func (b *Handle) awaitHome(ctx context.Context, d *iommu.Device) error {
 		}
 		if len(missing) == 0 {
 			return nil
+		}
+		if asked.Err() != nil {
+			return fmt.Errorf("%s is on %s again; whether it makes %s, which it had, was not waited for", d.Name, driver,
+				strings.Join(missing, " and "))
 		}
 		if ctx.Err() != nil {
 			return fmt.Errorf("%s is on %s again, but has not made %s, which it had", d.Name, driver,

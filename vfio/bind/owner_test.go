@@ -253,3 +253,43 @@ func TestHome(t *testing.T) {
 		t.Errorf("what was written down: %+v, %v", id, err)
 	}
 }
+
+// A device whose driver makes its interface late is waited for; who is interrupted, or has waited for long enough, is told so.
+func TestAwaitHome(t *testing.T) {
+	for what, says := range map[string]string{"late": "", "never": "has not made a network interface", "interrupted": "was not waited for"} {
+		k := hosttest.NewLab(t, nil)
+		b := open(t, k, Options{Timeout: 200 * time.Millisecond})
+		a := read(t, b, igb).Address
+		if _, err := b.Move(context.Background(), Take(Auto), a); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		link, away := filepath.Join(k.Dir(), "sys/class/net/enp1s0"), filepath.Join(k.Dir(), "enp1s0")
+		made := make(chan error, 1)
+		k.After = func(name, value string) {
+			if !strings.HasSuffix(name, "drivers_probe") {
+				return
+			}
+			err := os.Rename(link, away)
+			switch {
+			case what == "late":
+				go func() { made <- errors.Join(err, os.Rename(away, link)) }()
+			case what == "interrupted":
+				cancel()
+			}
+		}
+		_, err := b.Move(ctx, GiveBack(), a)
+		if (err == nil) != (says == "") || err != nil && !strings.Contains(err.Error(), says) {
+			t.Errorf("%s: %v", what, err)
+		}
+		if what == "late" {
+			if err := <-made; err != nil {
+				t.Error(err)
+			}
+		}
+		if got := bound(t, b, igb); got != [2]string{"igb", ""} {
+			t.Errorf("%s: %q", what, got)
+		}
+		cancel()
+	}
+}

@@ -97,7 +97,7 @@ func heldBy(h *iommu.Host, pid string, devices []*iommu.Device, nodes map[Node]*
 	dir := path.Join("proc", pid, "fd")
 	fds, err := h.Names(dir)
 	if err != nil {
-		return nil, unseen(dir, err)
+		return nil, unseenOf(h, pid, dir, err)
 	}
 
 	var held, nameless []*iommu.Device
@@ -106,7 +106,7 @@ func heldBy(h *iommu.Host, pid string, devices []*iommu.Device, nodes map[Node]*
 	for _, fd := range fds {
 		target, err := h.Link(path.Join(dir, fd))
 		if err != nil {
-			if err = unseen(dir, err); errors.Is(err, ErrBlind) {
+			if err = unseenOf(h, pid, dir, err); errors.Is(err, ErrBlind) {
 				blind = err
 			} else if err != nil {
 				return nil, err
@@ -130,7 +130,7 @@ func heldBy(h *iommu.Host, pid string, devices []*iommu.Device, nodes map[Node]*
 				continue
 			}
 			if err != nil {
-				if err = unseen(dir, err); errors.Is(err, ErrBlind) {
+				if err = unseenOf(h, pid, dir, err); errors.Is(err, ErrBlind) {
 					blind = err
 				} else if err != nil {
 					return nil, err
@@ -167,6 +167,18 @@ func unseen(dir string, err error) error {
 	case errors.Is(err, fs.ErrPermission):
 		return fmt.Errorf("%w: /%s: %w", ErrBlind, dir, unix.EACCES)
 	case host.Absent(err) || errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, errNoLink):
+		return nil
+	}
+	return err
+}
+
+// unseenOf is unseen for what a process has. Of one that has just gone the kernel says that it may not be looked at
+// (fs/proc/namespaces.c, proc_ns_readlink).
+func unseenOf(h *iommu.Host, pid, dir string, err error) error {
+	if err = unseen(dir, err); !errors.Is(err, ErrBlind) {
+		return err
+	}
+	if _, gone := h.String(path.Join("proc", pid, "stat")); host.Absent(gone) || errors.Is(gone, unix.ESRCH) {
 		return nil
 	}
 	return err

@@ -103,7 +103,7 @@ func namespaces(h *iommu.Host, kind string, look func(pid string) (bool, error))
 		dir := path.Join("proc", pid, "ns")
 		id, err := h.Link(path.Join(dir, kind))
 		if err != nil {
-			if err = unseen(dir, err); errors.Is(err, ErrBlind) {
+			if err = unseenOf(h, pid, dir, err); errors.Is(err, ErrBlind) {
 				blind = err
 			} else if err != nil {
 				return err
@@ -114,7 +114,7 @@ func namespaces(h *iommu.Host, kind string, look func(pid string) (bool, error))
 			continue
 		}
 		if seen[id], err = look(pid); err != nil {
-			if err = unseen(dir, err); errors.Is(err, ErrBlind) {
+			if err = unseenOf(h, pid, dir, err); errors.Is(err, ErrBlind) {
 				blind = err
 			} else if err != nil {
 				return err

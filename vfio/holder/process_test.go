@@ -83,6 +83,31 @@ func TestBlind(t *testing.T) {
 	}
 }
 
+// A process that has gone while it was looked at is nobody, whatever the kernel says of it then.
+func TestProcessThatGoes(t *testing.T) {
+	for _, what := range []string{"ns/net", "ns/mnt", "fd"} {
+		k, h := hostOf(t, withDisk(hosttest.Tree{"proc/4712/ns/net": "-> net:[4026532000]", "proc/4712/ns/mnt": "-> mnt:[4026532001]"}))
+		k.Process(4712, "ip")
+		d := read(t, h, e1000)
+		if what == "ns/mnt" {
+			d = read(t, h, disk)
+		}
+		went := false
+		k.SetFault(func(_, name string) error {
+			if !went && strings.HasPrefix(name, "proc/4712/"+what) {
+				went = true
+				k.End(4712)
+				return unix.EACCES
+			}
+			return nil
+		})
+		if found, err := Find(h, []*iommu.Device{d}); err != nil || len(found) > 0 || !went && what != "fd" {
+			t.Errorf("%s: %+v, %v, went %v", what, found, err, went)
+		}
+		k.Revive()
+	}
+}
+
 func isBlind(err error) bool { return err != nil && strings.Contains(err.Error(), ErrBlind.Error()) }
 
 // A process is the same as long as its number and its start are; a zombie has ended.

@@ -87,7 +87,7 @@ func sshPeers(h *iommu.Host) ([]connection, error) {
 	var blind error
 	for _, pid := range pids {
 		name, err := h.String(path.Join("proc", pid, "comm"))
-		if err = unseen(path.Join("proc", pid), err); errors.Is(err, ErrBlind) {
+		if err = unseenOf(h, pid, path.Join("proc", pid), err); errors.Is(err, ErrBlind) {
 			blind = err
 		} else if err != nil {
 			return nil, err
@@ -116,14 +116,14 @@ func connectionsOf(h *iommu.Host, pid string, all map[string]connection) ([]conn
 	dir := path.Join("proc", pid, "fd")
 	fds, err := h.Names(dir)
 	if err != nil {
-		return nil, unseen(dir, err)
+		return nil, unseenOf(h, pid, dir, err)
 	}
 
 	var out []connection
 	for _, fd := range fds {
 		target, err := h.Link(path.Join(dir, fd))
 		if err != nil {
-			if err = unseen(dir, err); err != nil {
+			if err = unseenOf(h, pid, dir, err); err != nil {
 				return out, err
 			}
 			continue

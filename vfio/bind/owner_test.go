@@ -271,10 +271,10 @@ func TestAwaitHome(t *testing.T) {
 				return
 			}
 			err := os.Rename(link, away)
-			switch {
-			case what == "late":
+			switch what {
+			case "late":
 				go func() { made <- errors.Join(err, os.Rename(away, link)) }()
-			case what == "interrupted":
+			case "interrupted":
 				cancel()
 			}
 		}

@@ -102,8 +102,12 @@ func TestOffloadAfterMode(t *testing.T) {
 	n := &nic{}
 	k.OnIoctl = n.ioctl
 	seen := false
-	k.SetFault(func(op, name string) error {
-		if mode := k.Net.Eswitch[pf][0]; op == "ioctl" && mode == 1 && !seen {
+	eswitch := func() (mode int) {
+		k.ChangeNet(func(n *hosttest.Network) { mode = n.Eswitch[pf][0] })
+		return mode
+	}
+	k.SetFault(func(op, _ string) error {
+		if op == "ioctl" && !seen && eswitch() == 1 {
 			seen, n.on = true, false
 		}
 		return nil
@@ -113,8 +117,8 @@ func TestOffloadAfterMode(t *testing.T) {
 		t.Errorf("%v, %+v, looked at after the mode: %v", err, n, seen)
 	}
 	k.Revive()
-	if k.Net.Eswitch[pf][0] != 1 {
-		t.Errorf("the e-switch is %v", k.Net.Eswitch[pf])
+	if eswitch() != 1 {
+		t.Errorf("the e-switch is %v", eswitch())
 	}
 	s := open(t, k)
 	now, err := ReadEswitch(s.Host(), parse(pf))

@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/vishvananda/netlink/nl"
@@ -110,9 +111,10 @@ func TestLongMessage(t *testing.T) {
 		t.Fatal(err)
 	}
 	c.room = nil
-	k.Net.Answer = func(kind uint16, b []byte) []byte {
+	hook := func(kind uint16, b []byte) []byte {
 		return append(slices.Clip(b), answer(0, 0, make([]byte, 100<<10))...)
 	}
+	k.ChangeNet(func(n *hosttest.Network) { n.Answer = hook })
 	if links, err := c.Links(); err != nil || len(links) != len(all) || len(c.room) < 100<<10 {
 		t.Errorf("%d of %d links, %v, room for %d", len(links), len(all), err, len(c.room))
 	}
@@ -129,15 +131,17 @@ func TestInterruptedDump(t *testing.T) {
 		{Interface: other, CIDR: "2001:db8::1/64"},
 	}
 	c := dial(t, k, unix.NETLINK_ROUTE)
-	k.Net.Interrupt = 77
+	k.ChangeNet(func(n *hosttest.Network) { n.Interrupt = 77 })
 	got, err := c.Addresses()
 	if err != nil || len(got) != 2 || got[0].String() != "192.0.2.1/24" || got[1].String() != "2001:db8::1/64" {
 		t.Errorf("%v, %v", got, err)
 	}
-	if k.Net.Interrupt != 0 {
-		t.Errorf("%d answers were not asked for again", k.Net.Interrupt)
+	left := 0
+	k.ChangeNet(func(n *hosttest.Network) { left = n.Interrupt })
+	if left != 0 {
+		t.Errorf("%d answers were not asked for again", left)
 	}
-	k.Net.Interrupt = 1 << 30
+	k.ChangeNet(func(n *hosttest.Network) { n.Interrupt = 1 << 30 })
 	if got, err := c.Addresses(); !errors.Is(err, errInterrupted) || got != nil {
 		t.Errorf("what changes all the time: %v, %v", got, err)
 	}
@@ -152,16 +156,18 @@ func TestCutDump(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		whole := true
-		k.Net.Answer = func(_ uint16, b []byte) []byte {
+		var uncut atomic.Bool
+		hook := func(_ uint16, b []byte) []byte {
 			at := min(7*n+1, len(b))
 			if at < len(b) && isBoundary(b, at) {
 				at-- // or it would not be cut, but one of several
 			}
-			whole = at == len(b)
+			uncut.Store(at == len(b))
 			return b[:at]
 		}
+		k.ChangeNet(func(n *hosttest.Network) { n.Answer = hook })
 		links, err := c.Links()
+		whole := uncut.Load()
 		if err == nil && len(links) != len(all) || whole != (err == nil) || err != nil && !errors.Is(err, ErrCut) {
 			t.Fatalf("cut at %d: %d of %d links, %v", 7*n+1, len(links), len(all), err)
 		}
@@ -224,7 +230,7 @@ func TestSet(t *testing.T) {
 	if !bytes.Contains(now.VFs[1], mac) || bytes.Contains(now.VFs[0], mac[4:10]) {
 		t.Errorf("VFs %x", now.VFs)
 	}
-	k.Net.Refuse = map[int]unix.Errno{nl.IFLA_VF_MAC: unix.EPERM}
+	k.ChangeNet(func(n *hosttest.Network) { n.Refuse = map[int]unix.Errno{nl.IFLA_VF_MAC: unix.EPERM} })
 	if err := c.SetVF(l.Index, nl.IFLA_VF_MAC, mac); !errors.Is(err, unix.EPERM) {
 		t.Errorf("refused: %v", err)
 	}
@@ -260,7 +266,7 @@ func TestRoutes(t *testing.T) {
 	if over, err := c.RouteTo(net.ParseIP("192.0.2.7"), nil); err != nil || !slices.Equal(over, []int{one.Index}) {
 		t.Errorf("over %v, %v", over, err)
 	}
-	k.Net.Routes = nil
+	k.ChangeNet(func(n *hosttest.Network) { n.Routes = nil })
 	if over, err := c.RouteTo(net.ParseIP("192.0.2.7"), net.ParseIP("192.0.2.1")); !errors.Is(err, unix.ENETUNREACH) {
 		t.Errorf("over %v, %v", over, err)
 	}
@@ -274,7 +280,7 @@ func TestGeneric(t *testing.T) {
 	if _, err := DialGeneric(k.Host(), "devlink", 1); !errors.Is(err, unix.ENOENT) {
 		t.Errorf("a kernel without devlink: %v", err)
 	}
-	k.Net.Eswitch = map[string][3]int{pf: {1, 0, 0}}
+	k.ChangeNet(func(n *hosttest.Network) { n.Eswitch = map[string][3]int{pf: {1, 0, 0}} })
 	g, err := DialGeneric(k.Host(), "devlink", 1)
 	if err != nil {
 		t.Fatal(err)

@@ -255,19 +255,24 @@ func TestLooksThatFail(t *testing.T) {
 				stride = 1
 			}
 			for n, more := (len(kind)+i)%stride, true; more; n += stride {
-				failed := ""
+				var failedAt atomic.Pointer[string]
 				var left atomic.Int64
 				left.Store(int64(n))
 				fail := []error{unix.EIO, unix.EACCES, unix.ENOMEM}[n%3]
 				k.SetFault(func(op, name string) error {
 					if left.Add(-1) == -1 {
-						failed = op + " " + name
+						at := op + " " + name
+						failedAt.Store(&at)
 						return fail
 					}
 					return nil
 				})
 				all, err := Find(h, []*iommu.Device{d})
 				k.Revive()
+				failed := ""
+				if at := failedAt.Load(); at != nil {
+					failed = *at
+				}
 				more = failed != ""
 				found := slices.ContainsFunc(all,
 					func(f Holder) bool { return f.Kind == kind && strings.Contains(f.What, s.says) })

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -92,17 +93,16 @@ func TestProcessThatGoes(t *testing.T) {
 		if what == "ns/mnt" {
 			d = read(t, h, disk)
 		}
-		went := false
+		var went atomic.Bool
 		k.SetFault(func(_, name string) error {
-			if !went && strings.HasPrefix(name, "proc/4712/"+what) {
-				went = true
+			if strings.HasPrefix(name, "proc/4712/"+what) && went.CompareAndSwap(false, true) {
 				k.End(4712)
 				return unix.EACCES
 			}
 			return nil
 		})
-		if found, err := Find(h, []*iommu.Device{d}); err != nil || len(found) > 0 || !went && what != "fd" {
-			t.Errorf("%s: %+v, %v, went %v", what, found, err, went)
+		if found, err := Find(h, []*iommu.Device{d}); err != nil || len(found) > 0 || !went.Load() && what != "fd" {
+			t.Errorf("%s: %+v, %v, went %v", what, found, err, went.Load())
 		}
 		k.Revive()
 	}

@@ -80,6 +80,15 @@ const (
 	genlDevlink   = 21
 )
 
+// ChangeNet changes what is answered while it may be asked for.
+func (k *Kernel) ChangeNet(change func(*Network)) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.Net.mu.Lock()
+	defer k.Net.mu.Unlock()
+	change(&k.Net)
+}
+
 // startNet gives each interface what the kernel has of it and a captured tree may lack.
 func (k *Kernel) startNet() {
 	k.Net.vfs = map[string]map[int]map[int]vfAt{}
@@ -185,8 +194,11 @@ func (k *Kernel) serve(fd int, family int, namespace string) {
 		}
 
 		for _, datagram := range answers {
-			if k.Net.Answer != nil {
-				datagram = k.Net.Answer(kind, datagram)
+			k.mu.Lock()
+			change := k.Net.Answer
+			k.mu.Unlock()
+			if change != nil {
+				datagram = change(kind, datagram)
 			}
 			if err := unix.Sendto(fd, datagram, unix.MSG_NOSIGNAL, nil); err != nil {
 				return

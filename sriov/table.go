@@ -314,7 +314,7 @@ func (s Setting) value(k Key) uint32 {
 }
 
 func decodeMAC(v []byte, length int) (string, bool) {
-	if length == 0 || 4+length > len(v) {
+	if length <= 0 || length > len(v)-4 {
 		return "", false
 	}
 	return net.HardwareAddr(v[4 : 4+length]).String(), true

@@ -126,6 +126,9 @@ func (t *Topology) VFs(pf *Device) []*Device {
 
 // Scan reads all PCI devices and IOMMU groups in one pass. A device that vanishes meanwhile is left out.
 func Scan(h *Host) (*Topology, error) {
+	if h == nil || h.Host == nil {
+		return nil, errors.New("iommu: there is no host (Open gives one)")
+	}
 	names, err := h.Names(pciDevices)
 	if errors.Is(err, fs.ErrNotExist) && !h.Exists("sys/kernel") {
 		return nil, fmt.Errorf("%w (is sysfs mounted?)", err)

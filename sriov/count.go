@@ -6,17 +6,23 @@ import (
 	"fmt"
 	"time"
 
+	"viaduct/internal/host"
 	"viaduct/iommu"
 	"viaduct/vfio/bind"
 )
 
-// Apply carries out a plan that Check let pass, for a PF and VFs that are locked, and reads back what came of it. On
-// failure the VFs it made are removed and the old settings restored; VFs that had to go first stay gone, which the
-// error says. It returns what the user should know of the new VFs.
+// ErrUnchecked is matched by errors of a plan that [Handle.CheckCount] did not let pass, or that was carried out before.
+const ErrUnchecked = host.Error("the plan has to be checked first")
+
+// Apply carries out a plan that [Handle.CheckCount] let pass, once, and reads back what came of it. The PF and the VFs
+// that go are to be locked (else it is a [bind.ErrNotLocked]). On failure the VFs it made are removed and the old
+// settings restored; VFs that had to go first stay gone, which the error says. It returns what the user should know of
+// the new VFs.
 func (s *Handle) Apply(ctx context.Context, p *Plan) (notes []string, err error) {
-	if !p.Changes() {
-		return nil, nil
+	if err := s.mayApply(p); err != nil || !p.Changes() {
+		return nil, err
 	}
+	p.checked = false
 	r := p.record()
 	if err := s.Begin(opCount, p.PF, p.Victims, r); err != nil {
 		return nil, err
@@ -42,6 +48,22 @@ func (s *Handle) Apply(ctx context.Context, p *Plan) (notes []string, err error)
 		return nil, errors.Join(err, undone)
 	}
 	return nil, errors.Join(err, s.End(p.PF.Address))
+}
+
+// mayApply refuses a plan that was not checked, or of which a VF that goes may be another's.
+func (s *Handle) mayApply(p *Plan) error {
+	if err := s.MayChange(); err != nil {
+		return err
+	}
+	if !p.checked {
+		return fmt.Errorf("sriov: %w", ErrUnchecked)
+	}
+	for _, vf := range p.Victims {
+		if !s.Holds(vf.Address) {
+			return fmt.Errorf("sriov: %s: %w", vf.Name, bind.ErrNotLocked)
+		}
+	}
+	return nil
 }
 
 // makeVFs makes the plan's changes up to the new VFs, which it returns. They have no driver, but where the kernel gave

@@ -342,7 +342,7 @@ func TestLooksThatFail(t *testing.T) {
 		"check": look(func(s *Handle, d *iommu.Device) (any, error) {
 			p, err := s.PlanCount(d, Wish{})
 			if err == nil {
-				err = s.Check(p, nil)
+				err = s.CheckCount(p, nil)
 			}
 			return nil, err
 		}),

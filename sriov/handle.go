@@ -2,6 +2,7 @@ package sriov
 
 import (
 	"context"
+	"fmt"
 	"maps"
 	"slices"
 
@@ -20,9 +21,14 @@ type Handle struct {
 // Open opens a host for changes of its devices and VFs. It is as [bind.Open], whose conditions it has; the caller
 // closes the Handle.
 func Open(h *iommu.Host, o bind.Options) (*Handle, error) {
-	all := map[string]bind.Recoverer{opCount: recoverCount, opSet: recoverSet}
-	maps.Copy(all, o.Recoverers)
-	o.Recoverers = all
+	own := map[string]bind.Recoverer{opCount: recoverCount, opSet: recoverSet}
+	for name := range own {
+		if o.Recoverers[name] != nil {
+			return nil, fmt.Errorf("sriov: the Recoverer %q is its own, and no other is taken", name)
+		}
+	}
+	maps.Copy(own, o.Recoverers)
+	o.Recoverers = own
 	b, err := bind.Open(h, o)
 	if err != nil {
 		return nil, err
@@ -58,7 +64,7 @@ func (s *Handle) Make(ctx context.Context, pf iommu.Address, wish Wish, force ..
 			return nil, err
 		}
 	}
-	if err := s.Check(plan, force); err != nil || !s.Changes() {
+	if err := s.CheckCount(plan, force); err != nil || !s.Changes() {
 		return plan, err
 	}
 

@@ -65,7 +65,7 @@ func forGuests(vf VFWish) bool   { return vf.Use != UseHome }
 func onVFIO(vf VFWish) bool      { return vf.Use == UseVFIO }
 func hasSettings(vf VFWish) bool { return len(vf.Settings) > 0 }
 
-// Plan is what it takes to change a PF's number of VFs, in the order of its fields.
+// Plan is what it takes to change a PF's number of VFs, in the order of its fields. It comes from [Handle.PlanCount].
 type Plan struct {
 	PF      *iommu.Device
 	Have    int
@@ -87,6 +87,7 @@ type Plan struct {
 	autoprobe string  // what it was, if it is changed
 	nvme      string  // the controller that shares
 	shares    []action
+	checked   bool // CheckCount let it pass, and it was not carried out yet
 }
 
 // Changes reports whether there is anything to do.
@@ -167,7 +168,7 @@ func count(pf *iommu.Device, n int) bind.Step {
 }
 
 // PlanCount plans how a PF gets to have its VFs. From one number to another, and to another mode of the e-switch, it
-// goes through none, which ends all VFs: see [Handle.Check]. Nothing is planned of what is right already. A
+// goes through none, which ends all VFs: see [Handle.CheckCount]. Nothing is planned of what is right already. A
 // *RangeError, *NotPFError or *ForecastError says that it cannot be.
 func (s *Handle) PlanCount(pf *iommu.Device, wish Wish) (*Plan, error) {
 	h, n := s.Host(), len(wish.VFs)
@@ -351,10 +352,17 @@ func nameVFs(vfs []*iommu.Device) string {
 	return strings.Join(out, ", ")
 }
 
-// Check refuses, with a *holder.RefusedError, a plan that would end VFs which somebody uses, as [holder.Find] tells;
-// force overrides kinds of users. The PF's own users are no reason to refuse: a PF that carries the host's traffic is
+// CheckCount refuses, with a *holder.RefusedError, a plan that would end VFs which somebody uses, as [holder.Find]
+// tells; force overrides kinds of users. [Handle.Apply] carries out no other plan than one that it let pass. The PF's own users are no reason to refuse: a PF that carries the host's traffic is
 // the normal case. On a dry run who cannot see all users may still ask.
-func (s *Handle) Check(p *Plan, force []holder.Kind) error {
+func (s *Handle) CheckCount(p *Plan, force []holder.Kind) error {
+	err := s.users(p, force)
+	p.checked = err == nil
+	return err
+}
+
+// users refuses a plan for who uses what it ends.
+func (s *Handle) users(p *Plan, force []holder.Kind) error {
 	t, err := s.Topology()
 	if err != nil {
 		return err

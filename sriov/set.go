@@ -41,7 +41,7 @@ func (e *SettingError) Error() string {
 
 func (e *SettingError) Unwrap() error { return e.Err }
 
-// SetPlan is what it takes to set a VF.
+// SetPlan is what it takes to set a VF. It comes from [Handle.PlanSet].
 type SetPlan struct {
 	VF       *iommu.Device
 	Want     Settings
@@ -98,6 +98,9 @@ func (s *Handle) PlanSets(pf *iommu.Device, vfs []*iommu.Device, wish []VFWish) 
 
 	var out []*SetPlan
 	for _, vf := range vfs {
+		if vf.VFIndex >= len(wish) {
+			return nil, fmt.Errorf("sriov: %s is vf%d, and there are wishes for %d", vf.Name, vf.VFIndex, len(wish))
+		}
 		now, _ := port.Of(vf.VFIndex)
 		want := maps.Clone(wish[vf.VFIndex].Settings)
 		maps.DeleteFunc(want, func(k Key, v string) bool {
@@ -231,6 +234,9 @@ type setRecord struct {
 func (s *Handle) Set(ctx context.Context, p *SetPlan) (unverified []Key, err error) {
 	if err := s.MayChange(); err != nil {
 		return nil, err
+	}
+	if p.port == nil {
+		return nil, errors.New("sriov: a SetPlan comes from PlanSet")
 	}
 	pf := p.port.PF
 	if len(p.Settings) == 0 {

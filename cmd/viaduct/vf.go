@@ -251,7 +251,7 @@ func runVFCount(ctx context.Context, e *env, o createOptions) error {
 
 	var errs []error
 	for _, plan := range plans {
-		errs = append(errs, c.handle.Check(plan, o.force))
+		errs = append(errs, c.handle.CheckCount(plan, o.force))
 	}
 	if err := errors.Join(errs...); err != nil && !e.dryRun {
 		return err

@@ -49,9 +49,8 @@ type Verdict struct {
 	Unit []*iommu.Device
 	// Refused is a *holder.RefusedError that names every reason, nil if the unit may go.
 	Refused error
-	// Against are the holders that are a reason to refuse, and Overridden those that were, had force not overridden
-	// them.
-	Against, Overridden []holder.Holder
+	// Overridden are the holders that were a reason to refuse, had force not overridden them.
+	Overridden []holder.Holder
 }
 
 // Check asks, for each unit, whether it may go where it is to go, by one look at who uses them. Asked are the devices
@@ -113,8 +112,7 @@ type check struct {
 	force    []holder.Kind
 
 	verdict *Verdict
-	reasons []string
-	cure    string
+	refused holder.RefusedError
 }
 
 func (c *check) run(asked []*iommu.Device, holders []holder.Holder) {
@@ -123,7 +121,7 @@ func (c *check) run(asked []*iommu.Device, holders []holder.Holder) {
 		what = "take "
 		c.canBeTaken()
 	} else {
-		c.cure = "end the guest, or release what is assigned to it, first"
+		c.refused.Cure = "end the guest, or release what is assigned to it, first"
 	}
 	c.users(holders)
 	if !c.goal.takes() {
@@ -131,13 +129,14 @@ func (c *check) run(asked []*iommu.Device, holders []holder.Holder) {
 	}
 	c.stuck()
 
-	if len(c.reasons) > 0 {
-		c.verdict.Refused = &holder.RefusedError{What: what + c.named(asked), Reasons: c.reasons, Cure: c.cure}
+	if len(c.refused.Reasons) > 0 {
+		c.refused.What = what + c.named(asked)
+		c.verdict.Refused = &c.refused
 	}
 }
 
 func (c *check) add(format string, a ...any) {
-	c.reasons = append(c.reasons, fmt.Sprintf(format, a...))
+	c.refused.Reasons = append(c.refused.Reasons, fmt.Sprintf(format, a...))
 }
 
 // canBeTaken adds why VFIO would not take the unit.
@@ -148,12 +147,12 @@ func (c *check) canBeTaken() {
 			c.add("%s shares the group and is no PCI device", d.Name)
 		case d.Group == nil && len(c.topology.Groups) == 0:
 			c.add("%s is in no IOMMU group, because no IOMMU is active on this host", d.Name)
-			c.cure = "turn on AMD-Vi or VT-d in the firmware; an Intel host may need intel_iommu=on on the kernel command line"
+			c.refused.Cure = "turn on AMD-Vi or VT-d in the firmware; an Intel host may need intel_iommu=on on the kernel command line"
 		case d.Group == nil:
 			c.add("%s is in no IOMMU group: the IOMMU does not cover it", d.Name)
 		case d.SRIOV != nil && len(d.SRIOV.VFs) > 0:
 			c.add("%s is a PF with %d VFs, and VFIO takes no such PF", d.Name, len(d.SRIOV.VFs))
-			c.cure = "viaduct vf destroy " + d.Name
+			c.refused.Cure = "viaduct vf destroy " + d.Name
 		}
 	}
 
@@ -177,8 +176,7 @@ func (c *check) users(holders []holder.Holder) {
 			continue
 		}
 		if reason := h.Against(c.force); reason != "" {
-			c.reasons = append(c.reasons, reason)
-			c.verdict.Against = append(c.verdict.Against, h)
+			c.refused.Reasons, c.refused.Holders = append(c.refused.Reasons, reason), append(c.refused.Holders, h)
 		} else {
 			c.verdict.Overridden = append(c.verdict.Overridden, h)
 		}
@@ -206,7 +204,7 @@ func (c *check) keepsVFs() {
 func (c *check) stuck() {
 	for _, r := range c.b.Stuck() {
 		if slices.ContainsFunc(c.unit, func(d *iommu.Device) bool { return d.PCI && d.Address == r.Device }) {
-			c.reasons = append(c.reasons, r.Err.Error())
+			c.refused.Reasons = append(c.refused.Reasons, r.Err.Error())
 		}
 	}
 }

@@ -41,8 +41,9 @@ type Handle struct {
 	modules modules
 	scan    scan
 
-	mu    sync.Mutex
-	stuck []Recovered // what Recover last reported as stuck
+	mu        sync.Mutex
+	recovered []Recovered            // by the last Recover
+	begun     map[iommu.Address]bool // changes that Begin has written down and End not ended
 }
 
 // Open opens a host for changes. The caller closes the Handle, and the host after it. On a running host the program
@@ -54,6 +55,11 @@ func Open(h *iommu.Host, o Options) (*Handle, error) {
 	}
 	if h.Real() && !served.Load() {
 		return nil, errors.New("bind: the program must call bind.ServeWrites first in its main")
+	}
+	for _, name := range []string{opTake, opGive} {
+		if o.Recoverers[name] != nil {
+			return nil, fmt.Errorf("bind: the Recoverer %q is its own, and no other is taken", name)
+		}
 	}
 	b := &Handle{host: h, options: o, journal: journal.In(h.Host, journal.Dir)}
 	b.locks.name = h.Path(journal.Dir + "/lock")

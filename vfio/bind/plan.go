@@ -196,13 +196,19 @@ func (c *Change) check(h *iommu.Host) error {
 }
 
 func (c *Change) checkDriver(h *iommu.Host) error {
+	if c.To == "" {
+		now, err := iommu.ReadDevice(h, c.Device)
+		if err == nil && now.VFIO {
+			err = c.claimed(h, now.Driver)
+		}
+		return err
+	}
+
 	driver, err := iommu.ReadDriver(h, c.Device)
 	switch {
 	case err != nil:
 		return err
-	case c.To == "" && iommu.IsVFIODriver(driver):
-		return c.claimed(h, driver)
-	case c.To == "", driver == c.To, c.To == None && driver == "":
+	case driver == c.To, c.To == None && driver == "":
 		return nil
 	case driver == "":
 		return fmt.Errorf("%s: the kernel did not bind it to %s", c.Device, c.To)

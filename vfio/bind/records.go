@@ -4,8 +4,10 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"time"
 
+	"viaduct/internal/host"
 	"viaduct/internal/journal"
 	"viaduct/iommu"
 	"viaduct/vfio/holder"
@@ -59,7 +61,13 @@ func (b *Handle) End(a iommu.Address) error {
 	if err := b.MayChange(); err != nil {
 		return err
 	}
-	return b.journal.Delete(changeKey(a))
+	if err := b.journal.Delete(changeKey(a)); err != nil {
+		return err
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	delete(b.begun, a)
+	return nil
 }
 
 // put completes a record by the run that makes it, and writes it down.
@@ -76,7 +84,34 @@ func (b *Handle) put(users []*iommu.Device, r changeRecord) error {
 		}
 		r.Nodes = append(r.Nodes, nodes...)
 	}
-	return b.journal.Put(changeKey(r.Change.Device), r)
+	return b.putRecord(r)
+}
+
+// putRecord writes down a record, from which on the device may be written to.
+func (b *Handle) putRecord(r changeRecord) error {
+	if err := b.journal.Put(changeKey(r.Change.Device), r); err != nil {
+		return err
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.begun == nil {
+		b.begun = map[iommu.Address]bool{}
+	}
+	b.begun[r.Change.Device] = true
+	return nil
+}
+
+// ErrNotBegun is matched by errors that say that a change has to be written down before its first write.
+const ErrNotBegun = host.Error("its change was not begun")
+
+// mayWrite is an ErrNotBegun for a device without a record.
+func (b *Handle) mayWrite(a iommu.Address) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if !b.begun[a] {
+		return fmt.Errorf("bind: %s: %w", a, ErrNotBegun)
+	}
+	return nil
 }
 
 // change is the record of a device's change that is under way.

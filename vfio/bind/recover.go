@@ -47,11 +47,16 @@ func (b *Handle) RecoverPatiently(ctx context.Context) ([]Recovered, error) {
 	return b.recoverAll(ctx, b.Timeout())
 }
 
-// Stuck is what the last Recover reported with an error.
-func (b *Handle) Stuck() []Recovered {
+// Recovered is what the last Recover did, also one that was made by [Handle.Prepare] or [Handle.Move].
+func (b *Handle) Recovered() []Recovered {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.stuck
+	return slices.Clone(b.recovered)
+}
+
+// Stuck is what the last Recover reported with an error.
+func (b *Handle) Stuck() []Recovered {
+	return slices.DeleteFunc(b.Recovered(), func(r Recovered) bool { return r.Err == nil })
 }
 
 func (b *Handle) recoverAll(ctx context.Context, patience time.Duration) ([]Recovered, error) {
@@ -76,8 +81,8 @@ func (b *Handle) recoverAll(ctx context.Context, patience time.Duration) ([]Reco
 	slices.SortFunc(r.out, func(a, b Recovered) int { return a.Device.Compare(b.Device) })
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.stuck = slices.DeleteFunc(slices.Clone(r.out), func(r Recovered) bool { return r.Err == nil })
-	return r.out, nil
+	b.recovered = r.out
+	return slices.Clone(r.out), nil
 }
 
 // recovery is one run of Recover.
@@ -217,7 +222,7 @@ func (b *Handle) resume(records []changeRecord) error {
 	for i := range records {
 		r := &records[i]
 		r.Command, r.Writer, r.Stuck = b.child.self, &w.process, ""
-		if err := b.journal.Put(changeKey(r.Change.Device), *r); err != nil {
+		if err := b.putRecord(*r); err != nil {
 			return err
 		}
 	}

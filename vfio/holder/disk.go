@@ -15,9 +15,9 @@ import (
 
 // use is what a block device is used for.
 type use struct {
-	kind  Kind
-	text  string
-	final bool
+	kind Kind
+	text string
+	root bool
 }
 
 // diskHolders finds file systems and swap on the devices' disks and their partitions, and what is stacked on those.
@@ -56,7 +56,7 @@ func diskHoldersOf(h *iommu.Host, d *iommu.Device, disks []string, used map[stri
 	for _, b := range disks {
 		if u, ok := used[b]; ok {
 			out = append(out,
-				Holder{Device: d.Name, Kind: u.kind, Final: u.final, What: fmt.Sprintf("(%s) %s", b, u.text)})
+				Holder{Device: d.Name, Kind: u.kind, Root: u.root, What: fmt.Sprintf("(%s) %s", b, u.text)})
 		}
 		what, err := stackKind(h, b)
 		if err != nil {
@@ -85,7 +85,7 @@ func diskHoldersOf(h *iommu.Host, d *iommu.Device, disks []string, used map[stri
 		}
 		if exclusive {
 			what := fmt.Sprintf("(%s) is in exclusive use, as by ZFS", b)
-			out = append(out, Holder{Device: d.Name, Kind: Storage, Final: used[rootOnZFS].final, What: what})
+			out = append(out, Holder{Device: d.Name, Kind: Storage, Root: used[rootOnZFS].root, What: what})
 		}
 	}
 	return out, nil
@@ -320,9 +320,9 @@ func addMounts(h *iommu.Host, numbers blockNumbers, used map[string]use) error {
 			if !ok {
 				continue
 			}
-			final := m.whose == "" && (where == "/" || where == "/usr")
-			if final && kind == "zfs" {
-				used[rootOnZFS] = use{final: true}
+			root := m.whose == "" && (where == "/" || where == "/usr")
+			if root && kind == "zfs" {
+				used[rootOnZFS] = use{root: true}
 			}
 
 			name := numbers.byNumber[number]
@@ -332,14 +332,14 @@ func addMounts(h *iommu.Host, numbers blockNumbers, used map[string]use) error {
 					name = deviceNamed(source, numbers.mapped)
 				}
 			}
-			if _, known := used[name]; name == "" || known && !final {
+			if _, known := used[name]; name == "" || known && !root {
 				continue
 			}
 			text := "is mounted on " + where
 			if m.whose != "" {
 				text += " in the mount namespace of process " + m.whose
 			}
-			used[name] = use{Mount, text, final}
+			used[name] = use{Mount, text, root}
 		}
 	}
 	return blind
@@ -378,10 +378,10 @@ func addBtrfs(h *iommu.Host, _ blockNumbers, used map[string]use) error {
 		if err != nil {
 			return err
 		}
-		root := slices.ContainsFunc(members, func(m string) bool { return used[m].final })
+		root := slices.ContainsFunc(members, func(m string) bool { return used[m].root })
 		for _, m := range members {
 			if _, known := used[m]; !known {
-				used[m] = use{kind: Mount, text: "is part of a mounted btrfs", final: root}
+				used[m] = use{kind: Mount, text: "is part of a mounted btrfs", root: root}
 			}
 		}
 	}

@@ -18,7 +18,8 @@ const ErrRefused = host.Error("refused")
 type RefusedError struct {
 	What    string // what was to be done
 	Reasons []string
-	Cure    string // what the user can do; "" if nothing
+	Cure    string   // what the user can do; "" if nothing
+	Holders []Holder // those that are among the reasons
 }
 
 func (e *RefusedError) Error() string {
@@ -44,7 +45,7 @@ type Holder struct {
 	What   string // as in "(enp1s0) carries the default route"
 	PID    int    // of a process, else 0
 	Guest  string // whose the device is, or which a process runs, where that is known
-	Final  bool   // cannot be overridden
+	Root   bool   // the host's root file system is on it
 }
 
 func (h Holder) String() string { return h.Device + " " + h.What }
@@ -78,22 +79,22 @@ func Find(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 
 // Refuse returns a *RefusedError naming the holders that force does not override, or nil.
 func Refuse(what string, holders []Holder, force []Kind, cure string) error {
-	var reasons []string
+	e := &RefusedError{What: what, Cure: cure}
 	for _, h := range holders {
 		if reason := h.Against(force); reason != "" {
-			reasons = append(reasons, reason)
+			e.Reasons, e.Holders = append(e.Reasons, reason), append(e.Holders, h)
 		}
 	}
-	if len(reasons) == 0 {
+	if len(e.Reasons) == 0 {
 		return nil
 	}
-	return &RefusedError{What: what, Reasons: reasons, Cure: cure}
+	return e
 }
 
 // Against says why the holder is a reason to refuse, with how it can be overridden; "" if force overrides it.
 func (h Holder) Against(force []Kind) string {
 	switch {
-	case h.Final:
+	case h.Root && h.Kind.row().keepsRoot:
 		return h.String() + ", which cannot be forced"
 	case slices.Contains(force, h.Kind):
 		return ""

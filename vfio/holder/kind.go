@@ -40,6 +40,8 @@ type row struct {
 	// yieldsToRollback: it may be why a rollback is needed, as an address that a DHCP client gave a new VF, and stops
 	// none.
 	yieldsToRollback bool
+	// keepsRoot: one that the host's root file system is on is never overridden.
+	keepsRoot bool
 	// guests: it is a guest's right to the device, which stops nothing that is done for the guest itself.
 	guests bool
 }
@@ -62,9 +64,12 @@ var (
 var kinds = [...]row{
 	{kind: Process, means: "a process has the device's node open", look: open, use: true},
 	{kind: Lease, means: "the device is assigned to a guest", look: leases, guests: true},
-	{kind: Mount, means: "a file system on it is mounted", look: disks, carriesHost: true, use: true},
+	{kind: Mount, means: "a file system on it is mounted", look: disks, carriesHost: true, use: true, keepsRoot: true},
 	{kind: Swap, means: "it is used as swap", look: disks, carriesHost: true, use: true},
-	{kind: Storage, means: "it is under device-mapper, md, LVM or ZFS", look: disks, carriesHost: true, use: true},
+	{
+		kind: Storage, means: "it is under device-mapper, md, LVM or ZFS", look: disks,
+		carriesHost: true, use: true, keepsRoot: true,
+	},
 	{
 		kind: Route, means: "a route leads over its interface", look: network,
 		carriesHost: true, use: true, yieldsToRollback: true,
@@ -135,8 +140,15 @@ func KindNames() string {
 	return strings.Join(names, ", ")
 }
 
-// Means says in a few words what a holder of this kind is or does, as in "it is used as swap".
-func (k Kind) Means() string { return k.row().means }
+// Means says in a few words what a holder of this kind is or does, as in "it is used as swap", and what of it cannot be
+// overridden.
+func (k Kind) Means() string {
+	r := k.row()
+	if r.keepsRoot {
+		return r.means + " (nothing overrides that of / and /usr)"
+	}
+	return r.means
+}
 
 // CarriesHost reports whether the host itself stands on what such a holder uses.
 func (k Kind) CarriesHost() bool { return k.row().carriesHost }

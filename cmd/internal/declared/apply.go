@@ -233,7 +233,7 @@ func (m *Manager) back(was before) error {
 				units = append(units, []*iommu.Device{d})
 			}
 		}
-		verdicts, err := m.handle.Handle.Check(units, slices.Concat(units...), bind.GiveBack(), m.options.Force)
+		verdicts, err := m.handle.Check(units, slices.Concat(units...), bind.GiveBack(), m.options.Force)
 		if err = errors.Join(err, bind.Refusals(verdicts)); err != nil {
 			return err
 		}

@@ -425,7 +425,7 @@ func (m *Manager) Check(items []*Item) {
 
 func (m *Manager) check(i *Item) error {
 	if i.count != nil {
-		if err := m.handle.Check(i.count, m.options.Force); err != nil {
+		if err := m.handle.CheckCount(i.count, m.options.Force); err != nil {
 			return err
 		}
 	}
@@ -449,7 +449,7 @@ func (m *Manager) check(i *Item) error {
 		if len(s.devices) == 0 {
 			continue
 		}
-		verdicts, err := m.handle.Handle.Check(s.units, s.devices, s.goal, s.force)
+		verdicts, err := m.handle.Check(s.units, s.devices, s.goal, s.force)
 		if err = errors.Join(err, bind.Refusals(verdicts)); err != nil {
 			return err
 		}

@@ -83,6 +83,12 @@ func apply(t *testing.T, m *Manager, text string) error {
 			t.Fatal(err)
 		}
 	}
+	m.Check(items)
+	for _, i := range items {
+		if i.State == Refused {
+			return i.Err
+		}
+	}
 	err := m.Apply(context.Background(), items, func(*Item, error) {})
 	return errors.Join(err, m.Remember(items))
 }

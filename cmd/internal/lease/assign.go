@@ -402,7 +402,7 @@ func (m *Manager) ask(l *Lease, devices []*iommu.Device, units [][]*iommu.Device
 	guests := []holder.Kind{holder.Lease}
 	var out []error
 	if !l.Foreign {
-		verdicts, err := m.handle.Handle.Check(units, devices, bind.Take(bind.Auto), guests)
+		verdicts, err := m.handle.Check(units, devices, bind.Take(bind.Auto), guests)
 		for _, v := range verdicts {
 			out = append(out, v.Refused)
 		}

@@ -31,7 +31,7 @@ func (m *Manager) Preview(r *Request) ([]string, error) {
 		}
 		devices = slices.Concat(drawn...)
 		if m.host.Live() {
-			verdicts, err := m.handle.Handle.Check(drawn, devices, bind.Take(bind.Auto), nil)
+			verdicts, err := m.handle.Check(drawn, devices, bind.Take(bind.Auto), nil)
 			if err := errors.Join(err, bind.Refusals(verdicts)); err != nil {
 				return nil, err
 			}

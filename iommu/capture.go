@@ -25,10 +25,12 @@ var (
 		"etc/viaduct/host.yaml",
 	}
 	deviceFiles = []string{
-		"modalias", "vendor", "device", "subsystem_vendor", "subsystem_device", "class", "revision", "numa_node", "driver_override",
+		"modalias", "vendor", "device", "subsystem_vendor", "subsystem_device", "class", "revision", "numa_node",
+		"driver_override",
 		"power_state", "reset_method", "boot_vga", "resource", "enable", "config",
 		"subordinate_bus_number", "current_link_speed", "max_link_speed", "current_link_width", "max_link_width",
-		"sriov_totalvfs", "sriov_offset", "sriov_stride", "sriov_vf_device", "sriov_drivers_autoprobe", "sriov_vf_total_msix",
+		"sriov_totalvfs", "sriov_offset", "sriov_stride", "sriov_vf_device", "sriov_drivers_autoprobe",
+		"sriov_vf_total_msix",
 	}
 	deviceLinks = []string{"driver", "iommu", "iommu_group", "physfn", "subsystem"}
 	classFiles  = []string{
@@ -44,7 +46,8 @@ var (
 	}
 	groupFiles = []string{"name", "type", "reserved_regions"}
 	unitFiles  = []string{
-		"amd-iommu/cap", "amd-iommu/features", "intel-iommu/address", "intel-iommu/cap", "intel-iommu/ecap", "intel-iommu/version",
+		"amd-iommu/cap", "amd-iommu/features", "intel-iommu/address", "intel-iommu/cap", "intel-iommu/ecap",
+		"intel-iommu/version",
 		"intel-iommu/domains_supported", "intel-iommu/domains_used",
 	}
 )
@@ -145,7 +148,9 @@ func (c *capture) files(dir string, names []string) {
 // isRefusal says that this file cannot be had although it is there: not allowed, or a driver that answers with an
 // error.
 func isRefusal(err error) bool {
-	for _, e := range []error{unix.EACCES, unix.EPERM, unix.EINVAL, unix.EOPNOTSUPP, unix.EIO, unix.EAGAIN, unix.EBUSY, unix.ENOTDIR} {
+	for _, e := range []error{
+		unix.EACCES, unix.EPERM, unix.EINVAL, unix.EOPNOTSUPP, unix.EIO, unix.EAGAIN, unix.EBUSY, unix.ENOTDIR,
+	} {
 		if errors.Is(err, e) {
 			return true
 		}

@@ -35,8 +35,10 @@ type lookup struct {
 
 // Group is an IOMMU group: the smallest set of devices that the IOMMU can tell from all others.
 type Group struct {
-	ID      int
-	Type    string // of the default domain: DMA, DMA-FQ, identity, blocked, unmanaged, unknown; "" where the kernel has no such file
+	ID int
+	// Type is that of the default domain: DMA, DMA-FQ, identity, blocked, unmanaged, unknown; "" where the kernel has
+	// no such file.
+	Type    string
 	Devices []Device
 }
 

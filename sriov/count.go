@@ -11,7 +11,8 @@ import (
 	"viaduct/vfio/bind"
 )
 
-// ErrUnchecked is matched by errors of a plan that [Handle.CheckCount] did not let pass, or that was carried out before.
+// ErrUnchecked is matched by errors of a plan that [Handle.CheckCount] did not let pass, or that was carried out
+// before.
 const ErrUnchecked = host.Error("the plan has to be checked first")
 
 // Apply carries out a plan that [Handle.CheckCount] let pass, once, and reads back what came of it. The PF and the VFs

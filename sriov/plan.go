@@ -37,7 +37,8 @@ func Repeat(n int, vf VFWish) []VFWish { return slices.Repeat([]VFWish{vf}, max(
 func (w *Wish) check() error {
 	for i, vf := range w.VFs {
 		if !slices.Contains([]Use{"", UseNone, UseVFIO, UseHome}, vf.Use) {
-			return fmt.Errorf("vf%d: %q is no use of a VF; there are %s, %s and %s", i, vf.Use, UseNone, UseVFIO, UseHome)
+			return fmt.Errorf("vf%d: %q is no use of a VF; there are %s, %s and %s",
+				i, vf.Use, UseNone, UseVFIO, UseHome)
 		}
 		if _, err := vf.Settings.checked(); err != nil {
 			return fmt.Errorf("vf%d: %w", i, err)
@@ -83,7 +84,7 @@ type Plan struct {
 
 	Eswitch   Eswitch // what is set of it, before the new count or after
 	was       Eswitch // what that undoes
-	offload   string  // what hw-tc-offload is to be in the end, which a new mode of the e-switch may take back; "" as it is
+	offload   string  // what hw-tc-offload is to be in the end, as a new mode may take it back; "" as it is
 	autoprobe string  // what it was, if it is changed
 	nvme      string  // the controller that shares
 	shares    []action
@@ -353,8 +354,9 @@ func nameVFs(vfs []*iommu.Device) string {
 }
 
 // CheckCount refuses, with a *holder.RefusedError, a plan that would end VFs which somebody uses, as [holder.Find]
-// tells; force overrides kinds of users. [Handle.Apply] carries out no other plan than one that it let pass. The PF's own users are no reason to refuse: a PF that carries the host's traffic is
-// the normal case. On a dry run who cannot see all users may still ask.
+// tells; force overrides kinds of users. [Handle.Apply] carries out no other plan than one that it let pass. The PF's
+// own users are no reason to refuse: a PF that carries the host's traffic is the normal case. On a dry run who cannot
+// see all users may still ask.
 func (s *Handle) CheckCount(p *Plan, force []holder.Kind) error {
 	err := s.users(p, force)
 	p.checked = err == nil

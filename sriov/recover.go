@@ -21,7 +21,7 @@ type countRecord struct {
 	Want      int        `json:"want"`
 	VFs       []VFWish   `json:"vfs,omitempty"` // that are to be
 	Recounts  bool       `json:"recounts"`      // VFs are removed or made
-	Cleared   bool       `json:"cleared"`       // those that were there are gone, and forgotten: what is there now was made by this change
+	Cleared   bool       `json:"cleared"`       // the old VFs are gone and forgotten: what is there now is new
 	Old       []iommu.VF `json:"old,omitempty"` // that were there
 	Autoprobe string     `json:"autoprobe,omitempty"`
 	Probe     bool       `json:"probe,omitempty"` // the host's drivers get them last
@@ -34,7 +34,8 @@ type countRecord struct {
 
 func (p *Plan) record() countRecord {
 	return countRecord{
-		Have: p.Have, Want: p.Want, VFs: p.VFs, Recounts: p.recounts(), Cleared: p.recounts() && p.Have == 0, Old: p.PF.SRIOV.VFs,
+		Have: p.Have, Want: p.Want, VFs: p.VFs, Recounts: p.recounts(), Cleared: p.recounts() && p.Have == 0,
+		Old:       p.PF.SRIOV.VFs,
 		Autoprobe: p.autoprobe, Probe: p.probeLate(), Online: p.nvme != "",
 		Up: p.Up, Raised: p.Raise, Offload: p.Offload, Eswitch: p.was,
 	}

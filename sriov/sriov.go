@@ -57,11 +57,11 @@ func notPF(h *iommu.Host, d *iommu.Device) error {
 func firmwareHint(h *iommu.Host, d *iommu.Device) string {
 	switch d.Vendor {
 	case 0x15b3:
-		return " (its firmware decides: mlxconfig settings SRIOV_EN and NUM_OF_VFS; a change takes effect with the next" +
-			" boot" + devlinkParam(h, d, "enable_sriov") + ")"
+		return " (its firmware decides: mlxconfig settings SRIOV_EN and NUM_OF_VFS; a change takes effect with the " +
+			"next boot" + devlinkParam(h, d, "enable_sriov") + ")"
 	case 0x14e4:
-		return " (its firmware decides: NVM options of bnxtnvm, or devlink parameter enable_sriov; a change takes effect" +
-			" with the next boot" + devlinkParam(h, d, "enable_sriov") + ")"
+		return " (its firmware decides: NVM options of bnxtnvm, or devlink parameter enable_sriov; a change takes " +
+			"effect with the next boot" + devlinkParam(h, d, "enable_sriov") + ")"
 	}
 	return ""
 }
@@ -131,7 +131,8 @@ func forecast(h *iommu.Host, pf *iommu.Device, n int) error {
 			pf.Address,
 			n,
 			fmt.Sprintf(
-				"the last VF would be on bus %02x, and the bridge above has bus numbers up to %02x (boot with pci=realloc or pci=assign-busses, or use another slot)",
+				"the last VF would be on bus %02x, and the bridge above has bus numbers up to %02x (boot with "+
+					"pci=realloc or pci=assign-busses, or use another slot)",
 				last,
 				highest,
 			),

@@ -189,7 +189,8 @@ func (s *SnapshotWriter) File(name string, data []byte) error {
 		return nil
 	}
 	s.seen[name] = true
-	if err := s.t.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o644, Size: int64(len(data)), ModTime: s.now}); err != nil {
+	header := &tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o644, Size: int64(len(data)), ModTime: s.now}
+	if err := s.t.WriteHeader(header); err != nil {
 		return err
 	}
 	_, err := s.t.Write(data)

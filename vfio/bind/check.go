@@ -147,7 +147,8 @@ func (c *check) canBeTaken() {
 			c.add("%s shares the group and is no PCI device", d.Name)
 		case d.Group == nil && len(c.topology.Groups) == 0:
 			c.add("%s is in no IOMMU group, because no IOMMU is active on this host", d.Name)
-			c.refused.Cure = "turn on AMD-Vi or VT-d in the firmware; an Intel host may need intel_iommu=on on the kernel command line"
+			c.refused.Cure = "turn on AMD-Vi or VT-d in the firmware; an Intel host may need intel_iommu=on on the " +
+				"kernel command line"
 		case d.Group == nil:
 			c.add("%s is in no IOMMU group: the IOMMU does not cover it", d.Name)
 		case d.SRIOV != nil && len(d.SRIOV.VFs) > 0:

@@ -44,7 +44,8 @@ func (b *Handle) awaitHome(ctx context.Context, d *iommu.Device) error {
 			return nil
 		}
 		if asked.Err() != nil {
-			return fmt.Errorf("%s is on %s again; whether it makes %s, which it had, was not waited for", d.Name, driver,
+			return fmt.Errorf("%s is on %s again; whether it makes %s, which it had, was not waited "+
+				"for", d.Name, driver,
 				strings.Join(missing, " and "))
 		}
 		if ctx.Err() != nil {

@@ -35,7 +35,7 @@ type changeRecord struct {
 	Writer  *holder.Proc    `json:"writer"`
 	Since   time.Time       `json:"since"`
 	Stuck   string          `json:"stuck,omitempty"` // the write that had not returned when the command ended
-	Nodes   []holder.Node   `json:"nodes"`           // what led to the device: they are gone while an unbind waits for who has them open
+	Nodes   []holder.Node   `json:"nodes"`           // of the device: an unbind that waits has taken them away
 }
 
 // Recoverer finishes or undoes a change of a device that another package had written down with [Handle.Begin], and says

@@ -79,7 +79,8 @@ var kinds = [...]row{
 		carriesHost: true, use: true, yieldsToRollback: true,
 	},
 	{
-		kind: Stacked, means: "its interface is in a bond, bridge or team, or under a VLAN, macvlan or tunnel", look: network,
+		kind: Stacked, means: "its interface is in a bond, bridge or team, or under a VLAN, macvlan or " +
+			"tunnel", look: network,
 		carriesHost: true, use: true, yieldsToRollback: true,
 	},
 	{

@@ -484,7 +484,8 @@ func (m *Manager) checkSets(i *Item) error {
 	hit := slices.DeleteFunc(slices.Clone(holders), func(h holder.Holder) bool {
 		return !slices.ContainsFunc(other, func(d *iommu.Device) bool { return d.Name == h.Device })
 	})
-	if err := holder.Refuse("change the settings of VFs of "+i.Device.Name, hit, m.options.Force, "end their users first"); err != nil {
+	what := "change the settings of VFs of " + i.Device.Name
+	if err := holder.Refuse(what, hit, m.options.Force, "end their users first"); err != nil {
 		return err
 	}
 

@@ -166,10 +166,13 @@ func (g *guard) take(unit []*iommu.Device) error {
 	for _, d := range unit {
 		if why := g.names[d.Name]; why != "" {
 			reasons = append(reasons, d.Name+": "+why)
-		} else if base := d.Class >> 16; g.manager.options.Boot && len(g.unseen) > 0 && d.Driver == "" && (base == 0x01 || base == 0x02) {
-			reasons = append(reasons, fmt.Sprintf("%s has no driver yet, and nothing is known as %s, which protect names: it may be that", d.Name, strings.Join(g.unseen, " or ")))
+		} else if base := d.Class >> 16; g.manager.options.Boot && len(g.unseen) > 0 && d.Driver == "" &&
+			(base == 0x01 || base == 0x02) {
+			reasons = append(reasons, fmt.Sprintf("%s has no driver yet, and nothing is known as %s, which protect "+
+				"names: it may be that", d.Name, strings.Join(g.unseen, " or ")))
 		} else if g.manager.options.Boot && !g.any && d.PhysFn == nil && d.Class>>16 == 0x02 && !d.VFIO {
-			reasons = append(reasons, d.Name+" is a NIC, and nothing says which NICs this host needs: run viaduct apply once while it is up, or name some in protect")
+			reasons = append(reasons, d.Name+" is a NIC, and nothing says which NICs this host needs: run viaduct "+
+				"apply once while it is up, or name some in protect")
 		}
 	}
 	if len(reasons) == 0 {

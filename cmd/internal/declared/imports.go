@@ -271,8 +271,10 @@ func (i *importer) systemdVF(file string, keys map[string]string) ([]hostfile.VF
 		return nil, fmt.Errorf("/%s: VirtualFunction=%s is no index", file, keys["VirtualFunction"])
 	}
 	names := map[string]hostfile.Key{
-		"VLANId": sriov.VLAN, "QualityOfService": sriov.QoS, "VLANProtocol": sriov.Proto, "MACSpoofCheck": sriov.SpoofChk,
-		"QueryReceiveSideScaling": sriov.RSSQuery, "Trust": sriov.Trust, "LinkState": sriov.LinkState, "MACAddress": sriov.MAC,
+		"VLANId": sriov.VLAN, "QualityOfService": sriov.QoS, "VLANProtocol": sriov.Proto,
+		"MACSpoofCheck":           sriov.SpoofChk,
+		"QueryReceiveSideScaling": sriov.RSSQuery, "Trust": sriov.Trust, "LinkState": sriov.LinkState,
+		"MACAddress": sriov.MAC,
 	}
 	var words []string
 	for name, value := range keys {

@@ -146,7 +146,8 @@ func needed(h *iommu.Host) needs {
 		case "BOOTIF":
 			// 01-52-54-00-12-34-56.
 			if len(value) > 3 {
-				n.links[strings.ToLower(strings.ReplaceAll(value[3:], "-", ":"))] = "the kernel's command line (BOOTIF=)"
+				n.links[strings.ToLower(strings.ReplaceAll(value[3:], "-", ":"))] = "the kernel's command line " +
+					"(BOOTIF=)"
 			}
 		}
 	}

@@ -26,7 +26,8 @@ func (d *decoder) check(h *Host) {
 			d.failAt(
 				dev.At,
 				dev.Select.String(),
-				"a device that is taken in the initramfs has no driver and no name yet: name its path= (viaduct show prints it)",
+				"a device that is taken in the initramfs has no driver and no name yet: name its path= (viaduct show "+
+					"prints it)",
 			)
 		}
 	}
@@ -120,7 +121,8 @@ func (h *Host) twice() error {
 				owners[mac] = owner{i, r.At}
 			} else if first.pf != i {
 				// Within a PF, that is told already.
-				errs = append(errs, &Error{r.At, mac, fmt.Sprintf("the VF at %s has this MAC address already: each needs one of its own (mac: %s makes them)", first.at, sriov.StableMAC)})
+				errs = append(errs, &Error{r.At, mac, fmt.Sprintf("the VF at %s has this MAC address already: each "+
+					"needs one of its own (mac: %s makes them)", first.at, sriov.StableMAC)})
 			}
 		}
 	}

@@ -222,7 +222,9 @@ func (d *decoder) mapping(n *yaml.Node, v reflect.Value) {
 		} else if settings, ok := settingsOf(v); ok && slices.Contains(sriov.Keys(), Key(key.Value)) {
 			d.setting(value, settings, Key(key.Value))
 		} else {
-			d.fail(key, key.Value, "there is no such key here%s; the keys are %s", meant(key.Value, keysOf(v.Type())), strings.Join(keysOf(v.Type()), ", "))
+			keys := keysOf(v.Type())
+			d.fail(key, key.Value, "there is no such key here%s; the keys are %s", meant(key.Value, keys),
+				strings.Join(keys, ", "))
 		}
 	}
 

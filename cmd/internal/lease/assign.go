@@ -21,8 +21,10 @@ import (
 
 // Options are what leases are worked on with, beside the host.
 type Options struct {
-	Declaration *hostfile.Host                               // for its pools, and what it protects; nil: nothing is declared
-	Lock        func(context.Context, []*iommu.Device) error // of devices, for as long as the Handle is open; nil: the Handle's
+	// Declaration is for its pools, and what it protects; nil: nothing is declared.
+	Declaration *hostfile.Host
+	// Lock locks devices for as long as the Handle is open; nil: the Handle's.
+	Lock func(context.Context, []*iommu.Device) error
 }
 
 // Manager is what leases are worked on with.
@@ -48,7 +50,8 @@ func New(s *sriov.Handle, o Options) (*Manager, error) {
 		return nil, err
 	}
 	m := &Manager{
-		Topology: t, Book: BookOf(s.Host()), handle: s, host: s.Host(), declaration: o.Declaration, lock: o.Lock, declared: d,
+		Topology: t, Book: BookOf(s.Host()), handle: s, host: s.Host(), declaration: o.Declaration, lock: o.Lock,
+		declared: d,
 	}
 	if m.declaration == nil {
 		m.declaration = &hostfile.Host{}

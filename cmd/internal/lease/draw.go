@@ -80,7 +80,8 @@ func (m *Manager) source(from string) ([][]*iommu.Device, error) {
 			}
 
 			err = errors.New(
-				"all VFs of " + from + " are on drivers of the host: one that is to be taken from it has to be named by itself",
+				"all VFs of " + from + " are on drivers of the host: one that is to be taken from it has to be named " +
+					"by itself",
 			)
 		case d.SRIOV != nil && d.SRIOV.Total > 0:
 			err = &holder.RefusedError{What: "draw from " + d.Name, Reasons: []string{d.Name + " is a PF without VFs"},
@@ -88,7 +89,8 @@ func (m *Manager) source(from string) ([][]*iommu.Device, error) {
 					d.Name)}
 		case d.Blocks() && len(found) > 1:
 			err = errors.New(
-				"all that " + from + " names are on drivers of the host: one that is to be taken from it has to be named by itself",
+				"all that " + from + " names are on drivers of the host: one that is to be taken from it has to be " +
+					"named by itself",
 			)
 		default:
 			devices = append(devices, d)

@@ -111,7 +111,8 @@ func (m *Manager) fits(l *Lease, devices []*iommu.Device, r *Request) (notes []s
 		notes = append(
 			notes,
 			fmt.Sprintf(
-				"the VMM of %s has to be allowed to lock all of the guest's memory, %d MiB and some more (ulimit -l, LimitMEMLOCK=)",
+				"the VMM of %s has to be allowed to lock all of the guest's memory, %d MiB and some more (ulimit -l, "+
+					"LimitMEMLOCK=)",
 				r.NodeOwner,
 				r.Memory>>20,
 			),

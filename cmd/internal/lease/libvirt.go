@@ -127,7 +127,8 @@ func (d *Domain) mismatch(l *Lease, all []*Lease, quarantined func(iommu.Address
 			out = append(
 				out,
 				fmt.Sprintf(
-					"%s is assigned to it and is not in its XML (viaduct assign %s --from %s --format libvirt prints what has to be there)",
+					"%s is assigned to it and is not in its XML (viaduct assign %s --from %s --format libvirt prints "+
+						"what has to be there)",
 					dev.Address,
 					d.Name,
 					l.From,
@@ -223,7 +224,8 @@ func (m *Manager) claim(ctx context.Context, d *Domain) error {
 						What: "start " + d.Name,
 						Reasons: []string{
 							fmt.Sprintf(
-								"%s is of pool %q and has managed='yes', with which libvirt changes its driver: it has to be managed='no'",
+								"%s is of pool %q and has managed='yes', with which libvirt changes its driver: it "+
+									"has to be managed='no'",
 								x.Address,
 								pool,
 							),
@@ -243,7 +245,8 @@ func (m *Manager) claim(ctx context.Context, d *Domain) error {
 			What: "start " + d.Name,
 			Reasons: []string{
 				fmt.Sprintf(
-					"%s is of pool %q, and what is assigned to it is not all it has: it has either a lease or what networks give it",
+					"%s is of pool %q, and what is assigned to it is not all it has: it has either a lease or what "+
+						"networks give it",
 					r.exactly[0],
 					r.From,
 				),

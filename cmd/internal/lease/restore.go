@@ -73,7 +73,9 @@ func (m *Manager) relocate(l *Lease) {
 			}
 			if dev.PF == nil {
 				dev.Address, found = d.Address, true
-			} else if n := slices.IndexFunc(m.Topology.VFs(d), func(vf *iommu.Device) bool { return vf.VFIndex == dev.Index }); n >= 0 {
+			} else if n := slices.IndexFunc(m.Topology.VFs(d), func(vf *iommu.Device) bool {
+				return vf.VFIndex == dev.Index
+			}); n >= 0 {
 				dev.Address, found = m.Topology.VFs(d)[n].Address, true
 			}
 			return !found

@@ -147,7 +147,8 @@ func unitProcesses(h *iommu.Host, unit string) string {
 					switch below := path.Join(dir, n); {
 					case n == unit:
 						return path.Join(below, "cgroup.procs")
-					case strings.HasSuffix(n, ".slice") || strings.HasSuffix(n, ".service") && strings.HasPrefix(n, "user@"):
+					case strings.HasSuffix(n, ".slice"),
+						strings.HasSuffix(n, ".service") && strings.HasPrefix(n, "user@"):
 						next = append(next, below)
 					}
 				}

@@ -16,7 +16,9 @@ import (
 type Guest struct {
 	Name    string
 	Devices []Device
-	Standby string // bridge that a virtio NIC is on, which stands in for the first VF while the guest migrates; "" for none
+	// Standby is the bridge that a virtio NIC is on, which stands in for the first VF while the guest migrates; "" for
+	// none.
+	Standby string
 }
 
 // Device is one device of a guest.
@@ -48,13 +50,16 @@ type Format struct {
 var Formats = []Format{
 	{Name: "qemu", Args: qemu, Standby: true, Moves: true},
 	{Name: "qemu-iommufd", Args: qemuIOMMUFD, Standby: true, Moves: true,
-		Cannot: "QEMU older than 8.2, and kernels without CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV, cannot do this: take qemu"},
+		Cannot: "QEMU older than 8.2, and kernels without CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV, cannot do " +
+			"this: take qemu"},
 	{Name: "libvirt", Text: libvirt, Persist: true, Standby: true, Moves: true,
-		Cannot: "libvirt's hostdev goes by the IOMMU group, not by iommufd; the lease ends with viaduct release, not with the domain (viaduct install --libvirt scrubs between its starts)"},
+		Cannot: "libvirt's hostdev goes by the IOMMU group, not by iommufd; the lease ends with viaduct release, not " +
+			"with the domain (viaduct install --libvirt scrubs between its starts)"},
 	{
-		Name:   "cdi",
-		Text:   cdi,
-		Cannot: "a CDI spec hands nodes to a container; a VMM in it still needs its own arguments, and memory that it may lock",
+		Name: "cdi",
+		Text: cdi,
+		Cannot: "a CDI spec hands nodes to a container; a VMM in it still needs its own arguments, and memory that " +
+			"it may lock",
 	},
 	{Name: "env", Text: env},
 	{
@@ -64,20 +69,23 @@ var Formats = []Format{
 	},
 	{Name: "crosvm", Args: crosvm, Cannot: "crosvm has no failover pair, and opens the IOMMU group, not iommufd"},
 	{
-		Name:   "incus",
-		Text:   incus,
-		Cannot: "Incus binds the device to vfio-pci itself, and back when the instance stops: viaduct release ends the lease; containers cannot have it; no live migration",
+		Name: "incus",
+		Text: incus,
+		Cannot: "Incus binds the device to vfio-pci itself, and back when the instance stops: viaduct release ends " +
+			"the lease; containers cannot have it; no live migration",
 	},
 	{
 		Name:    "xen",
 		Text:    xen,
 		Foreign: true,
-		Cannot:  "Xen has the IOMMU to itself: xl takes the device to pciback (seize=1), not vfio; dom0 shows no IOMMU groups, so the whole group is for you to give; no failover pair",
+		Cannot: "Xen has the IOMMU to itself: xl takes the device to pciback (seize=1), not vfio; dom0 shows no " +
+			"IOMMU groups, so the whole group is for you to give; no failover pair",
 	},
 	{
-		Name:   "kata",
-		Args:   kata,
-		Cannot: "Kata needs vfio_mode and hotplug_vfio (or cold_plug_vfio) in its configuration.toml, and hands on whole IOMMU groups; no failover pair",
+		Name: "kata",
+		Args: kata,
+		Cannot: "Kata needs vfio_mode and hotplug_vfio (or cold_plug_vfio) in its configuration.toml, and hands on " +
+			"whole IOMMU groups; no failover pair",
 	},
 }
 
@@ -181,7 +189,9 @@ func libvirt(g *Guest) (string, error) {
 		if i == 0 && g.Standby != "" {
 			fmt.Fprintf(
 				&b,
-				"<interface type='bridge'>\n  <mac address='%s'/>\n  <source bridge='%s'/>\n  <model type='virtio'/>\n  <teaming type='persistent'/>\n  <alias name='ua-viaduct-standby'/>\n</interface>\n",
+				"<interface type='bridge'>\n  <mac address='%s'/>\n  <source bridge='%s'/>\n"+
+					"  <model type='virtio'/>\n  <teaming type='persistent'/>\n"+
+					"  <alias name='ua-viaduct-standby'/>\n</interface>\n",
 				d.MAC,
 				escape(g.Standby),
 			)
@@ -193,7 +203,8 @@ func libvirt(g *Guest) (string, error) {
 		}
 		fmt.Fprintf(
 			&b,
-			"<interface type='hostdev' managed='no'>\n  <mac address='%s'/>\n  <source>\n    %s\n  </source>\n%s%s</interface>\n",
+			"<interface type='hostdev' managed='no'>\n  <mac address='%s'/>\n  <source>\n    %s\n"+
+				"  </source>\n%s%s</interface>\n",
 			d.MAC,
 			addressXML(d.Address),
 			vlan,

@@ -38,10 +38,11 @@ type Kernel struct {
 	EnableSRIOV bool
 	Log         []string                 // every write in its order, also those that failed: "name=value"
 	Before      func(name, value string) // called before each write, without the lock
-	After       func(name, value string) // called after each write, without the lock; it may call Write, which calls it again
-	Busy        map[string]bool          // disks that are in exclusive use, by name
-	Owners      map[string]Owner         // of nodes, by name, as Own set them
-	Net         Network                  // what netlink answers from, beside the interfaces that the files show
+	// After is called after each write, without the lock; it may call Write, which calls it again.
+	After  func(name, value string)
+	Busy   map[string]bool  // disks that are in exclusive use, by name
+	Owners map[string]Owner // of nodes, by name, as Own set them
+	Net    Network          // what netlink answers from, beside the interfaces that the files show
 
 	tb   testing.TB
 	dir  string // of sysfs and all: the root

@@ -43,7 +43,10 @@ func (t Tree) only(devices []string) Tree {
 		if !strings.HasPrefix(content, arrow) {
 			content = ""
 		}
-		named := func(part string) bool { _, err := routingID(part); return err == nil && strings.Count(part, ":") == 2 }
+		named := func(part string) bool {
+			_, err := routingID(part)
+			return err == nil && strings.Count(part, ":") == 2
+		}
 		other := func(part string) bool { return named(part) && !slices.Contains(devices, part) }
 		parts := strings.Split(name+"/"+strings.TrimPrefix(content, arrow), "/")
 		if !slices.ContainsFunc(parts, other) {

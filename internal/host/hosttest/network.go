@@ -98,7 +98,8 @@ func (k *Kernel) startNet() {
 			continue
 		}
 		for file, content := range map[string]string{
-			"ifindex": strconv.Itoa(i + 2), "flags": "0x1002", "mtu": "1500", "address": fmt.Sprintf("02:00:00:00:00:%02x", i),
+			"ifindex": strconv.Itoa(i + 2), "flags": "0x1002", "mtu": "1500",
+			"address": fmt.Sprintf("02:00:00:00:00:%02x", i),
 		} {
 			if !k.exists(path.Join(dir, file)) {
 				k.put(path.Join(dir, file), content+"\n")

@@ -81,7 +81,8 @@ func (k *Kernel) addVF(pf string, index int, address string) {
 	for name, content := range map[string]string{
 		"vendor": vendor, "device": device, "subsystem_vendor": sub, "subsystem_device": subdev, "class": class,
 		"revision": k.text(pf, "revision"), "numa_node": k.text(pf, "numa_node"), "driver_override": "(null)",
-		"modalias": fmt.Sprintf("pci:v%sd%ssv%ssd%sbc%ssc%si%s", id(vendor), id(device), id(sub), id(subdev), bits[:2], bits[2:4], bits[4:]),
+		"modalias": fmt.Sprintf("pci:v%sd%ssv%ssd%sbc%ssc%si%s", id(vendor), id(device), id(sub), id(subdev),
+			bits[:2], bits[2:4], bits[4:]),
 	} {
 		if content != "" {
 			k.put(path.Join(vf, name), content+"\n")

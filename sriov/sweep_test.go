@@ -36,6 +36,7 @@ func small(t *testing.T) *hosttest.Kernel {
 // command is what a sweep runs: a state of the host before it, and what it is to be afterwards.
 type command struct {
 	name  string
+	host  func(t *testing.T) *hosttest.Kernel // nil: small
 	setup func(t *testing.T, k *hosttest.Kernel)
 	run   func(ctx context.Context, s *Handle) error
 	// used makes somebody use what the command changes, so that it must refuse; nil if nothing refuses it.
@@ -86,6 +87,39 @@ func usesNode(t *testing.T, k *hosttest.Kernel, address string) {
 	k.Process(4711, "qemu", "/dev/vfio/devices/"+entries[0].Name())
 }
 
+// everything is all that a wish can have.
+var everything = Wish{
+	VFs: []VFWish{
+		{UseVFIO, Settings{MAC: StableMAC, VLAN: "100", MSIX: "2", Trust: on, LinkState: "enable"}}, {Use: UseNone},
+	},
+	Eswitch: Eswitch{Mode: switchdev}, Offload: on, MTU: 9000,
+}
+
+// switching is small, where the PF is down, and has an e-switch, interrupt vectors to share and a NIC that offloads.
+func switching(t *testing.T) *hosttest.Kernel {
+	k := small(t)
+	k.Net.Eswitch = map[string][3]int{pf: {}}
+	k.OnIoctl = (&nic{}).ioctl
+	for name, text := range map[string]string{
+		pfDir + "/sriov_vf_total_msix": "10\n", pfDir + "/net/enp1s0/flags": "0x1002\n",
+	} {
+		if err := os.WriteFile(k.Dir()+"/"+name, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return k
+}
+
+// sharing is a host with an NVMe PF, which shares queues and interrupts out.
+func sharing(t *testing.T) *hosttest.Kernel {
+	k := hosttest.NewSmallLab(t, "0000:00:0a.0", nvmePFAddress, "0000:00:05.0", pf)
+	if err := errors.Join(os.MkdirAll(k.Dir()+"/dev", 0o755), os.WriteFile(k.Dir()+"/dev/nvme0", []byte("c 250:0\n"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	k.OnIoctl = (&controller{q: pool{400, 2, 16, 1}, v: pool{200, 1, 16, 1}, all: controllers(130, 0, 0)}).ioctl
+	return k
+}
+
 var commands = []command{
 	{
 		name: "bind",
@@ -127,6 +161,15 @@ var commands = []command{
 		run:   makeVFs(Wish{}),
 		lossy: true,
 		used:  func(t *testing.T, k *hosttest.Kernel) { usesNode(t, k, "0000:01:10.0") },
+	},
+	{name: "vf create everything", host: switching, run: makeVFs(everything)},
+	{
+		name: "vf create nvme",
+		host: sharing,
+		run: func(ctx context.Context, s *Handle) error {
+			_, err := s.Make(ctx, parse(nvmePFAddress), alike(2, UseNone))
+			return err
+		},
 	},
 	{
 		name: "recover",
@@ -175,7 +218,7 @@ func look(t *testing.T, k *hosttest.Kernel) (out hostState) {
 		t.Fatal(err)
 	}
 	topology.All(func(d *iommu.Device) bool {
-		if d.PCI && (d.Name == e1000 || d.Name == edu || d.Name == pf || strings.HasPrefix(d.Name, "0000:01:10.")) {
+		if d.PCI && (d.Name == e1000 || d.Name == edu || d.SRIOV != nil || d.PhysFn != nil) {
 			fmt.Fprintf(&text, "%s %s %q", d.Name, d.Driver, d.DriverOverride)
 			if d.SRIOV != nil {
 				autoprobe, err := k.Host().String(autoprobe(d.Address))
@@ -195,7 +238,17 @@ func look(t *testing.T, k *hosttest.Kernel) (out hostState) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		out.settings = string(b)
+		k.ChangeNet(func(n *hosttest.Network) { out.settings = fmt.Sprintf("%s, e-switch %v", b, n.Eswitch[pf]) })
+		for _, file := range []string{"mtu", "flags"} {
+			text, err := k.Host().String("sys/class/net/" + port.Name + "/" + file)
+			out.settings += fmt.Sprintf(", %s %s %v", file, text, err)
+		}
+	}
+	if k.OnIoctl != nil {
+		off, err := offloadsBut(s.Host(), device(t, s, pf), on)
+		if err == nil && len(off) == 0 {
+			out.settings += ", offloads"
+		}
 	}
 	if out.changes, err = s.journal.Keys("change-"); err != nil {
 		t.Fatal(err)
@@ -218,8 +271,7 @@ func (h hostState) String() string {
 // operations counts what a command asks of the host.
 func (c *command) operations(t *testing.T) (n int, before, after hostState) {
 	t.Helper()
-	k := small(t)
-	c.prepare(t, k)
+	k := c.prepare(t)
 	before = look(t, k)
 	var count atomic.Int64
 	k.SetFault(func(string, string) error { count.Add(1); return nil })
@@ -233,10 +285,18 @@ func (c *command) operations(t *testing.T) (n int, before, after hostState) {
 	return int(count.Load()), before, look(t, k)
 }
 
-func (c *command) prepare(t *testing.T, k *hosttest.Kernel) {
-	if c.setup != nil {
-		c.setup(t, k)
+// prepare is a new host as the command meets it.
+func (c *command) prepare(t *testing.T) *hosttest.Kernel {
+	t.Helper()
+	k := small
+	if c.host != nil {
+		k = c.host
 	}
+	host := k(t)
+	if c.setup != nil {
+		c.setup(t, host)
+	}
+	return host
 }
 
 // sample are so many of a command's operations, evenly spread, beginning with another for each command. With VIADUCT_SWEEP=short
@@ -275,8 +335,7 @@ func TestFaultSweep(t *testing.T) {
 }
 
 func (c *command) fault(t *testing.T, n int, fail error, before, after hostState) {
-	k := small(t)
-	c.prepare(t, k)
+	k := c.prepare(t)
 	failed := failAt(k, n, fail)
 	s := open(t, k)
 	err := c.run(context.Background(), s)
@@ -378,8 +437,7 @@ func TestFaultOfLook(t *testing.T) {
 }
 
 func (c *command) faultOfLook(t *testing.T, n int, before hostState) {
-	k := small(t)
-	c.prepare(t, k)
+	k := c.prepare(t)
 	c.used(t, k)
 	fail := failures[n%3] // but for ENOENT, which says that a process is gone
 	failed := failAt(k, n, fail)
@@ -392,6 +450,46 @@ func (c *command) faultOfLook(t *testing.T, n int, before hostState) {
 	}
 	if *failed == "" && !errors.Is(err, holder.ErrRefused) {
 		t.Errorf("nothing failed: %v", err)
+	}
+}
+
+// TestInterruptSweep: wherever a command is interrupted, it goes on to its end or puts back what it did, and says which.
+func TestInterruptSweep(t *testing.T) {
+	for _, c := range commands {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			total, before, after := c.operations(t)
+			for n := range sample(total) {
+				t.Run(fmt.Sprint(n), func(t *testing.T) { c.interrupt(t, n, before, after) })
+			}
+		})
+	}
+}
+
+func (c *command) interrupt(t *testing.T, n int, before, after hostState) {
+	k := c.prepare(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	var left atomic.Int64
+	left.Store(int64(n))
+	k.SetFault(func(string, string) error {
+		if left.Add(-1) == -1 {
+			cancel()
+		}
+		return nil
+	})
+	s := open(t, k)
+	err := c.run(ctx, s)
+	s.Close()
+	k.Revive()
+	now := look(t, k)
+	switch {
+	case len(now.changes) > 0 && err != nil && c.name == "recover":
+		c.next(t, k, fmt.Sprintf("interrupted at operation %d: told %v", n, err), before, after)
+	case len(now.changes) > 0,
+		err == nil && !now.same(after) && !c.undone(now),
+		err != nil && !now.same(before) && !c.lost(err, now):
+		t.Errorf("interrupted at operation %d: told %v\nis %s\nwas %s\nor %s", n, err, now, before, after)
 	}
 }
 
@@ -410,8 +508,7 @@ func TestKillSweep(t *testing.T) {
 			}
 			for n, killed := len(c.name)%stride, true; killed; n += stride {
 				t.Run(fmt.Sprint(n), func(t *testing.T) {
-					k := small(t)
-					c.prepare(t, k)
+					k := c.prepare(t)
 					s := open(t, k)
 					k.KillAt(n, changes)
 					_ = c.run(context.Background(), s)

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"viaduct/internal/filelock"
 	"viaduct/internal/host/hosttest"
 	"viaduct/iommu"
 	"viaduct/vfio/holder"
@@ -551,5 +552,48 @@ func TestNoPCIDevice(t *testing.T) {
 	}
 	if keys, _ := b.journal.Keys(""); len(keys) > 0 {
 		t.Errorf("records %q", keys)
+	}
+}
+
+// Who was killed is there for a moment yet: viaduct recover waits for that, and does the rest.
+func TestKilledJustNow(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	k.Process(4711, "viaduct")
+	h := &iommu.Host{Host: k.Host()}
+	b := open(t, k, Options{})
+	a := read(t, b, igb).Address
+	killed := changeRecord{
+		Op: opTake, Unit: []iommu.Address{a}, Change: from(read(t, b, igb)), Command: holder.NameProcess(h, 4711),
+	}
+	if err := b.journal.Put(changeKey(a), killed); err != nil {
+		t.Fatal(err)
+	}
+	lock, err := filelock.Open(b.locks.name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	if ok, err := lock.Try(offset(a)); !ok || err != nil {
+		t.Fatal(ok, err)
+	}
+
+	all, err := b.Recover(context.Background())
+	if err != nil || len(all) > 0 {
+		t.Fatalf("while it runs: %v, %v", all, err)
+	}
+	looked := make(chan bool, 100)
+	k.SetFault(func(_, name string) error {
+		if strings.HasPrefix(name, "proc/4711/task") {
+			looked <- true
+		}
+		return nil
+	})
+	go func() {
+		<-looked
+		lock.Free(offset(a))
+	}()
+	all, err = b.RecoverPatiently(context.Background())
+	if err != nil || len(all) != 1 || all[0].Err != nil {
+		t.Errorf("when it has gone: %v, %v", all, err)
 	}
 }

@@ -90,6 +90,7 @@ type recovery struct {
 	b        *Handle
 	locks    *filelock.File
 	patience time.Duration // for a child whose command is over
+	waited   bool          // for commands that are about to end
 
 	records map[iommu.Address]changeRecord // of devices that are locked now
 	out     []Recovered
@@ -155,7 +156,17 @@ func (r *recovery) lock(ctx context.Context, a iommu.Address) (bool, error) {
 		return ok, err
 	}
 	record, known, err := r.b.change(a)
-	if err != nil || !known || record.Command.Alive(r.b.host) {
+	if err != nil || !known {
+		return false, nil
+	}
+	if record.Command.Alive(r.b.host) && r.patience > dying && !r.waited {
+		// It may have been killed a moment ago. For all that were, one moment is enough.
+		r.waited = true
+		if r.await(ctx, a, dying) {
+			return true, nil
+		}
+	}
+	if record.Command.Alive(r.b.host) {
 		return false, nil
 	}
 
@@ -163,9 +174,7 @@ func (r *recovery) lock(ctx context.Context, a iommu.Address) (bool, error) {
 	if record.Stuck != "" {
 		patience = dying
 	}
-	ctx, cancel := context.WithTimeout(ctx, patience)
-	defer cancel()
-	if r.locks.Wait(ctx, offset(a)) == nil {
+	if r.await(ctx, a, patience) {
 		return true, nil
 	}
 	record, known, err = r.b.change(a)
@@ -173,6 +182,13 @@ func (r *recovery) lock(ctx context.Context, a iommu.Address) (bool, error) {
 		r.out = append(r.out, Recovered{a, "is still stuck", r.b.stillStuck(record)})
 	}
 	return false, nil
+}
+
+// await locks a device if it becomes free in time.
+func (r *recovery) await(ctx context.Context, a iommu.Address, patience time.Duration) bool {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	return r.locks.Wait(ctx, offset(a)) == nil
 }
 
 // unit recovers the unit that a device with a record is of, unless it went with a unit before.

@@ -175,7 +175,8 @@ func (k *Kernel) writable(file string) error {
 	switch {
 	case file == "sys/bus/pci/drivers_probe",
 		path.Dir(path.Clean(dir)) == sysDrivers && (attribute == "bind" || attribute == "unbind"),
-		attribute == "driver_override", attribute == "sriov_numvfs", attribute == "sriov_drivers_autoprobe":
+		attribute == "driver_override", attribute == "sriov_numvfs", attribute == "sriov_drivers_autoprobe",
+		attribute == "sriov_vf_msix_count":
 		return nil
 	}
 	return syscall.EACCES
@@ -226,6 +227,8 @@ func (k *Kernel) store(file, value string) error {
 		}
 		k.put(file, on+"\n")
 		return nil
+	case "sriov_vf_msix_count":
+		return k.vectors(dir, name)
 	default:
 		return k.numvfs(dir, name)
 	}

@@ -109,6 +109,9 @@ func (k *Kernel) addVF(pf string, index int, address string) {
 		k.link(vf+"/iommu_group", dir)
 	}
 
+	if k.exists(pf + "/sriov_vf_total_msix") {
+		k.put(vf+"/sriov_vf_msix_count", "")
+	}
 	k.link(fmt.Sprintf("%s/virtfn%d", pf, index), vf)
 	k.link(vf+"/physfn", pf)
 	if driver := k.driver(pf); strings.Contains(driver, "vfio") {
@@ -181,4 +184,21 @@ func routingID(address string) (routing, error) {
 
 func (r routing) with(rid int) string {
 	return fmt.Sprintf("%s:%02x:%02x.%x", r.domain, rid>>8, rid>>3&31, rid&7)
+}
+
+// vectors is sriov_vf_msix_count_store, of a driver that shares as many as the PF says.
+func (k *Kernel) vectors(vf, value string) error {
+	n, err := strconv.Atoi(value)
+	switch {
+	case err != nil || n < 0:
+		return syscall.EINVAL
+	case k.driver(vf) != "":
+		return syscall.EBUSY
+	}
+	pf, err := k.resolve(vf + "/physfn")
+	k.must(err)
+	if n > k.number(pf, "sriov_vf_total_msix") {
+		return syscall.ENOSPC
+	}
+	return nil
 }

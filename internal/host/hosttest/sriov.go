@@ -186,18 +186,19 @@ func (r routing) with(rid int) string {
 	return fmt.Sprintf("%s:%02x:%02x.%x", r.domain, rid>>8, rid>>3&31, rid&7)
 }
 
-// vectors is sriov_vf_msix_count_store, of a driver that shares as many as the PF says.
+// vectors is sriov_vf_msix_count_store. A PF without any to share has a driver that does not know of them.
 func (k *Kernel) vectors(vf, value string) error {
-	n, err := strconv.Atoi(value)
-	switch {
-	case err != nil || n < 0:
-		return syscall.EINVAL
-	case k.driver(vf) != "":
-		return syscall.EBUSY
-	}
 	pf, err := k.resolve(vf + "/physfn")
 	k.must(err)
-	if n > k.number(pf, "sriov_vf_total_msix") {
+	n, err := strconv.Atoi(value)
+	switch total := k.number(pf, "sriov_vf_total_msix"); {
+	case err != nil || n < 0:
+		return syscall.EINVAL
+	case total == 0:
+		return syscall.EOPNOTSUPP
+	case k.driver(vf) != "":
+		return syscall.EBUSY
+	case n > total:
 		return syscall.ENOSPC
 	}
 	return nil

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -384,6 +385,90 @@ func TestDecodeMessage(t *testing.T) {
 		if _, _, err := decodeMessage(b); !errors.Is(err, ErrCut) {
 			t.Errorf("16 bytes that say they are %d: %v", length, err)
 		}
+	}
+}
+
+// Each attribute of an interface goes where it belongs, and one that is cut off is none.
+func TestDecodeLink(t *testing.T) {
+	number := binary.NativeEndian.AppendUint32(nil, 7)
+	list := nl.NewRtAttr(unix.IFLA_PROP_LIST, nil)
+	list.AddRtAttr(unix.IFLA_ALT_IFNAME, nl.ZeroTerminated("one"))
+	list.AddRtAttr(unix.IFLA_ALT_IFNAME, nl.ZeroTerminated("two"))
+	list.AddRtAttr(99, nl.ZeroTerminated("three"))
+	b := make([]byte, unix.SizeofIfInfomsg)
+	b[4], b[8] = 5, unix.IFF_UP
+	for _, a := range []*nl.RtAttr{
+		nl.NewRtAttr(unix.IFLA_LINK_NETNSID, number),
+		nl.NewRtAttr(unix.IFLA_PHYS_SWITCH_ID, []byte{0xde, 0xad}),
+		nl.NewRtAttr(unix.IFLA_PHYS_PORT_NAME, nl.ZeroTerminated("pf0vf1")),
+		nl.NewRtAttr(unix.IFLA_PERM_ADDRESS, []byte{2, 0, 0, 0, 0, 1}),
+		nl.NewRtAttr(unix.IFLA_LINK, number),
+		nl.NewRtAttr(unix.IFLA_MTU, number[:2]),
+		list,
+	} {
+		b = append(b, a.Serialize()...)
+	}
+	l, err := DecodeLink(b)
+	if err != nil || l.Index != 5 || l.Flags != unix.IFF_UP || l.Elsewhere == nil || *l.Elsewhere != 7 || l.Over != 7 ||
+		l.SwitchID != "dead" || l.PortName != "pf0vf1" || l.Permanent.String() != "02:00:00:00:00:01" || l.MTU != 0 ||
+		!slices.Equal(l.Alternative, []string{"one", "two"}) {
+		t.Errorf("%+v, %v", l, err)
+	}
+	if l, err := DecodeLink(b[:unix.SizeofIfInfomsg-1]); !errors.Is(err, ErrCut) {
+		t.Errorf("a cut header: %+v, %v", l, err)
+	}
+	if a, ok := decodeAddress(make([]byte, unix.SizeofIfAddrmsg-1)); ok {
+		t.Errorf("a cut address: %+v", a)
+	}
+	if r, ok := decodeRoute(make([]byte, unix.SizeofRtMsg-1)); ok {
+		t.Errorf("a cut route: %+v", r)
+	}
+	hops := append(append([]byte{8, 0, 0, 0}, number...), 200, 0, 0, 0, 1, 0, 0, 0)
+	if over := decodeHops(hops); !slices.Equal(over, []int{7}) {
+		t.Errorf("a hop that is longer than its list: %v", over)
+	}
+}
+
+// Answers to a request that was given up are passed over; without an answer, or anybody there, it is an error.
+func TestLateAnswer(t *testing.T) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &Conn{fd: pair[0]}
+	defer c.Close()
+	for _, b := range [][]byte{
+		answer(unix.RTM_NEWLINK, 6, []byte("late")), answer(unix.RTM_NEWLINK, 7, []byte("mine")),
+		slices.Concat(answer(unix.RTM_NEWLINK, 6, []byte("late")), answer(unix.RTM_NEWLINK, 7, []byte("mine"))),
+		answer(unix.NLMSG_DONE, 6, nil), answer(unix.NLMSG_DONE, 7, nil),
+	} {
+		if err := unix.Sendto(pair[1], b, 0, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if b, err := c.answer(7); err != nil || string(b) != "mine" {
+		t.Errorf("%q, %v", b, err)
+	}
+	if all, whole, err := c.answers(7); err != nil || !whole || len(all) != 1 || string(all[0]) != "mine" {
+		t.Errorf("%q, %v, %v", all, whole, err)
+	}
+
+	soon := unix.NsecToTimeval(int64(time.Millisecond))
+	if err := unix.SetsockoptTimeval(c.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &soon); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.answer(7); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("no answer: %v", err)
+	}
+	unix.Close(pair[1])
+	if _, err := c.answer(7); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("nobody there: %v", err)
+	}
+	if _, err := c.Ask(unix.RTM_GETLINK, 0); err == nil {
+		t.Error("nobody was asked")
+	}
+	if _, err := c.Dump(unix.RTM_GETLINK); err == nil {
+		t.Error("nobody was asked for a list")
 	}
 }
 

@@ -271,7 +271,7 @@ func TestRoutes(t *testing.T) {
 	if over, err := c.RouteTo(net.ParseIP("192.0.2.7"), net.ParseIP("192.0.2.1")); !errors.Is(err, unix.ENETUNREACH) {
 		t.Errorf("over %v, %v", over, err)
 	}
-	if id, ok := c.Peer(1); !ok || id != 0 {
+	if id, ok, err := c.Peer(1); err != nil || !ok || id != 0 {
 		t.Errorf("the namespace of process 1 is %d, %v", id, ok)
 	}
 }

@@ -151,12 +151,15 @@ func decodeHops(b []byte) []int {
 }
 
 // Peer is what a network namespace calls another, that of a process; false if it has no name for it.
-func (c *Conn) Peer(pid int) (id int, ok bool) {
+func (c *Conn) Peer(pid int) (id int, ok bool, err error) {
 	msg := &nl.RtGenMsg{}
 	pidAttribute := nl.NewRtAttr(unix.NETNSA_PID, nl.Uint32Attr(uint32(pid)))
 	answer, err := c.Ask(unix.RTM_GETNSID, 0, &nsMessage{msg}, pidAttribute)
-	if err != nil || len(answer) < nsHeader {
-		return 0, false
+	if err != nil {
+		return 0, false, fmt.Errorf("ask for the name of a network namespace: %w", err)
+	}
+	if len(answer) < nsHeader {
+		return 0, false, fmt.Errorf("%w: the name of a namespace in %d bytes", ErrCut, len(answer))
 	}
 	Attributes(answer[nsHeader:], func(kind uint16, value []byte) {
 		if kind == unix.NETNSA_NSID && len(value) >= 4 {
@@ -164,7 +167,7 @@ func (c *Conn) Peer(pid int) (id int, ok bool) {
 			ok = id >= 0
 		}
 	})
-	return id, ok
+	return id, ok, nil
 }
 
 // nsHeader is the length of a struct rtgenmsg where attributes follow it.

@@ -36,6 +36,29 @@ func withDisk(more hosttest.Tree) hosttest.Tree {
 	}.With(more)
 }
 
+// mapped is a device-mapper device of this uuid over the disk.
+func mapped(uuid string) hosttest.Tree {
+	const dm = "sys/devices/virtual/block/dm-0"
+	return hosttest.Tree{
+		diskDir + "/holders/dm-0": "-> ../../../../../../virtual/block/dm-0",
+		"sys/class/block/dm-0":    "-> ../../devices/virtual/block/dm-0",
+		dm + "/dm/name":           "it\n", dm + "/dm/uuid": uuid + "\n", dm + "/dev": "252:0\n", "dev/dm-0": "b 252:0\n",
+	}
+}
+
+// put makes or replaces a file of the kernel's host.
+func put(k *hosttest.Kernel, name, content string) {
+	if err := os.WriteFile(k.Dir()+"/"+name, []byte(content), 0o600); err != nil {
+		panic(err)
+	}
+}
+
+// underneath is enp2s0 on top of e1000's interface.
+var underneath = hosttest.Tree{
+	"sys/devices/pci0000:00/0000:00:08.0/0000:07:01.0/net/ens1/upper_enp2s0": "-> ../../../../" +
+		"0000:00:06.0/0000:02:00.0/net/enp2s0",
+}
+
 // scenarios are those of each kind.
 var scenarios = map[Kind][]scenario{
 	Process: {
@@ -77,12 +100,44 @@ var scenarios = map[Kind][]scenario{
 			tree:   withDisk(hosttest.Tree{"sys/fs/btrfs/1-2/devices/vda/": "", "sys/fs/btrfs/features/": ""}),
 			says:   "part of a mounted btrfs",
 		},
+		{
+			device: disk,
+			tree: withDisk(hosttest.Tree{
+				"sys/fs/btrfs/1-2/devices/vda/": "", "sys/fs/btrfs/1-2/devices/vdb/": "",
+				"proc/1/mountinfo": "22 1 0:33 / / rw - btrfs /dev/vdb rw\n",
+			}),
+			says: "part of a mounted btrfs",
+			root: true,
+		},
+		{
+			device: disk,
+			tree: withDisk(hosttest.Tree{
+				diskDir + "/vda1/partition": "1\n", diskDir + "/vda1/dev": "254:1\n", "dev/vda1": "b 254:1\n",
+				"sys/class/block/vda1": "-> ../../devices/pci0000:00/0000:00:01.0/virtio0/block/vda/vda1",
+				"proc/1/mountinfo":     "broken\n22 1 254:1 / /srv rw - ext4 /dev/vda1 rw\n",
+			}),
+			says: "(vda1) is mounted on /srv",
+		},
+		{
+			device: disk,
+			tree:   withDisk(hosttest.Tree{"proc/77/ns/mnt": "-> mnt:[4026532001]"}),
+			setup: func(k *hosttest.Kernel) {
+				k.Process(77, "container")
+				put(k, "proc/77/mountinfo", "22 1 254:0 / / rw - ext4 /dev/vda rw\n")
+			},
+			says: "is mounted on / in the mount namespace of process 77",
+		},
 	},
 	Swap: {
 		{
 			device: disk,
 			tree:   withDisk(hosttest.Tree{"proc/swaps": "Filename Type\n/dev/vda partition 1 0 -2\n"}),
 			says:   "is swap",
+		},
+		{
+			device: disk,
+			tree:   withDisk(mapped("CRYPT-x").With(hosttest.Tree{"proc/swaps": "Filename Type\n/dev/mapper/it partition\n"})),
+			says:   "(dm-0) is swap",
 		},
 	},
 	Storage: {
@@ -92,11 +147,16 @@ var scenarios = map[Kind][]scenario{
 			tree:   withDisk(nil),
 			says:   "in exclusive use",
 		},
-		{device: disk, tree: withDisk(hosttest.Tree{
-			diskDir + "/holders/dm-0": "-> ../../../../../../virtual/block/dm-0", "sys/class/block/dm-0": "-> ../../devices/virtual/block/dm-0",
-			"sys/devices/virtual/block/dm-0/dm/name": "vg-data\n", "sys/devices/virtual/block/dm-0/dm/uuid": "LVM-x\n",
-			"sys/devices/virtual/block/dm-0/dev": "252:0\n", "dev/dm-0": "b 252:0\n",
-		}), says: "LVM vg-data (dm-0)"},
+		{
+			device: disk,
+			setup:  func(k *hosttest.Kernel) { k.Busy["vda"] = true },
+			tree:   withDisk(hosttest.Tree{"proc/1/mountinfo": "22 1 0:33 / / rw - zfs rpool/root rw\n"}),
+			says:   "in exclusive use",
+			root:   true,
+		},
+		{device: disk, tree: withDisk(mapped("LVM-x")), says: "LVM it (dm-0)"},
+		{device: disk, tree: withDisk(mapped("CRYPT-x")), says: "dm-crypt it (dm-0)"},
+		{device: disk, tree: withDisk(mapped("mpath-x")), says: "device-mapper it (dm-0)"},
 		{device: disk, tree: withDisk(hosttest.Tree{
 			diskDir + "/holders/md0": "-> ../../../../../../virtual/block/md0", "sys/class/block/md0": "-> ../../devices/virtual/block/md0",
 			"sys/devices/virtual/block/md0/md/level": "raid1\n", "sys/devices/virtual/block/md0/dev": "9:0\n", "dev/md0": "b 9:0\n",
@@ -120,27 +180,41 @@ var scenarios = map[Kind][]scenario{
 	},
 	Addressed: {{device: e1000, setup: func(k *hosttest.Kernel) {
 		k.Net.Addresses = []hosttest.Address{{Interface: nic, CIDR: "192.0.2.1/24"}}
-	}, says: "has address 192.0.2.1/24"}},
+	}, says: "has address 192.0.2.1/24"}, {device: e1000, setup: func(k *hosttest.Kernel) {
+		k.Net.Addresses = []hosttest.Address{{Interface: "enp2s0", CIDR: "192.0.2.1/24"}}
+	}, tree: underneath, says: "has address 192.0.2.1/24 over enp2s0"}},
 	Stacked: {
 		{
 			device: e1000,
 			setup:  func(k *hosttest.Kernel) { k.Net.Over = map[string]string{"enp2s0": nic} },
 			says:   "is under",
 		},
-		{device: e1000, tree: hosttest.Tree{
-			"sys/devices/pci0000:00/0000:00:08.0/0000:07:01.0/net/ens1/upper_enp2s0": "-> ../../../../0000:00:06.0/0000:02:00.0/net/enp2s0",
-		}, says: "is under"},
+		{device: e1000, tree: underneath, says: "is under"},
+		{device: e1000, tree: hosttest.Tree{"run/netns/blue": ""}, setup: func(k *hosttest.Kernel) {
+			k.Net.Elsewhere = map[string][]hosttest.Elsewhere{"run/netns/blue": {{Name: "macvlan0", Over: nic}}}
+		}, says: "macvlan0 in the network namespace of blue"},
 	},
 	Namespace: {{device: e1000, setup: func(k *hosttest.Kernel) {
 		k.Process(77, "ns")
 		k.Net.Elsewhere = map[string][]hosttest.Elsewhere{"proc/77/ns/net": {{Name: "eth0", Device: e1000}}}
-	}, tree: hosttest.Tree{"proc/77/ns/net": "-> net:[4026532000]"}, says: "is in the network namespace of process 77"}},
+	}, tree: hosttest.Tree{"proc/77/ns/net": "-> net:[4026532000]"}, says: "is in the network namespace of process 77"},
+		{device: e1000, tree: hosttest.Tree{"run/netns/blue": ""}, setup: func(k *hosttest.Kernel) {
+			k.Net.Elsewhere = map[string][]hosttest.Elsewhere{"run/netns/blue": {{Name: "eth0", Device: e1000}}}
+		}, says: "is in the network namespace of blue"},
+	},
 	SSH: {{device: e1000, setup: func(k *hosttest.Kernel) {
 		k.Net.Routes = []hosttest.Route{{To: "192.0.2.0/24", Over: []string{nic}, Protocol: unix.RTPROT_KERNEL}}
 		k.Process(99, "sshd", "socket:[1234]")
 	}, tree: hosttest.Tree{
 		"proc/1/net/tcp": "  sl\n   0: 010200C0:0016 070200C0:A2C4 01 00000000:00000000 02:0 0     0        0 1234 1 0\n", "proc/self": "-> 1",
-	}, says: "carries the ssh connection of 192.0.2.7"}},
+	}, says: "carries the ssh connection of 192.0.2.7"}, {device: e1000, setup: func(k *hosttest.Kernel) {
+		k.Net.Addresses = []hosttest.Address{{Interface: nic, CIDR: "fe80::1/64"}}
+		k.Process(99, "sshd-session", "socket:[1234]")
+	}, tree: hosttest.Tree{
+		"proc/1/net/tcp6": "  sl\n   0: 000080FE000000000000000001000000:0016 000080FE000000000000000007000000:A2C4" +
+			" 01 00000000:00000000 02:0 0     0        0 1234 1 0\n",
+		"proc/self": "-> 1",
+	}, says: "carries the ssh connection of fe80::7"}},
 	Display: {
 		{device: edu, tree: hosttest.Tree{
 			"sys/devices/pci0000:00/0000:00:08.0/0000:07:02.0/modalias": "pci:v00001234d000011E8sv00001AF4sd00001100bc03sc00i00\n",

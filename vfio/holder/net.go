@@ -330,7 +330,10 @@ func linksIn(h *iommu.Host, file, whose string) ([]elsewhere, error) {
 	}
 
 	// What that namespace calls this one.
-	here, known := there.Peer(unix.Getpid())
+	here, known, err := there.Peer(unix.Getpid())
+	if err != nil {
+		return nil, err
+	}
 	var out []elsewhere
 	for _, l := range links {
 		out = append(out, elsewhere{l, known && l.Elsewhere != nil && *l.Elsewhere == here, whose})

@@ -8,8 +8,7 @@ import (
 )
 
 // EachFailure lets each operation of a look at the kernel's host fail in turn. The look, which changes nothing, must
-// tell of it
-// with an error, or have found what it finds without.
+// tell of it with an error, or have found what it finds without.
 func EachFailure(tb testing.TB, k *Kernel, what string, look func() (any, error)) {
 	tb.Helper()
 	want, err := look()

@@ -51,21 +51,29 @@ func ReadPorts(h *iommu.Host, port *Port) (Ports, error) {
 		switch pf, vf, kind := parsePortName(name); {
 		case kind == wire:
 			out.Uplinks = append(out.Uplinks, n)
-		case kind == representor && ofPF(h, n, port.PF.Address, pf):
-			out.VFs[vf] = n
+		case kind == representor:
+			own, err := ofPF(h, n, port.PF.Address, pf)
+			if err != nil {
+				return out, err
+			}
+			if own {
+				out.VFs[vf] = n
+			}
 		}
 	}
 	return out, nil
 }
 
 // ofPF reports whether a representor stands for a VF of a PF, whose number in its name this is.
-func ofPF(h *iommu.Host, name string, pf iommu.Address, number int) bool {
-	if device, err := h.LinkBase(path.Join(netClass, name, "device")); err == nil {
-		if a, err := iommu.ParseAddress(device); err == nil {
-			return a == pf
-		}
+func ofPF(h *iommu.Host, name string, pf iommu.Address, number int) (bool, error) {
+	device, err := h.LinkBase(path.Join(netClass, name, "device"))
+	if err != nil && !host.Absent(err) {
+		return false, err
 	}
-	return number == int(pf.Function)
+	if a, bad := iommu.ParseAddress(device); err == nil && bad == nil {
+		return a == pf, nil
+	}
+	return number == int(pf.Function), nil
 }
 
 const (

@@ -143,7 +143,8 @@ func TestKernelLog(t *testing.T) {
 
 // A child that still writes for a command that was killed has its device, which is told with whom it waits for.
 func TestStillStuck(t *testing.T) {
-	k := hosttest.NewLab(t, nil)
+	k := hosttest.NewLab(t, hosttest.Tree{"dev/vfio/devices/vfio0": "c 511:0\n"})
+	k.Process(4711, "qemu", "/dev/vfio/devices/vfio0")
 	first := open(t, k, Options{})
 	d := read(t, first, igb)
 	if err := errors.Join(first.Lock(context.Background(), []*iommu.Device{d}), first.Begin("x", d, nil, 1)); err != nil {
@@ -154,13 +155,15 @@ func TestStillStuck(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.Command, r.Stuck, r.Change = holder.Proc{PID: 1 << 30, Start: 1}, "echo x > y", Change{Device: d.Address, ID: d.ID}
+	r.Nodes = []holder.Node{{Number: 511 << 32}}
 	if err := first.journal.Put(changeKey(d.Address), r); err != nil {
 		t.Fatal(err)
 	}
 
 	other := open(t, k, Options{Timeout: time.Second})
 	recovered, err := other.Recover(context.Background())
-	if err != nil || len(recovered) != 1 || !IsStuck(recovered[0].Err) || !strings.Contains(recovered[0].Err.Error(), "echo x > y") {
+	if err != nil || len(recovered) != 1 || !IsStuck(recovered[0].Err) || !strings.Contains(recovered[0].Err.Error(), "echo x > y") ||
+		!strings.Contains(recovered[0].Err.Error(), "open in process 4711") {
 		t.Fatalf("%v, %v", recovered, err)
 	}
 	if len(other.Stuck()) != 1 {

@@ -307,6 +307,35 @@ func TestRecordsOfNewVFs(t *testing.T) {
 	}
 }
 
+// What is known of VFs goes with them, wherever the run that removes them is killed.
+func TestRecordsOfOldVFs(t *testing.T) {
+	for n := 0; ; n++ {
+		k := small(t)
+		quiet(t, k, makeVFs(alike(2, UseVFIO)))
+		s := open(t, k)
+		k.KillAt(n, func(op, name string) bool { return isWrite(op, name) || op == "replace" || op == "remove" })
+		_, _ = s.Make(context.Background(), parse(pf), Wish{})
+		s.Close()
+		if !k.Revive() {
+			return
+		}
+
+		next := open(t, k)
+		recovered, err := next.Recover(context.Background())
+		for _, r := range recovered {
+			err = errors.Join(err, r.Err)
+		}
+		taken, failed := next.journal.Keys("taken-")
+		if err = errors.Join(err, failed); err != nil {
+			t.Fatalf("killed before change %d: %v", n, err)
+		}
+		if vfs := device(t, next, pf).SRIOV.VFs; len(vfs) != len(taken) {
+			t.Errorf("killed before change %d: %d VFs, known are %q", n, len(vfs), taken)
+		}
+		next.Close()
+	}
+}
+
 // VFs that somebody uses are not removed, unless that is overridden.
 func TestUsedVFs(t *testing.T) {
 	k := hosttest.NewLab(t, nil)

@@ -147,6 +147,20 @@ func TestConflicts(t *testing.T) {
 	}
 }
 
+// Beside a VF that is to have an address, those that are to have zero or none have nobody's: other VFs have zero too, or
+// their driver reports no address.
+func TestNoAddressBesideOne(t *testing.T) {
+	for _, reported := range []bool{true, false} {
+		k := hosttest.NewLab(t, nil)
+		k.Net.Unreported = map[int]bool{nl.IFLA_VF_MAC: !reported}
+		s := open(t, k)
+		wish := Wish{VFs: []VFWish{{Settings: Settings{MAC: "52:54:00:aa:00:09"}}, {Settings: Settings{MAC: noMAC}}, {}}}
+		if _, err := s.PlanCount(device(t, s, pf), wish); err != nil {
+			t.Errorf("reported %v: %v", reported, err)
+		}
+	}
+}
+
 // mac=stable is the same in the plan and in what is applied, whatever address the PF's interface was given meanwhile.
 func TestStableIsPermanent(t *testing.T) {
 	k := hosttest.NewLab(t, nil)

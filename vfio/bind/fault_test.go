@@ -580,6 +580,24 @@ func TestPrepare(t *testing.T) {
 	}
 }
 
+// What an interrupted run left of a device is undone before anything else is done with it.
+func TestPrepareRecovers(t *testing.T) {
+	k, b := newKernel(t)
+	other := open(t, k, Options{})
+	k.KillAt(2, isWrite) // it is unbound, and not probed
+	_, _ = take(context.Background(), other, read(t, other, igb))
+	other.Close()
+	if !k.Revive() {
+		t.Fatal("it was not killed")
+	}
+
+	d := read(t, b, igb)
+	j, err := b.Prepare(context.Background(), Request{Devices: []*iommu.Device{d}, Goal: Take(Auto)})
+	if err != nil || len(j.Recovered) != 1 || j.Recovered[0].Err != nil || bound(t, b, igb) != [2]string{"igb", ""} {
+		t.Errorf("%+v, %v, %q", j, err, bound(t, b, igb))
+	}
+}
+
 // A Job is run once: what it asked for may be another thing afterwards.
 func TestJobRunsOnce(t *testing.T) {
 	k, b := newKernel(t)

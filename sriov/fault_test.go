@@ -147,14 +147,16 @@ func TestConflicts(t *testing.T) {
 	}
 }
 
-// Beside a VF that is to have an address, those that are to have zero or none have nobody's: other VFs have zero too, or
-// their driver reports no address.
+// Beside a VF that is to have an address, those that are to have zero or none have nobody's: other VFs have zero too,
+// or their driver reports no address.
 func TestNoAddressBesideOne(t *testing.T) {
 	for _, reported := range []bool{true, false} {
 		k := hosttest.NewLab(t, nil)
 		k.Net.Unreported = map[int]bool{nl.IFLA_VF_MAC: !reported}
 		s := open(t, k)
-		wish := Wish{VFs: []VFWish{{Settings: Settings{MAC: "52:54:00:aa:00:09"}}, {Settings: Settings{MAC: noMAC}}, {}}}
+		some := VFWish{Settings: Settings{MAC: "52:54:00:aa:00:09"}}
+		zero := VFWish{Settings: Settings{MAC: noMAC}}
+		wish := Wish{VFs: []VFWish{some, zero, {}}}
 		if _, err := s.PlanCount(device(t, s, pf), wish); err != nil {
 			t.Errorf("reported %v: %v", reported, err)
 		}
@@ -198,8 +200,9 @@ func TestStableOfMany(t *testing.T) {
 	})
 	s := open(t, k)
 	d := device(t, s, pf)
+	isLook := func(op, name string) bool { return op == "message" && name == fmt.Sprint(unix.RTM_GETLINK) }
 	for n := 0; ; n++ {
-		k.FailAt(n, func(op, name string) bool { return op == "message" && name == fmt.Sprint(unix.RTM_GETLINK) }, unix.ENOBUFS)
+		k.FailAt(n, isLook, unix.ENOBUFS)
 		plan, err := s.PlanSet(d, vfAt(d.Address, parse(vf0), 0), Settings{MAC: StableMAC})
 		failed := k.Revive()
 		if err == nil && plan.Want[MAC] != "26:00:00:00:00:77" || err != nil && !failed {

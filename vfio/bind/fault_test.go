@@ -48,7 +48,9 @@ func TestDeadlineOfOneWrite(t *testing.T) {
 // A write that makes more may take longer, unless somebody has said how long one may.
 func TestTimeOfWrite(t *testing.T) {
 	k := hosttest.NewLab(t, nil)
-	for given, want := range map[time.Duration]time.Duration{0: DefaultTimeout + time.Minute, time.Second: time.Second} {
+	for given, want := range map[time.Duration]time.Duration{
+		0: DefaultTimeout + time.Minute, time.Second: time.Second,
+	} {
 		if got := open(t, k, Options{Timeout: given}).timeoutOf(Step{Extra: time.Minute}); got != want {
 			t.Errorf("%s is given: %s, want %s", given, got, want)
 		}

@@ -162,7 +162,8 @@ func TestStillStuck(t *testing.T) {
 
 	other := open(t, k, Options{Timeout: time.Second})
 	recovered, err := other.Recover(context.Background())
-	if err != nil || len(recovered) != 1 || !IsStuck(recovered[0].Err) || !strings.Contains(recovered[0].Err.Error(), "echo x > y") ||
+	if err != nil || len(recovered) != 1 || !IsStuck(recovered[0].Err) ||
+		!strings.Contains(recovered[0].Err.Error(), "echo x > y") ||
 		!strings.Contains(recovered[0].Err.Error(), "open in process 4711") {
 		t.Fatalf("%v, %v", recovered, err)
 	}

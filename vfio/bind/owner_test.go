@@ -227,6 +227,19 @@ func TestDrivers(t *testing.T) {
 	}
 }
 
+// A module that hangs as it is loaded is given up, and the device left as it was.
+func TestModuleThatHangs(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	k.Hang = map[string]bool{"other_vfio": true}
+	b := open(t, k, Options{Timeout: 50 * time.Millisecond})
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	_, err := b.Move(ctx, Take("other-vfio"), read(t, b, igb).Address)
+	if !errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil || bound(t, b, igb) != [2]string{"igb", ""} {
+		t.Errorf("%v, the command's own time is over: %v, %q", err, ctx.Err(), bound(t, b, igb))
+	}
+}
+
 // A device that nothing is written down of goes to the driver that the host would use.
 func TestHome(t *testing.T) {
 	k, b := newKernel(t)

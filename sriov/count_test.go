@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -134,6 +135,35 @@ func TestOrder(t *testing.T) {
 	}
 	if _, err := setCount(t, context.Background(), k, alike(0, UseNone)); err != nil || state(t, k) != "1" {
 		t.Errorf("destroy: %v, left %q", err, state(t, k))
+	}
+}
+
+// A change of the number of VFs has the more time the more VFs are made or removed, where nobody says how long it may
+// take.
+func TestTimeOfCount(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	for _, n := range []int{2, 7, 1} {
+		plan, err := setCount(t, context.Background(), k, alike(n, UseNone))
+		if err != nil {
+			t.Fatal(err)
+		}
+		counts := 0
+		for _, step := range append(plan.Clear, plan.Before...) {
+			if !strings.HasSuffix(step.Path, "sriov_numvfs") {
+				continue
+			}
+			counts++
+			many := plan.Want
+			if step.Value == "0" {
+				many = plan.Have
+			}
+			if step.Extra < time.Duration(many)*time.Second {
+				t.Errorf("from %d to %d: %s has %s more", plan.Have, plan.Want, step, step.Extra)
+			}
+		}
+		if (counts == 2) != (plan.Have > 0) || counts == 0 {
+			t.Errorf("from %d to %d: %d counts", plan.Have, plan.Want, counts)
+		}
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -146,6 +147,22 @@ func TestConflicts(t *testing.T) {
 	}
 }
 
+// Beside a VF that is to have an address, those that are to have zero or none have nobody's: other VFs have zero too,
+// or their driver reports no address.
+func TestNoAddressBesideOne(t *testing.T) {
+	for _, reported := range []bool{true, false} {
+		k := hosttest.NewLab(t, nil)
+		k.Net.Unreported = map[int]bool{nl.IFLA_VF_MAC: !reported}
+		s := open(t, k)
+		some := VFWish{Settings: Settings{MAC: "52:54:00:aa:00:09"}}
+		zero := VFWish{Settings: Settings{MAC: noMAC}}
+		wish := Wish{VFs: []VFWish{some, zero, {}}}
+		if _, err := s.PlanCount(device(t, s, pf), wish); err != nil {
+			t.Errorf("reported %v: %v", reported, err)
+		}
+	}
+}
+
 // mac=stable is the same in the plan and in what is applied, whatever address the PF's interface was given meanwhile.
 func TestStableIsPermanent(t *testing.T) {
 	k := hosttest.NewLab(t, nil)
@@ -169,6 +186,38 @@ func TestStableIsPermanent(t *testing.T) {
 	defer k.Revive()
 	if _, err := setVF(t, k, Settings{MAC: StableMAC}); !errors.Is(err, unix.ENOBUFS) {
 		t.Errorf("who cannot ask derives an address from nothing: %v", err)
+	}
+}
+
+// With so many VFs that an answer which holds them is cut, mac=stable is what it is without; and whichever look at an
+// interface fails, it is that or an error, and never derived from another address.
+func TestStableOfMany(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	k.Net.Permanent = map[string]string{"enp1s0": "52:54:00:00:00:77"}
+	quiet(t, k, makeVFs(alike(7, UseNone)))
+	k.ChangeNet(func(n *hosttest.Network) {
+		n.Answer = func(_ uint16, b []byte) []byte { return b[:min(len(b), 600)] }
+	})
+	s := open(t, k)
+	d := device(t, s, pf)
+	isLook := func(op, name string) bool { return op == "message" && name == fmt.Sprint(unix.RTM_GETLINK) }
+	for n := 0; ; n++ {
+		k.FailAt(n, isLook, unix.ENOBUFS)
+		plan, err := s.PlanSet(d, vfAt(d.Address, parse(vf0), 0), Settings{MAC: StableMAC})
+		failed := k.Revive()
+		if err == nil && plan.Want[MAC] != "26:00:00:00:00:77" || err != nil && !failed {
+			t.Errorf("look %d fails: %v: %+v, %v", n, failed, plan, err)
+		}
+		if !failed {
+			break
+		}
+	}
+	if _, err := setVF(t, k, Settings{MAC: StableMAC}); err != nil {
+		t.Error(err)
+	}
+	k.ChangeNet(func(n *hosttest.Network) { n.Answer = nil })
+	if got := vfSettings(t, k, 0)[MAC]; got != "26:00:00:00:00:77" {
+		t.Errorf("it has %s", got)
 	}
 }
 
@@ -207,6 +256,42 @@ func TestHomeIsReadBack(t *testing.T) {
 	}
 }
 
+// VFs for the host that a VFIO driver has, as vfio-pci.ids= has it, are not the host's: that is told, and undone.
+func TestHomeOnVFIO(t *testing.T) {
+	for _, settings := range []Settings{nil, {VLAN: "7"}} { // probed as they are made, and last
+		k := hosttest.NewLab(t, hosttest.Tree{"proc/cmdline": "quiet vfio-pci.ids=8086:10ca\n"})
+		k.IDs["vfio-pci"], k.IDs["igbvf"] = []string{"8086:10ca"}, nil
+		_, err := setCount(t, context.Background(), k, Wish{VFs: Repeat(2, VFWish{UseHome, settings})})
+		if err == nil || !strings.Contains(err.Error(), "was for the host") ||
+			!strings.Contains(err.Error(), "as vfio-pci.ids= in ") || state(t, k) != "1" {
+			t.Errorf("%v: %v, left %s", settings, err, state(t, k))
+		}
+	}
+}
+
+// Each probe is a request of its own: one that waits keeps no other.
+func TestProbesSideBySide(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	other := make(chan struct{})
+	k.Before = func(name, value string) {
+		switch {
+		case !strings.HasSuffix(name, "drivers_probe"):
+		case value != vf0:
+			close(other)
+		default:
+			select {
+			case <-other:
+			case <-time.After(5 * time.Second):
+				t.Error("while one VF is probed, no other is")
+			}
+		}
+	}
+	wish := Wish{VFs: Repeat(2, VFWish{UseHome, Settings{VLAN: "7"}})}
+	if _, err := setCount(t, context.Background(), k, wish); err != nil || state(t, k) != "igbvf/ igbvf/ 1" {
+		t.Errorf("%v, left %s", err, state(t, k))
+	}
+}
+
 // What was taken of old VFs is forgotten when these go, and what was taken of new ones never: a VF that a guest has
 // goes back to no driver, and not to the host's.
 func TestRecordsOfNewVFs(t *testing.T) {
@@ -227,12 +312,44 @@ func TestRecordsOfNewVFs(t *testing.T) {
 			}
 		}
 		if !strings.HasPrefix(state(t, k), "vfio") {
+			if n == 0 {
+				t.Errorf("killed before the old VFs went: left %s", state(t, k))
+			}
 			continue
 		}
 		quiet(t, k, func(ctx context.Context, s *Handle) error { return move(ctx, s, vf0, bind.GiveBack()) })
 		if got := state(t, k); !strings.HasPrefix(got, "/none vfio-pci/vfio-pci") {
 			t.Errorf("killed before write %d: given back, vf0 is %s", n, got)
 		}
+	}
+}
+
+// What is known of VFs goes with them, wherever the run that removes them is killed.
+func TestRecordsOfOldVFs(t *testing.T) {
+	for n := 0; ; n++ {
+		k := small(t)
+		quiet(t, k, makeVFs(alike(2, UseVFIO)))
+		s := open(t, k)
+		k.KillAt(n, func(op, name string) bool { return isWrite(op, name) || op == "replace" || op == "remove" })
+		_, _ = s.Make(context.Background(), parse(pf), Wish{})
+		s.Close()
+		if !k.Revive() {
+			return
+		}
+
+		next := open(t, k)
+		recovered, err := next.Recover(context.Background())
+		for _, r := range recovered {
+			err = errors.Join(err, r.Err)
+		}
+		taken, failed := next.journal.Keys("taken-")
+		if err = errors.Join(err, failed); err != nil {
+			t.Fatalf("killed before change %d: %v", n, err)
+		}
+		if vfs := device(t, next, pf).SRIOV.VFs; len(vfs) != len(taken) {
+			t.Errorf("killed before change %d: %d VFs, known are %q", n, len(vfs), taken)
+		}
+		next.Close()
 	}
 }
 

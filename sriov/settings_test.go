@@ -5,9 +5,13 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
 	"net"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -239,6 +243,30 @@ func TestTable(t *testing.T) {
 				t.Errorf("%s=%s is decoded as %q, %v", r.key, value, got, known)
 			}
 		}
+	}
+}
+
+// A key that has only its constant is one that nothing sends: each has a row.
+func TestKeysHaveRows(t *testing.T) {
+	file, err := parser.ParseFile(token.NewFileSet(), "table.go", nil, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	ast.Inspect(file, func(node ast.Node) bool {
+		v, ok := node.(*ast.ValueSpec)
+		if !ok || fmt.Sprint(v.Type) != "Key" {
+			return true
+		}
+		n++
+		name, err := strconv.Unquote(v.Values[0].(*ast.BasicLit).Value)
+		if err != nil || !slices.Contains(Keys(), Key(name)) {
+			t.Errorf("%s has no row, %v", v.Names[0], err)
+		}
+		return true
+	})
+	if n != len(Keys()) {
+		t.Errorf("%d constants for %d keys", n, len(Keys()))
 	}
 }
 

@@ -1,11 +1,17 @@
 package host_test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
+	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"runtime"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -140,5 +146,61 @@ func TestModprobe(t *testing.T) {
 	program += ".not"
 	if err := run(context.Background(), "igb"); !errors.Is(err, os.ErrNotExist) {
 		t.Error(err)
+	}
+}
+
+// A modprobe that does not end when it is killed, as one that hangs in the kernel, is not waited for. One that another
+// process traces is such a one: it is not over before its tracer, another run of this test, has ended.
+func TestModprobeThatStays(t *testing.T) {
+	const traced = "VIADUCT_TEST_TRACED"
+	if pid, err := strconv.Atoi(os.Getenv(traced)); err == nil {
+		runtime.LockOSThread()
+		fmt.Println("traced:", unix.PtraceSeize(pid))
+		_, _ = io.Copy(io.Discard, os.Stdin)
+		return
+	}
+
+	dir := t.TempDir()
+	program, pid := filepath.Join(dir, "modprobe"), filepath.Join(dir, "pid")
+	text := fmt.Sprintf("#!/bin/sh\necho $$ > %s.new; mv %s.new %s; exec sleep 1000\n", pid, pid, pid)
+	if err := os.WriteFile(program, []byte(text), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	done := make(chan error, 1)
+	go func() {
+		done <- host.RunModprobe(ctx, hosttest.Tree{"proc/sys/kernel/modprobe": program + "\n"}.Host(t), "igb")
+	}()
+	number, err := os.ReadFile(pid)
+	for try := 0; err != nil && try < 1000; try++ {
+		time.Sleep(10 * time.Millisecond)
+		number, err = os.ReadFile(pid)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	tracer := exec.Command(os.Args[0], "-test.run=^TestModprobeThatStays$")
+	tracer.Env = append(os.Environ(), traced+"="+strings.TrimSpace(string(number)))
+	hold, err1 := tracer.StdinPipe()
+	out, err2 := tracer.StdoutPipe()
+	if err := errors.Join(err1, err2, tracer.Start()); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = errors.Join(hold.Close(), tracer.Wait()) }()
+	if said, err := bufio.NewReader(out).ReadString('\n'); said != "traced: <nil>\n" {
+		cancel()
+		<-done
+		t.Skip("who may not trace cannot have it stay:", said, err)
+	}
+	cancel()
+	select {
+	case err := <-done:
+		if !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "it hangs in the kernel") {
+			t.Error(err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("it is waited for")
 	}
 }

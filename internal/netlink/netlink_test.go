@@ -103,6 +103,97 @@ func TestCutVFs(t *testing.T) {
 	}
 }
 
+// Where no VFs are wanted the kernel is not asked for them: of many it would tell more than a list has room for, and
+// a driver asks its firmware for each.
+func TestNoVFsAskedFor(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	makeVFs(t, k, 256)
+	var longest atomic.Int64
+	k.Net.Answer = func(_ uint16, b []byte) []byte {
+		longest.Store(max(longest.Load(), int64(len(b))))
+		return b
+	}
+	c := dial(t, k, unix.NETLINK_ROUTE)
+	all, err1 := c.Links()
+	one, err2 := c.LinkByName(nic)
+	if err := errors.Join(err1, err2); err != nil {
+		t.Fatal(err)
+	}
+	again, err1 := c.LinkByIndex(one.Index)
+	permanent, err2 := Permanent(k.Host(), []string{nic})
+	if err := errors.Join(err1, err2); err != nil || len(permanent) != 1 {
+		t.Fatal(permanent, err)
+	}
+	for _, l := range append(all, one, again) {
+		if l.NumVF != 0 || len(l.VFs) != 0 {
+			t.Errorf("%s: told of %d VFs, %d of them", l.Name, l.NumVF, len(l.VFs))
+		}
+	}
+	if n := longest.Load(); n == 0 || n > 4<<10 {
+		t.Errorf("an answer without VFs has %d bytes", n)
+	}
+}
+
+// A list of VFs that is shorter than the kernel says, or that it has no room for, is asked for again without counters;
+// what is short then too says so.
+func TestShortVFs(t *testing.T) {
+	shorten := func(longest int) func(uint16, []byte) []byte {
+		return func(_ uint16, b []byte) []byte {
+			if len(b) > longest {
+				b = b[:longest]
+				native.PutUint32(b, uint32(longest)) // a whole message, whose list ends early
+			}
+			return b
+		}
+	}
+	for what, c := range map[string]struct {
+		longest, vfs int
+		full         bool
+	}{"without counters": {1500, 7, false}, "never": {1000, 0, false}, "no room": {1 << 20, 7, true}} {
+		k := hosttest.NewLab(t, nil)
+		makeVFs(t, k, 7)
+		k.Net.Answer = shorten(c.longest)
+		if c.full {
+			k.FailAt(0, func(op, _ string) bool { return op == "message" }, unix.EMSGSIZE)
+		}
+		l, err := dial(t, k, unix.NETLINK_ROUTE).LinkWithVFs(nic, 0)
+		if err != nil {
+			t.Fatalf("%s: %v", what, err)
+		}
+		if l.NumVF != 7 || len(l.VFs) != c.vfs || l.VFStatistics != (c.vfs == 0) {
+			t.Errorf("%s: %d VFs, told %d, counters %v", what, l.NumVF, len(l.VFs), l.VFStatistics)
+		}
+	}
+}
+
+// An answer that does not come is not waited for without end.
+func TestNoAnswer(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	never := make(chan struct{})
+	defer close(never)
+	c := dial(t, k, unix.NETLINK_ROUTE)
+	limit, err := unix.GetsockoptTimeval(c.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO)
+	if err != nil || limit.Nano() != patience.Nanoseconds() {
+		t.Fatalf("it waits for %v, %v", limit, err)
+	}
+	soon := unix.NsecToTimeval(50 * 1e6)
+	if err := unix.SetsockoptTimeval(c.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &soon); err != nil {
+		t.Fatal(err)
+	}
+	k.ChangeNet(func(n *hosttest.Network) {
+		n.Answer = func(_ uint16, b []byte) []byte {
+			<-never
+			return b
+		}
+	})
+	if _, err := c.LinkByName(nic); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("one interface: %v", err)
+	}
+	if _, err := c.Links(); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("a list: %v", err)
+	}
+}
+
 // A message that is longer than there was room for is read whole.
 func TestLongMessage(t *testing.T) {
 	k := hosttest.NewLab(t, nil)

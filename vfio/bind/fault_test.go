@@ -46,6 +46,18 @@ func TestDeadlineOfOneWrite(t *testing.T) {
 	}
 }
 
+// A write that makes more may take longer, unless somebody has said how long one may.
+func TestTimeOfWrite(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	for given, want := range map[time.Duration]time.Duration{
+		0: DefaultTimeout + time.Minute, time.Second: time.Second,
+	} {
+		if got := open(t, k, Options{Timeout: given}).timeoutOf(Step{Extra: time.Minute}); got != want {
+			t.Errorf("%s is given: %s, want %s", given, got, want)
+		}
+	}
+}
+
 // A write that does not return is told of with whom it waits for, or with that nobody can know; nothing is undone
 // meanwhile, and the next command finishes the rest.
 func TestStuckWrite(t *testing.T) {
@@ -147,7 +159,7 @@ func TestGivenBackToVFIO(t *testing.T) {
 	k.IDs["vfio-pci"], k.IDs["igb"] = []string{"8086:10c9"}, nil
 	d := read(t, b, igb)
 	c, err := giveBack(b, d)
-	if err == nil || !strings.Contains(err.Error(), "vfio-pci") || bound(t, b, igb)[0] != "vfio-pci" {
+	if err == nil || !strings.Contains(err.Error(), "as vfio-pci.ids= in ") || bound(t, b, igb)[0] != "vfio-pci" {
 		t.Errorf("%v, plan %+v", err, c)
 	}
 	if keys, err := b.journal.Keys(""); len(keys) > 0 || err != nil {
@@ -240,6 +252,27 @@ func TestCapturedHost(t *testing.T) {
 	}
 	if b.Changes() {
 		t.Error("it says that it changes something")
+	}
+}
+
+// A program that does not serve its writes, and would be started anew as its own child, cannot open the machine.
+func TestWithoutServeWrites(t *testing.T) {
+	h, err := iommu.Open("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	served.Store(false)
+	b, err := Open(h, Options{})
+	served.Store(true)
+	if err == nil || b != nil || !strings.Contains(err.Error(), "bind.ServeWrites") {
+		t.Errorf("%v, %v", b, err)
+	}
+	if b, err = Open(h, Options{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Close(); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -513,6 +546,58 @@ func TestStuckRecovery(t *testing.T) {
 	next := open(t, k, Options{})
 	if _, err := next.RecoverPatiently(context.Background()); err != nil || bound(t, next, igb) != [2]string{"igb", ""} {
 		t.Errorf("afterwards: %v, %q", err, bound(t, next, igb))
+	}
+}
+
+// What is prepared is locked, and is as it is then: what another has done since it was looked at is seen.
+func TestPrepare(t *testing.T) {
+	k, b := newKernel(t)
+	topology, err := b.Topology()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := topology.Find(read(t, b, igb).Address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := open(t, k, Options{})
+	if _, err := other.Move(context.Background(), Take(Auto), d.Address); err != nil {
+		t.Fatal(err)
+	}
+	other.Close()
+
+	j, err := b.Prepare(context.Background(), Request{Devices: []*iommu.Device{d}, Goal: Take(Auto)})
+	if err != nil || j.Refused() != nil {
+		t.Fatal(err, j.Refused())
+	}
+	if p := j.Plan(); len(p) != 1 || p[0].Err != nil || len(p[0].Steps) > 0 || d.Driver != "vfio-pci" {
+		t.Errorf("what was taken meanwhile is on %s, and the plan %+v", d.Driver, p)
+	}
+	third := open(t, k, Options{})
+	if ok, err := third.TryLock(d.Address); ok || err != nil {
+		t.Errorf("another has its lock: %v, %v", ok, err)
+	}
+	b.Close()
+	if ok, err := third.TryLock(d.Address); !ok || err != nil {
+		t.Errorf("when it is over nobody has its lock: %v, %v", ok, err)
+	}
+}
+
+// What an interrupted run left of a device is undone before anything else is done with it.
+func TestPrepareRecovers(t *testing.T) {
+	k, b := newKernel(t)
+	other := open(t, k, Options{})
+	k.KillAt(2, isWrite) // it is unbound, and not probed
+	_, _ = take(context.Background(), other, read(t, other, igb))
+	other.Close()
+	if !k.Revive() {
+		t.Fatal("it was not killed")
+	}
+
+	d := read(t, b, igb)
+	j, err := b.Prepare(context.Background(), Request{Devices: []*iommu.Device{d}, Goal: Take(Auto)})
+	if err != nil || len(j.Recovered) != 1 || j.Recovered[0].Err != nil || bound(t, b, igb) != [2]string{"igb", ""} {
+		t.Errorf("%+v, %v, %q", j, err, bound(t, b, igb))
 	}
 }
 

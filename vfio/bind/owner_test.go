@@ -143,7 +143,8 @@ func TestKernelLog(t *testing.T) {
 
 // A child that still writes for a command that was killed has its device, which is told with whom it waits for.
 func TestStillStuck(t *testing.T) {
-	k := hosttest.NewLab(t, nil)
+	k := hosttest.NewLab(t, hosttest.Tree{"dev/vfio/devices/vfio0": "c 511:0\n"})
+	k.Process(4711, "qemu", "/dev/vfio/devices/vfio0")
 	first := open(t, k, Options{})
 	d := read(t, first, igb)
 	if err := errors.Join(first.Lock(context.Background(), []*iommu.Device{d}), first.Begin("x", d, nil, 1)); err != nil {
@@ -154,13 +155,16 @@ func TestStillStuck(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.Command, r.Stuck, r.Change = holder.Proc{PID: 1 << 30, Start: 1}, "echo x > y", Change{Device: d.Address, ID: d.ID}
+	r.Nodes = []holder.Node{{Number: 511 << 32}}
 	if err := first.journal.Put(changeKey(d.Address), r); err != nil {
 		t.Fatal(err)
 	}
 
 	other := open(t, k, Options{Timeout: time.Second})
 	recovered, err := other.Recover(context.Background())
-	if err != nil || len(recovered) != 1 || !IsStuck(recovered[0].Err) || !strings.Contains(recovered[0].Err.Error(), "echo x > y") {
+	if err != nil || len(recovered) != 1 || !IsStuck(recovered[0].Err) ||
+		!strings.Contains(recovered[0].Err.Error(), "echo x > y") ||
+		!strings.Contains(recovered[0].Err.Error(), "open in process 4711") {
 		t.Fatalf("%v, %v", recovered, err)
 	}
 	if len(other.Stuck()) != 1 {
@@ -220,6 +224,19 @@ func TestDrivers(t *testing.T) {
 	if _, err := b2.Move(context.Background(), Take("no-such-vfio"), read(t, b2, e1000).Address); err == nil ||
 		!strings.Contains(err.Error(), "no_such_vfio") || bound(t, b2, e1000)[0] != "e1000" {
 		t.Errorf("a driver that is not there: %v, on %q", err, bound(t, b2, e1000))
+	}
+}
+
+// A module that hangs as it is loaded is given up, and the device left as it was.
+func TestModuleThatHangs(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	k.Hang = map[string]bool{"other_vfio": true}
+	b := open(t, k, Options{Timeout: 50 * time.Millisecond})
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	_, err := b.Move(ctx, Take("other-vfio"), read(t, b, igb).Address)
+	if !errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil || bound(t, b, igb) != [2]string{"igb", ""} {
+		t.Errorf("%v, the command's own time is over: %v, %q", err, ctx.Err(), bound(t, b, igb))
 	}
 }
 

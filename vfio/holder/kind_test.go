@@ -3,8 +3,12 @@ package holder
 import (
 	"errors"
 	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -304,6 +308,30 @@ func TestKinds(t *testing.T) {
 	}
 	if _, err := ParseKind("nobody"); err == nil || !strings.Contains(err.Error(), KindNames()) {
 		t.Error(err)
+	}
+}
+
+// A kind that has only its constant is one that nothing looks for: each has a row.
+func TestKindsHaveRows(t *testing.T) {
+	file, err := parser.ParseFile(token.NewFileSet(), "kind.go", nil, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	ast.Inspect(file, func(node ast.Node) bool {
+		v, ok := node.(*ast.ValueSpec)
+		if !ok || fmt.Sprint(v.Type) != "Kind" {
+			return true
+		}
+		n++
+		name, err := strconv.Unquote(v.Values[0].(*ast.BasicLit).Value)
+		if err != nil || !slices.Contains(Kinds(), Kind(name)) {
+			t.Errorf("%s has no row, %v", v.Names[0], err)
+		}
+		return true
+	})
+	if n != len(Kinds()) {
+		t.Errorf("%d constants for %d kinds", n, len(Kinds()))
 	}
 }
 

@@ -29,6 +29,7 @@ import (
 type Kernel struct {
 	IDs     map[string][]string // by driver: the "vvvv:dddd" that it matches without an override
 	Modules map[string]string   // by module or alias that modprobe loads: the driver it brings, "" if it fails
+	Hang    map[string]bool     // modules whose modprobe lasts until it is given up
 	Fail    map[string]error    // by file name as it is written to: answer this, and do nothing
 	Probe   map[string]error    // by device or driver: probing fails with this
 	Partial int                 // make at most so many VFs and report success, if not 0

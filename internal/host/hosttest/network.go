@@ -295,7 +295,7 @@ func (c *conversation) answer(family int, payload []byte) [][]byte {
 	case family == unix.NETLINK_GENERIC:
 		return c.generic(payload)
 	case c.kind == unix.RTM_GETLINK && isDump:
-		return c.dump(unix.RTM_NEWLINK, c.links())
+		return c.dump(unix.RTM_NEWLINK, c.links(payload))
 	case c.kind == unix.RTM_GETLINK:
 		return c.getLink(payload)
 	case c.kind == unix.RTM_SETLINK:
@@ -312,8 +312,8 @@ func (c *conversation) answer(family int, payload []byte) [][]byte {
 	return c.ack(syscall.EOPNOTSUPP)
 }
 
-// links are all interfaces, without their VFs; of another namespace those that are there.
-func (c *conversation) links() [][]byte {
+// links are all interfaces, with their VFs if these are asked for; of another namespace those that are there.
+func (c *conversation) links(payload []byte) [][]byte {
 	var out [][]byte
 	if c.namespace != "" {
 		for i, e := range c.k.Net.Elsewhere[c.namespace] {
@@ -332,20 +332,18 @@ func (c *conversation) links() [][]byte {
 		return out
 	}
 
+	_, mask := linkAsked(payload)
 	for _, name := range c.k.names(sysNet) {
 		if c.k.netDir(name) != "" {
-			out = append(out, c.k.linkMessage(name, 0))
+			out = append(out, c.k.linkMessage(name, mask))
 		}
 	}
 	return out
 }
 
-func (c *conversation) getLink(payload []byte) [][]byte {
-	if len(payload) < unix.SizeofIfInfomsg {
-		return c.ack(syscall.EINVAL)
-	}
-	index, name, mask := int(binary.NativeEndian.Uint32(payload[4:])), "", 0
-	attrs(payload[unix.SizeofIfInfomsg:], func(kind int, v []byte) {
+// linkAsked reads whose interface an RTM_GETLINK asks for, and what the answer is to hold beside it.
+func linkAsked(payload []byte) (name string, mask int) {
+	attrs(payload[min(unix.SizeofIfInfomsg, len(payload)):], func(kind int, v []byte) {
 		switch kind {
 		case unix.IFLA_IFNAME:
 			name = unix.ByteSliceToString(v)
@@ -353,7 +351,15 @@ func (c *conversation) getLink(payload []byte) [][]byte {
 			mask = int(binary.NativeEndian.Uint32(v))
 		}
 	})
-	if index != 0 {
+	return name, mask
+}
+
+func (c *conversation) getLink(payload []byte) [][]byte {
+	if len(payload) < unix.SizeofIfInfomsg {
+		return c.ack(syscall.EINVAL)
+	}
+	name, mask := linkAsked(payload)
+	if index := int(binary.NativeEndian.Uint32(payload[4:])); index != 0 {
 		name = c.k.nameOf(index)
 	}
 	if name == "" || strings.Contains(name, "/") || c.k.netDir(name) == "" {

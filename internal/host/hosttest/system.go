@@ -97,7 +97,11 @@ func (k *Kernel) Own(name string, uid, gid int, mode uint32) error {
 func (k *Kernel) Modprobe(ctx context.Context, module string) error {
 	k.mu.Lock()
 	driver, known := k.Modules[module]
+	hangs := k.Hang[module]
 	k.mu.Unlock()
+	if hangs {
+		<-ctx.Done()
+	}
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}

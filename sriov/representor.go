@@ -48,10 +48,10 @@ func ReadPorts(h *iommu.Host, port *Port) (Ports, error) {
 		if id != port.SwitchID {
 			continue
 		}
-		switch pf, vf, kind := parsePortName(name); {
-		case kind == wire:
+		switch pf, vf, kind := parsePortName(name); kind {
+		case wire:
 			out.Uplinks = append(out.Uplinks, n)
-		case kind == representor:
+		case representor:
 			own, err := ofPF(h, n, port.PF.Address, pf)
 			if err != nil {
 				return out, err

@@ -186,6 +186,7 @@ func changing(h *Host) (map[string]bool, error) {
 	if host.Absent(err) || errors.Is(err, fs.ErrPermission) {
 		return nil, nil
 	}
+
 	busy := map[string]bool{}
 	for _, n := range names {
 		if key, ok := strings.CutPrefix(n, journal.Changing); ok {

@@ -188,6 +188,7 @@ func (p *Plan) counted(h *iommu.Host, vfs []*iommu.Device) error {
 		return fmt.Errorf("%s: %d VFs were asked for, and its driver %s made %d without an error%s",
 			p.PF.Name, p.Want, p.PF.Driver, number, silentCause(p.PF))
 	}
+
 	for i, vf := range vfs {
 		if !forGuests(p.VFs[i]) {
 			continue

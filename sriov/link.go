@@ -222,6 +222,7 @@ func mtusBelow(h *iommu.Host, pf *iommu.Device, mtu int) ([]MTU, error) {
 	if mtu == 0 {
 		return nil, nil
 	}
+
 	var out []MTU
 	err := iommu.ByName(h, pf, func(names []string) error {
 		out = nil

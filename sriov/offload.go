@@ -140,6 +140,7 @@ func offloadsBut(h *iommu.Host, pf *iommu.Device, want string) ([]Offload, error
 	if want == "" || !h.Live() {
 		return nil, nil
 	}
+
 	var out []Offload
 	err := iommu.ByName(h, pf, func(names []string) error {
 		out = nil

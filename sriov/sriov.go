@@ -151,6 +151,7 @@ func vectorsLeft(h *iommu.Host, pf *iommu.Device, vfs []VFWish) error {
 	if need == 0 {
 		return nil
 	}
+
 	pool, err := h.Int(attribute(pf.Address, "sriov_vf_total_msix"))
 	if err != nil || pool == 0 {
 		// Its driver has no such pool, and will say so.

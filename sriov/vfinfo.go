@@ -43,6 +43,7 @@ func decodeVF(b []byte, addressLength int) (VFInfo, bool) {
 		if kind != nl.IFLA_VF_VLAN_LIST {
 			vf.Index = int(native.Uint32(v))
 		}
+
 		for i := range table {
 			r := &table[i]
 			if r.decode == nil || r.attribute != int(kind) {

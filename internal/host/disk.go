@@ -258,6 +258,7 @@ func (d *disk) readdir(name string) ([]string, error) {
 	defer d.release(fd, name)
 	page := pages.Get().(*[]byte)
 	defer pages.Put(page)
+
 	var names []string
 	for {
 		var n int

@@ -259,6 +259,7 @@ func (w *writer) await(r request, answer chan reply) (reply, error) {
 	for _, t := range r.Times {
 		longest = max(longest, t+patience)
 	}
+
 	for {
 		select {
 		case a := <-answer:

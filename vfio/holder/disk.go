@@ -370,6 +370,7 @@ func addBtrfs(h *iommu.Host, _ blockNumbers, used map[string]use) error {
 	if err != nil {
 		return err
 	}
+
 	for _, id := range ids {
 		members, err := names(h, path.Join(btrfs, id, "devices"))
 		if errors.Is(err, unix.ENOTDIR) {

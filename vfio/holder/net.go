@@ -227,6 +227,7 @@ func (n *interfaces) readRoutes(c *netlink.Conn) error {
 	if err != nil {
 		return err
 	}
+
 	for _, r := range routes {
 		if r.Protocol == unix.RTPROT_KERNEL || r.Kind != unix.RTN_UNICAST {
 			continue

@@ -132,6 +132,27 @@ func TestReplaceFails(t *testing.T) {
 	if err := h.Own(below+"/not", -1, -1, 0o600); err == nil {
 		t.Error("what is not there has an owner")
 	}
+	if fd, err := h.OpenNode(below+"/not", 0); err == nil || fd >= 0 {
+		t.Errorf("what is not there was opened: %d", fd)
+	}
+	if _, _, err := h.DeviceNumber(below + "/not"); err == nil {
+		t.Error("what is not there has a number")
+	}
+	if _, err := h.Open(below + "/not"); err == nil {
+		t.Error("what is not there was opened")
+	}
+	if _, err := h.File(below + "/not"); err == nil {
+		t.Error("what is not there is a file")
+	}
+	if _, err := h.Read(below + "/not"); err == nil {
+		t.Error("what is not there was read")
+	}
+	if _, err := h.Int(below + "/file"); err == nil {
+		t.Error("an empty file is a number")
+	}
+	if _, err := h.Ioctl(-1, "lo", 0, nil); err == nil {
+		t.Error("an ioctl of no number was made")
+	}
 	if _, err := h.InUse(below + "/file/in"); err == nil {
 		t.Error("what is below a file is not in use")
 	}

@@ -415,7 +415,13 @@ func TestLooksThatFail(t *testing.T) {
 			return look(c)
 		}
 	}
+	none := func(err error) (any, error) { return nil, err }
 	for what, look := range map[string]func() (any, error){
+		"LinkByName":  with(func(c *Conn) (any, error) { return c.LinkByName(nic) }),
+		"LinkByIndex": with(func(c *Conn) (any, error) { return c.LinkByIndex(2) }),
+		"Peer":        with(func(c *Conn) (any, error) { id, _, err := c.Peer(1); return id, err }),
+		"SetLink":     with(func(c *Conn) (any, error) { return none(c.SetLink(2, unix.IFF_UP, unix.IFF_UP)) }),
+		"SetGenMode":  with(func(c *Conn) (any, error) { return none(c.SetGenMode(2, 0)) }),
 		"Links":       with(func(c *Conn) (any, error) { return c.Links() }),
 		"LinkWithVFs": with(func(c *Conn) (any, error) { return c.LinkWithVFs(nic, 0) }),
 		"Addresses":   with(func(c *Conn) (any, error) { return c.Addresses() }),
@@ -431,7 +437,31 @@ func TestLooksThatFail(t *testing.T) {
 			return g.Ask(nl.DEVLINK_CMD_ESWITCH_GET, nl.NewRtAttr(nl.DEVLINK_ATTR_DEV_NAME, nl.ZeroTerminated(pf)))
 		},
 	} {
-		hosttest.EachFailure(t, k, what, look)
+		if strings.HasPrefix(what, "Set") {
+			_, err := look()
+			if err != nil {
+				t.Errorf("%s: %v", what, err)
+			}
+		} else {
+			hosttest.EachFailure(t, k, what, look)
+		}
+
+		cut := func(_ uint16, b []byte) []byte { return b[:7] }
+		k.ChangeNet(func(n *hosttest.Network) { n.Answer = cut })
+		if got, err := look(); !errors.Is(err, ErrCut) {
+			t.Errorf("%s of a cut answer: %v, %v", what, got, err)
+		}
+		k.ChangeNet(func(n *hosttest.Network) { n.Answer = nil })
+		k.SetFault(func(op, _ string) error {
+			if strings.HasPrefix(op, "message") {
+				return unix.EBUSY
+			}
+			return nil
+		})
+		if got, err := look(); !errors.Is(err, unix.EBUSY) {
+			t.Errorf("%s that is refused: %v, %v", what, got, err)
+		}
+		k.Revive()
 	}
 }
 

@@ -205,6 +205,15 @@ var scenarios = map[Kind][]scenario{
 		{device: e1000, tree: hosttest.Tree{"run/netns/blue": ""}, setup: func(k *hosttest.Kernel) {
 			k.Net.Elsewhere = map[string][]hosttest.Elsewhere{"run/netns/blue": {{Name: "eth0", Device: e1000}}}
 		}, says: "is in the network namespace of blue"},
+		// And is nowhere to be seen here.
+		{device: e1000, tree: hosttest.Tree{"run/netns/blue": ""}, setup: func(k *hosttest.Kernel) {
+			for _, gone := range []string{"sys/class/net/" + nic, "sys/bus/pci/devices/" + e1000 + "/net"} {
+				if err := os.RemoveAll(k.Dir() + "/" + gone); err != nil {
+					panic(err)
+				}
+			}
+			k.Net.Elsewhere = map[string][]hosttest.Elsewhere{"run/netns/blue": {{Name: "eth0", Device: e1000}}}
+		}, says: "is in the network namespace of blue"},
 	},
 	SSH: {{device: e1000, setup: func(k *hosttest.Kernel) {
 		k.Net.Routes = []hosttest.Route{{To: "192.0.2.0/24", Over: []string{nic}, Protocol: unix.RTPROT_KERNEL}}

@@ -38,8 +38,9 @@ type Device struct {
 	// NUMANode is nil if it is not known, Group if the device is in no IOMMU group.
 	NUMANode *int
 	Group    *int
-	// Netdevs are the network interfaces that the driver made of it.
-	Netdevs []string
+	// Netdevs are the function's own network interfaces. Ports are the others that are made of it: the representors of
+	// its VFs, its subfunctions' interfaces, and those of USB devices below a controller.
+	Netdevs, Ports []string
 	// PhysFn is a VF's PF, and VFIndex the VF's index there. PhysFn is nil if this is no VF.
 	PhysFn  *Address
 	VFIndex int

@@ -21,8 +21,12 @@ func TestLooksThatFail(t *testing.T) {
 		"ReadDevice":         func() (any, error) { return ReadDevice(h, pf) },
 		"ReadDriver":         func() (any, error) { return ReadDriver(h, pf) },
 		"ReadDriverOverride": func() (any, error) { return ReadDriverOverride(h, pf) },
-		"Netdevs":            func() (any, error) { return Netdevs(h, pf) },
-		"ClassDevices":       func() (any, error) { return ClassDevices(h, pf) },
+		"ReadNetdevs": func() (any, error) {
+			d := Device{Address: pf}
+			err := ReadNetdevs(h, &d)
+			return d.Interfaces(), err
+		},
+		"ClassDevices": func() (any, error) { return ClassDevices(h, pf) },
 		"PathOf": func() (any, error) {
 			d, err := ReadDevice(h, pf)
 			path, err2 := PathOf(h, &d)

@@ -302,44 +302,6 @@ func readAll[T any](h *Host, dir string, names []string, read func(*host.Dir, st
 	return kept, nil
 }
 
-// readNetdevs gives each device its network interfaces. /sys/class/net names them all at once, also those of a device
-// in between, as virtio's, which a look into the PCI device's own net directory would miss.
-func readNetdevs(h *Host, devices []Device) error {
-	names, err := h.Names(netClass)
-	if host.Absent(err) || (err == nil && len(names) == 0) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	dir, err := h.Open(netClass)
-	if err != nil {
-		return err
-	}
-
-	defer dir.Close()
-	for _, name := range names {
-		// What is no link is gone, or a file such as bonding_masters.
-		target, _, err := linkOf(dir, name)
-		if err != nil {
-			return err
-		}
-		if a, ok := lastAddress(target); ok {
-			if d := findDevice(devices, a); d != nil {
-				d.Netdevs = append(d.Netdevs, name)
-			}
-		}
-	}
-	return nil
-}
-
-// Netdevs are the network interfaces of one device.
-func Netdevs(h *Host, a Address) ([]string, error) {
-	one := []Device{{Address: a, PCI: true}}
-	err := readNetdevs(h, one)
-	return one[0].Netdevs, err
-}
-
 // lastAddress is the PCI device nearest to the end of a sysfs path.
 func lastAddress(target string) (Address, bool) {
 	for target != "" && target != "." && target != "/" {
@@ -471,20 +433,4 @@ func Parents(h *Host, t *Topology) (map[string]string, error) {
 		return true
 	})
 	return parents, err
-}
-
-// renames is how often an interface may change its name while it is looked at: udev names new ones.
-const renames = 10
-
-// ByName calls look with the names of a device's network interfaces, and again with their new ones if one was renamed
-// meanwhile: an error of look that says that something is not there is taken for that.
-func ByName(h *Host, d *Device, look func(names []string) error) error {
-	err := look(d.Netdevs)
-	for try := 0; host.Absent(err) && h.Live() && try < renames; try++ {
-		var now []string
-		if now, err = Netdevs(h, d.Address); err == nil {
-			err = look(now)
-		}
-	}
-	return err
 }

@@ -29,20 +29,6 @@ func TestDecodeEswitch(t *testing.T) {
 	}
 }
 
-func TestParsePortName(t *testing.T) {
-	for name, want := range map[string]struct {
-		pf, vf int
-		kind   rune
-	}{
-		"p0": {0, 0, wire}, "p1s2": {1, 0, wire}, "l2p3": {3, 0, wire}, "pf0vf3": {0, 3, representor}, "pf1vf12": {1, 12, representor},
-		"pf0": {}, "c1pf0vf3": {}, "pf0sf1": {}, "pf0vf": {}, "": {}, "eth0": {},
-	} {
-		if pf, vf, kind := parsePortName(name); kind != want.kind || kind != 0 && (pf != want.pf || vf != want.vf) {
-			t.Errorf("%q: %d, %d, %q, want %+v", name, pf, vf, kind, want)
-		}
-	}
-}
-
 // The mode is set where the driver needs it: ice has none but without VFs, mlx5 becomes switchdev when they are there
 // and have no driver, and legacy before.
 func TestEswitchOrder(t *testing.T) {

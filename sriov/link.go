@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"path"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/vishvananda/netlink/nl"
@@ -34,21 +33,16 @@ const genNone = 1
 // linksDown are a PF's own interfaces that are down.
 func linksDown(h *iommu.Host, pf *iommu.Device) ([]Link, error) {
 	var out []Link
-	err := iommu.ByName(h, pf, func(names []string) (err error) {
-		out, err = readLinksDown(h, names)
+	err := iommu.ByName(h, pf, func(now *iommu.Device) (err error) {
+		out, err = readLinksDown(h, now.Netdevs)
 		return err
 	})
 	return out, err
 }
 
 func readLinksDown(h *iommu.Host, names []string) ([]Link, error) {
-	own, err := ownInterfaces(h, names)
-	if err != nil {
-		return nil, err
-	}
-
 	var out []Link
-	for _, n := range own {
+	for _, n := range names {
 		text, err := h.String(path.Join(netClass, n, "flags"))
 		if host.Absent(err) && !h.Live() {
 			// Not captured.
@@ -89,22 +83,6 @@ func indexOf(h *iommu.Host, name string) (int, error) {
 		return 0, nil
 	}
 	return index, err
-}
-
-// ownInterfaces are those of a PF's interfaces that are no representors of its VFs, whose phys_port_name is like
-// pf0vf1.
-func ownInterfaces(h *iommu.Host, names []string) ([]string, error) {
-	var out []string
-	for _, n := range names {
-		port, err := h.String(path.Join(netClass, n, "phys_port_name"))
-		if err != nil && !noPort(err) {
-			return nil, err
-		}
-		if err != nil || !strings.Contains(port, "pf") {
-			out = append(out, n)
-		}
-	}
-	return out, nil
 }
 
 func (l Link) commands() []string {
@@ -224,16 +202,12 @@ func mtusBelow(h *iommu.Host, pf *iommu.Device, mtu int) ([]MTU, error) {
 	}
 
 	var out []MTU
-	err := iommu.ByName(h, pf, func(names []string) error {
+	err := iommu.ByName(h, pf, func(now *iommu.Device) error {
 		out = nil
-		own, err := ownInterfaces(h, names)
-		if err != nil {
-			return err
-		}
-		if len(own) == 0 {
+		if len(now.Netdevs) == 0 {
 			return fmt.Errorf("%s has no network interface, and so no MTU", pf.Name)
 		}
-		for _, n := range own {
+		for _, n := range now.Netdevs {
 			now, err := h.Int(path.Join(netClass, n, "mtu"))
 			if err != nil {
 				return err

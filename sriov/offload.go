@@ -142,13 +142,9 @@ func offloadsBut(h *iommu.Host, pf *iommu.Device, want string) ([]Offload, error
 	}
 
 	var out []Offload
-	err := iommu.ByName(h, pf, func(names []string) error {
+	err := iommu.ByName(h, pf, func(now *iommu.Device) error {
 		out = nil
-		own, err := ownInterfaces(h, names)
-		if err != nil {
-			return err
-		}
-		for _, n := range own {
+		for _, n := range now.Netdevs {
 			f, err := readTCOffload(h, n)
 			if err != nil {
 				return fmt.Errorf("interface %s: %s: %w", n, tcFeature, err)

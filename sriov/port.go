@@ -25,8 +25,8 @@ type Port struct {
 // asked, and nothing is known of the VFs.
 func ReadPort(h *iommu.Host, pf *iommu.Device) (*Port, error) {
 	var port *Port
-	err := iommu.ByName(h, pf, func(names []string) (err error) {
-		port, err = readPort(h, pf, names)
+	err := iommu.ByName(h, pf, func(now *iommu.Device) (err error) {
+		port, err = readPort(h, pf, now.Netdevs)
 		return err
 	})
 	return port, err
@@ -38,18 +38,15 @@ func portOf(h *iommu.Host, pf iommu.Address) (*iommu.Device, *Port, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	if d.Netdevs, err = iommu.Netdevs(h, pf); err != nil {
+	if err := iommu.ReadNetdevs(h, &d); err != nil {
 		return nil, nil, err
 	}
 	port, err := ReadPort(h, &d)
 	return &d, port, err
 }
 
-func readPort(h *iommu.Host, pf *iommu.Device, names []string) (*Port, error) {
-	own, err := ownInterfaces(h, names)
+func readPort(h *iommu.Host, pf *iommu.Device, own []string) (*Port, error) {
 	switch {
-	case err != nil:
-		return nil, err
 	case len(own) == 0:
 		return nil, nil
 	case !h.Live():

@@ -111,8 +111,7 @@ func (r *countRecord) revertLinks(h *iommu.Host, pf *iommu.Device, used users) e
 		return nil
 	}
 	if used != nil {
-		var err error
-		if pf.Netdevs, err = iommu.Netdevs(h, pf.Address); err != nil {
+		if err := iommu.ReadNetdevs(h, pf); err != nil {
 			return err
 		}
 		if who, err := used([]*iommu.Device{pf}); err != nil || who != "" {
@@ -143,7 +142,7 @@ func vfDevices(h *iommu.Host, pf iommu.Address) ([]*iommu.Device, error) {
 	for _, v := range now.SRIOV.VFs {
 		vf, err := iommu.ReadDevice(h, v.Address)
 		if err == nil && vf.Blocks() {
-			vf.Netdevs, err = iommu.Netdevs(h, v.Address)
+			err = iommu.ReadNetdevs(h, &vf)
 		}
 		if err != nil {
 			return nil, err

@@ -2,9 +2,7 @@ package sriov
 
 import (
 	"errors"
-	"fmt"
 	"path"
-	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -18,7 +16,7 @@ type Ports struct {
 	VFs     map[int]string // representors, by VF
 }
 
-// noPort reports whether an error of reading phys_port_name or phys_switch_id says that there is none.
+// noPort reports whether an error of reading phys_switch_id says that there is none.
 func noPort(err error) bool { return host.Absent(err) || errors.Is(err, unix.EOPNOTSUPP) }
 
 // ReadPorts finds the interfaces of the e-switch of a PF's interface: they have its switch id, and say in their port
@@ -37,8 +35,8 @@ func ReadPorts(h *iommu.Host, port *Port) (Ports, error) {
 
 	for _, n := range names {
 		id, err1 := h.String(path.Join(netClass, n, "phys_switch_id"))
-		name, err2 := h.String(path.Join(netClass, n, "phys_port_name"))
-		if noPort(err1) || noPort(err2) || errors.Is(err1, unix.ENOTDIR) {
+		name, err2 := iommu.ReadPortName(h, n)
+		if noPort(err1) || errors.Is(err1, unix.ENOTDIR) {
 			// Gone, or no port of a switch.
 			continue
 		}
@@ -48,17 +46,18 @@ func ReadPorts(h *iommu.Host, port *Port) (Ports, error) {
 		if id != port.SwitchID {
 			continue
 		}
-		switch pf, vf, kind := parsePortName(name); kind {
-		case wire:
+		if name.Wire {
 			out.Uplinks = append(out.Uplinks, n)
-		case representor:
-			own, err := ofPF(h, n, port.PF.Address, pf)
-			if err != nil {
-				return out, err
-			}
-			if own {
-				out.VFs[vf] = n
-			}
+		}
+		if name.VF == nil {
+			continue
+		}
+		own, err := ofPF(h, n, port.PF.Address, name.PF)
+		if err != nil {
+			return out, err
+		}
+		if own {
+			out.VFs[*name.VF] = n
 		}
 	}
 	return out, nil
@@ -74,26 +73,4 @@ func ofPF(h *iommu.Host, name string, pf iommu.Address, number int) (bool, error
 		return a == pf, nil
 	}
 	return number == int(pf.Function), nil
-}
-
-const (
-	wire        = 'p'
-	representor = 'v'
-)
-
-// parsePortName reads p0, p0s1 and l1p0, which are wires, and pf0vf1. All other ports, of other hosts too, are of no
-// kind.
-func parsePortName(s string) (pf, vf int, kind rune) {
-	var rest string
-	if n, _ := fmt.Sscanf(s, "pf%dvf%d%s", &pf, &vf, &rest); n == 2 {
-		return pf, vf, representor
-	}
-	if strings.HasPrefix(s, "l") {
-		_, s, _ = strings.Cut(s[1:], "p")
-		s = "p" + s
-	}
-	if n, _ := fmt.Sscanf(s, "p%d%s", &pf, &rest); n == 1 || n == 2 && strings.HasPrefix(rest, "s") {
-		return pf, 0, wire
-	}
-	return 0, 0, 0
 }

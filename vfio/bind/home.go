@@ -63,13 +63,13 @@ func (b *Handle) missing(d *iommu.Device, had takenRecord) (driver string, missi
 	if err != nil {
 		return "", nil, err
 	}
-	netdevs, err1 := iommu.Netdevs(b.host, d.Address)
+	err1 := iommu.ReadNetdevs(b.host, &now)
 	disks, err2 := holder.Disks(b.host, &now)
 	if err := errors.Join(err1, err2); err != nil {
 		return "", nil, err
 	}
 
-	if len(netdevs) == 0 && len(had.Identity.MACs) > 0 {
+	if len(now.Netdevs) == 0 && len(had.Identity.MACs) > 0 {
 		missing = append(missing, "a network interface")
 	}
 	if len(disks) == 0 && had.Block {

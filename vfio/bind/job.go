@@ -158,7 +158,7 @@ func (b *Handle) Refresh(devices []*iommu.Device) error {
 
 		// Its driver makes interfaces, and udev may just have named them.
 		if d.Driver != before || d.Blocks() {
-			if d.Netdevs, err = iommu.Netdevs(b.host, d.Address); err != nil {
+			if err := iommu.ReadNetdevs(b.host, d); err != nil {
 				return err
 			}
 		}

@@ -40,7 +40,7 @@ func netHolders(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 	var n *interfaces
 	var blind error
 	for _, d := range devices {
-		if !d.PCI || !d.Blocks() || len(d.Netdevs) == 0 && d.Class>>16 != 2 {
+		if !d.PCI || !d.Blocks() || len(d.Interfaces()) == 0 && d.Class>>16 != 2 {
 			continue
 		}
 		if n == nil {
@@ -63,8 +63,8 @@ func netHolders(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 			}
 		}
 		var found []Holder
-		err := iommu.ByName(h, d, func(names []string) (err error) {
-			found, err = n.ofDevice(h, d, names)
+		err := iommu.ByName(h, d, func(now *iommu.Device) (err error) {
+			found, err = n.ofDevice(h, d, now.Interfaces())
 			return err
 		})
 		if err != nil {

@@ -1,0 +1,167 @@
+package iommu
+
+import (
+	"errors"
+	"fmt"
+	"path"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"viaduct/internal/host"
+)
+
+// readNetdevs gives each device its network interfaces. /sys/class/net names them all at once, also those of a device
+// in between, as virtio's, which a look into the PCI device's own net directory would miss.
+func readNetdevs(h *Host, devices []Device) error {
+	names, err := h.Names(netClass)
+	if host.Absent(err) || (err == nil && len(names) == 0) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	dir, err := h.Open(netClass)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+
+	var several []*Device
+	for _, name := range names {
+		// What is no link is gone, or a file such as bonding_masters.
+		target, _, err := linkOf(dir, name)
+		if err != nil {
+			return err
+		}
+		a, ok := lastAddress(target)
+		if !ok {
+			continue
+		}
+		d := findDevice(devices, a)
+		switch {
+		case d == nil:
+		case !isOwn(target, a):
+			d.Ports = append(d.Ports, name)
+		default:
+			if d.Netdevs = append(d.Netdevs, name); len(d.Netdevs) == 2 {
+				several = append(several, d)
+			}
+		}
+	}
+	for _, d := range several {
+		if err := sortPorts(dir, d); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// isOwn reports whether the device of an interface is the PCI function itself, or what virtio has in its place. Others
+// are those of a subfunction (an auxiliary device) and of a USB device.
+func isOwn(target string, a Address) bool {
+	_, below, _ := strings.Cut(target, "/"+a.String()+"/")
+	between, _, _ := strings.Cut(below, "net/")
+	between = strings.TrimSuffix(between, "/")
+	return between == "" || strings.HasPrefix(between, "virtio") && !strings.Contains(between, "/")
+}
+
+// sortPorts parts the interfaces of a device: those that stand for another function, as the representors of VFs, are
+// its ports.
+func sortPorts(dir *host.Dir, d *Device) error {
+	var own []string
+	for _, n := range d.Netdevs {
+		port, err := readPortName(dir, n)
+		if err != nil {
+			return err
+		}
+		if port.Function {
+			d.Ports = append(d.Ports, n)
+		} else {
+			own = append(own, n)
+		}
+	}
+	d.Netdevs = own
+	return nil
+}
+
+// PortName is what an interface says whom it stands for (net/devlink/port.c).
+type PortName struct {
+	Wire     bool // p0, p0s1, l1p0: what goes out of the card
+	Function bool // pf0vf1, pf0sf2, c1pf0: another function, of this host or of another
+	PF       int  // of a Function: the PF's number; with some drivers that of the function, with others that of the port
+	VF       *int // of a VF of this host, else nil
+}
+
+// ReadPortName reads whom an interface stands for; the zero value of one that does not say.
+func ReadPortName(h *Host, name string) (PortName, error) {
+	dir, err := h.Open(netClass)
+	if err != nil {
+		return PortName{}, err
+	}
+	defer dir.Close()
+	return readPortName(dir, name)
+}
+
+func readPortName(dir *host.Dir, name string) (PortName, error) {
+	text, err := dir.String(path.Join(name, "phys_port_name"))
+	if host.Absent(err) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOTDIR) {
+		return PortName{}, nil
+	}
+	return parsePortName(text), err
+}
+
+// parsePortName reads the words of net/devlink/port.c; a controller of another host is put before them.
+func parsePortName(s string) PortName {
+	var p PortName
+	var vf int
+	var rest string
+	switch n, _ := fmt.Sscanf(s, "pf%dvf%d%s", &p.PF, &vf, &rest); {
+	case n == 2:
+		p.Function, p.VF = true, &vf
+		return p
+	case n == 1:
+		p.Function = true
+		return p
+	}
+	if strings.HasPrefix(s, "c") && strings.Contains(s, "pf") {
+		return PortName{Function: true}
+	}
+
+	if strings.HasPrefix(s, "l") {
+		_, s, _ = strings.Cut(s[1:], "p")
+		s = "p" + s
+	}
+	n, _ := fmt.Sscanf(s, "p%d%s", &p.PF, &rest)
+	return PortName{Wire: n == 1 || n == 2 && strings.HasPrefix(rest, "s")}
+}
+
+// ReadNetdevs reads the network interfaces of a PCI device again.
+func ReadNetdevs(h *Host, d *Device) error {
+	one := []Device{{Address: d.Address, PCI: true}}
+	if err := readNetdevs(h, one); err != nil {
+		return err
+	}
+	d.Netdevs, d.Ports = one[0].Netdevs, one[0].Ports
+	return nil
+}
+
+// renames is how often an interface may change its name while it is looked at: udev names new ones.
+const renames = 10
+
+// ByName calls look with a device, and again with one that has its interfaces' new names if one was renamed meanwhile:
+// an error of look that says that something is not there is taken for that.
+func ByName(h *Host, d *Device, look func(now *Device) error) error {
+	err := look(d)
+	for try := 0; host.Absent(err) && h.Live() && try < renames; try++ {
+		now := *d
+		if err = ReadNetdevs(h, &now); err == nil {
+			err = look(&now)
+		}
+	}
+	return err
+}
+
+// Interfaces are all network interfaces that stand on a device: its own and its ports.
+func (d *Device) Interfaces() []string { return slices.Concat(d.Netdevs, d.Ports) }

@@ -1,0 +1,68 @@
+package iommu
+
+import (
+	"slices"
+	"testing"
+
+	"viaduct/internal/host/hosttest"
+)
+
+func TestParsePortName(t *testing.T) {
+	vf := func(pf, vf int) PortName { return PortName{Function: true, PF: pf, VF: &vf} }
+	wire := PortName{Wire: true}
+	for name, want := range map[string]PortName{
+		"p0": wire, "p1s2": wire, "l2p3": wire, "pf0vf3": vf(0, 3), "pf1vf12": vf(1, 12),
+		"pf0": {Function: true}, "pf1sf2": {Function: true, PF: 1}, "pf0vf": {Function: true},
+		"c1pf0vf3": {Function: true}, "": {}, "eth0": {}, "port1": {},
+	} {
+		got := parsePortName(name)
+		same := got.Wire == want.Wire && got.Function == want.Function && (got.VF == nil) == (want.VF == nil) &&
+			(got.VF == nil || *got.VF == *want.VF && got.PF == want.PF)
+		if !same {
+			t.Errorf("%q: %+v, want %+v", name, got, want)
+		}
+	}
+}
+
+// A function's own interfaces are those of its device link: no representor, no subfunction's, no USB device's.
+func TestOwnInterfaces(t *testing.T) {
+	const at, pci = "sys/devices/pci0000:00/0000:00:01.0", "sys/bus/pci/devices/0000:00:01.0"
+	tree := hosttest.Tree{
+		pci:              "-> ../../../devices/pci0000:00/0000:00:01.0",
+		at + "/modalias": "pci:v000015B3d00001017sv00000000sd00000000bc02sc00i00\n",
+		"sys/kernel/":    "",
+	}
+	add := func(name, below, port string) {
+		tree["sys/class/net/"+name] = "-> ../../devices/pci0000:00/0000:00:01.0/" + below + "net/" + name
+		tree[at+"/"+below+"net/"+name+"/address"] = "02:00:00:00:00:01\n"
+		if port != "" {
+			tree[at+"/"+below+"net/"+name+"/phys_port_name"] = port + "\n"
+		}
+	}
+	add("a-rep", "", "pf0vf0")
+	add("b-own", "", "p0")
+	add("c-sf", "mlx5_core.sf.2/", "")
+	add("d-usb", "usb1/1-1/1-1:1.0/", "")
+	add("e-sfrep", "", "pf0sf88")
+	for kind, h := range tree.Hosts(t) {
+		topology, err := Scan(&Host{h})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d := topology.Ungrouped[0]
+		if !slices.Equal(d.Netdevs, []string{"b-own"}) || !slices.Equal(slices.Sorted(slices.Values(d.Ports)), []string{"a-rep", "c-sf", "d-usb", "e-sfrep"}) {
+			t.Errorf("%s: own %v, ports %v", kind, d.Netdevs, d.Ports)
+		}
+	}
+
+	tree = hosttest.Tree{
+		pci:              "-> ../../../devices/pci0000:00/0000:00:01.0",
+		at + "/modalias": "pci:v00001AF4d00001041sv00000000sd00000000bc02sc00i00\n",
+		"sys/kernel/":    "",
+	}
+	add("one", "virtio0/", "")
+	topology, err := Scan(&Host{tree.Host(t)})
+	if err != nil || !slices.Equal(topology.Ungrouped[0].Netdevs, []string{"one"}) {
+		t.Errorf("virtio: %+v, %v", topology, err)
+	}
+}

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"viaduct/internal/host"
+	"viaduct/internal/journal"
 )
 
 // What a snapshot holds. These are lists of what is wanted, never of what is not: some files of sysfs block, wake the
@@ -40,6 +41,7 @@ var (
 		"mtu",
 		"phys_port_name",
 		"phys_switch_id",
+		"addr_assign_type",
 		"dev",
 		"size",
 		"serial",
@@ -71,6 +73,16 @@ func Capture(h *Host, w io.Writer) error {
 	const dropIns = "etc/viaduct/host.d"
 	if names, err := h.Names(dropIns); err == nil {
 		c.files(dropIns, names)
+	}
+
+	// What bonds and viaduct itself remember of devices that do not show it now.
+	const bonds = "proc/net/bonding"
+	if names, err := h.Names(bonds); err == nil {
+		c.files(bonds, names)
+	}
+	if names, err := h.Names(journal.Dir); err == nil {
+		taken := slices.DeleteFunc(names, func(n string) bool { return !strings.HasPrefix(n, journal.Taken) })
+		c.files(journal.Dir, taken)
 	}
 
 	c.interrupts()
@@ -232,6 +244,7 @@ func (c *capture) device(d *Device) {
 	for _, paths := range classes {
 		for _, p := range paths {
 			c.linked(path.Join(real, p, "subsystem"))
+			c.linked(path.Join(real, p, "master"))
 			c.files(path.Join(real, p), classFiles)
 			c.files(path.Join("proc/sys/net/ipv6/conf", path.Base(p)), []string{"addr_gen_mode"})
 		}

@@ -3,7 +3,6 @@ package iommu
 import (
 	"errors"
 	"fmt"
-	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -35,8 +34,10 @@ type form struct {
 	recognises func(word string) bool
 	// parse reads the value into the selector. It returns what is wanted instead, "" if all is well.
 	parse func(s *Selector, value string) (want string)
-	// matcher returns what decides whether a device is meant. Only what needs it reads anything beyond the topology.
+	// matcher returns what decides whether a device is meant; nil of a form with keys.
 	matcher func(s Selector, h *Host, t *Topology) (matcher, error)
+	// keys are what a device is found by, where that is read beyond the topology: once for all selectors.
+	keys func(h *Host, d *Device) ([]string, error)
 	// missing says, where no device is meant, what was looked for and what there is of that kind.
 	missing func(s Selector, h *Host, t *Topology) (what string, candidates []string)
 }
@@ -113,7 +114,7 @@ var vfForm = form{
 		return ""
 	},
 	matcher: func(s Selector, h *Host, t *Topology) (matcher, error) {
-		pf, err := s.pf.One(h, t)
+		pf, err := s.pf.PF(h, t)
 		if err != nil {
 			return nil, err
 		}
@@ -201,27 +202,10 @@ var macForm = form{
 		}
 		return ""
 	},
-	matcher: func(s Selector, h *Host, _ *Topology) (matcher, error) {
-		return func(d *Device) (bool, error) {
-			for _, n := range d.Netdevs {
-				if mac, err := optional(h.String(path.Join(netClass, n, "address"))); err != nil || mac == s.value {
-					return err == nil, err
-				}
-			}
-			return false, nil
-		}, nil
-	},
+	keys: macsOf,
 	missing: func(_ Selector, h *Host, t *Topology) (string, []string) {
-		macs := manyCandidates(t, func(d *Device) []string {
-			var out []string
-			for _, n := range d.Netdevs {
-				if mac, err := h.String(path.Join(netClass, n, "address")); err == nil {
-					out = append(out, "mac="+mac)
-				}
-			}
-			return out
-		})
-		return "no network interface has this MAC address (a device on a vfio driver shows none)", macs
+		return "no device has this permanent MAC address (one on a vfio driver that viaduct did not take shows none)",
+			t.keyed(h, ByMAC).names("mac=")
 	},
 }
 
@@ -248,25 +232,18 @@ var pathForm = form{
 		}
 		return ""
 	},
-	matcher: func(s Selector, h *Host, _ *Topology) (matcher, error) {
-		return func(d *Device) (bool, error) {
-			if !d.PCI {
-				return false, nil
-			}
-			_, p, err := readPath(h, d.Address)
-			if host.Absent(err) || errors.Is(err, ErrNotFound) {
-				return false, nil
-			}
-			return p == s.value, err
-		}, nil
+	keys: func(h *Host, d *Device) ([]string, error) {
+		if !d.PCI {
+			return nil, nil
+		}
+		_, p, err := readPath(h, d.Address)
+		if host.Absent(err) || errors.Is(err, ErrNotFound) {
+			return nil, nil
+		}
+		return []string{p}, err
 	},
 	missing: func(_ Selector, h *Host, t *Topology) (string, []string) {
-		return "no device is at this place", candidates(t, pciOnly(func(d *Device) string {
-			if _, p, err := readPath(h, d.Address); err == nil {
-				return "path=" + p
-			}
-			return ""
-		}))
+		return "no device is at this place", t.keyed(h, ByPath).names("path=")
 	},
 }
 
@@ -278,25 +255,18 @@ var serialForm = form{
 		}
 		return ""
 	},
-	matcher: func(s Selector, h *Host, _ *Topology) (matcher, error) {
-		return func(d *Device) (bool, error) {
-			if !d.PCI {
-				return false, nil
-			}
-			serial, err := ReadSerial(h, d.Address)
-			return strings.EqualFold(serial, s.value), err
-		}, nil
+	keys: func(h *Host, d *Device) ([]string, error) {
+		if !d.PCI {
+			return nil, nil
+		}
+		serial, err := serialOf(h, d)
+		if serial == "" {
+			return nil, err
+		}
+		return []string{serial}, err
 	},
 	missing: func(_ Selector, h *Host, t *Topology) (string, []string) {
-		return "no device has this serial number (root alone can read them)", candidates(
-			t,
-			pciOnly(func(d *Device) string {
-				if serial, err := ReadSerial(h, d.Address); err == nil && serial != "" {
-					return "serial=" + serial
-				}
-				return ""
-			}),
-		)
+		return "no device has this serial number (root alone can read them)", t.keyed(h, BySerial).names("serial=")
 	},
 }
 

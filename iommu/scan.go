@@ -31,6 +31,9 @@ type Topology struct {
 type lookup struct {
 	once sync.Once
 	by   map[Address]*Device
+
+	mu    sync.Mutex
+	keyed map[Form]*keyed
 }
 
 // Group is an IOMMU group: the smallest set of devices that the IOMMU can tell from all others.

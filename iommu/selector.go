@@ -123,6 +123,33 @@ func (s Selector) One(h *Host, t *Topology) (*Device, error) {
 	return all[0], nil
 }
 
+// PF resolves a selector where only a PF can stand: of several devices only PFs are meant, as VFs may have the ids of
+// theirs. Errors are those of One; the one device may be no PF, which its users tell best.
+func (s Selector) PF(h *Host, t *Topology) (*Device, error) {
+	all, err := s.Resolve(h, t)
+	if err != nil {
+		return nil, err
+	}
+	if all = OnlyPFs(all); len(all) > 1 {
+		return nil, &AmbiguousError{s.text, deviceNames(all)}
+	}
+	return all[0], nil
+}
+
+// OnlyPFs are the PFs of several devices; all of them if there is none.
+func OnlyPFs(devices []*Device) []*Device {
+	var pfs []*Device
+	for _, d := range devices {
+		if d.SRIOV != nil {
+			pfs = append(pfs, d)
+		}
+	}
+	if len(pfs) == 0 {
+		return devices
+	}
+	return pfs
+}
+
 func deviceNames(devices []*Device) []string {
 	names := make([]string, len(devices))
 	for i, d := range devices {
@@ -133,6 +160,13 @@ func deviceNames(devices []*Device) []string {
 
 // Resolve finds all devices that a selector names, at least one; *NotFoundError if there is none.
 func (s Selector) Resolve(h *Host, t *Topology) ([]*Device, error) {
+	if forms[s.kind].keys != nil {
+		found, err := t.keyed(h, s.kind).of(s.value)
+		if err == nil && len(found) == 0 {
+			err = s.notFound(h, t)
+		}
+		return found, err
+	}
 	match, err := forms[s.kind].matcher(s, h, t)
 	if err != nil {
 		return nil, err

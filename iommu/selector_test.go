@@ -133,7 +133,7 @@ func TestResolve(t *testing.T) {
 			"eth0/vf2":              {What: "no such VF", Candidates: vfs},
 			"eth9/vf0":              {Selector: "eth9", What: "no network interface of a PCI device has this name", Candidates: []string{"ens3", "eth0", "eth0b"}},
 			"ens3/vf0":              {What: "0000:00:03.0 is no PF (it has no SR-IOV capability)"},
-			"mac=52:54:00:00:00:09": {What: "no network interface has this MAC address (a device on a vfio driver shows none)", Candidates: []string{"mac=52:54:00:00:00:01", "mac=52:54:00:00:00:02", "mac=52:54:00:00:00:03"}},
+			"mac=52:54:00:00:00:09": {What: "no device has this permanent MAC address (one on a vfio driver that viaduct did not take shows none)", Candidates: []string{"mac=52:54:00:00:00:01", "mac=52:54:00:00:00:02", "mac=52:54:00:00:00:03"}},
 			"path=0000:00:09.0":     {What: "no device is at this place", Candidates: []string{"path=0000:00:01.0", "path=0000:00:01.0/00.0", "path=0000:00:01.0/00.0/vf0", "path=0000:00:01.0/00.0/vf1", "path=0000:00:03.0", "path=10000:e1:00.0"}},
 			"serial=ff":             {What: "no device has this serial number (root alone can read them)", Candidates: []string{"serial=01-02-03-04-05-06-07-08"}},
 			"class=0300":            {What: "no device is of this class", Candidates: classes},

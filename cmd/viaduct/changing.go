@@ -175,7 +175,7 @@ func (c *changing) recover(ctx context.Context) error {
 func (c *changing) lockPFs(ctx context.Context, selectors []iommu.Selector) ([]*iommu.Device, error) {
 	find := func() (pfs []*iommu.Device, err error) {
 		for _, s := range selectors {
-			pf, err := s.One(c.handle.Host(), c.topology)
+			pf, err := s.PF(c.handle.Host(), c.topology)
 			if err != nil {
 				return nil, err
 			}

@@ -21,6 +21,9 @@ const Dir = "run/viaduct"
 // Changing begins the keys of the records of changes that are under way, by device.
 const Changing = "change-"
 
+// Taken begins the keys of the records of devices that are taken, by device.
+const Taken = "taken-"
+
 // Journal is a directory of records. That of a captured host can be read, and every write is an error.
 type Journal struct {
 	host *host.Host

@@ -22,7 +22,7 @@ const (
 	opGive = "give"
 )
 
-func takenKey(a iommu.Address) string  { return "taken-" + a.String() }
+func takenKey(a iommu.Address) string  { return journal.Taken + a.String() }
 func changeKey(a iommu.Address) string { return journal.Changing + a.String() }
 
 // changeRecord is a change that is under way.

@@ -43,7 +43,6 @@ type Manager struct {
 	state    *journal.Journal // in StateDir
 
 	exact bool // VFs that are to have no driver must not be on a vfio driver either
-	index *index
 }
 
 // New makes a Manager, which works on the host as the Handle last saw it.
@@ -171,9 +170,23 @@ func (m *Manager) Plan(s *hostfile.Host) ([]*Item, error) {
 // Refuse leaves the item alone, for a reason.
 func (i *Item) Refuse(err error) { i.State, i.Err, i.Steps = Refused, err, nil }
 
-// found looks for the item's device.
-func (m *Manager) found(i *Item, match hostfile.Match) bool {
-	d, err := m.find(match)
+// found looks for the item's device, where any can stand or only a PF. One that the match does not name any more, as its
+// interface has another name or a VFIO driver has it, is found by what was written down when it was last applied.
+func (m *Manager) found(i *Item, match hostfile.Match, find func(hostfile.Match) (*iommu.Device, error)) bool {
+	var err error
+	if i.known, err = m.remembered(match); err != nil {
+		i.Refuse(err)
+		return false
+	}
+
+	d, err := find(match)
+	if errors.Is(err, iommu.ErrNotFound) && i.known != nil {
+		if d = m.byRecord(i.known); d != nil {
+			err = nil
+			i.Notes = append(i.Notes, fmt.Sprintf("%s: nothing is called %s now; it is %s by what was recorded when it was "+
+				"last applied", i.At, match.String(), d.Name))
+		}
+	}
 	if err != nil {
 		i.State, i.Err = Missing, err
 		if _, ambiguous := errors.AsType[*iommu.AmbiguousError](err); ambiguous {
@@ -181,12 +194,7 @@ func (m *Manager) found(i *Item, match hostfile.Match) bool {
 		}
 		return false
 	}
-
 	i.Device = d
-	if i.known, err = m.remembered(match); err != nil {
-		i.Refuse(err)
-		return false
-	}
 
 	if why := m.changed(i.known, match, d); why != "" && !m.options.Accept {
 		i.State, i.Err = Changed, fmt.Errorf("%s: %s (viaduct apply --accept takes it as it is now)", i.Name, why)
@@ -205,7 +213,7 @@ func (m *Manager) found(i *Item, match hostfile.Match) bool {
 
 func (m *Manager) planPF(pf *hostfile.PF, guard *guard, leased map[iommu.Address]sriov.Settings) *Item {
 	i := &Item{Name: pf.Select.String(), At: pf.At, Optional: pf.Optional, State: OK, pf: pf}
-	if !m.found(i, pf.Select) {
+	if !m.found(i, pf.Select, m.findPF) {
 		return i
 	}
 	if err := guard.declared(i.Device); err != nil {
@@ -355,7 +363,7 @@ func (m *Manager) planDevice(dev *hostfile.Device, guard *guard) *Item {
 	if i.driver == "" {
 		i.driver = bind.Auto
 	}
-	if !m.found(i, dev.Select) {
+	if !m.found(i, dev.Select, m.find) {
 		return i
 	}
 	if dev.Owner != "" {
@@ -516,7 +524,7 @@ func (m *Manager) Unmanaged(items []*Item) []*iommu.Device {
 // Settings are what is declared of the settings of a PF's VFs, by index; false if the PF is not declared.
 func (m *Manager) Settings(s *hostfile.Host, d *iommu.Device) (map[int]sriov.Settings, bool) {
 	for k := range s.PFs {
-		if found, err := m.find(s.PFs[k].Select); err != nil || found.Name != d.Name {
+		if found, err := m.findPF(s.PFs[k].Select); err != nil || found.Name != d.Name {
 			continue
 		}
 		return settingsOf(&s.PFs[k]), true

@@ -46,7 +46,6 @@ func newManager(t *testing.T, k *hosttest.Kernel, o Options) *Manager {
 func again(t *testing.T, m *Manager) *Manager {
 	t.Helper()
 	n := *m
-	n.index = nil
 	var err error
 	if n.topology, err = m.handle.Scan(); err != nil {
 		t.Fatal(err)
@@ -284,7 +283,7 @@ func TestPlanStates(t *testing.T) {
 		{"pfs:\n  - {select: " + pf + ", count: 0}\n", OK, ""},
 		{"pfs:\n  - {select: " + pf + ", count: 2}\n", Differs, ""},
 		{"pfs:\n  - {select: \"0000:7f:00.0\", count: 2}\n", Missing, "no such device"},
-		{"pfs:\n  - {select: \"mac=52:54:00:ff:ff:ff\", count: 2}\n", Missing, "no network interface has this MAC"},
+		{"pfs:\n  - {select: \"mac=52:54:00:ff:ff:ff\", count: 2}\n", Missing, "no device has this permanent MAC"},
 		{"pfs:\n  - {select: \"8086:10c9\", count: 2}\n", Refused, "names 2 devices"},
 		{"pfs:\n  - {select: " + pf + ", count: 99}\n", Refused, "0 to 7 VFs"},
 		{"pfs:\n  - {select: " + pf + ", count: 2}\nprotect:\n  - 8086:10c9\n", Refused, "never to be touched"},
@@ -641,5 +640,31 @@ func TestImport(t *testing.T) {
 		if _, err := hostfile.Parse("imported", text); err != nil {
 			t.Errorf("%s: %v", source, err)
 		}
+	}
+}
+
+// What a declaration does not name any more is found by what was written down when it was last applied, if that is
+// there once.
+func TestFoundByRecord(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	m := newManager(t, k, Options{})
+	mine := plan(t, m, "pfs:\n  - {select: enp1s0, count: 2}\n")[0]
+	if mine.Device == nil {
+		t.Fatal(mine.Err)
+	}
+	remembered := func(identity iommu.Identity) *Item {
+		t.Helper()
+		if err := m.state.Put(knownKey("oldname0"), known{Address: mine.Device.Address, Identity: identity}); err != nil {
+			t.Fatal(err)
+		}
+		return plan(t, m, "pfs:\n  - {select: oldname0, count: 2}\n")[0]
+	}
+	identity := iommu.Identify(m.host, mine.Device)
+	if i := remembered(identity); i.State != Differs || i.Device.Name != pf || !strings.Contains(strings.Join(i.Notes, " "), "by what was recorded") {
+		t.Errorf("%v, %v, notes %q", i.State, i.Err, i.Notes)
+	}
+	identity.MACs, identity.Serial = map[string]string{"oldname0": "02:00:00:00:ff:ff"}, ""
+	if i := remembered(identity); i.State != Missing {
+		t.Errorf("another card: %v, %v", i.State, i.Err)
 	}
 }

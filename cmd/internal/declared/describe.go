@@ -40,7 +40,11 @@ func (m *Manager) describe(d *iommu.Device, full bool) (pf hostfile.PF, err erro
 		if port, err = sriov.ReadPort(m.host, d); err != nil {
 			return pf, err
 		}
-		for _, mac := range iommu.MACs(m.host, d) {
+		macs, err := iommu.PermanentMACs(m.host, d)
+		if err != nil {
+			return pf, err
+		}
+		for _, mac := range macs {
 			permanent, _ = net.ParseMAC(mac)
 		}
 	}
@@ -152,21 +156,13 @@ func comment(names *iommu.Names, d *iommu.Device) string {
 
 // stable is the best match for a device: what stays with the card, else its place.
 func (m *Manager) stable(d *iommu.Device) (hostfile.Match, error) {
-	for _, form := range []struct {
-		form iommu.Form
-		key  string
-	}{{iommu.ByMAC, "mac="}, {iommu.BySerial, "serial="}} {
-		keys, err := m.keys(form.form, d)
+	for _, form := range []iommu.Form{iommu.ByMAC, iommu.BySerial} {
+		selectors, err := iommu.SelectorsOf(m.host, d, form)
 		if err != nil {
 			return hostfile.Match{}, err
 		}
-		for _, k := range keys {
-			sel, err := iommu.ParseSelector(form.key + k)
-			if err != nil {
-				// With blanks in it.
-				continue
-			}
-			match := hostfile.Match{Selectors: []iommu.Selector{sel}}
+		for _, s := range selectors {
+			match := hostfile.Match{Selectors: []iommu.Selector{s}}
 			if found, err := m.find(match); err == nil && found == d {
 				return match, nil
 			}

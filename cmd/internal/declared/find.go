@@ -3,7 +3,6 @@ package declared
 import (
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 
@@ -12,15 +11,19 @@ import (
 	"viaduct/vfio/holder"
 )
 
-// index finds devices by what takes long to read, with one look at each. VFs are not in it: they are declared below
-// their PF.
-type index struct {
-	macs, paths, serials map[string][]*iommu.Device
-}
-
 // find is the one device that a match names.
 func (m *Manager) find(match hostfile.Match) (*iommu.Device, error) {
 	all, err := m.all(match)
+	return one(match, all, err)
+}
+
+// findPF is the one PF that a match names: only PFs can stand there.
+func (m *Manager) findPF(match hostfile.Match) (*iommu.Device, error) {
+	all, err := m.all(match)
+	return one(match, iommu.OnlyPFs(all), err)
+}
+
+func one(match hostfile.Match, all []*iommu.Device, err error) (*iommu.Device, error) {
 	if err != nil {
 		return nil, err
 	}
@@ -38,7 +41,7 @@ func (m *Manager) find(match hostfile.Match) (*iommu.Device, error) {
 func (m *Manager) all(match hostfile.Match) ([]*iommu.Device, error) {
 	var all []*iommu.Device
 	for n, s := range match.Selectors {
-		some, err := m.resolve(s)
+		some, err := s.Resolve(m.host, m.topology)
 		if err != nil {
 			return nil, err
 		}
@@ -50,73 +53,6 @@ func (m *Manager) all(match hostfile.Match) ([]*iommu.Device, error) {
 		}
 	}
 	return all, nil
-}
-
-// resolve are the devices of a selector. A device on a vfio driver has no interface to ask for its MAC address: it is
-// found by what was written down when it was taken.
-func (m *Manager) resolve(s iommu.Selector) ([]*iommu.Device, error) {
-	var by *map[string][]*iommu.Device
-	if m.index == nil {
-		m.index = &index{}
-	}
-	switch s.Form() {
-	case iommu.ByMAC:
-		by = &m.index.macs
-	case iommu.ByPath:
-		by = &m.index.paths
-	case iommu.BySerial:
-		by = &m.index.serials
-	default:
-		return s.Resolve(m.host, m.topology)
-	}
-
-	if *by == nil {
-		*by = map[string][]*iommu.Device{}
-		m.topology.All(func(d *iommu.Device) bool {
-			if d.PCI && d.PhysFn == nil {
-				keys, _ := m.keys(s.Form(),
-					d) // of one that cannot be asked nothing is known, and it is not found by it
-				for _, k := range keys {
-					(*by)[k] = append((*by)[k], d)
-				}
-			}
-			return true
-		})
-	}
-
-	if found := (*by)[strings.ToLower(s.Value())]; len(found) > 0 {
-		return found, nil
-	}
-	return s.Resolve(m.host,
-		m.topology) // which says what there is instead, and knows addresses that are no permanent ones
-}
-
-// keys are what a device is found by.
-func (m *Manager) keys(form iommu.Form, d *iommu.Device) ([]string, error) {
-	switch form {
-	case iommu.ByPath:
-		p, err := iommu.PathOf(m.host, d)
-		return []string{p}, err
-	case iommu.BySerial:
-		serial, err := iommu.ReadSerial(m.host, d.Address)
-		if err != nil || serial != "" || !d.VFIO {
-			return some(strings.ToLower(serial)), err
-		}
-		taken, err := m.handle.Taken(d)
-		return some(strings.ToLower(taken.Serial)), err
-	}
-	if own := slices.Collect(maps.Values(iommu.MACs(m.host, d))); len(own) > 0 || !d.VFIO {
-		return own, nil
-	}
-	taken, err := m.handle.Taken(d)
-	return slices.Collect(maps.Values(taken.MACs)), err
-}
-
-func some(key string) []string {
-	if key == "" {
-		return nil
-	}
-	return []string{key}
 }
 
 // guard is what must not be touched.

@@ -42,6 +42,21 @@ func (m *Manager) remembered(match hostfile.Match) (*known, error) {
 	return &k, nil
 }
 
+// byRecord is the one device that was recorded, nil if it is not there, or if several may be it.
+func (m *Manager) byRecord(k *known) *iommu.Device {
+	var found []*iommu.Device
+	m.topology.All(func(d *iommu.Device) bool {
+		if d.PCI && d.PhysFn == nil && m.Same(&k.Identity, d) {
+			found = append(found, d)
+		}
+		return true
+	})
+	if len(found) != 1 {
+		return nil
+	}
+	return found[0]
+}
+
 // changed says how what is there differs from what was there; "" if it does not. A card that moved to another slot is
 // the same, which its own numbers tell, those that it was found by as well.
 func (m *Manager) changed(k *known, match hostfile.Match, d *iommu.Device) string {

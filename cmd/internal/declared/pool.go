@@ -32,7 +32,7 @@ func (m *Manager) Pool(s *hostfile.Host, name string) ([]*iommu.Device, error) {
 			continue
 		}
 		i := &Item{Name: pf.Select.String()}
-		if !m.found(i, pf.Select) {
+		if !m.found(i, pf.Select, m.findPF) {
 			last = i.Err
 			continue
 		}

@@ -97,7 +97,7 @@ func (m *Manager) Same(id *iommu.Identity, d *iommu.Device) bool {
 	if id.Differs(m.host, d) != "" {
 		return false
 	}
-	if len(id.MACs) > 0 && len(iommu.MACs(m.host, d)) > 0 {
+	if macs, err := iommu.PermanentMACs(m.host, d); len(id.MACs) > 0 && err == nil && len(macs) > 0 {
 		// And they were compared.
 		return true
 	}
@@ -182,8 +182,12 @@ func (n *needs) of(h *iommu.Host, d *iommu.Device) (string, error) {
 			return "(" + b + ") is named in " + where, nil
 		}
 	}
-	for name, mac := range iommu.MACs(h, d) {
-		for _, word := range []string{name, mac} {
+	macs, err := iommu.PermanentMACs(h, d)
+	if err != nil {
+		return "", err
+	}
+	for _, name := range d.Netdevs {
+		for _, word := range []string{name, macs[name]} {
 			if where := n.links[word]; where != "" {
 				return "(" + name + ") is named in " + where, nil
 			}

@@ -24,7 +24,6 @@ func (m *Manager) Wait(ctx context.Context, s *hostfile.Host) error {
 		if m.topology, err = m.handle.Scan(); err != nil {
 			return err
 		}
-		m.index = nil
 		if m.allThere(s) || ctx.Err() != nil {
 			return nil
 		}
@@ -34,7 +33,7 @@ func (m *Manager) Wait(ctx context.Context, s *hostfile.Host) error {
 
 func (m *Manager) allThere(s *hostfile.Host) bool {
 	for _, pf := range s.PFs {
-		d, err := m.find(pf.Select)
+		d, err := m.findPF(pf.Select)
 		if !pf.Optional && (err != nil || d.Driver == "" || d.Class>>16 == 0x02 && len(d.Netdevs) == 0) ||
 			err == nil && !m.named(d) {
 			return false

@@ -100,6 +100,11 @@ func Capture(h *Host, w io.Writer) error {
 	}
 
 	c.links(netClass)
+	others, err := alternativeNames(h)
+	if err != nil && !isRefusal(err) {
+		return err
+	}
+	c.add(alternatives, others)
 	if names, err := h.Names(pciDrivers); err == nil {
 		for _, n := range names {
 			c.dir(path.Join(pciDrivers, n))

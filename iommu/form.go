@@ -175,22 +175,46 @@ var idsForm = form{
 	},
 }
 
+// longestAlternative is the length of the longest name of an interface (ALTIFNAMSIZ of include/uapi/linux/if.h).
+const longestAlternative = 127
+
 var netdevForm = form{
-	// By the kernel's own rule (net/core/dev.c, dev_valid_name).
+	// By the kernel's own rule (net/core/dev.c, dev_valid_name), which alternative names may exceed in length.
 	recognises: func(word string) bool {
-		return word != "" && len(word) <= 15 && word != "." && word != ".." &&
+		return word != "" && len(word) <= longestAlternative && word != "." && word != ".." &&
 			!strings.ContainsAny(word, " \t\n\v\f\r") && word[0] != '-'
 	},
 	parse: func(s *Selector, value string) string {
 		s.value = value
 		return ""
 	},
-	matcher: func(s Selector, _ *Host, _ *Topology) (matcher, error) {
-		return always(func(d *Device) bool { return slices.Contains(d.Netdevs, s.value) })
+	matcher: func(s Selector, h *Host, t *Topology) (matcher, error) {
+		named := func(name string) func(*Device) bool {
+			return func(d *Device) bool { return slices.Contains(d.Netdevs, name) }
+		}
+		known := false
+		t.All(func(d *Device) bool {
+			known = known || slices.Contains(d.Interfaces(), s.value)
+			return !known
+		})
+		if known {
+			return always(named(s.value))
+		}
+		first, err := firstName(h, s.value)
+		if err != nil {
+			return nil, err
+		}
+		return always(named(first))
 	},
-	missing: func(_ Selector, _ *Host, t *Topology) (string, []string) {
-		names := manyCandidates(t, func(d *Device) []string { return d.Netdevs })
-		return "no network interface of a PCI device has this name", names
+	missing: func(s Selector, _ *Host, t *Topology) (string, []string) {
+		what := "no network interface of a PCI device has this name"
+		t.All(func(d *Device) bool {
+			if slices.Contains(d.Ports, s.value) {
+				what = "this network interface is made of " + d.Name + " and is not its own, which alone names it"
+			}
+			return true
+		})
+		return what, manyCandidates(t, func(d *Device) []string { return d.Netdevs })
 	},
 }
 

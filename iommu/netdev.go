@@ -3,6 +3,7 @@ package iommu
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"path"
 	"slices"
 	"strings"
@@ -10,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"viaduct/internal/host"
+	"viaduct/internal/netlink"
 )
 
 // readNetdevs gives each device its network interfaces. /sys/class/net names them all at once, also those of a device
@@ -161,6 +163,44 @@ func ByName(h *Host, d *Device, look func(now *Device) error) error {
 		}
 	}
 	return err
+}
+
+// alternatives is where a snapshot has the alternative names of interfaces, which no file of the kernel tells: a line
+// for each interface, with its name first.
+const alternatives = "viaduct/alternative-names"
+
+// firstName is the name of the interface that has this as an alternative one, "" if there is none.
+func firstName(h *Host, name string) (string, error) {
+	if h.Live() {
+		return netlink.FirstName(h.Host, name)
+	}
+	text, err := h.Read(alternatives)
+	if err != nil {
+		return "", unlessAbsent(err)
+	}
+	for line := range strings.Lines(string(text)) {
+		if words := strings.Fields(line); slices.Contains(words, name) {
+			return words[0], nil
+		}
+	}
+	return "", nil
+}
+
+// alternativeNames is what a snapshot has of them; nil if there are none.
+func alternativeNames(h *Host) ([]byte, error) {
+	if !h.Live() {
+		text, err := h.Read(alternatives)
+		return text, unlessAbsent(err)
+	}
+	all, err := netlink.Alternatives(h.Host)
+	if err != nil {
+		return nil, err
+	}
+	var out []byte
+	for _, name := range slices.Sorted(maps.Keys(all)) {
+		out = fmt.Appendln(out, name, strings.Join(all[name], " "))
+	}
+	return out, nil
 }
 
 // Interfaces are all network interfaces that stand on a device: its own and its ports.

@@ -1,6 +1,10 @@
 package iommu
 
 import (
+	"bytes"
+	"errors"
+	"os"
+	"path/filepath"
 	"slices"
 	"testing"
 
@@ -64,5 +68,42 @@ func TestOwnInterfaces(t *testing.T) {
 	topology, err := Scan(&Host{tree.Host(t)})
 	if err != nil || !slices.Equal(topology.Ungrouped[0].Netdevs, []string{"one"}) {
 		t.Errorf("virtio: %+v, %v", topology, err)
+	}
+}
+
+// An interface's alternative names name its device, here and in a snapshot.
+func TestAlternativeNames(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	long := "an-alternative-name-may-be-longer"
+	k.Net.Alternative = map[string]string{"uplink0": "enp1s0", long: "enp1s0"}
+	live := &Host{k.Host()}
+	var b bytes.Buffer
+	if err := Capture(live, &b); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "host.tar.gz")
+	if err := os.WriteFile(file, b.Bytes(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	captured, err := Open(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer captured.Close()
+	for _, h := range []*Host{live, captured} {
+		topology, err := Scan(h)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for name, want := range map[string]string{"uplink0": "0000:01:00.0", long: "0000:01:00.0", "enp1s0": "0000:01:00.0", "uplink1": ""} {
+			sel, err := ParseSelector(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			d, err := sel.One(h, topology)
+			if want == "" && !errors.Is(err, ErrNotFound) || want != "" && (err != nil || d.Name != want) {
+				t.Errorf("live %v: %s is %+v, %v", h.Live(), name, d, err)
+			}
+		}
 	}
 }

@@ -39,7 +39,7 @@ func TestParseSelector(t *testing.T) {
 		}
 	}
 	for _, text := range []string{
-		"", ".", "..", "-x", "--dry-run", "a b", "sixteencharslong", "a\tb", "0000:01:00", "0000:01:20.0", "8086:", ":10c9", "8086:10c", "8086:10c9:0",
+		"", ".", "..", "-x", "--dry-run", "a b", strings.Repeat("x", 128), "a\tb", "0000:01:00", "0000:01:20.0", "8086:", ":10c9", "8086:10c", "8086:10c9:0",
 		"808g:10c9", "8086:*", "enp1s0/", "enp1s0/vf", "enp1s0/vf-1", "enp1s0/vf+1", "enp1s0/vf65536", "enp1s0/3", "enp1s0/VF3", "/vf1", "8086:10c9/vf1",
 		"enp1s0/vf1/vf2", "a/vf1/x", "group=8/vf1", "=", "=x", "key=value", "mac=", "mac=52:54:00:ab:cd", "mac=52:54:00:ab:cd:ef:01",
 		"mac=52:54:00:ab:cd:e", "mac=52-54-00-ab-cd-ef", "mac=52:54:00:ab:cd:eg", "path=", "path=00.0", "path=eth0/00.0", "serial=", "group=", "group=x",

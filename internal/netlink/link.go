@@ -78,12 +78,17 @@ func (c *Conn) LinkWithVFs(name string, index int) (*Link, error) {
 	return l, err
 }
 
+// longestName is what an IFLA_IFNAME has room for; an alternative name may be longer.
+const longestName = unix.IFNAMSIZ - 1
+
 func (c *Conn) link(name string, index int, mask uint32) (*Link, error) {
 	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
 	msg.Index = int32(index)
 	parts := []nl.NetlinkRequestData{msg}
-	if index == 0 {
+	if index == 0 && len(name) <= longestName {
 		parts = append(parts, nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)))
+	} else if index == 0 {
+		parts = append(parts, nl.NewRtAttr(unix.IFLA_ALT_IFNAME, nl.ZeroTerminated(name)))
 	}
 	parts = append(parts, nl.NewRtAttr(unix.IFLA_EXT_MASK, nl.Uint32Attr(mask)))
 	answer, err := c.Ask(unix.RTM_GETLINK, 0, parts...)
@@ -233,6 +238,44 @@ func (c *Conn) SetGenMode(index, mode int) error {
 	families := nl.NewRtAttr(unix.IFLA_AF_SPEC, nil)
 	families.AddRtAttr(unix.AF_INET6, nil).AddRtAttr(unix.IFLA_INET6_ADDR_GEN_MODE, []byte{byte(mode)})
 	return c.SetLink(index, 0, 0, families)
+}
+
+// Alternatives are the alternative names of all interfaces, by interface, of those that have any.
+func Alternatives(h *host.Host) (map[string][]string, error) {
+	c, err := Dial(h, unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	all, err := c.Links()
+	if err != nil {
+		return nil, err
+	}
+
+	out := map[string][]string{}
+	for _, l := range all {
+		if len(l.Alternative) > 0 {
+			out[l.Name] = l.Alternative
+		}
+	}
+	return out, nil
+}
+
+// FirstName is the name of an interface that may be called by an alternative one (Linux 5.5); "" if there is none.
+func FirstName(h *host.Host, name string) (string, error) {
+	c, err := Dial(h, unix.NETLINK_ROUTE)
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	l, err := c.LinkByName(name)
+	if errors.Is(err, unix.ENODEV) {
+		return "", nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("interface %s: %w", name, err)
+	}
+	return l.Name, nil
 }
 
 // Permanent is, by interface, the addresses that interfaces were made with, where the kernel knows these. An interface

@@ -26,6 +26,9 @@ type Network struct {
 	Kinds     map[string]string // by interface: bond, vlan ...
 	Over      map[string]string // by interface: the one it goes over, which no upper_ link tells of
 	Permanent map[string]string // by interface: the address it was made with, if that is not the one it has
+	// Alternative names of interfaces, and which these are.
+	Alternative map[string]string
+
 	Eswitch   map[string][3]int // by device: mode, inline mode and encapsulation mode of its e-switch
 	Elsewhere map[string][]Elsewhere
 
@@ -345,7 +348,7 @@ func (c *conversation) links(payload []byte) [][]byte {
 func linkAsked(payload []byte) (name string, mask int) {
 	attrs(payload[min(unix.SizeofIfInfomsg, len(payload)):], func(kind int, v []byte) {
 		switch kind {
-		case unix.IFLA_IFNAME:
+		case unix.IFLA_IFNAME, unix.IFLA_ALT_IFNAME:
 			name = unix.ByteSliceToString(v)
 		case unix.IFLA_EXT_MASK:
 			mask = int(binary.NativeEndian.Uint32(v))
@@ -361,6 +364,9 @@ func (c *conversation) getLink(payload []byte) [][]byte {
 	name, mask := linkAsked(payload)
 	if index := int(binary.NativeEndian.Uint32(payload[4:])); index != 0 {
 		name = c.k.nameOf(index)
+	}
+	if first := c.k.Net.Alternative[name]; first != "" {
+		name = first
 	}
 	if name == "" || strings.Contains(name, "/") || c.k.netDir(name) == "" {
 		return c.ack(syscall.ENODEV)
@@ -420,6 +426,15 @@ func (k *Kernel) linkMessage(name string, mask int) []byte {
 	}
 	if kind := k.Net.Kinds[name]; kind != "" {
 		add(unix.IFLA_LINKINFO, attr(unix.IFLA_INFO_KIND, append([]byte(kind), 0)))
+	}
+	var others []byte
+	for other, first := range k.Net.Alternative {
+		if first == name {
+			others = append(others, attr(unix.IFLA_ALT_IFNAME, append([]byte(other), 0))...)
+		}
+	}
+	if others != nil {
+		add(unix.IFLA_PROP_LIST, others)
 	}
 	if mode, err := strconv.Atoi(k.text("proc/sys/net/ipv6/conf/"+name, "addr_gen_mode")); err == nil {
 		add(unix.IFLA_AF_SPEC, attr(unix.AF_INET6, attr(unix.IFLA_INET6_ADDR_GEN_MODE, []byte{byte(mode)})))

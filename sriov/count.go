@@ -4,27 +4,33 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"viaduct/internal/host"
 	"viaduct/iommu"
 	"viaduct/vfio/bind"
 )
 
-// ErrUnchecked is matched by errors of a plan that [Handle.CheckCount] did not let pass, or that was carried out
-// before.
-const ErrUnchecked = host.Error("the plan has to be checked first")
+// ErrUnchecked is matched by errors of a plan that [Handle.CheckCount] did not let pass, or not when all that it changes
+// was locked.
+const ErrUnchecked = host.Error("the plan has to be checked first, when the PF and the VFs that go are locked")
 
-// Apply carries out a plan that [Handle.CheckCount] let pass, once, and reads back what came of it. The PF and the VFs
-// that go are to be locked (else it is a [bind.ErrNotLocked]). On failure the VFs it made are removed and the old
-// settings restored; VFs that had to go first stay gone, which the error says. It returns what the user should know of
-// the new VFs.
+// ErrChanged is matched by errors of a plan whose PF has other VFs by now.
+const ErrChanged = host.Error("its VFs have changed since that was planned")
+
+// Apply carries out a plan that [Handle.CheckCount] let pass, once, and reads back what came of it. On failure the VFs it
+// made are removed and the old settings restored; VFs that had to go first stay gone, which the error says, and VFs that
+// something else made meanwhile stay. It returns what the user should know of the new VFs. An error of a plan that is
+// not carried out is an [ErrUnchecked], an [ErrChanged] or a [bind.ErrRan].
 func (s *Handle) Apply(ctx context.Context, p *Plan) (notes []string, err error) {
-	if err := s.mayApply(p); err != nil || !p.Changes() {
+	if p, err = s.approved(p); err != nil || !p.Changes() {
 		return nil, err
 	}
-	p.checked = false
 	r := p.record()
+	r.foreign = true
 	if err := s.Begin(opCount, p.PF, p.Victims, r); err != nil {
 		return nil, err
 	}
@@ -40,7 +46,12 @@ func (s *Handle) Apply(ctx context.Context, p *Plan) (notes []string, err error)
 		return append(notes, sharedGroups(p.PF, vfs)...), s.End(p.PF.Address)
 	}
 
-	undone := s.revert(&r, p.PF.Address, nil)
+	// Right after they were made, the new VFs are nobody's.
+	var used users
+	if !r.made {
+		used = usersOf(s.Host())
+	}
+	undone := s.revert(&r, p.PF.Address, used)
 	if lost := r.lost(s.Host(), p.PF.Address); lost != "" {
 		err = errors.Join(err, errors.New(lost))
 	}
@@ -51,21 +62,38 @@ func (s *Handle) Apply(ctx context.Context, p *Plan) (notes []string, err error)
 	return nil, errors.Join(err, s.End(p.PF.Address))
 }
 
-// mayApply refuses a plan that was not checked, or of which a VF that goes may be another's.
-func (s *Handle) mayApply(p *Plan) error {
+// approved is the plan that CheckCount let pass, if it is still one for the PF as it is.
+func (s *Handle) approved(p *Plan) (*Plan, error) {
 	if err := s.MayChange(); err != nil {
-		return err
+		return nil, err
 	}
-	if !p.checked {
-		return fmt.Errorf("sriov: %w", ErrUnchecked)
+	if p == nil || p.by != s || p.checked == nil {
+		return nil, fmt.Errorf("sriov: %w", ErrUnchecked)
 	}
-	for _, vf := range p.Victims {
-		if !s.Holds(vf.Address) {
-			return fmt.Errorf("sriov: %s: %w", vf.Name, bind.ErrNotLocked)
-		}
+	a := p.checked
+	if err := s.locked(a.plan); err != nil {
+		return nil, err
 	}
-	return nil
+	if a.ran.Swap(true) {
+		return nil, fmt.Errorf("sriov: the plan for %s: %w", a.plan.PF.Name, bind.ErrRan)
+	}
+
+	now, err := iommu.ReadDevice(s.Host(), a.plan.PF.Address)
+	if err != nil {
+		return nil, err
+	}
+	planned := func(vf iommu.VF) bool {
+		return len(a.plan.Clear) == 0 || slices.ContainsFunc(a.plan.Victims, func(d *iommu.Device) bool {
+			return d.Address == vf.Address
+		})
+	}
+	if now.SRIOV == nil || len(now.SRIOV.VFs) != a.plan.Have || slices.ContainsFunc(now.SRIOV.VFs, not(planned)) {
+		return nil, fmt.Errorf("%s: %w", now.Name, ErrChanged)
+	}
+	return a.plan, nil
 }
+
+func not[T any](f func(T) bool) func(T) bool { return func(t T) bool { return !f(t) } }
 
 // makeVFs makes the plan's changes up to the new VFs, which it returns. They have no driver, but where the kernel gave
 // them one.
@@ -91,8 +119,8 @@ func (s *Handle) makeVFs(ctx context.Context, p *Plan, r *countRecord) ([]*iommu
 	if err := doShares(s.Host(), p.PF, p.shares); err != nil {
 		return nil, err
 	}
-	if err := s.Write(p.PF.Address, p.Before); err != nil {
-		return nil, explain(err, p)
+	if err := s.recount(p, r); err != nil {
+		return nil, err
 	}
 	vfs, err := vfDevices(s.Host(), p.PF.Address)
 	if err != nil {
@@ -111,6 +139,22 @@ func (s *Handle) makeVFs(ctx context.Context, p *Plan, r *countRecord) ([]*iommu
 		return nil, err
 	}
 	return vfs, errors.Join(settleAll(ctx, s.Host(), p.Up)...)
+}
+
+// recount makes the writes up to the new count. What is there when they fail may be something else's, which is certain
+// where the kernel says that there are VFs already, and as long as none were asked for.
+func (s *Handle) recount(p *Plan, r *countRecord) error {
+	last := max(len(p.Before)-1, 0)
+	if err := s.Write(p.PF.Address, p.Before[:last]); err != nil {
+		return explain(err, p)
+	}
+	r.foreign = false
+	if err := s.Write(p.PF.Address, p.Before[last:]); err != nil {
+		r.foreign = errors.Is(err, unix.EBUSY)
+		return explain(err, p)
+	}
+	r.made = true
+	return nil
 }
 
 // preparePF brings the PF's interfaces up, and their MTU.

@@ -4,7 +4,11 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"strings"
+	"sync/atomic"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"viaduct/iommu"
 	"viaduct/vfio/bind"
@@ -39,7 +43,7 @@ func TestCallOrder(t *testing.T) {
 
 	refused("a plan from nowhere", &Plan{}, ErrUnchecked)
 	refused("not checked", plan(), ErrUnchecked)
-	refused("not locked", check(plan()), bind.ErrNotLocked)
+	refused("not locked", check(plan()), ErrUnchecked)
 	if err := s.LockAt(ctx, parse(pf)); err != nil {
 		t.Fatal(err)
 	}
@@ -47,13 +51,45 @@ func TestCallOrder(t *testing.T) {
 	if _, err := s.Apply(ctx, done); err != nil {
 		t.Fatal(err)
 	}
-	refused("carried out before", done, ErrUnchecked)
+	refused("carried out before", done, bind.ErrRan)
+	twice := *done
+	refused("a copy of it", &twice, bind.ErrRan)
 
 	fewer, err := s.PlanCount(device(t, s, pf), alike(1, UseNone))
 	if err != nil || len(fewer.Victims) != 3 {
 		t.Fatalf("%+v, %v", fewer, err)
 	}
-	refused("VFs that go are not locked", check(fewer), bind.ErrNotLocked)
+	refused("VFs that go are not locked", check(fewer), ErrUnchecked)
+
+	if err := s.Lock(ctx, fewer.Victims); err != nil {
+		t.Fatal(err)
+	}
+	other := open(t, k)
+	refused("of another Handle", func() *Plan {
+		p, err := other.PlanCount(device(t, other, pf), alike(1, UseNone))
+		if err != nil || s.CheckCount(p, nil) == nil {
+			t.Errorf("%+v, %v", p, err)
+		}
+		return p
+	}(), ErrUnchecked)
+	if err := s.CheckCount(&Plan{}, nil); err == nil {
+		t.Error("a plan from nowhere was checked")
+	}
+
+	// Whatever is done with the Plan, it is carried out as it was checked, on the VFs that there were.
+	victims := fewer.Victims
+	fewer.Victims = nil
+	check(fewer)
+	fewer.Victims = victims
+	refused("checked without its VFs", fewer, ErrChanged)
+	check(fewer)
+	if err := k.Write(pfDir+"/sriov_numvfs", "0"); err != nil {
+		t.Fatal(err)
+	}
+	refused("its VFs have gone", fewer, ErrChanged)
+	if err := k.Write(pfDir+"/sriov_numvfs", "3"); err != nil {
+		t.Fatal(err)
+	}
 
 	k.Log = nil
 	if _, err := s.Set(ctx, &SetPlan{}); err == nil {
@@ -67,6 +103,59 @@ func TestCallOrder(t *testing.T) {
 	}
 	if len(k.Log) > 0 {
 		t.Errorf("wrote %q", k.Log)
+	}
+}
+
+// VFs that something else made meanwhile stay, whether somebody uses them or not.
+func TestForeignVFs(t *testing.T) {
+	for _, when := range []string{"sriov_numvfs", "sriov_drivers_autoprobe"} {
+		k := small(t)
+		var once atomic.Bool
+		k.Before = func(name, _ string) {
+			if strings.HasSuffix(name, when) && once.CompareAndSwap(false, true) {
+				_ = k.Write(pfDir+"/sriov_numvfs", "2")
+			}
+		}
+		if when != "sriov_numvfs" {
+			k.Fail[pfDir+"/"+when] = unix.EACCES
+		}
+		s := open(t, k)
+		_, err := s.Make(context.Background(), parse(pf), alike(3, UseNone))
+		k.Before = nil
+		if n := len(device(t, s, pf).SRIOV.VFs); err == nil || n != 2 {
+			t.Errorf("made before %s: %d VFs, %v", when, n, err)
+		}
+		if keys, err := s.journal.Keys("change-"); err != nil || len(keys) > 0 {
+			t.Errorf("records are left: %q, %v", keys, err)
+		}
+	}
+}
+
+// A recovery that is interrupted, or short of time, takes no VFs away.
+func TestInterruptedRecovery(t *testing.T) {
+	k := small(t)
+	s := open(t, k)
+	k.KillAt(6, isWrite)
+	_, _ = s.Make(context.Background(), parse(pf), alike(2, UseVFIO))
+	s.Close()
+	if !k.Revive() {
+		t.Fatal("it was not killed")
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	next := open(t, k)
+	if _, err := next.Recover(ctx); !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	if _, err := next.SetVF(ctx, parse(vf0), Settings{VLAN: "7"}); err == nil {
+		t.Error("set although it was interrupted")
+	}
+	if n := len(device(t, next, pf).SRIOV.VFs); n != 2 {
+		t.Errorf("%d VFs", n)
+	}
+	all, err := next.Recover(context.Background())
+	if n := len(device(t, next, pf).SRIOV.VFs); err != nil || n != 2 || len(all) == 0 || all[0].Err != nil {
+		t.Errorf("%d VFs, %v, %v", n, all, err)
 	}
 }
 

@@ -4,10 +4,12 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"path"
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"viaduct/iommu"
@@ -31,7 +33,13 @@ type VFWish struct {
 }
 
 // Repeat returns n wishes that are alike, none if n is not above zero.
-func Repeat(n int, vf VFWish) []VFWish { return slices.Repeat([]VFWish{vf}, max(n, 0)) }
+func Repeat(n int, vf VFWish) []VFWish {
+	out := make([]VFWish, max(n, 0))
+	for i := range out {
+		out[i] = VFWish{vf.Use, maps.Clone(vf.Settings)}
+	}
+	return out
+}
 
 // check refuses what no PF can be.
 func (w *Wish) check() error {
@@ -66,7 +74,7 @@ func forGuests(vf VFWish) bool   { return vf.Use != UseHome }
 func onVFIO(vf VFWish) bool      { return vf.Use == UseVFIO }
 func hasSettings(vf VFWish) bool { return len(vf.Settings) > 0 }
 
-// Plan is what it takes to change a PF's number of VFs, in the order of its fields. It comes from [Handle.PlanCount].
+// Plan is what it takes to change a PF's number of VFs; [Plan.Steps] has its order. It comes from [Handle.PlanCount].
 type Plan struct {
 	PF      *iommu.Device
 	Have    int
@@ -88,7 +96,9 @@ type Plan struct {
 	autoprobe string  // what it was, if it is changed
 	nvme      string  // the controller that shares
 	shares    []action
-	checked   bool // CheckCount let it pass, and it was not carried out yet
+
+	by      *Handle   // that planned it
+	checked *approval // nil until CheckCount let it pass
 }
 
 // Changes reports whether there is anything to do.
@@ -187,7 +197,9 @@ func (s *Handle) PlanCount(pf *iommu.Device, wish Wish) (*Plan, error) {
 		return nil, err
 	}
 
-	p := &Plan{PF: pf, Have: len(pf.SRIOV.VFs), Want: n, VFs: wish.VFs, offload: wish.Offload}
+	p := &Plan{
+		PF: pf, Have: len(pf.SRIOV.VFs), Want: n, VFs: slices.Clone(wish.VFs), offload: wish.Offload, by: s,
+	}
 	if err := p.planPF(h, wish); err != nil {
 		return nil, err
 	}
@@ -354,13 +366,46 @@ func nameVFs(vfs []*iommu.Device) string {
 }
 
 // CheckCount refuses, with a *holder.RefusedError, a plan that would end VFs which somebody uses, as [holder.Find]
-// tells; force overrides kinds of users. [Handle.Apply] carries out no other plan than one that it let pass. The PF's
-// own users are no reason to refuse: a PF that carries the host's traffic is the normal case. On a dry run who cannot
-// see all users may still ask.
+// tells; force overrides kinds of users. [Handle.Apply] carries out no other plan than one that it let pass when the PF
+// and the VFs that go were locked. The PF's own users are no reason to refuse: a PF that carries the host's traffic is
+// the normal case. On a dry run a caller who may not see all users is told of those that can be seen.
 func (s *Handle) CheckCount(p *Plan, force []holder.Kind) error {
-	err := s.users(p, force)
-	p.checked = err == nil
-	return err
+	if p == nil || p.by != s {
+		return errors.New("sriov: a Plan comes from PlanCount of the same Handle")
+	}
+	p.checked = nil
+	if err := s.users(p, force); err != nil {
+		return err
+	}
+	if s.Changes() && s.locked(p) == nil {
+		p.checked = &approval{plan: p.clone()}
+	}
+	return nil
+}
+
+// approval is a plan as it was when CheckCount let it pass, whatever is done with the Plan afterwards. It is carried out
+// once.
+type approval struct {
+	plan *Plan
+	ran  atomic.Bool
+}
+
+func (p *Plan) clone() *Plan {
+	c := *p
+	c.VFs, c.Victims = slices.Clone(p.VFs), slices.Clone(p.Victims)
+	c.Up, c.Raise, c.Offload = slices.Clone(p.Up), slices.Clone(p.Raise), slices.Clone(p.Offload)
+	c.Clear, c.Before, c.After = slices.Clone(p.Clear), slices.Clone(p.Before), slices.Clone(p.After)
+	return &c
+}
+
+// locked is a bind.ErrNotLocked for a plan whose PF or VFs another may change.
+func (s *Handle) locked(p *Plan) error {
+	for _, d := range append([]*iommu.Device{p.PF}, p.Victims...) {
+		if !s.Holds(d.Address) {
+			return fmt.Errorf("sriov: %s: %w", d.Name, bind.ErrNotLocked)
+		}
+	}
+	return nil
 }
 
 // users refuses a plan for who uses what it ends.

@@ -30,6 +30,9 @@ type countRecord struct {
 	Raised    []MTU      `json:"raised,omitempty"`
 	Offload   []Offload  `json:"offload,omitempty"`
 	Eswitch   Eswitch    `json:"eswitch,omitzero"` // what it was
+
+	foreign bool // of this run: VFs that are there are not its own
+	made    bool // of this run: they are
 }
 
 func (p *Plan) record() countRecord {
@@ -70,7 +73,7 @@ func (s *Handle) revert(r *countRecord, pf iommu.Address, used users) error {
 	moved, err := r.moved(s.Host(), pf)
 	errs := []error{err}
 
-	removable := now.SRIOV != nil && r.Recounts && r.Cleared && len(now.SRIOV.VFs) > 0
+	removable := now.SRIOV != nil && r.Recounts && r.Cleared && len(now.SRIOV.VFs) > 0 && !r.foreign
 	if removable && used != nil {
 		if err := s.stillUnused(pf, used); err != nil {
 			removable, moved = false, false

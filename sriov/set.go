@@ -47,6 +47,7 @@ type SetPlan struct {
 	Want     Settings
 	Settings []Setting // none: all is as wanted
 	port     *Port
+	ran      bool
 }
 
 // Commands are the plan as shell commands.
@@ -119,6 +120,9 @@ func (s *Handle) PlanSets(pf *iommu.Device, vfs []*iommu.Device, wish []VFWish) 
 }
 
 func planSet(h *iommu.Host, pf, vf *iommu.Device, want Settings, port *Port, owners owners) (*SetPlan, error) {
+	if vf.PhysFn == nil || *vf.PhysFn != pf.Address {
+		return nil, &NotVFError{vf.Address}
+	}
 	want, err := resolved(pf, vf, want, port)
 	if err != nil {
 		return nil, err
@@ -235,10 +239,19 @@ func (s *Handle) Set(ctx context.Context, p *SetPlan) (unverified []Key, err err
 	if err := s.MayChange(); err != nil {
 		return nil, err
 	}
-	if p.port == nil {
+	if p == nil || p.port == nil {
 		return nil, errors.New("sriov: a SetPlan comes from PlanSet")
 	}
 	pf := p.port.PF
+	for _, d := range []*iommu.Device{pf, p.VF} {
+		if !s.Holds(d.Address) {
+			return nil, fmt.Errorf("sriov: %s: %w", d.Name, bind.ErrNotLocked)
+		}
+	}
+	if p.ran {
+		return nil, fmt.Errorf("sriov: the plan for %s: %w", p.VF.Name, bind.ErrRan)
+	}
+	p.ran = true
 	if len(p.Settings) == 0 {
 		return nil, s.rememberRequested(pf, *p)
 	}

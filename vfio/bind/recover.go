@@ -41,8 +41,8 @@ const dying = 200 * time.Millisecond
 // what still waits in a write is reported with a *StuckError. [Handle.Prepare] does this for what it locks.
 func (b *Handle) Recover(ctx context.Context) ([]Recovered, error) { return b.recoverAll(ctx, dying) }
 
-// RecoverPatiently is Recover that waits, at most for the Handle's timeout, for what still writes for a run that is
-// over.
+// RecoverPatiently is Recover that waits, at most for the Handle's timeout, for what still writes for a run that is over,
+// and for a moment for runs that were killed just now and are not gone yet.
 func (b *Handle) RecoverPatiently(ctx context.Context) ([]Recovered, error) {
 	return b.recoverAll(ctx, b.Timeout())
 }
@@ -67,22 +67,31 @@ func (b *Handle) recoverAll(ctx context.Context, patience time.Duration) ([]Reco
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, b.Timeout())
-	defer cancel()
-
 	r := recovery{b: b, locks: l, patience: patience, records: map[iommu.Address]changeRecord{}}
-	if err := r.claim(ctx); err != nil {
-		return nil, err
-	}
+	err = r.claim(ctx)
 	for _, first := range slices.SortedFunc(maps.Keys(r.records), iommu.Address.Compare) {
-		r.unit(ctx, first)
+		if _, left := r.records[first]; !left {
+			continue
+		}
+		if err == nil && ctx.Err() != nil {
+			// A unit before may have ended this one's change too.
+			if _, known, _ := b.change(first); known {
+				err = ctx.Err()
+			}
+		}
+		if err != nil || ctx.Err() != nil {
+			b.locks.pass(first)
+			continue
+		}
+		// What was begun is brought to its end: half of it would have to be undone, VFs that are all there included.
+		r.unit(context.WithoutCancel(ctx), first)
 	}
 
 	slices.SortFunc(r.out, func(a, b Recovered) int { return a.Device.Compare(b.Device) })
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.recovered = r.out
-	return slices.Clone(r.out), nil
+	return slices.Clone(r.out), err
 }
 
 // recovery is one run of Recover.
@@ -98,6 +107,8 @@ type recovery struct {
 
 // claim locks the devices that have a record, and reads it: it may have ended since the names were read.
 func (r *recovery) claim(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, r.b.Timeout())
+	defer cancel()
 	keys, err := r.b.journal.Keys(journal.Changing)
 	if err != nil {
 		return err
@@ -164,6 +175,9 @@ func (r *recovery) lock(ctx context.Context, a iommu.Address) (bool, error) {
 		r.waited = true
 		if r.await(ctx, a, dying) {
 			return true, nil
+		}
+		if record, known, err = r.b.change(a); err != nil || !known {
+			return false, nil
 		}
 	}
 	if record.Command.Alive(r.b.host) {

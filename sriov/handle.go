@@ -23,7 +23,7 @@ type Handle struct {
 func Open(h *iommu.Host, o bind.Options) (*Handle, error) {
 	own := map[string]bind.Recoverer{opCount: recoverCount, opSet: recoverSet}
 	for name := range own {
-		if o.Recoverers[name] != nil {
+		if _, taken := o.Recoverers[name]; taken {
 			return nil, fmt.Errorf("sriov: the Recoverer %q is its own, and no other is taken", name)
 		}
 	}
@@ -56,6 +56,11 @@ func (s *Handle) Make(ctx context.Context, pf iommu.Address, wish Wish, force ..
 		// Who had a VF until it was locked may have changed it.
 		if err := s.Lock(ctx, plan.Victims); err != nil {
 			return plan, err
+		}
+		for _, vf := range plan.Victims {
+			if err := s.stuckIn(vf.Address); err != nil {
+				return plan, err
+			}
 		}
 		if d, err = s.find(pf); err != nil {
 			return plan, err
@@ -117,11 +122,22 @@ func (s *Handle) lockPF(ctx context.Context, pf iommu.Address) (*iommu.Device, e
 	if _, err := s.Recover(ctx); err != nil {
 		return nil, err
 	}
-	if i := slices.IndexFunc(s.Stuck(), func(r bind.Recovered) bool { return r.Device == pf }); i >= 0 {
-		return nil, &holder.RefusedError{What: "change " + pf.String(), Reasons: []string{s.Stuck()[i].Err.Error()}}
+	if err := s.stuckIn(pf); err != nil {
+		return nil, err
 	}
-
 	return s.find(pf)
+}
+
+// stuckIn refuses devices that are stuck in a change of an earlier run, or whose change could not be recovered.
+func (s *Handle) stuckIn(devices ...iommu.Address) error {
+	for _, r := range s.Stuck() {
+		if slices.Contains(devices, r.Device) {
+			return &holder.RefusedError{
+				What: "change " + r.Device.String(), Reasons: []string{r.Err.Error()}, Causes: []error{r.Err},
+			}
+		}
+	}
+	return nil
 }
 
 // find is a device as it is now.

@@ -205,7 +205,7 @@ func (c *check) keepsVFs() {
 func (c *check) stuck() {
 	for _, r := range c.b.Stuck() {
 		if slices.ContainsFunc(c.unit, func(d *iommu.Device) bool { return d.PCI && d.Address == r.Device }) {
-			c.refused.Reasons = append(c.refused.Reasons, r.Err.Error())
+			c.refused.Reasons, c.refused.Causes = append(c.refused.Reasons, r.Err.Error()), append(c.refused.Causes, r.Err)
 		}
 	}
 }

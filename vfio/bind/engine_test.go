@@ -2,6 +2,7 @@ package bind
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"slices"
 	"strings"
@@ -37,6 +38,15 @@ func open(t *testing.T, k *hosttest.Kernel, o Options) *Handle {
 	}
 	t.Cleanup(func() { b.Close() })
 	return b
+}
+
+// others are Options with recoverers of another package's changes.
+func others(names ...string) Options {
+	o := Options{Recoverers: map[string]Recoverer{}}
+	for _, n := range names {
+		o.Recoverers[n] = func(context.Context, *Handle, iommu.Address, json.RawMessage) (string, error) { return "is over", nil }
+	}
+	return o
 }
 
 func read(t *testing.T, b *Handle, address string) *iommu.Device {

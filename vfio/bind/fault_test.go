@@ -28,7 +28,9 @@ func TestMain(m *testing.M) {
 // A deadline is for one write: many that are each in time are not stuck, however long they take together.
 func TestDeadlineOfOneWrite(t *testing.T) {
 	k := hosttest.NewLab(t, nil)
-	b := open(t, k, Options{Timeout: time.Second})
+	o := others("test")
+	o.Timeout = time.Second
+	b := open(t, k, o)
 	d := read(t, b, igb)
 	if err := errors.Join(b.Lock(context.Background(), []*iommu.Device{d}), b.Begin("test", d, nil, 1)); err != nil {
 		t.Fatal(err)
@@ -302,10 +304,10 @@ func TestDryRun(t *testing.T) {
 // What has to be locked first is refused without, and a Recoverer is told of.
 func TestWithoutLock(t *testing.T) {
 	k := hosttest.NewLab(t, nil)
-	b := open(t, k, Options{})
+	b := open(t, k, others("count"))
 	d := read(t, b, igb)
 	for what, err := range map[string]error{
-		"begin": b.Begin("count", d, nil, nil), "write": b.Write(d.Address, []Step{{Path: overrideOf(d.Address), Value: "x"}}),
+		"begin": b.Begin("count", d, nil, nil), "end": b.End(d.Address), "disown": b.Disown(d), "write": b.Write(d.Address, []Step{{Path: overrideOf(d.Address), Value: "x"}}),
 	} {
 		if !errors.Is(err, ErrNotLocked) {
 			t.Errorf("%s: %v", what, err)
@@ -326,8 +328,66 @@ func TestWithoutLock(t *testing.T) {
 		t.Errorf("records %q", keys)
 	}
 	results, err := other.Move(context.Background(), Take(Auto), d.Address)
-	if !errors.Is(err, holder.ErrRefused) {
+	if _, told := errors.AsType[*UnknownChangeError](err); !told || !errors.Is(err, holder.ErrRefused) {
 		t.Errorf("taken in the middle of it: %+v, %v", results, err)
+	}
+	for what, err := range map[string]error{
+		"do":    other.Do(context.Background(), [][]*iommu.Device{{d}}, Take(Auto))[0].Err,
+		"begin": begin(t, open(t, k, others("mine")), d, "mine"),
+	} {
+		if !errors.Is(err, ErrInterrupted) {
+			t.Errorf("%s over an interrupted change: %v", what, err)
+		}
+	}
+	if keys, _ := other.journal.Keys("change-"); len(keys) != 1 || len(k.Log) > 0 {
+		t.Errorf("records %q, wrote %q", keys, k.Log)
+	}
+}
+
+// begin begins a change of a device as another process would that has its lock.
+func begin(t *testing.T, b *Handle, d *iommu.Device, op string) error {
+	t.Helper()
+	b.locks.hold(d.Address)
+	return b.Begin(op, d, nil, 1)
+}
+
+// What nobody could finish or undo is not begun.
+func TestNoRecoverer(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	b := open(t, k, others("mine"))
+	d := read(t, b, igb)
+	if err := b.Lock(context.Background(), []*iommu.Device{d}); err != nil {
+		t.Fatal(err)
+	}
+	for _, op := range []string{opTake, opGive, "another's"} {
+		if err := b.Begin(op, d, nil, 1); err == nil {
+			t.Errorf("%s was begun", op)
+		}
+	}
+	if err := b.Begin("mine", d, nil, 1); err != nil {
+		t.Error(err)
+	}
+	for _, s := range []Step{{}, {Module: "igb"}} {
+		if err := b.Write(d.Address, []Step{s}); err == nil {
+			t.Errorf("%+v was written", s)
+		}
+	}
+	if err := b.End(d.Address); err != nil {
+		t.Error(err)
+	}
+	if err := b.End(d.Address); !errors.Is(err, ErrNotBegun) {
+		t.Errorf("ended twice: %v", err)
+	}
+}
+
+// What is no driver for guests takes no device.
+func TestTakeWithWhat(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	b := open(t, k, Options{})
+	for _, driver := range []string{"", "e1000", "../devices", "vfio/../e1000"} {
+		if _, err := b.Move(context.Background(), Take(driver), read(t, b, edu).Address); err == nil || len(k.Log) > 0 {
+			t.Errorf("%q: %v, wrote %q", driver, err, k.Log)
+		}
 	}
 }
 

@@ -1,10 +1,20 @@
 package bind
 
+import (
+	"fmt"
+	"strings"
+
+	"viaduct/iommu"
+)
+
 // Auto lets a Handle choose the driver: the variant driver that modules.alias names for the device, else vfio-pci.
 const Auto = "auto"
 
 // None as a driver_override matches no driver, so that the device stays without one.
 const None = "none"
+
+// stub is the kernel's driver that does nothing but have devices.
+const stub = "pci-stub"
 
 // Goal is where devices are to go: see [Take], [GiveBack] and [Home]. Its zero value is GiveBack.
 type Goal struct {
@@ -21,8 +31,8 @@ const (
 	toHome
 )
 
-// Take is the goal of a device that is taken from the host: a VFIO driver, by its name or Auto; or None, which leaves
-// it without a driver.
+// Take is the goal of a device that is taken from the host: a VFIO driver, by its name or Auto; or None or pci-stub, with
+// which no driver of the host has it. Plans for any other driver are an error.
 func Take(driver string) Goal { return Goal{to: toTake, driver: driver} }
 
 // GiveBack is the goal of a device that is given back: what it had when it was taken, be that no driver. If that is not
@@ -37,6 +47,16 @@ func Home() Goal { return Goal{to: toHome} }
 func (g Goal) OwnedBy(o *NodeOwner) Goal {
 	g.owner = o
 	return g
+}
+
+// check refuses to take a device for what is no driver for guests.
+func (g Goal) check() error {
+	d := g.driver
+	known := d == Auto || d == None || d == stub || iommu.IsVFIODriver(d) && !strings.Contains(d, "/")
+	if g.takes() && !known {
+		return fmt.Errorf("bind: %q is no driver to take a device with: that is %s, %s, %s or a VFIO driver", d, Auto, None, stub)
+	}
+	return nil
 }
 
 func (g Goal) takes() bool { return g.to == toTake }

@@ -3,6 +3,7 @@ package bind
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"sync"
 	"time"
 
@@ -57,10 +58,11 @@ func Open(h *iommu.Host, o Options) (*Handle, error) {
 		return nil, errors.New("bind: the program must call bind.ServeWrites first in its main")
 	}
 	for _, name := range []string{opTake, opGive} {
-		if o.Recoverers[name] != nil {
+		if _, own := o.Recoverers[name]; own {
 			return nil, fmt.Errorf("bind: the Recoverer %q is its own, and no other is taken", name)
 		}
 	}
+	o.Recoverers = maps.Clone(o.Recoverers)
 	b := &Handle{host: h, options: o, journal: journal.In(h.Host, journal.Dir)}
 	b.locks.name = h.Path(journal.Dir + "/lock")
 	b.child.host, b.child.locks = h, &b.locks

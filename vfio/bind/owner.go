@@ -74,7 +74,7 @@ func (b *Handle) nodes(ctx context.Context, unit []*iommu.Device, results []*Res
 	ctx, cancel := context.WithTimeout(ctx, b.Timeout())
 	defer cancel()
 	for i, d := range unit {
-		if to := results[i].To; to == None || to == "pci-stub" {
+		if to := results[i].To; to == None || to == stub {
 			// These make none.
 			continue
 		}
@@ -189,9 +189,9 @@ func (o *NodeOwner) rule(d *iommu.Device) string {
 	return b.String()
 }
 
-// Disown gives the nodes of a taken device, which stays taken, back to root alone.
+// Disown gives the nodes of a taken device, which is locked and stays taken, back to root alone.
 func (b *Handle) Disown(d *iommu.Device) error {
-	if err := b.MayChange(); err != nil {
+	if err := errors.Join(b.MayChange(), b.locked(d.Address)); err != nil {
 		return err
 	}
 	files, err := vfio.Nodes(b.host, d)

@@ -145,7 +145,7 @@ func TestKernelLog(t *testing.T) {
 func TestStillStuck(t *testing.T) {
 	k := hosttest.NewLab(t, hosttest.Tree{"dev/vfio/devices/vfio0": "c 511:0\n"})
 	k.Process(4711, "qemu", "/dev/vfio/devices/vfio0")
-	first := open(t, k, Options{})
+	first := open(t, k, others("x"))
 	d := read(t, first, igb)
 	if err := errors.Join(first.Lock(context.Background(), []*iommu.Device{d}), first.Begin("x", d, nil, 1)); err != nil {
 		t.Fatal(err)

@@ -53,6 +53,12 @@ func orNewline(s string) string {
 
 // Plan plans how a device gets where it is to go. It changes nothing, and no steps say that it is there already.
 func (b *Handle) Plan(d *iommu.Device, g Goal) (Change, error) {
+	if !d.PCI {
+		return Change{}, noPCI(d)
+	}
+	if err := g.check(); err != nil {
+		return from(d), err
+	}
 	var c Change
 	var err error
 	switch g.to {

@@ -44,10 +44,14 @@ type Recoverer func(ctx context.Context, b *Handle, device iommu.Address, data j
 
 // Begin writes down a change of a device, which is to be locked, before its first write. Users are the devices whose
 // users the change may have to wait for. [Handle.End] ends it; a run that is killed before leaves it to the Recoverer
-// of this name. Begun again, a change has the new data.
+// of this name, which is to be among the Handle's Options. Begun again, a change has the new data. What an interrupted
+// run left of the device has to be recovered first ([ErrInterrupted]).
 func (b *Handle) Begin(op string, d *iommu.Device, users []*iommu.Device, data any) error {
 	if err := errors.Join(b.MayChange(), b.locked(d.Address)); err != nil {
 		return err
+	}
+	if b.options.Recoverers[op] == nil {
+		return fmt.Errorf("bind: the Handle has no Recoverer %q, which would finish or undo the change", op)
 	}
 	text, err := json.Marshal(data)
 	if err != nil {
@@ -56,11 +60,19 @@ func (b *Handle) Begin(op string, d *iommu.Device, users []*iommu.Device, data a
 	return b.put(users, changeRecord{Op: op, Unit: []iommu.Address{d.Address}, Change: from(d), Data: text})
 }
 
-// End says that the change of a device is over, done or undone.
+// ErrInterrupted is matched by errors that say that an interrupted change of a device has to be recovered first.
+const ErrInterrupted = host.Error("a change of it was interrupted, which has to be recovered first")
+
+// End says that the change of a device, which was begun, is over, done or undone.
 func (b *Handle) End(a iommu.Address) error {
-	if err := b.MayChange(); err != nil {
+	if err := errors.Join(b.MayChange(), b.locked(a), b.mayWrite(a)); err != nil {
 		return err
 	}
+	return b.end(a)
+}
+
+// end drops the record of a change that is over, whoever began it.
+func (b *Handle) end(a iommu.Address) error {
 	if err := b.journal.Delete(changeKey(a)); err != nil {
 		return err
 	}
@@ -72,6 +84,12 @@ func (b *Handle) End(a iommu.Address) error {
 
 // put completes a record by the run that makes it, and writes it down.
 func (b *Handle) put(users []*iommu.Device, r changeRecord) error {
+	a := r.Change.Device
+	if b.mayWrite(a) != nil {
+		if _, known, err := b.change(a); err != nil || known {
+			return errors.Join(err, fmt.Errorf("%s: %w", a, ErrInterrupted))
+		}
+	}
 	w, err := b.child.get()
 	if err != nil {
 		return err
@@ -87,18 +105,11 @@ func (b *Handle) put(users []*iommu.Device, r changeRecord) error {
 	return b.putRecord(r)
 }
 
-// putRecord writes down a record, from which on the device may be written to.
+// putRecord writes down a record, from which on the device may be written to. One that was perhaps written, as its error
+// came late, is this run's too.
 func (b *Handle) putRecord(r changeRecord) error {
-	if err := b.journal.Put(changeKey(r.Change.Device), r); err != nil {
-		return err
-	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.begun == nil {
-		b.begun = map[iommu.Address]bool{}
-	}
-	b.begun[r.Change.Device] = true
-	return nil
+	b.claim(r.Change.Device)
+	return b.journal.Put(changeKey(r.Change.Device), r)
 }
 
 // ErrNotBegun is matched by errors that say that a change has to be written down before its first write.

@@ -80,7 +80,7 @@ func (b *Handle) recoverAll(ctx context.Context, patience time.Duration) ([]Reco
 			}
 		}
 		if err != nil || ctx.Err() != nil {
-			b.locks.pass(first)
+			b.disclaim(first)
 			continue
 		}
 		// What was begun is brought to its end: half of it would have to be undone, VFs that are all there included.
@@ -140,6 +140,7 @@ func (r *recovery) claim(ctx context.Context) error {
 			continue
 		case known:
 			r.records[a] = record
+			r.b.claim(a)
 			continue
 		}
 		r.b.locks.pass(a)
@@ -237,9 +238,27 @@ func (r *recovery) unit(ctx context.Context, first iommu.Address) {
 		a := m.Change.Device
 		// What waits in a write is the child's, which shares the lock: it stays with both.
 		if !slices.ContainsFunc(out, func(r Recovered) bool { return r.Device == a && IsStuck(r.Err) }) {
-			r.b.locks.pass(a)
+			r.b.disclaim(a)
 		}
 	}
+}
+
+// claim makes an interrupted run's change of a device, which is locked, this run's to finish or to undo.
+func (b *Handle) claim(a iommu.Address) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.begun == nil {
+		b.begun = map[iommu.Address]bool{}
+	}
+	b.begun[a] = true
+}
+
+// disclaim ends that, whatever came of it.
+func (b *Handle) disclaim(a iommu.Address) {
+	b.mu.Lock()
+	delete(b.begun, a)
+	b.mu.Unlock()
+	b.locks.pass(a)
 }
 
 // resume makes the records those of this run, which is at work on them now: should its own write wait, others are told
@@ -282,7 +301,7 @@ func (b *Handle) recoverOther(ctx context.Context, r changeRecord) Recovered {
 	}
 	now, err := iommu.ReadDevice(b.host, a)
 	if r.Change.gone(&now, err) {
-		return Recovered{a, "is gone", b.End(a)}
+		return Recovered{a, "is gone", b.end(a)}
 	}
 
 	if err := b.resume([]changeRecord{r}); err != nil {
@@ -294,7 +313,7 @@ func (b *Handle) recoverOther(ctx context.Context, r changeRecord) Recovered {
 	b.locks.hold(a)
 	what, err := other(ctx, b, a, r.Data)
 	if err == nil {
-		err = b.End(a)
+		err = b.end(a)
 	}
 	if !held {
 		b.locks.unhold(a)
@@ -350,7 +369,7 @@ func (b *Handle) recoverUnit(unit []changeRecord) []Recovered {
 		now, err := iommu.ReadDevice(b.host, c.Device)
 		switch {
 		case c.gone(&now, err):
-			r.What, r.Err = "is gone", errors.Join(b.End(c.Device), b.forgetTaken(c.Device))
+			r.What, r.Err = "is gone", errors.Join(b.end(c.Device), b.forgetTaken(c.Device))
 		case err != nil:
 			r.What, r.Err = "cannot be read", err
 		case c.op == opGive || whole:

@@ -76,7 +76,8 @@ func TestBusy(t *testing.T) {
 
 // A Handle that is closed changes nothing more.
 func TestClosed(t *testing.T) {
-	k, b := newKernel(t)
+	k := hosttest.NewLab(t, nil)
+	b := open(t, k, others("test"))
 	d := read(t, b, igb)
 	if err := errors.Join(b.Lock(context.Background(), []*iommu.Device{d}), b.Close(), b.Close()); err != nil {
 		t.Fatal(err)

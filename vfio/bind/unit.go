@@ -139,7 +139,7 @@ func (u *unit) begin(ctx context.Context, batch int64) {
 func (u *unit) plan(ctx context.Context, i int, d *iommu.Device) {
 	r := u.results[i]
 	if !d.PCI {
-		r.Err = fmt.Errorf("%s is no PCI device, of which the driver could be changed", d.Name)
+		r.Err = noPCI(d)
 		return
 	}
 	if !u.b.Holds(d.Address) {
@@ -147,6 +147,10 @@ func (u *unit) plan(ctx context.Context, i int, d *iommu.Device) {
 		return
 	}
 	r.Change, r.Err = u.b.loaded(ctx, d, u.goal)
+}
+
+func noPCI(d *iommu.Device) error {
+	return fmt.Errorf("%s is no PCI device, of which the driver could be changed", d.Name)
 }
 
 // leave ends a unit of which nothing was touched, as one of its devices cannot go. The others say so.
@@ -182,7 +186,8 @@ func (u *unit) record() {
 	}
 
 	for i, r := range u.results {
-		if len(r.Steps) > 0 {
+		// Not that of an interrupted run.
+		if len(r.Steps) > 0 && u.b.mayWrite(r.Device) == nil {
 			u.results[i].Err = errors.Join(r.Err, u.b.unrecord(r.Change))
 		}
 	}
@@ -206,7 +211,7 @@ func (b *Handle) recordOne(d *iommu.Device, r changeRecord, g Goal) error {
 
 // unrecord drops what was written down of a change of which nothing was made.
 func (b *Handle) unrecord(c Change) error {
-	return errors.Join(b.dropTaken(c), b.End(c.Device))
+	return errors.Join(b.dropTaken(c), b.end(c.Device))
 }
 
 // end looks at what came of the unit's writes, waits for its nodes, and ends what succeeded or puts it all back.
@@ -316,7 +321,7 @@ func (b *Handle) putBack(c Change, why error) error {
 	if err := b.dropTaken(c); err != nil {
 		return err
 	}
-	return b.End(c.Device)
+	return b.end(c.Device)
 }
 
 // dropTaken drops what is known of a device from when it was taken, if that was for this change, or is no longer of
@@ -353,5 +358,5 @@ func (b *Handle) finish(c Change) error {
 			return err
 		}
 	}
-	return b.End(c.Device)
+	return b.end(c.Device)
 }

@@ -46,6 +46,11 @@ func (b *Handle) Write(a iommu.Address, steps []Step) error {
 	if err := errors.Join(b.MayChange(), b.locked(a), b.mayWrite(a)); err != nil {
 		return err
 	}
+	for _, s := range steps {
+		if s.Module != "" || s.Path == "" {
+			return fmt.Errorf("bind: %s: %q is no write to a file", a, s)
+		}
+	}
 	if len(steps) == 0 {
 		return nil
 	}

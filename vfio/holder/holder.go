@@ -20,6 +20,7 @@ type RefusedError struct {
 	Reasons []string
 	Cure    string   // what the user can do; "" if nothing
 	Holders []Holder // those that are among the reasons
+	Causes  []error  // the errors that are
 }
 
 func (e *RefusedError) Error() string {
@@ -29,6 +30,9 @@ func (e *RefusedError) Error() string {
 	}
 	return s
 }
+
+// Unwrap are the errors that are reasons.
+func (e *RefusedError) Unwrap() []error { return e.Causes }
 
 // Is makes it an ErrRefused.
 func (e *RefusedError) Is(target error) bool { return target == ErrRefused }

@@ -290,7 +290,7 @@ func (s *Handle) takeAll(ctx context.Context, vfs []*iommu.Device) error {
 		return nil
 	}
 	var errs []error
-	for _, r := range s.Do(ctx, bind.Singly(vfs), bind.Take(bind.Auto)) {
+	for _, r := range s.DoUnasked(ctx, bind.Singly(vfs), bind.Take(bind.Auto)) {
 		errs = append(errs, r.Err)
 	}
 	return errors.Join(errs...)

@@ -109,7 +109,10 @@ func (c *Conn) RouteTo(to, from net.IP) ([]int, error) {
 	if err != nil {
 		return nil, err
 	}
-	r, _ := decodeRoute(answer)
+	r, ok := decodeRoute(answer)
+	if !ok {
+		return nil, fmt.Errorf("%w: a route of %d bytes", ErrCut, len(answer))
+	}
 	return r.Over, nil
 }
 

@@ -82,8 +82,39 @@ func (b *Handle) Check(units [][]*iommu.Device, asked []*iommu.Device, g Goal, f
 		c := check{b: b, topology: t, unit: unit, goal: g, force: force, verdict: &out[i]}
 		c.verdict.Unit = unit
 		c.run(asked, holders)
+		b.keepAnswer(unit, g, out[i].Refused == nil)
 	}
 	return out, nil
+}
+
+// keepAnswer remembers whether a unit that is locked may go somewhere.
+func (b *Handle) keepAnswer(unit []*iommu.Device, g Goal, may bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.may == nil {
+		b.may = map[iommu.Address]Goal{}
+	}
+	g.owner = nil
+	for _, d := range unit {
+		if delete(b.may, d.Address); may && d.PCI && b.Holds(d.Address) {
+			b.may[d.Address] = g
+		}
+	}
+}
+
+// useAnswer reports whether a unit may go somewhere, once.
+func (b *Handle) useAnswer(unit []*iommu.Device, g Goal) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	g.owner = nil
+	may := true
+	for _, d := range unit {
+		if to, asked := b.may[d.Address]; d.PCI {
+			may = may && asked && to == g
+			delete(b.may, d.Address)
+		}
+	}
+	return may
 }
 
 // holders are those that matter to a goal: whatever uses what is taken, and who has open what is given back.

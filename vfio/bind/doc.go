@@ -9,7 +9,7 @@
 //
 // What Move is made of is there by itself for packages that change something else of a device too, as sriov does:
 // [Handle.Lock], [Handle.Recover], [Handle.Check], [Handle.Do], and [Handle.Begin], [Handle.Write] and [Handle.End].
-// What is called without its predecessor fails with [ErrNotLocked] or [ErrNotBegun].
+// What is called without its predecessor fails with [ErrNotLocked], [ErrUnasked] or [ErrNotBegun].
 //
 // A write to sysfs may block for as long as a guest has the device, and cannot be cut off. It is made in a child
 // process of the same program, so every program that changes devices has to begin with

@@ -69,12 +69,12 @@ func bound(t *testing.T, b *Handle, address string) [2]string {
 }
 
 func take(ctx context.Context, b *Handle, d *iommu.Device) (Change, error) {
-	r := b.Do(ctx, [][]*iommu.Device{{d}}, Take(Auto))[0]
+	r := b.DoUnasked(ctx, [][]*iommu.Device{{d}}, Take(Auto))[0]
 	return r.Change, r.Err
 }
 
 func giveBack(b *Handle, d *iommu.Device) (Change, error) {
-	r := b.Do(context.Background(), [][]*iommu.Device{{d}}, GiveBack())[0]
+	r := b.DoUnasked(context.Background(), [][]*iommu.Device{{d}}, GiveBack())[0]
 	return r.Change, r.Err
 }
 
@@ -201,7 +201,7 @@ func TestInterrupted(t *testing.T) {
 		}
 	}
 	before := bound(t, b, e1000)
-	results := b.Do(ctx, [][]*iommu.Device{{read(t, b, e1000), read(t, b, edu)}}, Take(Auto))
+	results := b.DoUnasked(ctx, [][]*iommu.Device{{read(t, b, e1000), read(t, b, edu)}}, Take(Auto))
 	for _, r := range results {
 		if r.Err == nil {
 			t.Errorf("%s: no error", r.Device)
@@ -277,7 +277,7 @@ func TestLock(t *testing.T) {
 	if err := second.Lock(context.Background(), []*iommu.Device{other}); err != nil {
 		t.Errorf("another device: %v", err)
 	}
-	r := second.Do(context.Background(), [][]*iommu.Device{{a}}, Take(Auto))
+	r := second.DoUnasked(context.Background(), [][]*iommu.Device{{a}}, Take(Auto))
 	if _, busy := errors.AsType[*BusyError](r[0].Err); !busy {
 		t.Errorf("the same device: %v", r[0].Err)
 	}

@@ -130,7 +130,7 @@ func TestMemberThatCannotGo(t *testing.T) {
 		k, b := newKernel(t)
 		unit := []*iommu.Device{read(t, b, e1000), read(t, b, edu)}
 		k.FailAt(0, fails, unix.ENOSPC)
-		results := b.Do(context.Background(), [][]*iommu.Device{unit}, Take(Auto))
+		results := b.DoUnasked(context.Background(), [][]*iommu.Device{unit}, Take(Auto))
 		if !k.Revive() {
 			t.Errorf("%s: nothing failed", name)
 		}
@@ -240,8 +240,8 @@ func TestCapturedHost(t *testing.T) {
 	}
 	_, recovered := b.Recover(context.Background())
 	for what, err := range map[string]error{
-		"take":    b.Do(context.Background(), [][]*iommu.Device{{d}}, Take(Auto))[0].Err,
-		"give":    b.Do(context.Background(), [][]*iommu.Device{{d}}, GiveBack())[0].Err,
+		"take":    b.DoUnasked(context.Background(), [][]*iommu.Device{{d}}, Take(Auto))[0].Err,
+		"give":    b.DoUnasked(context.Background(), [][]*iommu.Device{{d}}, GiveBack())[0].Err,
 		"recover": recovered,
 		"lock":    b.Lock(context.Background(), []*iommu.Device{d}),
 		"begin":   b.Begin("x", d, nil, nil),
@@ -287,13 +287,13 @@ func TestDryRun(t *testing.T) {
 		t.Errorf("the plan is %+v, %v, writes %q", results, err, k.Log)
 	}
 	for what, err := range map[string]error{
-		"do": b.Do(context.Background(), [][]*iommu.Device{{d}}, Take(Auto))[0].Err, "end": b.End(d.Address), "forget": b.Forget(nil),
+		"do": b.DoUnasked(context.Background(), [][]*iommu.Device{{d}}, Take(Auto))[0].Err, "end": b.End(d.Address), "forget": b.Forget(nil),
 	} {
 		if !errors.Is(err, ErrDryRun) {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
-	if r := open(t, k, Options{}).Do(context.Background(), [][]*iommu.Device{{}}, Take(Auto)); len(r) > 0 {
+	if r := open(t, k, Options{}).DoUnasked(context.Background(), [][]*iommu.Device{{}}, Take(Auto)); len(r) > 0 {
 		t.Errorf("of nothing came %+v", r)
 	}
 	if _, err := Open(&iommu.Host{}, Options{}); err == nil {
@@ -332,7 +332,7 @@ func TestWithoutLock(t *testing.T) {
 		t.Errorf("taken in the middle of it: %+v, %v", results, err)
 	}
 	for what, err := range map[string]error{
-		"do":    other.Do(context.Background(), [][]*iommu.Device{{d}}, Take(Auto))[0].Err,
+		"do":    other.DoUnasked(context.Background(), [][]*iommu.Device{{d}}, Take(Auto))[0].Err,
 		"begin": begin(t, open(t, k, others("mine")), d, "mine"),
 	} {
 		if !errors.Is(err, ErrInterrupted) {
@@ -683,7 +683,7 @@ func TestNoPCIDevice(t *testing.T) {
 	k, b := newKernel(t)
 	other := &iommu.Device{Name: "plat.0"}
 	for _, goal := range []Goal{Take(Auto), GiveBack(), Home()} {
-		results := b.Do(context.Background(), [][]*iommu.Device{{read(t, b, e1000), other}}, goal)
+		results := b.DoUnasked(context.Background(), [][]*iommu.Device{{read(t, b, e1000), other}}, goal)
 		for _, r := range results {
 			if goal.takes() && r.Err == nil {
 				t.Errorf("%+v", r)

@@ -45,6 +45,7 @@ type Handle struct {
 	mu        sync.Mutex
 	recovered []Recovered            // by the last Recover
 	begun     map[iommu.Address]bool // changes that Begin has written down and End not ended
+	may       map[iommu.Address]Goal // what Check let pass, and Do has not used
 }
 
 // Open opens a host for changes. The caller closes the Handle, and the host after it. On a running host the program

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"path"
 	"slices"
 	"strings"
@@ -26,7 +27,8 @@ type LeaseDevice struct {
 	Address iommu.Address `json:"address"`
 }
 
-// Leases finds the guests that devices are assigned to, whether they run or not.
+// Leases finds the guests that devices are assigned to, whether they run or not. With an error that matches ErrBlind it
+// returns those that may be read.
 func Leases(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 	names, err := h.Names(journal.Dir)
 	if err != nil && !host.Absent(err) {
@@ -34,6 +36,7 @@ func Leases(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 	}
 
 	var out []Holder
+	var blind error
 	for _, n := range names {
 		if !strings.HasPrefix(n, LeasePrefix) {
 			continue
@@ -43,11 +46,18 @@ func Leases(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 			// It has just ended.
 			continue
 		}
+		if errors.Is(err, fs.ErrPermission) {
+			blind = fmt.Errorf("%w: %w", ErrBlind, err)
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
 		var l struct {
 			LeaseHead
 			Devices []LeaseDevice `json:"devices"`
 		}
-		if err = errors.Join(err, json.Unmarshal(text, &l)); err != nil {
+		if err := json.Unmarshal(text, &l); err != nil {
 			return nil, fmt.Errorf("%s: %w", n, err)
 		}
 
@@ -60,5 +70,5 @@ func Leases(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 			out = append(out, Holder{Device: devices[i].Name, Kind: Lease, Guest: l.Guest, What: what})
 		}
 	}
-	return out, nil
+	return out, blind
 }

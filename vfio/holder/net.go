@@ -24,7 +24,7 @@ type interfaces struct {
 	routes map[int][]string // that somebody made
 	ssh    map[int][]string // peers
 	others []elsewhere      // interfaces in other network namespaces
-	vague  bool             // a default route names no interface
+	vague  string           // a route that names no interface; "" if there is none
 }
 
 // elsewhere is an interface in another network namespace.
@@ -102,11 +102,8 @@ func (n *interfaces) holders(h *iommu.Host, d *iommu.Device, name string) ([]Hol
 	below := map[int]bool{}
 	for _, top := range stack {
 		index, err := h.Int(path.Join(netClass, top, "ifindex"))
-		if host.Absent(err) && top != name {
-			continue
-		}
 		if err != nil {
-			// Nobody knows who uses an interface that was just renamed.
+			// Nobody knows who uses an interface that was just renamed, or is gone: what stands here is looked at again.
 			return nil, err
 		}
 		below[index] = true
@@ -123,8 +120,8 @@ func (n *interfaces) holders(h *iommu.Host, d *iommu.Device, name string) ([]Hol
 			add(SSH, "carries the ssh connection of %s%s", peer, over(name, top))
 		}
 	}
-	if n.vague {
-		add(Route, "may carry the default route, which names no interface")
+	if n.vague != "" {
+		add(Route, "may carry %s, which names no interface", n.vague)
 	}
 
 	// Tunnels have no upper_ link, but name the interface they go over.
@@ -238,7 +235,9 @@ func (n *interfaces) readRoutes(c *netlink.Conn) error {
 		}
 		if len(r.Over) == 0 {
 			// By a nexthop object only: it may be any interface's.
-			n.vague = n.vague || r.Default()
+			if n.vague == "" || r.Default() {
+				n.vague = text
+			}
 		}
 		for _, index := range r.Over {
 			n.routes[index] = append(n.routes[index], text)

@@ -40,7 +40,26 @@ func Processes(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 			nodes[n] = d
 		}
 	}
-	return openIn(h, devices, nodes)
+	out, err := openIn(h, devices, nodes)
+	if err == nil {
+		err = allProcesses(h)
+	}
+	return out, err
+}
+
+// allProcesses is an ErrBlind where /proc does not show all processes of the host, as it is that of another pid namespace.
+func allProcesses(h *iommu.Host) error {
+	// PROC_PID_INIT_INO of include/uapi/linux/nsfs.h, the kernel's first.
+	const first = "pid:[4026531836]"
+	now, err := h.Link("proc/self/ns/pid")
+	switch {
+	case host.Absent(err), errors.Is(err, errNoLink):
+		// A kernel without such namespaces.
+		return nil
+	case err == nil && now != first:
+		err = fmt.Errorf("%w: /proc/self/ns/pid is %s", ErrBlind, now)
+	}
+	return err
 }
 
 // OpenIn finds the processes that have one of the nodes open that led to a device when [Nodes] listed them: while an

@@ -30,45 +30,49 @@ func NameProcess(h *iommu.Host, pid int) Proc {
 }
 
 // Alive reports whether any thread of a process still runs. One that was killed in a write lives on without its first
-// thread.
+// thread; one that cannot be looked at is taken to live.
 func (p Proc) Alive(h *iommu.Host) bool {
-	if _, start, ok := processStat(h, processDir(p.PID)); !ok || start != p.Start {
-		return false
+	if _, start, err := processStat(h, processDir(p.PID)); err != nil || start != p.Start {
+		return err != nil && !gone(err)
 	}
 
 	dir := path.Join(processDir(p.PID), "task")
 	threads, err := h.Names(dir)
 	if err != nil {
-		return false
+		return !gone(err)
 	}
 	for _, t := range threads {
-		if state, _, ok := processStat(h, path.Join(dir, t)); ok && state != "Z" && state != "X" {
+		state, _, err := processStat(h, path.Join(dir, t))
+		if err == nil && state != "Z" && state != "X" || err != nil && !gone(err) {
 			return true
 		}
 	}
 	return false
 }
 
+// gone reports whether an error says that a process or thread is no more.
+func gone(err error) bool { return host.Absent(err) || errors.Is(err, unix.ESRCH) }
+
 // Ended reports whether the process has ended and only waits for its parent to be told.
 func (p Proc) Ended(h *iommu.Host) bool {
-	state, _, ok := processStat(h, processDir(p.PID))
-	return ok && state == "Z"
+	state, _, err := processStat(h, processDir(p.PID))
+	return err == nil && state == "Z"
 }
 
 // processStat are the state of a process or thread and when it started, in clock ticks since the boot: fields 3 and 22
 // of proc_pid_stat(5).
-func processStat(h *iommu.Host, dir string) (state string, start uint64, ok bool) {
+func processStat(h *iommu.Host, dir string) (state string, start uint64, err error) {
 	stat, err := h.String(path.Join(dir, "stat"))
 	if err != nil {
-		return "", 0, false
+		return "", 0, err
 	}
 	// The name, which comes before, may hold anything.
 	f := strings.Fields(stat[strings.LastIndexByte(stat, ')')+1:])
 	if len(f) < 20 {
-		return "", 0, false
+		return "", 0, fmt.Errorf("/%s/stat has %d fields after the name", dir, len(f))
 	}
 	start, err = strconv.ParseUint(f[19], 10, 64)
-	return f[0], start, err == nil
+	return f[0], start, err
 }
 
 func processDir(pid int) string { return path.Join("proc", strconv.Itoa(pid)) }

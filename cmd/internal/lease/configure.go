@@ -162,7 +162,7 @@ func (m *Manager) giveBack(ctx context.Context, dev *Device, d *iommu.Device) er
 	}
 	d.Driver, d.DriverOverride = now.Driver, now.DriverOverride
 	var errs []error
-	for _, result := range m.handle.Do(ctx, [][]*iommu.Device{{d}}, bind.GiveBack()) {
+	for _, result := range m.handle.DoUnasked(ctx, [][]*iommu.Device{{d}}, bind.GiveBack()) {
 		errs = append(errs, result.Err)
 	}
 	return errors.Join(errs...)

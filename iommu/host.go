@@ -20,10 +20,15 @@ func Open(name string) (*Host, error) {
 }
 
 // Close releases the host. What was read of it stays valid.
-func (h *Host) Close() error { return h.Host.Close() }
+func (h *Host) Close() error {
+	if h.Host == nil {
+		return nil
+	}
+	return h.Host.Close()
+}
 
 // Live reports whether this is a running host, the only kind that can be changed, and that has users to be asked for.
-func (h *Host) Live() bool { return h.Host.Live() }
+func (h *Host) Live() bool { return h.Host != nil && h.Host.Live() }
 
 // ErrReadOnly is matched by errors that say that a captured host cannot be changed.
 const ErrReadOnly = host.ErrReadOnly

@@ -13,8 +13,8 @@ type keyed struct {
 	unread error                // of devices that could not be asked
 }
 
-// SelectorsOf are the selectors of a form that has keys (mac=, path=, serial=) by which a device may be found: what others
-// have too is among them.
+// SelectorsOf are the selectors of a form that has keys (mac=, path=, serial=) by which a device may be found: what
+// others have too is among them.
 func SelectorsOf(h *Host, d *Device, form Form) ([]Selector, error) {
 	if form < 0 || int(form) >= len(forms) || forms[form].keys == nil {
 		return nil, nil

@@ -92,7 +92,7 @@ func sortPorts(dir *host.Dir, d *Device) error {
 type PortName struct {
 	Wire     bool // p0, p0s1, l1p0: what goes out of the card
 	Function bool // pf0vf1, pf0sf2, c1pf0: another function, of this host or of another
-	PF       int  // of a Function: the PF's number; with some drivers that of the function, with others that of the port
+	PF       int  // of a Function: the number of the PF or, with some drivers, of its port
 	VF       *int // of a VF of this host, else nil
 }
 
@@ -119,11 +119,11 @@ func parsePortName(s string) PortName {
 	var p PortName
 	var vf int
 	var rest string
-	switch n, _ := fmt.Sscanf(s, "pf%dvf%d%s", &p.PF, &vf, &rest); {
-	case n == 2:
+	switch n, _ := fmt.Sscanf(s, "pf%dvf%d%s", &p.PF, &vf, &rest); n {
+	case 2:
 		p.Function, p.VF = true, &vf
 		return p
-	case n == 1:
+	case 1:
 		p.Function = true
 		return p
 	}

@@ -34,8 +34,8 @@ func macsOf(h *Host, d *Device) ([]string, error) {
 	return sortedMACs(was.MACs), err
 }
 
-// serialOf is the serial number that a device is found by: its own or, where a VFIO driver has it and it tells none, the
-// recorded one.
+// serialOf is the serial number that a device is found by: its own or, where a VFIO driver has it and it tells none,
+// the recorded one.
 func serialOf(h *Host, d *Device) (string, error) {
 	serial, err := ReadSerial(h, d.Address)
 	if err != nil || serial != "" || !d.VFIO {

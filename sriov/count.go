@@ -14,17 +14,17 @@ import (
 	"viaduct/vfio/bind"
 )
 
-// ErrUnchecked is matched by errors of a plan that [Handle.CheckCount] did not let pass, or not when all that it changes
-// was locked.
+// ErrUnchecked is matched by errors of a plan that [Handle.CheckCount] did not let pass, or not when all that it
+// changes was locked.
 const ErrUnchecked = host.Error("the plan has to be checked first, when the PF and the VFs that go are locked")
 
 // ErrChanged is matched by errors of a plan whose PF has other VFs by now.
 const ErrChanged = host.Error("its VFs have changed since that was planned")
 
-// Apply carries out a plan that [Handle.CheckCount] let pass, once, and reads back what came of it. On failure the VFs it
-// made are removed and the old settings restored; VFs that had to go first stay gone, which the error says, and VFs that
-// something else made meanwhile stay. It returns what the user should know of the new VFs. An error of a plan that is
-// not carried out is an [ErrUnchecked], an [ErrChanged] or a [bind.ErrRan].
+// Apply carries out a plan that [Handle.CheckCount] let pass, once, and reads back what came of it. On failure the VFs
+// it made are removed and the old settings restored; VFs that had to go first stay gone, which the error says, and VFs
+// that something else made meanwhile stay. It returns what the user should know of the new VFs. An error of a plan that
+// is not carried out is an [ErrUnchecked], an [ErrChanged] or a [bind.ErrRan].
 func (s *Handle) Apply(ctx context.Context, p *Plan) (notes []string, err error) {
 	if p, err = s.approved(p); err != nil || !p.Changes() {
 		return nil, err

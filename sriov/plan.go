@@ -383,8 +383,8 @@ func (s *Handle) CheckCount(p *Plan, force []holder.Kind) error {
 	return nil
 }
 
-// approval is a plan as it was when CheckCount let it pass, whatever is done with the Plan afterwards. It is carried out
-// once.
+// approval is a plan as it was when CheckCount let it pass, whatever is done with the Plan afterwards. It is carried
+// out once.
 type approval struct {
 	plan *Plan
 	ran  atomic.Bool

@@ -281,7 +281,7 @@ func (s *Handle) ready(ctx context.Context, r *countRecord, pf iommu.Address,
 	if len(vfs) == 0 {
 		return nil, nil
 	}
-	if err := s.setNew(ctx, pf, vfs, r.VFs); err != nil {
+	if notes, err = s.setNew(ctx, pf, vfs, r.VFs); err != nil {
 		return nil, err
 	}
 	if r.Online {
@@ -307,7 +307,8 @@ func (s *Handle) ready(ctx context.Context, r *countRecord, pf iommu.Address,
 			return nil, err
 		}
 	}
-	return s.atHome(home)
+	more, err := s.atHome(home)
+	return append(notes, more...), err
 }
 
 // probeAll lets the host's drivers have VFs, and puts autoprobe back, without which the kernel probes none. Each probe

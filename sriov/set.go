@@ -402,21 +402,23 @@ func (s *Handle) undoSettings(port *session, p *SetPlan, done []Setting) error {
 	return errors.Join(errs...)
 }
 
-// setNew gives new VFs of a PF their settings. On failure its caller removes them.
-func (s *Handle) setNew(ctx context.Context, pf iommu.Address, vfs []*iommu.Device, wish []VFWish) error {
+// setNew gives new VFs of a PF their settings, and says which their driver does not report. On failure its caller
+// removes them.
+func (s *Handle) setNew(ctx context.Context, pf iommu.Address, vfs []*iommu.Device,
+	wish []VFWish) (notes []string, err error) {
 	if !anyVF(wish, hasSettings) {
-		return nil
+		return nil, nil
 	}
 	d, port, err := portOf(s.Host(), pf)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if port == nil {
 		port = &Port{PF: d, host: s.Host()}
 	}
 	open, err := port.open()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer open.close()
 
@@ -427,7 +429,7 @@ func (s *Handle) setNew(ctx context.Context, pf iommu.Address, vfs []*iommu.Devi
 		}
 		want, err := resolved(d, vf, wish[i].Settings, port)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		if vf.Driver != "" {
 			// An interrupted run has come as far as that.
@@ -437,21 +439,23 @@ func (s *Handle) setNew(ctx context.Context, pf iommu.Address, vfs []*iommu.Devi
 		now, _ := port.Of(vf.VFIndex)
 		p := SetPlan{VF: vf, Want: want, Settings: planSettings(now.Settings, want), port: port}
 		if _, err := s.makeAll(ctx, open, &p); err != nil {
-			return err
+			return nil, err
 		}
 		plans = append(plans, p)
 	}
 
 	now, err := open.again()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for _, p := range plans {
-		if _, err := p.verify(now); err != nil {
-			return err
+		unverified, err := p.verify(now)
+		if err != nil {
+			return nil, err
 		}
+		notes = append(notes, Unverified(p.VF, unverified)...)
 	}
-	return s.rememberRequested(d, plans...)
+	return notes, s.rememberRequested(d, plans...)
 }
 
 // recoverSet puts a VF's settings back as they were.

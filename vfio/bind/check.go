@@ -80,7 +80,9 @@ func (b *Handle) Check(units [][]*iommu.Device, asked []*iommu.Device, g Goal, f
 	out := make([]Verdict, len(units))
 	for i, unit := range units {
 		c := check{b: b, topology: t, unit: unit, goal: g, force: force, verdict: &out[i]}
-		c.verdict.Unit = unit
+		if c.verdict.Unit = unit; len(unit) == 0 {
+			continue
+		}
 		c.run(asked, holders)
 		b.keepAnswer(unit, g, out[i].Refused == nil)
 	}
@@ -236,7 +238,8 @@ func (c *check) keepsVFs() {
 func (c *check) stuck() {
 	for _, r := range c.b.Stuck() {
 		if slices.ContainsFunc(c.unit, func(d *iommu.Device) bool { return d.PCI && d.Address == r.Device }) {
-			c.refused.Reasons, c.refused.Causes = append(c.refused.Reasons, r.Err.Error()), append(c.refused.Causes, r.Err)
+			c.refused.Reasons = append(c.refused.Reasons, r.Err.Error())
+			c.refused.Causes = append(c.refused.Causes, r.Err)
 		}
 	}
 }

@@ -31,8 +31,8 @@ const (
 	toHome
 )
 
-// Take is the goal of a device that is taken from the host: a VFIO driver, by its name or Auto; or None or pci-stub, with
-// which no driver of the host has it. Plans for any other driver are an error.
+// Take is the goal of a device that is taken from the host: a VFIO driver, by its name or Auto; or None or pci-stub,
+// with which no driver of the host has it. Plans for any other driver are an error.
 func Take(driver string) Goal { return Goal{to: toTake, driver: driver} }
 
 // GiveBack is the goal of a device that is given back: what it had when it was taken, be that no driver. If that is not
@@ -54,7 +54,8 @@ func (g Goal) check() error {
 	d := g.driver
 	known := d == Auto || d == None || d == stub || iommu.IsVFIODriver(d) && !strings.Contains(d, "/")
 	if g.takes() && !known {
-		return fmt.Errorf("bind: %q is no driver to take a device with: that is %s, %s, %s or a VFIO driver", d, Auto, None, stub)
+		return fmt.Errorf("bind: %q is no driver to take a device with: that is %s, %s, %s or a VFIO driver", d, Auto,
+			None, stub)
 	}
 	return nil
 }

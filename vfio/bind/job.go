@@ -124,6 +124,9 @@ func (j *Job) Plan() []Result {
 // what came of it. When the context ends, what was not begun is left alone, and half a unit is put back. A
 // Job is run once.
 func (j *Job) Run(ctx context.Context) []Result {
+	if j.handle == nil {
+		return nil
+	}
 	if j.ran.Swap(true) {
 		out := j.Plan()
 		for i := range out {

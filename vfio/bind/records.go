@@ -105,8 +105,8 @@ func (b *Handle) put(users []*iommu.Device, r changeRecord) error {
 	return b.putRecord(r)
 }
 
-// putRecord writes down a record, from which on the device may be written to. One that was perhaps written, as its error
-// came late, is this run's too.
+// putRecord writes down a record, from which on the device may be written to. One that was perhaps written, as its
+// error came late, is this run's too.
 func (b *Handle) putRecord(r changeRecord) error {
 	b.claim(r.Change.Device)
 	return b.journal.Put(changeKey(r.Change.Device), r)

@@ -41,8 +41,8 @@ const dying = 200 * time.Millisecond
 // what still waits in a write is reported with a *StuckError. [Handle.Prepare] does this for what it locks.
 func (b *Handle) Recover(ctx context.Context) ([]Recovered, error) { return b.recoverAll(ctx, dying) }
 
-// RecoverPatiently is Recover that waits, at most for the Handle's timeout, for what still writes for a run that is over,
-// and for a moment for runs that were killed just now and are not gone yet.
+// RecoverPatiently is Recover that waits, at most for the Handle's timeout, for what still writes for a run that is
+// over, and for a moment for runs that were killed just now and are not gone yet.
 func (b *Handle) RecoverPatiently(ctx context.Context) ([]Recovered, error) {
 	return b.recoverAll(ctx, b.Timeout())
 }

@@ -281,3 +281,68 @@ func TestOddRecords(t *testing.T) {
 		t.Errorf("left %q, %v", keys, err)
 	}
 }
+
+// Nothing is moved of which nobody was asked whether it may, or that was refused, or twice by one answer.
+func TestUnasked(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	b := open(t, k, Options{})
+	d := read(t, b, igb)
+	units, ctx := [][]*iommu.Device{{d}}, context.Background()
+	refused := func(what string, g Goal) {
+		t.Helper()
+		k.Log = nil
+		if r := b.Do(ctx, units, g); !errors.Is(r[0].Err, ErrUnasked) || len(k.Log) > 0 {
+			t.Errorf("%s: %v, wrote %q", what, r[0].Err, k.Log)
+		}
+	}
+	check := func(g Goal, force ...holder.Kind) {
+		t.Helper()
+		if _, err := b.Check(units, units[0], g, force); err != nil {
+			t.Fatal(err)
+		}
+	}
+
+	refused("not asked", Take(Auto))
+	check(Take(Auto))
+	refused("asked before it was locked", Take(Auto))
+	if err := b.Lock(ctx, units[0]); err != nil {
+		t.Fatal(err)
+	}
+	check(Take(Auto))
+	refused("asked about something else", Take(None))
+	k.Net.Routes = []hosttest.Route{{To: "default", Over: []string{"enp1s0"}}}
+	check(Take(Auto))
+	refused("in use", Take(Auto))
+	j, err := b.Prepare(ctx, Request{Devices: units[0], Goal: Take(Auto)})
+	if err != nil || j.Units[0].Refused == nil {
+		t.Fatal(j, err)
+	}
+	j.Units[0].Refused = nil
+	if r := j.Run(ctx); !errors.Is(r[0].Err, ErrUnasked) || len(k.Log) > 0 {
+		t.Errorf("a refusal that was taken away: %v, wrote %q", r[0].Err, k.Log)
+	}
+	check(Take(Auto), holder.Route)
+	if r := b.Do(ctx, units, Take(Auto)); r[0].Err != nil {
+		t.Error(r[0].Err)
+	}
+	units[0] = []*iommu.Device{read(t, b, igb)}
+	refused("by the same answer", Take(Auto))
+}
+
+// The zero values of what an importer can make do nothing, and do not panic.
+func TestZeroValues(t *testing.T) {
+	if r := (&Job{}).Run(context.Background()); r != nil {
+		t.Errorf("a zero Job did %+v", r)
+	}
+	var h iommu.Host
+	if err := h.Close(); err != nil || h.Live() {
+		t.Errorf("a zero Host: %v, live %v", err, h.Live())
+	}
+	if _, err := Open(&h, Options{}); err == nil {
+		t.Error("a Handle of a zero Host")
+	}
+	_, b := newKernel(t)
+	if verdicts, err := b.Check([][]*iommu.Device{{}}, nil, Take(Auto), nil); err != nil || verdicts[0].Refused != nil {
+		t.Errorf("%+v, %v", verdicts, err)
+	}
+}

@@ -38,13 +38,13 @@ const (
 	over                  // nothing more is to be done for it: it has arrived, was put back, or waits in a write
 )
 
-// ErrUnasked is matched by errors of devices of which [Handle.Check] did not say that they may go there, or not when they
-// were locked.
+// ErrUnasked is matched by errors of devices of which [Handle.Check] did not say that they may go there, or not when
+// they were locked.
 const ErrUnasked = host.Error("who uses it has to be asked first, when it is locked")
 
-// Do brings units where they are to go that [Handle.Check] let pass while they were locked; each time that it did allows
-// for one. Others are an [ErrUnasked]. What is taken is taken whole or not at all: if one of a unit's devices fails, the
-// others are put back as they were. What is given back is so device by device.
+// Do brings units where they are to go that [Handle.Check] let pass while they were locked; each time that it did
+// allows for one. Others are an [ErrUnasked]. What is taken is taken whole or not at all: if one of a unit's devices
+// fails, the others are put back as they were. What is given back is so device by device.
 //
 // All units are planned, with the modules they need, and written down; the child makes their writes, without waiting
 // for one unit before the next. What came of them is looked at when all writes are through: each reader of sysfs makes
@@ -64,8 +64,8 @@ func (b *Handle) Do(ctx context.Context, units [][]*iommu.Device, g Goal) []Resu
 	return append(out, b.DoUnasked(ctx, asked, g)...)
 }
 
-// DoUnasked is [Handle.Do] for units that nobody has to be asked about: VFs that were just made, and devices of which the
-// caller knows that their user is gone. It locks them, unless that was done.
+// DoUnasked is [Handle.Do] for units that nobody has to be asked about: VFs that were just made, and devices of which
+// the caller knows that their user is gone. It locks them, unless that was done.
 func (b *Handle) DoUnasked(ctx context.Context, units [][]*iommu.Device, g Goal) []Result {
 	var out []*Result
 	var all []*unit

@@ -43,6 +43,14 @@ func netHolders(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 		if !d.PCI || !d.Blocks() || len(d.Interfaces()) == 0 && d.Class>>16 != 2 {
 			continue
 		}
+		if len(d.Interfaces()) == 0 {
+			// Nobody has looked for them, or udev names them just now.
+			now := *d
+			if err := iommu.ReadNetdevs(h, &now); err != nil {
+				return nil, err
+			}
+			d = &now
+		}
 		if n == nil {
 			var err error
 			if n, err = readInterfaces(h); errors.Is(err, ErrBlind) {
@@ -103,7 +111,8 @@ func (n *interfaces) holders(h *iommu.Host, d *iommu.Device, name string) ([]Hol
 	for _, top := range stack {
 		index, err := h.Int(path.Join(netClass, top, "ifindex"))
 		if err != nil {
-			// Nobody knows who uses an interface that was just renamed, or is gone: what stands here is looked at again.
+			// Nobody knows who uses an interface that was just renamed, or is gone: what stands here is looked at
+			// again.
 			return nil, err
 		}
 		below[index] = true

@@ -47,7 +47,8 @@ func Processes(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 	return out, err
 }
 
-// allProcesses is an ErrBlind where /proc does not show all processes of the host, as it is that of another pid namespace.
+// allProcesses is an ErrBlind where /proc does not show all processes of the host, as it is that of another pid
+// namespace.
 func allProcesses(h *iommu.Host) error {
 	// PROC_PID_INIT_INO of include/uapi/linux/nsfs.h, the kernel's first.
 	const first = "pid:[4026531836]"

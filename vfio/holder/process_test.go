@@ -218,3 +218,32 @@ func TestNoWay(t *testing.T) {
 		}
 	}
 }
+
+// In a pid namespace that is not the host's, most processes are not to be seen: nobody is taken for absent.
+func TestOtherPIDNamespace(t *testing.T) {
+	_, h := hostOf(t, hosttest.Tree{"proc/1/ns/pid": "-> pid:[4026532999]", "proc/self": "-> 1"})
+	if found, err := Find(h, []*iommu.Device{read(t, h, e1000)}); !isBlind(err) {
+		t.Errorf("%+v, %v", found, err)
+	}
+}
+
+// A process that cannot be looked at is taken to live; one that is gone is not.
+func TestAliveUnknown(t *testing.T) {
+	k, h := hostOf(t, nil)
+	k.Process(4711, "viaduct")
+	p := NameProcess(h, 4711)
+	for _, fail := range []error{unix.EIO, unix.EACCES, unix.ENOMEM} {
+		for _, file := range []string{"proc/4711/stat", "proc/4711/task", "proc/4711/task/4711/stat"} {
+			k.SetFault(func(_, name string) error {
+				if name == file {
+					return fail
+				}
+				return nil
+			})
+			if !p.Alive(h) {
+				t.Errorf("%s fails with %v: it is dead", file, fail)
+			}
+			k.Revive()
+		}
+	}
+}

@@ -170,8 +170,8 @@ func (m *Manager) Plan(s *hostfile.Host) ([]*Item, error) {
 // Refuse leaves the item alone, for a reason.
 func (i *Item) Refuse(err error) { i.State, i.Err, i.Steps = Refused, err, nil }
 
-// found looks for the item's device, where any can stand or only a PF. One that the match does not name any more, as its
-// interface has another name or a VFIO driver has it, is found by what was written down when it was last applied.
+// found looks for the item's device, where any can stand or only a PF. One that the match does not name any more, as
+// its interface has another name or a VFIO driver has it, is found by what was written down when it was last applied.
 func (m *Manager) found(i *Item, match hostfile.Match, find func(hostfile.Match) (*iommu.Device, error)) bool {
 	var err error
 	if i.known, err = m.remembered(match); err != nil {
@@ -183,8 +183,8 @@ func (m *Manager) found(i *Item, match hostfile.Match, find func(hostfile.Match)
 	if errors.Is(err, iommu.ErrNotFound) && i.known != nil {
 		if d = m.byRecord(i.known); d != nil {
 			err = nil
-			i.Notes = append(i.Notes, fmt.Sprintf("%s: nothing is called %s now; it is %s by what was recorded when it was "+
-				"last applied", i.At, match.String(), d.Name))
+			i.Notes = append(i.Notes, fmt.Sprintf("%s: nothing is called %s now; it is %s by what was recorded "+
+				"when it was last applied", i.At, match.String(), d.Name))
 		}
 	}
 	if err != nil {

@@ -16,7 +16,8 @@ func main() {
 	if bind.ServeWrites() {
 		return
 	}
-	if err := run(os.Args[1], append(os.Args[2:], "")[0]); err != nil {
+	args := append(os.Args[1:], "", "")
+	if err := run(args[0], args[1]); err != nil {
 		fmt.Fprintln(os.Stderr, "take:", err)
 		os.Exit(1)
 	}

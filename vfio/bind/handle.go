@@ -31,8 +31,8 @@ type Options struct {
 const ErrDryRun = host.Error("this is a dry run: nothing is changed")
 
 // Handle takes devices of one host and gives them back. One Handle serves one command: it is closed when that is over.
-// Do may be called side by side for different devices; all other calls that change something, and those of package
-// sriov's Handle, are made one after the other.
+// Do and Write, and Apply and Set of package sriov's Handle, may be called side by side for different devices; all
+// other calls that change something are made one after the other.
 type Handle struct {
 	host    *iommu.Host
 	options Options

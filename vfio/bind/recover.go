@@ -29,7 +29,7 @@ type UnknownChangeError struct {
 }
 
 func (e *UnknownChangeError) Error() string {
-	return fmt.Sprintf("%s: a change of another kind (%s) was interrupted, which viaduct recover finishes or undoes",
+	return fmt.Sprintf("%s: a change of another kind (%s) was interrupted, which a program that knows such changes, as viaduct recover, finishes or undoes",
 		e.Device, e.Op)
 }
 

@@ -29,8 +29,8 @@ type UnknownChangeError struct {
 }
 
 func (e *UnknownChangeError) Error() string {
-	return fmt.Sprintf("%s: a change of another kind (%s) was interrupted, which a program that knows such changes, as "+
-		"viaduct recover, finishes or undoes", e.Device, e.Op)
+	return fmt.Sprintf("%s: a change of another kind (%s) was interrupted, which a program that knows such changes, "+
+		"as viaduct recover, finishes or undoes", e.Device, e.Op)
 }
 
 // dying is how long a child whose command was killed is waited for in any case: it may only be about to end.

@@ -733,11 +733,14 @@ func TestKilledJustNow(t *testing.T) {
 		}
 		return nil
 	})
+	freed := make(chan bool)
 	go func() {
 		<-looked
 		lock.Free(offset(a))
+		close(freed)
 	}()
 	all, err = b.RecoverPatiently(context.Background())
+	<-freed
 	if err != nil || len(all) != 1 || all[0].Err != nil {
 		t.Errorf("when it has gone: %v, %v", all, err)
 	}

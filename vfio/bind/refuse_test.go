@@ -135,7 +135,9 @@ func TestReasons(t *testing.T) {
 	}
 
 	k.Process(4711, "qemu")
-	k.Net.Routes = []hosttest.Route{{To: "default", Over: []string{"enp1s0"}}}
+	k.ChangeNet(func(n *hosttest.Network) {
+		n.Routes = []hosttest.Route{{To: "default", Over: []string{"enp1s0"}}}
+	})
 	verdicts, err := b.Check([][]*iommu.Device{{card}}, []*iommu.Device{card}, Take(Auto), nil)
 	if err != nil {
 		t.Fatal(err)
@@ -310,7 +312,9 @@ func TestUnasked(t *testing.T) {
 	}
 	check(Take(Auto))
 	refused("asked about something else", Take(None))
-	k.Net.Routes = []hosttest.Route{{To: "default", Over: []string{"enp1s0"}}}
+	k.ChangeNet(func(n *hosttest.Network) {
+		n.Routes = []hosttest.Route{{To: "default", Over: []string{"enp1s0"}}}
+	})
 	check(Take(Auto))
 	refused("in use", Take(Auto))
 	j, err := b.Prepare(ctx, Request{Devices: units[0], Goal: Take(Auto)})

@@ -65,10 +65,12 @@ func TestTimeOfWrite(t *testing.T) {
 func TestStuckWrite(t *testing.T) {
 	for _, known := range []bool{true, false} {
 		k := hosttest.NewLab(t, nil)
-		b := open(t, k, Options{Timeout: 50 * time.Millisecond})
-		if _, err := b.Move(context.Background(), Take(Auto), read(t, b, igb).Address); err != nil {
+		first := open(t, k, Options{})
+		if _, err := first.Move(context.Background(), Take(Auto), read(t, first, igb).Address); err != nil {
 			t.Fatal(err)
 		}
+		first.Close()
+		b := open(t, k, Options{Timeout: time.Second})
 		nodes, err := holder.Nodes(b.host, read(t, b, igb))
 		if err != nil || len(nodes) == 0 {
 			t.Fatal(nodes, err)

@@ -84,7 +84,11 @@ func groupOf(t *testing.T, b *Handle, address string) string {
 func TestLateNode(t *testing.T) {
 	for _, comes := range []bool{true, false} {
 		k := hosttest.NewLab(t, nil)
-		b := open(t, k, Options{Timeout: 300 * time.Millisecond})
+		patience := 300 * time.Millisecond
+		if comes {
+			patience = DefaultTimeout
+		}
+		b := open(t, k, Options{Timeout: patience})
 		node := filepath.Join(k.Dir(), "dev/vfio", groupOf(t, b, igb))
 		made := make(chan bool, 1)
 		k.After = func(name, _ string) {
@@ -275,7 +279,11 @@ func TestHome(t *testing.T) {
 func TestAwaitHome(t *testing.T) {
 	for what, says := range map[string]string{"late": "", "never": "has not made a network interface", "interrupted": "was not waited for"} {
 		k := hosttest.NewLab(t, nil)
-		b := open(t, k, Options{Timeout: 200 * time.Millisecond})
+		patience := DefaultTimeout
+		if what == "never" {
+			patience = time.Second
+		}
+		b := open(t, k, Options{Timeout: patience})
 		a := read(t, b, igb).Address
 		if _, err := b.Move(context.Background(), Take(Auto), a); err != nil {
 			t.Fatal(err)

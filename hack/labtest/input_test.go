@@ -29,7 +29,7 @@ func TestBadInput(t *testing.T) {
 		{"bind nosuchnic", 1, pf},
 		{"bind group=9999", 1, "no such IOMMU group"},
 		{"bind " + pf + "/vf0", 1, "no such VF"},
-		{"bind mac=00:11:22:33:44:55", 1, "no network interface has this MAC"},
+		{"bind mac=00:11:22:33:44:55", 1, "no device has this permanent MAC"},
 		{"bind 0000:01:00", 2, "PCI address"},
 		{"bind 0000:01:00.8", 2, "PCI address"},
 		{"bind colour=red", 2, "mac, path, serial, group and class"},

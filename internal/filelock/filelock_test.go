@@ -3,6 +3,7 @@ package filelock
 import (
 	"context"
 	"errors"
+	"os"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -130,5 +131,42 @@ func TestKeepOnly(t *testing.T) {
 		if got, want := try(t, b, at), at != 2 && at != 4; got != want {
 			t.Errorf("lock %d can be had: %v, want %v", at, got, want)
 		}
+	}
+}
+
+// What cannot be locked or waited for is told: it is not free, and not somebody else's.
+func TestErrors(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "lock")
+	a, closed := open(t, name), open(t, name)
+	if err := closed.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if ok, err := closed.Try(7); ok || err == nil {
+		t.Errorf("a closed file: %v, %v", ok, err)
+	}
+	if err := closed.Wait(context.Background(), 7); err == nil {
+		t.Error("a closed file was waited for")
+	}
+
+	b := open(t, name)
+	if !try(t, a, 7) {
+		t.Fatal("it is not free")
+	}
+	if err := os.Remove(name); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Wait(context.Background(), 7); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a file that is gone: %v", err)
+	}
+
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(filepath.Join(file, "lock")); err == nil {
+		t.Error("a lock was opened below a file")
+	}
+	if _, err := Open(filepath.Dir(file)); err == nil {
+		t.Error("a directory was opened as a lock")
 	}
 }

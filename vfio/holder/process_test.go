@@ -136,8 +136,8 @@ func TestProc(t *testing.T) {
 	}
 }
 
-// The disks of a device: its own, those of a multipath NVMe's subsystem, partitions, what is stacked, loops.
-func TestDisks(t *testing.T) {
+// multipath is what an NVMe controller has whose disks hang on its subsystem, with a loop device over a partition.
+func multipath() hosttest.Tree {
 	block := func(name string, more hosttest.Tree) hosttest.Tree {
 		out := hosttest.Tree{
 			"sys/class/block/" + name:                         "-> ../../devices/virtual/block/" + name,
@@ -146,7 +146,7 @@ func TestDisks(t *testing.T) {
 		}
 		return out.With(more)
 	}
-	tree := block("nvme0n1", hosttest.Tree{
+	return block("nvme0n1", hosttest.Tree{
 		"sys/devices/virtual/block/nvme0n1/nvme0n1p1/partition": "1\n",
 		"sys/class/block/nvme0n1p1":                             "-> ../../devices/virtual/block/nvme0n1/nvme0n1p1",
 		"sys/devices/virtual/block/nvme0n1/nvme0n1p1/dev":       "259:2\n",
@@ -159,7 +159,11 @@ func TestDisks(t *testing.T) {
 		"sys/devices/virtual/block/loop3/loop/backing_file":     "/dev/nvme0n1p1\n",
 		"sys/devices/virtual/block/loop3/dev":                   "7:3\n",
 	})
-	k, h := hostOf(t, tree)
+}
+
+// The disks of a device: its own, those of a multipath NVMe's subsystem, partitions, what is stacked, loops.
+func TestDisks(t *testing.T) {
+	k, h := hostOf(t, multipath())
 	d := read(t, h, nvmeMultipath)
 	got, err := Disks(h, d)
 	if err != nil || strings.Join(got, " ") != "nvme0c0n1 nvme0n1 nvme0n1p1 loop3" {

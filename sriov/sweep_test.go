@@ -5,9 +5,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
+	"path"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -268,13 +271,18 @@ func (h hostState) String() string {
 	return fmt.Sprintf("\n%s%s\nchanges %v, taken %v", h.devices, h.settings, h.changes, h.taken)
 }
 
-// operations counts what a command asks of the host.
-func (c *command) operations(t *testing.T) (n int, before, after hostState) {
+// operations are what a command asks of the host, in order.
+func (c *command) operations(t *testing.T) (all []string, before, after hostState) {
 	t.Helper()
 	k := c.prepare(t)
 	before = look(t, k)
-	var count atomic.Int64
-	k.SetFault(func(string, string) error { count.Add(1); return nil })
+	var mu sync.Mutex
+	k.SetFault(func(op, name string) error {
+		mu.Lock()
+		defer mu.Unlock()
+		all = append(all, op+" "+path.Base(name))
+		return nil
+	})
 	s := open(t, k)
 	err := c.run(context.Background(), s)
 	s.Close()
@@ -282,7 +290,7 @@ func (c *command) operations(t *testing.T) (n int, before, after hostState) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return int(count.Load()), before, look(t, k)
+	return all, before, look(t, k)
 }
 
 // prepare is a new host as the command meets it.
@@ -299,18 +307,36 @@ func (c *command) prepare(t *testing.T) *hosttest.Kernel {
 	return host
 }
 
-// sample are so many of a command's operations, evenly spread, beginning with another for each command. With VIADUCT_SWEEP=short
-// they are few, with VIADUCT_SWEEP=all all of them.
-func sample(total int) func(func(int) bool) {
-	few := map[string]int{"": 60, "short": 16, "all": total}[os.Getenv("VIADUCT_SWEEP")]
-	stride := (total + few - 1) / few
-	return func(yield func(int) bool) {
-		for n := total % stride; n < total; n += stride {
-			if !yield(n) {
-				return
-			}
+// sample are the numbers of so many of a command's operations, in any order: of each kind of operation the first and the
+// last, and others evenly spread. With VIADUCT_SWEEP=short they are few, with VIADUCT_SWEEP=all all of them.
+func sample(all []string) []int {
+	few := map[string]int{"": 80, "short": 16, "all": len(all)}[os.Getenv("VIADUCT_SWEEP")]
+	first, last := map[string]int{}, map[string]int{}
+	for n, op := range all {
+		if _, known := first[op]; !known {
+			first[op] = n
+		}
+		last[op] = n
+	}
+	var out []int
+	for n, op := range all {
+		if first[op] == n || last[op] == n {
+			out = append(out, n)
 		}
 	}
+	if len(out) > few {
+		seeded := rand.New(rand.NewPCG(uint64(len(all)), 0))
+		seeded.Shuffle(len(out), func(i, j int) { out[i], out[j] = out[j], out[i] })
+		return out[:few]
+	}
+
+	stride := max(len(all)/max(few-len(out), 1), 1)
+	for n := 0; n < len(all) && len(out) < few; n += stride {
+		if !slices.Contains(out, n) {
+			out = append(out, n)
+		}
+	}
+	return out
 }
 
 // failures are what operations fail with. The last is what one of a device says that has gone.
@@ -322,8 +348,8 @@ func TestFaultSweep(t *testing.T) {
 	for _, c := range commands {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
-			total, before, after := c.operations(t)
-			for n := range sample(total) {
+			all, before, after := c.operations(t)
+			for _, n := range sample(all) {
 				for i, fail := range failures {
 					if os.Getenv("VIADUCT_SWEEP") == "all" || i == n%3 {
 						t.Run(fmt.Sprint(n), func(t *testing.T) { c.fault(t, n, fail, before, after) })
@@ -428,8 +454,8 @@ func TestFaultOfLook(t *testing.T) {
 		}
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
-			total, before, _ := c.operations(t)
-			for n := range sample(total) {
+			all, before, _ := c.operations(t)
+			for _, n := range sample(all) {
 				t.Run(fmt.Sprint(n), func(t *testing.T) { c.faultOfLook(t, n, before) })
 			}
 		})
@@ -458,8 +484,8 @@ func TestInterruptSweep(t *testing.T) {
 	for _, c := range commands {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
-			total, before, after := c.operations(t)
-			for n := range sample(total) {
+			all, before, after := c.operations(t)
+			for _, n := range sample(all) {
 				t.Run(fmt.Sprint(n), func(t *testing.T) { c.interrupt(t, n, before, after) })
 			}
 		})

@@ -350,3 +350,63 @@ func TestZeroValues(t *testing.T) {
 		t.Errorf("%+v, %v", verdicts, err)
 	}
 }
+
+// Who cannot see all users may plan, and changes nothing.
+func TestBlind(t *testing.T) {
+	for _, dry := range []bool{true, false} {
+		k := hosttest.NewLab(t, nil)
+		k.Process(4712, "other")
+		b := open(t, k, Options{DryRun: dry})
+		a := read(t, b, igb).Address
+		if dry {
+			other := open(t, k, Options{})
+			if _, err := other.Move(context.Background(), Take(Auto), a); err != nil {
+				t.Fatal(err)
+			}
+			other.Close()
+			k.Log = nil
+		}
+		k.SetFault(func(_, name string) error {
+			if strings.HasPrefix(name, "proc/4712") || strings.HasPrefix(name, "proc/self/ns/pid") {
+				return unix.EACCES
+			}
+			return nil
+		})
+		goal := Take(Auto)
+		if dry {
+			goal = GiveBack()
+		}
+		results, err := b.Move(context.Background(), goal, a)
+		k.Revive()
+		if (err == nil) != dry || !dry && len(results) > 0 || len(k.Log) > 0 {
+			t.Errorf("dry run %v: %+v, %v, wrote %q", dry, results, err, k.Log)
+		}
+	}
+}
+
+// A device whose record cannot be read is left alone.
+func TestUnreadableRecord(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	b := open(t, k, Options{Timeout: time.Second})
+	a := read(t, b, igb).Address
+	free := hold(t, k, b, a, 4711)
+	k.End(4711)
+	free()
+	var reads int
+	k.SetFault(func(op, name string) error {
+		if op == "read" && strings.HasSuffix(name, "change-"+a.String()+".json") {
+			if reads++; reads == 1 {
+				return unix.EIO
+			}
+		}
+		return nil
+	})
+	all, err := b.Recover(context.Background())
+	k.Revive()
+	if err == nil && len(all) == 0 {
+		t.Error("nothing was told of it")
+	}
+	if len(k.Log) > 0 {
+		t.Errorf("wrote %q", k.Log)
+	}
+}

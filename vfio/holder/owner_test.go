@@ -86,6 +86,7 @@ func TestClaimedByID(t *testing.T) {
 		"another device":        {hosttest.Tree{"proc/cmdline": "vfio-pci.ids=8086:10ca\n"}, ""},
 		"another option":        {hosttest.Tree{"proc/cmdline": "pci-stub.ids=8086:10c9\n"}, ""},
 		"a file of modprobe":    {hosttest.Tree{"etc/modprobe.d/vfio.conf": "# ids=8086:10c9\noptions vfio-pci disable_vga=1 ids=8086:10c9\n"}, "/etc/modprobe.d/vfio.conf"},
+		"its only option":       {hosttest.Tree{"etc/modprobe.d/a.conf": "options vfio-pci ids=8086:10c9\n"}, "/etc/modprobe.d/a.conf"},
 		"options of another":    {hosttest.Tree{"etc/modprobe.d/a.conf": "options other ids=8086:10c9\n"}, ""},
 		"cut off in the middle": {hosttest.Tree{"etc/modprobe.d/a.conf": "options vfio-pci ids=8086"}, ""},
 	} {

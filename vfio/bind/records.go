@@ -215,6 +215,10 @@ func (b *Handle) Forget(vfs []iommu.VF) error {
 	}
 	for _, vf := range vfs {
 		errs = append(errs, b.forgetTaken(vf.Address))
+		if b.mayWrite(vf.Address) == nil {
+			// A change of it could not be ended.
+			errs = append(errs, b.end(vf.Address))
+		}
 	}
 	return errors.Join(errs...)
 }

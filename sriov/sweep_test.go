@@ -374,7 +374,7 @@ func (c *command) fault(t *testing.T, n int, fail error, before, after hostState
 	err := c.run(context.Background(), s)
 	s.Close()
 	k.Revive()
-	where := fmt.Sprintf("operation %d (%s) fails with %v: told %v", n, *failed, fail, err)
+	where := fmt.Sprintf("operation %d (%s) fails with %v: told %v", n, failed(), fail, err)
 
 	now := look(t, k)
 	if !errors.Is(fail, unix.ENOENT) { // what has come back is another device
@@ -398,14 +398,15 @@ func (c *command) fault(t *testing.T, n int, fail error, before, after hostState
 }
 
 // failAt has the n-th operation fail. What fails as a device that is gone is gone from then on.
-func failAt(k *hosttest.Kernel, n int, fail error) (failed *string) {
-	failed = new(string)
+func failAt(k *hosttest.Kernel, n int, fail error) (failed func() string) {
+	var at atomic.Pointer[string]
 	var left atomic.Int64
 	left.Store(int64(n))
 	var gone atomic.Pointer[string]
 	k.SetFault(func(op, name string) error {
 		if left.Add(-1) == -1 {
-			*failed = op + " " + name
+			what := op + " " + name
+			at.Store(&what)
 			if device := deviceOf(name); errors.Is(fail, unix.ENOENT) && device != "" {
 				gone.Store(&device)
 			}
@@ -416,7 +417,12 @@ func failAt(k *hosttest.Kernel, n int, fail error) (failed *string) {
 		}
 		return nil
 	})
-	return failed
+	return func() string {
+		if what := at.Load(); what != nil {
+			return *what
+		}
+		return ""
+	}
 }
 
 // deviceOf is the address of a device of the commands in a name, the last if there are several; "" if there is none.
@@ -485,9 +491,9 @@ func (c *command) faultOfLook(t *testing.T, n int, before hostState) {
 	s.Close()
 	k.Revive()
 	if now := look(t, k); err == nil || !now.same(before) {
-		t.Errorf("operation %d (%s) fails with %v: told %v\nis %s\nwas %s", n, *failed, fail, err, now, before)
+		t.Errorf("operation %d (%s) fails with %v: told %v\nis %s\nwas %s", n, failed(), fail, err, now, before)
 	}
-	if *failed == "" && !errors.Is(err, holder.ErrRefused) {
+	if failed() == "" && !errors.Is(err, holder.ErrRefused) {
 		t.Errorf("nothing failed: %v", err)
 	}
 }

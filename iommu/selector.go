@@ -117,6 +117,10 @@ func (s Selector) One(h *Host, t *Topology) (*Device, error) {
 	if err != nil {
 		return nil, err
 	}
+	return s.one(all)
+}
+
+func (s Selector) one(all []*Device) (*Device, error) {
 	if len(all) > 1 {
 		return nil, &AmbiguousError{s.text, deviceNames(all)}
 	}
@@ -130,10 +134,7 @@ func (s Selector) PF(h *Host, t *Topology) (*Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	if all = OnlyPFs(all); len(all) > 1 {
-		return nil, &AmbiguousError{s.text, deviceNames(all)}
-	}
-	return all[0], nil
+	return s.one(OnlyPFs(all))
 }
 
 // OnlyPFs are the PFs of several devices; all of them if there is none.

@@ -82,18 +82,15 @@ func (s *Handle) approved(p *Plan) (*Plan, error) {
 	if err != nil {
 		return nil, err
 	}
-	planned := func(vf iommu.VF) bool {
-		return len(a.plan.Clear) == 0 || slices.ContainsFunc(a.plan.Victims, func(d *iommu.Device) bool {
-			return d.Address == vf.Address
-		})
+	other := func(vf iommu.VF) bool {
+		its := func(d *iommu.Device) bool { return d.Address == vf.Address }
+		return len(a.plan.Clear) > 0 && !slices.ContainsFunc(a.plan.Victims, its)
 	}
-	if now.SRIOV == nil || len(now.SRIOV.VFs) != a.plan.Have || slices.ContainsFunc(now.SRIOV.VFs, not(planned)) {
+	if now.SRIOV == nil || len(now.SRIOV.VFs) != a.plan.Have || slices.ContainsFunc(now.SRIOV.VFs, other) {
 		return nil, fmt.Errorf("%s: %w", now.Name, ErrChanged)
 	}
 	return a.plan, nil
 }
-
-func not[T any](f func(T) bool) func(T) bool { return func(t T) bool { return !f(t) } }
 
 // makeVFs makes the plan's changes up to the new VFs, which it returns. They have no driver, but where the kernel gave
 // them one.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"maps"
-	"slices"
 
 	"viaduct/internal/journal"
 	"viaduct/iommu"
@@ -57,10 +56,8 @@ func (s *Handle) Make(ctx context.Context, pf iommu.Address, wish Wish, force ..
 		if err := s.Lock(ctx, plan.Victims); err != nil {
 			return plan, err
 		}
-		for _, vf := range plan.Victims {
-			if err := s.stuckIn(vf.Address); err != nil {
-				return plan, err
-			}
+		if err := s.StuckIn(bind.AddressesOf(plan.Victims)...); err != nil {
+			return plan, err
 		}
 		if d, err = s.find(pf); err != nil {
 			return plan, err
@@ -122,22 +119,10 @@ func (s *Handle) lockPF(ctx context.Context, pf iommu.Address) (*iommu.Device, e
 	if _, err := s.Recover(ctx); err != nil {
 		return nil, err
 	}
-	if err := s.stuckIn(pf); err != nil {
+	if err := s.StuckIn(pf); err != nil {
 		return nil, err
 	}
 	return s.find(pf)
-}
-
-// stuckIn refuses devices that are stuck in a change of an earlier run, or whose change could not be recovered.
-func (s *Handle) stuckIn(devices ...iommu.Address) error {
-	for _, r := range s.Stuck() {
-		if slices.Contains(devices, r.Device) {
-			return &holder.RefusedError{
-				What: "change " + r.Device.String(), Reasons: []string{r.Err.Error()}, Causes: []error{r.Err},
-			}
-		}
-	}
-	return nil
 }
 
 // find is a device as it is now.

@@ -122,7 +122,7 @@ func (c *changing) planLocked(ctx context.Context, o *declaredOptions, wanted fu
 
 		if len(devices) == 0 || c.handle.Undisturbed() {
 			for _, i := range items {
-				if err := c.stuckIn(i.Devices()); err != nil && i.State == declared.Differs {
+				if err := c.handle.StuckIn(bind.AddressesOf(i.Devices())...); err != nil && i.State == declared.Differs {
 					i.Refuse(err)
 				}
 			}

@@ -15,7 +15,6 @@ import (
 	"viaduct/iommu"
 	"viaduct/sriov"
 	"viaduct/vfio/bind"
-	"viaduct/vfio/holder"
 )
 
 // changing is what a command works with that changes the host, or, with --dry-run or on a captured host, would.
@@ -126,17 +125,7 @@ func (c *changing) lock(ctx context.Context, devices []*iommu.Device) error {
 	if err := c.recover(ctx); err != nil {
 		return err
 	}
-	return c.stuckIn(devices)
-}
-
-// stuckIn refuses devices of which one waits for an earlier change.
-func (c *changing) stuckIn(devices []*iommu.Device) error {
-	for _, r := range c.handle.Stuck() {
-		if slices.ContainsFunc(devices, func(d *iommu.Device) bool { return d.Address == r.Device }) {
-			return &holder.RefusedError{What: "change " + r.Device.String(), Reasons: []string{r.Err.Error()}}
-		}
-	}
-	return nil
+	return c.handle.StuckIn(bind.AddressesOf(devices)...)
 }
 
 // declared is what works with the declared host.

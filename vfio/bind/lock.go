@@ -89,13 +89,18 @@ func (b *Handle) Holds(a iommu.Address) bool { return b.locks.holds(a) }
 // reports it. Devices are locked in the order of their addresses, so that two commands never wait for each other. A
 // *BusyError says who has one.
 func (b *Handle) Lock(ctx context.Context, devices []*iommu.Device) error {
+	return b.LockAt(ctx, AddressesOf(devices)...)
+}
+
+// AddressesOf are the addresses of those of the devices that are PCI devices.
+func AddressesOf(devices []*iommu.Device) []iommu.Address {
 	var all []iommu.Address
 	for _, d := range devices {
 		if d.PCI {
 			all = append(all, d.Address)
 		}
 	}
-	return b.LockAt(ctx, all...)
+	return all
 }
 
 // LockAt is Lock for devices of which only the addresses are known.

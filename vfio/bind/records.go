@@ -167,8 +167,8 @@ func (b *Handle) taken(d *iommu.Device) (r takenRecord, known bool, err error) {
 
 // Taken is what was written down of a device when it was taken; nothing of one that was not.
 func (b *Handle) Taken(d *iommu.Device) (iommu.Identity, error) {
-	r, _, err := b.taken(d)
-	return r.Identity, err
+	id, _, err := iommu.Recorded(b.host, d)
+	return id, err
 }
 
 // remember records what a device has before it is taken. A record of a device that has no driver now is what knows

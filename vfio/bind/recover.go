@@ -12,6 +12,7 @@ import (
 	"viaduct/internal/filelock"
 	"viaduct/internal/journal"
 	"viaduct/iommu"
+	"viaduct/vfio/holder"
 )
 
 // Recovered is what became of a device whose change had been interrupted.
@@ -57,6 +58,19 @@ func (b *Handle) Recovered() []Recovered {
 // Stuck is what the last Recover reported with an error.
 func (b *Handle) Stuck() []Recovered {
 	return slices.DeleteFunc(b.Recovered(), func(r Recovered) bool { return r.Err == nil })
+}
+
+// StuckIn refuses devices of which one is stuck in a change of an earlier run, or could not be recovered: a
+// *holder.RefusedError that wraps why; nil if none is.
+func (b *Handle) StuckIn(devices ...iommu.Address) error {
+	for _, r := range b.Stuck() {
+		if slices.Contains(devices, r.Device) {
+			return &holder.RefusedError{
+				What: "change " + r.Device.String(), Reasons: []string{r.Err.Error()}, Causes: []error{r.Err},
+			}
+		}
+	}
+	return nil
 }
 
 func (b *Handle) recoverAll(ctx context.Context, patience time.Duration) ([]Recovered, error) {

@@ -8,12 +8,14 @@ import (
 	"math/rand/v2"
 	"os"
 	"path"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"viaduct/internal/host/hosttest"
@@ -174,16 +176,79 @@ var commands = []command{
 			return err
 		},
 	},
-	{name: "recover", setup: killed(4, wished), run: recoverAll},
-	{name: "recover everything", host: switching, setup: killed(4, everything), run: recoverAll},
+	{
+		name: "bind for an owner",
+		host: modular,
+		run:  func(ctx context.Context, s *Handle) error { return move(ctx, s, e1000, ownedBy("0:0")) },
+	},
+	{
+		name: "bind for another owner",
+		setup: func(t *testing.T, k *hosttest.Kernel) {
+			quiet(t, k, func(ctx context.Context, s *Handle) error { return move(ctx, s, e1000, ownedBy("0:0")) })
+		},
+		run: func(ctx context.Context, s *Handle) error { return move(ctx, s, e1000, ownedBy(":0")) },
+	},
+	{
+		name: "unbind what nothing is known of",
+		host: modular,
+		setup: func(t *testing.T, k *hosttest.Kernel) {
+			if err := errors.Join(k.Modprobe(t.Context(), "vfio_pci"),
+				k.Write("sys/bus/pci/devices/"+pf+"/driver_override", "vfio-pci"),
+				k.Write("sys/bus/pci/drivers/igb/unbind", pf), k.Write("sys/bus/pci/drivers_probe", pf)); err != nil {
+				t.Fatal(err)
+			}
+		},
+		run: func(ctx context.Context, s *Handle) error { return move(ctx, s, pf, bind.GiveBack()) },
+	},
+	{name: "recover", setup: killed(4, isWrite, makeVFs(wished)), run: recoverAll},
+	{name: "recover everything", host: switching, setup: killed(4, isWrite, makeVFs(everything)), run: recoverAll},
+	{
+		name: "recover settings",
+		setup: func(t *testing.T, k *hosttest.Kernel) {
+			quiet(t, k, makeVFs(wished))
+			killed(2, setsLink, func(ctx context.Context, s *Handle) error {
+				_, err := s.SetVF(ctx, parse(vf0), Settings{MAC: "52:54:00:aa:00:02", VLAN: "7", SpoofChk: off})
+				return err
+			})(t, k)
+		},
+		run: recoverAll,
+	},
 }
 
-// killed has a run killed at one of its writes to the kernel.
-func killed(at int, wish Wish) func(*testing.T, *hosttest.Kernel) {
+func ownedBy(owner string) bind.Goal {
+	o, err := bind.ParseNodeOwner(owner)
+	if err != nil {
+		panic(err)
+	}
+	return bind.Take(bind.Auto).OwnedBy(o)
+}
+
+// modular is small, where the VFIO drivers are modules that are not loaded.
+func modular(t *testing.T) *hosttest.Kernel {
+	k := small(t)
+	aliases := k.Dir() + "/lib/modules/6.12.0/modules.alias"
+	text := "alias pci:v00008086d000010C9sv*sd*bc*sc*i* igb\nalias vfio_pci:v00008086d000010D3sv*sd*bc*sc*i* e1000_vfio\n" +
+		"alias vfio_pci:v*d*sv*sd*bc*sc*i* vfio_pci\n"
+	if err := errors.Join(
+		os.RemoveAll(k.Dir()+"/sys/bus/pci/drivers/vfio-pci"),
+		os.MkdirAll(path.Dir(aliases), 0o755), os.WriteFile(aliases, []byte(text), 0o600),
+	); err != nil {
+		t.Fatal(err)
+	}
+	k.Modules = map[string]string{"vfio_pci": "vfio-pci"}
+	return k
+}
+
+// setsLink tells messages that change an interface.
+func setsLink(op, name string) bool { return op == "message" && name == fmt.Sprint(unix.RTM_SETLINK) }
+
+// killed has a command killed at one of its operations.
+func killed(at int, such func(op, name string) bool,
+	run func(context.Context, *Handle) error) func(*testing.T, *hosttest.Kernel) {
 	return func(t *testing.T, k *hosttest.Kernel) {
 		s := open(t, k)
-		k.KillAt(at, isWrite)
-		_ = makeVFs(wish)(context.Background(), s)
+		k.KillAt(at, such)
+		_ = run(context.Background(), s)
 		s.Close()
 		if !k.Revive() {
 			t.Fatal("it was not killed")
@@ -278,16 +343,25 @@ func (h hostState) String() string {
 	return fmt.Sprintf("\n%s%s\nchanges %v, taken %v", h.devices, h.settings, h.changes, h.taken)
 }
 
+// operation is one that a command asks of the host: the calls that led to it; none of one that is asked for elsewhere, by
+// the child that writes or at the other end of a socket.
+type operation []uintptr
+
 // operations are what a command asks of the host, in order.
-func (c *command) operations(t *testing.T) (all []string, before, after hostState) {
+func (c *command) operations(t *testing.T) (all []operation, before, after hostState) {
 	t.Helper()
 	k := c.prepare(t)
 	before = look(t, k)
 	var mu sync.Mutex
-	k.SetFault(func(op, name string) error {
+	k.SetFault(func(op, _ string) error {
+		var calls operation
+		if op != "message" && op != "write" {
+			calls = make(operation, 100)
+			calls = calls[:runtime.Callers(2, calls)]
+		}
 		mu.Lock()
 		defer mu.Unlock()
-		all = append(all, op+" "+path.Base(name))
+		all = append(all, calls)
 		return nil
 	})
 	s := open(t, k)
@@ -314,34 +388,25 @@ func (c *command) prepare(t *testing.T) *hosttest.Kernel {
 	return host
 }
 
-// sample are the numbers of so many of a command's operations, in any order: of each kind of operation the first and the
-// last, and others evenly spread. With VIADUCT_SWEEP=short they are few, with VIADUCT_SWEEP=all all of them.
-func sample(all []string) []int {
-	few := map[string]int{"": 80, "short": 16, "all": len(all)}[os.Getenv("VIADUCT_SWEEP")]
-	first, last := map[string]int{}, map[string]int{}
-	for n, op := range all {
-		if _, known := first[op]; !known {
-			first[op] = n
-		}
-		last[op] = n
-	}
+// sample are the numbers of some of a command's operations, such that each call that leads to any leads to one of them,
+// and each error is returned at each place once. With VIADUCT_SWEEP=short it is a few of these, seeded, and with
+// VIADUCT_SWEEP=all it is all operations.
+func sample(all []operation) []int {
 	var out []int
-	for n, op := range all {
-		if first[op] == n || last[op] == n {
+	led := map[uintptr]bool{}
+	for n, calls := range all {
+		fresh := len(calls) == 0 || slices.ContainsFunc(calls, func(call uintptr) bool { return !led[call] })
+		for _, call := range calls {
+			led[call] = true
+		}
+		if fresh || os.Getenv("VIADUCT_SWEEP") == "all" {
 			out = append(out, n)
 		}
 	}
-	if len(out) > few {
+	if os.Getenv("VIADUCT_SWEEP") == "short" {
 		seeded := rand.New(rand.NewPCG(uint64(len(all)), 0))
 		seeded.Shuffle(len(out), func(i, j int) { out[i], out[j] = out[j], out[i] })
-		return out[:few]
-	}
-
-	stride := max(len(all)/max(few-len(out), 1), 1)
-	for n := 0; n < len(all) && len(out) < few; n += stride {
-		if !slices.Contains(out, n) {
-			out = append(out, n)
-		}
+		out = out[:min(len(out), 16)]
 	}
 	return out
 }
@@ -495,6 +560,38 @@ func (c *command) faultOfLook(t *testing.T, n int, before hostState) {
 	}
 	if failed() == "" && !errors.Is(err, holder.ErrRefused) {
 		t.Errorf("nothing failed: %v", err)
+	}
+}
+
+// TestRecoveryOfUsed: VFs of an interrupted change that somebody has taken to using stay, whatever look fails.
+func TestRecoveryOfUsed(t *testing.T) {
+	t.Parallel()
+	c := command{setup: func(t *testing.T, k *hosttest.Kernel) {
+		killed(2, setsLink, makeVFs(wished))(t, k)
+		if err := errors.Join(k.Write("sys/bus/pci/devices/"+vf0+"/driver_override", "vfio-pci"),
+			k.Write("sys/bus/pci/drivers_probe", vf0)); err != nil {
+			t.Fatal(err)
+		}
+		usesNode(t, k, vf0)
+		// So that it cannot be finished.
+		k.Net.Refuse = map[int]unix.Errno{nl.IFLA_VF_TRUST: unix.EPERM}
+	}}
+	for n := -1; ; n++ {
+		k := c.prepare(t)
+		failed := failAt(k, n, unix.EIO)
+		s := open(t, k)
+		err := recoverAll(t.Context(), s)
+		s.Close()
+		k.Revive()
+		if now := look(t, k); !strings.Contains(now.devices, " 3 VFs") {
+			t.Errorf("operation %d (%s) fails: told %v\nis %s", n, failed(), err, now)
+		}
+		if n < 0 && (err == nil || !strings.Contains(err.Error(), "its VFs stay, as")) {
+			t.Errorf("told %v", err)
+		}
+		if n >= 0 && failed() == "" {
+			return
+		}
 	}
 }
 

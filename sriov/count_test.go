@@ -25,7 +25,12 @@ const pfDir = "sys/bus/pci/devices/" + pf
 // open opens a handle of a kernel's host, which is closed with the test.
 func open(t *testing.T, k *hosttest.Kernel) *Handle {
 	t.Helper()
-	s, err := Open(&iommu.Host{Host: k.Host()}, bind.Options{})
+	return openWith(t, k, bind.Options{})
+}
+
+func openWith(t *testing.T, k *hosttest.Kernel, o bind.Options) *Handle {
+	t.Helper()
+	s, err := Open(&iommu.Host{Host: k.Host()}, o)
 	if err != nil {
 		t.Fatal(err)
 	}

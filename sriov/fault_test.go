@@ -92,6 +92,27 @@ func TestSetVF(t *testing.T) {
 	}
 }
 
+// What an interrupted change of settings cannot put back is told.
+func TestUnknownBefore(t *testing.T) {
+	k := switching(t)
+	quiet(t, k, makeVFs(everything))
+	const address = "0000:01:10.2"
+	ended := func(op, name string) bool { return op == "remove" && strings.Contains(name, "/change-") }
+	killed(0, ended, func(ctx context.Context, s *Handle) error {
+		_, err := s.SetVF(ctx, parse(address), Settings{MSIX: "4", VLAN: "7"})
+		return err
+	})(t, k)
+
+	s := open(t, k)
+	all, err := s.Recover(t.Context())
+	if err != nil || len(all) != 1 || all[0].Err != nil || !strings.Contains(all[0].What, "but for msix, which") {
+		t.Errorf("%+v, %v", all, err)
+	}
+	if vf := vfSettings(t, k, 1); vf[VLAN] != "0" {
+		t.Errorf("left %v", vf)
+	}
+}
+
 // A driver that is busy with a VF's reset is asked again; one that stays so is told of.
 func TestBusyDriver(t *testing.T) {
 	for _, times := range []int64{3, 1 << 20} {

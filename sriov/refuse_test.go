@@ -145,7 +145,7 @@ func TestClaimedVF(t *testing.T) {
 
 // Records of changes that cannot be finished, as what they are about is not there any more, are told of once.
 func TestOddRecords(t *testing.T) {
-	old, err := json.Marshal(setRecord{parse(vf0), 0, Settings{VLAN: "7"}})
+	old, err := json.Marshal(setRecord{VF: parse(vf0), Old: Settings{VLAN: "7"}})
 	if err != nil {
 		t.Fatal(err)
 	}

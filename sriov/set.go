@@ -228,9 +228,10 @@ func Unverified(vf *iommu.Device, keys []Key) []string {
 const opSet = "set"
 
 type setRecord struct {
-	VF    iommu.Address `json:"vf"`
-	Index int           `json:"index"`
-	Old   Settings      `json:"old"`
+	VF      iommu.Address `json:"vf"`
+	Index   int           `json:"index"`
+	Old     Settings      `json:"old"`
+	Unknown []Key         `json:"unknown,omitempty"` // what is changed and its driver does not report
 }
 
 // Set carries out a plan, for a PF and a VF that are locked: all of it or, undone, nothing. It reads back what came of
@@ -255,9 +256,12 @@ func (s *Handle) Set(ctx context.Context, p *SetPlan) (unverified []Key, err err
 	if len(p.Settings) == 0 {
 		return nil, s.rememberRequested(pf, *p)
 	}
-	r := setRecord{p.VF.Address, p.VF.VFIndex, Settings{}}
+	r := setRecord{VF: p.VF.Address, Index: p.VF.VFIndex, Old: Settings{}}
 	for _, change := range p.Settings {
 		maps.Copy(r.Old, change.From)
+		if len(change.From) == 0 {
+			r.Unknown = append(r.Unknown, change.Keys...)
+		}
 	}
 	if err := s.Begin(opSet, pf, nil, r); err != nil {
 		return nil, err
@@ -458,7 +462,7 @@ func (s *Handle) setNew(ctx context.Context, pf iommu.Address, vfs []*iommu.Devi
 	return notes, s.rememberRequested(d, plans...)
 }
 
-// recoverSet puts a VF's settings back as they were.
+// recoverSet puts a VF's settings back as they were, as far as that is known.
 func recoverSet(ctx context.Context, b *bind.Handle, pf iommu.Address, data json.RawMessage) (string, error) {
 	s := wrap(b)
 	var r setRecord
@@ -492,5 +496,9 @@ func recoverSet(ctx context.Context, b *bind.Handle, pf iommu.Address, data json
 			return "is not done", errors.Join(err, s.End(pf))
 		}
 	}
-	return fmt.Sprintf("has the old settings of vf%d: their change had been interrupted", r.Index), nil
+	but := ""
+	if len(r.Unknown) > 0 {
+		but = fmt.Sprintf(", but for %s, which its driver does not report and may be new", keyNames(r.Unknown))
+	}
+	return fmt.Sprintf("has the old settings of vf%d%s: their change had been interrupted", r.Index, but), nil
 }

@@ -37,6 +37,9 @@ const (
 
 var native = binary.NativeEndian
 
+// The library finds out on first use and without a lock, which two callers at a time would do at a time.
+var _ = nl.NativeEndian()
+
 // Conn is a netlink socket for one request after the other. It blocks: the kernel has answered when a request is sent,
 // and to have the runtime wait for that would take longer than the request. Its owner closes it.
 type Conn struct {

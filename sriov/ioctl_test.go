@@ -148,6 +148,7 @@ type controller struct {
 	all     []secondary
 	refuse  map[uint32]int // status by action
 	fewer   bool
+	asleep  bool // no VF comes online
 	unknown bool
 }
 
@@ -180,7 +181,7 @@ func (c *controller) ioctl(_ int, request uintptr, arg unsafe.Pointer) (int, err
 		}
 		i := slices.IndexFunc(c.all, func(s secondary) bool { return uint32(s.ID) == cmd.CDW10>>16 })
 		if act == online {
-			c.all[i].Online = true
+			c.all[i].Online = !c.asleep
 			return 0, nil
 		}
 		if cmd.Result = cmd.CDW11; c.fewer {
@@ -203,6 +204,7 @@ func TestNVMeShares(t *testing.T) {
 		"refused":        {func(c *controller) { c.refuse = map[uint32]int{assign: 0x11f} }, "NVMe status 0x11f"},
 		"fewer":          {func(c *controller) { c.fewer = true }, "it took"},
 		"not online":     {func(c *controller) { c.refuse = map[uint32]int{online: 0x120} }, "0x120"},
+		"asleep":         {func(c *controller) { c.asleep = true }, "4 of its VFs did not come online"},
 		"too few queues": {func(c *controller) { c.q.Total = 3 }, "need 2"},
 	} {
 		t.Run(name, func(t *testing.T) {

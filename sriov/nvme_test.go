@@ -56,6 +56,20 @@ func TestDecodeNVMe(t *testing.T) {
 	}
 }
 
+// Pages that are shorter than what they are to hold say nothing, and the first of them is an error.
+func TestShortPages(t *testing.T) {
+	whole := primaryPage(pool{16, 3, 2, 1}, pool{9, 1, 4, 2})
+	if pools, err := decodePrimary(whole[:79]); err == nil {
+		t.Errorf("%+v of 79 bytes", pools)
+	}
+	list := secondaryPage(controllers(3, 2, 1))
+	for size, want := range map[int]int{0: 0, 31: 0, 32: 0, 64: 1, 127: 2, 128: 3} {
+		if got := decodeSecondary(list[:size]); len(got) != want {
+			t.Errorf("%d controllers of %d bytes, want %d", len(got), size, want)
+		}
+	}
+}
+
 func TestShareOut(t *testing.T) {
 	pools := map[resource]pool{queues: {Total: 16, Most: 8, Unit: 1}, interrupts: {Total: 8, Most: 8, Unit: 1}}
 	got, err := shareOut(pools, controllers(8, 0, 0), 4)

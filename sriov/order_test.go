@@ -106,6 +106,56 @@ func TestCallOrder(t *testing.T) {
 	}
 }
 
+// Settings are set as they were planned, once, on a VF that is locked, and on no dry run.
+func TestCallOrderOfSet(t *testing.T) {
+	k := small(t)
+	quiet(t, k, makeVFs(alike(2, UseNone)))
+	ctx := t.Context()
+	refused := func(what string, s *Handle, p *SetPlan, want error) {
+		t.Helper()
+		before := look(t, k)
+		if _, err := s.Set(ctx, p); !errors.Is(err, want) {
+			t.Errorf("%s: %v", what, err)
+		}
+		if now := look(t, k); !now.same(before) || len(now.changes) > 0 {
+			t.Errorf("%s: left %s", what, now)
+		}
+	}
+	plan := func(s *Handle) *SetPlan {
+		t.Helper()
+		p, err := s.PlanSet(device(t, s, pf), device(t, s, vf0), Settings{VLAN: "7"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+
+	dry := openWith(t, k, bind.Options{DryRun: true})
+	refused("on a dry run", dry, plan(dry), bind.ErrDryRun)
+	s := open(t, k)
+	refused("not locked", s, plan(s), bind.ErrNotLocked)
+	if err := s.LockAt(ctx, parse(pf)); err != nil {
+		t.Fatal(err)
+	}
+	refused("only its PF is locked", s, plan(s), bind.ErrNotLocked)
+	if err := s.LockAt(ctx, parse(vf0)); err != nil {
+		t.Fatal(err)
+	}
+	done := plan(s)
+	if _, err := s.Set(ctx, done); err != nil {
+		t.Fatal(err)
+	}
+	refused("carried out before", s, done, bind.ErrRan)
+
+	var not *NotVFError
+	if _, err := s.PlanSet(device(t, s, pf), device(t, s, e1000), Settings{VLAN: "7"}); !errors.As(err, &not) {
+		t.Errorf("a plan for what is no VF of it: %v", err)
+	}
+	if _, err := s.SetVF(ctx, parse(e1000), Settings{VLAN: "7"}); !errors.As(err, &not) {
+		t.Errorf("what is no VF is set: %v", err)
+	}
+}
+
 // VFs that something else made meanwhile stay, whether somebody uses them or not.
 func TestForeignVFs(t *testing.T) {
 	for _, when := range []string{"sriov_numvfs", "sriov_drivers_autoprobe"} {

@@ -663,6 +663,32 @@ func TestPrepareRecovers(t *testing.T) {
 	}
 }
 
+// What a call is about has to be there, and to be a device whose driver can be changed.
+func TestCallsAboutNothing(t *testing.T) {
+	k, b := newKernel(t)
+	ctx, gone := t.Context(), iommu.Address{Bus: 0xfe}
+	lost := &iommu.Device{Name: "0000:fe:00.0", Address: gone, PCI: true, Group: new(4711)}
+	other := &iommu.Device{Name: "plat.0"}
+	if _, err := b.Move(ctx, Take(Auto), gone); !errors.Is(err, iommu.ErrNotFound) {
+		t.Errorf("move what is not there: %v", err)
+	}
+	if j, err := b.Prepare(ctx, Request{Devices: []*iommu.Device{lost}, Goal: Take(Auto)}); err == nil {
+		t.Errorf("prepare what is in no group: %+v", j)
+	}
+	for _, goal := range []Goal{Take(Auto), GiveBack(), Home()} {
+		if c, err := b.Plan(other, goal); err == nil || len(c.Steps) > 0 {
+			t.Errorf("plan what is no PCI device: %+v, %v", c, err)
+		}
+	}
+	dry := open(t, k, Options{DryRun: true})
+	if had, err := dry.TryLock(read(t, dry, igb).Address); had || !errors.Is(err, ErrDryRun) {
+		t.Errorf("a lock on a dry run: %v, %v", had, err)
+	}
+	if keys, _ := b.journal.Keys(""); len(keys) > 0 || len(k.Log) > 0 {
+		t.Errorf("records %q, writes %q", keys, k.Log)
+	}
+}
+
 // A Job is run once: what it asked for may be another thing afterwards.
 func TestJobRunsOnce(t *testing.T) {
 	k, b := newKernel(t)

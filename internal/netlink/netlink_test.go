@@ -417,17 +417,19 @@ func TestLooksThatFail(t *testing.T) {
 	}
 	none := func(err error) (any, error) { return nil, err }
 	for what, look := range map[string]func() (any, error){
-		"LinkByName":  with(func(c *Conn) (any, error) { return c.LinkByName(nic) }),
-		"LinkByIndex": with(func(c *Conn) (any, error) { return c.LinkByIndex(2) }),
-		"Peer":        with(func(c *Conn) (any, error) { id, _, err := c.Peer(1); return id, err }),
-		"SetLink":     with(func(c *Conn) (any, error) { return none(c.SetLink(2, unix.IFF_UP, unix.IFF_UP)) }),
-		"SetGenMode":  with(func(c *Conn) (any, error) { return none(c.SetGenMode(2, 0)) }),
-		"Links":       with(func(c *Conn) (any, error) { return c.Links() }),
-		"LinkWithVFs": with(func(c *Conn) (any, error) { return c.LinkWithVFs(nic, 0) }),
-		"Addresses":   with(func(c *Conn) (any, error) { return c.Addresses() }),
-		"Routes":      with(func(c *Conn) (any, error) { return c.Routes() }),
-		"RouteTo":     with(func(c *Conn) (any, error) { return c.RouteTo(net.ParseIP("192.0.2.7"), nil) }),
-		"Permanent":   func() (any, error) { return Permanent(k.Host(), []string{nic, other}) },
+		"LinkByName":   with(func(c *Conn) (any, error) { return c.LinkByName(nic) }),
+		"LinkByIndex":  with(func(c *Conn) (any, error) { return c.LinkByIndex(2) }),
+		"Peer":         with(func(c *Conn) (any, error) { id, _, err := c.Peer(1); return id, err }),
+		"SetLink":      with(func(c *Conn) (any, error) { return none(c.SetLink(2, unix.IFF_UP, unix.IFF_UP)) }),
+		"SetGenMode":   with(func(c *Conn) (any, error) { return none(c.SetGenMode(2, 0)) }),
+		"Links":        with(func(c *Conn) (any, error) { return c.Links() }),
+		"LinkWithVFs":  with(func(c *Conn) (any, error) { return c.LinkWithVFs(nic, 0) }),
+		"Addresses":    with(func(c *Conn) (any, error) { return c.Addresses() }),
+		"Routes":       with(func(c *Conn) (any, error) { return c.Routes() }),
+		"RouteTo":      with(func(c *Conn) (any, error) { return c.RouteTo(net.ParseIP("192.0.2.7"), nil) }),
+		"Permanent":    func() (any, error) { return Permanent(k.Host(), []string{nic, other}) },
+		"Alternatives": func() (any, error) { return Alternatives(k.Host()) },
+		"FirstName":    func() (any, error) { return FirstName(k.Host(), nic) },
 		"DialGeneric": func() (any, error) {
 			g, err := DialGeneric(k.Host(), "devlink", 1)
 			if err != nil {
@@ -462,6 +464,23 @@ func TestLooksThatFail(t *testing.T) {
 			t.Errorf("%s that is refused: %v, %v", what, got, err)
 		}
 		k.Revive()
+
+		if isList := slices.Contains([]string{"Links", "Addresses", "Routes", "Alternatives"}, what); isList {
+			// One datagram has all of it, its end too.
+			continue
+		}
+		empty := func(kind uint16, b []byte) []byte {
+			if kind < unix.NLMSG_MIN_TYPE {
+				return b
+			}
+			native.PutUint32(b, unix.SizeofNlMsghdr)
+			return b[:unix.SizeofNlMsghdr]
+		}
+		k.ChangeNet(func(n *hosttest.Network) { n.Answer = empty })
+		if got, err := look(); !errors.Is(err, ErrCut) && !strings.HasPrefix(what, "Set") {
+			t.Errorf("%s of an answer that says nothing: %v, %v", what, got, err)
+		}
+		k.ChangeNet(func(n *hosttest.Network) { n.Answer = nil })
 	}
 }
 

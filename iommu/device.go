@@ -46,6 +46,10 @@ type Device struct {
 	VFIndex int
 	// SRIOV is nil if this is no PF.
 	SRIOV *SRIOV
+	// Parent is the device whose driver made this device's bus, as a Volume Management Device's does; nil of all others.
+	Parent *Address
+	// As is the role that somebody has given the device instead of its class's; see [Device.Role].
+	As Role
 }
 
 // InGroup reports whether the device is in the IOMMU group with this number.
@@ -53,6 +57,13 @@ func (d *Device) InGroup(id int) bool { return d.Group != nil && *d.Group == id 
 
 // Together reports whether two devices are in one IOMMU group.
 func (d *Device) Together(other *Device) bool { return other.Group != nil && d.InGroup(*other.Group) }
+
+// Sibling reports whether two devices are functions of one card; a VF is none.
+func (d *Device) Sibling(other *Device) bool {
+	one, two := d.Address, other.Address
+	one.Function, two.Function = 0, 0
+	return d.PCI && other.PCI && one == two && d.Address != other.Address && d.PhysFn == nil && other.PhysFn == nil
+}
 
 // ID is what a PCI function says it is, as the kernel puts it into its modalias.
 type ID struct {

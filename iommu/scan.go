@@ -56,11 +56,20 @@ func (g *Group) Blockers() []*Device {
 	return out
 }
 
-// Endpoints are what is taken and given back together: all members but the bridges.
-func (g *Group) Endpoints() []*Device {
+// Endpoints are what is taken and given back together: all members but the bridges, and what is behind another member's
+// driver.
+func (g *Group) Endpoints() []*Device { return g.in(RoleGuest, RoleCompanion) }
+
+// Handed are the members that a guest gets.
+func (g *Group) Handed() []*Device { return g.in(RoleGuest) }
+
+// Children are the members behind the driver of another one, with which they go.
+func (g *Group) Children() []*Device { return g.in(RoleChild) }
+
+func (g *Group) in(roles ...Role) []*Device {
 	var out []*Device
 	for i := range g.Devices {
-		if !g.Devices[i].IsBridge() {
+		if slices.Contains(roles, g.Devices[i].Role()) {
 			out = append(out, &g.Devices[i])
 		}
 	}
@@ -168,6 +177,9 @@ func Scan(h *Host) (*Topology, error) {
 		return nil, err
 	}
 	linkVFs(devices)
+	if err := readParents(h, devices); err != nil {
+		return nil, err
+	}
 	if t.Groups, err = readGroups(h, devices); err != nil {
 		return nil, err
 	}

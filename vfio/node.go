@@ -20,7 +20,10 @@ func nodes(h *iommu.Host, d *iommu.Device) ([]node, error) {
 	var out []node
 	if d.Group != nil {
 		group := strconv.Itoa(*d.Group)
-		out = append(out, node{"/dev/vfio/" + group, path.Join("sys/class/vfio", group, "dev")})
+		// Without an IOMMU, in VFIO's noiommu mode, it has another name (drivers/vfio/group.c).
+		for _, name := range []string{group, "noiommu-" + group} {
+			out = append(out, node{"/dev/vfio/" + name, path.Join("sys/class/vfio", name, "dev")})
+		}
 	}
 
 	dir := path.Join("sys/bus/pci/devices", d.Address.String(), "vfio-dev")

@@ -232,6 +232,7 @@ type changeView struct {
 	Address iommu.Address `json:"address"`
 	From    *string       `json:"from"`
 	To      *string       `json:"to"`
+	Role    iommu.Role    `json:"role"`
 	Changed bool          `json:"changed"`
 	Steps   []string      `json:"steps"`
 	Error   *string       `json:"error"`
@@ -256,6 +257,9 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, goal bind.Goal, 
 	for _, v := range job.Units {
 		for _, h := range v.Overridden {
 			e.note("by force, although %s", h)
+		}
+		for _, n := range v.Notes {
+			e.note("%s", n)
 		}
 	}
 	refused := job.Refused()
@@ -324,7 +328,7 @@ func viewResults(results []bind.Result,
 		}
 	}
 	for _, r := range results {
-		views = append(views, viewChange(r.Change, r.Err))
+		views = append(views, viewChange(r))
 		errs = append(errs, r.Err)
 		if d := byAddress[r.Device]; r.Err == nil && d != nil {
 			arrived = append(arrived, d)
@@ -352,8 +356,8 @@ func (c *changing) tellClaimed(results []bind.Result) {
 
 // mixed makes refusals that were passed over a plain failure: something was touched.
 func mixed(err error, touched bool) error {
-	if err != nil && touched && errors.Is(err, holder.ErrRefused) {
-		// No longer an ErrRefused.
+	if err != nil && touched && (errors.Is(err, holder.ErrRefused) || errors.Is(err, holder.ErrBlind)) {
+		// No longer one of those.
 		return errors.New(err.Error())
 	}
 	return err
@@ -373,7 +377,13 @@ func resolveAsked(h *iommu.Host, t *iommu.Topology, sel []iommu.Selector) ([]*io
 			if err != nil {
 				return nil, err
 			}
-			devices = g.Endpoints()
+			if devices = g.Handed(); len(devices) == 0 {
+				return nil, &holder.RefusedError{
+					What:    "take " + s.String(),
+					Reasons: []string{"nothing in it is for a guest (viaduct show " + s.String() + ")"},
+					Cure:    "name what is meant by itself",
+				}
+			}
 		case len(devices) > 1:
 			_, err := s.One(h, t)
 			// Several where one was meant: too easily too many.
@@ -441,22 +451,23 @@ func recoverCommand(e *env) *cli.Command {
 	})
 }
 
-func viewChange(c bind.Change, err error) changeView {
+func viewChange(r bind.Result) changeView {
 	v := changeView{
-		Address: c.Device,
-		From:    known(c.From),
-		To:      known(c.To),
-		Changed: len(c.Steps) > 0 && err == nil,
+		Address: r.Device,
+		From:    known(r.From),
+		To:      known(r.To),
+		Role:    r.Role,
+		Changed: len(r.Steps) > 0 && r.Err == nil,
 		Steps:   []string{},
 	}
-	if c.To == bind.None {
+	if r.To == bind.None {
 		v.To = nil
 	}
-	for _, s := range c.Steps {
+	for _, s := range r.Steps {
 		v.Steps = append(v.Steps, s.String())
 	}
-	if err != nil {
-		text := err.Error()
+	if r.Err != nil {
+		text := r.Err.Error()
 		v.Error = &text
 	}
 	return v
@@ -468,15 +479,27 @@ func (e *env) printChanges(views []changeView, lasts string) {
 		case v.Error != nil:
 			// Said by the error itself.
 		case e.dryRun:
+			if v.Role == iommu.RoleCompanion {
+				fmt.Fprintf(e.stdout, "# %s is a companion: it is only kept off the host's drivers\n", v.Address)
+			}
 			for _, s := range v.Steps {
 				fmt.Fprintln(e.stdout, s)
 			}
 		case !v.Changed:
-			fmt.Fprintf(e.stdout, "%s is on %s already\n", v.Address, driverText(v.To))
+			fmt.Fprintf(e.stdout, "%s is on %s already%s\n", v.Address, driverText(v.To), companionText(v.Role))
 		default:
-			fmt.Fprintf(e.stdout, "%s: %s -> %s%s\n", v.Address, driverText(v.From), driverText(v.To), lasts)
+			fmt.Fprintf(e.stdout, "%s: %s -> %s%s%s\n", v.Address, driverText(v.From), driverText(v.To),
+				companionText(v.Role), lasts)
 		}
 	}
+}
+
+// companionText says of a companion that it is one.
+func companionText(r iommu.Role) string {
+	if r == iommu.RoleCompanion {
+		return ", as a companion"
+	}
+	return ""
 }
 
 func driverText(driver *string) string {

@@ -37,6 +37,7 @@ type deviceView struct {
 	Name           *string        `json:"name"`
 	Driver         *string        `json:"driver"`
 	DriverOverride *string        `json:"driver_override"`
+	Role           iommu.Role     `json:"role"`
 	NUMANode       *int           `json:"numa_node"`
 	Netdevs        []string       `json:"netdevs"`
 	PhysFn         *iommu.Address `json:"physfn"`
@@ -119,7 +120,7 @@ func deviceViews(devices []iommu.Device, names *iommu.Names, keep map[string]boo
 func deviceOf(d *iommu.Device, names *iommu.Names) deviceView {
 	v := deviceView{
 		Address: d.Name, Driver: known(d.Driver), DriverOverride: known(d.DriverOverride), Netdevs: d.Netdevs, PhysFn: d.PhysFn,
-		Name: known(deviceName(names, d)),
+		Name: known(deviceName(names, d)), Role: d.Role(),
 	}
 	if v.Netdevs == nil {
 		v.Netdevs = []string{}

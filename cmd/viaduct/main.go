@@ -166,7 +166,7 @@ func exitStatus(err error) int {
 	switch {
 	case errors.As(err, &usage), errors.Is(err, iommu.ErrSyntax), errors.As(err, &ambiguous):
 		return exitUsage
-	case errors.Is(err, holder.ErrRefused):
+	case errors.Is(err, holder.ErrRefused), errors.Is(err, holder.ErrBlind):
 		return exitRefused
 	}
 	return exitFailed

@@ -150,13 +150,21 @@ func showGroup(e *env, w io.Writer, h *iommu.Host, t *iommu.Topology, names *iom
 	f.add("viable", "%s", viability(v.Blockers))
 	for i := range g.Devices {
 		d := &g.Devices[i]
-		f.add("device", "%s", treeLine(d, names))
+		f.add(roleText(d.Role()), "%s", treeLine(d, names))
 	}
 
 	for _, r := range v.ReservedRegions {
 		f.add("reserved", "%s - %s %s", r.Start, r.End, r.Type)
 	}
 	return nil
+}
+
+// roleText is a device's role as the word before it.
+func roleText(r iommu.Role) string {
+	if r == iommu.RoleGuest {
+		return "guest's"
+	}
+	return string(r)
 }
 
 func viability(blockers []string) string {
@@ -283,6 +291,7 @@ func (v *showView) print(w io.Writer, d *iommu.Device) {
 	if g := v.Group; g == nil {
 		f.add("group", "none")
 	} else {
+		f.add("role", "%s", roleText(v.Role))
 		f.add("group", "%d %s, viable: %s", g.ID, ptr(g.Type), viability(g.Blockers))
 		f.add("members", "%s", strings.Join(g.Devices, ", "))
 	}

@@ -11,8 +11,15 @@ import (
 )
 
 // Units are what must be taken together with the given devices: the endpoints of their groups, each group once. Bridges
-// are left alone. A device without a group is a unit of its own.
+// are left alone. A device without a group is a unit of its own. The given devices are handed over, whatever their
+// class; companions among the others are only kept off the host's drivers ([iommu.Device.Role]).
 func Units(t *iommu.Topology, devices []*iommu.Device) ([][]*iommu.Device, error) {
+	for _, d := range devices {
+		if d.Role() == iommu.RoleCompanion {
+			d.As = iommu.RoleGuest
+		}
+	}
+
 	var out [][]*iommu.Device
 	seen := map[string]bool{}
 	for _, d := range devices {
@@ -44,6 +51,22 @@ func Singly(devices []*iommu.Device) [][]*iommu.Device {
 	return out
 }
 
+// Takable says why no guest can have a device by itself, whoever uses it: an [holder.ErrRefused], nil if one can.
+func Takable(d *iommu.Device) error {
+	refused := &holder.RefusedError{What: "take " + d.Name}
+	switch d.Role() {
+	case iommu.RolePort:
+		refused.Reasons = []string{d.Name + " is a bridge, which no guest can have"}
+	case iommu.RoleChild:
+		refused.Reasons = []string{fmt.Sprintf("%s is behind %s, whose driver makes its bus: a guest can only have all "+
+			"that is behind that", d.Name, d.Parent)}
+		refused.Cure = "name " + d.Parent.String() + " instead"
+	default:
+		return nil
+	}
+	return refused
+}
+
 // Verdict is what came of asking whether a unit may go where it is to go.
 type Verdict struct {
 	Unit []*iommu.Device
@@ -51,6 +74,8 @@ type Verdict struct {
 	Refused error
 	// Overridden are the holders that were a reason to refuse, had force not overridden them.
 	Overridden []holder.Holder
+	// Notes are what who takes the unit should know, as sentences.
+	Notes []string
 }
 
 // Check asks, for each unit, whether it may go where it is to go, by one look at who uses them. Asked are the devices
@@ -64,15 +89,16 @@ func (b *Handle) Check(units [][]*iommu.Device, asked []*iommu.Device, g Goal, f
 	}
 	if g.takes() {
 		for _, d := range asked {
-			if d.IsBridge() {
-				return nil, &holder.RefusedError{
-					What:    "take " + d.Name,
-					Reasons: []string{d.Name + " is a bridge, which no guest can have"},
-				}
+			if err := Takable(d); err != nil {
+				return nil, err
 			}
 		}
 	}
-	holders, err := b.holders(slices.Concat(units...), g)
+	all := slices.Concat(units...)
+	for _, unit := range units {
+		all = append(all, childrenOf(t, unit)...)
+	}
+	holders, err := b.holders(all, g)
 	if err != nil {
 		return nil, err
 	}
@@ -87,6 +113,18 @@ func (b *Handle) Check(units [][]*iommu.Device, asked []*iommu.Device, g Goal, f
 		b.keepAnswer(unit, g, out[i].Refused == nil)
 	}
 	return out, nil
+}
+
+// childrenOf are the devices that go with a unit, as they are behind the driver of one of it.
+func childrenOf(t *iommu.Topology, unit []*iommu.Device) []*iommu.Device {
+	if len(unit) == 0 || unit[0].Group == nil {
+		return nil
+	}
+	g, err := t.Group(*unit[0].Group)
+	if err != nil {
+		return nil
+	}
+	return g.Children()
 }
 
 // keepAnswer remembers whether a unit that is locked may go somewhere.
@@ -153,6 +191,7 @@ func (c *check) run(asked []*iommu.Device, holders []holder.Holder) {
 	if c.goal.takes() {
 		what = "take "
 		c.canBeTaken()
+		c.siblings(asked)
 	} else {
 		c.refused.Cure = "end the guest, or release what is assigned to it, first"
 	}
@@ -202,11 +241,37 @@ func (c *check) canBeTaken() {
 	}
 }
 
+// siblings notes what else the cards of the asked devices have that belongs to them, as a graphics card's audio, and is
+// in another group.
+func (c *check) siblings(asked []*iommu.Device) {
+	for _, d := range c.unit {
+		if !has(asked, d) {
+			continue
+		}
+		c.topology.All(func(other *iommu.Device) bool {
+			if d.Sibling(other) && !other.Together(d) && !has(asked, other) && other.Class>>16 != d.Class>>16 &&
+				other.Role() == iommu.RoleGuest && !other.VFIO {
+				c.verdict.Notes = append(c.verdict.Notes, fmt.Sprintf("%s is on the same card as %s, in a group of its "+
+					"own: it stays with the host unless it is taken too", other.Name, d.Name))
+			}
+			return true
+		})
+	}
+}
+
 // users adds who uses the unit. Who has a device that is where it is to be is no reason against bringing it there.
 func (c *check) users(holders []holder.Holder) {
+	touched := append(slices.Clone(c.unit), childrenOf(c.topology, c.unit)...)
 	for _, h := range holders {
-		i := slices.IndexFunc(c.unit, func(d *iommu.Device) bool { return d.Name == h.Device })
-		if i < 0 || c.goal.reached(c.unit[i]) {
+		i := slices.IndexFunc(touched, func(d *iommu.Device) bool { return d.Name == h.Device })
+		if i < 0 {
+			continue
+		}
+		if c.goal.reached(touched[i]) {
+			if h.Kind == holder.Display {
+				// VFIO will not get its memory.
+				c.verdict.Notes = append(c.verdict.Notes, h.String())
+			}
 			continue
 		}
 		if reason := h.Against(c.force); reason != "" {
@@ -219,8 +284,11 @@ func (c *check) users(holders []holder.Holder) {
 
 // reached reports whether a device is where it is to go, as far as its users matter.
 func (g Goal) reached(d *iommu.Device) bool {
-	if !g.takes() {
+	switch {
+	case !g.takes():
 		return !d.VFIO
+	case d.Role() == iommu.RoleCompanion:
+		return !d.Blocks()
 	}
 	return d.VFIO && (g.driver == Auto || g.driver == d.Driver)
 }
@@ -244,11 +312,15 @@ func (c *check) stuck() {
 	}
 }
 
+func has(devices []*iommu.Device, d *iommu.Device) bool {
+	return slices.ContainsFunc(devices, func(other *iommu.Device) bool { return other.Name == d.Name })
+}
+
 // named are the devices of the unit that were asked for.
 func (c *check) named(asked []*iommu.Device) string {
 	var out []string
 	for _, d := range c.unit {
-		if slices.ContainsFunc(asked, func(a *iommu.Device) bool { return a.Name == d.Name }) {
+		if has(asked, d) {
 			out = append(out, d.Name)
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os/user"
 	"path"
 	"path/filepath"
@@ -25,7 +26,8 @@ type NodeOwner struct {
 	uid, gid int    // -1 leaves it
 }
 
-// ParseNodeOwner reads USER, USER:GROUP or :GROUP, each a name or a number, as chown(1) does.
+// ParseNodeOwner reads USER, USER:GROUP or :GROUP, each a name or a number, as chown(1) does. A number need not be
+// anybody's.
 func ParseNodeOwner(s string) (*NodeOwner, error) {
 	o := &NodeOwner{Text: s, uid: -1, gid: -1}
 	name, group, both := strings.Cut(s, ":")
@@ -35,30 +37,32 @@ func ParseNodeOwner(s string) (*NodeOwner, error) {
 
 	if name != "" {
 		u, err := user.Lookup(name)
-		if err != nil {
-			u, err = user.LookupId(name)
+		if err == nil {
+			name = u.Uid
 		}
-		if err != nil || u.Username != name && u.Uid != name {
-			// A number that is too long may be cut to another one's.
+		if o.uid, err = parseID(name); err != nil {
 			return nil, fmt.Errorf("there is no user %q", name)
-		}
-		if o.uid, err = strconv.Atoi(u.Uid); err != nil {
-			return nil, err
 		}
 	}
 	if both && group != "" {
 		g, err := user.LookupGroup(group)
-		if err != nil {
-			g, err = user.LookupGroupId(group)
+		if err == nil {
+			group = g.Gid
 		}
-		if err != nil || g.Name != group && g.Gid != group {
+		if o.gid, err = parseID(group); err != nil {
 			return nil, fmt.Errorf("there is no group %q", group)
-		}
-		if o.gid, err = strconv.Atoi(g.Gid); err != nil {
-			return nil, err
 		}
 	}
 	return o, nil
+}
+
+// parseID reads the number of a user or group. The last one there could be means none (chown(2)).
+func parseID(s string) (int, error) {
+	n, err := strconv.ParseUint(s, 10, 32)
+	if err == nil && n == math.MaxUint32 {
+		err = strconv.ErrRange
+	}
+	return int(n), err
 }
 
 // mode lets in whom the node belongs to, and nobody else.

@@ -20,6 +20,7 @@ func TestParseNodeOwner(t *testing.T) {
 	for text, want := range map[string]*NodeOwner{
 		"root": {"root", 0, -1}, "0": {"0", 0, -1}, ":0": {":0", -1, 0}, "root:root": {"root:root", 0, 0}, "root:": {"root:", 0, -1},
 		"": nil, ":": nil, "nobody-of-this-name": nil, "root:no-such-group": nil, "4294967299": nil,
+		"4294967295": nil, "-1": nil, "0x1": nil, "64055": {"64055", 64055, -1}, "64055:64056": {"64055:64056", 64055, 64056},
 	} {
 		got, err := ParseNodeOwner(text)
 		if (err == nil) != (want != nil) || want != nil && *got != *want {

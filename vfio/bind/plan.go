@@ -20,12 +20,15 @@ type Change struct {
 	ToOverride   string        `json:"to_override"`
 	Module       string        `json:"-"` // to be loaded first, "" if none; To may then be a guess
 	Steps        []Step        `json:"-"` // none: it is as wanted already
+	Role         iommu.Role    `json:"-"` // that the device has in its group
 	op           string
 }
 
 // from is a change that begins where a device is.
 func from(d *iommu.Device) Change {
-	return Change{Device: d.Address, ID: d.ID, From: d.Driver, FromOverride: d.DriverOverride}
+	return Change{
+		Device: d.Address, ID: d.ID, From: d.Driver, FromOverride: d.DriverOverride, Role: d.Role(),
+	}
 }
 
 func overrideOf(a iommu.Address) string { return path.Join(devicePath(a), "driver_override") }
@@ -76,6 +79,14 @@ func (b *Handle) Plan(d *iommu.Device, g Goal) (Change, error) {
 // planTake plans how a device gets onto a VFIO driver, or to none. The override stays.
 func (b *Handle) planTake(d *iommu.Device, driver string) (Change, error) {
 	c := from(d)
+	if d.Role() == iommu.RoleCompanion {
+		// Off the host's drivers, which are kept from it, is all that it must be.
+		if c.To, c.ToOverride = d.Driver, d.DriverOverride; d.Driver == "" || d.Blocks() {
+			c.To, c.ToOverride = None, None
+		}
+		c.plan(d)
+		return c, nil
+	}
 	if driver == Auto && d.VFIO {
 		// Taken already; a better driver is not worth the loss of a guest.
 		driver = d.Driver

@@ -271,7 +271,7 @@ func usedBlockDevices(h *iommu.Host) (map[string]use, error) {
 
 	var blind error
 	used := map[string]use{}
-	for _, add := range []func(*iommu.Host, blockNumbers, map[string]use) error{addMounts, addSwaps, addBtrfs} {
+	for _, add := range []func(*iommu.Host, blockNumbers, map[string]use) error{addMounts, addSwaps, addBtrfs, addTargets} {
 		if err := add(h, numbers, used); errors.Is(err, ErrBlind) {
 			blind = err
 		} else if err != nil {
@@ -383,6 +383,42 @@ func addBtrfs(h *iommu.Host, _ blockNumbers, used map[string]use) error {
 		for _, m := range members {
 			if _, known := used[m]; !known {
 				used[m] = use{kind: Mount, text: "is part of a mounted btrfs", root: root}
+			}
+		}
+	}
+	return nil
+}
+
+// addTargets adds what is exported over NVMe: the kernel's target opens a disk as anybody may, and not for itself alone
+// (drivers/nvme/target/io-cmd-bdev.c).
+func addTargets(h *iommu.Host, numbers blockNumbers, used map[string]use) error {
+	const subsystems = "sys/kernel/config/nvmet/subsystems"
+	all, err := names(h, subsystems)
+	if err != nil {
+		return err
+	}
+	for _, subsystem := range all {
+		spaces, err := names(h, path.Join(subsystems, subsystem, "namespaces"))
+		if err != nil {
+			return err
+		}
+		for _, n := range spaces {
+			dir := path.Join(subsystems, subsystem, "namespaces", n)
+			enabled, err1 := present(h.String(path.Join(dir, "enable")))
+			file, err2 := present(h.String(path.Join(dir, "device_path")))
+			if err := errors.Join(err1, err2); err != nil {
+				return err
+			}
+			source, ok := strings.CutPrefix(file, "/dev/")
+			if !ok || enabled != "1" {
+				continue
+			}
+			if target, err := h.LinkBase(path.Join("dev", source)); err == nil {
+				// As those of disk/by-id.
+				source = target
+			}
+			if name := deviceNamed(source, numbers.mapped); used[name].kind == "" {
+				used[name] = use{kind: Storage, text: "is exported over NVMe as " + subsystem}
 			}
 		}
 	}

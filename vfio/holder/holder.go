@@ -2,7 +2,6 @@ package holder
 
 import (
 	"errors"
-	"fmt"
 	"path"
 	"slices"
 	"strings"
@@ -107,61 +106,3 @@ func (h Holder) Against(force []Kind) string {
 }
 
 func devicePath(a iommu.Address) string { return path.Join("sys/bus/pci/devices", a.String()) }
-
-// displayHolders finds the display that the firmware began with and active framebuffers. A device without a driver
-// counts too: the console may be on its memory.
-func displayHolders(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
-	var out []Holder
-	var frames map[string]string
-	for _, d := range devices {
-		if !d.PCI || d.Class>>16 != 3 || d.VFIO {
-			continue
-		}
-
-		boot, err := h.Steady(path.Join(devicePath(d.Address), "boot_vga"))
-		if err != nil && !host.Absent(err) {
-			return nil, err
-		}
-		if boot == "1" {
-			out = append(out, Holder{Device: d.Name, Kind: Display, What: "is the display this host started on"})
-		}
-
-		if frames == nil {
-			if frames, err = framebuffers(h); err != nil {
-				return nil, err
-			}
-		}
-		if fb := frames[d.Name]; fb != "" {
-			what := fmt.Sprintf("has the active framebuffer %s", fb)
-			out = append(out, Holder{Device: d.Name, Kind: Display, What: what})
-		}
-	}
-	return out, nil
-}
-
-// framebuffers are the framebuffers of a host by the names of all devices that they are below.
-func framebuffers(h *iommu.Host) (map[string]string, error) {
-	const class = "sys/class/graphics"
-	names, err := h.Names(class)
-	if err != nil && !host.Absent(err) {
-		return nil, err
-	}
-
-	out := map[string]string{}
-	for _, n := range names {
-		if !strings.HasPrefix(n, "fb") {
-			continue
-		}
-		target, err := h.Link(path.Join(class, n))
-		if host.Absent(err) || errors.Is(err, errNoLink) {
-			continue
-		}
-		if err != nil {
-			return nil, err
-		}
-		for part := range strings.SplitSeq(target, "/") {
-			out[part] = n
-		}
-	}
-	return out, nil
-}

@@ -54,7 +54,7 @@ type look struct {
 var (
 	network = &look{netHolders}
 	disks   = &look{diskHolders}
-	display = &look{displayHolders}
+	display = &look{Displays}
 	open    = &look{Processes}
 	leases  = &look{Leases}
 	books   = &look{Owners}
@@ -67,7 +67,7 @@ var kinds = [...]row{
 	{kind: Mount, means: "a file system on it is mounted", look: disks, carriesHost: true, use: true, keepsRoot: true},
 	{kind: Swap, means: "it is used as swap", look: disks, carriesHost: true, use: true},
 	{
-		kind: Storage, means: "it is under device-mapper, md, LVM or ZFS", look: disks,
+		kind: Storage, means: "it is under device-mapper, md, LVM or ZFS, or exported", look: disks,
 		carriesHost: true, use: true, keepsRoot: true,
 	},
 	{
@@ -92,7 +92,7 @@ var kinds = [...]row{
 		carriesHost: true, use: true, yieldsToRollback: true,
 	},
 	{
-		kind: Display, means: "it is the display this host started on, or has an active framebuffer", look: display,
+		kind: Display, means: "it is the display this host started on, or has a framebuffer", look: display,
 		carriesHost: true, use: true,
 	},
 	{kind: Owner, means: "another tool has it in its books", look: books},

@@ -1,6 +1,7 @@
 package holder
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"go/ast"
@@ -63,6 +64,21 @@ var underneath = hosttest.Tree{
 		"0000:00:06.0/0000:02:00.0/net/enp2s0",
 }
 
+const (
+	e1000Dir = "sys/devices/pci0000:00/0000:00:08.0/0000:07:01.0"
+	eduDir   = "sys/devices/pci0000:00/0000:00:08.0/0000:07:02.0"
+	nvmet    = "sys/kernel/config/nvmet/subsystems/nqn.it/namespaces/1"
+)
+
+// bootParams have a screen of 600 lines of 3,200 bytes at c0000000.
+var bootParams = func() string {
+	b := make([]byte, 0x1000)
+	binary.LittleEndian.PutUint16(b[0x14:], 600)
+	binary.LittleEndian.PutUint16(b[0x24:], 3200)
+	binary.LittleEndian.PutUint32(b[0x18:], 0xc0000000)
+	return string(b)
+}()
+
 // scenarios are those of each kind.
 var scenarios = map[Kind][]scenario{
 	Process: {
@@ -78,6 +94,35 @@ var scenarios = map[Kind][]scenario{
 			device: e1000,
 			setup:  func(k *hosttest.Kernel) { bindVFIO(k); k.Process(4711, "qemu", "anon_inode:[vfio-device]") },
 			says:   "process 4711",
+		},
+		// Whatever has a node, of whichever class or bus: a USB device below a controller, a mediated device by its group,
+		// and one that sysfs does not know of.
+		{
+			device: e1000,
+			tree: hosttest.Tree{
+				e1000Dir + "/usb1/1-1/dev": "189:1\n", e1000Dir + "/usb1/1-1/subsystem": "-> ../../../../../../../bus/usb",
+				"dev/bus/usb/001/002": "c 189:1\n",
+			},
+			setup: func(k *hosttest.Kernel) { k.Process(4711, "qemu", "/dev/bus/usb/001/002") },
+			says:  "is open in process 4711",
+		},
+		{
+			device: e1000,
+			tree: hosttest.Tree{
+				e1000Dir + "/a297db4a-f4c2-11e6-90f6-d3b88d6c9525/iommu_group": "-> ../../../../../kernel/iommu_groups/30",
+				"sys/class/vfio/30/dev": "243:5\n", "dev/vfio/30": "c 243:5\n",
+			},
+			setup: func(k *hosttest.Kernel) { k.Process(4711, "qemu", "/dev/vfio/30") },
+			says:  "is open in process 4711",
+		},
+		{
+			device: e1000,
+			tree: hosttest.Tree{
+				"proc/driver/nvidia/gpus/" + e1000 + "/information": "Model: \t\t NVIDIA L4\nDevice Minor: \t 3\n",
+				"dev/nvidia3": "c 195:3\n",
+			},
+			setup: func(k *hosttest.Kernel) { k.Process(4711, "python3", "/dev/nvidia3") },
+			says:  "is open in process 4711",
 		},
 	},
 	Lease: {{device: e1000, tree: hosttest.Tree{
@@ -173,6 +218,9 @@ var scenarios = map[Kind][]scenario{
 			diskDir + "/holders/md0": "-> ../../../../../../virtual/block/md0", "sys/class/block/md0": "-> ../../devices/virtual/block/md0",
 			"sys/devices/virtual/block/md0/md/level": "raid1\n", "sys/devices/virtual/block/md0/dev": "9:0\n", "dev/md0": "b 9:0\n",
 		}), says: "md0"},
+		{device: disk, tree: withDisk(hosttest.Tree{
+			nvmet + "/enable": "1\n", nvmet + "/device_path": "/dev/vda\n", "sys/kernel/config/nvmet/subsystems/off/namespaces/": "",
+		}), says: "is exported over NVMe as nqn.it"},
 	},
 	Route: {
 		{
@@ -247,6 +295,20 @@ var scenarios = map[Kind][]scenario{
 			"sys/class/graphics/fb0":                "-> ../../devices/pci0000:00/0000:00:08.0/0000:07:02.0/graphics/fb0",
 			"sys/class/graphics/fbcon/cursor_blink": "1\n",
 		}, says: "has the active framebuffer fb0"},
+		// On the memory of what is no display by its class.
+		{device: edu, tree: hosttest.Tree{
+			eduDir + "/resource": "0x0000002800000000 0x0000002fffffffff 0x000000000014220c\n",
+			"proc/iomem":         "2800000000-2fffffffff : PCI Bus 0000:07\n  2800000000-2801fa3fff : BOOTFB\n",
+			"sys/bus/platform/devices/simple-framebuffer.0/driver": "-> ../../drivers/simple-framebuffer",
+			"sys/bus/platform/drivers/simple-framebuffer/":         "",
+		}, says: "echo simple-framebuffer.0 > /sys/bus/platform/drivers/simple-framebuffer/unbind"},
+		{device: edu, tree: hosttest.Tree{
+			eduDir + "/resource": "0x00000000c0000000 0x00000000cfffffff 0x0000000000040200\n",
+			"proc/iomem":         "c0000000-cfffffff : PCI Bus 0000:07\n",
+			"sys/bus/platform/devices/efi-framebuffer.0/driver": "-> ../../drivers/efi-framebuffer",
+			"sys/bus/platform/drivers/efi-framebuffer/":         "",
+			"sys/kernel/boot_params/data":                       bootParams,
+		}, says: "has the screen's framebuffer (efi-framebuffer)"},
 	},
 	Owner: {
 		{

@@ -34,6 +34,11 @@ type elsewhere struct {
 	whose string
 }
 
+// anybodys reports whether the interface is a device's and the kernel does not say which one's.
+func (o elsewhere) anybodys() bool {
+	return o.Device == "" && o.Kind == "" && o.Flags&unix.IFF_LOOPBACK == 0
+}
+
 // netHolders finds what stands on the devices' network interfaces, in whichever namespace these are.
 func netHolders(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 	var out []Holder
@@ -68,6 +73,10 @@ func netHolders(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 			if its {
 				what := fmt.Sprintf("(%s) is in the network namespace of %s", o.Name, o.whose)
 				out = append(out, Holder{Device: d.Name, Kind: Namespace, What: what})
+			} else if o.anybodys() && len(d.Interfaces()) == 0 {
+				// Before Linux 5.14.
+				blind = fmt.Errorf("%w: %s, in the network namespace of %s, may be an interface of %s: the kernel does not "+
+					"say whose it is", ErrBlind, o.Name, o.whose, d.Name)
 			}
 		}
 		var found []Holder

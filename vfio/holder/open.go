@@ -143,7 +143,7 @@ func heldBy(h *iommu.Host, pid string, devices []*iommu.Device, nodes map[Node]*
 			} else if d != nil {
 				found = append(found, d)
 			}
-		case strings.HasPrefix(target, "/"):
+		case strings.HasPrefix(target, "/"), strings.HasPrefix(target, "(unreachable)"):
 			viaNode = viaNode || strings.HasPrefix(target, "/dev/vfio/") && target != "/dev/vfio/vfio"
 			block, number, err := h.DeviceNumber(path.Join(dir, fd))
 			if errors.Is(err, host.ErrNoDevice) {
@@ -204,58 +204,79 @@ func unseenOf(h *iommu.Host, pid, dir string, err error) error {
 	return err
 }
 
-// Nodes are all nodes that lead to a device: of VFIO, or of what the host's driver made of it.
+// Nodes are all nodes that lead to a device: of VFIO, or of what the host's driver made of it and of what is below it.
 func Nodes(h *iommu.Host, d *iommu.Device) ([]Node, error) {
 	if !d.PCI || d.Driver == "" {
 		return nil, nil
 	}
-
 	var nodes []Node
-	add := func(block bool, file string) error {
+	add := func(block bool, text string) {
+		if number, ok := parseNumber(text); ok && !slices.Contains(nodes, Node{block, number}) {
+			nodes = append(nodes, Node{block, number})
+		}
+	}
+	read := func(block bool, file string) error {
 		text, err := h.Steady(file)
 		if host.Absent(err) || errors.Is(err, unix.ENOTDIR) {
 			return nil
 		}
-		if err != nil {
-			return err
-		}
-		if number, ok := parseNumber(text); ok {
-			nodes = append(nodes, Node{block, number})
-		}
-		return nil
+		add(block, text)
+		return err
 	}
 
-	if d.VFIO {
-		own, err := vfio.Numbers(h, d)
-		for _, file := range own {
-			err = errors.Join(err, add(false, file))
-		}
+	own, err := vfio.Numbers(h, d)
+	for _, file := range own {
+		err = errors.Join(err, read(false, file))
+	}
+	if err != nil || iommu.IsVFIODriver(d.Driver) {
+		// Which makes nothing else.
 		return nodes, err
 	}
 
-	classes, err := iommu.ClassDevices(h, d.Address)
+	files, groups, err := iommu.DeviceFiles(h, d.Address)
 	if err != nil {
 		return nil, err
 	}
-	for class, names := range classes {
-		for _, n := range names {
-			if class != "net" && class != "block" {
-				err = errors.Join(err, add(false, path.Join("sys/class", class, n, "dev")))
-			}
-		}
+	for _, f := range files {
+		add(f.Block, f.Number)
+	}
+	for _, g := range groups {
+		err = errors.Join(err, read(false, path.Join("sys/class/vfio", strconv.Itoa(g), "dev")))
 	}
 	disks, failed := Disks(h, d)
-	if err = errors.Join(err, failed); err != nil {
-		return nil, err
-	}
 	for _, n := range disks {
-		err = errors.Join(err, add(true, path.Join(blockClass, n, "dev")))
+		err = errors.Join(err, read(true, path.Join(blockClass, n, "dev")))
 		// The same namespace of NVMe is there as a character device.
 		if number, ok := strings.CutPrefix(n, "nvme"); ok {
-			err = errors.Join(err, add(false, path.Join("sys/class/nvme-generic", "ng"+number, "dev")))
+			err = errors.Join(err, read(false, path.Join("sys/class/nvme-generic", "ng"+number, "dev")))
 		}
 	}
-	return nodes, err
+	minor, unknown := nvidiaMinor(h, d)
+	if minor >= 0 {
+		nodes = append(nodes, Node{Number: nvidiaMajor<<32 | uint64(minor)})
+	}
+	if err = errors.Join(err, failed, unknown); err != nil {
+		return nil, err
+	}
+	return nodes, nil
+}
+
+// nvidiaMajor is the major number of /dev/nvidiaN, which sysfs does not know (kernel-open/common/inc/nv-linux.h,
+// NV_MAJOR_DEVICE_NUMBER).
+const nvidiaMajor = 195
+
+// nvidiaMinor is the number of the node that NVIDIA's own driver made for a device, -1 if there is none.
+func nvidiaMinor(h *iommu.Host, d *iommu.Device) (int, error) {
+	text, err := h.String(path.Join("proc/driver/nvidia/gpus", d.Name, "information"))
+	if host.Absent(err) {
+		return -1, nil
+	}
+	for line := range strings.Lines(text) {
+		if word, ok := strings.CutPrefix(line, "Device Minor:"); ok {
+			return strconv.Atoi(strings.TrimSpace(word))
+		}
+	}
+	return -1, err
 }
 
 // parseNumber reads the major:minor of a dev attribute.
@@ -278,12 +299,15 @@ func openDevice(h *iommu.Host, pid, fd string, devices []*iommu.Device) (d *iomm
 		if !ok {
 			continue
 		}
-		name := path.Base(strings.TrimSpace(syspath))
-		i := slices.IndexFunc(devices, func(d *iommu.Device) bool { return d.Name == name })
-		if i < 0 {
-			return nil, true
+		// A mediated device is below the one that it is made of.
+		for _, name := range slices.Backward(strings.Split(strings.TrimSpace(syspath), "/")) {
+			for _, d := range devices {
+				if d.Name == name {
+					return d, true
+				}
+			}
 		}
-		return devices[i], true
+		return nil, true
 	}
 	return nil, false
 }

@@ -46,8 +46,8 @@ func Owners(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 				add("is reserved for Proxmox guest %s", f[1])
 			}
 		}
-		for name, xml := range domains {
-			if hasDevice(xml, d.Address) {
+		for name, given := range domains {
+			if slices.Contains(given, d.Address) {
 				add("is given to libvirt domain %s", name)
 			}
 		}
@@ -65,47 +65,6 @@ func present[T any](what T, err error) (T, error) {
 		return what, fmt.Errorf("%w: %w", ErrBlind, err)
 	}
 	return what, err
-}
-
-// libvirtDomains are the status files of the running domains, by name.
-func libvirtDomains(h *iommu.Host) (map[string]string, error) {
-	const dir = "run/libvirt/qemu"
-	names, err := present(h.Names(dir))
-	if err != nil {
-		return nil, err
-	}
-
-	out := map[string]string{}
-	for _, n := range names {
-		domain, ok := strings.CutSuffix(n, ".xml")
-		if !ok {
-			continue
-		}
-		b, err := present(h.Read(path.Join(dir, n)))
-		if err != nil {
-			return nil, err
-		}
-		out[domain] = string(b)
-	}
-	return out, nil
-}
-
-// hasDevice reports whether a domain has a device of the host: as a hostdev or as an interface of that type, whose
-// sources are addresses of the host. A guest's own addresses stand in no source.
-func hasDevice(domain string, a iommu.Address) bool {
-	address := fmt.Sprintf("domain='0x%04x' bus='0x%02x' slot='0x%02x' function='0x%x'", a.Domain, a.Bus, a.Device,
-		a.Function)
-	for {
-		_, rest, found := strings.Cut(domain, "<source")
-		if !found {
-			return false
-		}
-		source, after, _ := strings.Cut(rest, "</source>")
-		if strings.Contains(source, address) {
-			return true
-		}
-		domain = after
-	}
 }
 
 // ClaimedByID says where vfio-pci.ids= claims devices by their ids, on the kernel's command line or in modprobe's

@@ -42,15 +42,23 @@ func read(t *testing.T, h *iommu.Host, address string) *iommu.Device {
 	return d
 }
 
+// domain is a status file of libvirt's.
+func domain(devices string) string {
+	return "<domstatus state='running'><domain type='kvm'><devices>" + devices + "</devices></domain></domstatus>\n"
+}
+
 func TestOwners(t *testing.T) {
 	_, h := hostOf(t, hosttest.Tree{
-		"etc/driverctl.d/pci-" + e1000:                "e1000e\n",
-		"etc/driverctl.d/pci-" + edu:                  "vfio-pci\n", // what is wanted anyway is no reason to refuse
-		"etc/sriov-operator/pci/" + igb:               "{}\n",
-		"run/qemu-server/pci-id-reservations":         "0000:07:01.0 104 pid:12\nrubbish\n",
-		"run/libvirt/qemu/web.xml":                    "<source><address domain='0x0000' bus='0x01' slot='0x00' function='0x0'/></source>\n",
-		"run/libvirt/qemu/vf.xml":                     "<interface type='hostdev'><source>\n<address type='pci' domain='0x0000' bus='0x07' slot='0x01' function='0x0'/></source>\n",
-		"run/libvirt/qemu/other.xml":                  "<address type='pci' domain='0x0000' bus='0x07' slot='0x01' function='0x0'/>\n",
+		"etc/driverctl.d/pci-" + e1000:        "e1000e\n",
+		"etc/driverctl.d/pci-" + edu:          "vfio-pci\n", // what is wanted anyway is no reason to refuse
+		"etc/sriov-operator/pci/" + igb:       "{}\n",
+		"run/qemu-server/pci-id-reservations": "0000:07:01.0 104 pid:12\nrubbish\n",
+		"run/libvirt/qemu/web.xml": domain(`<hostdev mode="subsystem"><source><address bus="1" slot="0x00"
+			function="0x0" domain="0x0000"/></source></hostdev>`),
+		"run/libvirt/qemu/vf.xml": domain("<interface type='hostdev'><source>\n<address type='pci' domain='0x0000' bus='0x07' slot='0x01' function='0x0'/></source></interface>"),
+		"run/libvirt/qemu/other.xml": domain(`<hostdev><source><address bus="0" port="2"/></source><address type='pci' domain='0x0000' bus='0x07' slot='0x01' function='0x0'/></hostdev>
+			<disk><source><address type='pci' domain='0x0000' bus='0x07' slot='0x01' function='0x0'/></source></disk>
+			<!-- <hostdev><source><address type='pci' domain='0x0000' bus='0x07' slot='0x01' function='0x0'/></source></hostdev> -->`),
 		"run/libvirt/qemu/autostart/not-a-domain.txt": "",
 	})
 	for address, want := range map[string][]string{

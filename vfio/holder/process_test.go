@@ -1,6 +1,7 @@
 package holder
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -81,6 +82,40 @@ func TestBlind(t *testing.T) {
 	found, err := Find(h, []*iommu.Device{d})
 	if !isBlind(err) || len(found) != 1 || found[0].PID != 4711 {
 		t.Errorf("%+v, %v", found, err)
+	}
+}
+
+// TestCannotTell: what the kernel does not say, and a book that cannot be read, are no word of nobody.
+func TestCannotTell(t *testing.T) {
+	for name, c := range map[string]struct {
+		device string
+		tree   hosttest.Tree
+		setup  func(*hosttest.Kernel)
+		blind  bool
+	}{
+		"a NIC whose interface may be elsewhere": {e1000, hosttest.Tree{"run/netns/blue": ""}, func(k *hosttest.Kernel) {
+			for _, gone := range []string{"sys/class/net/" + nic, "sys/bus/pci/devices/" + e1000 + "/net"} {
+				if err := os.RemoveAll(k.Dir() + "/" + gone); err != nil {
+					panic(err)
+				}
+			}
+			k.Net.Elsewhere = map[string][]hosttest.Elsewhere{"run/netns/blue": {{Name: "eth0"}}}
+		}, true},
+		"a framebuffer at an address that is hidden": {edu, hosttest.Tree{
+			"proc/iomem": "00000000-00000000 : PCI Bus 0000:07\n  00000000-00000000 : BOOTFB\n",
+		}, nil, true},
+		"a domain of which half is written": {edu, hosttest.Tree{
+			"run/libvirt/qemu/web.xml": "<domstatus><domain><devices>\n",
+		}, nil, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := scenario{device: c.device, tree: c.tree, setup: c.setup}
+			_, h := s.host(t)
+			found, err := Find(h, []*iommu.Device{read(t, h, c.device)})
+			if err == nil || errors.Is(err, ErrBlind) != c.blind {
+				t.Errorf("%v, %v", found, err)
+			}
+		})
 	}
 }
 

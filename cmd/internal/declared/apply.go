@@ -34,7 +34,7 @@ func (m *Manager) Apply(ctx context.Context, items []*Item, tell func(*Item, err
 	var all []before
 	var failed []error
 	for _, i := range items {
-		if i.State == Differs {
+		if i.State == Differs && i.with == nil {
 			was, err := m.before(i)
 			if err != nil {
 				failed = append(failed, fmt.Errorf("%s: %w", i.Name, err))
@@ -45,6 +45,8 @@ func (m *Manager) Apply(ctx context.Context, items []*Item, tell func(*Item, err
 		}
 	}
 
+	// Those that go with others are as these are in the end.
+	defer follow(items)
 	if len(todo) == 0 {
 		return errors.Join(append(failed, m.Clean())...)
 	}
@@ -228,7 +230,7 @@ func (m *Manager) back(was before) error {
 	if was.PF == "" {
 		var units [][]*iommu.Device
 		for _, a := range was.Release {
-			if d, err := t.Find(a); err == nil && d.VFIO {
+			if d, err := t.Find(a); err == nil && (d.VFIO || d.Driver == "" && d.DriverOverride == bind.None) {
 				// Else it is gone, or home already.
 				units = append(units, []*iommu.Device{d})
 			}

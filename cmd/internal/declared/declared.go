@@ -7,13 +7,11 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strings"
 
 	"viaduct/cmd/internal/hostfile"
 	"viaduct/internal/journal"
 	"viaduct/iommu"
 	"viaduct/sriov"
-	"viaduct/vfio"
 	"viaduct/vfio/bind"
 	"viaduct/vfio/holder"
 )
@@ -93,6 +91,7 @@ type Item struct {
 	take, none []*iommu.Device
 	home       []*iommu.Device
 	unit       []*iommu.Device // of a device, its group
+	with       *Item           // of a device whose group another item declares too: that, which is planned and done
 	driver     string          // to take it with
 	owner      *bind.NodeOwner
 	known      *known
@@ -132,7 +131,7 @@ func (m *Manager) Plan(s *hostfile.Host) ([]*Item, error) {
 			touched = []*iommu.Device{i.Device}
 		}
 		for _, d := range touched {
-			if first := seen[d.Name]; first != nil {
+			if first := seen[d.Name]; first != nil && first != i.with {
 				i.Refuse(fmt.Errorf("%s: %s takes %s, which is declared at %s already", i.At, i.Name, d.Name, first.At))
 				break
 			}
@@ -161,8 +160,8 @@ func (m *Manager) Plan(s *hostfile.Host) ([]*Item, error) {
 	for k := range s.PFs {
 		add(m.planPF(&s.PFs[k], guard, leased))
 	}
-	for k := range s.Devices {
-		add(m.planDevice(&s.Devices[k], guard))
+	for _, i := range m.planDevices(s.Devices, guard) {
+		add(i)
 	}
 	return items, nil
 }
@@ -358,77 +357,17 @@ func (m *Manager) planVFs(i *Item, wish []sriov.VFWish, leased map[iommu.Address
 	return nil
 }
 
-func (m *Manager) planDevice(dev *hostfile.Device, guard *guard) *Item {
-	i := &Item{Name: dev.Select.String(), At: dev.At, Optional: dev.Optional, State: OK, driver: dev.Driver}
-	if i.driver == "" {
-		i.driver = bind.Auto
-	}
-	if !m.found(i, dev.Select, m.find) {
-		return i
-	}
-	if dev.Owner != "" {
-		var err error
-		if i.owner, err = bind.ParseNodeOwner(dev.Owner); err != nil {
-			i.Refuse(fmt.Errorf("%s: node_owner: %w", dev.At, err))
-			return i
-		}
-	}
-
-	units, err := bind.Units(m.topology, []*iommu.Device{i.Device})
-	if err == nil && len(units) == 0 {
-		err = fmt.Errorf("%s is a bridge, which no guest can have", i.Device.Name)
-	}
-	if err != nil {
-		i.Refuse(err)
-		return i
-	}
-
-	i.unit = units[0]
-	for _, d := range i.unit {
-		change, err := m.handle.Plan(d, bind.Take(i.driver))
-		if err != nil {
-			i.Refuse(err)
-			return i
-		}
-		for _, s := range change.Steps {
-			i.Steps = append(i.Steps, s.String())
-		}
-	}
-
-	if m.host.Live() && i.owner != nil && len(i.Steps) == 0 {
-		for _, d := range i.unit {
-			if nodes, _ := vfio.Nodes(m.host, d); d.VFIO && !i.owner.Keeps(m.host, d) {
-				i.Steps = append(i.Steps, "chown "+i.owner.Text+" "+strings.Join(nodes, " "))
-			}
-		}
-	}
-
-	if len(i.Steps) == 0 {
-		return i
-	}
-	i.State = Differs
-	if joined := m.joined(i); joined != "" && !m.options.Accept {
-		i.State, i.Steps = Changed, nil
-		i.Err = fmt.Errorf("%s: %s (viaduct apply --accept takes it along)", i.Name, joined)
-		return i
-	}
-
-	if err := guard.take(i.unit); err != nil {
-		i.Refuse(err)
-	}
-	return i
-}
-
 // Check asks, before the first write, who uses what a change would end. Items that are refused say why.
 func (m *Manager) Check(items []*Item) {
 	for _, i := range items {
-		if i.State != Differs {
+		if i.State != Differs || i.with != nil {
 			continue
 		}
 		if err := m.check(i); err != nil {
 			i.Refuse(err)
 		}
 	}
+	follow(items)
 }
 
 func (m *Manager) check(i *Item) error {
@@ -458,6 +397,9 @@ func (m *Manager) check(i *Item) error {
 			continue
 		}
 		verdicts, err := m.handle.Check(s.units, s.devices, s.goal, s.force)
+		for _, v := range verdicts {
+			i.Notes = append(i.Notes, v.Notes...)
+		}
 		if err = errors.Join(err, bind.Refusals(verdicts)); err != nil {
 			return err
 		}

@@ -59,7 +59,7 @@ func (m *Manager) Save(d *iommu.Device, driver, owner string) (file string, err 
 	}
 
 	i := &Item{Name: match.String(), Device: d, State: OK, unit: []*iommu.Device{d}}
-	if units, err := bind.Units(m.topology, i.unit); err == nil && len(units) > 0 {
+	if units, err := bind.Units(m.topology, []*iommu.Device{d}); err == nil && len(units) > 0 {
 		i.unit = units[0]
 	}
 	return file, m.Remember([]*Item{i})

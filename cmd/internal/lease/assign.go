@@ -189,7 +189,7 @@ func (m *Manager) reserve(ctx context.Context, r *Request, units [][]*iommu.Devi
 	if err != nil {
 		return nil, false, err
 	}
-	devices := slices.Concat(drawn...)
+	devices := handed(drawn)
 	if err := m.handle.Refresh(devices); err != nil {
 		// As it is since nobody else can draw it.
 		return nil, false, err
@@ -322,10 +322,10 @@ func (m *Manager) finish(ctx context.Context, l *Lease, r *Request) (notes []str
 		// Beside what is asked first.
 		m.handle.Start()
 	}
-	if err := m.lock(ctx, m.withPFs(devices, l.configured())); err != nil {
+	if err := m.lock(ctx, m.touched(devices, l.configured())); err != nil {
 		return notes, err
 	}
-	if err := m.handle.Refresh(devices); err != nil {
+	if err := m.handle.Refresh(m.touched(devices, false)); err != nil {
 		return notes, err
 	}
 
@@ -340,8 +340,8 @@ func (m *Manager) finish(ctx context.Context, l *Lease, r *Request) (notes []str
 	}
 
 	if m.host.Live() {
-		refusals, err := m.ask(l, devices, units)
-		if err != nil {
+		refusals, told, err := m.ask(l, devices, units)
+		if notes = append(notes, told...); err != nil {
 			return notes, err
 		}
 		if err := m.inUse(l, units, refusals); err != nil {
@@ -399,26 +399,27 @@ func (m *Manager) clean(l *Lease, devices []*iommu.Device) error {
 	return nil
 }
 
-// ask asks who uses a lease's devices, before the first change. Under Xen the kernel shows no IOMMU groups, and VFIO
-// takes nothing.
-func (m *Manager) ask(l *Lease, devices []*iommu.Device, units [][]*iommu.Device) ([]error, error) {
+// ask asks who uses a lease's devices, before the first change, and what the user should know of them. Under Xen the
+// kernel shows no IOMMU groups, and VFIO takes nothing.
+func (m *Manager) ask(l *Lease, devices []*iommu.Device,
+	units [][]*iommu.Device) (out []error, notes []string, err error) {
 	guests := []holder.Kind{holder.Lease}
-	var out []error
 	if !l.Foreign {
 		verdicts, err := m.handle.Check(units, devices, bind.Take(bind.Auto), guests)
 		for _, v := range verdicts {
 			out = append(out, v.Refused)
+			notes = append(notes, v.Notes...)
 		}
-		return out, err
+		return out, notes, err
 	}
 	for _, unit := range units {
 		holders, err := holder.Find(m.host, unit)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		out = append(out, holder.Refuse("assign "+unit[0].Name, holders, guests, ""))
 	}
-	return out, nil
+	return out, nil, nil
 }
 
 // inUse are the refusals of units, and those that are because somebody has the device open who keeps no books.
@@ -437,10 +438,11 @@ func (m *Manager) inUse(l *Lease, units [][]*iommu.Device, refusals []error) err
 		// It may run.
 		return nil
 	}
-	holders, err := holder.Processes(m.host,
-		// Of those on a vfio driver, which the gate lets pass.
-		slices.Concat(units...))
-	if err != nil || len(holders) == 0 {
+	// Of those on a vfio driver, which the gate lets pass.
+	holders, err1 := holder.Processes(m.host, slices.Concat(units...))
+	displays, err2 := holder.Displays(m.host, slices.Concat(units...))
+	holders = append(holders, displays...)
+	if err := errors.Join(err1, err2); err != nil || len(holders) == 0 {
 		return err
 	}
 	used := &inUseError{error: holder.Refuse("assign "+holders[0].Device, holders, nil, "end it first")}
@@ -473,11 +475,21 @@ func (m *Manager) devices(l *Lease) ([]*iommu.Device, error) {
 	return out, nil
 }
 
-// withPFs adds the PFs of VFs, whose lock the settings are under.
-func (m *Manager) withPFs(devices []*iommu.Device, too bool) []*iommu.Device {
-	out := slices.Clone(devices)
+// touched are the devices that work on a lease's devices touches: these, the companions in their groups, and, if their
+// settings change, the PFs of VFs, whose lock the settings are under.
+func (m *Manager) touched(devices []*iommu.Device, settings bool) []*iommu.Device {
+	out := append(slices.Clone(devices), m.companions(devices)...)
+	if settings {
+		out = append(out, m.pfs(devices)...)
+	}
+	return out
+}
+
+// pfs are the PFs of VFs.
+func (m *Manager) pfs(devices []*iommu.Device) []*iommu.Device {
+	var out []*iommu.Device
 	for _, d := range devices {
-		if !too || d.PhysFn == nil {
+		if d.PhysFn == nil {
 			continue
 		}
 		if pf, err := m.Topology.Find(*d.PhysFn); err == nil && !slices.Contains(out, pf) {
@@ -485,6 +497,31 @@ func (m *Manager) withPFs(devices []*iommu.Device, too bool) []*iommu.Device {
 		}
 	}
 	return out
+}
+
+// companions are what is only kept off the host's drivers, in the groups of devices that are handed over.
+func (m *Manager) companions(devices []*iommu.Device) []*iommu.Device {
+	var out []*iommu.Device
+	seen := map[int]bool{}
+	for _, d := range devices {
+		if d.Group == nil || seen[*d.Group] {
+			continue
+		}
+		seen[*d.Group] = true
+		if g, err := m.Topology.Group(*d.Group); err == nil {
+			for _, c := range g.Endpoints() {
+				if c.Role() == iommu.RoleCompanion && !slices.Contains(devices, c) {
+					out = append(out, c)
+				}
+			}
+		}
+	}
+	return out
+}
+
+// handed are those of some units' devices that a guest gets.
+func handed(units [][]*iommu.Device) []*iommu.Device {
+	return slices.DeleteFunc(slices.Concat(units...), func(d *iommu.Device) bool { return d.Role() != iommu.RoleGuest })
 }
 
 // Declared is what works with the declared host, beside the leases.

@@ -122,6 +122,9 @@ func (m *Manager) undo(ctx context.Context, l *Lease) error {
 			return err
 		}
 	}
+	if err := m.giveBackCompanions(ctx, m.present(l)); err != nil {
+		return err
+	}
 	return m.Book.drop(l)
 }
 
@@ -161,9 +164,46 @@ func (m *Manager) giveBack(ctx context.Context, dev *Device, d *iommu.Device) er
 		return err
 	}
 	d.Driver, d.DriverOverride = now.Driver, now.DriverOverride
+	return m.home(ctx, d)
+}
+
+// home gives devices of which nobody has to be asked back to the host.
+func (m *Manager) home(ctx context.Context, devices ...*iommu.Device) error {
 	var errs []error
-	for _, result := range m.handle.DoUnasked(ctx, [][]*iommu.Device{{d}}, bind.GiveBack()) {
+	for _, result := range m.handle.DoUnasked(ctx, bind.Singly(devices), bind.GiveBack()) {
 		errs = append(errs, result.Err)
 	}
 	return errors.Join(errs...)
+}
+
+// giveBackCompanions gives back what was kept off the host's drivers in the groups of a lease's devices, where nothing
+// of the group is on a VFIO driver any more.
+func (m *Manager) giveBackCompanions(ctx context.Context, devices []*iommu.Device) error {
+	companions := m.companions(devices)
+	if len(companions) == 0 {
+		return nil
+	}
+	taken := map[int]bool{}
+	for _, d := range devices {
+		if d.Group == nil {
+			continue
+		}
+		g, err := m.Topology.Group(*d.Group)
+		if err != nil {
+			return err
+		}
+		for _, other := range g.Endpoints() {
+			now, err := iommu.ReadDevice(m.host, other.Address)
+			if err != nil {
+				return err
+			}
+			taken[g.ID] = taken[g.ID] || now.VFIO
+		}
+	}
+
+	companions = slices.DeleteFunc(companions, func(c *iommu.Device) bool { return taken[*c.Group] })
+	if err := m.handle.Refresh(companions); err != nil {
+		return err
+	}
+	return m.home(context.WithoutCancel(ctx), companions...)
 }

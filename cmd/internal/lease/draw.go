@@ -65,11 +65,12 @@ func (m *Manager) source(from string) ([][]*iommu.Device, error) {
 
 	for _, d := range found {
 		switch {
-		case d.IsBridge():
-			err = &holder.RefusedError{
-				What:    "assign " + d.Name,
-				Reasons: []string{d.Name + " is a bridge, which no guest can have"},
-			}
+		case len(found) > 1 && d.Role() == iommu.RoleCompanion:
+			// Which only its own name can mean.
+			err = fmt.Errorf("all that %s names is part of the host's own machinery: a guest gets such a device only if "+
+				"it is named by itself", from)
+		case bind.Takable(d) != nil:
+			err = bind.Takable(d)
 		case d.VFIO:
 			devices = append(devices, d)
 		case d.SRIOV != nil && len(d.SRIOV.VFs) > 0:
@@ -147,7 +148,7 @@ func (m *Manager) free(all []*Lease, r *Request, units [][]*iommu.Device,
 		return nil, e
 	}
 	rank := func(unit []*iommu.Device) int {
-		d, n := unit[0], 0
+		d, n := handed([][]*iommu.Device{unit})[0], 0
 		if r.NUMA != nil && (d.NUMANode == nil || *d.NUMANode != *r.NUMA) {
 			n += 4
 		}

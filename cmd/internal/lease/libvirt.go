@@ -281,7 +281,7 @@ func (m *Manager) stopped(ctx context.Context, d *Domain) ([]Certificate, error)
 	if err := m.awaitGone(ctx, l, devices, most); err != nil {
 		return nil, err
 	}
-	if err := m.lock(ctx, m.withPFs(devices, true)); err != nil {
+	if err := m.lock(ctx, m.touched(devices, true)); err != nil {
 		return nil, err
 	}
 

@@ -29,7 +29,7 @@ func (m *Manager) Preview(r *Request) ([]string, error) {
 		if err != nil {
 			return nil, err
 		}
-		devices = slices.Concat(drawn...)
+		devices = handed(drawn)
 		if m.host.Live() {
 			verdicts, err := m.handle.Check(drawn, devices, bind.Take(bind.Auto), nil)
 			if err := errors.Join(err, bind.Refusals(verdicts)); err != nil {
@@ -42,7 +42,7 @@ func (m *Manager) Preview(r *Request) ([]string, error) {
 		return nil, err
 	}
 	var out []string
-	for _, d := range devices {
+	for _, d := range m.touched(devices, false) {
 		if d.PhysFn != nil && len(r.Settings) > 0 && m.host.Live() {
 			plan, err := m.planSet(d, r.Settings)
 			if err != nil {
@@ -58,7 +58,9 @@ func (m *Manager) Preview(r *Request) ([]string, error) {
 		for _, s := range change.Steps {
 			out = append(out, s.String())
 		}
-		if len(change.Steps) == 0 {
+		if d.Role() == iommu.RoleCompanion {
+			out = append(out, "# "+d.Name+" is only kept off the host's drivers, and is not the guest's")
+		} else if len(change.Steps) == 0 {
 			out = append(out, "# "+d.Name+" is on "+d.Driver+" already")
 		}
 	}

@@ -90,7 +90,7 @@ func (m *Manager) Release(ctx context.Context, guest string, wait time.Duration)
 	if err := m.awaitGone(ctx, l, devices, wait); err != nil {
 		return nil, err
 	}
-	if err := m.lock(ctx, m.withPFs(devices, true)); err != nil {
+	if err := m.lock(ctx, m.touched(devices, true)); err != nil {
 		return nil, err
 	}
 	if err := m.awaitGone(ctx, l, devices, 0); err != nil {
@@ -107,6 +107,7 @@ func (m *Manager) end(ctx context.Context, l *Lease) ([]Certificate, error) {
 		return nil, err
 	}
 	certificates, unwritten, err := m.scrubAll(ctx, l)
+	err = errors.Join(err, m.giveBackCompanions(ctx, m.present(l)))
 	if unwritten != nil || ctx.Err() != nil && err != nil {
 		// The lease stays, interrupted.
 		return certificates, errors.Join(err, unwritten)
@@ -372,7 +373,7 @@ func (m *Manager) Lift(ctx context.Context, devices []*iommu.Device) ([]Certific
 		if err := m.awaitGone(ctx, l, []*iommu.Device{d}, 0); err != nil {
 			return out, err
 		}
-		if err := m.lock(ctx, m.withPFs([]*iommu.Device{d}, true)); err != nil {
+		if err := m.lock(ctx, m.touched([]*iommu.Device{d}, true)); err != nil {
 			return out, err
 		}
 		l.Devices[0].Address, l.Devices[0].ID = d.Address, d.ID
@@ -417,7 +418,7 @@ func (m *Manager) Reclaim(ctx context.Context) ([]Certificate, error) {
 		present := m.present(l)
 		devices = append(devices, present...)
 		var pf iommu.Address // that of all VFs of several PFs, and of what is none, is the same: none
-		if of := m.withPFs(present, true)[len(present):]; len(of) == 1 {
+		if of := m.pfs(present); len(of) == 1 {
 			pf = of[0].Address
 		}
 		byPF[pf] = append(byPF[pf], l)
@@ -427,7 +428,7 @@ func (m *Manager) Reclaim(ctx context.Context) ([]Certificate, error) {
 		return nil, nil
 	}
 	var errs []error
-	if err := m.lock(ctx, m.withPFs(devices, true)); err != nil {
+	if err := m.lock(ctx, m.touched(devices, true)); err != nil {
 		// One that is stuck keeps no other.
 		errs = append(errs, err)
 		for pf, leases := range byPF {
@@ -435,7 +436,7 @@ func (m *Manager) Reclaim(ctx context.Context) ([]Certificate, error) {
 			for _, l := range leases {
 				some = append(some, m.present(l)...)
 			}
-			if err := m.lock(ctx, m.withPFs(some, true)); err != nil {
+			if err := m.lock(ctx, m.touched(some, true)); err != nil {
 				errs = append(errs, err)
 				delete(byPF, pf)
 			}

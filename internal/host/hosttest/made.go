@@ -1,0 +1,95 @@
+package hosttest
+
+import (
+	"fmt"
+	"path"
+	"strconv"
+	"strings"
+)
+
+// PCI is a function of a host that a test makes of a few words.
+type PCI struct {
+	// At is where it is: the addresses from the root bus down to its own, as "0000:00:01.0/0000:03:00.0".
+	At string
+	// ID and Class are as in "10de:2684" and "030000".
+	ID, Class string
+	// Driver is "" if it has none.
+	Driver string
+	// Group is its IOMMU group; a negative one is none.
+	Group int
+	// Files are more of its attributes, and folders of its class devices, by name below its own folder.
+	Files Tree
+}
+
+// Made is a host with these functions, and an AMD IOMMU in front of them. vfio-pci is loaded.
+func Made(functions ...PCI) Tree {
+	t := Tree{
+		"sys/bus/pci/drivers/vfio-pci/": "",
+		"sys/class/net/":                "",
+		"sys/class/iommu/ivhd0":         arrow + "../../devices/pci0000:00/0000:00:00.2/iommu/ivhd0",
+		"sys/kernel/":                   "",
+		"proc/sys/kernel/osrelease":     "6.12.0\n",
+		"dev/":                          "",
+		"etc/":                          "",
+		"sys/devices/pci0000:00/0000:00:00.2/iommu/ivhd0/amd-iommu/features": "0\n",
+	}
+	for _, f := range functions {
+		f.add(t)
+	}
+	return t
+}
+
+// dir is the function's folder of sysfs. A bus in another domain than the one above it has a root of its own there.
+func (f *PCI) dir() string {
+	dir, domain := "sys/devices", ""
+	for address := range strings.SplitSeq(f.At, "/") {
+		if now, _, _ := strings.Cut(address, ":"); now != domain {
+			domain = now
+			dir = path.Join(dir, "pci"+address[:len(address)-len(":00.0")])
+		}
+		dir = path.Join(dir, address)
+	}
+	return dir
+}
+
+func (f *PCI) add(t Tree) {
+	dir, address := f.dir(), path.Base(f.At)
+	up := strings.Repeat("../", strings.Count(dir, "/")) // to sys, from a link in dir
+	vendor, device, _ := strings.Cut(f.ID, ":")
+	put := func(name, content string) { t[path.Join(dir, name)] = content }
+
+	t[path.Join(sysDevices, address)] = arrow + "../../../" + strings.TrimPrefix(dir, "sys/")
+	put("vendor", "0x"+vendor+"\n")
+	put("device", "0x"+device+"\n")
+	put("subsystem_vendor", "0x1af4\n")
+	put("subsystem_device", "0x1100\n")
+	put("class", "0x"+f.Class+"\n")
+	put("revision", "0x01\n")
+	put("modalias", modalias(vendor, device, f.Class))
+	put("numa_node", "-1\n")
+	put("driver_override", "(null)\n")
+	put("resource", strings.Repeat("0x0000000000000000 0x0000000000000000 0x0000000000000000\n", 13))
+	put("config", string(make([]byte, 64)))
+	put("subsystem", arrow+up+"bus/pci")
+	if f.Driver != "" {
+		put("driver", arrow+up+path.Join("bus/pci/drivers", f.Driver))
+		t[path.Join(sysDrivers, f.Driver, address)] = arrow + "../../../../" + strings.TrimPrefix(dir, "sys/")
+	}
+
+	if f.Group >= 0 {
+		group := path.Join("kernel/iommu_groups", strconv.Itoa(f.Group))
+		put("iommu_group", arrow+up+group)
+		t[path.Join("sys", group, "type")] = "DMA-FQ\n"
+		t[path.Join("sys", group, "reserved_regions")] = "0x00000000fee00000 0x00000000feefffff msi\n"
+		t[path.Join("sys", group, "devices", address)] = arrow + "../../../../" + strings.TrimPrefix(dir, "sys/")
+	}
+	for name, content := range f.Files {
+		t[path.Join(dir, name)] = content
+	}
+}
+
+func modalias(vendor, device, class string) string {
+	up := strings.ToUpper
+	return fmt.Sprintf("pci:v0000%sd0000%ssv00001AF4sd00001100bc%ssc%si%s\n", up(vendor), up(device), up(class[:2]),
+		up(class[2:4]), up(class[4:]))
+}

@@ -1,0 +1,179 @@
+package bind
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+
+	"viaduct/internal/host/hosttest"
+	"viaduct/iommu"
+	"viaduct/vfio/holder"
+)
+
+const (
+	gpu, audio  = "0000:03:00.0", "0000:03:00.1"
+	smbus, isa  = "0000:00:14.0", "0000:00:14.3"
+	vmd, vmdSSD = "0000:00:0e.0", "10000:e1:00.0"
+)
+
+// board is a host whose graphics card shares its group with the host's own machinery.
+func board(t *testing.T) *hosttest.Kernel {
+	k := hosttest.NewKernel(t, hosttest.Made(
+		hosttest.PCI{At: "0000:00:02.1", ID: "1022:43c6", Class: "060400", Driver: "pcieport", Group: 12},
+		hosttest.PCI{
+			At: "0000:00:14.0", ID: "1022:790b", Class: "0c0500", Driver: "piix4_smbus", Group: 12,
+			Files: hosttest.Tree{"i2c-0/i2c-dev/i2c-0/dev": "89:0\n"},
+		},
+		hosttest.PCI{At: "0000:00:14.3", ID: "1022:790e", Class: "060100", Group: 12},
+		hosttest.PCI{At: "0000:00:02.1/0000:03:00.0", ID: "10de:1c03", Class: "030000", Driver: "nouveau", Group: 12},
+		hosttest.PCI{At: "0000:00:02.1/0000:03:00.1", ID: "10de:10f1", Class: "040300", Driver: "snd_hda_intel", Group: 12},
+	).With(hosttest.Tree{"dev/i2c-0": "c 89:0\n"}))
+	k.IDs["nouveau"], k.IDs["snd_hda_intel"], k.IDs["piix4_smbus"] = []string{"10de:1c03"}, []string{"10de:10f1"}, []string{"1022:790b"}
+	return k
+}
+
+func drivers(t *testing.T, b *Handle, addresses ...string) (out [][2]string) {
+	t.Helper()
+	for _, a := range addresses {
+		out = append(out, bound(t, b, a))
+	}
+	return out
+}
+
+// Companions are kept off the host's drivers and get no VFIO driver, and all go back to what they had.
+func TestCompanions(t *testing.T) {
+	k := board(t)
+	b := open(t, k, Options{})
+	ctx := context.Background()
+	all := []string{gpu, audio, smbus, isa}
+	home := drivers(t, b, all...)
+	if _, err := b.Move(ctx, Take(Auto), read(t, b, gpu).Address); err != nil {
+		t.Fatal(err)
+	}
+	v, n := [2]string{"vfio-pci", "vfio-pci"}, [2]string{"", "none"}
+	if got := drivers(t, b, all...); !slices.Equal(got, [][2]string{v, v, n, n}) {
+		t.Errorf("taken: %q", got)
+	}
+	if r, err := b.Move(ctx, Take(Auto), read(t, b, gpu).Address); err != nil || slices.ContainsFunc(r, func(r Result) bool { return len(r.Steps) > 0 }) {
+		t.Errorf("again: %+v, %v", r, err)
+	}
+	if _, err := b.Move(ctx, GiveBack(), read(t, b, gpu).Address); err != nil {
+		t.Error(err)
+	}
+	if got := drivers(t, b, all...); !slices.Equal(got, home) {
+		t.Errorf("given back: %q, had %q", got, home)
+	}
+
+	// One that is named itself is handed over.
+	if _, err := b.Move(ctx, Take(Auto), read(t, b, smbus).Address); err != nil {
+		t.Fatal(err)
+	}
+	if got := drivers(t, b, smbus, isa); !slices.Equal(got, [][2]string{v, n}) {
+		t.Errorf("named itself: %q", got)
+	}
+}
+
+// A take that is killed at any write is put back, companions too.
+func TestCompanionsKilled(t *testing.T) {
+	for n := 0; ; n++ {
+		k := board(t)
+		b := open(t, k, Options{})
+		all := []string{gpu, audio, smbus, isa}
+		home := drivers(t, b, all...)
+		k.KillAt(n, isWrite)
+		_, _ = b.Move(context.Background(), Take(Auto), read(t, b, gpu).Address)
+		b.Close()
+		if !k.Revive() {
+			return
+		}
+		next := open(t, k, Options{})
+		recovered, err := next.RecoverPatiently(context.Background())
+		if got := drivers(t, next, all...); err != nil || !slices.Equal(got, home) {
+			t.Errorf("killed before write %d: %q, had %q: %v, %v", n, got, home, recovered, err)
+		}
+		next.Close()
+	}
+}
+
+// A companion that somebody uses is not taken off its driver.
+func TestCompanionInUse(t *testing.T) {
+	k := board(t)
+	b := open(t, k, Options{})
+	k.Process(4711, "fancontrol", "/dev/i2c-0")
+	_, err := b.Move(context.Background(), Take(Auto), read(t, b, gpu).Address)
+	if !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), smbus+" is open in process 4711") || len(k.Log) > 0 {
+		t.Errorf("%v, writes %q", err, k.Log)
+	}
+}
+
+// A card whose audio is in a group of its own is taken as it was named, and that is told.
+func TestSiblings(t *testing.T) {
+	k := hosttest.NewKernel(t, hosttest.Made(
+		hosttest.PCI{At: "0000:00:01.0/0000:c3:00.0", ID: "1002:73ff", Class: "030000", Driver: "amdgpu", Group: 2},
+		hosttest.PCI{At: "0000:00:01.0/0000:c3:00.1", ID: "1002:ab28", Class: "040300", Driver: "snd_hda_intel", Group: 3},
+	))
+	b := open(t, k, Options{DryRun: true})
+	topology, err := b.Topology()
+	if err != nil {
+		t.Fatal(err)
+	}
+	find := func(address string) *iommu.Device {
+		d, err := topology.Find(read(t, b, address).Address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return d
+	}
+	for _, asked := range [][]*iommu.Device{{find("0000:c3:00.0")}, {find("0000:c3:00.0"), find("0000:c3:00.1")}} {
+		j, err := b.Prepare(context.Background(), Request{Devices: asked, Goal: Take(Auto)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		notes := 0
+		for _, u := range j.Units {
+			notes += len(u.Notes)
+		}
+		if notes != 2-len(asked) {
+			t.Errorf("%d notes on %d devices", notes, len(asked))
+		}
+	}
+}
+
+// What is behind a Volume Management Device goes with it: it is no device to name, and who uses it uses that.
+func TestVMD(t *testing.T) {
+	k := hosttest.NewKernel(t, hosttest.Made(
+		hosttest.PCI{At: "0000:00:0e.0", ID: "8086:467f", Class: "010400", Driver: "vmd", Group: 6},
+		hosttest.PCI{At: "0000:00:0e.0/10000:e0:06.0", ID: "8086:09ab", Class: "060400", Driver: "pcieport", Group: 6},
+		hosttest.PCI{
+			At: "0000:00:0e.0/10000:e0:06.0/10000:e1:00.0", ID: "144d:a808", Class: "010802", Driver: "nvme", Group: 6,
+			Files: hosttest.Tree{
+				"nvme/nvme0/subsystem":         "-> ../../../../../../../../class/nvme",
+				"nvme/nvme0/nvme0n1/dev":       "259:0\n",
+				"nvme/nvme0/nvme0n1/subsystem": "-> ../../../../../../../../../class/block",
+			},
+		},
+	).With(hosttest.Tree{
+		"sys/class/block/nvme0n1": "-> ../../devices/pci0000:00/0000:00:0e.0/pci10000:e0/10000:e0:06.0/10000:e1:00.0/nvme/nvme0/nvme0n1",
+		"dev/nvme0n1":             "b 259:0\n",
+	}))
+	k.IDs["vmd"] = []string{"8086:467f"}
+	b := open(t, k, Options{})
+	ctx := context.Background()
+	_, err := b.Move(ctx, Take(Auto), read(t, b, vmdSSD).Address)
+	if !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), "name "+vmd+" instead") || len(k.Log) > 0 {
+		t.Errorf("the disk alone: %v, writes %q", err, k.Log)
+	}
+
+	k.Busy["nvme0n1"] = true
+	_, err = b.Move(ctx, Take(Auto), read(t, b, vmd).Address)
+	if !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), vmdSSD) || len(k.Log) > 0 {
+		t.Errorf("a disk in use: %v, writes %q", err, k.Log)
+	}
+	k.Busy["nvme0n1"] = false
+	r, err := b.Move(ctx, Take(Auto), read(t, b, vmd).Address)
+	if err != nil || len(r) != 1 || bound(t, b, vmd)[0] != "vfio-pci" {
+		t.Errorf("%+v, %v", r, err)
+	}
+}

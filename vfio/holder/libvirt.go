@@ -1,0 +1,101 @@
+package holder
+
+import (
+	"bytes"
+	"encoding/xml"
+	"errors"
+	"fmt"
+	"io"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+
+	"viaduct/iommu"
+)
+
+// libvirtDomains are the devices of the host that running domains have, by domain, from their status files.
+func libvirtDomains(h *iommu.Host) (map[string][]iommu.Address, error) {
+	const dir = "run/libvirt/qemu"
+	names, err := present(h.Names(dir))
+	if err != nil {
+		return nil, err
+	}
+
+	out := map[string][]iommu.Address{}
+	for _, n := range names {
+		domain, ok := strings.CutSuffix(n, ".xml")
+		if !ok {
+			continue
+		}
+		b, err := present(h.Read(path.Join(dir, n)))
+		if err != nil {
+			return nil, err
+		}
+		if out[domain], err = sources(b); err != nil {
+			return nil, fmt.Errorf("/%s: %w", path.Join(dir, n), err)
+		}
+	}
+	return out, nil
+}
+
+// sources are the devices of the host that a domain has: as hostdevs, or as interfaces of that type. Those have a source
+// with an address of the host; a guest's own addresses stand in no source.
+func sources(domain []byte) ([]iommu.Address, error) {
+	var out []iommu.Address
+	var at []string
+	d := xml.NewDecoder(bytes.NewReader(domain))
+	for {
+		token, err := d.Token()
+		if errors.Is(err, io.EOF) {
+			return out, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		switch t := token.(type) {
+		case xml.StartElement:
+			at = append(at, t.Name.Local)
+			n := len(at)
+			if n < 4 || at[n-1] != "address" || at[n-2] != "source" || at[n-4] != "devices" ||
+				!slices.Contains([]string{"hostdev", "interface"}, at[n-3]) {
+				continue
+			}
+			if a, ok := sourceAddress(t.Attr); ok {
+				out = append(out, a)
+			}
+		case xml.EndElement:
+			at = at[:len(at)-1]
+		}
+	}
+}
+
+// sourceAddress reads a PCI address of libvirt's, whose numbers are decimal or hexadecimal; false for one of another
+// type, as of USB.
+func sourceAddress(attributes []xml.Attr) (a iommu.Address, ok bool) {
+	for _, attribute := range attributes {
+		bits := map[string]int{"domain": 32, "bus": 8, "slot": 5, "function": 3}[attribute.Name.Local]
+		if bits == 0 {
+			if attribute.Name.Local == "type" && attribute.Value != "pci" {
+				return a, false
+			}
+			continue
+		}
+		n, err := strconv.ParseUint(attribute.Value, 0, bits)
+		if err != nil {
+			return a, false
+		}
+		switch attribute.Name.Local {
+		case "domain":
+			a.Domain = uint32(n)
+		case "bus":
+			a.Bus = uint8(n)
+		case "slot":
+			// That a USB device has none of.
+			a.Device, ok = uint8(n), true
+		case "function":
+			a.Function = uint8(n)
+		}
+	}
+	return a, ok
+}

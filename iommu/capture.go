@@ -23,12 +23,16 @@ var (
 		"proc/sys/kernel/osrelease",
 		"sys/firmware/acpi/tables/IVRS",
 		"sys/firmware/acpi/tables/DMAR",
+		"sys/firmware/acpi/tables/IORT",
+		"sys/firmware/acpi/tables/VIOT",
+		"proc/sys/kernel/arch",
+		"sys/module/vfio/parameters/enable_unsafe_noiommu_mode",
 		"etc/viaduct/host.yaml",
 	}
 	deviceFiles = []string{
 		"modalias", "vendor", "device", "subsystem_vendor", "subsystem_device", "class", "revision", "numa_node",
 		"driver_override",
-		"power_state", "reset_method", "boot_vga", "resource", "enable", "config",
+		"power_state", "reset_method", "boot_vga", "boot_display", "resource", "enable", "config",
 		"subordinate_bus_number", "current_link_speed", "max_link_speed", "current_link_width", "max_link_width",
 		"sriov_totalvfs", "sriov_offset", "sriov_stride", "sriov_vf_device", "sriov_drivers_autoprobe",
 		"sriov_vf_total_msix",
@@ -89,6 +93,7 @@ func Capture(h *Host, w io.Writer) error {
 	for _, u := range t.Units {
 		real := c.linked(path.Join(unitsDir, u.Name))
 		c.files(real, unitFiles)
+		c.linked(path.Join(real, "device"))
 		c.links(path.Join(real, "devices"))
 	}
 

@@ -219,7 +219,8 @@ func TestRemaps(t *testing.T) {
 	for chip, want := range map[string][2]bool{
 		"IO-APIC": {false, true}, "IR-IO-APIC": {true, true}, "IR-PCI-MSI": {true, true}, "IR-PCI-MSI-0000:00:01.0": {true, true},
 		"IR-PCI-MSIX-0000:00:02.0": {true, true}, "PCI-MSI": {false, false}, "PCI-MSI-0000:00:01.0": {false, false}, "XT-PIC": {false, false},
-		"DMAR-MSI": {false, false}, "IR-": {true, false}, "": {false, false}, "GICv3": {false, false}, "ITS-PCI-MSI": {false, false},
+		"DMAR-MSI": {false, false}, "IR-": {true, false}, "": {false, false}, "GICv3": {false, false}, "ITS-PCI-MSI": {true, true},
+		"ITS-PCI-MSI-0000:00:01.0": {true, true}, "GICv2m-PCI-MSI-0000:00:01.0": {false, true},
 	} {
 		on, known := remaps(chip)
 		if known != want[1] || (known && on != want[0]) {
@@ -229,11 +230,16 @@ func TestRemaps(t *testing.T) {
 }
 
 func TestKindOf(t *testing.T) {
+	for name, device := range map[string]string{"0000:00:05.0": "virtio3", "8.virtio": "virtio0"} {
+		if got := kindOf(name, device); got != KindVirtio {
+			t.Errorf("%q of %s: %s", name, device, got)
+		}
+	}
 	for name, want := range map[string]UnitKind{
 		"ivhd0": KindAMDVi, "dmar12": KindVTd, "smmu3.0x0000000009050000": KindSMMU, "smmu.0x5000000": KindSMMU, "virtio3": KindVirtio,
 		"riscv-iommu@0000:00:01.0": KindOther, "s390-iommu.00000000": KindOther, "": KindOther, "xivhd0": KindOther,
 	} {
-		if got := kindOf(name); got != want {
+		if got := kindOf(name, "0000:00:00.2"); got != want {
 			t.Errorf("%q: %s, want %s", name, got, want)
 		}
 	}

@@ -43,6 +43,8 @@ type Group struct {
 	// no such file.
 	Type    string
 	Devices []Device
+	// NoIOMMU is set of a group that VFIO made in its noiommu mode: nothing keeps its devices from any memory.
+	NoIOMMU bool
 }
 
 // Blockers are the devices that keep the group from being viable; none if a guest can have it as it is.
@@ -369,9 +371,14 @@ func readGroups(h *Host, devices []Device) ([]Group, error) {
 	}
 
 	slices.SortFunc(raw, func(a, b rawGroup) int { return a.ID - b.ID })
+	unsafe, err := withoutIOMMU(h)
+	if err != nil {
+		return nil, err
+	}
 	groups := make([]Group, len(raw))
 	for i, r := range raw {
 		g := r.Group
+		g.NoIOMMU = slices.Contains(unsafe, "noiommu-"+strconv.Itoa(g.ID))
 		id := &groups[i].ID
 		for _, name := range r.names {
 			if a, ok := parseAddress(name); ok {
@@ -398,6 +405,50 @@ func readGroups(h *Host, devices []Device) ([]Group, error) {
 		groups[i] = g
 	}
 	return groups, nil
+}
+
+// ReadGroup reads one group as it is now, with its members.
+func ReadGroup(h *Host, id int) (*Group, error) {
+	dir, err := h.Open(path.Join(groupsDir, strconv.Itoa(id)))
+	if host.Absent(err) {
+		return nil, fmt.Errorf("IOMMU group %d: %w", id, ErrNotFound)
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	raw, err := readGroup(dir, strconv.Itoa(id))
+	if err != nil {
+		return nil, err
+	}
+	unsafe, err := withoutIOMMU(h)
+	if err != nil {
+		return nil, err
+	}
+
+	g := raw.Group
+	g.NoIOMMU = slices.Contains(unsafe, "noiommu-"+strconv.Itoa(id))
+	for _, name := range raw.names {
+		d, err := readMember(h, &g.ID, id, name)
+		if host.Absent(err) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		g.Devices = append(g.Devices, d)
+	}
+	slices.SortFunc(g.Devices, CompareDevices)
+	return &g, nil
+}
+
+// withoutIOMMU are the names of the groups, among others, that VFIO made in its noiommu mode: noiommu-N.
+func withoutIOMMU(h *Host) ([]string, error) {
+	names, err := h.Names("sys/class/vfio")
+	if host.Absent(err) {
+		return nil, nil
+	}
+	return names, err
 }
 
 func readGroup(dir *host.Dir, name string) (rawGroup, error) {

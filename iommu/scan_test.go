@@ -153,8 +153,8 @@ func richTopology(t testing.TB) *Topology {
 		Units:              []Unit{{"dmar1", KindVTd}, {"ivhd0", KindAMDVi}},
 		InterruptRemapping: new(true),
 		Groups: []Group{
-			{1, "DMA", []Device{port}}, {2, "identity", []Device{vf0}}, {11, "", []Device{pf}}, {30, "", nil},
-			{40, "DMA-FQ", []Device{disk, mdev, platform}},
+			{ID: 1, Type: "DMA", Devices: []Device{port}}, {ID: 2, Type: "identity", Devices: []Device{vf0}},
+			{ID: 11, Devices: []Device{pf}}, {ID: 30}, {ID: 40, Type: "DMA-FQ", Devices: []Device{disk, mdev, platform}},
 		},
 		Ungrouped: []Device{net, vf1},
 	}

@@ -2,6 +2,7 @@ package iommu
 
 import (
 	"path"
+	"slices"
 	"strings"
 
 	"viaduct/internal/host"
@@ -26,8 +27,9 @@ const (
 )
 
 // kindOf goes by the names that the kernel's drivers give their units: drivers/iommu/amd/init.c "ivhd%d", intel/dmar.c
-// "dmar%d", arm-smmu-v3.c "smmu3.%pa", arm-smmu.c "smmu.%pa"; virtio-iommu.c uses the virtio device's own name.
-func kindOf(name string) UnitKind {
+// "dmar%d", arm-smmu-v3.c "smmu3.%pa", arm-smmu.c "smmu.%pa". Device is the device that a unit is of: virtio-iommu.c
+// gives its unit the name of the virtio device's parent, as 0000:00:05.0.
+func kindOf(name, device string) UnitKind {
 	for _, k := range [...]struct {
 		prefix string
 		kind   UnitKind
@@ -35,6 +37,9 @@ func kindOf(name string) UnitKind {
 		if strings.HasPrefix(name, k.prefix) {
 			return k.kind
 		}
+	}
+	if strings.HasPrefix(device, "virtio") {
+		return KindVirtio
 	}
 	return KindOther
 }
@@ -46,17 +51,41 @@ func readUnits(h *Host) ([]Unit, error) {
 	}
 	units := make([]Unit, len(names))
 	for i, n := range names {
-		units[i] = Unit{n, kindOf(n)}
+		device, err := optional(h.LinkBase(path.Join(unitsDir, n, "device")))
+		if err != nil {
+			return nil, err
+		}
+		units[i] = Unit{n, kindOf(n, device)}
 	}
 	return units, nil
+}
+
+// LateGroups reports whether a device without a driver may be in no group and get one when a driver is bound to it: so it
+// is before Linux 6.15 with all IOMMUs but AMD's and Intel's.
+func (t *Topology) LateGroups() bool {
+	return slices.ContainsFunc(t.Units, func(u Unit) bool { return u.Kind != KindAMDVi && u.Kind != KindVTd })
+}
+
+// TurnOn says how to turn on the IOMMU of a host that has none active.
+func TurnOn(h *Host) string {
+	const firmware = "sys/firmware/acpi/tables/"
+	arch, _ := h.String("proc/sys/kernel/arch")
+	switch {
+	case strings.HasPrefix(arch, "aarch64"), strings.HasPrefix(arch, "arm"), h.Exists(firmware + "IORT"):
+		return "turn on the SMMU in the firmware, or give the guest that this is a virtual one"
+	case h.Exists(firmware + "VIOT"):
+		return "load the module virtio_iommu before the drivers of the devices"
+	}
+	return "turn on AMD-Vi or VT-d (\"IOMMU\") in the firmware; an Intel host may need intel_iommu=on on the kernel " +
+		"command line"
 }
 
 const irqDir = "sys/kernel/irq"
 
 // readInterruptRemapping tells by the name of an interrupt's controller: both x86 drivers put "IR-" before the names of
-// the IO-APIC and of MSI when they remap interrupts (drivers/iommu/amd/iommu.c, intel/irq_remapping.c). The first
-// interrupt of one of the two decides, as remapping is on for all or for none. Other architectures have no such mark:
-// nil.
+// the IO-APIC and of MSI when they remap interrupts (drivers/iommu/amd/iommu.c, intel/irq_remapping.c). On ARM an
+// interrupt translation service tells devices apart, and GICv2m does not (drivers/irqchip/irq-gic-v3-its.c,
+// irq-gic-v2m.c). The first interrupt that decides does for all. Nil if none does.
 func readInterruptRemapping(h *Host) (*bool, error) {
 	names, err := h.Names(irqDir)
 	if host.Absent(err) {
@@ -78,6 +107,12 @@ func readInterruptRemapping(h *Host) (*bool, error) {
 }
 
 func remaps(chip string) (on, known bool) {
+	switch {
+	case strings.HasPrefix(chip, "ITS-"):
+		return true, true
+	case strings.HasPrefix(chip, "GICv2m-"):
+		return false, true
+	}
 	name, remapped := strings.CutPrefix(chip, "IR-")
 	return remapped, strings.HasPrefix(name, "IO-APIC") || (remapped && strings.HasPrefix(name, "PCI-MSI"))
 }

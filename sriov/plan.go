@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"viaduct/iommu"
+	"viaduct/vfio"
 	"viaduct/vfio/bind"
 	"viaduct/vfio/holder"
 )
@@ -220,7 +221,7 @@ func (s *Handle) PlanCount(pf *iommu.Device, wish Wish) (*Plan, error) {
 	if n == 0 {
 		return p, nil
 	}
-	return p, p.planVFs(h)
+	return p, p.planVFs(h, t)
 }
 
 // planPF plans what is set of the PF itself. A captured host's e-switch cannot be asked for: where VFs are made it is
@@ -266,7 +267,7 @@ func (p *Plan) noteAsIs(t *iommu.Topology, wish Wish) {
 }
 
 // planVFs plans how new VFs are made, and what they need.
-func (p *Plan) planVFs(h *iommu.Host) (err error) {
+func (p *Plan) planVFs(h *iommu.Host, t *iommu.Topology) (err error) {
 	if err := errors.Join(forecast(h, p.PF, p.Want), vectorsLeft(h, p.PF, p.VFs)); err != nil {
 		return err
 	}
@@ -289,6 +290,9 @@ func (p *Plan) planVFs(h *iommu.Host) (err error) {
 		}
 	}
 	p.noteNew()
+	if note := bind.InterruptNote(t); note != "" && anyVF(p.VFs, onVFIO) {
+		p.Notes = append(p.Notes, note)
+	}
 	return nil
 }
 
@@ -408,16 +412,35 @@ func (s *Handle) locked(p *Plan) error {
 	return nil
 }
 
+// forVFIO refuses VFs on a VFIO driver where no IOMMU would be in front of them.
+func forVFIO(h *iommu.Host, t *iommu.Topology) error {
+	refused := &holder.RefusedError{What: "make VFs on a vfio driver"}
+	if len(t.Groups)+len(t.Units) == 0 {
+		refused.Reasons, refused.Cure = []string{"no IOMMU is active on this host"}, iommu.TurnOn(h)
+		return refused
+	}
+	unsafe, err := vfio.NoIOMMU(h)
+	if err != nil {
+		return err
+	}
+	if unsafe && t.LateGroups() {
+		refused.Reasons = []string{"VFIO's noiommu mode is on, in which the kernel may make groups for them that no IOMMU " +
+			"is in front of"}
+		refused.Cure = "echo N > /" + vfio.NoIOMMUFile
+		return refused
+	}
+	return nil
+}
+
 // users refuses a plan for who uses what it ends.
 func (s *Handle) users(p *Plan, force []holder.Kind) error {
 	t, err := s.Topology()
 	if err != nil {
 		return err
 	}
-	if anyVF(p.VFs, onVFIO) && p.recounts() && len(t.Groups) == 0 {
-		return &holder.RefusedError{
-			What:    "make VFs on a vfio driver",
-			Reasons: []string{"no IOMMU is active on this host"},
+	if anyVF(p.VFs, onVFIO) && p.recounts() {
+		if err := forVFIO(s.Host(), t); err != nil {
+			return err
 		}
 	}
 

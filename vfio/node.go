@@ -8,6 +8,18 @@ import (
 	"viaduct/iommu"
 )
 
+// NoIOMMUFile says whether VFIO's noiommu mode is on, in which it takes devices that no IOMMU is in front of.
+const NoIOMMUFile = "sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
+
+// NoIOMMU reports whether VFIO's noiommu mode is on.
+func NoIOMMU(h *iommu.Host) (bool, error) {
+	text, err := h.String(NoIOMMUFile)
+	if host.Absent(err) {
+		return false, nil
+	}
+	return text == "Y", err
+}
+
 // node is a node that a device on a VFIO driver can have.
 type node struct {
 	file string // below /dev

@@ -291,9 +291,6 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, goal bind.Goal, 
 	if !e.json {
 		e.printChanges(views, lasts)
 	}
-	if remapping := on.topology.InterruptRemapping; remapping != nil && !*remapping {
-		e.note("interrupt remapping is off on this host, so VFIO will refuse to open the device")
-	}
 	return views, mixed(errors.Join(errs...), len(results) > 0 && !e.dryRun)
 }
 

@@ -103,7 +103,7 @@ func groupOf(g *iommu.Group, names *iommu.Names, keep map[string]bool) groupView
 	for _, d := range g.Blockers() {
 		v.Blockers = append(v.Blockers, d.Name)
 	}
-	v.Viable = len(v.Blockers) == 0
+	v.Viable = len(v.Blockers) == 0 && !g.NoIOMMU
 	return v
 }
 

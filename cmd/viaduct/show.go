@@ -147,7 +147,7 @@ func showGroup(e *env, w io.Writer, h *iommu.Host, t *iommu.Topology, names *iom
 	f := fields{w}
 	f.add("group", "%d", id)
 	f.add("type", "%s", g.Type)
-	f.add("viable", "%s", viability(v.Blockers))
+	f.add("viable", "%s", viability(v.Viable, v.Blockers))
 	for i := range g.Devices {
 		d := &g.Devices[i]
 		f.add(roleText(d.Role()), "%s", treeLine(d, names))
@@ -167,9 +167,12 @@ func roleText(r iommu.Role) string {
 	return string(r)
 }
 
-func viability(blockers []string) string {
-	if len(blockers) == 0 {
+func viability(viable bool, blockers []string) string {
+	switch {
+	case viable:
 		return "yes"
+	case len(blockers) == 0:
+		return "no: VFIO made it in its noiommu mode, and no IOMMU is in front of it"
 	}
 	return "no: the host uses " + strings.Join(blockers, ", ")
 }
@@ -292,7 +295,7 @@ func (v *showView) print(w io.Writer, d *iommu.Device) {
 		f.add("group", "none")
 	} else {
 		f.add("role", "%s", roleText(v.Role))
-		f.add("group", "%d %s, viable: %s", g.ID, ptr(g.Type), viability(g.Blockers))
+		f.add("group", "%d %s, viable: %s", g.ID, ptr(g.Type), viability(g.Viable, g.Blockers))
 		f.add("members", "%s", strings.Join(g.Devices, ", "))
 	}
 

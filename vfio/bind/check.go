@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"viaduct/iommu"
+	"viaduct/vfio"
 	"viaduct/vfio/holder"
 )
 
@@ -110,9 +111,24 @@ func (b *Handle) Check(units [][]*iommu.Device, asked []*iommu.Device, g Goal, f
 			continue
 		}
 		c.run(asked, holders)
+		if note := InterruptNote(t); i == 0 && note != "" && g.takes() {
+			c.verdict.Notes = append(c.verdict.Notes, note)
+		}
 		b.keepAnswer(unit, g, out[i].Refused == nil)
 	}
 	return out, nil
+}
+
+// InterruptNote is what who gives devices of a host to guests should know where their interrupts are not kept apart; ""
+// where they are, or where that is not known.
+func InterruptNote(t *iommu.Topology) string {
+	if t.InterruptRemapping == nil || *t.InterruptRemapping {
+		return ""
+	}
+	if t.LateGroups() {
+		return "interrupts of devices are not isolated on this host (no ITS), so VFIO will refuse to open the device"
+	}
+	return "interrupt remapping is off on this host, so VFIO will refuse to open the device"
 }
 
 // childrenOf are the devices that go with a unit, as they are behind the driver of one of it.
@@ -217,10 +233,11 @@ func (c *check) canBeTaken() {
 		switch {
 		case !d.PCI:
 			c.add("%s shares the group and is no PCI device", d.Name)
-		case d.Group == nil && len(c.topology.Groups) == 0:
+		case d.Group == nil && c.topology.LateGroups() && d.Driver == "":
+			c.getsGroup(d)
+		case d.Group == nil && len(c.topology.Groups) == 0 && len(c.topology.Units) == 0:
 			c.add("%s is in no IOMMU group, because no IOMMU is active on this host", d.Name)
-			c.refused.Cure = "turn on AMD-Vi or VT-d in the firmware; an Intel host may need intel_iommu=on on the " +
-				"kernel command line"
+			c.refused.Cure = iommu.TurnOn(c.b.host)
 		case d.Group == nil:
 			c.add("%s is in no IOMMU group: the IOMMU does not cover it", d.Name)
 		case d.SRIOV != nil && len(d.SRIOV.VFs) > 0:
@@ -233,11 +250,31 @@ func (c *check) canBeTaken() {
 		return
 	}
 	if group, err := c.topology.Group(*c.unit[0].Group); err == nil {
+		if group.NoIOMMU {
+			c.add("group %d has no IOMMU in front of it: VFIO made it in its noiommu mode", group.ID)
+		}
 		for _, m := range group.Blockers() {
 			if m.IsBridge() {
 				c.add("bridge %s of the group is on %s and so keeps the group from being viable", m.Name, m.Driver)
 			}
 		}
+	}
+}
+
+// getsGroup lets a device pass that is in no group because it never had a driver: the kernel makes its group when it is
+// bound. In VFIO's noiommu mode that would be one without an IOMMU.
+func (c *check) getsGroup(d *iommu.Device) {
+	unsafe, err := vfio.NoIOMMU(c.b.host)
+	switch {
+	case err != nil:
+		c.add("whether VFIO's noiommu mode is on cannot be read: %v", err)
+	case unsafe:
+		c.add("%s is in no IOMMU group yet, and VFIO's noiommu mode is on, in which the kernel may make one for it that no "+
+			"IOMMU is in front of", d.Name)
+		c.refused.Cure = "echo N > /" + vfio.NoIOMMUFile
+	default:
+		c.verdict.Notes = append(c.verdict.Notes, fmt.Sprintf("%s is in no IOMMU group yet: the kernel makes its group when "+
+			"it is bound", d.Name))
 	}
 }
 

@@ -250,6 +250,9 @@ func (u *unit) end(ctx context.Context, log *kernelLog) {
 		}
 	}
 	if u.goal.takes() && !u.failed() {
+		u.readGroups()
+	}
+	if u.goal.takes() && !u.failed() {
 		last := u.results[len(u.results)-1]
 		last.Err = u.b.nodes(ctx, u.devices, u.results, u.goal.owner)
 	}
@@ -267,6 +270,39 @@ func (u *unit) end(ctx context.Context, log *kernelLog) {
 		}
 		r.Err = errors.Join(r.Err, u.b.finish(r.Change))
 	}
+}
+
+// readGroups reads the groups of devices that had none before they were bound. Nothing else of such a group may be the
+// host's.
+func (u *unit) readGroups() {
+	for i, d := range u.devices {
+		if r := u.results[i]; d.Group == nil && r.To != None && r.To != stub {
+			r.Err = u.b.joinGroup(d)
+		}
+	}
+}
+
+func (b *Handle) joinGroup(d *iommu.Device) error {
+	now, err := iommu.ReadDevice(b.host, d.Address)
+	if err != nil {
+		return err
+	}
+	if now.Group == nil {
+		return fmt.Errorf("%s: the kernel made no IOMMU group for it: no IOMMU is in front of it", d.Name)
+	}
+	group, err := iommu.ReadGroup(b.host, *now.Group)
+	if err != nil {
+		return err
+	}
+	if group.NoIOMMU {
+		return fmt.Errorf("%s: the kernel put it into group %d, which no IOMMU is in front of", d.Name, group.ID)
+	}
+	for _, other := range group.Blockers() {
+		return fmt.Errorf("%s: the kernel put it into group %d, together with %s on driver %s of the host", d.Name, group.ID,
+			other.Name, other.Driver)
+	}
+	d.Group = now.Group
+	return nil
 }
 
 // putBack puts back what was begun, in reverse order.

@@ -35,6 +35,9 @@ type Kernel struct {
 	Partial int                 // make at most so many VFs and report success, if not 0
 	// OnIoctl answers ioctl(2); nil knows none.
 	OnIoctl func(fd int, request uintptr, arg unsafe.Pointer) (int, error)
+	// LateGroups are, by device, the IOMMU groups that devices without one get when a driver is first bound, as with an
+	// SMMU; "noiommu-N" for one that VFIO makes in its noiommu mode.
+	LateGroups map[string]string
 	// EnableSRIOV has vfio-pci make VFs, as with enable_sriov=1, which it takes at once.
 	EnableSRIOV bool
 	Log         []string                 // every write in its order, also those that failed: "name=value"
@@ -285,6 +288,12 @@ func (k *Kernel) probe(dev, driver string) error {
 	}
 	if err := errors.Join(k.Probe[driver], k.Probe[path.Base(dev)]); err != nil {
 		return err
+	}
+	if group := k.LateGroups[path.Base(dev)]; group != "" && !k.exists(dev+"/iommu_group") {
+		id := strings.TrimPrefix(group, "noiommu-")
+		k.link(dev+"/iommu_group", path.Join(sysGroups, id))
+		k.link(path.Join(sysGroups, id, "devices", path.Base(dev)), dev)
+		k.put(path.Join(sysGroups, id, "type"), "DMA\n")
 	}
 	if class := strings.TrimPrefix(k.text(dev, "class"), "0x"); strings.Contains(driver, "vfio") {
 		if strings.HasPrefix(class, "0604") || strings.HasPrefix(class, "0607") || !k.exists(dev+"/iommu_group") {

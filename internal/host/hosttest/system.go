@@ -124,6 +124,9 @@ func (k *Kernel) makeNodes(dev string) {
 	k.vfio++
 	if group, err := os.Readlink(k.at(dev + "/iommu_group")); err == nil {
 		id := path.Base(group)
+		if late := k.LateGroups[path.Base(dev)]; late != "" {
+			id = late
+		}
 		k.put(path.Join("sys/class/vfio", id, "dev"), fmt.Sprintf("244:%s\n", id))
 		k.put(path.Join("dev/vfio", id), fmt.Sprintf("c 244:%s\n", id))
 	}
@@ -147,8 +150,10 @@ func (k *Kernel) removeNodes(dev, driver string) {
 			return
 		}
 	}
-	k.must(os.RemoveAll(k.at(path.Join("sys/class/vfio", path.Base(group)))))
-	k.must(os.RemoveAll(k.at(path.Join("dev/vfio", path.Base(group)))))
+	for _, id := range []string{path.Base(group), "noiommu-" + path.Base(group)} {
+		k.must(os.RemoveAll(k.at(path.Join("sys/class/vfio", id))))
+		k.must(os.RemoveAll(k.at(path.Join("dev/vfio", id))))
+	}
 }
 
 // ErrKilled is what every operation fails with once a Kernel's program was killed.

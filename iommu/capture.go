@@ -49,6 +49,7 @@ var (
 		"dev",
 		"size",
 		"serial",
+		"node_guid",
 	}
 	groupFiles = []string{"name", "type", "reserved_regions"}
 	unitFiles  = []string{
@@ -105,6 +106,7 @@ func Capture(h *Host, w io.Writer) error {
 	}
 
 	c.links(netClass)
+	c.links("sys/class/infiniband")
 	others, err := alternativeNames(h)
 	if err != nil && !isRefusal(err) {
 		return err

@@ -22,6 +22,7 @@ const (
 	ByMAC
 	ByPath
 	BySerial
+	ByGUID
 	ByGroup
 	ByClass
 )
@@ -56,6 +57,7 @@ func init() {
 		ByMAC:     macForm,
 		ByPath:    pathForm,
 		BySerial:  serialForm,
+		ByGUID:    guidForm,
 		ByGroup:   groupForm,
 		ByClass:   classForm,
 	}
@@ -291,6 +293,28 @@ var serialForm = form{
 	},
 	missing: func(_ Selector, h *Host, t *Topology) (string, []string) {
 		return "no device has this serial number (root alone can read them)", t.keyed(h, BySerial).names("serial=")
+	},
+}
+
+var guidForm = form{
+	key: "guid",
+	parse: func(s *Selector, value string) string {
+		guid, ok := ParseGUID(value)
+		if s.value = guid.String(); !ok {
+			return "want guid= and eight pairs of hexadecimal digits, as guid=0c:42:a1:03:00:00:00:01"
+		}
+		return ""
+	},
+	keys: func(h *Host, d *Device) ([]string, error) {
+		guids, err := GUIDs(h, d)
+		var out []string
+		for _, g := range guids {
+			out = append(out, g.String())
+		}
+		return out, err
+	},
+	missing: func(_ Selector, h *Host, t *Topology) (string, []string) {
+		return "no device has this InfiniBand GUID", t.keyed(h, ByGUID).names("guid=")
 	},
 }
 

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"path"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -25,7 +26,10 @@ type addressOwner struct {
 // readOwners finds them, if a wish has a MAC address that somebody could have: none has no address, or the one that
 // stands for none.
 func readOwners(h *iommu.Host, vfs []VFWish) (owners, error) {
-	if !h.Live() || !anyVF(vfs, func(vf VFWish) bool { return isAddress(vf.Settings[MAC]) }) {
+	has := func(vf VFWish) bool {
+		return slices.ContainsFunc(unique, func(k Key) bool { return isAddress(vf.Settings[k]) })
+	}
+	if !h.Live() || !anyVF(vfs, has) {
 		return nil, nil
 	}
 	names, err := h.Names(netClass)
@@ -60,23 +64,32 @@ func readOwners(h *iommu.Host, vfs []VFWish) (owners, error) {
 	return out, nil
 }
 
-// isAddress reports whether a value of mac is one that only one may have, or stands for one.
+// unique are the settings that no two VFs of a network may have alike.
+var unique = []Key{MAC, NodeGUID, PortGUID}
+
+// isAddress reports whether a value of one of these is one that only one may have, or stands for one.
 func isAddress(mac string) bool { return strings.Trim(mac, "0:") != "" }
 
-// unused refuses a MAC address that something else on this host has: a device's interface, or another VF.
-func (o owners) unused(mac string, port *Port, vf *iommu.Device) error {
-	if !isAddress(mac) {
-		return nil
-	}
-	for _, l := range o {
-		if l.device != vf.Name && l.Address.String() == mac {
-			return fmt.Errorf("MAC address %s is that of %s already", mac, l.Name)
+// unused refuses an address that something else on this host has: a device's interface, or another VF.
+func (o owners) unused(want Settings, port *Port, vf *iommu.Device) error {
+	for _, k := range unique {
+		address := want[k]
+		if !isAddress(address) {
+			continue
 		}
-		for _, other := range l.vfs {
-			if other.Settings[MAC] == mac && (l.Index != port.index || other.Index != vf.VFIndex) {
-				return fmt.Errorf("MAC address %s is that of vf%d of %s already", mac, other.Index, l.Name)
+		for _, l := range o {
+			its := l.Address.String() == address || k != MAC && strings.HasSuffix(l.Address.String(), ":"+address)
+			if its && l.device != vf.Name {
+				return fmt.Errorf("%s %s is that of %s already", addressNames[k], address, l.Name)
+			}
+			for _, other := range l.vfs {
+				if other.Settings[k] == address && (l.Index != port.index || other.Index != vf.VFIndex) {
+					return fmt.Errorf("%s %s is that of vf%d of %s already", addressNames[k], address, other.Index, l.Name)
+				}
 			}
 		}
 	}
 	return nil
 }
+
+var addressNames = map[Key]string{MAC: "MAC address", NodeGUID: "node GUID", PortGUID: "port GUID"}

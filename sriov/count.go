@@ -109,8 +109,11 @@ func (s *Handle) makeVFs(ctx context.Context, p *Plan, r *countRecord) ([]*iommu
 			return nil, err
 		}
 	}
-	if err := s.setMode(p, early); err != nil || !r.Recounts {
+	if err := s.setMode(p, early); err != nil {
 		return nil, err
+	}
+	if !r.Recounts {
+		return nil, errors.Join(settleAll(ctx, s.Host(), p.Up)...)
 	}
 
 	if err := doShares(s.Host(), p.PF, p.shares); err != nil {
@@ -143,12 +146,12 @@ func (s *Handle) makeVFs(ctx context.Context, p *Plan, r *countRecord) ([]*iommu
 func (s *Handle) recount(p *Plan, r *countRecord) error {
 	last := max(len(p.Before)-1, 0)
 	if err := s.Write(p.PF.Address, p.Before[:last]); err != nil {
-		return explain(err, p)
+		return explain(s.Host(), err, p)
 	}
 	r.foreign = false
 	if err := s.Write(p.PF.Address, p.Before[last:]); err != nil {
 		r.foreign = errors.Is(err, unix.EBUSY)
-		return explain(err, p)
+		return explain(s.Host(), err, p)
 	}
 	r.made = true
 	return nil
@@ -176,7 +179,7 @@ func (s *Handle) clear(p *Plan, r *countRecord) error {
 		return nil
 	}
 	if err := s.Write(p.PF.Address, p.Clear); err != nil {
-		return explain(err, p)
+		return explain(s.Host(), err, p)
 	}
 	if err := s.forgetOld(r, p.PF); err != nil {
 		return err

@@ -205,7 +205,7 @@ func mtusBelow(h *iommu.Host, pf *iommu.Device, mtu int) ([]MTU, error) {
 	err := iommu.ByName(h, pf, func(now *iommu.Device) error {
 		out = nil
 		if len(now.Netdevs) == 0 {
-			return fmt.Errorf("%s has no network interface, and so no MTU", pf.Name)
+			return fmt.Errorf("%w, and so it has no MTU", noInterface(h, pf))
 		}
 		for _, n := range now.Netdevs {
 			now, err := h.Int(path.Join(netClass, n, "mtu"))

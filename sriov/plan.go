@@ -93,6 +93,7 @@ type Plan struct {
 
 	Eswitch   Eswitch // what is set of it, before the new count or after
 	was       Eswitch // what that undoes
+	mode      string  // of the e-switch when the VFs get their settings, where that is known
 	offload   string  // what hw-tc-offload is to be in the end, as a new mode may take it back; "" as it is
 	autoprobe string  // what it was, if it is changed
 	nvme      string  // the controller that shares
@@ -104,7 +105,7 @@ type Plan struct {
 
 // Changes reports whether there is anything to do.
 func (p *Plan) Changes() bool {
-	return p.Have != p.Want || p.Eswitch != Eswitch{} || len(p.Raise) > 0 || len(p.Offload) > 0
+	return p.Have != p.Want || p.Eswitch != Eswitch{} || len(p.Up) > 0 || len(p.Raise) > 0 || len(p.Offload) > 0
 }
 
 // recounts reports whether VFs are made or removed.
@@ -207,7 +208,11 @@ func (s *Handle) PlanCount(pf *iommu.Device, wish Wish) (*Plan, error) {
 	if p.Have == n && p.Eswitch.Mode == "" {
 		p.VFs = nil
 		p.noteAsIs(t, wish)
-		return p, nil
+		if n > 0 && !pf.VFIO {
+			// VFs of a PF that has gone down do not work.
+			p.Up, err = linksDown(h, pf)
+		}
+		return p, err
 	}
 	if pf.Driver == "" {
 		return nil, fmt.Errorf("%s has no driver, and VFs are made by the PF's driver", pf.Address)
@@ -243,6 +248,11 @@ func (p *Plan) planPF(h *iommu.Host, wish Wish) (err error) {
 		}
 		p.Eswitch, p.was = wish.Eswitch.differs(now)
 	}
+	if p.mode = wish.Eswitch.Mode; p.mode == "" {
+		if p.mode, err = modeOf(h, p.PF); err != nil {
+			return err
+		}
+	}
 
 	if p.Raise, err = mtusBelow(h, p.PF, wish.MTU); err != nil {
 		return err
@@ -271,6 +281,9 @@ func (p *Plan) planVFs(h *iommu.Host, t *iommu.Topology) (err error) {
 	if err := errors.Join(forecast(h, p.PF, p.Want), vectorsLeft(h, p.PF, p.VFs)); err != nil {
 		return err
 	}
+	if err := p.ready(h); err != nil {
+		return err
+	}
 	if p.Up, err = linksDown(h, p.PF); err != nil {
 		return err
 	}
@@ -285,7 +298,7 @@ func (p *Plan) planVFs(h *iommu.Host, t *iommu.Topology) (err error) {
 	}
 
 	if anyVF(p.VFs, hasSettings) {
-		if p.Set, err = planNew(h, p.PF, p.VFs); err != nil {
+		if p.Set, err = planNew(h, p.PF, p.VFs, p.mode); err != nil {
 			return err
 		}
 	}
@@ -327,6 +340,9 @@ func (p *Plan) planWrites(h *iommu.Host) (err error) {
 func (p *Plan) noteNew() {
 	if p.PF.VFIO {
 		p.Notes = append(p.Notes, fmt.Sprintf("%s is on %s, which gets its VFs at once", p.PF.Name, p.PF.Driver))
+	}
+	if anyVF(p.VFs, func(vf VFWish) bool { return vf.Settings[SpoofChk] == on && vf.Settings[MAC] == "" }) {
+		p.Notes = append(p.Notes, "spoofchk is on for VFs that are given no address: the driver may drop all that they send")
 	}
 	if p.nvme != "" {
 		p.Notes = append(p.Notes, "then each VF is set online")

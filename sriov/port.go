@@ -1,12 +1,15 @@
 package sriov
 
 import (
+	"errors"
 	"fmt"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
 	"viaduct/internal/netlink"
 	"viaduct/iommu"
+	"viaduct/vfio/holder"
 )
 
 // Port is a PF's own network interface, over which its VFs' settings go, with what its driver reports of each VF.
@@ -146,4 +149,62 @@ func (s *session) again() (*Port, error) {
 		return nil, fmt.Errorf("interface %s: %w", s.Name, err)
 	}
 	return portAt(s.host, s.PF, l), nil
+}
+
+// NoInterfaceError says that a PF shows no network interface, over which its VFs' settings go.
+type NoInterfaceError struct {
+	PF  iommu.Address
+	Why string
+
+	elsewhere bool // in another network namespace
+}
+
+func (e *NoInterfaceError) Error() string {
+	return fmt.Sprintf("%s has no network interface here: %s", e.PF, e.Why)
+}
+
+// noInterface is a NoInterfaceError with the reason, as far as that is known.
+func noInterface(h *iommu.Host, pf *iommu.Device) error {
+	e := &NoInterfaceError{PF: pf.Address}
+	switch {
+	case pf.Driver == "":
+		e.Why = "it has no driver"
+	case pf.VFIO:
+		e.Why = "it is on " + pf.Driver
+	case pf.Class>>16 != 0x02:
+		e.Why = "it is no NIC"
+	default:
+		where, err := holder.Elsewhere(h, pf)
+		if err != nil {
+			return err
+		}
+		if e.Why = "one " + where; where == "" {
+			e.Why = "its driver " + pf.Driver + " has made none so far"
+		}
+		e.elsewhere = where != ""
+	}
+	return e
+}
+
+// withoutInterface are drivers of NICs whose PFs have no network interface of their own
+// (drivers/net/ethernet/cavium/thunder/nic_main.c, marvell/octeontx2/af/rvu.c).
+var withoutInterface = []string{"thunder-nic", "octeontx2-af"}
+
+// ready refuses a NIC whose driver has not made its interface yet: its VFs would not work, or not be configured. One
+// whose interface is elsewhere can have VFs, which is a note.
+func (p *Plan) ready(h *iommu.Host) error {
+	pf := p.PF
+	if pf.Class>>16 != 0x02 || pf.VFIO || len(pf.Netdevs) > 0 || slices.Contains(withoutInterface, pf.Driver) {
+		return nil
+	}
+	guids, err := iommu.GUIDs(h, pf)
+	if err != nil || len(guids) > 0 {
+		return err
+	}
+	none := noInterface(h, pf)
+	if e, ok := errors.AsType[*NoInterfaceError](none); ok && e.elsewhere {
+		p.Notes = append(p.Notes, e.Error()+", so it is not brought up")
+		return nil
+	}
+	return none
 }

@@ -91,7 +91,7 @@ func TestWithoutInterface(t *testing.T) {
 		return err
 	})
 	d := device(t, s, nvmePFAddress)
-	for want, says := range map[Key]string{VLAN: "has no network interface, so its VFs have no vlan", MAC: "no network interface to derive"} {
+	for want, says := range map[Key]string{VLAN: "has no network interface here: it is no NIC, so its VFs have no vlan", MAC: "so there is no MAC address to derive"} {
 		_, err := s.SetVF(context.Background(), d.SRIOV.VFs[0].Address, Settings{want: map[Key]string{VLAN: "7", MAC: StableMAC}[want]})
 		if err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%s: %v", want, err)

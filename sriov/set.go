@@ -83,7 +83,15 @@ func (s *Handle) PlanSet(pf, vf *iommu.Device, want Settings) (*SetPlan, error) 
 	if err != nil {
 		return nil, err
 	}
-	return planSet(h, pf, vf, want, port, owners)
+	mode, err := modeOf(h, pf)
+	if err != nil {
+		return nil, err
+	}
+	p, err := planSet(h, pf, vf, want, port, owners)
+	if err != nil {
+		return nil, err
+	}
+	return p, p.possible(pf, mode)
 }
 
 // PlanSets plans how VFs of a PF get the settings of their wishes, which are by index, with one look at all. What the
@@ -93,7 +101,8 @@ func (s *Handle) PlanSets(pf *iommu.Device, vfs []*iommu.Device, wish []VFWish) 
 	port, err1 := ReadPort(h, pf)
 	owners, err2 := readOwners(h, wish)
 	requested, err3 := s.LastRequested(pf)
-	if err := errors.Join(err1, err2, err3); err != nil {
+	mode, err4 := modeOf(h, pf)
+	if err := errors.Join(err1, err2, err3, err4); err != nil {
 		return nil, err
 	}
 
@@ -109,6 +118,9 @@ func (s *Handle) PlanSets(pf *iommu.Device, vfs []*iommu.Device, wish []VFWish) 
 			return !known && requested[vf.VFIndex][k] == v
 		})
 		p, err := planSet(h, pf, vf, want, port, owners)
+		if err == nil {
+			err = p.possible(pf, mode)
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -123,7 +135,7 @@ func planSet(h *iommu.Host, pf, vf *iommu.Device, want Settings, port *Port, own
 	if vf.PhysFn == nil || *vf.PhysFn != pf.Address {
 		return nil, &NotVFError{vf.Address}
 	}
-	want, err := resolved(pf, vf, want, port)
+	want, err := resolved(h, pf, vf, want, port)
 	if err != nil {
 		return nil, err
 	}
@@ -134,12 +146,12 @@ func planSet(h *iommu.Host, pf, vf *iommu.Device, want Settings, port *Port, own
 	if port == nil {
 		for k := range want {
 			if k.row().file == "" {
-				return nil, fmt.Errorf("%s has no network interface, so its VFs have no %s to set", pf.Name, k)
+				return nil, fmt.Errorf("%w, so its VFs have no %s to set", noInterface(h, pf), k)
 			}
 		}
 		port = &Port{PF: pf, host: h}
 	}
-	if err := owners.unused(want[MAC], port, vf); err != nil {
+	if err := owners.unused(want, port, vf); err != nil {
 		return nil, err
 	}
 
@@ -147,8 +159,8 @@ func planSet(h *iommu.Host, pf, vf *iommu.Device, want Settings, port *Port, own
 	return &SetPlan{VF: vf, Want: want, Settings: planSettings(now.Settings, want), port: port}, nil
 }
 
-// planNew plans the settings of VFs that are still to be made.
-func planNew(h *iommu.Host, pf *iommu.Device, vfs []VFWish) ([]SetPlan, error) {
+// planNew plans the settings of VFs that are still to be made, while the e-switch is in a mode.
+func planNew(h *iommu.Host, pf *iommu.Device, vfs []VFWish, mode string) ([]SetPlan, error) {
 	port, err1 := ReadPort(h, pf)
 	owners, err2 := readOwners(h, vfs)
 	if err := errors.Join(err1, err2); err != nil {
@@ -156,7 +168,7 @@ func planNew(h *iommu.Host, pf *iommu.Device, vfs []VFWish) ([]SetPlan, error) {
 	}
 
 	var out []SetPlan
-	macs := map[string]bool{}
+	seen := map[string]bool{}
 	places, err := iommu.VFAddresses(h, pf.Address)
 	if err != nil {
 		return nil, err
@@ -165,18 +177,23 @@ func planNew(h *iommu.Host, pf *iommu.Device, vfs []VFWish) ([]SetPlan, error) {
 		if i == len(vfs) {
 			break
 		}
-		mac := vfs[i].Settings[MAC]
-		if macs[mac] {
-			return nil, fmt.Errorf("mac=%s for several VFs: each needs one of its own (mac=%s makes them)", mac,
-				StableMAC)
+		for _, k := range unique {
+			value := vfs[i].Settings[k]
+			if seen[string(k)+value] {
+				return nil, fmt.Errorf("%s=%s for several VFs: each needs one of its own (%s=%s makes them)", k, value, k,
+					StableMAC)
+			}
+			seen[string(k)+value] = isAddress(value) && value != StableMAC
 		}
-		macs[mac] = mac != "" && mac != StableMAC && mac != noMAC
 
 		p, err := planSet(h, pf, vfAt(pf.Address, a, i), vfs[i].Settings, port, owners)
 		if err != nil {
 			return nil, err
 		}
 		p.Settings = planSettings(Settings{}, p.Want)
+		if err := p.possible(pf, mode); err != nil {
+			return nil, err
+		}
 		out = append(out, *p)
 	}
 	return out, nil
@@ -187,31 +204,101 @@ func vfAt(pf, vf iommu.Address, index int) *iommu.Device {
 	return &iommu.Device{Name: vf.String(), Address: vf, PCI: true, PhysFn: &pf, VFIndex: index}
 }
 
-// resolved checks settings, and puts the address that "stable" stands for in its place.
-func resolved(pf, vf *iommu.Device, want Settings, port *Port) (Settings, error) {
+// resolved checks settings, and puts the addresses that "stable" stands for in its place.
+func resolved(h *iommu.Host, pf, vf *iommu.Device, want Settings, port *Port) (Settings, error) {
 	want, err := want.checked()
-	if err != nil || want[MAC] != StableMAC {
-		return want, err
+	if err != nil {
+		return nil, err
 	}
+	if want[MAC] == StableMAC {
+		mac, err := stableMAC(h, pf, vf, port)
+		if err != nil {
+			return nil, err
+		}
+		want[MAC] = mac.String()
+	}
+	for _, k := range []Key{NodeGUID, PortGUID} {
+		if want[k] != StableGUID {
+			continue
+		}
+		guid, err := stableGUID(h, pf, vf)
+		if err != nil {
+			return nil, err
+		}
+		want[k] = guid.String()
+	}
+	return want, nil
+}
+
+func stableMAC(h *iommu.Host, pf, vf *iommu.Device, port *Port) (net.HardwareAddr, error) {
 	if port == nil || port.Name == "" {
-		return nil, fmt.Errorf("%s has no network interface to derive a MAC address from", pf.Name)
+		return nil, fmt.Errorf("%w, so there is no MAC address to derive others from", noInterface(h, pf))
 	}
 	text, err := port.permanentMAC()
 	if err != nil {
 		return nil, err
 	}
-
 	permanent, err := net.ParseMAC(text)
 	if err != nil {
 		return nil, fmt.Errorf("interface %s: %w", port.Name, err)
 	}
-	mac, err := DeriveMAC(permanent, vf.VFIndex)
+	if guids, err := iommu.GUIDs(h, pf); err == nil && len(guids) > 0 && len(permanent) != 6 {
+		return nil, fmt.Errorf("%s is InfiniBand, and its VFs have no MAC address: give them %s=%s and %s=%s", pf.Name,
+			NodeGUID, StableGUID, PortGUID, StableGUID)
+	}
+	return DeriveMAC(permanent, vf.VFIndex)
+}
+
+func stableGUID(h *iommu.Host, pf, vf *iommu.Device) (net.HardwareAddr, error) {
+	guids, err := iommu.GUIDs(h, pf)
 	if err != nil {
 		return nil, err
 	}
-	out := maps.Clone(want)
-	out[MAC] = mac.String()
-	return out, nil
+	if len(guids) == 0 {
+		return nil, fmt.Errorf("%s has no InfiniBand GUID to derive others from", pf.Name)
+	}
+	return DeriveGUID(guids[0], vf.VFIndex)
+}
+
+// legacyOnly are, by driver, the settings that it takes only while the PF's e-switch is in mode legacy: in mode switchdev
+// rules on the representors do what they do (drivers/net/ethernet/mellanox/mlx5/core/eswitch.c, since Linux 5.13;
+// drivers/net/ethernet/intel/ice/ice_sriov.c).
+var legacyOnly = map[string][]Key{
+	"mlx5_core": {VLAN, QoS, Proto, Trust, SpoofChk},
+	"ice":       {Trust},
+}
+
+// possible refuses changes that the PF's driver does not make in this mode of its e-switch. No VLAN is one that it takes.
+func (p *SetPlan) possible(pf *iommu.Device, mode string) error {
+	if mode != switchdev {
+		return nil
+	}
+	var wrong []Key
+	for _, k := range legacyOnly[pf.Driver] {
+		usual, _ := k.Default()
+		if slices.ContainsFunc(p.Settings, func(s Setting) bool {
+			return slices.Contains(s.Keys, k) && p.Want[k] != "" && (k.row().with != VLAN || s.To[k] != usual)
+		}) {
+			wrong = append(wrong, k)
+		}
+	}
+	if len(wrong) == 0 {
+		return nil
+	}
+	return fmt.Errorf("driver %s takes no %s of a VF of %s while its e-switch is in mode %s: leave them out, and make rules "+
+		"on the VFs' representors", pf.Driver, keyNames(wrong), pf.Name, switchdev)
+}
+
+// modeOf is the mode of a PF's e-switch, where that decides about settings; "" where it does not, or cannot be asked.
+func modeOf(h *iommu.Host, pf *iommu.Device) (string, error) {
+	if legacyOnly[pf.Driver] == nil || !h.Live() {
+		return "", nil
+	}
+	now, err := ReadEswitch(h, pf.Address)
+	if err != nil || now == nil {
+		return "", err
+	}
+	return now.Mode, nil
 }
 
 // Unverified is the note for the user on what Set could not read back; none if there is nothing of that.
@@ -431,7 +518,7 @@ func (s *Handle) setNew(ctx context.Context, pf iommu.Address, vfs []*iommu.Devi
 		if !hasSettings(wish[i]) {
 			continue
 		}
-		want, err := resolved(d, vf, wish[i].Settings, port)
+		want, err := resolved(s.Host(), d, vf, wish[i].Settings, port)
 		if err != nil {
 			return nil, err
 		}

@@ -53,12 +53,21 @@ func notPF(h *iommu.Host, d *iommu.Device) error {
 }
 
 // firmwareHint names the firmware setting that decides how many VFs a card has, for the makers whose cards hide the
-// capability or lower its total by one; current values where devlink tells.
+// capability or lower its total by one; current values where devlink tells. Where others than makers of NICs hide it,
+// the setup of the board decides.
 func firmwareHint(h *iommu.Host, d *iommu.Device) string {
 	switch d.Vendor {
 	case 0x15b3:
 		return " (its firmware decides: mlxconfig settings SRIOV_EN and NUM_OF_VFS; a change takes effect with the " +
 			"next boot" + devlinkParam(h, d, "enable_sriov") + ")"
+	case 0x8086:
+		return " (the firmware decides: SR-IOV of the board, and in the setup of the card's own ROM \"virtualization " +
+			"mode\" or \"SR-IOV\"; a change takes effect with the next boot)"
+	case 0x1002, 0x1022, 0x1dd8:
+		return " (the firmware decides: \"SR-IOV support\" in the setup of the board; a change takes effect with the next " +
+			"boot)"
+	case 0x1924, 0x10ee:
+		return " (its firmware decides: sfboot vf-count=N; a change takes effect with the next boot)"
 	case 0x14e4:
 		return " (its firmware decides: NVM options of bnxtnvm, or devlink parameter enable_sriov; a change takes " +
 			"effect with the next boot" + devlinkParam(h, d, "enable_sriov") + ")"
@@ -173,13 +182,25 @@ func hexNumber(text string) uint64 {
 }
 
 // explain adds the likely cure to the errnos of a write to sriov_numvfs (drivers/pci/iov.c, sriov_numvfs_store).
-func explain(err error, p *Plan) error {
+func explain(h *iommu.Host, err error, p *Plan) error {
+	refuses := "driver " + p.PF.Driver + " refuses that"
+	assigned := refuses + " to everybody: the e-switch of a SmartNIC may be its own host's"
+	if p.Have > 0 {
+		assigned = refuses + " while it takes a VF for assigned to a guest: end the guest, and take the VF off pciback"
+	}
 	for errno, cure := range map[unix.Errno]string{
 		unix.ENOMEM: "there is no room for the VFs' memory ranges or bus numbers: " + noRoom,
 		unix.ENOENT: "driver " + p.PF.Driver + " cannot make VFs",
 		unix.ERANGE: fmt.Sprintf("its driver now allows less than the %d VFs it did", p.Want),
 		unix.EBUSY:  "something else made VFs meanwhile: see viaduct vf list " + p.PF.Name,
-		unix.EPERM:  "its driver takes its VFs for assigned to a guest",
+		unix.EPERM:  assigned,
+		unix.EAGAIN: "the card is busy, as with a reset or its firmware: try again in a moment",
+		unix.ENOSPC: "the card has not enough queues or interrupts left for so many: make fewer, or take some from the PF " +
+			"(ethtool -L), RDMA or other functions",
+		unix.EINVAL: refuses + " in the state it is in: make fewer, or turn off what it does not do beside VFs, as DCB, " +
+			"XDP or filters",
+		unix.EOPNOTSUPP: refuses + ": SR-IOV may be off in the card's firmware" + firmwareHint(h, p.PF),
+		unix.EIO:        "the card and its firmware do not agree about its VFs: boot again, or update its firmware",
 	} {
 		if errors.Is(err, errno) {
 			return fmt.Errorf("%w (%s)", err, cure)

@@ -10,6 +10,8 @@ import (
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"viaduct/iommu"
 )
 
 // Key names a setting.
@@ -32,8 +34,12 @@ const (
 	MSIX      Key = "msix" // interrupt vectors, 0 for the default
 )
 
-// StableMAC as the value of mac stands for what [DeriveMAC] makes.
-const StableMAC = "stable"
+// StableMAC as the value of mac stands for what [DeriveMAC] makes. StableGUID, as that of node_guid and port_guid, does so
+// for [DeriveGUID].
+const (
+	StableMAC  = "stable"
+	StableGUID = StableMAC
+)
 
 const (
 	on, off = "on", "off"
@@ -88,7 +94,7 @@ var table = [...]row{
 		key: VLAN, with: VLAN, order: at(3), usual: "0",
 		help:      [2]string{"vlan=100 qos=3", "VLAN and priority of untagged frames; vlan=0 for none"},
 		parse:     upTo(4094),
-		attribute: nl.IFLA_VF_VLAN, decode: number(4), encode: encodeVLAN,
+		attribute: nl.IFLA_VF_VLAN, decode: decodeVLAN, encode: encodeVLAN,
 	},
 	{
 		key: QoS, with: VLAN, order: at(3), usual: "0",
@@ -146,7 +152,10 @@ var table = [...]row{
 	},
 	{
 		key: NodeGUID, with: NodeGUID, order: at(8),
-		help:      [2]string{"node_guid=... port_guid=...", "of InfiniBand"},
+		help: [2]string{
+			"node_guid=... port_guid=...",
+			"of InfiniBand; or stable: derived from the PF's own and the VF's index",
+		},
 		parse:     parseGUID,
 		attribute: nl.IFLA_VF_IB_NODE_GUID, decode: decodeGUID, encode: encodeGUID(NodeGUID, nl.IFLA_VF_IB_NODE_GUID),
 	},
@@ -265,9 +274,12 @@ func parseMAC(value string) (string, error) {
 }
 
 func parseGUID(value string) (string, error) {
-	guid, err := net.ParseMAC(value)
-	if err != nil || len(guid) != 8 || strings.Trim(value, "0:-") == "" {
-		return "", fmt.Errorf("want eight bytes that are not all zero, as 00:11:22:33:44:55:66:77")
+	if value == StableGUID {
+		return value, nil
+	}
+	guid, ok := iommu.ParseGUID(value)
+	if !ok || strings.Trim(value, "0x:-") == "" {
+		return "", fmt.Errorf("want eight bytes that are not all zero, as 00:11:22:33:44:55:66:77, or %s", StableGUID)
 	}
 	return guid.String(), nil
 }
@@ -283,6 +295,16 @@ func u32(v []byte, at int) uint32 {
 // number decodes the word at an offset.
 func number(at int) func([]byte, int) (string, bool) {
 	return func(v []byte, _ int) (string, bool) { return strconv.FormatUint(uint64(u32(v, at)), 10), true }
+}
+
+// decodeVLAN reads a VLAN. Some drivers report that there is none by the number that no VLAN can have.
+func decodeVLAN(v []byte, _ int) (string, bool) {
+	const none = 4095
+	n := u32(v, 4)
+	if n == none {
+		n = 0
+	}
+	return strconv.FormatUint(uint64(n), 10), true
 }
 
 // oneOfWords decodes a word that numbers words.

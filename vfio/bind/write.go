@@ -41,7 +41,7 @@ func (b *Handle) write(ctx context.Context, batch int64, c Change) error {
 
 // Write makes writes for a device whose change was begun with [Handle.Begin] (else it is an [ErrNotBegun]), one after
 // the other until one fails. One that does not return within the time for it is a *StuckError, and the device the
-// child's until it does. Errors wrap the errno.
+// child's until it does. Errors wrap the errno, and end with what the kernel says of the device, where it says anything.
 func (b *Handle) Write(a iommu.Address, steps []Step) error {
 	if err := errors.Join(b.MayChange(), b.locked(a), b.mayWrite(a)); err != nil {
 		return err
@@ -54,7 +54,9 @@ func (b *Handle) Write(a iommu.Address, steps []Step) error {
 	if len(steps) == 0 {
 		return nil
 	}
-	return b.noteStuck(b.send(request{Device: a, Steps: steps}))
+	log := openKernelLog(b.host)
+	defer log.close()
+	return log.explain(a, b.noteStuck(b.send(request{Device: a, Steps: steps})))
 }
 
 // send has the child make writes.

@@ -34,6 +34,24 @@ type elsewhere struct {
 	whose string
 }
 
+// Elsewhere says, of a NIC that shows no network interface here, in which network namespace it has one, as in "(eth0) is in
+// the network namespace of blue"; "" if that is not known.
+func Elsewhere(h *iommu.Host, d *iommu.Device) (string, error) {
+	if !h.Live() {
+		return "", nil
+	}
+	found, err := netHolders(h, []*iommu.Device{d})
+	if err != nil && !errors.Is(err, ErrBlind) {
+		return "", err
+	}
+	for _, f := range found {
+		if f.Kind == Namespace {
+			return f.What, nil
+		}
+	}
+	return "", nil
+}
+
 // anybodys reports whether the interface is a device's and the kernel does not say which one's.
 func (o elsewhere) anybodys() bool {
 	return o.Device == "" && o.Kind == "" && o.Flags&unix.IFF_LOOPBACK == 0

@@ -200,7 +200,7 @@ func (m *Manager) found(i *Item, match hostfile.Match, find func(hostfile.Match)
 		return false
 	}
 
-	if !match.Has(iommu.ByMAC, iommu.ByPath, iommu.BySerial) {
+	if !match.Has(iommu.ByMAC, iommu.ByGUID, iommu.ByPath, iommu.BySerial) {
 		i.Notes = append(
 			i.Notes,
 			fmt.Sprintf("%s: %s may name another device at the next boot; path=, serial= or mac= do not", i.At,

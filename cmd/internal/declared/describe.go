@@ -156,7 +156,7 @@ func comment(names *iommu.Names, d *iommu.Device) string {
 
 // stable is the best match for a device: what stays with the card, else its place.
 func (m *Manager) stable(d *iommu.Device) (hostfile.Match, error) {
-	for _, form := range []iommu.Form{iommu.ByMAC, iommu.BySerial} {
+	for _, form := range []iommu.Form{iommu.ByMAC, iommu.ByGUID, iommu.BySerial} {
 		selectors, err := iommu.SelectorsOf(m.host, d, form)
 		if err != nil {
 			return hostfile.Match{}, err

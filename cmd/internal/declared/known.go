@@ -67,7 +67,7 @@ func (m *Manager) changed(k *known, match hostfile.Match, d *iommu.Device) strin
 		return fmt.Sprintf("%s is another device than %s was: %s", d.Name, k.Address, why)
 	}
 	if place, err := iommu.PathOf(m.host, d); err == nil && place != k.Identity.Path &&
-		!match.Has(iommu.ByMAC, iommu.BySerial) &&
+		!match.Has(iommu.ByMAC, iommu.ByGUID, iommu.BySerial) &&
 		!m.Same(&k.Identity, d) {
 		return fmt.Sprintf("%s is at path=%s instead of %s, and nothing tells whether it is the same device", d.Name,
 			place, k.Identity.Path)

@@ -46,7 +46,7 @@ func (d *decoder) checkPF(pf *PF) {
 	}
 
 	owner := make([]*VFs, pf.Count)
-	macs := map[string]bool{}
+	seen := map[string]bool{}
 	for i := range pf.VFs {
 		r := &pf.VFs[i]
 		if r.Range.last() >= pf.Count {
@@ -61,11 +61,16 @@ func (d *decoder) checkPF(pf *PF) {
 			owner[n] = r
 		}
 
-		mac, ok := r.Settings[sriov.MAC]
-		if ok && mac.word != sriov.StableMAC && (len(indexes) > 1 || macs[mac.word]) {
-			d.failAt(r.At, mac.word, "each VF needs a MAC address of its own (mac: %s makes them)", sriov.StableMAC)
+		for _, k := range addresses {
+			value, ok := r.Settings[k]
+			same := !value.plus && value.word != sriov.StableMAC
+			if ok && same && (len(indexes) > 1 || seen[string(k)+value.word]) {
+				d.failAt(r.At, value.word, "each VF needs a %s of its own (%s: %s makes them)", names[k], k, sriov.StableMAC)
+			}
+			for _, n := range indexes {
+				seen[string(k)+value.Of(n)] = true
+			}
 		}
-		macs[mac.word] = true
 		if len(indexes) > 0 {
 			for k, v := range r.Settings {
 				// With the greatest index, as for the least it was looked at already.
@@ -92,7 +97,15 @@ func (d *decoder) checkPF(pf *PF) {
 	}
 }
 
-// twice finds what is declared more than once in the same words, and MAC addresses that VFs of several PFs are to have.
+// addresses are the settings that no two VFs may have alike, and names what they are.
+var (
+	addresses = []sriov.Key{sriov.MAC, sriov.NodeGUID, sriov.PortGUID}
+	names     = map[sriov.Key]string{
+		sriov.MAC: "MAC address", sriov.NodeGUID: "node GUID", sriov.PortGUID: "port GUID",
+	}
+)
+
+// twice finds what is declared more than once in the same words, and addresses that VFs of several PFs are to have.
 func (h *Host) twice() error {
 	var errs []error
 	seen := map[string]Pos{}
@@ -113,16 +126,24 @@ func (h *Host) twice() error {
 	for i, pf := range h.PFs {
 		see(pf.Select, pf.At)
 		for _, r := range pf.VFs {
-			mac := strings.ToLower(r.Settings[sriov.MAC].word)
-			if mac == "" || mac == sriov.StableMAC || strings.Trim(mac, "0:") == "" {
-				continue
-			}
-			if first, again := owners[mac]; !again {
-				owners[mac] = owner{i, r.At}
-			} else if first.pf != i {
-				// Within a PF, that is told already.
-				errs = append(errs, &Error{r.At, mac, fmt.Sprintf("the VF at %s has this MAC address already: each "+
-					"needs one of its own (mac: %s makes them)", first.at, sriov.StableMAC)})
+			for _, k := range addresses {
+				for _, n := range r.Range.Indexes(pf.Count) {
+					value := strings.ToLower(r.Settings[k].Of(n))
+					if value == "" || value == sriov.StableMAC || strings.Trim(value, "0:") == "" {
+						break
+					}
+					first, again := owners[string(k)+value]
+					if !again {
+						owners[string(k)+value] = owner{i, r.At}
+						continue
+					}
+					if first.pf != i {
+						// Within a PF, that is told already.
+						errs = append(errs, &Error{r.At, value, fmt.Sprintf("the VF at %s has this %s already: each needs "+
+							"one of its own (%s: %s makes them)", first.at, names[k], k, sriov.StableMAC)})
+						break
+					}
+				}
 			}
 		}
 	}

@@ -1,6 +1,7 @@
 package hostfile
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
@@ -140,9 +141,9 @@ func (r *Range) last() int {
 	return last
 }
 
-// Valued is the value of a setting: a word, or a number to which the VF's index is added.
+// Valued is the value of a setting: a word, or a number or GUID to which the VF's index is added.
 type Valued struct {
-	word string
+	word string // a GUID that the index is added to as well
 	base int
 	plus bool
 }
@@ -155,16 +156,19 @@ func Value(word string) Valued { return Valued{word: word} }
 // parseValued reads the value of a key, and returns it as sriov spells it.
 func parseValued(key Key, text string) (Valued, error) {
 	if base, plus := strings.CutSuffix(text, plusIndex); plus {
-		if key == sriov.MAC || key == sriov.NodeGUID || key == sriov.PortGUID {
-			return Valued{}, fmt.Errorf("only numbers can have %s added", plusIndex)
+		if key == sriov.MAC {
+			return Valued{}, fmt.Errorf("only numbers and GUIDs can have %s added", plusIndex)
 		}
 		s, err := sriov.ParseSettings([]string{string(key) + "=" + strings.TrimSpace(base)})
 		if err != nil {
 			return Valued{}, reason(err)
 		}
+		if _, guid := iommu.ParseGUID(s[key]); guid {
+			return Valued{word: s[key], plus: true}, nil
+		}
 		n, err := strconv.Atoi(s[key])
 		if err != nil {
-			return Valued{}, fmt.Errorf("only numbers can have %s added", plusIndex)
+			return Valued{}, fmt.Errorf("only numbers and GUIDs can have %s added", plusIndex)
 		}
 		return Valued{base: n, plus: true}, nil
 	}
@@ -185,6 +189,10 @@ func reason(err error) error {
 
 // Of is the value for a VF.
 func (v Valued) Of(index int) string {
+	if guid, ok := iommu.ParseGUID(v.word); v.plus && ok {
+		binary.BigEndian.PutUint64(guid, binary.BigEndian.Uint64(guid)+uint64(index))
+		return guid.String()
+	}
 	if v.plus {
 		return strconv.Itoa(v.base + index)
 	}
@@ -192,8 +200,11 @@ func (v Valued) Of(index int) string {
 }
 
 func (v Valued) String() string {
-	if v.plus {
+	if v.plus && v.word == "" {
 		return strconv.Itoa(v.base) + plusIndex
+	}
+	if v.plus {
+		return v.word + plusIndex
 	}
 	return v.word
 }

@@ -152,17 +152,50 @@ func ReadNetdevs(h *Host, d *Device) error {
 // renames is how often an interface may change its name while it is looked at: udev names new ones.
 const renames = 10
 
-// ByName calls look with a device, and again with one that has its interfaces' new names if one was renamed meanwhile:
-// an error of look that says that something is not there is taken for that.
+// ByName calls look with a device, and again with one that has its interfaces' new names if one was renamed meanwhile.
+// Then an error of look says that something is not there, or what it saw was another device's, which has the name now:
+// at boot one eth0 follows the other.
 func ByName(h *Host, d *Device, look func(now *Device) error) error {
 	err := look(d)
-	for try := 0; host.Absent(err) && h.Live() && try < renames; try++ {
-		now := *d
+	if !h.Live() {
+		return err
+	}
+	for now, try := *d, 0; ; try++ {
+		renamed := host.Absent(err)
+		if err == nil {
+			if renamed, err = wereRenamed(h, &now); err != nil {
+				return err
+			}
+		}
+		switch {
+		case !renamed:
+			return err
+		case try == renames && err == nil:
+			return fmt.Errorf("%s: its network interfaces get other names all the time", d.Name)
+		case try == renames:
+			return err
+		}
 		if err = ReadNetdevs(h, &now); err == nil {
 			err = look(&now)
 		}
 	}
-	return err
+}
+
+// wereRenamed reports whether one of a device's interfaces has another name by now.
+func wereRenamed(h *Host, d *Device) (bool, error) {
+	for _, n := range d.Interfaces() {
+		target, err := h.Link(path.Join(netClass, n))
+		if host.Absent(err) || errors.Is(err, unix.EINVAL) {
+			return true, nil
+		}
+		if err != nil {
+			return false, err
+		}
+		if a, ok := lastAddress(target); !ok || a != d.Address {
+			return true, nil
+		}
+	}
+	return false, nil
 }
 
 // alternatives is where a snapshot has the alternative names of interfaces, which no file of the kernel tells: a line

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"testing"
 
 	"viaduct/internal/host/hosttest"
@@ -105,5 +106,54 @@ func TestAlternativeNames(t *testing.T) {
 				t.Errorf("live %v: %s is %+v, %v", h.Live(), name, d, err)
 			}
 		}
+	}
+}
+
+// What is read by the name of an interface that another device's has meanwhile, as at boot, is not this device's.
+func TestNameOfAnother(t *testing.T) {
+	const one, two = "0000:01:00.0", "0000:02:00.0"
+	nic := func(at, name, mac string) hosttest.PCI {
+		return hosttest.PCI{At: at, ID: "8086:10c9", Class: "020000", Driver: "igb", Group: 1, Files: hosttest.Tree{
+			"net/" + name + "/address": mac + "\n", "net/" + name + "/addr_assign_type": "0\n",
+			"net/" + name + "/device": "-> ../..", "net/" + name + "/subsystem": "-> ../../../../../../class/net",
+			"net/" + name + "/flags": "0x1003\n", "net/" + name + "/mtu": "1500\n", "net/" + name + "/ifindex": "2\n",
+		}}
+	}
+	const dir1, dir2 = "devices/pci0000:00/0000:00:01.0/" + one, "devices/pci0000:00/0000:00:02.0/" + two
+	k := hosttest.NewKernel(t, hosttest.Made(
+		nic("0000:00:01.0/"+one, "eth0", "52:54:00:00:00:01"), nic("0000:00:02.0/"+two, "eth1", "52:54:00:00:00:02"),
+	).With(hosttest.Tree{
+		"sys/class/net/eth0": "-> ../../" + dir1 + "/net/eth0", "sys/class/net/eth1": "-> ../../" + dir2 + "/net/eth1",
+	}))
+	h := &Host{Host: k.Host()}
+	a, err := ParseAddress(one)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := ReadDevice(h, a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := ReadNetdevs(h, &d); err != nil {
+		t.Fatal(err)
+	}
+
+	rename := func(dir, from, to string) {
+		err := errors.Join(os.Rename(k.Dir()+"/sys/"+dir+"/net/"+from, k.Dir()+"/sys/"+dir+"/net/"+to),
+			os.Remove(k.Dir()+"/sys/class/net/"+from),
+			os.Symlink("../../"+dir+"/net/"+to, k.Dir()+"/sys/class/net/"+to))
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	var once sync.Once
+	k.SetFault(func(string, string) error {
+		once.Do(func() { rename(dir1, "eth0", "enp1s0"); rename(dir2, "eth1", "eth0") })
+		return nil
+	})
+	macs, err := PermanentMACs(h, &d)
+	k.Revive()
+	if err != nil || len(macs) != 1 || macs["enp1s0"] != "52:54:00:00:00:01" {
+		t.Errorf("%v, %v", macs, err)
 	}
 }

@@ -105,7 +105,7 @@ func (s *Handle) makeVFs(ctx context.Context, p *Plan, r *countRecord) ([]*iommu
 		return nil, err
 	}
 	for _, o := range p.Offload {
-		if err := setTCOffload(s.Host(), o.Name, o.On); err != nil {
+		if err := setTCOffload(s.Host(), p.PF.Address, o.Name, o.On); err != nil {
 			return nil, err
 		}
 	}
@@ -214,7 +214,7 @@ func (s *Handle) setMode(p *Plan, now moment) error {
 		return err
 	}
 	for _, o := range offloads {
-		if err := setTCOffload(s.Host(), o.Name, o.On); err != nil {
+		if err := setTCOffload(s.Host(), p.PF.Address, o.Name, o.On); err != nil {
 			return err
 		}
 	}

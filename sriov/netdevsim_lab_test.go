@@ -270,7 +270,7 @@ func TestNetdevsimEswitch(t *testing.T) {
 			t.Fatalf("%v, %v", changes, err)
 		}
 		for _, o := range changes {
-			if err := setTCOffload(h, o.Name, o.On); err != nil {
+			if err := setNamedTCOffload(h, o.Name, o.On); err != nil {
 				t.Error(err)
 			}
 			said, err := exec.Command("ethtool", "-k", o.Name).Output()

@@ -88,8 +88,25 @@ func readTCOffload(h *iommu.Host, name string) (feature, error) {
 	return f, nil
 }
 
-// setTCOffload turns the feature on or off, and reads it back.
-func setTCOffload(h *iommu.Host, name string, want bool) error {
+// setTCOffload turns the feature of an interface of a PF on or off, and reads it back. Ioctls know names alone.
+func setTCOffload(h *iommu.Host, pf iommu.Address, name string, want bool) error {
+	d, err := iommu.ReadDevice(h, pf)
+	if err == nil {
+		err = iommu.ReadNetdevs(h, &d)
+	}
+	if err != nil {
+		return err
+	}
+	return iommu.ByName(h, &d, func(now *iommu.Device) error {
+		name, err := nameIn(now, name)
+		if err != nil {
+			return err
+		}
+		return setNamedTCOffload(h, name, want)
+	})
+}
+
+func setNamedTCOffload(h *iommu.Host, name string, want bool) error {
 	fail := func(err error) error { return fmt.Errorf("interface %s: set %s: %w", name, tcFeature, err) }
 	f, err := readTCOffload(h, name)
 	switch {

@@ -106,13 +106,32 @@ func (p *Port) Of(index int) (VFInfo, bool) {
 // permanentMAC is what the addresses of VFs are derived from.
 func (p *Port) permanentMAC() (string, error) {
 	if p.permanent == "" {
-		mac, err := iommu.PermanentMAC(p.host, p.Name)
+		err := iommu.ByName(p.host, p.PF, func(now *iommu.Device) error {
+			name, err := nameIn(now, p.Name)
+			if err != nil {
+				return err
+			}
+			mac, err := iommu.PermanentMAC(p.host, name)
+			p.permanent = mac.String()
+			return err
+		})
 		if err != nil {
 			return "", err
 		}
-		p.permanent = mac.String()
 	}
 	return p.permanent, nil
+}
+
+// nameIn is the name that one of a PF's own interfaces has now, which may have been renamed since it was looked at; of
+// several only the one that is still called so is known.
+func nameIn(pf *iommu.Device, name string) (string, error) {
+	switch {
+	case slices.Contains(pf.Netdevs, name):
+		return name, nil
+	case len(pf.Netdevs) == 1:
+		return pf.Netdevs[0], nil
+	}
+	return "", fmt.Errorf("interface %s of %s: %w", name, pf.Name, unix.ENODEV)
 }
 
 // session is a Port for many settings, over one socket.

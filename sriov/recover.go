@@ -124,7 +124,7 @@ func (r *countRecord) revertLinks(h *iommu.Host, pf *iommu.Device, used users) e
 
 	var errs []error
 	for _, o := range r.Offload {
-		errs = append(errs, unlessGone(setTCOffload(h, o.Name, !o.On)))
+		errs = append(errs, unlessGone(setTCOffload(h, pf.Address, o.Name, !o.On)))
 	}
 	for _, m := range r.Raised {
 		errs = append(errs, unlessGone(m.set(h, m.From)))

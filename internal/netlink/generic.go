@@ -16,6 +16,15 @@ type Generic struct {
 	version uint8
 }
 
+// header is a struct genlmsghdr (include/uapi/linux/genetlink.h). The library's own has no reserved bytes, and sends for
+// them what comes next in memory, which the kernel refuses with newer commands (net/netlink/genetlink.c,
+// genl_header_check).
+type header struct{ command, version uint8 }
+
+func (h header) Len() int { return nl.SizeofGenlmsg }
+
+func (h header) Serialize() []byte { return []byte{h.command, h.version, 0, 0} }
+
 // DialGeneric opens a socket for a family of generic netlink. Where the kernel has no such family it fails with ENOENT.
 func DialGeneric(h *host.Host, family string, version uint8) (*Generic, error) {
 	c, err := Dial(h, unix.NETLINK_GENERIC)
@@ -23,7 +32,7 @@ func DialGeneric(h *host.Host, family string, version uint8) (*Generic, error) {
 		return nil, err
 	}
 
-	answer, err := c.Ask(unix.GENL_ID_CTRL, 0, &nl.Genlmsg{Command: unix.CTRL_CMD_GETFAMILY, Version: 2},
+	answer, err := c.Ask(unix.GENL_ID_CTRL, 0, header{unix.CTRL_CMD_GETFAMILY, 2},
 		nl.NewRtAttr(unix.CTRL_ATTR_FAMILY_NAME, nl.ZeroTerminated(family)))
 	g := &Generic{Conn: c, version: version}
 	Attributes(answer[min(nl.SizeofGenlmsg, len(answer)):], func(kind uint16, value []byte) {
@@ -43,7 +52,7 @@ func DialGeneric(h *host.Host, family string, version uint8) (*Generic, error) {
 
 // Ask makes a request of the family that has one answer, and returns its attributes.
 func (g *Generic) Ask(command uint8, attributes ...nl.NetlinkRequestData) ([]byte, error) {
-	head := &nl.Genlmsg{Command: command, Version: g.version}
-	answer, err := g.Conn.Ask(g.id, unix.NLM_F_ACK, append([]nl.NetlinkRequestData{head}, attributes...)...)
+	parts := append([]nl.NetlinkRequestData{header{command, g.version}}, attributes...)
+	answer, err := g.Conn.Ask(g.id, unix.NLM_F_ACK, parts...)
 	return answer[min(nl.SizeofGenlmsg, len(answer)):], err
 }

@@ -356,6 +356,38 @@ func (b *Handle) arrived(unit []changeRecord) (bool, error) {
 	return true, nil
 }
 
+// givenBack reports whether a unit that is given back was begun: its first write comes when all of it are written down.
+// One that has no record is either not written down yet, or home.
+func (b *Handle) givenBack(unit []changeRecord) (begun bool, err error) {
+	if unit[0].Op != opGive || len(unit) == len(unit[0].Unit) {
+		return true, nil
+	}
+	for i := range unit {
+		c := &unit[i].Change
+		now, err := iommu.ReadDevice(b.host, c.Device)
+		if err != nil || now.Driver != c.From || now.DriverOverride != c.FromOverride {
+			// Of one that is gone, or does not answer, its own recovery tells.
+			return true, nil
+		}
+	}
+	for _, a := range unit[0].Unit {
+		if slices.ContainsFunc(unit, func(r changeRecord) bool { return r.Change.Device == a }) {
+			continue
+		}
+		now, err := iommu.ReadDevice(b.host, a)
+		if errors.Is(err, iommu.ErrNotFound) {
+			continue
+		}
+		if err != nil {
+			return false, err
+		}
+		if _, taken, err := b.taken(&now); err != nil || taken || now.VFIO {
+			return false, err
+		}
+	}
+	return true, nil
+}
+
 // recoverUnit finishes a unit that is on its way back, or that is where it was to go as a whole, and puts back any
 // other.
 func (b *Handle) recoverUnit(unit []changeRecord) []Recovered {
@@ -366,6 +398,18 @@ func (b *Handle) recoverUnit(unit []changeRecord) []Recovered {
 		for i := range unit {
 			a := unit[i].Change.Device
 			out = append(out, Recovered{a, "cannot be read", fmt.Errorf("%s: %w", a, err)})
+		}
+		return out
+	}
+
+	if begun, err := b.givenBack(unit); err != nil || !begun {
+		for i := range unit {
+			c := &unit[i].Change
+			r := Recovered{c.Device, "is as it was: its change had been interrupted before it began", err}
+			if err == nil {
+				r.Err = b.end(c.Device)
+			}
+			out = append(out, r)
 		}
 		return out
 	}

@@ -97,6 +97,43 @@ func TestCompanionsKilled(t *testing.T) {
 	}
 }
 
+// A group that is given back is home or taken as a whole after a command was killed, wherever that was.
+func TestGroupKilled(t *testing.T) {
+	changes := func(op, _ string) bool { return slices.Contains([]string{"write", "replace", "remove"}, op) }
+	for _, take := range []bool{true, false} {
+		for n := 0; ; n++ {
+			k := board(t)
+			all := []string{gpu, audio, smbus, isa}
+			first := open(t, k, Options{})
+			home := drivers(t, first, all...)
+			taken := [][2]string{{"vfio-pci", "vfio-pci"}, {"vfio-pci", "vfio-pci"}, {"", "none"}, {"", "none"}}
+			goal := Take(Auto)
+			if !take {
+				if _, err := first.Move(t.Context(), goal, read(t, first, gpu).Address); err != nil {
+					t.Fatal(err)
+				}
+				goal = GiveBack()
+			}
+			first.Close()
+
+			b := open(t, k, Options{})
+			k.KillAt(n, changes)
+			_, _ = b.Move(t.Context(), goal, read(t, b, gpu).Address)
+			b.Close()
+			if !k.Revive() {
+				break
+			}
+			next := open(t, k, Options{})
+			recovered, err := next.RecoverPatiently(t.Context())
+			got := drivers(t, next, all...)
+			if keys, _ := next.journal.Keys("change-"); err != nil || len(keys) > 0 || !slices.Equal(got, home) && !slices.Equal(got, taken) {
+				t.Errorf("take %v, killed before change %d: %q, records %q: %v, %v", take, n, got, keys, recovered, err)
+			}
+			next.Close()
+		}
+	}
+}
+
 // A companion that somebody uses is not taken off its driver.
 func TestCompanionInUse(t *testing.T) {
 	k := board(t)

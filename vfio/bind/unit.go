@@ -19,7 +19,8 @@ type Result struct {
 	Err error
 }
 
-// unit is devices that go together, whole or not at all, and how far they have come.
+// unit is devices that go together, and how far they have come. They are taken whole or not at all, and given back each
+// for itself, which is begun for all or none.
 type unit struct {
 	b       *Handle
 	goal    Goal
@@ -73,15 +74,12 @@ func (b *Handle) DoUnasked(ctx context.Context, units [][]*iommu.Device, g Goal)
 		if len(devices) == 0 {
 			continue
 		}
-		parts := [][]*iommu.Device{devices}
 		if !g.takes() {
 			// What is no PCI device was not taken.
-			parts = Singly(slices.DeleteFunc(slices.Clone(devices), func(d *iommu.Device) bool { return !d.PCI }))
+			devices = slices.DeleteFunc(slices.Clone(devices), func(d *iommu.Device) bool { return !d.PCI })
 		}
-		for _, part := range parts {
-			u := newUnit(b, g, part)
-			all, out = append(all, u), append(out, u.results...)
-		}
+		u := newUnit(b, g, devices)
+		all, out = append(all, u), append(out, u.results...)
 	}
 
 	if err := b.Lock(ctx, slices.Concat(units...)); err != nil {
@@ -103,10 +101,10 @@ func (b *Handle) DoUnasked(ctx context.Context, units [][]*iommu.Device, g Goal)
 // batches tells the requests of one interrupted call from all others, as those that undo what it did.
 var batches atomic.Int64
 
-func sideBySide(units []*unit, do func(*unit)) {
+func sideBySide[T any](all []T, do func(T)) {
 	var wg sync.WaitGroup
-	for _, u := range units {
-		wg.Go(func() { do(u) })
+	for _, one := range all {
+		wg.Go(func() { do(one) })
 	}
 	wg.Wait()
 }
@@ -136,7 +134,7 @@ func (u *unit) begin(ctx context.Context, batch int64) {
 	for i, d := range u.devices {
 		u.plan(ctx, i, d)
 	}
-	if u.failed() {
+	if u.failed() && u.goal.takes() {
 		u.leave()
 		return
 	}
@@ -146,15 +144,21 @@ func (u *unit) begin(ctx context.Context, batch int64) {
 		return
 	}
 	u.state = written
-	for _, r := range u.results {
-		if len(r.Steps) == 0 {
-			continue
-		}
+	if !u.goal.takes() {
+		sideBySide(u.changing(), func(r *Result) { r.Err = u.b.write(ctx, batch, r.Change) })
+		return
+	}
+	for _, r := range u.changing() {
 		if r.Err = u.b.write(ctx, batch, r.Change); r.Err != nil {
 			// A group that is not whole is of no use to a guest.
 			return
 		}
 	}
+}
+
+// changing are the results of the devices that are to be written to.
+func (u *unit) changing() []*Result {
+	return slices.DeleteFunc(slices.Clone(u.results), func(r *Result) bool { return len(r.Steps) == 0 || r.Err != nil })
 }
 
 func (u *unit) plan(ctx context.Context, i int, d *iommu.Device) {
@@ -178,10 +182,13 @@ func noPCI(d *iommu.Device) error {
 func (u *unit) leave() {
 	u.state = over
 	i := slices.IndexFunc(u.results, func(r *Result) bool { return r.Err != nil })
+	why := "its group cannot be taken whole without"
+	if !u.goal.takes() {
+		why = "what becomes of its group cannot be written down, because of"
+	}
 	for _, r := range u.results {
 		if r.Err == nil {
-			r.Err = fmt.Errorf("%s: left as it was, as its group cannot be taken whole without %s", r.Device,
-				u.results[i].Device)
+			r.Err = fmt.Errorf("%s: left as it was, as %s %s", r.Device, why, u.results[i].Device)
 		}
 	}
 }
@@ -189,27 +196,32 @@ func (u *unit) leave() {
 // record writes the unit down before its first write. A unit that cannot be written down whole is not touched.
 func (u *unit) record() {
 	r := changeRecord{Op: u.goal.op()}
-	for _, d := range u.devices {
-		r.Unit = append(r.Unit, d.Address)
-	}
+	todo := u.changing()
 	for i, d := range u.devices {
-		if len(u.results[i].Steps) == 0 {
+		if u.goal.takes() || slices.Contains(todo, u.results[i]) {
+			r.Unit = append(r.Unit, d.Address)
+		}
+	}
+	failed := false
+	for i, d := range u.devices {
+		if !slices.Contains(todo, u.results[i]) {
 			continue
 		}
 		r.Change = u.results[i].Change
 		if u.results[i].Err = u.b.recordOne(d, r, u.goal); u.results[i].Err != nil {
+			failed = true
 			break
 		}
 	}
-	if !u.failed() {
+	if !failed {
 		u.state = recorded
 		return
 	}
 
-	for i, r := range u.results {
+	for _, r := range todo {
 		// Not that of an interrupted run.
-		if len(r.Steps) > 0 && u.b.mayWrite(r.Device) == nil {
-			u.results[i].Err = errors.Join(r.Err, u.b.unrecord(r.Change))
+		if u.b.mayWrite(r.Device) == nil {
+			r.Err = errors.Join(r.Err, u.b.unrecord(r.Change))
 		}
 	}
 	u.leave()
@@ -241,6 +253,10 @@ func (u *unit) end(ctx context.Context, log *kernelLog) {
 		return
 	}
 	u.state = over
+	if !u.goal.takes() {
+		sideBySide(u.results, func(r *Result) { u.endGiven(ctx, log, r) })
+		return
+	}
 	for _, r := range u.results {
 		if len(r.Steps) > 0 {
 			if r.Err == nil && !u.failed() {
@@ -249,10 +265,10 @@ func (u *unit) end(ctx context.Context, log *kernelLog) {
 			r.Err = log.explain(r.Device, r.Err)
 		}
 	}
-	if u.goal.takes() && !u.failed() {
+	if !u.failed() {
 		u.readGroups()
 	}
-	if u.goal.takes() && !u.failed() {
+	if !u.failed() {
 		last := u.results[len(u.results)-1]
 		last.Err = u.b.nodes(ctx, u.devices, u.results, u.goal.owner)
 	}
@@ -261,15 +277,26 @@ func (u *unit) end(ctx context.Context, log *kernelLog) {
 		return
 	}
 
-	for i, r := range u.results {
-		if len(r.Steps) == 0 {
-			continue
-		}
-		if !u.goal.takes() {
-			r.Err = u.b.awaitHome(ctx, u.devices[i])
-		}
-		r.Err = errors.Join(r.Err, u.b.finish(r.Change))
+	for _, r := range u.changing() {
+		r.Err = u.b.finish(r.Change)
 	}
+}
+
+// endGiven looks at what came of one device that is given back, and ends that or puts it back.
+func (u *unit) endGiven(ctx context.Context, log *kernelLog, r *Result) {
+	if len(r.Steps) == 0 || u.b.mayWrite(r.Device) != nil {
+		// It was not begun.
+		return
+	}
+	if r.Err == nil {
+		r.Err = r.check(u.b.host)
+	}
+	if r.Err = log.explain(r.Device, r.Err); r.Err != nil {
+		r.Err = errors.Join(r.Err, u.b.putBack(r.Change, r.Err))
+		return
+	}
+	i := slices.Index(u.results, r)
+	r.Err = errors.Join(u.b.awaitHome(ctx, u.devices[i]), u.b.finish(r.Change))
 }
 
 // readGroups reads the groups of devices that had none before they were bound. Nothing else of such a group may be the

@@ -27,6 +27,7 @@ var (
 		"sys/firmware/acpi/tables/VIOT",
 		"proc/sys/kernel/arch",
 		"sys/module/vfio/parameters/enable_unsafe_noiommu_mode",
+		"sys/module/vfio_pci/parameters/enable_sriov",
 		"etc/viaduct/host.yaml",
 	}
 	deviceFiles = []string{
@@ -237,6 +238,10 @@ func (c *capture) device(d *Device) {
 
 	for _, n := range links {
 		c.linked(path.Join(real, n))
+	}
+	if c.h.Exists(path.Join(real, "reset")) {
+		// It is only written to.
+		c.add(path.Join(real, "reset"), []byte{})
 	}
 	if names, err := c.h.Names(path.Join(real, "vfio-dev")); err == nil {
 		for _, n := range names {

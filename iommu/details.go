@@ -21,7 +21,8 @@ type Details struct {
 	ClassDevices map[string][]string // by class, as block: [nvme0n1]; network interfaces included
 	MACs         map[string]string   // by network interface; a device on a vfio driver has none
 	PowerState   string              // D0, D3hot ...; "" on kernels without the file
-	ResetMethods []string            // in the order the kernel tries them; none: the device cannot be reset alone
+	ResetMethods []string            // in the order the kernel tries them (Linux 5.15)
+	CanReset     *bool               // whether the device can be reset by itself; nil if that is not known
 	Path         string              // see [PhysicalPath]
 	Parents      []Address           // from the root port down
 	Unit         string              // name of the IOMMU in front of it, "" if none
@@ -72,6 +73,7 @@ func ReadDetails(h *Host, a Address) (*Details, error) {
 		Revision:     uint8(r.number("revision")),
 		PowerState:   r.text("power_state"),
 		ResetMethods: strings.Fields(r.text("reset_method")),
+		CanReset:     canReset(h, dir),
 		BootVGA:      r.number("boot_vga") == 1,
 		Unit:         r.link("iommu"),
 	}
@@ -124,6 +126,16 @@ func ReadDetails(h *Host, a Address) (*Details, error) {
 		slices.Sort(d.ClassDevices[class])
 	}
 	return d, r.err
+}
+
+// canReset reports whether the kernel knows a way to reset a device by itself: it has the file for that, which may be
+// there or not in a snapshot of an older viaduct.
+func canReset(h *Host, dir *host.Dir) *bool {
+	can, err := dir.Has("reset")
+	if err != nil || !can && !h.Live() && dir.Exists("reset_method") {
+		return nil
+	}
+	return &can
 }
 
 func inFile(dir *host.Dir, name string, err error) error {

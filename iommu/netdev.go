@@ -191,7 +191,12 @@ func wereRenamed(h *Host, d *Device) (bool, error) {
 		if err != nil {
 			return false, err
 		}
-		if a, ok := lastAddress(target); !ok || a != d.Address {
+		a, ok := lastAddress(target)
+		its := ok && a == d.Address
+		if !d.PCI {
+			its = slices.Contains(strings.Split(target, "/"), d.Name)
+		}
+		if !its {
 			return true, nil
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"path"
 	"slices"
 	"strings"
@@ -244,9 +245,18 @@ func TestStableOfMany(t *testing.T) {
 
 // A PF that is on vfio-pci with enable_sriov gives VFs that vfio-pci has at once, and they go again.
 func TestPFOnVFIO(t *testing.T) {
-	k := hosttest.NewLab(t, nil)
-	k.EnableSRIOV = true
+	const may = "sys/module/vfio_pci/parameters/enable_sriov"
+	k := hosttest.NewLab(t, hosttest.Tree{may: "N\n"})
 	quiet(t, k, func(ctx context.Context, s *Handle) error { return move(ctx, s, pf, bind.Take(bind.Auto)) })
+	k.Log = nil
+	if _, err := setCount(t, context.Background(), k, alike(2, UseNone)); err == nil || len(k.Log) > 0 ||
+		!strings.Contains(err.Error(), "is on vfio-pci, which makes no VFs") {
+		t.Errorf("%v, writes %q", err, k.Log)
+	}
+	if err := os.WriteFile(k.Dir()+"/"+may, []byte("Y\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	k.EnableSRIOV = true
 	for _, use := range []Use{UseNone, UseVFIO} {
 		plan, err := setCount(t, context.Background(), k, alike(2, use))
 		if err != nil || !strings.Contains(strings.Join(plan.Notes, ";"), "which gets its VFs at once") {

@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"viaduct/internal/host"
 	"viaduct/iommu"
 	"viaduct/vfio"
 	"viaduct/vfio/bind"
@@ -226,7 +227,29 @@ func (s *Handle) PlanCount(pf *iommu.Device, wish Wish) (*Plan, error) {
 	if n == 0 {
 		return p, nil
 	}
+	if err := makesVFs(h, pf); err != nil {
+		return nil, err
+	}
 	return p, p.planVFs(h, t)
+}
+
+// makesVFs refuses a PF on a VFIO driver that makes no VFs: vfio-pci does so only when it is let
+// (drivers/vfio/pci/vfio_pci.c, enable_sriov).
+func makesVFs(h *iommu.Host, pf *iommu.Device) error {
+	if !pf.VFIO {
+		return nil
+	}
+	if pf.Driver == "vfio-pci" {
+		may, err := h.String("sys/module/vfio_pci/parameters/enable_sriov")
+		if may == "Y" {
+			return nil
+		}
+		if err != nil && !host.Absent(err) {
+			return err
+		}
+	}
+	return fmt.Errorf("%s is on %s, which makes no VFs: give it back to its own driver first (viaduct unbind %s)", pf.Name,
+		pf.Driver, pf.Name)
 }
 
 // planPF plans what is set of the PF itself. A captured host's e-switch cannot be asked for: where VFs are made it is

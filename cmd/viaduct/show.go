@@ -52,6 +52,7 @@ type showView struct {
 	MACs            map[string]string   `json:"mac_addresses"`
 	PowerState      *string             `json:"power_state"`
 	ResetMethods    []string            `json:"reset_methods"`
+	CanReset        *bool               `json:"can_reset"`
 	VFIODevice      *string             `json:"vfio_device"`
 	BootVGA         bool                `json:"boot_vga"`
 	Link            *linkView           `json:"link"`
@@ -226,6 +227,7 @@ func (v *showView) fill(h *iommu.Host, d *iommu.Device, names *iommu.Names) erro
 	v.SubsystemVendor, v.SubsystemDevice = fmt.Sprintf("%04x", d.Subvendor), fmt.Sprintf("%04x", d.Subdevice)
 	v.Modalias, v.VendorName, v.Unit = x.Modalias, known(names.Vendor(d.Vendor)), known(x.Unit)
 	v.Path, v.Serial, v.PowerState = x.Path, known(serial), known(x.PowerState)
+	v.CanReset = x.CanReset
 	v.VFIODevice, v.BootVGA = known(x.VFIODevice), x.BootVGA
 	v.Parents, v.ResetMethods = append(v.Parents, x.Parents...), append(v.ResetMethods, x.ResetMethods...)
 	v.ClassDevices, v.MACs = x.ClassDevices, x.MACs
@@ -333,11 +335,7 @@ func (v *showView) print(w io.Writer, d *iommu.Device) {
 
 	f.text("power", v.PowerState)
 	if d.PCI {
-		methods := "none: it cannot be reset by itself"
-		if len(v.ResetMethods) > 0 {
-			methods = strings.Join(v.ResetMethods, " ")
-		}
-		f.add("reset", "%s", methods)
+		f.add("reset", "%s", resetText(v.CanReset, v.ResetMethods))
 	}
 
 	if v.Link != nil {
@@ -350,6 +348,19 @@ func (v *showView) print(w io.Writer, d *iommu.Device) {
 	if v.BootVGA {
 		f.add("boot vga", "yes: the console is on it")
 	}
+}
+
+// resetText says how a device can be reset by itself.
+func resetText(can *bool, methods []string) string {
+	switch {
+	case len(methods) > 0:
+		return strings.Join(methods, " ")
+	case can == nil:
+		return "not known"
+	case *can:
+		return "by itself (a kernel before 5.15 does not say how)"
+	}
+	return "none: it cannot be reset by itself"
 }
 
 func ptr(s *string) string {

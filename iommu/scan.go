@@ -140,6 +140,25 @@ func (t *Topology) VFs(pf *Device) []*Device {
 	return out
 }
 
+// KeptWith is what the host keeps of a VF's IOMMU group, so that no guest can have the VF: its PF, or another device on a
+// driver of the host. It is nil if there is nothing of that.
+func (t *Topology) KeptWith(vf *Device) *Device {
+	if vf.Group == nil || vf.PhysFn == nil {
+		return nil
+	}
+	g, err := t.Group(*vf.Group)
+	if err != nil {
+		return nil
+	}
+	for _, other := range g.Handed() {
+		its := other.PCI && other.Address == *vf.PhysFn
+		if other.Name != vf.Name && (its || other.Blocks()) {
+			return other
+		}
+	}
+	return nil
+}
+
 // Scan reads all PCI devices and IOMMU groups in one pass. A device that vanishes meanwhile is left out.
 func Scan(h *Host) (*Topology, error) {
 	if h == nil || h.Host == nil {

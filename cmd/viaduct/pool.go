@@ -45,6 +45,7 @@ type poolView struct {
 	Free       int      `json:"free"`
 	Leased     int      `json:"leased"`
 	Quarantine int      `json:"quarantine"`
+	Kept       int      `json:"kept"` // that no guest can have, as the host keeps something of their groups
 	Why        *string  `json:"why"`
 }
 
@@ -86,7 +87,7 @@ func runPool(e *env, only string, network bool) error {
 		if network {
 			var addresses []iommu.Address
 			for _, vf := range vfs {
-				if quarantine.Why(h, vf) == "" {
+				if quarantine.Why(h, vf) == "" && m.Topology.KeptWith(vf) == nil {
 					addresses = append(addresses, vf.Address)
 				}
 			}
@@ -101,6 +102,9 @@ func runPool(e *env, only string, network bool) error {
 				v.Leased++
 			case quarantine.Why(h, vf) != "":
 				v.Quarantine++
+			case m.Topology.KeptWith(vf) != nil:
+				v.Kept++
+				v.Why = known(declared.Kept(vf, m.Topology.KeptWith(vf)))
 			default:
 				v.Free++
 			}

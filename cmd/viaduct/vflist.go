@@ -43,6 +43,7 @@ type vfView struct {
 	Representor    *string        `json:"representor"`
 	Lease          *string        `json:"lease"` // the guest it is assigned to
 	Holders        []string       `json:"holders"`
+	KeptWith       *string        `json:"kept_with"` // what the host keeps of its group, so that no guest can have it
 }
 
 func runVFList(e *env, sel []iommu.Selector) error {
@@ -93,7 +94,7 @@ func runVFList(e *env, sel []iommu.Selector) error {
 				if v.Group != nil {
 					group = strconv.Itoa(*v.Group)
 				}
-				rows = append(rows, []string{label, "vf" + strconv.Itoa(v.Index), v.Address, group, ptr(v.Driver), ptr(v.DriverOverride), ptr(v.MAC), unusual(v), ptr(v.Lease), strings.Join(v.Holders, ", ")})
+				rows = append(rows, []string{label, "vf" + strconv.Itoa(v.Index), v.Address, group, ptr(v.Driver), ptr(v.DriverOverride), ptr(v.MAC), unusual(v), ptr(v.Lease), heldText(v)})
 			}
 		}
 		writeTable(w, rows)
@@ -169,9 +170,21 @@ func viewVFs(h *iommu.Host, t *iommu.Topology, pf *iommu.Device) (out []vfView, 
 			Settings: info.Settings, Statistics: info.Stats, Representor: known(ports.VFs[vf.VFIndex]),
 			Lease: known(guests[vf.Name]), Holders: append([]string{}, held[vf.Name]...),
 		}
+		if with := t.KeptWith(vf); with != nil {
+			row.KeptWith = &with.Name
+		}
 		out = append(out, row)
 	}
 	return out, append([]string{}, ports.Uplinks...), nil
+}
+
+// heldText is who has a VF, or what keeps it from everybody.
+func heldText(v vfView) string {
+	held := v.Holders
+	if v.KeptWith != nil {
+		held = append(held, "shares its group with "+*v.KeptWith)
+	}
+	return strings.Join(held, ", ")
 }
 
 // eswitchText is a PF's e-switch if it is not what every NIC begins with.

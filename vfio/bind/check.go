@@ -206,7 +206,7 @@ func (c *check) run(asked []*iommu.Device, holders []holder.Holder) {
 	what := "give back "
 	if c.goal.takes() {
 		what = "take "
-		c.canBeTaken()
+		c.canBeTaken(asked)
 		c.siblings(asked)
 	} else {
 		c.refused.Cure = "end the guest, or release what is assigned to it, first"
@@ -227,8 +227,13 @@ func (c *check) add(format string, a ...any) {
 	c.refused.Reasons = append(c.refused.Reasons, fmt.Sprintf(format, a...))
 }
 
+// isVFOf tells the VFs of a PF.
+func isVFOf(pf *iommu.Device) func(*iommu.Device) bool {
+	return func(d *iommu.Device) bool { return d.PhysFn != nil && *d.PhysFn == pf.Address }
+}
+
 // canBeTaken adds why VFIO would not take the unit.
-func (c *check) canBeTaken() {
+func (c *check) canBeTaken(asked []*iommu.Device) {
 	for _, d := range c.unit {
 		switch {
 		case !d.PCI:
@@ -240,6 +245,10 @@ func (c *check) canBeTaken() {
 			c.refused.Cure = iommu.TurnOn(c.b.host)
 		case d.Group == nil:
 			c.add("%s is in no IOMMU group: the IOMMU does not cover it", d.Name)
+		case d.SRIOV != nil && len(d.SRIOV.VFs) > 0 && slices.ContainsFunc(asked, isVFOf(d)):
+			c.add("%s is in the IOMMU group of its VFs, and VFIO takes no PF that has any", d.Name)
+			c.refused.Cure = fmt.Sprintf("nothing on the way to the card keeps its functions apart (ACS): viaduct show "+
+				"group=%d; another slot, or a setting of the firmware, may", *d.Group)
 		case d.SRIOV != nil && len(d.SRIOV.VFs) > 0:
 			c.add("%s is a PF with %d VFs, and VFIO takes no such PF", d.Name, len(d.SRIOV.VFs))
 			c.refused.Cure = "viaduct vf destroy " + d.Name

@@ -18,22 +18,6 @@ const (
 	vmd, vmdSSD = "0000:00:0e.0", "10000:e1:00.0"
 )
 
-// board is a host whose graphics card shares its group with the host's own machinery.
-func board(t *testing.T) *hosttest.Kernel {
-	k := hosttest.NewKernel(t, hosttest.Made(
-		hosttest.PCI{At: "0000:00:02.1", ID: "1022:43c6", Class: "060400", Driver: "pcieport", Group: 12},
-		hosttest.PCI{
-			At: "0000:00:14.0", ID: "1022:790b", Class: "0c0500", Driver: "piix4_smbus", Group: 12,
-			Files: hosttest.Tree{"i2c-0/i2c-dev/i2c-0/dev": "89:0\n"},
-		},
-		hosttest.PCI{At: "0000:00:14.3", ID: "1022:790e", Class: "060100", Group: 12},
-		hosttest.PCI{At: "0000:00:02.1/0000:03:00.0", ID: "10de:1c03", Class: "030000", Driver: "nouveau", Group: 12},
-		hosttest.PCI{At: "0000:00:02.1/0000:03:00.1", ID: "10de:10f1", Class: "040300", Driver: "snd_hda_intel", Group: 12},
-	).With(hosttest.Tree{"dev/i2c-0": "c 89:0\n"}))
-	k.IDs["nouveau"], k.IDs["snd_hda_intel"], k.IDs["piix4_smbus"] = []string{"10de:1c03"}, []string{"10de:10f1"}, []string{"1022:790b"}
-	return k
-}
-
 func drivers(t *testing.T, b *Handle, addresses ...string) (out [][2]string) {
 	t.Helper()
 	for _, a := range addresses {
@@ -44,7 +28,7 @@ func drivers(t *testing.T, b *Handle, addresses ...string) (out [][2]string) {
 
 // Companions are kept off the host's drivers and get no VFIO driver, and all go back to what they had.
 func TestCompanions(t *testing.T) {
-	k := board(t)
+	k := hosttest.NewBoard(t)
 	b := open(t, k, Options{})
 	ctx := context.Background()
 	all := []string{gpu, audio, smbus, isa}
@@ -78,7 +62,7 @@ func TestCompanions(t *testing.T) {
 // A take that is killed at any write is put back, companions too.
 func TestCompanionsKilled(t *testing.T) {
 	for n := 0; ; n++ {
-		k := board(t)
+		k := hosttest.NewBoard(t)
 		b := open(t, k, Options{})
 		all := []string{gpu, audio, smbus, isa}
 		home := drivers(t, b, all...)
@@ -102,7 +86,7 @@ func TestGroupKilled(t *testing.T) {
 	changes := func(op, _ string) bool { return slices.Contains([]string{"write", "replace", "remove"}, op) }
 	for _, take := range []bool{true, false} {
 		for n := 0; ; n++ {
-			k := board(t)
+			k := hosttest.NewBoard(t)
 			all := []string{gpu, audio, smbus, isa}
 			first := open(t, k, Options{})
 			home := drivers(t, first, all...)
@@ -136,7 +120,7 @@ func TestGroupKilled(t *testing.T) {
 
 // A companion that somebody uses is not taken off its driver.
 func TestCompanionInUse(t *testing.T) {
-	k := board(t)
+	k := hosttest.NewBoard(t)
 	b := open(t, k, Options{})
 	k.Process(4711, "fancontrol", "/dev/i2c-0")
 	_, err := b.Move(context.Background(), Take(Auto), read(t, b, gpu).Address)

@@ -330,6 +330,9 @@ func (m *Manager) planVFs(i *Item, wish []sriov.VFWish, leased map[iommu.Address
 		i.Steps = append(i.Steps, s.Commands()...)
 	}
 	for _, vf := range vfs {
+		if with := m.topology.KeptWith(vf); with != nil && wish[vf.VFIndex].Use == sriov.UseVFIO {
+			i.Notes = append(i.Notes, Kept(vf, with))
+		}
 		var change bind.Change
 		var err error
 		switch use := wish[vf.VFIndex].Use; {

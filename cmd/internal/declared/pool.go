@@ -53,6 +53,12 @@ func (m *Manager) Pool(s *hostfile.Host, name string) ([]*iommu.Device, error) {
 	return out, nil
 }
 
+// Kept says why no guest can have a VF whose IOMMU group has something else that the host keeps.
+func Kept(vf, with *iommu.Device) string {
+	return fmt.Sprintf("no guest can have %s (vf%d): it shares IOMMU group %d with %s, which the host keeps", vf.Name,
+		vf.VFIndex, *vf.Group, with.Name)
+}
+
 // Protected refuses to take devices that are declared as never to be touched.
 func (m *Manager) Protected(s *hostfile.Host, unit []*iommu.Device) error {
 	guard, err := m.guard(s)

@@ -3,8 +3,10 @@ package lease
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"slices"
+	"strings"
 
 	"viaduct/iommu"
 	"viaduct/sriov"
@@ -75,6 +77,9 @@ func (m *Manager) before(l *Lease) error {
 	return m.Book.put(l)
 }
 
+// noMAC is how a driver tells that a VF has no address, and makes one up.
+const noMAC = "00:00:00:00:00:00"
+
 // configure gives a lease's VFs what they are to have, and notes what they have then.
 func (m *Manager) configure(ctx context.Context, l *Lease, devices []*iommu.Device) (notes []string, err error) {
 	return notes, m.byPF(l, func(pf *iommu.Device, vfs []*Device) error {
@@ -99,6 +104,10 @@ func (m *Manager) configure(ctx context.Context, l *Lease, devices []*iommu.Devi
 			d.Now = maps.Clone(d.Wanted)
 			if now.Settings != nil {
 				d.Now = now.Settings
+			}
+			if mac := d.Now[sriov.MAC]; mac != "" && strings.Trim(mac, "0:") == "" && len(mac) == len(noMAC) {
+				notes = append(notes, fmt.Sprintf("%s (vf%d) has no MAC address, so that the guest's is another one at each "+
+					"start: --mac stable gives it one", d.Address, d.Index))
 			}
 		}
 		return nil

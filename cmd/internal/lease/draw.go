@@ -47,6 +47,9 @@ func (m *Manager) source(from string) ([][]*iommu.Device, error) {
 		if devices, err = m.declared.Pool(m.declaration, from); err != nil {
 			return nil, err
 		}
+		if devices, err = m.separate(devices); err != nil {
+			return nil, err
+		}
 		return bind.Units(m.Topology, devices)
 	}
 
@@ -74,16 +77,22 @@ func (m *Manager) source(from string) ([][]*iommu.Device, error) {
 		case d.VFIO:
 			devices = append(devices, d)
 		case d.SRIOV != nil && len(d.SRIOV.VFs) > 0:
+			var vfs []*iommu.Device
 			for _, vf := range m.Topology.VFs(d) {
 				if !vf.Blocks() {
-					devices = append(devices, vf)
+					vfs = append(vfs, vf)
 				}
 			}
-
-			err = errors.New(
-				"all VFs of " + from + " are on drivers of the host: one that is to be taken from it has to be named " +
-					"by itself",
-			)
+			if len(vfs) == 0 {
+				err = errors.New(
+					"all VFs of " + from + " are on drivers of the host: one that is to be taken from it has to be named " +
+						"by itself",
+				)
+				break
+			}
+			if vfs, err = m.separate(vfs); err == nil {
+				devices = append(devices, vfs...)
+			}
 		case d.SRIOV != nil && d.SRIOV.Total > 0:
 			err = &holder.RefusedError{What: "draw from " + d.Name, Reasons: []string{d.Name + " is a PF without VFs"},
 				Cure: fmt.Sprintf("viaduct vf create %s N; or, to assign the PF itself, viaduct bind %s first", d.Name,
@@ -102,6 +111,23 @@ func (m *Manager) source(from string) ([][]*iommu.Device, error) {
 		return nil, err
 	}
 	return bind.Units(m.Topology, devices)
+}
+
+// separate are those VFs that a guest can have: nothing else in their IOMMU groups is kept by the host.
+func (m *Manager) separate(vfs []*iommu.Device) ([]*iommu.Device, error) {
+	var out []*iommu.Device
+	var reasons []string
+	for _, vf := range vfs {
+		if with := m.Topology.KeptWith(vf); with != nil {
+			reasons = append(reasons, declared.Kept(vf, with))
+		} else {
+			out = append(out, vf)
+		}
+	}
+	if len(out) == 0 && len(reasons) > 0 {
+		return nil, &holder.RefusedError{What: "assign a VF", Reasons: reasons}
+	}
+	return out, nil
 }
 
 // free are the units that nobody has, the best first: on the guest's NUMA node, on a vfio driver already, without any,

@@ -180,7 +180,7 @@ func (k *Kernel) writable(file string) error {
 	case file == "sys/bus/pci/drivers_probe",
 		path.Dir(path.Clean(dir)) == sysDrivers && (attribute == "bind" || attribute == "unbind"),
 		attribute == "driver_override", attribute == "sriov_numvfs", attribute == "sriov_drivers_autoprobe",
-		attribute == "sriov_vf_msix_count":
+		attribute == "sriov_vf_msix_count", attribute == "reset":
 		return nil
 	}
 	return syscall.EACCES
@@ -233,6 +233,15 @@ func (k *Kernel) store(file, value string) error {
 		return nil
 	case "sriov_vf_msix_count":
 		return k.vectors(dir, name)
+	case "reset":
+		// reset_store of pci-sysfs.c.
+		if name != "1" {
+			return syscall.EINVAL
+		}
+		if k.exists(dir+"/reset_method") && k.text(dir, "reset_method") == "" {
+			return syscall.ENOTTY
+		}
+		return nil
 	default:
 		return k.numvfs(dir, name)
 	}

@@ -5,6 +5,7 @@ import (
 	"path"
 	"strconv"
 	"strings"
+	"testing"
 )
 
 // PCI is a function of a host that a test makes of a few words.
@@ -92,4 +93,26 @@ func modalias(vendor, device, class string) string {
 	up := strings.ToUpper
 	return fmt.Sprintf("pci:v0000%sd0000%ssv00001AF4sd00001100bc%ssc%si%s\n", up(vendor), up(device), up(class[:2]),
 		up(class[2:4]), up(class[4:]))
+}
+
+// NewBoard is a host whose graphics card shares its IOMMU group with the host's own machinery.
+func NewBoard(tb testing.TB) *Kernel {
+	const card = "0000:00:02.1/0000:03:00."
+	reset := Tree{"reset": "\n", "reset_method": "flr bus\n"}
+	k := NewKernel(tb, Made(
+		PCI{At: "0000:00:02.1", ID: "1022:43c6", Class: "060400", Driver: "pcieport", Group: 12},
+		PCI{
+			At: "0000:00:14.0", ID: "1022:790b", Class: "0c0500", Driver: "piix4_smbus", Group: 12,
+			Files: Tree{"i2c-0/i2c-dev/i2c-0/dev": "89:0\n"},
+		},
+		PCI{At: "0000:00:14.3", ID: "1022:790e", Class: "060100", Group: 12},
+		PCI{At: card + "0", ID: "10de:1c03", Class: "030000", Driver: "nouveau", Group: 12, Files: reset},
+		PCI{At: card + "1", ID: "10de:10f1", Class: "040300", Driver: "snd_hda_intel", Group: 12, Files: reset},
+	).With(Tree{"dev/i2c-0": "c 89:0\n"}))
+	for driver, id := range map[string]string{
+		"nouveau": "10de:1c03", "snd_hda_intel": "10de:10f1", "piix4_smbus": "1022:790b",
+	} {
+		k.IDs[driver] = []string{id}
+	}
+	return k
 }

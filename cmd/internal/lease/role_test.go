@@ -1,0 +1,117 @@
+package lease
+
+import (
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"viaduct/internal/host/hosttest"
+	"viaduct/iommu"
+	"viaduct/sriov"
+	"viaduct/vfio/bind"
+)
+
+// without is a Manager of a host of which nothing is declared.
+func without(t *testing.T, k *hosttest.Kernel) *Manager {
+	t.Helper()
+	handle, err := sriov.Open(&iommu.Host{Host: k.Host()}, bind.Options{Recoverers: Recoverers()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { handle.Close() })
+	m, err := New(handle, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+func driversOf(t *testing.T, k *hosttest.Kernel, addresses ...string) (out []string) {
+	t.Helper()
+	for _, text := range addresses {
+		a, err := iommu.ParseAddress(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d, err := iommu.ReadDevice(&iommu.Host{Host: k.Host()}, a)
+		if err != nil {
+			t.Fatal(err)
+		}
+		out = append(out, d.Driver+"/"+d.DriverOverride)
+	}
+	return out
+}
+
+// What is only kept off the host's drivers is no part of a lease: it is neither printed nor scrubbed, and goes back with
+// the rest of its group.
+func TestCompanionsOfLease(t *testing.T) {
+	const gpu, audio, smbus, isa = "0000:03:00.0", "0000:03:00.1", "0000:00:14.0", "0000:00:14.3"
+	for _, from := range []string{gpu, audio} {
+		k := hosttest.NewBoard(t)
+		home := driversOf(t, k, gpu, audio, smbus, isa)
+		m := without(t, k)
+		preview, err := m.Preview(&Request{Guest: "a", From: from, Count: 1})
+		if err != nil || !slices.Contains(preview, "# "+smbus+" is only kept off the host's drivers, and is not the guest's") {
+			t.Errorf("%s: %q, %v", from, preview, err)
+		}
+		l, _, _, err := m.Assign(t.Context(), &Request{Guest: "a", From: from, Count: 1, TTL: time.Minute})
+		if err != nil {
+			t.Fatalf("%s: %v", from, err)
+		}
+		m.handle.Close()
+		var got []string
+		for _, d := range l.Devices {
+			got = append(got, d.Address.String())
+		}
+		if !slices.Equal(got, []string{gpu, audio}) {
+			t.Errorf("%s: leased %q", from, got)
+		}
+		if now := driversOf(t, k, gpu, audio, smbus, isa); !slices.Equal(now, []string{"vfio-pci/vfio-pci", "vfio-pci/vfio-pci", "/none", "/none"}) {
+			t.Errorf("%s: on %q", from, now)
+		}
+
+		m = without(t, k)
+		certificates, err := m.Release(t.Context(), "a", 0)
+		m.handle.Close()
+		if err != nil || len(certificates) != 2 {
+			t.Errorf("%s: released %+v, %v", from, certificates, err)
+		}
+		if now := driversOf(t, k, gpu, audio, smbus, isa); !slices.Equal(now, home) {
+			t.Errorf("%s: given back %q, had %q", from, now, home)
+		}
+		for _, w := range k.Log {
+			if strings.HasSuffix(w, "/reset=1") && !strings.Contains(w, "0000:03:00.") {
+				t.Errorf("%s: %s", from, w)
+			}
+		}
+	}
+}
+
+// A VF that shares its group with what the host keeps is nobody's free VF.
+func TestKeptVFs(t *testing.T) {
+	function := func(at, class, driver string, group int, files hosttest.Tree) hosttest.PCI {
+		return hosttest.PCI{At: "0000:00:01.0/" + at, ID: "8086:10c9", Class: class, Driver: driver, Group: group, Files: files}
+	}
+	k := hosttest.NewKernel(t, hosttest.Made(
+		function("0000:01:00.0", "020000", "igb", 2, hosttest.Tree{
+			"sriov_totalvfs": "7\n", "sriov_offset": "128\n", "sriov_stride": "2\n", "sriov_vf_device": "10ca\n",
+			"virtfn0": "-> ../0000:01:10.0", "virtfn1": "-> ../0000:01:10.2",
+		}),
+		function("0000:01:10.0", "020000", "", 2, hosttest.Tree{"physfn": "-> ../0000:01:00.0"}),
+		function("0000:01:10.2", "020000", "", 3, hosttest.Tree{"physfn": "-> ../0000:01:00.0"}),
+	))
+	m := without(t, k)
+	units, err := m.source("0000:01:00.0")
+	if err != nil || len(units) != 1 || units[0][0].Name != "0000:01:10.2" {
+		t.Errorf("%v, %v", units, err)
+	}
+	vf := find(t, m.Topology, "0000:01:10.0")
+	if with := m.Topology.KeptWith(vf); with == nil || with.Name != "0000:01:00.0" {
+		t.Errorf("%s is kept with %v", vf.Name, with)
+	}
+	_, _, _, err = m.Assign(t.Context(), &Request{Guest: "a", From: vf.Name, Count: 1, TTL: time.Minute})
+	if err == nil || !strings.Contains(err.Error(), "ACS") || strings.Contains(err.Error(), "vf destroy") || len(k.Log) > 0 {
+		t.Errorf("%v, writes %q", err, k.Log)
+	}
+}

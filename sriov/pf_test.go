@@ -37,21 +37,7 @@ func TestDeriveGUID(t *testing.T) {
 
 // infiniband is a PF with a port of InfiniBand.
 func infiniband(t *testing.T) *hosttest.Kernel {
-	const dev = "sys/devices/pci0000:00/0000:00:01.0/0000:01:00.0/"
-	up := "../../../../../../class/"
-	k := hosttest.NewKernel(t, hosttest.Made(
-		hosttest.PCI{At: "0000:00:01.0", ID: "1022:14a5", Class: "060400", Driver: "pcieport", Group: 1},
-		hosttest.PCI{At: "0000:00:01.0/0000:01:00.0", ID: "15b3:101b", Class: "020700", Driver: "mlx5_core", Group: 2, Files: hosttest.Tree{
-			"sriov_totalvfs": "8\n", "sriov_offset": "1\n", "sriov_stride": "1\n", "sriov_vf_device": "101c\n",
-			"infiniband/mlx5_0/node_guid": "0c42:a103:0000:0001\n", "infiniband/mlx5_0/subsystem": "-> " + up + "infiniband",
-			"net/ibp1s0/address":          "00:00:10:29:fe:80:00:00:00:00:00:00:0c:42:a1:03:00:00:00:02\n",
-			"net/ibp1s0/addr_assign_type": "0\n", "net/ibp1s0/subsystem": "-> " + up + "net", "net/ibp1s0/device": "-> ../..",
-			"net/ibp1s0/flags": "0x1003\n", "net/ibp1s0/mtu": "2044\n", "net/ibp1s0/ifindex": "2\n",
-		}},
-	).With(hosttest.Tree{
-		"sys/class/infiniband/mlx5_0": "-> ../../" + strings.TrimPrefix(dev, "sys/") + "infiniband/mlx5_0",
-		"sys/class/net/ibp1s0":        "-> ../../" + strings.TrimPrefix(dev, "sys/") + "net/ibp1s0",
-	}))
+	k := hosttest.NewKernel(t, hosttest.InfiniBand())
 	k.IDs["mlx5_core"] = []string{"15b3:101b"}
 	return k
 }

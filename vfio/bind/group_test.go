@@ -13,15 +13,7 @@ import (
 
 // arm is a host with an SMMU, which has put nothing into a group that never had a driver.
 func arm(t *testing.T, changes hosttest.Tree) *hosttest.Kernel {
-	k := hosttest.NewKernel(t, hosttest.Made(
-		hosttest.PCI{At: "0000:00:01.0", ID: "1234:11e8", Class: "00ff00", Group: -1},
-		hosttest.PCI{At: "0000:00:02.0", ID: "8086:10d3", Class: "020000", Driver: "e1000e", Group: 5},
-	).With(hosttest.Tree{
-		"sys/class/iommu/ivhd0":                    hosttest.Gone,
-		"sys/class/iommu/smmu3.0x0000000009050000": "-> ../../devices/platform/smmu",
-		"sys/devices/platform/smmu/":               "",
-		vfio.NoIOMMUFile:                           "N\n",
-	}).With(changes))
+	k := hosttest.NewKernel(t, hosttest.SMMU().With(hosttest.Tree{vfio.NoIOMMUFile: "N\n"}).With(changes))
 	k.LateGroups = map[string]string{"0000:00:01.0": "31"}
 	return k
 }

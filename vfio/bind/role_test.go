@@ -164,21 +164,7 @@ func TestSiblings(t *testing.T) {
 
 // What is behind a Volume Management Device goes with it: it is no device to name, and who uses it uses that.
 func TestVMD(t *testing.T) {
-	k := hosttest.NewKernel(t, hosttest.Made(
-		hosttest.PCI{At: "0000:00:0e.0", ID: "8086:467f", Class: "010400", Driver: "vmd", Group: 6},
-		hosttest.PCI{At: "0000:00:0e.0/10000:e0:06.0", ID: "8086:09ab", Class: "060400", Driver: "pcieport", Group: 6},
-		hosttest.PCI{
-			At: "0000:00:0e.0/10000:e0:06.0/10000:e1:00.0", ID: "144d:a808", Class: "010802", Driver: "nvme", Group: 6,
-			Files: hosttest.Tree{
-				"nvme/nvme0/subsystem":         "-> ../../../../../../../../class/nvme",
-				"nvme/nvme0/nvme0n1/dev":       "259:0\n",
-				"nvme/nvme0/nvme0n1/subsystem": "-> ../../../../../../../../../class/block",
-			},
-		},
-	).With(hosttest.Tree{
-		"sys/class/block/nvme0n1": "-> ../../devices/pci0000:00/0000:00:0e.0/pci10000:e0/10000:e0:06.0/10000:e1:00.0/nvme/nvme0/nvme0n1",
-		"dev/nvme0n1":             "b 259:0\n",
-	}))
+	k := hosttest.NewKernel(t, hosttest.VMD())
 	k.IDs["vmd"] = []string{"8086:467f"}
 	b := open(t, k, Options{})
 	ctx := context.Background()

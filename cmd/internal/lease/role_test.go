@@ -90,17 +90,7 @@ func TestCompanionsOfLease(t *testing.T) {
 
 // A VF that shares its group with what the host keeps is nobody's free VF.
 func TestKeptVFs(t *testing.T) {
-	function := func(at, class, driver string, group int, files hosttest.Tree) hosttest.PCI {
-		return hosttest.PCI{At: "0000:00:01.0/" + at, ID: "8086:10c9", Class: class, Driver: driver, Group: group, Files: files}
-	}
-	k := hosttest.NewKernel(t, hosttest.Made(
-		function("0000:01:00.0", "020000", "igb", 2, hosttest.Tree{
-			"sriov_totalvfs": "7\n", "sriov_offset": "128\n", "sriov_stride": "2\n", "sriov_vf_device": "10ca\n",
-			"virtfn0": "-> ../0000:01:10.0", "virtfn1": "-> ../0000:01:10.2",
-		}),
-		function("0000:01:10.0", "020000", "", 2, hosttest.Tree{"physfn": "-> ../0000:01:00.0"}),
-		function("0000:01:10.2", "020000", "", 3, hosttest.Tree{"physfn": "-> ../0000:01:00.0"}),
-	))
+	k := hosttest.NewKernel(t, hosttest.Kept())
 	m := without(t, k)
 	units, err := m.source("0000:01:00.0")
 	if err != nil || len(units) != 1 || units[0][0].Name != "0000:01:10.2" {

@@ -95,11 +95,11 @@ func modalias(vendor, device, class string) string {
 		up(class[2:4]), up(class[4:]))
 }
 
-// NewBoard is a host whose graphics card shares its IOMMU group with the host's own machinery.
-func NewBoard(tb testing.TB) *Kernel {
+// board has a graphics card that shares its IOMMU group with the host's own machinery.
+func board() Tree {
 	const card = "0000:00:02.1/0000:03:00."
 	reset := Tree{"reset": "\n", "reset_method": "flr bus\n"}
-	k := NewKernel(tb, Made(
+	return Made(
 		PCI{At: "0000:00:02.1", ID: "1022:43c6", Class: "060400", Driver: "pcieport", Group: 12},
 		PCI{
 			At: "0000:00:14.0", ID: "1022:790b", Class: "0c0500", Driver: "piix4_smbus", Group: 12,
@@ -108,11 +108,91 @@ func NewBoard(tb testing.TB) *Kernel {
 		PCI{At: "0000:00:14.3", ID: "1022:790e", Class: "060100", Group: 12},
 		PCI{At: card + "0", ID: "10de:1c03", Class: "030000", Driver: "nouveau", Group: 12, Files: reset},
 		PCI{At: card + "1", ID: "10de:10f1", Class: "040300", Driver: "snd_hda_intel", Group: 12, Files: reset},
-	).With(Tree{"dev/i2c-0": "c 89:0\n"}))
+	).With(Tree{"dev/i2c-0": "c 89:0\n"})
+}
+
+// NewBoard is a host whose graphics card shares its IOMMU group with the host's own machinery, with drivers that know
+// their devices.
+func NewBoard(tb testing.TB) *Kernel {
+	k := NewKernel(tb, board())
 	for driver, id := range map[string]string{
 		"nouveau": "10de:1c03", "snd_hda_intel": "10de:10f1", "piix4_smbus": "1022:790b",
 	} {
 		k.IDs[driver] = []string{id}
 	}
 	return k
+}
+
+// VMD is a host with a disk behind a Volume Management Device.
+func VMD() Tree {
+	const port = "0000:00:0e.0/10000:e0:06.0"
+	return Made(
+		PCI{At: "0000:00:0e.0", ID: "8086:467f", Class: "010400", Driver: "vmd", Group: 6},
+		PCI{At: port, ID: "8086:09ab", Class: "060400", Driver: "pcieport", Group: 6},
+		PCI{
+			At: port + "/10000:e1:00.0", ID: "144d:a808", Class: "010802", Driver: "nvme", Group: 6,
+			Files: Tree{
+				"nvme/nvme0/subsystem":         "-> ../../../../../../../../class/nvme",
+				"nvme/nvme0/nvme0n1/dev":       "259:0\n",
+				"nvme/nvme0/nvme0n1/subsystem": "-> ../../../../../../../../../class/block",
+			},
+		},
+	).With(Tree{
+		"sys/class/block/nvme0n1": arrow + "../../devices/pci0000:00/0000:00:0e.0/pci10000:e0/10000:e0:06.0/" +
+			"10000:e1:00.0/nvme/nvme0/nvme0n1",
+		"dev/nvme0n1": "b 259:0\n",
+	})
+}
+
+// SMMU is a host of ARM's, which has put nothing into a group that never had a driver.
+func SMMU() Tree {
+	return Made(
+		PCI{At: "0000:00:01.0", ID: "1234:11e8", Class: "00ff00", Group: -1},
+		PCI{At: "0000:00:02.0", ID: "8086:10d3", Class: "020000", Driver: "e1000e", Group: 5},
+	).With(Tree{
+		"sys/class/iommu/ivhd0":                    Gone,
+		"sys/class/iommu/smmu3.0x0000000009050000": arrow + "../../devices/platform/smmu",
+		"sys/devices/platform/smmu/":               "",
+	})
+}
+
+// InfiniBand is a host with a PF that has a port of InfiniBand.
+func InfiniBand() Tree {
+	const dev = "devices/pci0000:00/0000:00:01.0/0000:01:00.0/"
+	up := arrow + "../../../../../../class/"
+	return Made(
+		PCI{At: "0000:00:01.0", ID: "1022:14a5", Class: "060400", Driver: "pcieport", Group: 1},
+		PCI{At: "0000:00:01.0/0000:01:00.0", ID: "15b3:101b", Class: "020700", Driver: "mlx5_core", Group: 2, Files: Tree{
+			"sriov_totalvfs": "8\n", "sriov_offset": "1\n", "sriov_stride": "1\n", "sriov_vf_device": "101c\n",
+			"infiniband/mlx5_0/node_guid": "0c42:a103:0000:0001\n", "infiniband/mlx5_0/subsystem": up + "infiniband",
+			"net/ibp1s0/address":          "00:00:10:29:fe:80:00:00:00:00:00:00:0c:42:a1:03:00:00:00:02\n",
+			"net/ibp1s0/addr_assign_type": "0\n", "net/ibp1s0/subsystem": up + "net", "net/ibp1s0/device": "-> ../..",
+			"net/ibp1s0/flags": "0x1003\n", "net/ibp1s0/mtu": "2044\n", "net/ibp1s0/ifindex": "2\n",
+		}},
+	).With(Tree{
+		"sys/class/infiniband/mlx5_0": arrow + "../../" + dev + "infiniband/mlx5_0",
+		"sys/class/net/ibp1s0":        arrow + "../../" + dev + "net/ibp1s0",
+	})
+}
+
+// Kept is a host with two VFs of the PF's own ids, of which one shares the PF's group.
+func Kept() Tree {
+	function := func(at, driver string, group int, files Tree) PCI {
+		return PCI{At: "0000:00:01.0/" + at, ID: "8086:10c9", Class: "020000", Driver: driver, Group: group, Files: files}
+	}
+	return Made(
+		function("0000:01:00.0", "igb", 2, Tree{
+			"sriov_totalvfs": "7\n", "sriov_offset": "128\n", "sriov_stride": "2\n", "sriov_vf_device": "10c9\n",
+			"virtfn0": "-> ../0000:01:10.0", "virtfn1": "-> ../0000:01:10.2",
+		}),
+		function("0000:01:10.0", "", 2, Tree{"physfn": "-> ../0000:01:00.0"}),
+		function("0000:01:10.2", "", 3, Tree{"physfn": "-> ../0000:01:00.0"}),
+	)
+}
+
+// Kinds are hosts of each kind that is made here.
+func Kinds() map[string]Tree {
+	return map[string]Tree{
+		"board": board(), "vmd": VMD(), "smmu": SMMU(), "infiniband": InfiniBand(), "kept": Kept(),
+	}
 }

@@ -130,6 +130,10 @@ func (m *Manager) Plan(s *hostfile.Host) ([]*Item, error) {
 		if i.unit == nil && i.Device != nil {
 			touched = []*iommu.Device{i.Device}
 		}
+		if i.State == Refused {
+			// Which has a reason.
+			touched = nil
+		}
 		for _, d := range touched {
 			if first := seen[d.Name]; first != nil && first != i.with {
 				i.Refuse(fmt.Errorf("%s: %s takes %s, which is declared at %s already", i.At, i.Name, d.Name, first.At))

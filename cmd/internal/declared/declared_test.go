@@ -666,3 +666,79 @@ func TestFoundByRecord(t *testing.T) {
 		t.Errorf("another card: %v, %v", i.State, i.Err)
 	}
 }
+
+// Of two cards that only their places tell apart, neither is taken for the other when root buses are numbered anew.
+func TestRenumbered(t *testing.T) {
+	card := func(root, bus string, group int) []hosttest.PCI {
+		port := "0000:" + root + ":00.0"
+		return []hosttest.PCI{
+			{At: port, ID: "8086:2030", Class: "060400", Driver: "pcieport", Group: group},
+			{At: port + "/0000:" + bus + ":00.0", ID: "10de:20b5", Class: "030200", Driver: "nvidia", Group: group + 1},
+		}
+	}
+	const text = "devices:\n  - select: path=0000:17:00.0/00.0\n"
+	for name, c := range map[string]struct {
+		now  []hosttest.PCI
+		want State
+	}{
+		"as it was":                   {slices.Concat(card("17", "18", 1), card("3a", "3b", 3)), Differs},
+		"a third one":                 {slices.Concat(card("17", "18", 1), card("3a", "3b", 3), card("5d", "5e", 5)), Differs},
+		"all moved":                   {slices.Concat(card("16", "17", 1), card("39", "3a", 3)), Missing},
+		"the other is where this was": {slices.Concat(card("16", "18", 1), card("17", "3b", 3)), Changed},
+		"one is gone":                 {card("17", "18", 1), Changed},
+	} {
+		first := hosttest.NewKernel(t, hosttest.Made(slices.Concat(card("17", "18", 1), card("3a", "3b", 3))...))
+		m := newManager(t, first, Options{})
+		if err := m.Remember(plan(t, m, text)); err != nil {
+			t.Fatal(err)
+		}
+		record, err := first.Host().Read("var/lib/viaduct/" + knownKey("path=0000:17:00.0/00.0") + ".json")
+		if err != nil {
+			t.Fatal(err)
+		}
+		k := hosttest.NewKernel(t, hosttest.Made(c.now...).With(hosttest.Tree{
+			"var/lib/viaduct/" + knownKey("path=0000:17:00.0/00.0") + ".json": string(record),
+		}))
+		if i := plan(t, newManager(t, k, Options{}), text)[0]; i.State != c.want {
+			t.Errorf("%s: %s, %v", name, i.State, i.Err)
+		}
+	}
+}
+
+// Members of one group that are declared twice agree, or the file says how they can.
+func TestGroupDeclaredTwice(t *testing.T) {
+	const gpu, audio = "0000:03:00.0", "0000:03:00.1"
+	entry := func(address, more string) string { return "  - select: " + address + "\n" + more }
+	for name, c := range map[string]struct{ text, says string }{
+		"alike":             {entry(gpu, "    driver: vfio-pci\n") + entry(audio, "    driver: vfio-pci\n"), ""},
+		"one leaves it":     {entry(gpu, "") + entry(audio, "    driver: vfio-pci\n"), ""},
+		"another driver":    {entry(gpu, "    driver: vfio-pci\n") + entry(audio, "    driver: other-vfio\n"), "give both one driver: it is vfio-pci at"},
+		"another owner":     {entry(gpu, "    node_owner: root\n") + entry(audio, "    node_owner: nobody\n"), "give both one node_owner: it is root at"},
+		"the companion too": {entry(gpu, "") + entry("0000:00:14.0", ""), ""},
+	} {
+		k := hosttest.NewBoard(t)
+		m := newManager(t, k, Options{})
+		items := plan(t, m, "devices:\n"+c.text)
+		if c.says != "" {
+			if items[1].State != Refused || !strings.Contains(items[1].Err.Error(), c.says) {
+				t.Errorf("%s: %s, %v", name, items[1].State, items[1].Err)
+			}
+			continue
+		}
+		if items[0].State != Differs || items[1].State != Differs || len(items[1].Steps) > 0 || len(items[1].Notes) == 0 {
+			t.Errorf("%s: %+v, %+v", name, items[0], items[1])
+		}
+		if err := apply(t, again(t, m), "devices:\n"+c.text); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		for _, i := range plan(t, again(t, m), "devices:\n"+c.text) {
+			if i.State != OK {
+				t.Errorf("%s: %s is %s: %v %q", name, i.Name, i.State, i.Err, i.Steps)
+			}
+		}
+		smbus, err := iommu.ReadDevice(&iommu.Host{Host: k.Host()}, iommu.Address{Device: 0x14})
+		if want := map[bool]string{true: "vfio-pci"}[name == "the companion too"]; err != nil || smbus.Driver != want {
+			t.Errorf("%s: the companion is on %q, %v", name, smbus.Driver, err)
+		}
+	}
+}

@@ -20,6 +20,9 @@ type known struct {
 	Address  iommu.Address  `json:"address"`
 	Identity iommu.Identity `json:"identity"`
 	Group    []string       `json:"group"` // the places of all that has to be taken along
+	// Equal are the places of all devices that only their place tells from this one, itself included; none if something
+	// else does.
+	Equal []string `json:"equal,omitempty"`
 
 	Settings map[int]sriov.Settings `json:"settings,omitempty"` // that were declared of its VFs
 }
@@ -72,7 +75,40 @@ func (m *Manager) changed(k *known, match hostfile.Match, d *iommu.Device) strin
 		return fmt.Sprintf("%s is at path=%s instead of %s, and nothing tells whether it is the same device", d.Name,
 			place, k.Identity.Path)
 	}
+	equal := m.equal(d)
+	moved := func(place string) bool { return !slices.Contains(equal, place) }
+	if len(equal) > 0 && len(k.Equal) > 1 && slices.ContainsFunc(k.Equal, moved) {
+		return fmt.Sprintf("cards like %s are at %s now and were at %s, and nothing but that tells which one it is", d.Name,
+			strings.Join(equal, ", "), strings.Join(k.Equal, ", "))
+	}
 	return ""
+}
+
+// equal are the places of all devices that only their place tells from this one, with its own; none if a number of its
+// own does. Where root buses are numbered anew, one of them may be where another was.
+func (m *Manager) equal(d *iommu.Device) []string {
+	own := func(d *iommu.Device) bool {
+		for _, form := range []iommu.Form{iommu.ByMAC, iommu.ByGUID, iommu.BySerial} {
+			if numbers, err := iommu.SelectorsOf(m.host, d, form); err != nil || len(numbers) > 0 {
+				return true
+			}
+		}
+		return false
+	}
+	if own(d) {
+		return nil
+	}
+	var out []string
+	m.topology.All(func(other *iommu.Device) bool {
+		if other.PCI && other.PhysFn == nil && other.ID == d.ID && !own(other) {
+			if place, err := iommu.PathOf(m.host, other); err == nil {
+				out = append(out, place)
+			}
+		}
+		return true
+	})
+	slices.Sort(out)
+	return out
 }
 
 // joined says which devices that the host uses have come into a device's group since; "" if none have.
@@ -130,6 +166,10 @@ func (m *Manager) Remember(items []*Item) error {
 				k.Group = append(k.Group, place)
 			}
 		}
+		if k.Equal = m.equal(i.Device); k.Equal == nil && i.known != nil {
+			// What tells it may not be there to be asked now.
+			k.Equal = i.known.Equal
+		}
 
 		if i.State == OK && i.pf != nil {
 			k.Settings = settingsOf(i.pf)
@@ -138,7 +178,7 @@ func (m *Manager) Remember(items []*Item) error {
 		}
 
 		if i.known == nil || m.options.Accept || !slices.Equal(k.Group, i.known.Group) ||
-			k.Address != i.known.Address ||
+			k.Address != i.known.Address || !slices.Equal(k.Equal, i.known.Equal) ||
 			!maps.EqualFunc(k.Settings, i.known.Settings, maps.Equal) {
 			errs = append(errs, m.state.Put(knownKey(i.Name), k))
 		}

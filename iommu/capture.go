@@ -227,6 +227,10 @@ func (c *capture) device(d *Device) {
 	if !d.PCI {
 		link = fmt.Sprintf("%s/%d/devices/%s", groupsDir, *d.Group, d.Name)
 	}
+	if d.PCI && !c.h.Exists(path.Join(link, "modalias")) {
+		// It has gone since.
+		return
+	}
 	real := c.linked(link)
 	c.files(real, deviceFiles)
 	links := deviceLinks

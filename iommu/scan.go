@@ -171,6 +171,9 @@ func Scan(h *Host) (*Topology, error) {
 	if err != nil && !host.Absent(err) {
 		return nil, err
 	}
+	if err := checkCaptured(h, names); err != nil {
+		return nil, err
+	}
 	busy, err := changing(h)
 	if err != nil {
 		return nil, err

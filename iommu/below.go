@@ -34,9 +34,9 @@ type DeviceFile struct {
 	Number string // major:minor, as the kernel's dev attributes have it
 }
 
-// DeviceFiles returns all device files that drivers made of a PCI device and of what is below it, whatever their class or
-// bus: disks, render nodes, verbs, the USB devices below a controller, VFIO's own. Groups are the IOMMU groups of what
-// has one and is no PCI device, as a mediated device.
+// DeviceFiles returns all device files that drivers made of a PCI device and of what is below it, whatever their class
+// or bus: disks, render nodes, verbs, the USB devices below a controller, VFIO's own. Groups are the IOMMU groups of
+// what has one and is no PCI device, as a mediated device.
 func DeviceFiles(h *Host, a Address) (files []DeviceFile, groups []int, err error) {
 	dir, err := h.Open(path.Join(pciDevices, a.String()))
 	if err != nil {
@@ -88,8 +88,8 @@ func classDevices(dir *host.Dir) (map[string][]string, error) {
 	return found, err
 }
 
-// walkBelow visits a device's directory and all below it, each with where its subsystem link leads and what is in it. It
-// descends neither into other PCI devices nor along links.
+// walkBelow visits a device's directory and all below it, each with where its subsystem link leads and what is in it.
+// It descends neither into other PCI devices nor along links.
 func walkBelow(dir *host.Dir, visit func(at, subsystem string, names []string) error) error {
 	// A disk behind a SAS expander is eight deep, and each further one adds three.
 	const depth = 64

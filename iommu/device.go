@@ -46,7 +46,8 @@ type Device struct {
 	VFIndex int
 	// SRIOV is nil if this is no PF.
 	SRIOV *SRIOV
-	// Parent is the device whose driver made this device's bus, as a Volume Management Device's does; nil of all others.
+	// Parent is the device whose driver made this device's bus, as a Volume Management Device's does; nil of all
+	// others.
 	Parent *Address
 	// As is the role that somebody has given the device instead of its class's; see [Device.Role].
 	As Role

@@ -18,8 +18,8 @@ func ParseGUID(s string) (net.HardwareAddr, bool) {
 	return guid, err == nil && len(guid) == 8
 }
 
-// GUIDs are the InfiniBand GUIDs of a device, those of its ports first; none of a device of another kind. A port's is in
-// the address of its network interface, the node's is what its driver tells.
+// GUIDs are the InfiniBand GUIDs of a device, those of its ports first; none of a device of another kind. A port's is
+// in the address of its network interface, the node's is what its driver tells.
 func GUIDs(h *Host, d *Device) ([]net.HardwareAddr, error) {
 	if !d.PCI || d.PhysFn != nil || d.Class>>16 != 0x02 && d.Class>>16 != 0x0c {
 		return nil, nil

@@ -140,8 +140,8 @@ func (t *Topology) VFs(pf *Device) []*Device {
 	return out
 }
 
-// KeptWith is what the host keeps of a VF's IOMMU group, so that no guest can have the VF: its PF, or another device on a
-// driver of the host. It is nil if there is nothing of that.
+// KeptWith is what the host keeps of a VF's IOMMU group, so that no guest can have the VF: its PF, or another device on
+// a driver of the host. It is nil if there is nothing of that.
 func (t *Topology) KeptWith(vf *Device) *Device {
 	if vf.Group == nil || vf.PhysFn == nil {
 		return nil

@@ -8,8 +8,8 @@ import (
 )
 
 // Selector names devices the way a user does. The forms: an address (0000:01:00.0, 01:00.0), a network interface
-// (enp1s0), a VF of a PF (enp1s0/vf3), ids (8086:10c9), mac=, path= (see [PhysicalPath]), serial=, guid=, group=, class=.
-// [ParseSelector] makes one.
+// (enp1s0), a VF of a PF (enp1s0/vf3), ids (8086:10c9), mac=, path= (see [PhysicalPath]), serial=, guid=, group=,
+// class=. [ParseSelector] makes one.
 type Selector struct {
 	text    string
 	kind    Form

@@ -60,8 +60,8 @@ func readUnits(h *Host) ([]Unit, error) {
 	return units, nil
 }
 
-// LateGroups reports whether a device without a driver may be in no group and get one when a driver is bound to it: so it
-// is before Linux 6.15 with all IOMMUs but AMD's and Intel's.
+// LateGroups reports whether a device without a driver may be in no group and get one when a driver is bound to it: so
+// it is before Linux 6.15 with all IOMMUs but AMD's and Intel's.
 func (t *Topology) LateGroups() bool {
 	return slices.ContainsFunc(t.Units, func(u Unit) bool { return u.Kind != KindAMDVi && u.Kind != KindVTd })
 }

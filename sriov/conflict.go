@@ -84,7 +84,8 @@ func (o owners) unused(want Settings, port *Port, vf *iommu.Device) error {
 			}
 			for _, other := range l.vfs {
 				if other.Settings[k] == address && (l.Index != port.index || other.Index != vf.VFIndex) {
-					return fmt.Errorf("%s %s is that of vf%d of %s already", addressNames[k], address, other.Index, l.Name)
+					return fmt.Errorf("%s %s is that of vf%d of %s already", addressNames[k], address, other.Index,
+						l.Name)
 				}
 			}
 		}

@@ -23,8 +23,8 @@ func DeriveMAC(pf net.HardwareAddr, index int) (net.HardwareAddr, error) {
 
 // DeriveGUID makes an InfiniBand GUID out of a PF's and a VF's index: the same at every boot, and of every version of
 // viaduct. It says that it is local, and differs from the PF's in the two bytes in the middle, which hold no number of
-// the card where a maker makes GUIDs of MAC addresses. An error says that the GUID has not eight bytes, or that there is
-// no such index.
+// the card where a maker makes GUIDs of MAC addresses. An error says that the GUID has not eight bytes, or that there
+// is no such index.
 func DeriveGUID(pf net.HardwareAddr, index int) (net.HardwareAddr, error) {
 	if len(pf) != 8 {
 		return nil, fmt.Errorf("%s is no GUID of eight bytes", pf)

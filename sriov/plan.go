@@ -248,7 +248,8 @@ func makesVFs(h *iommu.Host, pf *iommu.Device) error {
 			return err
 		}
 	}
-	return fmt.Errorf("%s is on %s, which makes no VFs: give it back to its own driver first (viaduct unbind %s)", pf.Name,
+	return fmt.Errorf("%s is on %s, which makes no VFs: give it back to its own driver first (viaduct unbind %s)",
+		pf.Name,
 		pf.Driver, pf.Name)
 }
 
@@ -365,7 +366,8 @@ func (p *Plan) noteNew() {
 		p.Notes = append(p.Notes, fmt.Sprintf("%s is on %s, which gets its VFs at once", p.PF.Name, p.PF.Driver))
 	}
 	if anyVF(p.VFs, func(vf VFWish) bool { return vf.Settings[SpoofChk] == on && vf.Settings[MAC] == "" }) {
-		p.Notes = append(p.Notes, "spoofchk is on for VFs that are given no address: the driver may drop all that they send")
+		p.Notes = append(p.Notes, "spoofchk is on for VFs that are given no address: the driver may drop all that "+
+			"they send")
 	}
 	if p.nvme != "" {
 		p.Notes = append(p.Notes, "then each VF is set online")
@@ -463,8 +465,8 @@ func forVFIO(h *iommu.Host, t *iommu.Topology) error {
 		return err
 	}
 	if unsafe && t.LateGroups() {
-		refused.Reasons = []string{"VFIO's noiommu mode is on, in which the kernel may make groups for them that no IOMMU " +
-			"is in front of"}
+		refused.Reasons = []string{"VFIO's noiommu mode is on, in which the kernel may make groups for them that no " +
+			"IOMMU is in front of"}
 		refused.Cure = "echo N > /" + vfio.NoIOMMUFile
 		return refused
 	}

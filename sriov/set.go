@@ -180,7 +180,8 @@ func planNew(h *iommu.Host, pf *iommu.Device, vfs []VFWish, mode string) ([]SetP
 		for _, k := range unique {
 			value := vfs[i].Settings[k]
 			if seen[string(k)+value] {
-				return nil, fmt.Errorf("%s=%s for several VFs: each needs one of its own (%s=%s makes them)", k, value, k,
+				return nil, fmt.Errorf("%s=%s for several VFs: each needs one of its own (%s=%s makes them)", k,
+					value, k,
 					StableMAC)
 			}
 			seen[string(k)+value] = isAddress(value) && value != StableMAC
@@ -260,15 +261,16 @@ func stableGUID(h *iommu.Host, pf, vf *iommu.Device) (net.HardwareAddr, error) {
 	return DeriveGUID(guids[0], vf.VFIndex)
 }
 
-// legacyOnly are, by driver, the settings that it takes only while the PF's e-switch is in mode legacy: in mode switchdev
-// rules on the representors do what they do (drivers/net/ethernet/mellanox/mlx5/core/eswitch.c, since Linux 5.13;
-// drivers/net/ethernet/intel/ice/ice_sriov.c).
+// legacyOnly are, by driver, the settings that it takes only while the PF's e-switch is in mode legacy: in mode
+// switchdev rules on the representors do what they do (drivers/net/ethernet/mellanox/mlx5/core/eswitch.c, since Linux
+// 5.13; drivers/net/ethernet/intel/ice/ice_sriov.c).
 var legacyOnly = map[string][]Key{
 	"mlx5_core": {VLAN, QoS, Proto, Trust, SpoofChk},
 	"ice":       {Trust},
 }
 
-// possible refuses changes that the PF's driver does not make in this mode of its e-switch. No VLAN is one that it takes.
+// possible refuses changes that the PF's driver does not make in this mode of its e-switch. No VLAN is one that it
+// takes.
 func (p *SetPlan) possible(pf *iommu.Device, mode string) error {
 	if mode != switchdev {
 		return nil
@@ -285,8 +287,8 @@ func (p *SetPlan) possible(pf *iommu.Device, mode string) error {
 	if len(wrong) == 0 {
 		return nil
 	}
-	return fmt.Errorf("driver %s takes no %s of a VF of %s while its e-switch is in mode %s: leave them out, and make rules "+
-		"on the VFs' representors", pf.Driver, keyNames(wrong), pf.Name, switchdev)
+	return fmt.Errorf("driver %s takes no %s of a VF of %s while its e-switch is in mode %s: leave them out, and "+
+		"make rules on the VFs' representors", pf.Driver, keyNames(wrong), pf.Name, switchdev)
 }
 
 // modeOf is the mode of a PF's e-switch, where that decides about settings; "" where it does not, or cannot be asked.

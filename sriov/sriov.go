@@ -64,8 +64,8 @@ func firmwareHint(h *iommu.Host, d *iommu.Device) string {
 		return " (the firmware decides: SR-IOV of the board, and in the setup of the card's own ROM \"virtualization " +
 			"mode\" or \"SR-IOV\"; a change takes effect with the next boot)"
 	case 0x1002, 0x1022, 0x1dd8:
-		return " (the firmware decides: \"SR-IOV support\" in the setup of the board; a change takes effect with the next " +
-			"boot)"
+		return " (the firmware decides: \"SR-IOV support\" in the setup of the board; a change takes effect with " +
+			"the next boot)"
 	case 0x1924, 0x10ee:
 		return " (its firmware decides: sfboot vf-count=N; a change takes effect with the next boot)"
 	case 0x14e4:
@@ -195,10 +195,10 @@ func explain(h *iommu.Host, err error, p *Plan) error {
 		unix.EBUSY:  "something else made VFs meanwhile: see viaduct vf list " + p.PF.Name,
 		unix.EPERM:  assigned,
 		unix.EAGAIN: "the card is busy, as with a reset or its firmware: try again in a moment",
-		unix.ENOSPC: "the card has not enough queues or interrupts left for so many: make fewer, or take some from the PF " +
-			"(ethtool -L), RDMA or other functions",
-		unix.EINVAL: refuses + " in the state it is in: make fewer, or turn off what it does not do beside VFs, as DCB, " +
-			"XDP or filters",
+		unix.ENOSPC: "the card has not enough queues or interrupts left for so many: make fewer, or take some from " +
+			"the PF (ethtool -L), RDMA or other functions",
+		unix.EINVAL: refuses + " in the state it is in: make fewer, or turn off what it does not do beside VFs, " +
+			"as DCB, XDP or filters",
 		unix.EOPNOTSUPP: refuses + ": SR-IOV may be off in the card's firmware" + firmwareHint(h, p.PF),
 		unix.EIO:        "the card and its firmware do not agree about its VFs: boot again, or update its firmware",
 	} {

@@ -34,8 +34,8 @@ const (
 	MSIX      Key = "msix" // interrupt vectors, 0 for the default
 )
 
-// StableMAC as the value of mac stands for what [DeriveMAC] makes. StableGUID, as that of node_guid and port_guid, does so
-// for [DeriveGUID].
+// StableMAC as the value of mac stands for what [DeriveMAC] makes. StableGUID, as that of node_guid and port_guid, does
+// so for [DeriveGUID].
 const (
 	StableMAC  = "stable"
 	StableGUID = StableMAC

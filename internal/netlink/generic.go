@@ -16,8 +16,8 @@ type Generic struct {
 	version uint8
 }
 
-// header is a struct genlmsghdr (include/uapi/linux/genetlink.h). The library's own has no reserved bytes, and sends for
-// them what comes next in memory, which the kernel refuses with newer commands (net/netlink/genetlink.c,
+// header is a struct genlmsghdr (include/uapi/linux/genetlink.h). The library's own has no reserved bytes, and sends
+// for them what comes next in memory, which the kernel refuses with newer commands (net/netlink/genetlink.c,
 // genl_header_check).
 type header struct{ command, version uint8 }
 

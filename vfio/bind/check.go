@@ -59,8 +59,8 @@ func Takable(d *iommu.Device) error {
 	case iommu.RolePort:
 		refused.Reasons = []string{d.Name + " is a bridge, which no guest can have"}
 	case iommu.RoleChild:
-		refused.Reasons = []string{fmt.Sprintf("%s is behind %s, whose driver makes its bus: a guest can only have all "+
-			"that is behind that", d.Name, d.Parent)}
+		refused.Reasons = []string{fmt.Sprintf("%s is behind %s, whose driver makes its bus: a guest can "+
+			"only have all that is behind that", d.Name, d.Parent)}
 		refused.Cure = "name " + d.Parent.String() + " instead"
 	default:
 		return nil
@@ -247,8 +247,8 @@ func (c *check) canBeTaken(asked []*iommu.Device) {
 			c.add("%s is in no IOMMU group: the IOMMU does not cover it", d.Name)
 		case d.SRIOV != nil && len(d.SRIOV.VFs) > 0 && slices.ContainsFunc(asked, isVFOf(d)):
 			c.add("%s is in the IOMMU group of its VFs, and VFIO takes no PF that has any", d.Name)
-			c.refused.Cure = fmt.Sprintf("nothing on the way to the card keeps its functions apart (ACS): viaduct show "+
-				"group=%d; another slot, or a setting of the firmware, may", *d.Group)
+			c.refused.Cure = fmt.Sprintf("nothing on the way to the card keeps its functions apart (ACS): viaduct "+
+				"show group=%d; another slot, or a setting of the firmware, may", *d.Group)
 		case d.SRIOV != nil && len(d.SRIOV.VFs) > 0:
 			c.add("%s is a PF with %d VFs, and VFIO takes no such PF", d.Name, len(d.SRIOV.VFs))
 			c.refused.Cure = "viaduct vf destroy " + d.Name
@@ -278,12 +278,12 @@ func (c *check) getsGroup(d *iommu.Device) {
 	case err != nil:
 		c.add("whether VFIO's noiommu mode is on cannot be read: %v", err)
 	case unsafe:
-		c.add("%s is in no IOMMU group yet, and VFIO's noiommu mode is on, in which the kernel may make one for it that no "+
-			"IOMMU is in front of", d.Name)
+		c.add("%s is in no IOMMU group yet, and VFIO's noiommu mode is on, in which the kernel may make one for it "+
+			"that no IOMMU is in front of", d.Name)
 		c.refused.Cure = "echo N > /" + vfio.NoIOMMUFile
 	default:
-		c.verdict.Notes = append(c.verdict.Notes, fmt.Sprintf("%s is in no IOMMU group yet: the kernel makes its group when "+
-			"it is bound", d.Name))
+		c.verdict.Notes = append(c.verdict.Notes, fmt.Sprintf("%s is in no IOMMU group yet: the kernel makes its "+
+			"group when it is bound", d.Name))
 	}
 }
 
@@ -297,8 +297,8 @@ func (c *check) siblings(asked []*iommu.Device) {
 		c.topology.All(func(other *iommu.Device) bool {
 			if d.Sibling(other) && !other.Together(d) && !has(asked, other) && other.Class>>16 != d.Class>>16 &&
 				other.Role() == iommu.RoleGuest && !other.VFIO {
-				c.verdict.Notes = append(c.verdict.Notes, fmt.Sprintf("%s is on the same card as %s, in a group of its "+
-					"own: it stays with the host unless it is taken too", other.Name, d.Name))
+				c.verdict.Notes = append(c.verdict.Notes, fmt.Sprintf("%s is on the same card as %s, in a "+
+					"group of its own: it stays with the host unless it is taken too", other.Name, d.Name))
 			}
 			return true
 		})

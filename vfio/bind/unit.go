@@ -325,7 +325,8 @@ func (b *Handle) joinGroup(d *iommu.Device) error {
 		return fmt.Errorf("%s: the kernel put it into group %d, which no IOMMU is in front of", d.Name, group.ID)
 	}
 	for _, other := range group.Blockers() {
-		return fmt.Errorf("%s: the kernel put it into group %d, together with %s on driver %s of the host", d.Name, group.ID,
+		return fmt.Errorf("%s: the kernel put it into group %d, together with %s on driver %s of the host", d.Name,
+			group.ID,
 			other.Name, other.Driver)
 	}
 	d.Group = now.Group

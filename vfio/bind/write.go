@@ -41,7 +41,8 @@ func (b *Handle) write(ctx context.Context, batch int64, c Change) error {
 
 // Write makes writes for a device whose change was begun with [Handle.Begin] (else it is an [ErrNotBegun]), one after
 // the other until one fails. One that does not return within the time for it is a *StuckError, and the device the
-// child's until it does. Errors wrap the errno, and end with what the kernel says of the device, where it says anything.
+// child's until it does. Errors wrap the errno, and end with what the kernel says of the device, where it says
+// anything.
 func (b *Handle) Write(a iommu.Address, steps []Step) error {
 	if err := errors.Join(b.MayChange(), b.locked(a), b.mayWrite(a)); err != nil {
 		return err

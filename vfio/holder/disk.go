@@ -271,7 +271,8 @@ func usedBlockDevices(h *iommu.Host) (map[string]use, error) {
 
 	var blind error
 	used := map[string]use{}
-	for _, add := range []func(*iommu.Host, blockNumbers, map[string]use) error{addMounts, addSwaps, addBtrfs, addTargets} {
+	for _, add := range []func(*iommu.Host, blockNumbers, map[string]use) error{addMounts, addSwaps, addBtrfs,
+		addTargets} {
 		if err := add(h, numbers, used); errors.Is(err, ErrBlind) {
 			blind = err
 		} else if err != nil {

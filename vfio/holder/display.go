@@ -34,7 +34,8 @@ func Displays(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 			return nil, err
 		}
 		if on != "" {
-			add("has the screen's framebuffer (%s) on its memory: boot with initcall_blacklist=sysfb_init, or end it with %s",
+			add("has the screen's framebuffer (%s) on its memory: boot with initcall_blacklist=sysfb_init, or end "+
+				"it with %s",
 				on, screens.end)
 		}
 		if d.Class>>16 != 3 || d.VFIO {

@@ -39,8 +39,8 @@ func libvirtDomains(h *iommu.Host) (map[string][]iommu.Address, error) {
 	return out, nil
 }
 
-// sources are the devices of the host that a domain has: as hostdevs, or as interfaces of that type. Those have a source
-// with an address of the host; a guest's own addresses stand in no source.
+// sources are the devices of the host that a domain has: as hostdevs, or as interfaces of that type. Those have a
+// source with an address of the host; a guest's own addresses stand in no source.
 func sources(domain []byte) ([]iommu.Address, error) {
 	var out []iommu.Address
 	var at []string

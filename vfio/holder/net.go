@@ -34,8 +34,8 @@ type elsewhere struct {
 	whose string
 }
 
-// Elsewhere says, of a NIC that shows no network interface here, in which network namespace it has one, as in "(eth0) is in
-// the network namespace of blue"; "" if that is not known.
+// Elsewhere says, of a NIC that shows no network interface here, in which network namespace it has one, as in "(eth0)
+// is in the network namespace of blue"; "" if that is not known.
 func Elsewhere(h *iommu.Host, d *iommu.Device) (string, error) {
 	if !h.Live() {
 		return "", nil
@@ -93,8 +93,8 @@ func netHolders(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 				out = append(out, Holder{Device: d.Name, Kind: Namespace, What: what})
 			} else if o.anybodys() && len(d.Interfaces()) == 0 {
 				// Before Linux 5.14.
-				blind = fmt.Errorf("%w: %s, in the network namespace of %s, may be an interface of %s: the kernel does not "+
-					"say whose it is", ErrBlind, o.Name, o.whose, d.Name)
+				blind = fmt.Errorf("%w: %s, in the network namespace of %s, may be an interface of %s: the kernel "+
+					"does not say whose it is", ErrBlind, o.Name, o.whose, d.Name)
 			}
 		}
 		var found []Holder

@@ -45,8 +45,8 @@ func (i *Item) join(other *Item) error {
 		return fmt.Errorf("%s: %s is %s, which is declared at %s already", other.At, other.Name, i.Device.Name, i.At)
 	}
 	differ := func(what, one, two string) error {
-		return fmt.Errorf("%s: %s and %s share IOMMU group %d and go together, so give both one %s: it is %s at %s, and %s "+
-			"here", other.At, i.Device.Name, other.Device.Name, *i.Device.Group, what, one, i.At, two)
+		return fmt.Errorf("%s: %s and %s share IOMMU group %d and go together, so give both one %s: it is %s at %s, "+
+			"and %s here", other.At, i.Device.Name, other.Device.Name, *i.Device.Group, what, one, i.At, two)
 	}
 	switch {
 	case i.driver == bind.Auto:
@@ -62,7 +62,8 @@ func (i *Item) join(other *Item) error {
 	}
 
 	other.with, other.unit = i, nil
-	other.Notes = append(other.Notes, fmt.Sprintf("%s goes with %s, which is declared at %s: both are in IOMMU group %d",
+	other.Notes = append(other.Notes, fmt.Sprintf("%s goes with %s, which is declared at %s: both are in "+
+		"IOMMU group %d",
 		other.Device.Name, i.Device.Name, i.At, *i.Device.Group))
 	return nil
 }

@@ -78,7 +78,8 @@ func (m *Manager) changed(k *known, match hostfile.Match, d *iommu.Device) strin
 	equal := m.equal(d)
 	moved := func(place string) bool { return !slices.Contains(equal, place) }
 	if len(equal) > 0 && len(k.Equal) > 1 && slices.ContainsFunc(k.Equal, moved) {
-		return fmt.Sprintf("cards like %s are at %s now and were at %s, and nothing but that tells which one it is", d.Name,
+		return fmt.Sprintf("cards like %s are at %s now and were at %s, and nothing but that tells which one it is",
+			d.Name,
 			strings.Join(equal, ", "), strings.Join(k.Equal, ", "))
 	}
 	return ""

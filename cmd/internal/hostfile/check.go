@@ -65,7 +65,8 @@ func (d *decoder) checkPF(pf *PF) {
 			value, ok := r.Settings[k]
 			same := !value.plus && value.word != sriov.StableMAC
 			if ok && same && (len(indexes) > 1 || seen[string(k)+value.word]) {
-				d.failAt(r.At, value.word, "each VF needs a %s of its own (%s: %s makes them)", names[k], k, sriov.StableMAC)
+				d.failAt(r.At, value.word, "each VF needs a %s of its own (%s: %s makes them)", names[k], k,
+					sriov.StableMAC)
 			}
 			for _, n := range indexes {
 				seen[string(k)+value.Of(n)] = true
@@ -139,8 +140,8 @@ func (h *Host) twice() error {
 					}
 					if first.pf != i {
 						// Within a PF, that is told already.
-						errs = append(errs, &Error{r.At, value, fmt.Sprintf("the VF at %s has this %s already: each needs "+
-							"one of its own (%s: %s makes them)", first.at, names[k], k, sriov.StableMAC)})
+						errs = append(errs, &Error{r.At, value, fmt.Sprintf("the VF at %s has this %s already: each "+
+							"needs one of its own (%s: %s makes them)", first.at, names[k], k, sriov.StableMAC)})
 						break
 					}
 				}

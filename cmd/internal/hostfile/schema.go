@@ -80,8 +80,8 @@ func settingDoc(k Key) string {
 	case sriov.MAC:
 		return "address, or " + sriov.StableMAC + ": derived from the PF's permanent one and the VF's index"
 	case sriov.NodeGUID, sriov.PortGUID:
-		return "GUID of InfiniBand; GUID" + plusIndex + " adds the VF's index; or " + sriov.StableGUID + ": derived from the PF's " +
-			"and the VF's index"
+		return "GUID of InfiniBand; GUID" + plusIndex + " adds the VF's index; or " + sriov.StableGUID + ": derived " +
+			"from the PF's and the VF's index"
 	case sriov.VLAN:
 		return "0 to 4094, 0 for none; NUMBER" + plusIndex + " adds the VF's index"
 	}

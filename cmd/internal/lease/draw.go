@@ -70,8 +70,8 @@ func (m *Manager) source(from string) ([][]*iommu.Device, error) {
 		switch {
 		case len(found) > 1 && d.Role() == iommu.RoleCompanion:
 			// Which only its own name can mean.
-			err = fmt.Errorf("all that %s names is part of the host's own machinery: a guest gets such a device only if "+
-				"it is named by itself", from)
+			err = fmt.Errorf("all that %s names is part of the host's own machinery: a guest gets such a device "+
+				"only if it is named by itself", from)
 		case bind.Takable(d) != nil:
 			err = bind.Takable(d)
 		case d.VFIO:
@@ -85,8 +85,8 @@ func (m *Manager) source(from string) ([][]*iommu.Device, error) {
 			}
 			if len(vfs) == 0 {
 				err = errors.New(
-					"all VFs of " + from + " are on drivers of the host: one that is to be taken from it has to be named " +
-						"by itself",
+					"all VFs of " + from + " are on drivers of the host: one that is to be taken from it has to be " +
+						"named by itself",
 				)
 				break
 			}

@@ -710,3 +710,27 @@ func isBoundary(b []byte, at int) bool {
 	}
 	return false
 }
+
+// A route leads to everywhere if it names no network, or the one that all addresses are in.
+func TestDefault(t *testing.T) {
+	for text, want := range map[string]bool{
+		"": true, "0.0.0.0/0": true, "::/0": true, "0.0.0.0/1": false, "128.0.0.0/1": false, "::/1": false, "10.0.0.0/8": false,
+	} {
+		r := Route{}
+		if text != "" {
+			_, r.To, _ = net.ParseCIDR(text)
+		}
+		if r.Default() != want {
+			t.Errorf("%q: %v", text, r.Default())
+		}
+	}
+}
+
+// An interface that has gone keeps nobody from asking for the others.
+func TestPermanentOfSome(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	got, err := Permanent(k.Host(), []string{"gone0", nic, other})
+	if err != nil || len(got) != 2 || got[nic] == nil {
+		t.Errorf("%v, %v", got, err)
+	}
+}

@@ -26,7 +26,10 @@ type changing struct {
 
 // openHandle opens a host for a command, with the recoverers of all that viaduct changes; its owner closes the handle.
 func (e *env) openHandle(h *iommu.Host, timeout time.Duration) (*sriov.Handle, error) {
-	return sriov.Open(h, bind.Options{Timeout: timeout, DryRun: e.dryRun, Recoverers: lease.Recoverers()})
+	return sriov.Open(h, bind.Options{
+		Timeout: timeout, DryRun: e.dryRun, Recoverers: lease.Recoverers(),
+		Roles: func(t *iommu.Topology) error { return declared.Roles(h, t) },
+	})
 }
 
 // openLook opens and scans the host for a command that changes nothing and plans what would be; the caller calls stop

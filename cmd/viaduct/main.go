@@ -19,6 +19,7 @@ import (
 	"github.com/urfave/cli/v2"
 	"golang.org/x/sys/unix"
 
+	"viaduct/cmd/internal/declared"
 	"viaduct/iommu"
 	"viaduct/vfio/bind"
 	"viaduct/vfio/holder"
@@ -75,6 +76,9 @@ func (e *env) look() (*iommu.Host, *iommu.Topology, error) {
 		return nil, nil, err
 	}
 	t, err := iommu.Scan(h)
+	if err == nil {
+		err = declared.Roles(h, t)
+	}
 	if err != nil {
 		return nil, nil, errors.Join(err, h.Close())
 	}

@@ -23,6 +23,8 @@ type Options struct {
 	// DryRun plans and checks, and changes nothing: every call that would is an error. Who cannot see all who use a
 	// device may still ask.
 	DryRun bool
+	// Roles gives devices of a look at the host other roles than their class says ([iommu.Device.As]); nil leaves them.
+	Roles func(*iommu.Topology) error
 	// Recoverers finish or undo the changes that other packages began with [Handle.Begin], by their names.
 	Recoverers map[string]Recoverer
 }
@@ -68,7 +70,7 @@ func Open(h *iommu.Host, o Options) (*Handle, error) {
 	b.locks.name = h.Path(journal.Dir + "/lock")
 	b.child.host, b.child.locks = h, &b.locks
 	b.modules.host = h
-	b.scan.host, b.scan.journal = h, b.journal
+	b.scan.host, b.scan.journal, b.scan.roles = h, b.journal, o.Roles
 	return b, nil
 }
 
@@ -119,6 +121,7 @@ func (b *Handle) timeoutOf(s Step) time.Duration {
 type scan struct {
 	host    *iommu.Host
 	journal *journal.Journal
+	roles   func(*iommu.Topology) error
 
 	mu       sync.Mutex
 	topology *iommu.Topology
@@ -150,7 +153,9 @@ func (b *Handle) Scan() (*iommu.Topology, error) {
 
 func (s *scan) look() (err error) {
 	s.began, s.changed = time.Now(), s.journal.Changed()
-	s.topology, err = iommu.Scan(s.host)
+	if s.topology, err = iommu.Scan(s.host); err == nil && s.roles != nil {
+		err = s.roles(s.topology)
+	}
 	return err
 }
 

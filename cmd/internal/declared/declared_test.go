@@ -742,3 +742,37 @@ func TestGroupDeclaredTwice(t *testing.T) {
 		}
 	}
 }
+
+// The file can say that devices have another role than their class says.
+func TestRoles(t *testing.T) {
+	k := hosttest.NewBoard(t)
+	text := "roles:\n  - {select: class=0c05, role: guest}\n  - {select: 0000:03:00.1, role: companion}\n  - {select: 0000:7f:00.0, role: guest}\n"
+	if err := k.Host().Replace(hostfile.File, []byte(text)); err != nil {
+		t.Fatal(err)
+	}
+	h := &iommu.Host{Host: k.Host()}
+	topology, err := iommu.Scan(h)
+	if err == nil {
+		err = Roles(h, topology)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	g, err := topology.Group(12)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var handed []string
+	for _, d := range g.Handed() {
+		handed = append(handed, d.Name)
+	}
+	if want := []string{"0000:00:14.0", "0000:03:00.0"}; !slices.Equal(handed, want) {
+		t.Errorf("handed over are %q, want %q", handed, want)
+	}
+	if err := k.Host().Replace(hostfile.File, []byte("roles:\n  - {select: class=0c05, role: port}\n")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := hostfile.Load(h); err == nil || !strings.Contains(err.Error(), "port") {
+		t.Errorf("a role that there is not: %v", err)
+	}
+}

@@ -3,7 +3,6 @@ package declared
 import (
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 
 	"viaduct/cmd/internal/hostfile"
@@ -37,22 +36,9 @@ func one(match hostfile.Match, all []*iommu.Device, err error) (*iommu.Device, e
 	return all[0], nil
 }
 
-// all are the devices that all selectors of a match name, at least one; an ErrNotFound if there is none.
+// all are the devices that a match names, at least one; an ErrNotFound if there is none.
 func (m *Manager) all(match hostfile.Match) ([]*iommu.Device, error) {
-	var all []*iommu.Device
-	for n, s := range match.Selectors {
-		some, err := s.Resolve(m.host, m.topology)
-		if err != nil {
-			return nil, err
-		}
-		if n > 0 {
-			some = slices.DeleteFunc(slices.Clone(all), func(d *iommu.Device) bool { return !slices.Contains(some, d) })
-		}
-		if all = some; len(all) == 0 {
-			return nil, &iommu.NotFoundError{Selector: match.String(), What: "no device is all of this"}
-		}
-	}
-	return all, nil
+	return resolve(m.host, m.topology, match)
 }
 
 // guard is what must not be touched.

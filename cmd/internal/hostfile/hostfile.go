@@ -5,6 +5,7 @@ package hostfile
 import (
 	"fmt"
 
+	"viaduct/iommu"
 	"viaduct/sriov"
 )
 
@@ -13,6 +14,14 @@ type Host struct {
 	Protect []Protect `yaml:"protect" doc:"devices that are never touched"`
 	PFs     []PF      `yaml:"pfs"     doc:"SR-IOV physical functions, and what their VFs are"`
 	Devices []Device  `yaml:"devices" doc:"devices that are taken from the host for passthrough"`
+	Roles   []Role    `yaml:"roles"   doc:"roles of devices in their IOMMU groups, where their class says something else"`
+}
+
+// Role is what becomes of devices when a guest gets their IOMMU group, whatever their class says.
+type Role struct {
+	At     Pos        `yaml:"-"`
+	Select Match      `yaml:"select" required:"true" doc:"the devices: all that have these words, as class=0c05"`
+	Role   iommu.Role `yaml:"role"   required:"true" doc:"guest: handed over; companion: only kept off the host's drivers" enum:"guest,companion"`
 }
 
 // Protect names devices that are never touched, whatever else is declared.

@@ -160,7 +160,7 @@ func TestSchema(t *testing.T) {
 		t.Fatal(err)
 	}
 	pf := s.Properties["pfs"].Items
-	if s.AdditionalProperties || len(s.Properties) != 3 ||
+	if s.AdditionalProperties || len(s.Properties) != 4 ||
 		!reflect.DeepEqual(pf.Required, []string{"select", "count"}) ||
 		s.Properties["protect"].Items.Type != "string" {
 		t.Errorf("%s", text)

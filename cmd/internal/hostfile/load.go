@@ -45,6 +45,7 @@ func Load(h *iommu.Host) (*Host, error) {
 		errs = append(errs, err)
 		all.Protect = append(all.Protect, one.Protect...)
 		all.PFs, all.Devices = append(all.PFs, one.PFs...), append(all.Devices, one.Devices...)
+		all.Roles = append(all.Roles, one.Roles...)
 	}
 
 	if err := errors.Join(errs...); err != nil {

@@ -43,6 +43,7 @@ func DeviceFiles(h *Host, a Address) (files []DeviceFile, groups []int, err erro
 		return nil, nil, err
 	}
 	defer dir.Close()
+
 	err = walkBelow(dir, func(at, subsystem string, names []string) error {
 		if slices.Contains(names, "dev") {
 			number, err := dir.Steady(path.Join(at, "dev"))

@@ -37,6 +37,7 @@ func checkCaptured(h *Host, devices []string) error {
 		_, err := h.Link(path.Join(at, "iommu_group"))
 		inGroups = inGroups || err == nil
 	}
+
 	if inGroups && !h.Exists(groupsDir) {
 		return fmt.Errorf("%w: its devices are in groups, and it has no /%s", ErrNotWhole, groupsDir)
 	}

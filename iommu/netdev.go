@@ -160,6 +160,7 @@ func ByName(h *Host, d *Device, look func(now *Device) error) error {
 	if !h.Live() {
 		return err
 	}
+
 	for now, try := *d, 0; ; try++ {
 		renamed := host.Absent(err)
 		if err == nil {

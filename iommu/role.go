@@ -74,6 +74,7 @@ func readParents(h *Host, devices []Device) error {
 		if err != nil {
 			return err
 		}
+
 		for _, above := range pathAddresses(target) {
 			if above.Domain != d.Address.Domain {
 				d.Parent = &above

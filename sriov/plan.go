@@ -369,6 +369,7 @@ func (p *Plan) noteNew() {
 		p.Notes = append(p.Notes, "spoofchk is on for VFs that are given no address: the driver may drop all that "+
 			"they send")
 	}
+
 	if p.nvme != "" {
 		p.Notes = append(p.Notes, "then each VF is set online")
 	}

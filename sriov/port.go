@@ -185,6 +185,7 @@ func (e *NoInterfaceError) Error() string {
 // noInterface is a NoInterfaceError with the reason, as far as that is known.
 func noInterface(h *iommu.Host, pf *iommu.Device) error {
 	e := &NoInterfaceError{PF: pf.Address}
+
 	switch {
 	case pf.Driver == "":
 		e.Why = "it has no driver"

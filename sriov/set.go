@@ -218,6 +218,7 @@ func resolved(h *iommu.Host, pf, vf *iommu.Device, want Settings, port *Port) (S
 		}
 		want[MAC] = mac.String()
 	}
+
 	for _, k := range []Key{NodeGUID, PortGUID} {
 		if want[k] != StableGUID {
 			continue

@@ -188,6 +188,7 @@ func explain(h *iommu.Host, err error, p *Plan) error {
 	if p.Have > 0 {
 		assigned = refuses + " while it takes a VF for assigned to a guest: end the guest, and take the VF off pciback"
 	}
+
 	for errno, cure := range map[unix.Errno]string{
 		unix.ENOMEM: "there is no room for the VFs' memory ranges or bus numbers: " + noRoom,
 		unix.ENOENT: "driver " + p.PF.Driver + " cannot make VFs",

@@ -457,6 +457,7 @@ func viewChange(r bind.Result) changeView {
 		Changed: len(r.Steps) > 0 && r.Err == nil,
 		Steps:   []string{},
 	}
+
 	if r.To == bind.None {
 		v.To = nil
 	}

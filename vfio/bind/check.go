@@ -320,6 +320,7 @@ func (c *check) users(holders []holder.Holder) {
 			}
 			continue
 		}
+
 		if reason := h.Against(c.force); reason != "" {
 			c.refused.Reasons, c.refused.Holders = append(c.refused.Reasons, reason), append(c.refused.Holders, h)
 		} else {

@@ -87,6 +87,7 @@ func (b *Handle) planTake(d *iommu.Device, driver string) (Change, error) {
 		c.plan(d)
 		return c, nil
 	}
+
 	if driver == Auto && d.VFIO {
 		// Taken already; a better driver is not worth the loss of a guest.
 		driver = d.Driver

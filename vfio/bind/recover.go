@@ -370,6 +370,7 @@ func (b *Handle) givenBack(unit []changeRecord) (begun bool, err error) {
 			return true, nil
 		}
 	}
+
 	for _, a := range unit[0].Unit {
 		if slices.ContainsFunc(unit, func(r changeRecord) bool { return r.Change.Device == a }) {
 			continue

@@ -317,6 +317,7 @@ func (b *Handle) joinGroup(d *iommu.Device) error {
 	if now.Group == nil {
 		return fmt.Errorf("%s: the kernel made no IOMMU group for it: no IOMMU is in front of it", d.Name)
 	}
+
 	group, err := iommu.ReadGroup(b.host, *now.Group)
 	if err != nil {
 		return err

@@ -398,6 +398,7 @@ func addTargets(h *iommu.Host, numbers blockNumbers, used map[string]use) error 
 	if err != nil {
 		return err
 	}
+
 	for _, subsystem := range all {
 		spaces, err := names(h, path.Join(subsystems, subsystem, "namespaces"))
 		if err != nil {

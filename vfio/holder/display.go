@@ -204,6 +204,7 @@ func (s screens) on(h *iommu.Host, d *iommu.Device) (string, error) {
 	if err != nil {
 		return "", err
 	}
+
 	for line := range strings.Lines(resources) {
 		f := strings.Fields(line)
 		if len(f) != 3 {

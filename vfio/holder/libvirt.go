@@ -45,6 +45,7 @@ func sources(domain []byte) ([]iommu.Address, error) {
 	var out []iommu.Address
 	var at []string
 	d := xml.NewDecoder(bytes.NewReader(domain))
+
 	for {
 		token, err := d.Token()
 		if errors.Is(err, io.EOF) {
@@ -73,6 +74,7 @@ func sources(domain []byte) ([]iommu.Address, error) {
 // sourceAddress reads a PCI address of libvirt's, whose numbers are decimal or hexadecimal; false for one of another
 // type, as of USB.
 func sourceAddress(attributes []xml.Attr) (a iommu.Address, ok bool) {
+
 	for _, attribute := range attributes {
 		bits := map[string]int{"domain": 32, "bus": 8, "slot": 5, "function": 3}[attribute.Name.Local]
 		if bits == 0 {

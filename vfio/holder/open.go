@@ -294,6 +294,7 @@ func openDevice(h *iommu.Host, pid, fd string, devices []*iommu.Device) (d *iomm
 	if err != nil {
 		return nil, false
 	}
+
 	for line := range strings.Lines(string(info)) {
 		syspath, ok := strings.CutPrefix(strings.TrimSpace(line), "vfio-device-syspath:")
 		if !ok {

@@ -75,6 +75,7 @@ func (m *Manager) changed(k *known, match hostfile.Match, d *iommu.Device) strin
 		return fmt.Sprintf("%s is at path=%s instead of %s, and nothing tells whether it is the same device", d.Name,
 			place, k.Identity.Path)
 	}
+
 	equal := m.equal(d)
 	moved := func(place string) bool { return !slices.Contains(equal, place) }
 	if len(equal) > 0 && len(k.Equal) > 1 && slices.ContainsFunc(k.Equal, moved) {
@@ -96,6 +97,7 @@ func (m *Manager) equal(d *iommu.Device) []string {
 		}
 		return false
 	}
+
 	if own(d) {
 		return nil
 	}

@@ -131,6 +131,7 @@ func (m *Manager) undo(ctx context.Context, l *Lease) error {
 			return err
 		}
 	}
+
 	if err := m.giveBackCompanions(ctx, m.present(l)); err != nil {
 		return err
 	}

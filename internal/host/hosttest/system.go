@@ -150,6 +150,7 @@ func (k *Kernel) removeNodes(dev, driver string) {
 			return
 		}
 	}
+
 	for _, id := range []string{path.Base(group), "noiommu-" + path.Base(group)} {
 		k.must(os.RemoveAll(k.at(path.Join("sys/class/vfio", id))))
 		k.must(os.RemoveAll(k.at(path.Join("dev/vfio", id))))

@@ -61,17 +61,7 @@ func (d *decoder) checkPF(pf *PF) {
 			owner[n] = r
 		}
 
-		for _, k := range addresses {
-			value, ok := r.Settings[k]
-			same := !value.plus && value.word != sriov.StableMAC
-			if ok && same && (len(indexes) > 1 || seen[string(k)+value.word]) {
-				d.failAt(r.At, value.word, "each VF needs a %s of its own (%s: %s makes them)", names[k], k,
-					sriov.StableMAC)
-			}
-			for _, n := range indexes {
-				seen[string(k)+value.Of(n)] = true
-			}
-		}
+		d.checkAddresses(r, indexes, seen)
 		if len(indexes) > 0 {
 			for k, v := range r.Settings {
 				// With the greatest index, as for the least it was looked at already.
@@ -95,6 +85,21 @@ func (d *decoder) checkPF(pf *PF) {
 
 	if pf.AfterLAG && pf.Eswitch != "switchdev" {
 		d.failAt(pf.At, "after_bond", "is for the PFs of a bond in mode switchdev (eswitch: switchdev)")
+	}
+}
+
+// checkAddresses tells of VFs of a PF that would have one address; seen are those of the ranges before.
+func (d *decoder) checkAddresses(r *VFs, indexes []int, seen map[string]bool) {
+	for _, k := range addresses {
+		value, ok := r.Settings[k]
+		same := !value.plus && value.word != sriov.StableMAC
+		if ok && same && (len(indexes) > 1 || seen[string(k)+value.word]) {
+			d.failAt(r.At, value.word, "each VF needs a %s of its own (%s: %s makes them)", names[k], k,
+				sriov.StableMAC)
+		}
+		for _, n := range indexes {
+			seen[string(k)+value.Of(n)] = true
+		}
 	}
 }
 

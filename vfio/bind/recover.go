@@ -353,6 +353,23 @@ func (b *Handle) arrived(unit []changeRecord) (bool, error) {
 			return false, nil
 		}
 	}
+	if unit[0].Op != opTake {
+		return true, nil
+	}
+
+	// One that has no record had nothing to be done, or was put back.
+	for _, a := range unit[0].Unit {
+		if slices.ContainsFunc(unit, func(r changeRecord) bool { return r.Change.Device == a }) {
+			continue
+		}
+		now, err := iommu.ReadDevice(b.host, a)
+		if errors.Is(err, iommu.ErrNotFound) {
+			return false, nil
+		}
+		if kept := now.DriverOverride == None || now.Driver == stub; err != nil || !now.VFIO && !kept {
+			return false, err
+		}
+	}
 	return true, nil
 }
 

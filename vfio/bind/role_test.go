@@ -118,6 +118,31 @@ func TestGroupKilled(t *testing.T) {
 	}
 }
 
+// What is left of a unit whose other devices were put back has not arrived, though it is where it was to go.
+func TestHalfTaken(t *testing.T) {
+	k, first := newKernel(t)
+	one, two := read(t, first, e1000), read(t, first, edu)
+	if _, err := first.Move(t.Context(), Take(Auto), one.Address); err != nil {
+		t.Fatal(err)
+	}
+	half := func(a iommu.Address) changeRecord {
+		return changeRecord{
+			Op: opTake, Unit: []iommu.Address{one.Address, two.Address}, Command: holder.Proc{PID: 1 << 30, Start: 1},
+			Change: Change{Device: a, ID: one.ID, From: "e1000", To: "vfio-pci", ToOverride: "vfio-pci"},
+		}
+	}
+	if err := errors.Join(first.journal.Put(changeKey(one.Address), half(one.Address)), first.journal.Delete(takenKey(two.Address)),
+		k.Write("sys/bus/pci/drivers/vfio-pci/unbind", edu), k.Write("sys/bus/pci/devices/"+edu+"/driver_override", "\n")); err != nil {
+		t.Fatal(err)
+	}
+	first.Close()
+	next := open(t, k, Options{})
+	all, err := next.RecoverPatiently(t.Context())
+	if got := drivers(t, next, e1000, edu); err != nil || !slices.Equal(got, [][2]string{{"e1000", ""}, {"", ""}}) {
+		t.Errorf("%q, %+v, %v", got, all, err)
+	}
+}
+
 // A companion that somebody uses is not taken off its driver.
 func TestCompanionInUse(t *testing.T) {
 	k := hosttest.NewBoard(t)

@@ -20,25 +20,25 @@ func Recorded(h *Host, d *Device) (Identity, bool, error) {
 	return r.Identity, true, nil
 }
 
-// macsOf are the permanent addresses that a device is found by: those of its own interfaces or, where a VFIO driver has
-// it, those that were recorded. A VF is found by none: its address is what its PF gives it.
+// macsOf are the permanent addresses that a device is found by: those of its own interfaces or, where no driver of
+// the host has it, those that were recorded. A VF is found by none: its address is what its PF gives it.
 func macsOf(h *Host, d *Device) ([]string, error) {
 	if d.PhysFn != nil || !d.PCI {
 		return nil, nil
 	}
 	macs, err := PermanentMACs(h, d)
-	if err != nil || len(macs) > 0 || !d.VFIO {
+	if err != nil || len(macs) > 0 || d.Blocks() {
 		return sortedMACs(macs), err
 	}
 	was, _, err := Recorded(h, d)
 	return sortedMACs(was.MACs), err
 }
 
-// serialOf is the serial number that a device is found by: its own or, where a VFIO driver has it and it tells none,
-// the recorded one.
+// serialOf is the serial number that a device is found by: its own or, where no driver of the host has it and it tells
+// none, the recorded one.
 func serialOf(h *Host, d *Device) (string, error) {
 	serial, err := ReadSerial(h, d.Address)
-	if err != nil || serial != "" || !d.VFIO {
+	if err != nil || serial != "" || d.Blocks() {
 		return serial, err
 	}
 	was, _, err := Recorded(h, d)

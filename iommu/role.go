@@ -2,6 +2,7 @@ package iommu
 
 import (
 	"path"
+	"slices"
 
 	"viaduct/internal/host"
 )
@@ -53,6 +54,32 @@ func (d *Device) Role() Role {
 		}
 	}
 	return RoleGuest
+}
+
+// cardsOwn makes companions by class the guest's where they are another function of a card that is: a graphics card's
+// USB-C controller, without which the card cannot be reset as a whole. Functions on a root bus are the host's own.
+func cardsOwn(h *Host, groups []Group) error {
+	for _, g := range groups {
+		for i := range g.Devices {
+			d := &g.Devices[i]
+			if d.Role() != RoleCompanion {
+				continue
+			}
+			of := func(other Device) bool { return d.Sibling(&other) && other.Role() == RoleGuest }
+			if !slices.ContainsFunc(g.Devices, of) {
+				continue
+			}
+
+			target, err := optional(h.Link(path.Join(pciDevices, d.Name)))
+			if err != nil {
+				return err
+			}
+			if len(pathAddresses(target)) > 1 {
+				d.As = RoleGuest
+			}
+		}
+	}
+	return nil
 }
 
 // firstOwnDomain is where the domains begin that drivers number themselves (drivers/pci/controller/vmd.c,

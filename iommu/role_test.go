@@ -73,3 +73,32 @@ func TestChildren(t *testing.T) {
 		return now.Groups, nil
 	})
 }
+
+// Another function of a card belongs to it, whatever its class, and goes with it; the host's own on a root bus does not.
+func TestCardsOwn(t *testing.T) {
+	k := hosttest.NewKernel(t, hosttest.Made(
+		hosttest.PCI{At: "0000:00:01.0", ID: "8086:1901", Class: "060400", Driver: "pcieport", Group: 1},
+		hosttest.PCI{At: "0000:00:01.0/0000:01:00.0", ID: "10de:1e84", Class: "030000", Driver: "nouveau", Group: 1},
+		hosttest.PCI{At: "0000:00:01.0/0000:01:00.3", ID: "10de:1ad9", Class: "0c8000", Driver: "nvidia-gpu", Group: 1},
+		hosttest.PCI{At: "0000:00:1f.0", ID: "8086:a305", Class: "060100", Group: 2},
+		hosttest.PCI{At: "0000:00:1f.3", ID: "8086:a348", Class: "040300", Driver: "snd_hda_intel", Group: 2},
+		hosttest.PCI{At: "0000:00:1f.4", ID: "8086:a323", Class: "0c0500", Driver: "i801_smbus", Group: 2},
+	))
+	topology, err := iommu.Scan(&iommu.Host{Host: k.Host()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := map[string]iommu.Role{}
+	topology.All(func(d *iommu.Device) bool {
+		got[d.Name] = d.Role()
+		return true
+	})
+	for name, want := range map[string]iommu.Role{
+		"0000:01:00.0": iommu.RoleGuest, "0000:01:00.3": iommu.RoleGuest, "0000:00:1f.0": iommu.RoleCompanion,
+		"0000:00:1f.3": iommu.RoleGuest, "0000:00:1f.4": iommu.RoleCompanion,
+	} {
+		if got[name] != want {
+			t.Errorf("%s is %s, want %s", name, got[name], want)
+		}
+	}
+}

@@ -204,7 +204,10 @@ func Scan(h *Host) (*Topology, error) {
 	if err := readParents(h, devices); err != nil {
 		return nil, err
 	}
-	if t.Groups, err = readGroups(h, devices); err != nil {
+	if t.Groups, err = readGroups(h, devices); err == nil {
+		err = cardsOwn(h, t.Groups)
+	}
+	if err != nil {
 		return nil, err
 	}
 

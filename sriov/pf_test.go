@@ -193,7 +193,7 @@ func TestLegacyOnly(t *testing.T) {
 		says     string
 	}{
 		"mlx5_core": {Settings{MAC: StableMAC, VLAN: "7", Trust: on, SpoofChk: on, MaxRate: "7"}, "takes no vlan, trust, spoofchk of a VF"},
-		"ice":       {Settings{MAC: StableMAC, VLAN: "7", Trust: off}, "takes no trust of a VF"},
+		"ice":       {Settings{MAC: StableMAC, VLAN: "7", Trust: on}, "takes no trust of a VF"},
 		"igb":       {Settings{VLAN: "7", Trust: on}, ""},
 	} {
 		for _, mode := range []string{switchdev, "legacy"} {
@@ -204,7 +204,7 @@ func TestLegacyOnly(t *testing.T) {
 			}
 		}
 	}
-	none := Settings{VLAN: "0", QoS: "0"}
+	none := Settings{VLAN: "0", QoS: "0", Trust: off, SpoofChk: off}
 	p := SetPlan{Want: none, Settings: planSettings(Settings{VLAN: "7"}, none)}
 	if err := p.possible(&iommu.Device{Driver: "mlx5_core"}, switchdev); err != nil {
 		t.Errorf("no VLAN: %v", err)
@@ -213,7 +213,7 @@ func TestLegacyOnly(t *testing.T) {
 	// The mode that it has, and the one that it is to have.
 	k := switching(t)
 	k.Net.Eswitch[pf] = [3]int{1}
-	legacyOnly["igb"] = []Key{Trust}
+	legacyOnly["igb"] = Settings{Trust: off}
 	defer delete(legacyOnly, "igb")
 	s := open(t, k)
 	for what, wish := range map[string]Wish{

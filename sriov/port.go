@@ -207,14 +207,15 @@ func noInterface(h *iommu.Host, pf *iommu.Device) error {
 }
 
 // withoutInterface are drivers of NICs whose PFs have no network interface of their own
-// (drivers/net/ethernet/cavium/thunder/nic_main.c, marvell/octeontx2/af/rvu.c).
-var withoutInterface = []string{"thunder-nic", "octeontx2-af"}
+// (drivers/net/ethernet/cavium/thunder/nic_main.c, marvell/octeontx2/af/rvu.c), or not before they have VFs
+// (chelsio/cxgb4/cxgb4_main.c).
+var withoutInterface = []string{"thunder-nic", "octeontx2-af", "cxgb4"}
 
 // ready refuses a NIC whose driver has not made its interface yet: its VFs would not work, or not be configured. One
 // whose interface is elsewhere can have VFs, which is a note.
 func (p *Plan) ready(h *iommu.Host) error {
 	pf := p.PF
-	if pf.Class>>16 != 0x02 || pf.VFIO || len(pf.Netdevs) > 0 || slices.Contains(withoutInterface, pf.Driver) {
+	if pf.Class>>8 != 0x0200 || pf.VFIO || len(pf.Netdevs) > 0 || slices.Contains(withoutInterface, pf.Driver) {
 		return nil
 	}
 	guids, err := iommu.GUIDs(h, pf)

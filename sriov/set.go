@@ -265,22 +265,22 @@ func stableGUID(h *iommu.Host, pf, vf *iommu.Device) (net.HardwareAddr, error) {
 // legacyOnly are, by driver, the settings that it takes only while the PF's e-switch is in mode legacy: in mode
 // switchdev rules on the representors do what they do (drivers/net/ethernet/mellanox/mlx5/core/eswitch.c, since Linux
 // 5.13; drivers/net/ethernet/intel/ice/ice_sriov.c).
-var legacyOnly = map[string][]Key{
-	"mlx5_core": {VLAN, QoS, Proto, Trust, SpoofChk},
-	"ice":       {Trust},
+// Each has here what it is then anyway, which nobody has to set.
+var legacyOnly = map[string]Settings{
+	"mlx5_core": {VLAN: "0", QoS: "0", Proto: dot1q, Trust: off, SpoofChk: off},
+	"ice":       {Trust: off},
 }
 
-// possible refuses changes that the PF's driver does not make in this mode of its e-switch. No VLAN is one that it
-// takes.
+// possible refuses changes that the PF's driver does not make in this mode of its e-switch.
 func (p *SetPlan) possible(pf *iommu.Device, mode string) error {
 	if mode != switchdev {
 		return nil
 	}
 	var wrong []Key
-	for _, k := range legacyOnly[pf.Driver] {
-		usual, _ := k.Default()
-		if slices.ContainsFunc(p.Settings, func(s Setting) bool {
-			return slices.Contains(s.Keys, k) && p.Want[k] != "" && (k.row().with != VLAN || s.To[k] != usual)
+	for _, k := range Keys() {
+		is, only := legacyOnly[pf.Driver][k]
+		if only && slices.ContainsFunc(p.Settings, func(s Setting) bool {
+			return slices.Contains(s.Keys, k) && p.Want[k] != "" && s.To[k] != is
 		}) {
 			wrong = append(wrong, k)
 		}

@@ -10,6 +10,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"viaduct/cmd/internal/declared"
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/iommu"
 	"viaduct/vfio/bind"
 	"viaduct/vfio/holder"
@@ -249,6 +250,10 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, goal bind.Goal, 
 		return nil, err
 	}
 	defer stop()
+	if _, err := hostfile.Load(on.handle.Host()); err != nil && goal != bind.GiveBack() {
+		// Which may say what is no guest's.
+		return nil, usageError{err}
+	}
 	job, asked, err := on.prepare(ctx, sel, goal, o.force)
 	if err != nil {
 		return nil, err
@@ -302,7 +307,7 @@ func (c *changing) prepare(ctx context.Context, sel []iommu.Selector, goal bind.
 			return nil, nil, err
 		}
 	}
-	asked, err := resolveAsked(c.handle.Host(), c.topology, sel)
+	asked, err := resolveAsked(c.handle.Host(), c.topology, sel, goal)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -361,7 +366,8 @@ func mixed(err error, touched bool) error {
 }
 
 // resolveAsked finds the devices that selectors name: one each, or all of a group.
-func resolveAsked(h *iommu.Host, t *iommu.Topology, sel []iommu.Selector) ([]*iommu.Device, error) {
+func resolveAsked(h *iommu.Host, t *iommu.Topology, sel []iommu.Selector,
+	goal bind.Goal) ([]*iommu.Device, error) {
 	var asked []*iommu.Device
 	for _, s := range sel {
 		devices, err := s.Resolve(h, t)
@@ -374,7 +380,9 @@ func resolveAsked(h *iommu.Host, t *iommu.Topology, sel []iommu.Selector) ([]*io
 			if err != nil {
 				return nil, err
 			}
-			if devices = g.Handed(); len(devices) == 0 {
+			if devices = g.Handed(); goal == bind.GiveBack() {
+				devices = g.Endpoints()
+			} else if len(devices) == 0 {
 				return nil, &holder.RefusedError{
 					What:    "take " + s.String(),
 					Reasons: []string{"nothing in it is for a guest (viaduct show " + s.String() + ")"},

@@ -93,7 +93,7 @@ func TestHolders(t *testing.T) {
 	do(t, "bind", spare, "--force=address", "--force=route")
 	do(t, "unbind", spare)
 	shell(t, "udevadm settle")
-	if r := run(t, "setpriv", "--bounding-set", "-sys_ptrace", "--inh-caps", "-sys_ptrace", viaduct, "bind", nvme); r.status != 1 ||
+	if r := run(t, "setpriv", "--bounding-set", "-sys_ptrace", "--inh-caps", "-sys_ptrace", viaduct, "bind", nvme); r.status != 3 ||
 		!strings.Contains(r.stderr, "cannot be seen") {
 		t.Errorf("without the right to see others' files: exit status %d, %s", r.status, r.stderr)
 	}

@@ -150,6 +150,13 @@ func device(name string) map[string]any {
 		"vf_index":        nil,
 		"sriov":           nil,
 	}
+	d["role"] = "guest"
+	switch class := d["class"].(string); {
+	case strings.HasPrefix(class, "0604"):
+		d["role"] = "port"
+	case strings.HasPrefix(class, "06"), strings.HasPrefix(class, "08"), strings.HasPrefix(class, "0c05"):
+		d["role"] = "companion"
+	}
 	if n, err := strconv.Atoi(attr(dir, "numa_node")); err == nil && n >= 0 {
 		d["numa_node"] = float64(n)
 	}

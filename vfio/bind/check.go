@@ -133,14 +133,14 @@ func InterruptNote(t *iommu.Topology) string {
 
 // childrenOf are the devices that go with a unit, as they are behind the driver of one of it.
 func childrenOf(t *iommu.Topology, unit []*iommu.Device) []*iommu.Device {
-	if len(unit) == 0 || unit[0].Group == nil {
-		return nil
-	}
-	g, err := t.Group(*unit[0].Group)
-	if err != nil {
-		return nil
-	}
-	return g.Children()
+	var out []*iommu.Device
+	t.All(func(d *iommu.Device) bool {
+		if d.Parent != nil && slices.ContainsFunc(unit, func(p *iommu.Device) bool { return p.Address == *d.Parent }) {
+			out = append(out, d)
+		}
+		return true
+	})
+	return out
 }
 
 // keepAnswer remembers whether a unit that is locked may go somewhere.

@@ -165,7 +165,9 @@ func (r *recovery) claim(ctx context.Context) error {
 // left reports whether a device is left to whoever has the first of its unit: who has that has the unit.
 func (r *recovery) left(a iommu.Address, recorded []iommu.Address) bool {
 	record, known, err := r.b.change(a)
-	if r.b.Holds(a) || err != nil || !known || record.Unit[0] == a || !slices.Contains(recorded, record.Unit[0]) {
+	if r.b.Holds(a) || err != nil || !known || record.Unit[0] == a || !slices.Contains(recorded, record.Unit[0]) ||
+		record.Op == opGive {
+		// What is given back is so each for itself.
 		return false
 	}
 	_, claimed := r.records[record.Unit[0]]
@@ -234,8 +236,8 @@ func (r *recovery) unit(ctx context.Context, first iommu.Address) {
 			members = append(members, m)
 			delete(r.records, a)
 		} else if _, known, err := r.b.change(a); known || err != nil {
-			// Another has it, or its write is stuck: half a unit is not recovered.
-			whole = false
+			// Another has it, or its write is stuck: half a unit is not recovered, unless each is for itself.
+			whole = record.Op == opGive && whole
 		}
 	}
 	var out []Recovered
@@ -391,6 +393,10 @@ func (b *Handle) givenBack(unit []changeRecord) (begun bool, err error) {
 	for _, a := range unit[0].Unit {
 		if slices.ContainsFunc(unit, func(r changeRecord) bool { return r.Change.Device == a }) {
 			continue
+		}
+		if _, recorded, err := b.change(a); recorded || err != nil {
+			// It is another's, or waits in its write.
+			return true, nil
 		}
 		now, err := iommu.ReadDevice(b.host, a)
 		if errors.Is(err, iommu.ErrNotFound) {

@@ -39,7 +39,7 @@ func libvirtDomains(h *iommu.Host) (map[string][]iommu.Address, error) {
 	return out, nil
 }
 
-// sources are the devices of the host that a domain has: as hostdevs, or as interfaces of that type. Those have a
+// sources are the devices of the host that a domain has: hostdevs, interfaces of that type, NVMe disks. Those have a
 // source with an address of the host; a guest's own addresses stand in no source.
 func sources(domain []byte) ([]iommu.Address, error) {
 	var out []iommu.Address
@@ -57,9 +57,7 @@ func sources(domain []byte) ([]iommu.Address, error) {
 		switch t := token.(type) {
 		case xml.StartElement:
 			at = append(at, t.Name.Local)
-			n := len(at)
-			if n < 4 || at[n-1] != "address" || at[n-2] != "source" || at[n-4] != "devices" ||
-				!slices.Contains([]string{"hostdev", "interface"}, at[n-3]) {
+			if !isSource(at) {
 				continue
 			}
 			if a, ok := sourceAddress(t.Attr); ok {
@@ -69,6 +67,20 @@ func sources(domain []byte) ([]iommu.Address, error) {
 			at = at[:len(at)-1]
 		}
 	}
+}
+
+// isSource reports whether an element is the address of a source of a domain's device: of a hostdev, of an interface of
+// that type, also where a network has given it one, or of an NVMe disk.
+func isSource(at []string) bool {
+	for _, path := range [][]string{
+		{"devices", "hostdev", "source", "address"}, {"devices", "interface", "source", "address"},
+		{"devices", "interface", "actual", "source", "address"}, {"devices", "disk", "source", "address"},
+	} {
+		if n := len(at) - len(path); n >= 0 && slices.Equal(at[n:], path) {
+			return true
+		}
+	}
+	return false
 }
 
 // sourceAddress reads a PCI address of libvirt's, whose numbers are decimal or hexadecimal; false for one of another

@@ -57,14 +57,19 @@ func TestOwners(t *testing.T) {
 			function="0x0" domain="0x0000"/></source></hostdev>`),
 		"run/libvirt/qemu/vf.xml": domain("<interface type='hostdev'><source>\n<address type='pci' domain='0x0000' bus='0x07' slot='0x01' function='0x0'/></source></interface>"),
 		"run/libvirt/qemu/other.xml": domain(`<hostdev><source><address bus="0" port="2"/></source><address type='pci' domain='0x0000' bus='0x07' slot='0x01' function='0x0'/></hostdev>
-			<disk><source><address type='pci' domain='0x0000' bus='0x07' slot='0x01' function='0x0'/></source></disk>
+			<filesystem><source><address type='pci' domain='0x0000' bus='0x07' slot='0x01' function='0x0'/></source></filesystem>
 			<!-- <hostdev><source><address type='pci' domain='0x0000' bus='0x07' slot='0x01' function='0x0'/></source></hostdev> -->`),
+		"run/libvirt/qemu/pool.xml": domain(`<interface type="network"><source network="vfs"/><actual type="hostdev"><source>
+			<address type="pci" domain="0x0000" bus="0x09" slot="0x00" function="0x0"/></source></actual></interface>`),
+		"run/libvirt/qemu/disk.xml": domain(`<disk type="nvme"><source type="pci" managed="yes" namespace="1">
+			<address domain="0x0000" bus="0x09" slot="0x00" function="0x0"/></source></disk>`),
 		"run/libvirt/qemu/autostart/not-a-domain.txt": "",
 	})
 	for address, want := range map[string][]string{
-		igb:   {"is given to libvirt domain web", "is managed by the SR-IOV network operator"},
-		e1000: {"is given to libvirt domain vf", "is reserved for Proxmox guest 104", "is set to driver e1000e by driverctl"},
-		edu:   nil,
+		igb:           {"is given to libvirt domain web", "is managed by the SR-IOV network operator"},
+		e1000:         {"is given to libvirt domain vf", "is reserved for Proxmox guest 104", "is set to driver e1000e by driverctl"},
+		edu:           nil,
+		nvmeMultipath: {"is given to libvirt domain disk", "is given to libvirt domain pool"},
 	} {
 		found, err := Owners(h, []*iommu.Device{read(t, h, address)})
 		if err != nil {

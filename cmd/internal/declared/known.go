@@ -164,7 +164,11 @@ func (m *Manager) Remember(items []*Item) error {
 			// From when it could still be asked.
 			k.Identity = taken
 		}
-		for _, d := range i.unit {
+		unit := i.unit
+		if i.with != nil {
+			unit = i.with.unit
+		}
+		for _, d := range unit {
 			if place, err := iommu.PathOf(m.host, d); err == nil {
 				k.Group = append(k.Group, place)
 			}

@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"path"
 	"slices"
 	"strings"
 
+	"viaduct/internal/host"
 	"viaduct/iommu"
 	"viaduct/sriov"
 	"viaduct/vfio/bind"
@@ -203,11 +205,16 @@ func (m *Manager) giveBackCompanions(ctx context.Context, devices []*iommu.Devic
 			return err
 		}
 		for _, other := range g.Endpoints() {
-			now, err := iommu.ReadDevice(m.host, other.Address)
-			if err != nil {
+			if !other.PCI {
+				continue
+			}
+			// Without the override, whose reading waits for a write that does.
+			driver, err := iommu.ReadDriver(m.host, other.Address)
+			if err != nil && !host.Absent(err) {
 				return err
 			}
-			taken[g.ID] = taken[g.ID] || now.VFIO
+			made := m.host.Exists(path.Join("sys/bus/pci/devices", other.Name, "vfio-dev"))
+			taken[g.ID] = taken[g.ID] || made || iommu.IsVFIODriver(driver)
 		}
 	}
 

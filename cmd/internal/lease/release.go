@@ -107,7 +107,9 @@ func (m *Manager) end(ctx context.Context, l *Lease) ([]Certificate, error) {
 		return nil, err
 	}
 	certificates, unwritten, err := m.scrubAll(ctx, l)
-	err = errors.Join(err, m.giveBackCompanions(ctx, m.present(l)))
+	if !bind.IsStuck(err) {
+		err = errors.Join(err, m.giveBackCompanions(ctx, m.present(l)))
+	}
 	if unwritten != nil || ctx.Err() != nil && err != nil {
 		// The lease stays, interrupted.
 		return certificates, errors.Join(err, unwritten)
@@ -379,6 +381,9 @@ func (m *Manager) Lift(ctx context.Context, devices []*iommu.Device) ([]Certific
 		l.Devices[0].Address, l.Devices[0].ID = d.Address, d.ID
 		some, unwritten, err := m.scrubAll(ctx, l)
 		out = append(out, some...)
+		if !bind.IsStuck(err) {
+			err = errors.Join(err, m.giveBackCompanions(ctx, []*iommu.Device{d}))
+		}
 		if err = errors.Join(err, unwritten); err == nil {
 			err = m.Book.State.Delete(quarantineKey(at))
 		}

@@ -8,8 +8,8 @@ import (
 	"viaduct/iommu"
 )
 
-// Roles gives devices the roles that are declared. What is declared of devices that are not there is left out, and so is
-// all of a file that cannot be read, which the commands tell that use it.
+// Roles gives devices the roles that are declared. What is declared of devices that are not there is left out, and so
+// is all of a file that cannot be read, which the commands tell that use it.
 func Roles(h *iommu.Host, t *iommu.Topology) error {
 	s, err := hostfile.Load(h)
 	if err != nil {

@@ -41,8 +41,8 @@ func hosts(t *testing.T) map[string]hosttest.Tree {
 // Each host can be looked at with each command, and what is adopted of it is neither refused nor missed by its own plan.
 func TestMatrix(t *testing.T) {
 	for name, tree := range hosts(t) {
+		// One after the other: the library of the command line has flags of its own for all of them.
 		t.Run(name, func(t *testing.T) {
-			t.Parallel()
 			dir := tree.Dir(t)
 			do := func(line ...string) (string, int) {
 				t.Helper()

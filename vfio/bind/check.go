@@ -111,7 +111,7 @@ func (b *Handle) Check(units [][]*iommu.Device, asked []*iommu.Device, g Goal, f
 			continue
 		}
 		c.run(asked, holders)
-		if note := InterruptNote(t); i == 0 && note != "" && g.takes() {
+		if note := InterruptNote(t); i == 0 && note != "" && g.takes() && c.verdict.Refused == nil {
 			c.verdict.Notes = append(c.verdict.Notes, note)
 		}
 		b.keepAnswer(unit, g, out[i].Refused == nil)

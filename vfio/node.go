@@ -24,27 +24,36 @@ func NoIOMMU(h *iommu.Host) (bool, error) {
 type node struct {
 	file string // below /dev
 	sign string // the file of sysfs that is there if the kernel makes the node; it holds the node's number
+	own  bool   // the device's, not its group's
+	// unsafe is a group that no IOMMU is in front of.
+	unsafe bool
 }
 
 // nodes are the nodes that a device on a VFIO driver can have: its group's (CONFIG_VFIO_GROUP) and its own
 // (CONFIG_VFIO_DEVICE_CDEV).
 func nodes(h *iommu.Host, d *iommu.Device) ([]node, error) {
+	return nodesAt(h, path.Join("sys/bus/pci/devices", d.Address.String()), d.Group)
+}
+
+// nodesAt is nodes of a device by its folder in sysfs.
+func nodesAt(h *iommu.Host, device string, number *int) ([]node, error) {
 	var out []node
-	if d.Group != nil {
-		group := strconv.Itoa(*d.Group)
+	if number != nil {
+		group := strconv.Itoa(*number)
 		// Without an IOMMU, in VFIO's noiommu mode, it has another name (drivers/vfio/group.c).
-		for _, name := range []string{group, "noiommu-" + group} {
-			out = append(out, node{"/dev/vfio/" + name, path.Join("sys/class/vfio", name, "dev")})
+		for i, name := range []string{group, "noiommu-" + group} {
+			sign := path.Join("sys/class/vfio", name, "dev")
+			out = append(out, node{file: "/dev/vfio/" + name, sign: sign, unsafe: i == 1})
 		}
 	}
 
-	dir := path.Join("sys/bus/pci/devices", d.Address.String(), "vfio-dev")
+	dir := path.Join(device, "vfio-dev")
 	names, err := h.Names(dir)
 	if err != nil && !host.Absent(err) {
 		return nil, err
 	}
 	for _, n := range names {
-		out = append(out, node{"/dev/vfio/devices/" + n, path.Join(dir, n, "dev")})
+		out = append(out, node{file: "/dev/vfio/devices/" + n, sign: path.Join(dir, n, "dev"), own: true})
 	}
 	return out, nil
 }

@@ -96,6 +96,19 @@ func (machine) Ioctl(fd int, request uintptr, arg unsafe.Pointer) (int, error) {
 	}
 }
 
+func (machine) IoctlValue(fd int, request, arg uintptr) (int, error) {
+	for {
+		n, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), request, arg)
+		switch errno {
+		case 0:
+			return int(n), nil
+		case unix.EINTR:
+		default:
+			return 0, errno
+		}
+	}
+}
+
 func (m machine) Device(name string) (block bool, number uint64, err error) {
 	var st unix.Statx_t
 	if err := unix.Statx(m.root.fd, name, unix.AT_STATX_DONT_SYNC, unix.STATX_TYPE, &st); err != nil {

@@ -23,6 +23,8 @@ type System interface {
 	Open(name string, flags int) (int, error)
 	// Ioctl is ioctl(2) for a descriptor that Open gave, or of a plain socket if fd is below zero.
 	Ioctl(fd int, request uintptr, arg unsafe.Pointer) (int, error)
+	// IoctlValue is ioctl(2) of a request whose argument is a number itself, for a descriptor that Open gave.
+	IoctlValue(fd int, request, arg uintptr) (int, error)
 	// Device is the number of a device file: see Host.DeviceNumber.
 	Device(name string) (block bool, number uint64, err error)
 	// InUse reports whether a disk is in exclusive use.
@@ -90,6 +92,19 @@ func (h *Host) Ioctl(fd int, name string, request uintptr, arg unsafe.Pointer) (
 	}
 
 	n, err := h.system.Ioctl(fd, request, arg)
+	if err != nil {
+		return 0, h.fail("ioctl", name, err)
+	}
+	return n, nil
+}
+
+// IoctlValue is Ioctl of a request whose argument is a number itself, for a descriptor of OpenNode.
+func (h *Host) IoctlValue(fd int, name string, request, arg uintptr) (int, error) {
+	if err := h.ask("ioctl", name); err != nil {
+		return 0, err
+	}
+
+	n, err := h.system.IoctlValue(fd, request, arg)
 	if err != nil {
 		return 0, h.fail("ioctl", name, err)
 	}

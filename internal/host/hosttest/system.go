@@ -52,6 +52,11 @@ func (k *Kernel) Ioctl(fd int, request uintptr, arg unsafe.Pointer) (int, error)
 	return k.OnIoctl(fd, request, arg)
 }
 
+// IoctlValue has OnIoctl answer, which is pointed to the number.
+func (k *Kernel) IoctlValue(fd int, request, arg uintptr) (int, error) {
+	return k.Ioctl(fd, request, unsafe.Pointer(&arg))
+}
+
 // Device is the number of a device file, which is a file that says "c 511:0" or "b 8:0".
 func (k *Kernel) Device(name string) (block bool, number uint64, err error) {
 	dir, base := path.Split(name)

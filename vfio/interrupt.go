@@ -1,0 +1,244 @@
+package vfio
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"sync"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"viaduct/internal/uapi"
+)
+
+// Kind is a kind of a device's interrupts, by index.
+type Kind int
+
+// The kinds of a PCI device.
+const (
+	INTx Kind = uapi.VFIO_PCI_INTX_IRQ_INDEX
+	MSI  Kind = uapi.VFIO_PCI_MSI_IRQ_INDEX
+	MSIX Kind = uapi.VFIO_PCI_MSIX_IRQ_INDEX
+	// ErrorReport is signalled when the device had an error that it cannot correct (PCIe AER).
+	ErrorReport Kind = uapi.VFIO_PCI_ERR_IRQ_INDEX
+	// Request is signalled when the host wants the device back: who holds it should close it. It is signalled again
+	// every ten seconds until then.
+	Request Kind = uapi.VFIO_PCI_REQ_IRQ_INDEX
+)
+
+// String is the kind's name.
+func (k Kind) String() string {
+	if names := []string{"INTx", "MSI", "MSI-X", "error", "request"}; k >= 0 && int(k) < len(names) {
+		return names[k]
+	}
+	return fmt.Sprintf("interrupt index %d", int(k))
+}
+
+// InterruptInfo is what the kernel tells of a kind of interrupts (VFIO_DEVICE_GET_IRQ_INFO).
+type InterruptInfo struct {
+	Kind  Kind
+	Count int // of vectors; 0: the device has none
+	// EventFD is a kind that can be waited for; Maskable one that can be masked. An AutoMasked one is masked whenever
+	// it was signalled, until it is unmasked. Of a Fixed one the vectors are all enabled at once, or none.
+	EventFD, Maskable, AutoMasked, Fixed bool
+}
+
+// InterruptInfo tells of a kind of the device's interrupts. It is an ErrUnsupported if the device has no such kind.
+func (d *Device) InterruptInfo(kind Kind) (InterruptInfo, error) {
+	if kind < 0 || int(kind) >= d.info.Interrupts {
+		return InterruptInfo{}, fmt.Errorf("vfio: %s: %s: %w", d.Name(), kind, ErrUnsupported)
+	}
+	i := uapi.VfioIrqInfo{Argsz: uint32(unsafe.Sizeof(uapi.VfioIrqInfo{})), Index: uint32(kind)}
+	_, err := d.file.ioctl("VFIO_DEVICE_GET_IRQ_INFO", uapi.VFIO_DEVICE_GET_IRQ_INFO, unsafe.Pointer(&i), deviceMeans)
+	// Errors cannot be reported by what is no PCIe device, which vfio-pci says so.
+	if asErrno(err) == unix.EINVAL {
+		return InterruptInfo{Kind: kind}, nil
+	}
+	if err != nil {
+		return InterruptInfo{}, err
+	}
+	has := func(flag uint32) bool { return i.Flags&flag != 0 }
+	return InterruptInfo{
+		kind, int(i.Count), has(uapi.VFIO_IRQ_INFO_EVENTFD), has(uapi.VFIO_IRQ_INFO_MASKABLE),
+		has(uapi.VFIO_IRQ_INFO_AUTOMASKED), has(uapi.VFIO_IRQ_INFO_NORESIZE),
+	}, nil
+}
+
+// Interrupts are enabled vectors of one kind, from 0 on. Waiting for them takes no thread: the Go runtime waits.
+type Interrupts struct {
+	device  *Device
+	kind    Kind
+	once    sync.Once
+	err     error // of closing
+	vectors []*vector
+}
+
+// vector is one of them: an eventfd.
+type vector struct {
+	fd   int32 // of file, which owns it
+	file *os.File
+	turn chan struct{} // who waits has it
+}
+
+// Interrupts enables the first vectors of a kind. MSI and MSI-X exclude each other and INTx. It is an ErrUnsupported if
+// the device has fewer, or the host has none left. They are closed by the caller or with the device.
+func (d *Device) Interrupts(kind Kind, count int) (*Interrupts, error) {
+	info, err := d.InterruptInfo(kind)
+	if err != nil {
+		return nil, err
+	}
+	if count < 1 || count > info.Count || !info.EventFD {
+		return nil, fmt.Errorf("vfio: %s has %d vectors of %s, and not %d: %w",
+			d.Name(), info.Count, kind, count, ErrUnsupported)
+	}
+	i := &Interrupts{device: d, kind: kind}
+	for range count {
+		v, err := newVector(d.Name() + " " + kind.String())
+		if err != nil {
+			return nil, errors.Join(err, i.closeVectors())
+		}
+		i.vectors = append(i.vectors, v)
+	}
+	if err := i.enable(); err != nil {
+		return nil, errors.Join(err, i.closeVectors())
+	}
+	if err := d.own(i); err != nil {
+		return nil, errors.Join(err, i.Close())
+	}
+	return i, nil
+}
+
+func newVector(name string) (*vector, error) {
+	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		return nil, failure("eventfd", "", err, nil)
+	}
+	v := &vector{int32(fd), os.NewFile(uintptr(fd), name), make(chan struct{}, 1)}
+	v.turn <- struct{}{}
+	return v, nil
+}
+
+func (i *Interrupts) enable() error {
+	fds := make([]int32, len(i.vectors))
+	for n, v := range i.vectors {
+		fds[n] = v.fd
+	}
+	n, err := i.device.setIRQs(i.kind, uapi.VFIO_IRQ_SET_DATA_EVENTFD|uapi.VFIO_IRQ_SET_ACTION_TRIGGER, 0, len(fds),
+		fds)
+	if err == nil && n > 0 {
+		// So vfio-pci says that the host has no more (vfio_msi_enable in drivers/vfio/pci/vfio_pci_intrs.c).
+		err = fmt.Errorf("vfio: %s: the host has %d vectors of %s left, and not %d: %w",
+			i.device.Name(), n, i.kind, len(fds), ErrUnsupported)
+	}
+	return err
+}
+
+// setIRQs is VFIO_DEVICE_SET_IRQS.
+func (d *Device) setIRQs(kind Kind, flags uint32, start, count int, fds []int32) (int, error) {
+	head := uapi.VfioIrqSet{Flags: flags, Index: uint32(kind), Start: uint32(start), Count: uint32(count)}
+	head.Argsz = uint32(int(unsafe.Sizeof(head)) + 4*len(fds))
+	b := bytesOf(&head)
+	for _, fd := range fds {
+		b = binary.NativeEndian.AppendUint32(b, uint32(fd))
+	}
+	return d.file.ioctl("VFIO_DEVICE_SET_IRQS", uapi.VFIO_DEVICE_SET_IRQS, unsafe.Pointer(&b[0]), deviceMeans)
+}
+
+// Count is how many vectors there are.
+func (i *Interrupts) Count() int { return len(i.vectors) }
+
+// Wait waits until a vector was signalled, and returns how often it was since it was last waited for. It ends with the
+// context's error, or with fs.ErrClosed when they are closed.
+func (i *Interrupts) Wait(ctx context.Context, vector int) (uint64, error) {
+	v, err := i.vector(vector)
+	if err != nil {
+		return 0, err
+	}
+	n, err := v.wait(ctx)
+	if err != nil && ctx.Err() == nil {
+		err = fmt.Errorf("vfio: wait for %s of %s: %w", i.kind, i.device.Name(), err)
+	}
+	return n, err
+}
+
+// wait waits for a vector, one after the other.
+func (v *vector) wait(ctx context.Context) (uint64, error) {
+	select {
+	case <-v.turn:
+		defer func() { v.turn <- struct{}{} }()
+	case <-ctx.Done():
+		return 0, ctx.Err()
+	}
+
+	done := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(done)
+		_ = v.file.SetReadDeadline(time.Unix(1, 0))
+	})
+	var b [8]byte
+	_, err := v.file.Read(b[:])
+	if !stop() {
+		<-done
+		_ = v.file.SetReadDeadline(time.Time{})
+	}
+	switch {
+	case err == nil:
+		return binary.NativeEndian.Uint64(b[:]), nil
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return 0, ctx.Err()
+	case errors.Is(err, fs.ErrClosed):
+		return 0, fs.ErrClosed
+	}
+	return 0, err
+}
+
+func (i *Interrupts) vector(n int) (*vector, error) {
+	if n < 0 || n >= len(i.vectors) {
+		return nil, fmt.Errorf("vfio: %s of %s: vector %d of %d: %w", i.kind, i.device.Name(), n, len(i.vectors),
+			ErrRange)
+	}
+	return i.vectors[n], nil
+}
+
+// Mask keeps a vector from being signalled; of vfio-pci only INTx can be masked this way.
+func (i *Interrupts) Mask(vector int) error { return i.act(vector, uapi.VFIO_IRQ_SET_ACTION_MASK) }
+
+// Unmask lets a vector be signalled; one that is still due is at once.
+func (i *Interrupts) Unmask(vector int) error { return i.act(vector, uapi.VFIO_IRQ_SET_ACTION_UNMASK) }
+
+// Trigger has the kernel signal a vector, as if the device had: to test who waits.
+func (i *Interrupts) Trigger(vector int) error {
+	return i.act(vector, uapi.VFIO_IRQ_SET_ACTION_TRIGGER)
+}
+
+func (i *Interrupts) act(vector int, action uint32) error {
+	if _, err := i.vector(vector); err != nil {
+		return err
+	}
+	_, err := i.device.setIRQs(i.kind, uapi.VFIO_IRQ_SET_DATA_NONE|action, vector, 1, nil)
+	return err
+}
+
+// Close disables the vectors, and ends who waits for them. Again is no error.
+func (i *Interrupts) Close() error {
+	i.once.Do(func() {
+		i.device.disown(i)
+		// No vector from 0 on is what disables them all.
+		_, err := i.device.setIRQs(i.kind, uapi.VFIO_IRQ_SET_DATA_NONE|uapi.VFIO_IRQ_SET_ACTION_TRIGGER, 0, 0, nil)
+		i.err = errors.Join(err, i.closeVectors())
+	})
+	return i.err
+}
+
+func (i *Interrupts) closeVectors() error {
+	var errs []error
+	for _, v := range i.vectors {
+		errs = append(errs, v.file.Close())
+	}
+	return errors.Join(errs...)
+}

@@ -55,7 +55,7 @@ func (c *container) way() Way { return Container }
 
 func (c *container) attach(t *target) (*file, uint32, error) {
 	if t.ofGroup == nil {
-		return nil, 0, fmt.Errorf("vfio: %s: the kernel made no node for its group: %w", t.name, ErrUnsupported)
+		return nil, 0, fmt.Errorf("the kernel made no node for its group (CONFIG_VFIO_GROUP): %w", ErrUnsupported)
 	}
 	g := c.groups[*t.group]
 	if g == nil {
@@ -140,7 +140,7 @@ func (g *group) openDevice(t *target) (*file, error) {
 	}
 	fd, err := g.file.ioctl("VFIO_GROUP_GET_DEVICE_FD", uapi.VFIO_GROUP_GET_DEVICE_FD, unsafe.Pointer(&text[0]), means)
 	if err != nil {
-		return nil, fmt.Errorf("vfio: open %s: %w", t.name, err)
+		return nil, err
 	}
 	return &file{host: t.host, name: t.name, fd: fd}, nil
 }

@@ -173,7 +173,8 @@ type Info struct {
 	PageSizes *uint64
 	// Alignment is what addresses and sizes of mappings have to be multiples of, in bytes.
 	Alignment uint64
-	// Ranges are the addresses that can be mapped, in order. What lies between them is reserved.
+	// Ranges are the addresses that can be mapped, in order. What lies between them is reserved. They are nil if the
+	// kernel does not tell, as type1 before Linux 5.4.
 	Ranges []Range
 	// Left is how many more mappings can be made; nil where that is not limited or not told.
 	Left *uint32

@@ -80,7 +80,7 @@ func (c *Context) open(device string, token *Token) (*Device, error) {
 		if c.space == nil {
 			err = errors.Join(err, s.close())
 		}
-		return nil, err
+		return nil, fmt.Errorf("vfio: open %s: %w", t.name, err)
 	}
 	c.space = s
 	c.devices = append(c.devices, d)

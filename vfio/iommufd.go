@@ -39,8 +39,8 @@ func (s *iommufd) way() Way { return IOMMUFD }
 
 func (s *iommufd) attach(t *target) (*file, uint32, error) {
 	if t.own == nil {
-		return nil, 0, fmt.Errorf("vfio: %s: the kernel made no node for the device (CONFIG_VFIO_DEVICE_CDEV): %w",
-			t.name, ErrUnsupported)
+		return nil, 0, fmt.Errorf("the kernel made no node for the device (CONFIG_VFIO_DEVICE_CDEV): %w",
+			ErrUnsupported)
 	}
 	if err := t.own.check(t.host); err != nil {
 		return nil, 0, err
@@ -54,7 +54,7 @@ func (s *iommufd) attach(t *target) (*file, uint32, error) {
 		err = s.attachTable(f, id)
 	}
 	if err != nil {
-		return nil, 0, errors.Join(fmt.Errorf("vfio: open %s: %w", t.name, err), f.close())
+		return nil, 0, errors.Join(err, f.close())
 	}
 	return f, id, nil
 }
@@ -88,8 +88,8 @@ func (s *iommufd) bind(f *file, t *target) (id uint32, err error) {
 }
 
 // opened reports whether a device of the target's group is open by its own node: then its group's cannot be opened
-// (vfio_device_block_group in drivers/vfio/group.c). The kernel says EINVAL of a device that is open already, as of much
-// else.
+// (vfio_device_block_group in drivers/vfio/group.c). The kernel says EINVAL of a device that is open already, as of
+// much else.
 func (t *target) opened() bool {
 	if t.ofGroup == nil {
 		return false

@@ -88,7 +88,7 @@ func insert(mappings []Mapping, m Mapping, info Info) ([]Mapping, error) {
 	if a := info.Alignment; a > 1 && (m.IOVA|uint64(m.Offset)|uint64(m.Size))%a != 0 {
 		return fail(ErrAlignment, "address, offset and size must be multiples of %#x", a)
 	}
-	if missing := Missing(info.Ranges, m.span()); len(missing) > 0 {
+	if missing := Missing(info.Ranges, m.span()); info.Ranges != nil && len(missing) > 0 {
 		return fail(ErrRange, "the IOMMU does not allow %s", missing[0])
 	}
 

@@ -131,7 +131,7 @@ func (n *node) check(h *iommu.Host) error {
 		return err
 	}
 	if got := fmt.Sprintf("%d:%d", number>>32, uint32(number)); got != want {
-		return fmt.Errorf("vfio: %s is device %s, and not %s, which the kernel made: %w", n.file, got, want,
+		return fmt.Errorf("%s is device %s, and not %s, which the kernel made: %w", n.file, got, want,
 			unix.ENODEV)
 	}
 	return nil

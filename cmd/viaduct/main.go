@@ -133,8 +133,11 @@ func runOn(open func(string) (*iommu.Host, error), args []string, stdout, stderr
 		return exitDone
 	}
 
-	if errors.Is(err, errDiffers) {
+	switch {
+	case errors.Is(err, errDiffers):
 		return exitDiffers
+	case errors.Is(err, errUnusable):
+		return exitFailed
 	}
 	ended, ran := errors.AsType[*vmmEnded](err)
 	if ran && ended.error == nil {
@@ -218,7 +221,7 @@ func newApp(e *env) *cli.App {
 			return cli.ShowAppHelp(c)
 		},
 		Commands: []*cli.Command{
-			listCommand(e), showCommand(e), bindCommand(e), unbindCommand(e), recoverCommand(e), vfCommand(e),
+			listCommand(e), showCommand(e), bindCommand(e), unbindCommand(e), recoverCommand(e), verifyCommand(e), vfCommand(e),
 			planCommand(e), applyCommand(e), statusCommand(e), undoCommand(e), adoptCommand(e), schemaCommand(e),
 			installCommand(e), uninstallCommand(e), watchCommand(e),
 			assignCommand(e), releaseCommand(e), leasesCommand(e), runCommand(e), heldCommand(), poolCommand(e),

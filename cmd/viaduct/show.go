@@ -266,8 +266,11 @@ func (v *showView) fill(h *iommu.Host, d *iommu.Device, names *iommu.Names) erro
 // fields writes "name   value" lines.
 type fields struct{ w io.Writer }
 
+// fieldWidth is where the values begin.
+const fieldWidth = 14
+
 func (f fields) add(name, format string, a ...any) {
-	fmt.Fprintf(f.w, "%-12s  %s\n", name, fmt.Sprintf(format, a...))
+	fmt.Fprintf(f.w, "%-*s%s\n", fieldWidth, name, fmt.Sprintf(format, a...))
 }
 
 // text adds a line unless it is not known.
@@ -372,7 +375,7 @@ func ptr(s *string) string {
 
 // size writes a power of two as people read it.
 func size(n uint64) string {
-	units := []string{"B", "KiB", "MiB", "GiB", "TiB"}
+	units := []string{"B", "KiB", "MiB", "GiB", "TiB", "PiB"}
 	i := 0
 	for n >= 1024 && n%1024 == 0 && i < len(units)-1 {
 		n, i = n/1024, i+1

@@ -150,7 +150,7 @@ func (e *edu) dma(source, target uint64, size int, how uint32) {
 // faults counts what the IOMMU's driver has reported of a device.
 func faults(t *testing.T) int {
 	n := 0
-	for _, line := range strings.Split(run(t, "dmesg").stdout, "\n") {
+	for line := range strings.Lines(run(t, "dmesg").stdout) {
 		for _, sign := range []string{"IO_PAGE_FAULT", "DMAR: [DMA", "event: F_TRANSLATION", "event 0x10 received"} {
 			if strings.Contains(line, sign) {
 				n++
@@ -557,4 +557,3 @@ func eachArc(t *testing.T, d *vfio.Device, can vfio.Migration, saved []byte) {
 	}
 	t.Logf("%d arcs", arcs)
 }
-

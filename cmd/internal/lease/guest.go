@@ -2,37 +2,15 @@ package lease
 
 import (
 	"fmt"
-	"path"
+	"runtime"
 	"strconv"
 	"strings"
 
+	"viaduct/cmd/internal/guest"
 	"viaduct/iommu"
+	"viaduct/vfio"
 	"viaduct/vfio/holder"
 )
-
-// A guest's memory is where a PC has it: below the hole for devices under 4 GiB, the rest above (QEMU's
-// hw/i386/pc_q35.c: 2 GiB below if it does not all fit under 0xb0000000).
-const (
-	gib      = 1 << 30
-	lowMost  = 0xb0000000
-	lowSplit = 2 * gib
-	high     = 4 * gib
-	moved    = 1 << 40 // where QEMU puts the upper part rather than into the range that AMD's IOMMUs reserve
-	amdHole  = 0xfd00000000
-)
-
-type span struct{ from, to uint64 } // to is the last address
-
-func layout(memory uint64, moves bool) []span {
-	if memory <= lowMost {
-		return []span{{0, memory - 1}}
-	}
-	from := uint64(high)
-	if moves && from+memory-lowSplit > amdHole {
-		from = moved
-	}
-	return []span{{0, lowSplit - 1}, {from, from + memory - lowSplit - 1}}
-}
 
 // overlaps says which ranges a guest's memory would have that it cannot have. Ranges that the kernel may give up
 // (direct-relaxable), and that of interrupts, which lies in every guest's hole, do not count.
@@ -45,8 +23,8 @@ func overlaps(memory uint64, moves bool, regions []iommu.Region) []string {
 		if r.Type != "direct" && r.Type != "reserved" {
 			continue
 		}
-		for _, s := range layout(memory, moves) {
-			if s.from <= r.End && r.Start <= s.to {
+		for _, s := range guest.Layout(runtime.GOARCH, memory, moves) {
+			if s.Overlaps(vfio.Range{First: r.Start, Last: r.End}) {
 				out = append(out, fmt.Sprintf("%#x-%#x (%s)", r.Start, r.End, r.Type))
 				break
 			}
@@ -90,7 +68,7 @@ func (m *Manager) fits(l *Lease, devices []*iommu.Device, r *Request) (notes []s
 		pids = append(pids, r.OwnerPID)
 	}
 	for _, pid := range pids {
-		limit, may := memlock(m.host, pid)
+		limit, may := guest.LockLimit(m.host, pid)
 		if !may && limit < r.Memory {
 			return nil, &holder.RefusedError{
 				What: "assign to " + l.Guest,
@@ -119,32 +97,4 @@ func (m *Manager) fits(l *Lease, devices []*iommu.Device, r *Request) (notes []s
 		)
 	}
 	return notes, nil
-}
-
-// memlock is how much memory a process, and what it starts, may lock; may is true if there is no limit for it.
-func memlock(h *iommu.Host, pid int) (limit uint64, may bool) {
-	dir := path.Join("proc", strconv.Itoa(pid))
-	status, _ := h.String(path.Join(dir, "status"))
-	for line := range strings.Lines(status) {
-		if hex, ok := strings.CutPrefix(line, "CapEff:"); ok {
-			caps, err := strconv.ParseUint(strings.TrimSpace(hex), 16, 64)
-			// CAP_IPC_LOCK (include/uapi/linux/capability.h)
-			const ipcLock = 14
-			if err == nil && caps>>ipcLock&1 == 1 {
-				return 0, true
-			}
-		}
-	}
-
-	limits, _ := h.String(path.Join(dir, "limits"))
-	for line := range strings.Lines(limits) {
-		if rest, ok := strings.CutPrefix(line, "Max locked memory"); ok {
-			f := strings.Fields(rest)
-			if len(f) > 0 && f[0] != "unlimited" {
-				n, err := strconv.ParseUint(f[0], 10, 64)
-				return n, err != nil
-			}
-		}
-	}
-	return 0, true
 }

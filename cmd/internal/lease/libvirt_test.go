@@ -107,6 +107,8 @@ func FuzzParseDomain(f *testing.F) {
 	})
 }
 
+const gib = 1 << 30
+
 // TestOverlaps: where a guest's memory cannot be.
 func TestOverlaps(t *testing.T) {
 	amd := []iommu.Region{

@@ -35,6 +35,8 @@ type Kernel struct {
 	Partial int                 // make at most so many VFs and report success, if not 0
 	// OnIoctl answers ioctl(2); nil knows none.
 	OnIoctl func(fd int, request uintptr, arg unsafe.Pointer) (int, error)
+	// OnOpen opens those files that it knows, which are there; nil knows none.
+	OnOpen func(name string) (fd int, known bool, err error)
 	// LateGroups are, by device, the IOMMU groups that devices without one get when a driver is first bound, as with an
 	// SMMU; "noiommu-N" for one that VFIO makes in its noiommu mode.
 	LateGroups map[string]string

@@ -1,0 +1,190 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"viaduct/cmd/internal/verify"
+	"viaduct/iommu"
+	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
+)
+
+type verifyOptions struct {
+	selector iommu.Selector
+	memory   string
+	timeout  time.Duration
+}
+
+func verifyCommand(e *env) *cli.Command {
+	var o verifyOptions
+	return command(&cli.Command{
+		Name:      "verify",
+		Usage:     "open a device through VFIO, and prove that it can go to a guest",
+		ArgsUsage: "SELECTOR",
+		Description: "The device has to be on a vfio driver (viaduct bind), and nobody may have it. It is opened by each way that the kernel\n" +
+			"has, iommufd and container, which resets it: memory is mapped and unmapped, at most 1 GiB and a quarter of what is\n" +
+			"free, an interrupt is delivered, a reset tried. Exit status 0 says that a guest can have it, 1 that it cannot, with the\n" +
+			"reasons, and 3 that somebody has it. With --memory a guest of this size is checked too: whether the IOMMU can map\n" +
+			"its memory, whether this process may lock it, and whether there are huge pages for it.\n\n" +
+			"Examples:\n  viaduct verify 0000:01:00.0\n  viaduct verify enp1s0/vf0 --memory 16G\n  viaduct verify 0000:01:00.0 --json | jq .usable",
+		Flags: []cli.Flag{
+			&cli.StringFlag{
+				Name: "memory", Usage: "check a guest with this much memory as well, as `16G`",
+				Destination: &o.memory,
+			},
+			&cli.DurationFlag{
+				Name: "timeout", Usage: "how long another viaduct is waited for", Value: bind.DefaultTimeout,
+				Destination: &o.timeout,
+			},
+			e.jsonFlag(),
+		},
+		BashComplete: e.completeSelectors,
+		Action: func(c *cli.Context) error {
+			arg, err := oneArgument(c, "the device")
+			if err != nil {
+				return err
+			}
+			if o.selector, err = iommu.ParseSelector(arg); err != nil {
+				return err
+			}
+			memory, err := parseSize(o.memory)
+			if err != nil {
+				return usagef("--memory %s: want a size, as 16G", o.memory)
+			}
+			if err := checkTimeout(o.timeout); err != nil {
+				return err
+			}
+			return runVerify(c.Context, e, o, verify.Options{Memory: memory})
+		},
+	})
+}
+
+// verifyView is `verify --json`.
+type verifyView struct {
+	*verify.Report
+	Plan []string `json:"plan"` // what would take the device from its home driver; null if it need not be taken
+}
+
+func runVerify(ctx context.Context, e *env, o verifyOptions, vo verify.Options) error {
+	if e.hostName != "" && e.hostName != "/" {
+		return usagef("%s is a captured host: none of its devices can be opened", e.hostName)
+	}
+	ctx, stop, on, err := e.beginLook(ctx, o.timeout)
+	if err != nil {
+		return err
+	}
+	defer stop()
+	find := func() ([]*iommu.Device, error) {
+		d, err := o.selector.One(on.handle.Host(), on.topology)
+		if err == nil && !d.PCI {
+			err = usagef("%s is no PCI device", d.Name)
+		}
+		return []*iommu.Device{d}, err
+	}
+	found, err := find()
+	if err != nil {
+		return err
+	}
+	if !iommu.IsVFIODriver(found[0].Driver) {
+		return e.offer(ctx, found[0], o)
+	}
+
+	if found, err = on.lockFound(ctx, find); err != nil {
+		return err
+	}
+	d := found[0]
+	if !iommu.IsVFIODriver(d.Driver) {
+		return e.offer(ctx, d, o)
+	}
+	if err := refuseHeld(on, d); err != nil {
+		return err
+	}
+	report, err := verify.Run(ctx, on.handle.Host(), on.topology, d, vo)
+	if err != nil {
+		return err
+	}
+	return e.tellVerified(report)
+}
+
+// offer says that a device is not a guest's yet, and what would take it.
+func (e *env) offer(ctx context.Context, d *iommu.Device, o verifyOptions) error {
+	reason := "it has no driver"
+	if d.Driver != "" {
+		reason = "it is on " + d.Driver + ", which is no vfio driver"
+	}
+	reason += ": viaduct bind " + d.Name + " takes it"
+	asJSON := e.json
+	e.dryRun, e.json = true, true // nothing is printed
+	views, err := e.bind(ctx, bindOptions{
+		selectors: []iommu.Selector{o.selector}, driver: bind.Auto, changeOptions: changeOptions{timeout: o.timeout},
+	})
+	e.json = asJSON
+
+	steps := []string{}
+	for _, v := range views {
+		steps = append(steps, v.Steps...)
+	}
+	if e.json {
+		report := verify.NotTaken(d, reason)
+		return errors.Join(writeJSON(e.stdout, verifyView{report, steps}), errUnusable)
+	}
+	if err == nil {
+		fmt.Fprintf(e.stdout, "# what viaduct bind %s would do:\n", d.Name)
+		for _, s := range steps {
+			fmt.Fprintln(e.stdout, s)
+		}
+		return fmt.Errorf("verify %s: %s", d.Name, reason)
+	}
+	return fmt.Errorf("verify %s: %s, but not now: %s", d.Name, reason, strings.ReplaceAll(err.Error(), "\n", "; "))
+}
+
+// refuseHeld refuses a device that somebody has, or has been given, or of whose group somebody has one.
+func refuseHeld(on *changing, d *iommu.Device) error {
+	devices := []*iommu.Device{d}
+	if d.Group != nil {
+		g, err := on.topology.Group(*d.Group)
+		if err != nil {
+			return err
+		}
+		devices = g.Endpoints()
+	}
+	holders, err := holder.Find(on.handle.Host(), devices)
+	var reasons []string
+	var who []holder.Holder
+	for _, h := range holders {
+		if h.Kind.InUse() || h.Kind == holder.Lease {
+			reasons, who = append(reasons, h.String()), append(who, h)
+		}
+	}
+	if len(who) > 0 {
+		return &holder.RefusedError{
+			What: "open " + d.Name, Reasons: reasons, Holders: who, Cure: "verify it when nobody has it",
+		}
+	}
+	return err
+}
+
+// errUnusable is the end of a command that has said why a device cannot go to a guest.
+var errUnusable = errors.New("")
+
+func (e *env) tellVerified(r *verify.Report) error {
+	w := bufio.NewWriter(e.stdout)
+	var err error
+	if e.json {
+		err = writeJSON(w, verifyView{r, nil})
+	} else {
+		printVerified(w, r)
+	}
+	err = errors.Join(err, w.Flush())
+	if err == nil && !r.Usable {
+		err = errUnusable
+	}
+	return err
+}

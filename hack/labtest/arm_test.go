@@ -15,15 +15,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// byID are the devices with these ids, in order.
+// byID are the n devices with these ids, in order.
 func byID(t *testing.T, n int, vendor, device string) []string {
 	t.Helper()
-	var out []string
-	for _, name := range names(devicesDir) {
-		if attr(devicesDir, name, "vendor") == "0x"+vendor && attr(devicesDir, name, "device") == "0x"+device {
-			out = append(out, name)
-		}
-	}
+	out := of(vendor, device)
 	if len(out) != n {
 		t.Fatalf("devices with the ids %s:%s are %v, want %d", vendor, device, out, n)
 	}

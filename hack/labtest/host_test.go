@@ -79,10 +79,14 @@ func kernelLog(t *testing.T) string {
 	return strings.Join(lines[max(0, len(lines)-15):], "\n")
 }
 
-// shell runs a command line, which must succeed.
+// shell runs a command line, which must succeed. Where there is only busybox it has to do without what bash alone can.
 func shell(t *testing.T, line string) string {
 	t.Helper()
-	r := run(t, "bash", "-euc", line)
+	program := "bash"
+	if _, err := exec.LookPath(program); err != nil {
+		program = "sh"
+	}
+	r := run(t, program, "-euc", line)
 	if r.status != 0 {
 		t.Fatalf("%s: exit status %d\n%s%s", line, r.status, r.stdout, r.stderr)
 	}

@@ -375,7 +375,7 @@ func ptr(s *string) string {
 
 // size writes a power of two as people read it.
 func size(n uint64) string {
-	units := []string{"B", "KiB", "MiB", "GiB", "TiB", "PiB"}
+	units := []string{"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"}
 	i := 0
 	for n >= 1024 && n%1024 == 0 && i < len(units)-1 {
 		n, i = n/1024, i+1

@@ -3,7 +3,6 @@ package main
 import (
 	"fmt"
 	"io"
-	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -178,20 +177,23 @@ func ability(ok *bool, reason *string) string {
 
 func printMemory(w io.Writer, m *verify.Memory) {
 	f := fields{w}
-	fits := "not known whether it can be mapped"
 	if m.OK != nil {
-		fits = map[bool]string{false: "cannot be mapped", true: "can be mapped"}[*m.OK]
+		fits := map[bool]string{false: "cannot be mapped", true: "can be mapped"}[*m.OK]
+		f.add("memory", "%s %s, at %s", size(m.Size), fits, spanText(m.Ranges))
 	}
-	f.add("memory", "%s %s, at %s", size(m.Size), fits, spanText(m.Ranges))
 	if m.LockLimit != nil {
 		f.add("lock limit", "%s", size(*m.LockLimit))
 	}
-	for _, h := range slices.Backward(m.HugePages) {
-		enough := "not enough for it"
-		if h.Enough {
-			enough = "enough for it"
+	free := "none are free"
+	for _, h := range m.HugePages {
+		if h.Free > 0 {
+			enough := map[bool]string{false: "not enough for it", true: "enough for it"}[h.Enough]
+			f.add("huge pages", "%d of %s are free, which is %s", h.Free, size(h.Size), enough)
+			free = ""
 		}
-		f.add("huge pages", "%d of %s are free, which is %s", h.Free, size(h.Size), enough)
+	}
+	if free != "" {
+		f.add("huge pages", "%s", free)
 	}
 }
 

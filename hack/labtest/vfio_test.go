@@ -31,11 +31,21 @@ func of(vendor, device string) []string {
 	return out
 }
 
-// alone are those functions that share their group with no other.
-func alone(functions []string) []string {
-	return slices.DeleteFunc(functions, func(n string) bool {
-		return len(names(devicesDir, n, "iommu_group/devices")) != 1
-	})
+// behindPort is one of those functions that has a root port for itself: so it is in a group of its own, and the port can
+// reset it.
+func behindPort(t *testing.T, functions []string) string {
+	t.Helper()
+	for _, n := range functions {
+		real, err := filepath.EvalSymlinks(filepath.Join(devicesDir, n))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if slices.Contains(names(devicesDir), filepath.Base(filepath.Dir(real))) {
+			return n
+		}
+	}
+	t.Fatalf("none of %v is behind a root port", functions)
+	return ""
 }
 
 // take gives a function to vfio-pci by the kernel's files alone, until the test ends.
@@ -163,7 +173,7 @@ func faults(t *testing.T) int {
 // TestVFIODMA drives a device from here: its DMA by IOVA, a DMA that faults, and its interrupt.
 func TestVFIODMA(t *testing.T) {
 	h := openHost(t)
-	function := alone(of("1234", "11e8"))[0]
+	function := behindPort(t, of("1234", "11e8"))
 	take(t, function)
 	eachWay(t, func(t *testing.T, way vfio.Way) {
 		const size, here, away = 4096, 0x100000, 0x300000
@@ -217,7 +227,7 @@ func await(t *testing.T, what string, so func() bool) {
 // TestVFIOFault accesses a device that does not answer: that is an error, and the process lives.
 func TestVFIOFault(t *testing.T) {
 	h := openHost(t)
-	function := alone(of("1234", "11e8"))[0]
+	function := behindPort(t, of("1234", "11e8"))
 	take(t, function)
 	eachWay(t, func(t *testing.T, way vfio.Way) {
 		e := openEdu(t, h, way, function)
@@ -263,6 +273,7 @@ func TestVFIOFunctions(t *testing.T) {
 	h := openHost(t)
 	for _, pf := range []string{of("8086", "10c9")[0], of("1b36", "0010")[0]} {
 		nvme := attr(devicesDir, pf, "class") == "0x010802"
+		withDriver(t, pf, map[bool]string{false: "igb", true: "nvme"}[nvme])
 		shell(t, fmt.Sprintf("echo 0 >%s/%s/sriov_drivers_autoprobe; echo 1 >%[1]s/%[2]s/sriov_numvfs", devicesDir, pf))
 		t.Cleanup(func() {
 			shell(t, fmt.Sprintf("echo 0 >%s/%s/sriov_numvfs; echo 1 >%[1]s/%[2]s/sriov_drivers_autoprobe", devicesDir, pf))
@@ -405,7 +416,7 @@ func TestVFIOGroup(t *testing.T) {
 // locked memory than before.
 func TestVFIOLeaks(t *testing.T) {
 	h := openHost(t)
-	function := alone(of("1234", "11e8"))[0]
+	function := behindPort(t, of("1234", "11e8"))
 	take(t, function)
 	rounds := 50
 	if os.Getenv("LAB_ROUNDS") != "15" {

@@ -1,11 +1,13 @@
 package verify
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
 	"path"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -117,7 +119,7 @@ func place(ranges []vfio.Range, size uint64) (uint64, bool) {
 func memoryAvailable(h *iommu.Host) (uint64, error) {
 	text, err := h.String("proc/meminfo")
 	if err != nil {
-		return 0, err
+		return 0, fmt.Errorf("how much memory is available: %w", err)
 	}
 	for line := range strings.Lines(text) {
 		if rest, ok := strings.CutPrefix(line, "MemAvailable:"); ok {
@@ -173,6 +175,7 @@ func (v *verification) memory(size uint64) {
 			m.HugePages = append(m.HugePages, Huge{kib << 10, free, free*(kib<<10) >= size})
 		}
 	}
+	slices.SortFunc(m.HugePages, func(a, b Huge) int { return cmp.Compare(a.Size, b.Size) })
 }
 
 // fits compares where a guest has its memory with what the IOMMU can map, by the way that works.

@@ -340,7 +340,10 @@ func (v *verification) reset(d *vfio.Device) error {
 func (v *verification) judgeWays(ways []vfio.Way) {
 	works := slices.ContainsFunc(ways, func(w vfio.Way) bool { return v.report.Ways[w].OK })
 	if note := bind.InterruptNote(v.topology); note != "" && !works {
-		v.reason("%s: turn it on in the firmware and on the kernel's command line", note)
+		if !v.topology.LateGroups() {
+			note += ": turn it on in the firmware, and leave intremap=off from the kernel's command line"
+		}
+		v.reason("%s", note)
 	}
 	for _, way := range ways {
 		w := v.report.Ways[way]

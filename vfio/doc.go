@@ -2,8 +2,8 @@
 // user space with. Taking a device for VFIO and giving it back is package bind's, who uses one is package holder's.
 //
 // A [Context] is an address space for DMA, by either way into VFIO: iommufd with a device's own node, or a container
-// with the node of its group. [Ways] says which of them a host has for a device. [Context.Open] opens devices in it, and
-// [Context.Map] maps [Memory] for them, at addresses that [Context.Info] allows. Of a [Device] there are
+// with the node of its group. [Ways] says which of them a host has for a device. [Context.Open] opens devices in it,
+// and [Context.Map] maps [Memory] for them, at addresses that [Context.Info] allows. Of a [Device] there are
 //
 //   - regions: [Device.Region] reads and writes configuration space and BARs, [Region.Map] maps them, for single loads
 //     and stores of registers that fail, and do not end the process, when the device does not answer;

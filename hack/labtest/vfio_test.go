@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -292,6 +293,12 @@ func TestVFIOFunctions(t *testing.T) {
 			}
 			sameAsSysfs(t, d, vf)
 			must(must(d.Region(vfio.Config)).WriteAt([]byte{6, 0}, 4))
+			var owned *vfio.NotOwnedError
+			if err := d.HotReset(); !errors.As(err, &owned) || !slices.ContainsFunc(owned.Members, func(a iommu.Address) bool {
+				return a.String() == pf
+			}) {
+				t.Errorf("a hot reset that resets %s, on its home driver: %v", pf, err)
+			}
 			if nvme {
 				check(t, d.Reset())
 				return
@@ -450,7 +457,7 @@ func TestVFIOLeaks(t *testing.T) {
 // resources are what this process has open and locked.
 func resources() string {
 	var b strings.Builder
-	fmt.Fprintln(&b, "files", len(names("/proc/self/fd")))
+	fmt.Fprintln(&b, "files", len(names("/proc/self/fd")), "goroutines", runtime.NumGoroutine())
 	for line := range strings.Lines(attr("/proc/self/status")) {
 		for _, key := range []string{"VmLck", "VmPin"} {
 			if strings.HasPrefix(line, key) {

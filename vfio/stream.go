@@ -81,23 +81,28 @@ type Saving struct {
 	stream *Stream
 	buffer []byte
 	sent   int64
+	before State
 }
 
 // chunk is how much of a state is in memory at a time, in bytes.
 const chunk = 1 << 20
 
 // Save begins to save the state of a device: what can be is saved while it runs, with [Saving.PreCopy], and the rest by
-// [Saving.Finish], or the device stays as it is by [Saving.Cancel]. The caller ends it by one of the two. Not more than
-// a mebibyte of the state is in memory at a time.
+// [Saving.Finish], or the device stays as it is by [Saving.Cancel]. The caller ends it by one of the two. A device that
+// does not run is saved as it stands. Not more than a mebibyte of the state is in memory at a time.
 func (d *Device) Save() (*Saving, error) {
 	m, err := d.Migration()
 	if err != nil {
 		return nil, err
 	}
-	s := &Saving{device: d, buffer: make([]byte, chunk)}
-	if m.PreCopy {
+	before, err := d.State()
+	if err != nil {
+		return nil, err
+	}
+	s := &Saving{device: d, buffer: make([]byte, chunk), before: before}
+	if m.PreCopy && before == StateRunning {
 		if s.stream, err = d.SetState(StatePreCopy); err != nil {
-			return nil, d.recoverTo(StateRunning, err)
+			return nil, d.recoverTo(before, err)
 		}
 	}
 	return s, nil
@@ -116,7 +121,7 @@ func (s *Saving) PreCopy(ctx context.Context, w io.Writer) (PreCopyInfo, error) 
 }
 
 // Finish stops the device and writes the rest of its state; then the device is in StateStop. It returns how many bytes
-// of state have been written in all. After an error the device runs again.
+// of state were written in all. After an error the device is as it was before.
 func (s *Saving) Finish(ctx context.Context, w io.Writer) (int64, error) {
 	stream, err := s.device.SetState(StateStopCopy)
 	if s.stream == nil {
@@ -137,11 +142,11 @@ func (s *Saving) Finish(ctx context.Context, w io.Writer) (int64, error) {
 	return s.sent, s.stream.Close()
 }
 
-// Cancel ends the saving; the device runs on.
+// Cancel ends the saving; the device is as it was before.
 func (s *Saving) Cancel() error { return s.cancel(nil) }
 
 func (s *Saving) cancel(err error) error {
-	err = s.device.recoverTo(StateRunning, err)
+	err = s.device.recoverTo(s.before, err)
 	if s.stream != nil {
 		err = errors.Join(err, s.stream.Close())
 	}

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"sync"
+	"syscall"
 	"time"
 	"unsafe"
 
@@ -83,6 +84,11 @@ type vector struct {
 	fd   int32 // of file, which owns it
 	file *os.File
 	turn chan struct{} // who waits has it
+
+	// Made once, as each costs an allocation: who has the turn calls read by raw, and finds in value what it has read.
+	raw   syscall.RawConn
+	read  func(fd uintptr) bool
+	value [8]byte
 }
 
 // Interrupts enables the first vectors of a kind. MSI and MSI-X exclude each other and INTx. It is an ErrUnsupported if
@@ -118,7 +124,14 @@ func newVector(name string) (*vector, error) {
 	if err != nil {
 		return nil, failure("eventfd", "", err, nil)
 	}
-	v := &vector{int32(fd), os.NewFile(uintptr(fd), name), make(chan struct{}, 1)}
+	v := &vector{fd: int32(fd), file: os.NewFile(uintptr(fd), name), turn: make(chan struct{}, 1)}
+	if v.raw, err = v.file.SyscallConn(); err != nil {
+		return nil, errors.Join(err, v.file.Close())
+	}
+	v.read = func(fd uintptr) bool {
+		_, _ = unix.Read(int(fd), v.value[:]) // EAGAIN: nothing was signalled
+		return true
+	}
 	v.turn <- struct{}{}
 	return v, nil
 }
@@ -168,11 +181,17 @@ func (i *Interrupts) Wait(ctx context.Context, vector int) (uint64, error) {
 
 // wait waits for a vector, one after the other.
 func (v *vector) wait(ctx context.Context) (uint64, error) {
+	if err := ctx.Err(); err != nil {
+		return 0, err
+	}
 	select {
 	case <-v.turn:
 		defer func() { v.turn <- struct{}{} }()
 	case <-ctx.Done():
 		return 0, ctx.Err()
+	}
+	if n := v.due(); n > 0 {
+		return n, nil
 	}
 
 	done := make(chan struct{})
@@ -180,21 +199,30 @@ func (v *vector) wait(ctx context.Context) (uint64, error) {
 		defer close(done)
 		_ = v.file.SetReadDeadline(time.Unix(1, 0))
 	})
-	var b [8]byte
-	_, err := v.file.Read(b[:])
+	_, err := v.file.Read(v.value[:])
 	if !stop() {
 		<-done
 		_ = v.file.SetReadDeadline(time.Time{})
 	}
 	switch {
 	case err == nil:
-		return binary.NativeEndian.Uint64(b[:]), nil
+		return binary.NativeEndian.Uint64(v.value[:]), nil
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return 0, ctx.Err()
 	case errors.Is(err, fs.ErrClosed):
 		return 0, fs.ErrClosed
 	}
 	return 0, err
+}
+
+// due is how often a vector was signalled already. Who has to wait loses nothing by asking that first; who has not is
+// spared what it takes to be stopped by a context, which is most of the time from the signal to here.
+func (v *vector) due() uint64 {
+	clear(v.value[:])
+	if err := v.raw.Read(v.read); err != nil {
+		return 0 // it is closed, which waiting will tell
+	}
+	return binary.NativeEndian.Uint64(v.value[:])
 }
 
 func (i *Interrupts) vector(n int) (*vector, error) {

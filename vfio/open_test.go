@@ -444,6 +444,9 @@ func TestInterrupts(t *testing.T) {
 		if err := i.Trigger(1); err != nil {
 			t.Error(err)
 		}
+		if n, err := i.Wait(ctx, 1); !errors.Is(err, context.Canceled) {
+			t.Errorf("a wait that has ended before it began: %d, %v", n, err)
+		}
 		if n, err := i.Wait(t.Context(), 1); n != 1 || err != nil {
 			t.Errorf("after a wait that was ended: %d, %v", n, err)
 		}

@@ -19,12 +19,16 @@ import (
 // (ErrFault); also where the region cannot be mapped (ErrRange), and at an offset that is not a multiple of the width
 // (ErrAlignment). A device that does not answer in time reads as all ones, which is no error.
 //
-// Its methods may be called by several goroutines. It is closed by the caller or with its device.
+// Its methods may be called by several goroutines. It is closed by the caller or with its device. What each of them
+// costs besides the access, a lock and the care for one that fails, is little beside the device's answer; where it is
+// not, [Mapped.Batch] has it once for many.
 type Mapped struct {
 	region *Region
 
 	mu    sync.RWMutex
-	areas []mappedArea // by offset; nil when it is closed
+	base  unsafe.Pointer // where its first byte is, or would be
+	size  uintptr        // in whole pages
+	areas []mappedArea   // by offset; nil when it is closed
 }
 
 type mappedArea struct {
@@ -38,6 +42,9 @@ func (r *Region) Map() (*Mapped, error) {
 		return nil, fmt.Errorf("vfio: map %s, region %d: %w", r.device.Name(), r.Index, ErrUnsupported)
 	}
 	m := &Mapped{region: r}
+	if err := m.reserve(); err != nil {
+		return nil, err
+	}
 	for _, a := range r.Mappable {
 		if err := m.add(a); err != nil {
 			return nil, errors.Join(err, m.unmap())
@@ -49,8 +56,25 @@ func (r *Region) Map() (*Mapped, error) {
 	return m, nil
 }
 
+// reserve finds addresses for all of the region, which stay forbidden where it cannot be mapped: so all of it is found
+// from one base.
+func (m *Mapped) reserve() error {
+	page := int64(unix.Getpagesize())
+	size := uintptr((m.region.Size + page - 1) / page * page)
+	const flags = unix.MAP_PRIVATE | unix.MAP_ANONYMOUS | unix.MAP_NORESERVE
+	base, err := unix.MmapPtr(-1, 0, nil, size, unix.PROT_NONE, flags)
+	if err != nil {
+		return m.failure("mmap", err)
+	}
+	m.base, m.size = base, size
+	return nil
+}
+
 func (m *Mapped) add(a Area) error {
 	r := m.region
+	if a.Offset < 0 || a.Size <= 0 || a.Offset > r.Size-a.Size {
+		return m.failure("mmap", unix.EINVAL) // over what lies beside it
+	}
 	prot := 0
 	if r.Read {
 		prot |= unix.PROT_READ
@@ -59,13 +83,18 @@ func (m *Mapped) add(a Area) error {
 		prot |= unix.PROT_WRITE
 	}
 	return r.device.file.use("mmap", func(fd int) error {
-		b, err := unix.Mmap(fd, r.offset+a.Offset, int(a.Size), prot, unix.MAP_SHARED)
+		p := unsafe.Add(m.base, a.Offset)
+		_, err := unix.MmapPtr(fd, r.offset+a.Offset, p, uintptr(a.Size), prot, unix.MAP_SHARED|unix.MAP_FIXED)
 		if err != nil {
-			return failure("mmap", fmt.Sprintf("%s, region %d", r.device.Name(), r.Index), err, deviceMeans)
+			return m.failure("mmap", err)
 		}
-		m.areas = append(m.areas, mappedArea{a, b})
+		m.areas = append(m.areas, mappedArea{a, unsafe.Slice((*byte)(p), a.Size)})
 		return nil
 	})
+}
+
+func (m *Mapped) failure(op string, err error) error {
+	return failure(op, fmt.Sprintf("%s, region %d", m.region.device.Name(), m.region.Index), err, deviceMeans)
 }
 
 // Close unmaps the region. Again is no error.
@@ -77,12 +106,12 @@ func (m *Mapped) Close() error {
 func (m *Mapped) unmap() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	var errs []error
-	for _, a := range m.areas {
-		errs = append(errs, failure("munmap", m.region.device.Name(), unix.Munmap(a.bytes), nil))
+	if m.size == 0 {
+		return nil
 	}
-	m.areas = nil
-	return errors.Join(errs...)
+	base, size := m.base, m.size
+	m.base, m.size, m.areas = nil, 0, nil
+	return m.failure("munmap", unix.MunmapPtr(base, size))
 }
 
 // Load8 reads 8 bits at an offset of the region.
@@ -150,11 +179,16 @@ func (m *Mapped) access(a access) (v uint64, err error) {
 		}
 		err = ErrFault
 	}
+	return 0, m.failed(a, err)
+}
+
+// failed is an error of an access.
+func (m *Mapped) failed(a access, err error) error {
 	op := "load"
 	if a.store {
 		op = "store"
 	}
-	return 0, fmt.Errorf("vfio: %s of %d bytes at %#x of region %d of %s: %w",
+	return fmt.Errorf("vfio: %s of %d bytes at %#x of region %d of %s: %w",
 		op, a.width, a.offset, m.region.Index, m.region.device.Name(), err)
 }
 
@@ -212,3 +246,102 @@ func (a access) do(p unsafe.Pointer) (v uint64, ok bool) {
 	}
 	return v, true
 }
+
+// Registers are a mapped region within [Mapped.Batch]. They are only for the function that they were given to, in its
+// goroutine and until it returns: elsewhere an access that fails ends the process, and one after the region was closed
+// meets whatever is mapped there then.
+type Registers struct {
+	base unsafe.Pointer
+	size uint64 // a multiple of each width
+}
+
+// Batch has a function make many accesses, to poll a register as fast as it goes, or to read a great many: what each of
+// Mapped's methods does besides its access is done once for all. An access that fails ends the function, and is the
+// error; otherwise that is what the function returns. A region is not closed meanwhile: who closes it waits. The
+// function must neither do so nor call Mapped's other methods.
+func (m *Mapped) Batch(do func(r Registers) error) (err error) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	if m.areas == nil {
+		return fmt.Errorf("vfio: region %d of %s: %w", m.region.Index, m.region.device.Name(), fs.ErrClosed)
+	}
+	before := debug.SetPanicOnFault(true)
+	returned := false
+	defer func() {
+		debug.SetPanicOnFault(before)
+		if !returned {
+			err = m.ended(recover())
+		}
+	}()
+	err = do(Registers{m.base, uint64(m.region.Size) &^ 7})
+	returned = true
+	return err
+}
+
+// ended is the error of the access that has ended a function. Whatever else ends one goes on: another panic, and, with
+// nothing to recover from, the end of the goroutine.
+func (m *Mapped) ended(by any) error {
+	switch by := by.(type) {
+	case nil:
+		return nil
+	case access: // of Registers.at
+		_, err := m.find(by)
+		if err == nil {
+			err = ErrRange // it is in the region's last bytes
+		}
+		return m.failed(by, err)
+	case interface{ Addr() uintptr }: // a fault, of which alone the runtime's errors have that
+		if in := by.Addr() - uintptr(m.base); in < m.size {
+			return fmt.Errorf("vfio: access at %#x of region %d of %s: %w",
+				in, m.region.Index, m.region.device.Name(), m.why(int64(in)))
+		}
+	}
+	panic(by)
+}
+
+// why is why an access at an offset had a fault.
+func (m *Mapped) why(offset int64) error {
+	for _, a := range m.areas {
+		switch {
+		case offset < a.Offset || offset >= a.Offset+a.Size:
+		case !m.region.Read || !m.region.Write:
+			return ErrUnsupported
+		default:
+			return ErrFault
+		}
+	}
+	return ErrRange
+}
+
+// at is where an access is made. Its errors are panics: with more in it, the compiler would not put it and Load32 into
+// what calls them.
+func (r Registers) at(offset, width int64) unsafe.Pointer {
+	if uint64(offset) >= r.size || offset&(width-1) != 0 {
+		panic(access{offset: offset, width: width})
+	}
+	return unsafe.Add(r.base, offset)
+}
+
+// Load8 is as [Mapped.Load8].
+func (r Registers) Load8(offset int64) uint8 { return load8(r.at(offset, 1)) }
+
+// Load16 is as [Mapped.Load16].
+func (r Registers) Load16(offset int64) uint16 { return load16(r.at(offset, 2)) }
+
+// Load32 is as [Mapped.Load32].
+func (r Registers) Load32(offset int64) uint32 { return inline32(r.at(offset, 4)) }
+
+// Load64 is as [Mapped.Load64].
+func (r Registers) Load64(offset int64) uint64 { return inline64(r.at(offset, 8)) }
+
+// Store8 is as [Mapped.Store8].
+func (r Registers) Store8(offset int64, v uint8) { store8(r.at(offset, 1), v) }
+
+// Store16 is as [Mapped.Store16].
+func (r Registers) Store16(offset int64, v uint16) { store16(r.at(offset, 2), v) }
+
+// Store32 is as [Mapped.Store32].
+func (r Registers) Store32(offset int64, v uint32) { store32(r.at(offset, 4), v) }
+
+// Store64 is as [Mapped.Store64].
+func (r Registers) Store64(offset int64, v uint64) { store64(r.at(offset, 8), v) }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"runtime"
 	"slices"
 	"testing"
 
@@ -383,13 +384,72 @@ func TestRegion(t *testing.T) {
 				t.Errorf("at %d: %v", at, err)
 			}
 		}
+		sameInBatch(t, m)
 		if err := errors.Join(m.Close(), m.Close()); err != nil {
 			t.Error(err)
 		}
 		if _, err := m.Load8(0); !errors.Is(err, fs.ErrClosed) {
 			t.Error(err)
 		}
+		if err := m.Batch(func(Registers) error { return nil }); !errors.Is(err, fs.ErrClosed) {
+			t.Error(err)
+		}
 	})
+}
+
+// sameInBatch makes many accesses in one, and those that a region refuses.
+func sameInBatch(t *testing.T, m *Mapped) {
+	t.Helper()
+	own := errors.New("the function's own")
+	err := m.Batch(func(r Registers) error {
+		r.Store8(9, 0x12)
+		r.Store16(10, 0x3456)
+		r.Store32(12, 0x789abcde)
+		r.Store64(16376, 1<<62)
+		if a, b, c, d := r.Load8(9), r.Load16(10), r.Load32(12), r.Load64(8); a != 0x12 || b != 0x3456 ||
+			c != 0x789abcde || d != 0x789abcde34561200 {
+			t.Errorf("%#x, %#x, %#x, %#x", a, b, c, d)
+		}
+		return own
+	})
+	if got := must2(m.Load64(16376))(t); got != 1<<62 || !errors.Is(err, own) {
+		t.Errorf("%#x, %v", got, err)
+	}
+
+	// Of the second page nothing is mapped.
+	for at, want := range map[int64]error{
+		4096: ErrRange, 8184: ErrRange, 4094: ErrAlignment, 1 << 16: ErrRange, -8: ErrRange, 1: ErrAlignment,
+	} {
+		for name, do := range map[string]func(r Registers){
+			"load":  func(r Registers) { r.Load64(at) },
+			"store": func(r Registers) { r.Store64(at, 1) },
+		} {
+			err := m.Batch(func(r Registers) error {
+				do(r)
+				t.Errorf("after a %s at %d it goes on", name, at)
+				return nil
+			})
+			if !errors.Is(err, want) {
+				t.Errorf("%s at %d: %v", name, at, err)
+			}
+		}
+	}
+
+	func() {
+		defer func() {
+			if r := recover(); r != "of its own" {
+				t.Errorf("a panic came out as %v", r)
+			}
+		}()
+		_ = m.Batch(func(Registers) error { panic("of its own") })
+	}()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_ = m.Batch(func(Registers) error { runtime.Goexit(); return nil })
+		t.Error("what ends a goroutine did not")
+	}()
+	<-ended
 }
 
 // TestFault accesses memory that is not there any more: that is an error, and only that.
@@ -405,6 +465,12 @@ func TestFault(t *testing.T) {
 		t.Error(err)
 	}
 	if err := m.Store8(9, 1); !errors.Is(err, ErrFault) {
+		t.Error(err)
+	}
+	if err := m.Batch(func(r Registers) error { r.Load32(8); return nil }); !errors.Is(err, ErrFault) {
+		t.Error(err)
+	}
+	if err := m.Batch(func(r Registers) error { r.Store64(8, 1); return nil }); !errors.Is(err, ErrFault) {
 		t.Error(err)
 	}
 }

@@ -1,7 +1,9 @@
 package vfio
 
 import (
+	"cmp"
 	"fmt"
+	"slices"
 	"unsafe"
 
 	"viaduct/internal/uapi"
@@ -148,13 +150,15 @@ func decodeRegion(b []byte) (RegionInfo, error) {
 	return info, nil
 }
 
-// decodeAreas decodes the parts of a region that can be mapped. They must lie in it, one behind the other.
+// decodeAreas decodes the parts of a region that can be mapped. They must lie in it, and not over
+// each other.
 func decodeAreas(b []byte, offset, region uint64) ([]Area, bool) {
 	head, ok := at[uapi.VfioRegionInfoCapSparseMmap](b, offset)
 	if !ok {
 		return nil, false
 	}
 	all, ok := list[uapi.VfioRegionSparseMmapArea](b, offset+uint64(unsafe.Sizeof(head)), head.NrAreas)
+	slices.SortFunc(all, func(a, b uapi.VfioRegionSparseMmapArea) int { return cmp.Compare(a.Offset, b.Offset) })
 	var areas []Area
 	end := uint64(0)
 	for _, a := range all {

@@ -25,7 +25,7 @@ type group struct {
 }
 
 func newContainer(h *iommu.Host) (*container, error) {
-	f, err := open(h, containerNode, nil)
+	f, err := open(h, containerNode, nodeMeans)
 	if err != nil {
 		return nil, err
 	}
@@ -134,11 +134,18 @@ func (g *group) openDevice(t *target) (*file, error) {
 	if err != nil {
 		return nil, err
 	}
-	means := map[unix.Errno]error{unix.EACCES: ErrToken, unix.EBUSY: ErrInUse, unix.ENODEV: ErrNotBound}
+	means := map[unix.Errno]error{unix.EACCES: ErrToken, unix.EBUSY: ErrInUse, unix.ENODEV: ErrNotBound,
+		unix.EPERM: ErrNotIsolated}
 	if t.token != nil {
 		means[unix.EINVAL] = ErrToken
 	}
 	fd, err := g.file.ioctl("VFIO_GROUP_GET_DEVICE_FD", uapi.VFIO_GROUP_GET_DEVICE_FD, unsafe.Pointer(&text[0]), means)
+	if errors.Is(err, unix.EPERM) {
+		// Where iommufd stands in for the container (CONFIG_IOMMUFD_VFIO_CONTAINER), it is asked only now.
+		if viable := t.notViable(); viable != nil {
+			return nil, viable
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -184,7 +191,8 @@ func (c *container) mapDMA(iova, vaddr, size uint64, access Access) error {
 // mapMeans are what errnos of mapping mean: type1 says EEXIST, EINVAL for reserved ranges and bad alignment, and ENOSPC
 // for too many mappings (drivers/vfio/vfio_iommu_type1.c); iommufd EADDRINUSE (drivers/iommu/iommufd/io_pagetable.c).
 var mapMeans = map[unix.Errno]error{
-	unix.EEXIST: ErrRange, unix.EADDRINUSE: ErrRange, unix.EINVAL: ErrRange, unix.EOVERFLOW: ErrRange,
+	unix.ENOSPC: ErrLimit, unix.EEXIST: ErrRange, unix.EADDRINUSE: ErrRange, unix.EINVAL: ErrRange,
+	unix.EOVERFLOW: ErrRange,
 }
 
 func (c *container) unmapDMA(iova, size uint64) error {

@@ -44,16 +44,27 @@ func Ways(h *iommu.Host, d *iommu.Device) ([]Way, error) {
 		own, group = own || made && n.own, group || made && !n.own && !n.unsafe
 	}
 
-	iommufd, err := h.Has(iommuNode)
-	if err != nil {
-		return nil, err
-	}
+	return waysOf(h, own, group)
+}
+
+// waysOf are those of a device that has a node of its own, or of its group, as far as the kernel has them.
+func waysOf(h *iommu.Host, own, group bool) ([]Way, error) {
 	var out []Way
-	if own && iommufd {
-		out = append(out, IOMMUFD)
-	}
-	if group {
-		out = append(out, Container)
+	for _, w := range []struct {
+		way  Way
+		made bool
+		node string
+	}{{IOMMUFD, own, iommuNode}, {Container, group, containerNode}} {
+		if !w.made {
+			continue
+		}
+		has, err := h.Has(w.node)
+		if err != nil {
+			return nil, err
+		}
+		if has {
+			out = append(out, w.way)
+		}
 	}
 	return out, nil
 }
@@ -220,7 +231,8 @@ type Mapping struct {
 func (m *Mapping) span() Range { return Range{m.IOVA, m.IOVA + uint64(m.Size) - 1} }
 
 // Map maps memory for the devices of the context: all of it, or nothing. An address that is not aligned is an
-// ErrAlignment; one that the IOMMU does not allow, or that is mapped already, an ErrRange; memory that may not be
+// ErrAlignment; one that the IOMMU does not allow, or that is mapped already, an ErrRange; more of them
+// than its driver allows an ErrLimit; memory that may not be
 // locked for want of RLIMIT_MEMLOCK is an ENOMEM. The memory stays mapped until [Context.Unmap] or [Context.Close], and
 // cannot be closed until then.
 func (c *Context) Map(mappings ...Mapping) error {
@@ -234,39 +246,60 @@ func (c *Context) Map(mappings ...Mapping) error {
 		return err
 	}
 
-	after := slices.Clone(c.mappings)
-	for _, m := range mappings {
-		if after, err = insert(after, m, info); err != nil {
-			return err
-		}
+	if info.Left != nil && len(mappings) > int(*info.Left) {
+		return fmt.Errorf("vfio: map %d times, when %d are left: %w", len(mappings), *info.Left, ErrLimit)
 	}
 
-	done := 0
+	// All that is known to be wrong is told before the kernel is asked.
+	noted := 0
 	for _, m := range mappings {
-		m.fill()
-		if err = c.mapOne(m); err != nil {
+		if err = c.note(m, info); err != nil {
 			break
 		}
-		done++
+		noted++
+	}
+	done := 0
+	for err == nil && done < noted {
+		if err = c.mapOne(mappings[done]); err == nil {
+			done++
+		}
 	}
 	if err == nil {
-		c.mappings = after
 		return nil
 	}
-	for _, m := range mappings[:done] {
+	for i, m := range mappings[:noted] {
 		m.fill()
-		if undone := c.space.unmapDMA(m.IOVA, uint64(m.Size)); undone != nil {
-			// It stays mapped, and is known to be.
-			c.mappings, _ = insert(c.mappings, m, info)
-			err = errors.Join(err, undone)
-			continue
+		if i < done {
+			if undone := c.space.unmapDMA(m.IOVA, uint64(m.Size)); undone != nil {
+				// It stays mapped, and is known to be.
+				err = errors.Join(err, undone)
+				continue
+			}
+			m.Memory.unmapped()
 		}
-		m.Memory.unmapped()
+		c.forget(m)
 	}
 	return err
 }
 
+// note adds a mapping to those that there are, by address, if it may be made.
+func (c *Context) note(m Mapping, info Info) error {
+	i, err := placeOf(c.mappings, &m, info)
+	if err == nil {
+		c.mappings = slices.Insert(c.mappings, i, m)
+	}
+	return err
+}
+
+// forget takes a mapping away again.
+func (c *Context) forget(m Mapping) {
+	if i, found := find(c.mappings, m.IOVA); found {
+		c.mappings = slices.Delete(c.mappings, i, i+1)
+	}
+}
+
 func (c *Context) mapOne(m Mapping) error {
+	m.fill()
 	return m.Memory.mapped(func(base uintptr) error {
 		return c.space.mapDMA(m.IOVA, uint64(base)+uint64(m.Offset), uint64(m.Size), m.Access)
 	})

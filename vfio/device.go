@@ -26,9 +26,13 @@ type Device struct {
 	id      uint32 // in an iommufd
 	info    DeviceInfo
 
-	mu     sync.Mutex
-	closed bool
-	parts  []io.Closer // mapped regions and interrupts, which end with the device
+	closing sync.Once
+	failed  error // of closing
+
+	mu      sync.Mutex
+	closed  bool
+	parts   []io.Closer // mapped regions and interrupts, which end with the device
+	vectors map[Kind]bool
 }
 
 // DeviceInfo is what the kernel tells of a device as a whole (VFIO_DEVICE_GET_INFO).
@@ -52,7 +56,8 @@ type DeviceInfo struct {
 func (c *Context) Open(device string) (*Device, error) { return c.open(device, nil) }
 
 // OpenToken opens a VF whose PF is on vfio-pci and has set that token, or the PF itself, which sets it: see
-// [Device.SetToken]. Otherwise it is as Open.
+// [Device.SetToken]. A context that may choose takes the way of containers, as iommufd takes no token before Linux
+// 6.17. Otherwise it is as Open.
 func (c *Context) OpenToken(device string, token Token) (*Device, error) {
 	return c.open(device, &token)
 }
@@ -68,6 +73,9 @@ func (c *Context) open(device string, token *Token) (*Device, error) {
 	defer c.mu.Unlock()
 	if c.closed {
 		return nil, &Error{Op: "open", Path: t.name, Err: fs.ErrClosed}
+	}
+	if slices.ContainsFunc(c.devices, func(d *Device) bool { return d.target.dir == t.dir }) {
+		return nil, fmt.Errorf("vfio: open %s: it is open in this context: %w", t.name, ErrInUse)
 	}
 	s := c.space
 	if s == nil {
@@ -103,6 +111,10 @@ func (c *Context) newSpace(t *target) (space, error) {
 			return nil, fmt.Errorf("vfio: %s: the kernel made no node for it: %w", t.name, ErrUnsupported)
 		}
 		way = ways[0]
+		if t.token != nil && slices.Contains(ways, Container) {
+			// Before Linux 6.17 iommufd takes no tokens.
+			way = Container
+		}
 	}
 	if way == IOMMUFD {
 		return newIOMMUFD(c.host, c.options.DirtyTracking)
@@ -154,11 +166,12 @@ func (d *Device) ResetMethods() ([]string, error) {
 // Close ends the device's mapped regions and interrupts and closes it. The last device of a context takes all mappings
 // along. Again is no error.
 func (d *Device) Close() error {
+	d.closing.Do(func() { d.failed = d.close() })
+	return d.failed
+}
+
+func (d *Device) close() error {
 	d.mu.Lock()
-	if d.closed {
-		d.mu.Unlock()
-		return nil
-	}
 	d.closed = true
 	parts := d.parts
 	d.parts = nil

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"math"
 	"math/bits"
 	"runtime"
 	"unsafe"
@@ -25,14 +26,35 @@ const maxBitmap = 1 << 31
 
 // NewBitmap makes an empty Bitmap of a range in pages of a size, both of which bounds must be multiples of.
 func NewBitmap(r Range, page uint64) (*Bitmap, error) {
+	b := &Bitmap{Range: r, Page: page}
+	words, err := b.need()
+	if err != nil {
+		return nil, err
+	}
+	b.Words = make([]uint64, words)
+	return b, nil
+}
+
+// need is how many words the range takes.
+func (b *Bitmap) need() (int, error) {
+	r, page := b.Range, b.Page
 	switch {
 	case page == 0 || page&(page-1) != 0 || r.First%page != 0 || (r.Last+1)%page != 0:
-		return nil, fmt.Errorf("vfio: bitmap of %s in pages of %#x: %w", r, page, ErrAlignment)
-	case r.Last < r.First || (r.Last-r.First)/page >= maxBitmap:
-		return nil, fmt.Errorf("vfio: bitmap of %s in pages of %#x: %w", r, page, ErrRange)
+		return 0, fmt.Errorf("vfio: bitmap of %s in pages of %#x: %w", r, page, ErrAlignment)
+	case r.Last < r.First || r.Last-r.First == math.MaxUint64 || (r.Last-r.First)/page >= maxBitmap:
+		return 0, fmt.Errorf("vfio: bitmap of %s in pages of %#x: %w", r, page, ErrRange)
 	}
-	pages := (r.Last-r.First)/page + 1
-	return &Bitmap{r, page, make([]uint64, (pages+63)/64)}, nil
+	return int((r.Last-r.First)/page/64) + 1, nil
+}
+
+// check refuses a bitmap that was changed so that the kernel would write beyond its words.
+func (b *Bitmap) check() error {
+	words, err := b.need()
+	if err == nil && len(b.Words) < words {
+		err = fmt.Errorf("vfio: bitmap of %s in pages of %#x has %d words and takes %d: %w",
+			b.Range, b.Page, len(b.Words), words, ErrRange)
+	}
+	return err
 }
 
 // Pages are the addresses of the pages that were written to.
@@ -103,6 +125,9 @@ func (d *Device) StopLog() error {
 
 // Log adds to a bitmap what pages the device has written to, and has it forget them.
 func (d *Device) Log(b *Bitmap) error {
+	if err := b.check(); err != nil {
+		return err
+	}
 	var pin runtime.Pinner
 	defer pin.Unpin()
 	r := uapi.VfioDeviceFeatureDmaLoggingReport{
@@ -139,11 +164,15 @@ func (c *Context) TrackDirty(on bool) error {
 	return t.track(on)
 }
 
-// Dirty adds to a bitmap what pages devices have written to, and has the IOMMU forget them, unless they are to be kept.
+// Dirty adds to a bitmap what pages devices have written to since TrackDirty(true), and has the IOMMU forget them,
+// unless they are to be kept. It is an ErrRefused while nothing is noted.
 func (c *Context) Dirty(b *Bitmap, keep bool) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	t, err := c.tracker("Dirty")
+	if err == nil {
+		err = b.check()
+	}
 	if err != nil {
 		return err
 	}
@@ -151,35 +180,39 @@ func (c *Context) Dirty(b *Bitmap, keep bool) error {
 }
 
 func (s *iommufd) track(on bool) error {
-	set := func(table, flags uint32) error {
-		a := uapi.IommuHwptSetDirtyTracking{
-			Size: uint32(unsafe.Sizeof(uapi.IommuHwptSetDirtyTracking{})), HwptId: table, Flags: flags,
-		}
-		const op = "IOMMU_HWPT_SET_DIRTY_TRACKING"
-		_, err := s.file.ioctl(op, uapi.IOMMU_HWPT_SET_DIRTY_TRACKING, unsafe.Pointer(&a), nil)
-		return err
-	}
-	flags := uint32(0)
-	if on {
-		flags = uapi.IOMMU_HWPT_DIRTY_TRACKING_ENABLE
-	}
 	for i, table := range s.tables {
-		err := set(table, flags)
+		err := s.trackTable(table, on)
 		if err == nil {
 			continue
 		}
 		// All of them, or none.
 		for _, before := range s.tables[:i] {
 			if on {
-				err = errors.Join(err, set(before, 0))
+				err = errors.Join(err, s.trackTable(before, false))
 			}
 		}
 		return err
 	}
+	s.tracks = on
 	return nil
 }
 
+func (s *iommufd) trackTable(table uint32, on bool) error {
+	a := uapi.IommuHwptSetDirtyTracking{
+		Size: uint32(unsafe.Sizeof(uapi.IommuHwptSetDirtyTracking{})), HwptId: table,
+	}
+	if on {
+		a.Flags = uapi.IOMMU_HWPT_DIRTY_TRACKING_ENABLE
+	}
+	const op = "IOMMU_HWPT_SET_DIRTY_TRACKING"
+	_, err := s.file.ioctl(op, uapi.IOMMU_HWPT_SET_DIRTY_TRACKING, unsafe.Pointer(&a), nil)
+	return err
+}
+
 func (s *iommufd) dirty(b *Bitmap, keep bool) error {
+	if !s.tracks {
+		return fmt.Errorf("vfio: Dirty: nothing is noted before TrackDirty(true): %w", ErrRefused)
+	}
 	var pin runtime.Pinner
 	defer pin.Unpin()
 	a := uapi.IommuHwptGetDirtyBitmap{

@@ -31,6 +31,8 @@ const (
 	// ErrRange says that an address is not one that the IOMMU allows, is already mapped, is not mapped, or lies
 	// outside.
 	ErrRange = host.Error("not a valid range")
+	// ErrLimit says that the IOMMU's driver allows no more mappings.
+	ErrLimit = host.Error("no more mappings are allowed")
 	// ErrAlignment says that an address or a size is not a multiple of what it has to be.
 	ErrAlignment = host.Error("not aligned")
 	// ErrFault says that the device did not answer: its memory is off, it sleeps, or it is gone.
@@ -101,7 +103,7 @@ type NotViableError struct {
 func (e *NotViableError) Error() string {
 	var members []string
 	for _, d := range e.Members {
-		members = append(members, d.Address.String()+" is on "+d.Driver)
+		members = append(members, d.Name+" is on "+d.Driver)
 	}
 	return fmt.Sprintf("group %d is not viable: %s; take the whole group from the host first (viaduct bind)",
 		e.Group, cmp.Or(strings.Join(members, ", "), "a driver of the host has one of its devices"))

@@ -3,6 +3,7 @@ package vfio
 import (
 	"context"
 	"errors"
+	"sync"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -72,9 +73,11 @@ var sleepMeans = map[unix.Errno]error{unix.EBUSY: ErrInUse, unix.EINVAL: ErrRefu
 type Sleeping struct {
 	device *Device
 	vector *vector
+	close  func() error
 }
 
-// SleepUntilWoken is Sleep, of a device that the host's or the device's own events may wake. The caller closes it.
+// SleepUntilWoken is Sleep, of a device that the host's or the device's own events may wake. It is
+// closed by the caller or with the device.
 func (d *Device) SleepUntilWoken() (*Sleeping, error) {
 	v, err := newVector(d.Name() + " wakes")
 	if err != nil {
@@ -84,7 +87,15 @@ func (d *Device) SleepUntilWoken() (*Sleeping, error) {
 	if err := setFeature(d, uapi.VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP, &a, sleepMeans); err != nil {
 		return nil, errors.Join(err, v.file.Close())
 	}
-	return &Sleeping{d, v}, nil
+	s := &Sleeping{device: d, vector: v}
+	s.close = sync.OnceValue(func() error {
+		d.disown(s)
+		return errors.Join(d.Wake(), v.file.Close())
+	})
+	if err := d.own(s); err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	return s, nil
 }
 
 // Wait waits until the device was woken.
@@ -93,8 +104,8 @@ func (s *Sleeping) Wait(ctx context.Context) error {
 	return err
 }
 
-// Close wakes the device.
-func (s *Sleeping) Close() error { return errors.Join(s.device.Wake(), s.vector.file.Close()) }
+// Close wakes the device. Again is no error.
+func (s *Sleeping) Close() error { return s.close() }
 
 // Wake wakes the device for good.
 func (d *Device) Wake() error {

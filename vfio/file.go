@@ -21,6 +21,11 @@ type file struct {
 	fd int // below zero when it is closed
 }
 
+// nodeMeans are what errnos of a way's own node mean: the kernel has not this way.
+var nodeMeans = map[unix.Errno]error{
+	unix.ENOENT: ErrUnsupported, unix.ENODEV: ErrUnsupported, unix.ENXIO: ErrUnsupported,
+}
+
 // open opens a node.
 func open(h *iommu.Host, name string, means map[unix.Errno]error) (*file, error) {
 	fd, err := h.OpenNode(name, unix.O_RDWR)

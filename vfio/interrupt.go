@@ -91,7 +91,8 @@ type vector struct {
 	value [8]byte
 }
 
-// Interrupts enables the first vectors of a kind. MSI and MSI-X exclude each other and INTx. It is an ErrUnsupported if
+// Interrupts enables the first vectors of a kind. INTx, MSI and MSI-X exclude each other, and a
+// kind that is enabled is an ErrInUse until it is closed. It is an ErrUnsupported if
 // the device has fewer, or the host has none left. They are closed by the caller or with the device.
 func (d *Device) Interrupts(kind Kind, count int) (*Interrupts, error) {
 	info, err := d.InterruptInfo(kind)
@@ -102,21 +103,63 @@ func (d *Device) Interrupts(kind Kind, count int) (*Interrupts, error) {
 		return nil, fmt.Errorf("vfio: %s has %d vectors of %s, and not %d: %w",
 			d.Name(), info.Count, kind, count, ErrUnsupported)
 	}
-	i := &Interrupts{device: d, kind: kind}
-	for range count {
-		v, err := newVector(d.Name() + " " + kind.String())
-		if err != nil {
-			return nil, errors.Join(err, i.closeVectors())
-		}
-		i.vectors = append(i.vectors, v)
+	if err := d.useKind(kind); err != nil {
+		return nil, err
 	}
-	if err := i.enable(); err != nil {
-		return nil, errors.Join(err, i.closeVectors())
+	i := &Interrupts{device: d, kind: kind}
+	if err := i.start(count); err != nil {
+		d.freeKind(kind)
+		return nil, err
 	}
 	if err := d.own(i); err != nil {
 		return nil, errors.Join(err, i.Close())
 	}
 	return i, nil
+}
+
+// slot is the kind that stands for those that exclude each other.
+func (k Kind) slot() Kind {
+	if k == MSI || k == MSIX {
+		return INTx
+	}
+	return k
+}
+
+// useKind refuses a kind that is enabled, or that excludes one that is: the kernel would take the vectors from who has
+// them.
+func (d *Device) useKind(kind Kind) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.vectors[kind.slot()] {
+		return fmt.Errorf("vfio: %s: %s: interrupts are enabled already; close them first: %w", d.Name(), kind,
+			ErrInUse)
+	}
+	if d.vectors == nil {
+		d.vectors = map[Kind]bool{}
+	}
+	d.vectors[kind.slot()] = true
+	return nil
+}
+
+func (d *Device) freeKind(kind Kind) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.vectors, kind.slot())
+}
+
+// start makes and enables the vectors.
+func (i *Interrupts) start(count int) error {
+	for range count {
+		v, err := newVector(i.device.Name() + " " + i.kind.String())
+		if err != nil {
+			return errors.Join(err, i.closeVectors())
+		}
+		i.vectors = append(i.vectors, v)
+	}
+	if err := i.enable(); err != nil {
+		return errors.Join(err, i.closeVectors())
+	}
+	return nil
 }
 
 func newVector(name string) (*vector, error) {
@@ -259,6 +302,7 @@ func (i *Interrupts) Close() error {
 		// No vector from 0 on is what disables them all.
 		_, err := i.device.setIRQs(i.kind, uapi.VFIO_IRQ_SET_DATA_NONE|uapi.VFIO_IRQ_SET_ACTION_TRIGGER, 0, 0, nil)
 		i.err = errors.Join(err, i.closeVectors())
+		i.device.freeKind(i.kind)
 	})
 	return i.err
 }

@@ -19,12 +19,13 @@ type iommufd struct {
 	ioas uint32
 	// tracking has devices attached to page tables that note what they write to.
 	tracking bool
-	// tables are those page tables, one for each IOMMU that cannot share one.
+	// tables are those page tables, one for each IOMMU that cannot share one; tracks says that they do so now.
 	tables []uint32
+	tracks bool
 }
 
 func newIOMMUFD(h *iommu.Host, dirty bool) (*iommufd, error) {
-	f, err := open(h, iommuNode, nil)
+	f, err := open(h, iommuNode, nodeMeans)
 	if err != nil {
 		return nil, err
 	}
@@ -81,6 +82,9 @@ func (s *iommufd) bind(f *file, t *target) (id uint32, err error) {
 		if viable := t.notViable(); viable != nil {
 			return 0, viable
 		}
+		if t.opened() {
+			return 0, &Error{"VFIO_DEVICE_BIND_IOMMUFD", f.name, unix.EPERM, ErrInUse}
+		}
 	case errors.Is(err, unix.EINVAL) && t.opened():
 		return 0, &Error{"VFIO_DEVICE_BIND_IOMMUFD", f.name, unix.EINVAL, ErrInUse}
 	}
@@ -120,7 +124,12 @@ func (s *iommufd) attachTable(f *file, device uint32) error {
 	if _, err := s.file.ioctl("IOMMU_HWPT_ALLOC", uapi.IOMMU_HWPT_ALLOC, unsafe.Pointer(&a), nil); err != nil {
 		return err
 	}
-	if err := s.attachTo(f, a.OutHwptId); err != nil {
+	err := s.attachTo(f, a.OutHwptId)
+	if err == nil && s.tracks {
+		err = s.trackTable(a.OutHwptId, true)
+	}
+	if err != nil {
+		// A table that a device is attached to stays until that is closed.
 		return errors.Join(err, s.destroy(a.OutHwptId))
 	}
 	s.tables = append(s.tables, a.OutHwptId)

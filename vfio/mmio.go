@@ -36,9 +36,10 @@ type mappedArea struct {
 	bytes []byte
 }
 
-// Map maps all of a region that can be mapped. It is an ErrUnsupported if nothing can.
+// Map maps all of a region that can be mapped. It is an ErrUnsupported if nothing can, and on processors other than
+// those of amd64 and arm64.
 func (r *Region) Map() (*Mapped, error) {
-	if len(r.Mappable) == 0 {
+	if len(r.Mappable) == 0 || !canOrder {
 		return nil, fmt.Errorf("vfio: map %s, region %d: %w", r.device.Name(), r.Index, ErrUnsupported)
 	}
 	m := &Mapped{region: r}
@@ -221,7 +222,7 @@ func (a access) do(p unsafe.Pointer) (v uint64, ok bool) {
 		}
 		// Of the runtime's errors, those of a fault have an address.
 		r := recover()
-		if fault, is := r.(interface{ Addr() uintptr }); !is || fault.Addr() != uintptr(p) {
+		if fault, is := r.(interface{ Addr() uintptr }); !is || fault.Addr()^uintptr(p) >= uintptr(unix.Getpagesize()) {
 			panic(r)
 		}
 	}()

@@ -4,6 +4,9 @@ package vfio
 
 import "unsafe"
 
+// canOrder says that accesses are ordered here as Mapped says.
+const canOrder = true
+
 // One load or store each, with the barriers that order it.
 
 //go:noescape

@@ -4,6 +4,8 @@ package vfio
 
 import "unsafe"
 
+const canOrder = false
+
 // The compiler makes one load or store of each of these, as it does not see what is done with the value. There are no
 // barriers.
 

@@ -109,6 +109,10 @@ func TestOpen(t *testing.T) {
 			"no such device": {func(k *hosttest.Kernel, _ *hosttest.VFIO) {
 				_ = os.RemoveAll(k.Dir() + "/sys/bus/pci/devices/" + nic)
 			}, unix.ENODEV},
+			"no such way": {func(k *hosttest.Kernel, _ *hosttest.VFIO) {
+				_ = os.RemoveAll(k.Dir() + "/dev/vfio/vfio")
+				_ = os.RemoveAll(k.Dir() + "/dev/iommu")
+			}, ErrUnsupported},
 			"no node": {func(k *hosttest.Kernel, _ *hosttest.VFIO) {
 				_ = os.RemoveAll(k.Dir() + "/dev/vfio")
 				_ = os.RemoveAll(k.Dir() + "/dev/iommu")
@@ -139,6 +143,13 @@ func TestOpen(t *testing.T) {
 
 // TestInUse opens a device that is open already, by the same way and by the other one.
 func TestInUse(t *testing.T) {
+	eachWay(t, func(t *testing.T, way Way) {
+		_, _, host := newVFIO(t)
+		c, _ := openOne(t, host, Options{Way: way}, nic)
+		if _, err := c.Open(nic); !errors.Is(err, ErrInUse) {
+			t.Errorf("twice in one context: %v", err)
+		}
+	})
 	for _, first := range []Way{IOMMUFD, Container} {
 		for _, second := range []Way{IOMMUFD, Container} {
 			_, _, host := newVFIO(t)
@@ -246,6 +257,15 @@ func TestMap(t *testing.T) {
 		at := func(iova uint64) Mapping { return Mapping{IOVA: iova, Memory: m, Access: ReadWrite} }
 		if err := c.Map(at(0x10000)); err != nil {
 			t.Fatal(err)
+		}
+		for i, access := range []Access{Read, Write, ReadWrite} {
+			iova := uint64(0x900000 + i<<20)
+			if err := c.Map(Mapping{IOVA: iova, Memory: m, Access: access}); err != nil || v.Access(iova) != uint32(access) {
+				t.Errorf("%v, access %d instead of %d", err, v.Access(iova), access)
+			}
+			if err := c.Unmap(iova, uint64(m.Size())); err != nil {
+				t.Error(err)
+			}
 		}
 
 		asked := len(v.Asked)
@@ -484,6 +504,15 @@ func TestInterrupts(t *testing.T) {
 			t.Error(err)
 		}
 		i := must2(d.Interrupts(MSIX, 4))(t)
+		for _, kind := range []Kind{MSIX, MSI, INTx} {
+			if _, err := d.Interrupts(kind, 1); !errors.Is(err, ErrInUse) {
+				t.Errorf("%s beside MSI-X: %v", kind, err)
+			}
+		}
+		request := must2(d.Interrupts(Request, 1))(t)
+		if err := errors.Join(request.Close(), must2(d.Interrupts(Request, 1))(t).Close()); err != nil {
+			t.Error(err)
+		}
 		for range 3 {
 			if err := i.Trigger(2); err != nil {
 				t.Fatal(err)
@@ -563,11 +592,18 @@ func TestDirty(t *testing.T) {
 	v.Dirty = true
 	d := must2(c.Open(nic))(t)
 	b := must2(NewBitmap(Range{0x100000, 0x1fffff}, 4096))(t)
-	if err := c.Dirty(b, false); !errors.Is(err, ErrRange) {
+	if err := c.Dirty(b, false); !errors.Is(err, ErrRefused) {
 		t.Errorf("before it is on: %v", err)
 	}
 	if err := c.TrackDirty(true); err != nil {
 		t.Fatal(err)
+	}
+	for _, wrong := range []*Bitmap{
+		{Range{0, 128*4096 - 1}, 4096, make([]uint64, 1)}, {Range{0, 4095}, 4096, nil}, {b.Range, 8192, b.Words[:1]},
+	} {
+		if err := c.Dirty(wrong, false); !errors.Is(err, ErrRange) {
+			t.Errorf("a bitmap that is too short: %v", err)
+		}
 	}
 	written := []uint64{0x100000, 0x141000, 0x1ff000}
 	v.Devices[nic].Written = slices.Clone(written)
@@ -652,8 +688,15 @@ func TestMigrate(t *testing.T) {
 	if n, err := saving.Finish(t.Context(), &b); err != nil || n != int64(len(state)) {
 		t.Fatalf("%d, %v", n, err)
 	}
-	if s := must2(from.State())(t); s != StateStop {
-		t.Error(s)
+	if err := saving.Cancel(); err != nil || must2(from.State())(t) != StateStop {
+		t.Errorf("cancelled after it ended: %v, %s", err, must2(from.State())(t))
+	}
+	if _, err := saving.Finish(t.Context(), &b); !errors.Is(err, fs.ErrClosed) {
+		t.Errorf("ended again: %v", err)
+	}
+	stopped := must2(from.Save())(t)
+	if err := errors.Join(stopped.Cancel(), stopped.Cancel()); err != nil || must2(from.State())(t) != StateStop {
+		t.Errorf("the saving of a stopped device was cancelled: %v, %s", err, must2(from.State())(t))
 	}
 	if err := to.Load(t.Context(), bytes.NewReader(b.Bytes())); err != nil || !bytes.Equal(v.Devices[other].Content, state) {
 		t.Errorf("%v", err)
@@ -694,7 +737,16 @@ func TestTokenOfVF(t *testing.T) {
 	_, v, host := newVFIO(t)
 	token := NewToken()
 	v.Devices[nic].Token = token.String()
-	c := newContext(t, host, Options{Way: Container})
+	if _, err := newContext(t, host, Options{Way: IOMMUFD}).OpenToken(nic, token); !errors.Is(err, ErrToken) {
+		t.Errorf("a kernel whose iommufd takes no token: %v", err)
+	}
+	c := newContext(t, host, Options{})
+	if d, err := c.OpenToken(nic, token); err != nil || c.Way() != Container {
+		t.Errorf("%v, by %s", err, c.Way())
+	} else if err := d.Close(); err != nil {
+		t.Error(err)
+	}
+	c = newContext(t, host, Options{Way: Container})
 	if _, err := c.Open(nic); !errors.Is(err, ErrToken) {
 		t.Error(err)
 	}

@@ -68,14 +68,19 @@ func Missing(ranges []Range, wanted Range) []Range {
 	return append(out, Range{next, wanted.Last})
 }
 
-// insert adds a mapping to those that there are, by address, if it may be made.
-func insert(mappings []Mapping, m Mapping, info Info) ([]Mapping, error) {
+// find is where in mappings, which are by address, one begins at an address, or would stand.
+func find(mappings []Mapping, iova uint64) (int, bool) {
+	return slices.BinarySearchFunc(mappings, iova, func(m Mapping, a uint64) int { return cmp.Compare(m.IOVA, a) })
+}
+
+// placeOf is where among those that there are a mapping belongs, if it may be made. It fills in its size.
+func placeOf(mappings []Mapping, m *Mapping, info Info) (int, error) {
 	if m.Memory == nil {
-		return nil, fmt.Errorf("vfio: map at %#x: no memory was given", m.IOVA)
+		return 0, fmt.Errorf("vfio: map at %#x: no memory was given: %w", m.IOVA, ErrRange)
 	}
 	m.fill()
-	fail := func(err error, format string, a ...any) ([]Mapping, error) {
-		return nil, fmt.Errorf("vfio: map %#x bytes at %#x: %s: %w", m.Size, m.IOVA, fmt.Sprintf(format, a...), err)
+	fail := func(err error, format string, a ...any) (int, error) {
+		return 0, fmt.Errorf("vfio: map %#x bytes at %#x: %s: %w", m.Size, m.IOVA, fmt.Sprintf(format, a...), err)
 	}
 	switch size := m.Memory.Size(); {
 	case m.Offset < 0 || m.Size <= 0 || m.Offset > size-m.Size:
@@ -92,14 +97,14 @@ func insert(mappings []Mapping, m Mapping, info Info) ([]Mapping, error) {
 		return fail(ErrRange, "the IOMMU does not allow %s", missing[0])
 	}
 
-	i, found := slices.BinarySearchFunc(mappings, m, func(a, b Mapping) int { return cmp.Compare(a.IOVA, b.IOVA) })
+	i, found := find(mappings, m.IOVA)
 	switch {
 	case found || i < len(mappings) && mappings[i].span().Overlaps(m.span()):
 		return fail(ErrRange, "%s is mapped already", mappings[i].span())
 	case i > 0 && mappings[i-1].span().Overlaps(m.span()):
 		return fail(ErrRange, "%s is mapped already", mappings[i-1].span())
 	}
-	return slices.Insert(mappings, i, m), nil
+	return i, nil
 }
 
 // within are the indexes of the mappings from an address on that size covers, whole.
@@ -111,8 +116,7 @@ func within(mappings []Mapping, iova, size uint64) (first, end int, err error) {
 	if size == 0 || last < iova {
 		return fail("that is no range")
 	}
-	byAddress := func(m Mapping, a uint64) int { return cmp.Compare(m.IOVA, a) }
-	first, found := slices.BinarySearchFunc(mappings, iova, byAddress)
+	first, found := find(mappings, iova)
 	if !found {
 		return fail("no mapping begins there")
 	}

@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"runtime"
 	"time"
 	"unsafe"
 
@@ -61,6 +62,7 @@ func (s *Stream) PreCopyInfo() (PreCopyInfo, error) {
 	i := uapi.VfioPrecopyInfo{Argsz: uint32(unsafe.Sizeof(uapi.VfioPrecopyInfo{}))}
 	const op = "VFIO_MIG_GET_PRECOPY_INFO"
 	_, err := s.file.ioctl(op, uapi.VFIO_MIG_GET_PRECOPY_INFO, unsafe.Pointer(&i), stateMeans)
+	runtime.KeepAlive(s.os) // which owns the descriptor
 	return PreCopyInfo{i.InitialBytes, i.DirtyBytes}, err
 }
 
@@ -82,6 +84,7 @@ type Saving struct {
 	buffer []byte
 	sent   int64
 	before State
+	done   bool // by Finish, or Cancel
 }
 
 // chunk is how much of a state is in memory at a time, in bytes.
@@ -123,11 +126,18 @@ func (s *Saving) PreCopy(ctx context.Context, w io.Writer) (PreCopyInfo, error) 
 // Finish stops the device and writes the rest of its state; then the device is in StateStop. It returns how many bytes
 // of state were written in all. After an error the device is as it was before.
 func (s *Saving) Finish(ctx context.Context, w io.Writer) (int64, error) {
-	stream, err := s.device.SetState(StateStopCopy)
-	if s.stream == nil {
-		s.stream = stream
+	if s.done {
+		return s.sent, fmt.Errorf("vfio: the saving of %s has ended: %w", s.device.Name(), fs.ErrClosed)
 	}
-	if err == nil && s.stream == nil {
+	stream, err := s.device.SetState(StateStopCopy)
+	switch {
+	case err != nil:
+	case stream != nil && s.stream != nil:
+		err = errors.Join(fmt.Errorf("vfio: %s was reset while it was saved: %w", s.device.Name(), ErrRefused),
+			stream.Close())
+	case stream != nil:
+		s.stream = stream
+	case s.stream == nil:
 		err = fmt.Errorf("vfio: %s is in the midst of a saving: %w", s.device.Name(), ErrInUse)
 	}
 	if err == nil {
@@ -139,13 +149,20 @@ func (s *Saving) Finish(ctx context.Context, w io.Writer) (int64, error) {
 	if err != nil {
 		return s.sent, s.cancel(err)
 	}
+	s.done = true
 	return s.sent, s.stream.Close()
 }
 
-// Cancel ends the saving; the device is as it was before.
-func (s *Saving) Cancel() error { return s.cancel(nil) }
+// Cancel ends the saving; the device is as it was before. After [Saving.Finish], and again, it does nothing.
+func (s *Saving) Cancel() error {
+	if s.done {
+		return nil
+	}
+	return s.cancel(nil)
+}
 
 func (s *Saving) cancel(err error) error {
+	s.done = true
 	err = s.device.recoverTo(s.before, err)
 	if s.stream != nil {
 		err = errors.Join(err, s.stream.Close())

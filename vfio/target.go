@@ -84,25 +84,17 @@ func findTarget(h *iommu.Host, device string) (*target, error) {
 		if driver != "" {
 			has = "it is on " + driver
 		}
-		return nil, fmt.Errorf("vfio: %s: %s (viaduct bind %s takes it): %w", t.name, has, t.name, ErrNotBound)
+		if t.address != nil {
+			has += " (viaduct bind " + t.name + " takes it)"
+		}
+		return nil, fmt.Errorf("vfio: %s: %s: %w", t.name, has, ErrNotBound)
 	}
 	return t, nil
 }
 
 // ways are those by which it can be opened.
 func (t *target) ways() ([]Way, error) {
-	iommufd, err := t.host.Has(iommuNode)
-	if err != nil {
-		return nil, err
-	}
-	var out []Way
-	if t.own != nil && iommufd {
-		out = append(out, IOMMUFD)
-	}
-	if t.ofGroup != nil {
-		out = append(out, Container)
-	}
-	return out, nil
+	return waysOf(t.host, t.own != nil, t.ofGroup != nil)
 }
 
 // notViable is a NotViableError for the target's group, if a driver of the host has one of its devices.

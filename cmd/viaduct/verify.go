@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -30,7 +31,7 @@ func verifyCommand(e *env) *cli.Command {
 		ArgsUsage: "SELECTOR",
 		Description: "The device has to be on a vfio driver (viaduct bind), and nobody may have it. It is opened by each way that the kernel\n" +
 			"has, iommufd and container, which resets it: memory is mapped and unmapped, at most 1 GiB and a quarter of what is\n" +
-			"free, an interrupt is delivered, a reset tried. Exit status 0 says that a guest can have it, 1 that it cannot, with the\n" +
+			"free, the kernel is asked to signal an interrupt, a reset is tried. Exit status 0 says that a guest can have it, 1 that it cannot, with the\n" +
 			"reasons, and 3 that somebody has it. With --memory a guest of this size is checked too: whether the IOMMU can map\n" +
 			"its memory, whether this process may lock it, and whether there are huge pages for it.\n\n" +
 			"Examples:\n  viaduct verify 0000:01:00.0\n  viaduct verify enp1s0/vf0 --memory 16G\n  viaduct verify 0000:01:00.0 --json | jq .usable",
@@ -83,16 +84,19 @@ func runVerify(ctx context.Context, e *env, o verifyOptions, vo verify.Options) 
 	defer stop()
 	find := func() ([]*iommu.Device, error) {
 		d, err := o.selector.One(on.handle.Host(), on.topology)
-		if err == nil && !d.PCI {
-			err = usagef("%s is no PCI device", d.Name)
+		if err != nil {
+			return nil, err
 		}
-		return []*iommu.Device{d}, err
+		if !d.PCI {
+			return nil, usagef("%s is no PCI device", d.Name)
+		}
+		return resetWith(on.topology, d)
 	}
 	found, err := find()
 	if err != nil {
 		return err
 	}
-	if !iommu.IsVFIODriver(found[0].Driver) {
+	if !found[0].VFIO {
 		return e.offer(ctx, found[0], o)
 	}
 
@@ -100,10 +104,10 @@ func runVerify(ctx context.Context, e *env, o verifyOptions, vo verify.Options) 
 		return err
 	}
 	d := found[0]
-	if !iommu.IsVFIODriver(d.Driver) {
+	if !d.VFIO {
 		return e.offer(ctx, d, o)
 	}
-	if err := refuseHeld(on, d); err != nil {
+	if err := refuseHeld(on.handle.Host(), found); err != nil {
 		return err
 	}
 	report, err := verify.Run(ctx, on.handle.Host(), on.topology, d, vo)
@@ -119,13 +123,17 @@ func (e *env) offer(ctx context.Context, d *iommu.Device, o verifyOptions) error
 	if d.Driver != "" {
 		reason = "it is on " + d.Driver + ", which is no vfio driver"
 	}
-	reason += ": viaduct bind " + d.Name + " takes it"
 	asJSON := e.json
 	e.dryRun, e.json = true, true // nothing is printed
 	views, err := e.bind(ctx, bindOptions{
 		selectors: []iommu.Selector{o.selector}, driver: bind.Auto, changeOptions: changeOptions{timeout: o.timeout},
 	})
 	e.json = asJSON
+	if err == nil {
+		reason += ": viaduct bind " + d.Name + " takes it"
+	} else {
+		reason += ", and cannot be taken now: " + strings.ReplaceAll(err.Error(), "\n", "; ")
+	}
 
 	steps := []string{}
 	for _, v := range views {
@@ -140,22 +148,35 @@ func (e *env) offer(ctx context.Context, d *iommu.Device, o verifyOptions) error
 		for _, s := range steps {
 			fmt.Fprintln(e.stdout, s)
 		}
-		return fmt.Errorf("verify %s: %s", d.Name, reason)
 	}
-	return fmt.Errorf("verify %s: %s, but not now: %s", d.Name, reason, strings.ReplaceAll(err.Error(), "\n", "; "))
+	return fmt.Errorf("verify %s: %s", d.Name, reason)
 }
 
-// refuseHeld refuses a device that somebody has, or has been given, or of whose group somebody has one.
-func refuseHeld(on *changing, d *iommu.Device) error {
-	devices := []*iommu.Device{d}
-	if d.Group != nil {
-		g, err := on.topology.Group(*d.Group)
-		if err != nil {
-			return err
+// resetWith are a device, which is the first, and those that feel it when it is opened: the rest of its group, and the VFs
+// of a PF, which a reset makes anew.
+func resetWith(t *iommu.Topology, d *iommu.Device) ([]*iommu.Device, error) {
+	out := []*iommu.Device{d}
+	for _, one := range append(out, t.VFs(d)...) {
+		all := []*iommu.Device{one}
+		if one.Group != nil {
+			g, err := t.Group(*one.Group)
+			if err != nil {
+				return nil, err
+			}
+			all = append(all, g.Endpoints()...)
 		}
-		devices = g.Endpoints()
+		for _, o := range all {
+			if !slices.ContainsFunc(out, func(x *iommu.Device) bool { return x.Name == o.Name }) {
+				out = append(out, o)
+			}
+		}
 	}
-	holders, err := holder.Find(on.handle.Host(), devices)
+	return out, nil
+}
+
+// refuseHeld refuses to open a device, which is the first, as long as somebody has one of them, or has been given it.
+func refuseHeld(h *iommu.Host, devices []*iommu.Device) error {
+	holders, err := holder.Find(h, devices)
 	var reasons []string
 	var who []holder.Holder
 	for _, h := range holders {
@@ -165,7 +186,7 @@ func refuseHeld(on *changing, d *iommu.Device) error {
 	}
 	if len(who) > 0 {
 		return &holder.RefusedError{
-			What: "open " + d.Name, Reasons: reasons, Holders: who, Cure: "verify it when nobody has it",
+			What: "open " + devices[0].Name, Reasons: reasons, Holders: who, Cure: "verify it when nobody has it",
 		}
 	}
 	return err

@@ -99,6 +99,29 @@ func TestVerify(t *testing.T) {
 	if len(v.Asked) > asked {
 		t.Error("it was opened")
 	}
+	k.End(4711)
+
+	// A PF is not reset under a VF that somebody has.
+	k.EnableSRIOV = true
+	if err := k.Write("sys/bus/pci/devices/"+nic+"/sriov_numvfs", "1"); err != nil {
+		t.Fatal(err)
+	}
+	vf, err := os.Readlink(filepath.Join(k.Dir(), "sys/bus/pci/devices", nic, "virtfn0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	vf = filepath.Base(vf)
+	do(0, "bind", vf)
+	group, err := os.Readlink(filepath.Join(k.Dir(), "sys/bus/pci/devices", vf, "iommu_group"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	k.Process(4712, "qemu", "/dev/vfio/"+filepath.Base(group))
+	resets := d.Resets
+	if _, errs := do(3, "verify", nic); !strings.Contains(errs, vf+" is open in process 4712") || d.Resets != resets {
+		t.Errorf("a PF whose VF is in use: %s, %d resets", errs, d.Resets-resets)
+	}
+
 	for _, wrong := range [][]string{
 		{"verify"}, {"verify", nic, nic}, {"verify", nic, "--memory", "much"}, {"verify", nic, "--timeout", "0s"},
 		{"--host", t.TempDir(), "verify", nic},

@@ -9,10 +9,12 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -237,6 +239,14 @@ func TestVFIOFault(t *testing.T) {
 		if _, err := e.regs.Load32(0); !errors.Is(err, vfio.ErrFault) {
 			t.Errorf("load: %v", err)
 		}
+		err := e.regs.Batch(func(r vfio.Registers) error {
+			r.Load32(eduAlive)
+			t.Error("a batch goes on after a fault")
+			return nil
+		})
+		if !errors.Is(err, vfio.ErrFault) {
+			t.Errorf("batch: %v", err)
+		}
 		if err := e.regs.Store32(eduAlive, 1); !errors.Is(err, vfio.ErrFault) {
 			t.Errorf("store: %v", err)
 		}
@@ -267,6 +277,106 @@ func TestVFIOFault(t *testing.T) {
 			t.Errorf("load beyond the end: %v", err)
 		}
 	})
+}
+
+// TestVFIOInterrupts masks and unmasks a line, and lets go of a device when the host asks for it.
+func TestVFIOInterrupts(t *testing.T) {
+	h := openHost(t)
+	function := behindPort(t, of("1234", "11e8"))
+	take(t, function)
+	eachWay(t, func(t *testing.T, way vfio.Way) {
+		e := openEdu(t, h, way, function)
+		check(t, e.interrupts.Close())
+		e.interrupts = must(e.Interrupts(vfio.INTx, 1))
+		raise := func() { check(t, e.regs.Store32(eduRaise, 1)) }
+		silent := func(why string) {
+			t.Helper()
+			ctx, stop := context.WithTimeout(t.Context(), 300*time.Millisecond)
+			defer stop()
+			if n, err := e.interrupts.Wait(ctx, 0); !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("%s, and it came %d times: %v", why, n, err)
+			}
+		}
+
+		raise()
+		e.wait() // which masks the line
+		raise()
+		silent("the line is masked since it came")
+		check(t, e.interrupts.Unmask(0))
+		e.wait()
+		check(t, e.interrupts.Unmask(0))
+		check(t, e.interrupts.Mask(0))
+		raise()
+		silent("the line was masked")
+		check(t, e.interrupts.Unmask(0))
+		e.wait()
+
+		for _, kind := range []vfio.Kind{vfio.ErrorReport, vfio.Request} {
+			if must(e.InterruptInfo(kind)).Count == 0 {
+				t.Logf("%s has no %s", function, kind)
+				continue
+			}
+			i := must(e.Interrupts(kind, 1))
+			check(t, i.Trigger(0))
+			must(i.Wait(t.Context(), 0))
+			check(t, i.Close())
+		}
+	})
+
+	eachWay(t, func(t *testing.T, way vfio.Way) {
+		e := openEdu(t, h, way, function)
+		request := must(e.Interrupts(vfio.Request, 1))
+		done := make(chan result, 1)
+		go func() { done <- run(t, "sh", "-c", "echo "+function+" >/sys/bus/pci/drivers/vfio-pci/unbind") }()
+		ctx, stop := context.WithTimeout(t.Context(), time.Minute)
+		defer stop()
+		must(request.Wait(ctx, 0))
+		check(t, e.context.Close())
+		if r := <-done; r.status != 0 || link(devicesDir, function, "driver") != "" {
+			t.Errorf("unbind: exit status %d, %s", r.status, r.stderr)
+		}
+		shell(t, "echo "+function+" >/sys/bus/pci/drivers_probe")
+	})
+}
+
+// TestVFIOToken shares a token between a PF on vfio-pci and its VF.
+func TestVFIOToken(t *testing.T) {
+	h := openHost(t)
+	pf := of("8086", "10c9")[0]
+	shell(t, "modprobe vfio-pci && echo Y >/sys/module/vfio_pci/parameters/enable_sriov")
+	t.Cleanup(func() { shell(t, "echo N >/sys/module/vfio_pci/parameters/enable_sriov") })
+	take(t, pf)
+	token := vfio.NewToken()
+	open := func(function string, token *vfio.Token) (*vfio.Device, error) {
+		c := must(vfio.NewContext(h, vfio.Options{Way: vfio.Container}))
+		t.Cleanup(func() { check(t, c.Close()) })
+		if token == nil {
+			return c.Open(function)
+		}
+		return c.OpenToken(function, *token)
+	}
+	d := must(open(pf, nil))
+	check(t, d.SetToken(token))
+	shell(t, fmt.Sprintf("echo 1 >%s/%s/sriov_numvfs", devicesDir, pf))
+	defer shell(t, fmt.Sprintf("echo 0 >%s/%s/sriov_numvfs", devicesDir, pf))
+	vf := link(devicesDir, pf, "virtfn0")
+	await(t, "the VF", func() bool { return link(devicesDir, vf, "driver") == "vfio-pci" })
+
+	wrong := vfio.NewToken()
+	for what, given := range map[string]*vfio.Token{"no token": nil, "a wrong token": &wrong} {
+		if _, err := open(vf, given); !errors.Is(err, vfio.ErrToken) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	v := must(open(vf, &token))
+	if err := v.SetToken(token); !errors.Is(err, vfio.ErrUnsupported) {
+		t.Errorf("a VF has a token of its own: %v", err)
+	}
+	if r := run(t, viaduct, "verify", pf); r.status != 3 || !strings.Contains(r.stderr, "is open in process") {
+		t.Errorf("verify of the PF: exit status %d, %s", r.status, r.stderr)
+	}
+	check(t, v.Close())
+	check(t, d.Close())
 }
 
 // TestVFIOFunctions compares what VFIO says of a NIC's and an NVMe controller's VF with sysfs, and resets them.
@@ -383,6 +493,15 @@ func TestVFIOGroup(t *testing.T) {
 	eachWay(t, func(t *testing.T, way vfio.Way) {
 		c := must(vfio.NewContext(h, vfio.Options{Way: way}))
 		defer func() { check(t, c.Close()) }()
+		// What another process has one of can neither be opened nor, then, be reset.
+		free := held(t, pair[1])
+		if _, err := c.Open(pair[0]); !errors.Is(err, vfio.ErrInUse) {
+			t.Errorf("a group that another process has: %v", err)
+		}
+		if r := run(t, viaduct, "verify", pair[0]); r.status != 3 || !strings.Contains(r.stderr, "is open in process") {
+			t.Errorf("verify of it: exit status %d, %s", r.status, r.stderr)
+		}
+		free()
 		first, second := must(c.Open(pair[0])), must(c.Open(pair[1]))
 		other := must(vfio.NewContext(h, vfio.Options{Way: way}))
 		defer func() { check(t, other.Close()) }()
@@ -417,6 +536,29 @@ func TestVFIOGroup(t *testing.T) {
 			}
 		}
 	})
+}
+
+// held has another process hold a group, until the test ends or free is called.
+func held(t *testing.T, function string) (free func()) {
+	t.Helper()
+	node := "/dev/vfio/" + link(devicesDir, function, "iommu_group")
+	cmd := exec.Command("bash", "-c", "exec 3<>"+node+"; echo held; exec sleep 600")
+	out, err := cmd.StdoutPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	free = sync.OnceFunc(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	t.Cleanup(free)
+	if _, err := out.Read(make([]byte, 5)); err != nil {
+		t.Fatal(err)
+	}
+	return free
 }
 
 // TestVFIOLeaks opens, maps, waits, resets and closes again and again: the process has no more files, goroutines and

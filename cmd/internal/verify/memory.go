@@ -29,7 +29,8 @@ const hugePage = 2 << 20
 const hugeFolder = "sys/kernel/mm/hugepages"
 
 // allocate makes the memory that is mapped to take the time: of plain pages at most a GiB, and a quarter of what is
-// free; of huge ones what is free of them. The kernel gives it when it is used.
+// free; of huge ones a quarter
+// of what is free of them. The kernel gives it when it is used.
 func (v *verification) allocate() error {
 	available, err := memoryAvailable(v.host)
 	if err != nil {
@@ -39,10 +40,14 @@ func (v *verification) allocate() error {
 	if err != nil {
 		return err
 	}
+	limit := available / 4
+	if lock, may := guest.LockLimit(v.host, os.Getpid()); !may {
+		limit = min(limit, lock/2)
+	}
 	for _, kind := range []struct {
 		size uint64
 		page int
-	}{{min(most, available/4) / hugePage * hugePage, 0}, {min(most, free*hugePage), hugePage}} {
+	}{{min(most, limit) / hugePage * hugePage, 0}, {min(most, free*hugePage/4) / hugePage * hugePage, hugePage}} {
 		if kind.size == 0 {
 			continue
 		}
@@ -54,17 +59,29 @@ func (v *verification) allocate() error {
 			return err
 		}
 		v.samples = append(v.samples, m)
-		if err := unix.Madvise(m.Bytes(), unix.MADV_POPULATE_WRITE); errors.Is(err, unix.EINVAL) {
-			// A kernel before 5.14.
-			for b := m.Bytes(); len(b) > 0; b = b[min(len(b), m.PageSize()):] {
-				b[0] = 1
-			}
-		}
+		populate(m)
 	}
 	if len(v.samples) == 0 {
 		v.note("there is too little free memory to map some of it")
+	} else if free < 4 {
+		v.note("no huge pages of 2 MiB are set aside (vm.nr_hugepages), so that mapping some was not timed")
 	}
 	return nil
+}
+
+// populate has the kernel give memory, in pages of the size that it is to have: it makes plain ones into huge ones else
+// where it may.
+func populate(m *vfio.Memory) {
+	if m.PageSize() != hugePage {
+		_ = unix.Madvise(m.Bytes(), unix.MADV_NOHUGEPAGE) // EINVAL where it never does
+	}
+	if unix.Madvise(m.Bytes(), unix.MADV_POPULATE_WRITE) == nil {
+		return
+	}
+	// A kernel before 5.14.
+	for b := m.Bytes(); len(b) > 0; b = b[min(len(b), m.PageSize()):] {
+		b[0] = 1
+	}
 }
 
 // measure takes the time that each memory takes to be mapped and unmapped.
@@ -104,7 +121,7 @@ func (w *Way) measureOne(c *vfio.Context, m *vfio.Memory) error {
 // it is where every machine has memory.
 func place(ranges []vfio.Range, size uint64) (uint64, bool) {
 	if ranges == nil {
-		return 0, true
+		return 1 << 30, true
 	}
 	for _, r := range ranges {
 		first := (r.First + hugePage - 1) / hugePage * hugePage
@@ -156,7 +173,7 @@ func (v *verification) memory(size uint64) {
 	v.fits(m)
 	if limit, may := guest.LockLimit(v.host, os.Getpid()); !may {
 		m.LockLimit = &limit
-		if limit < size {
+		if limit <= size {
 			v.reason("this process may lock %d MiB of memory, and VFIO locks all %d MiB of the guest's: "+
 				"raise ulimit -l, or LimitMEMLOCK= of its unit", limit>>20, size>>20)
 		}

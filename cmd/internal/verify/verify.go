@@ -12,6 +12,7 @@ import (
 	"viaduct/iommu"
 	"viaduct/vfio"
 	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
 )
 
 // Options are what is verified beside the device.
@@ -58,7 +59,12 @@ func Run(ctx context.Context, h *iommu.Host, t *iommu.Topology, d *iommu.Device,
 		}
 	}
 
-	v.judgeWays(ways)
+	if err := v.inUse(ways); err != nil {
+		return nil, err
+	}
+	if err := v.judgeWays(ways); err != nil {
+		return nil, err
+	}
 	if o.Memory != 0 {
 		v.memory(o.Memory)
 	}
@@ -94,10 +100,10 @@ func (v *verification) try(ctx context.Context, way vfio.Way, w *Way, first *boo
 		return err
 	}
 	if *first {
-		*first = false
 		if err := v.describe(d); err != nil {
 			return err
 		}
+		*first = false
 	}
 	if err := v.alive(d); err != nil {
 		return err
@@ -328,6 +334,10 @@ func (v *verification) reset(d *vfio.Device) error {
 		return nil
 	}
 	err := d.Reset()
+	if err == nil {
+		// One that falls off the bus resets without an error.
+		err = v.alive(d)
+	}
 	reset.Worked = new(err == nil)
 	if err != nil {
 		reset.Error = new(oneLine(err))
@@ -336,8 +346,21 @@ func (v *verification) reset(d *vfio.Device) error {
 	return nil
 }
 
+// inUse refuses a device that only the kernel knows somebody to have.
+func (v *verification) inUse(ways []vfio.Way) error {
+	for _, way := range ways {
+		if w := v.report.Ways[way]; errors.Is(w.err, vfio.ErrInUse) {
+			return &holder.RefusedError{
+				What: "open " + v.device.Name, Reasons: []string{oneLine(w.err)}, Causes: []error{w.err},
+				Cure: "verify it when nobody has it; the kernel does not say who does",
+			}
+		}
+	}
+	return nil
+}
+
 // judgeWays says what follows from the ways that work and those that do not: one is enough.
-func (v *verification) judgeWays(ways []vfio.Way) {
+func (v *verification) judgeWays(ways []vfio.Way) error {
 	works := slices.ContainsFunc(ways, func(w vfio.Way) bool { return v.report.Ways[w].OK })
 	if note := bind.InterruptNote(v.topology); note != "" && !works {
 		if !v.topology.LateGroups() {
@@ -358,9 +381,17 @@ func (v *verification) judgeWays(ways []vfio.Way) {
 			}
 		}
 	}
-	if len(ways) == 0 {
+	if len(ways) > 0 {
+		return nil
+	}
+	unsafe, err := vfio.NoIOMMU(v.host)
+	if unsafe {
+		v.reason("no IOMMU is in front of it: VFIO has it in its noiommu mode, in which it reaches all of the " +
+			"host's memory")
+	} else {
 		v.reason("VFIO made no node for it by which a guest could have it")
 	}
+	return err
 }
 
 func (v *verification) note(format string, a ...any) {

@@ -1,6 +1,7 @@
 package verify
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -12,12 +13,14 @@ import (
 	"viaduct/internal/host/hosttest"
 	"viaduct/iommu"
 	"viaduct/vfio"
+	"viaduct/vfio/holder"
 )
 
 const nic = "0000:01:00.0"
 
-// verifyOn verifies the lab's NIC, on vfio-pci, on a kernel that was changed first.
-func verifyOn(t *testing.T, o Options, change func(*hosttest.Kernel, *hosttest.VFIO)) *Report {
+// newHost is the lab's host with its NIC on vfio-pci, on a kernel that was changed first.
+func newHost(t *testing.T, change func(*hosttest.Kernel, *hosttest.VFIO)) (*iommu.Device, *iommu.Host,
+	*iommu.Topology) {
 	t.Helper()
 	k := hosttest.NewSmallLab(t, "0000:00:05.0", nic)
 	v := k.ServeVFIO()
@@ -30,6 +33,8 @@ func verifyOn(t *testing.T, o Options, change func(*hosttest.Kernel, *hosttest.V
 	}
 	// 16 MiB are free, of which a quarter may be mapped.
 	put(k, "proc/meminfo", "MemTotal: 32768 kB\nMemAvailable:      16384 kB\n")
+	put(k, hugeFolder+"/hugepages-2048kB/free_hugepages", "8\n")
+	put(k, hugeFolder+"/hugepages-2048kB/resv_hugepages", "0\n")
 	d := &hosttest.VFIODevice{Vectors: [5]uint32{1, 1, 4, 1, 1}, State: 2, Together: []string{nic}}
 	d.Regions = [9]uint64{0: 1 << 16, 7: 4096}
 	v.Devices[nic] = d
@@ -44,6 +49,13 @@ func verifyOn(t *testing.T, o Options, change func(*hosttest.Kernel, *hosttest.V
 	if err != nil {
 		t.Fatal(err)
 	}
+	return device, h, topology
+}
+
+// verifyOn verifies the lab's NIC, on vfio-pci, on a kernel that was changed first.
+func verifyOn(t *testing.T, o Options, change func(*hosttest.Kernel, *hosttest.VFIO)) *Report {
+	t.Helper()
+	device, h, topology := newHost(t, change)
 	r, err := Run(t.Context(), h, topology, device, o)
 	if err != nil {
 		t.Fatal(err)
@@ -116,6 +128,11 @@ func TestNotUsable(t *testing.T) {
 		"no reset": {func(_ *hosttest.Kernel, v *hosttest.VFIO) { v.Devices[nic].NoReset = true }, "",
 			"cannot be reset by itself"},
 		"no iommufd": {func(k *hosttest.Kernel, _ *hosttest.VFIO) { _ = os.Remove(filepath.Join(k.Dir(), "dev/iommu")) }, "", ""},
+		"no huge pages": {func(k *hosttest.Kernel, _ *hosttest.VFIO) {
+			put(k, hugeFolder+"/hugepages-2048kB/free_hugepages", "3\n")
+		}, "", "no huge pages of 2 MiB"},
+		"dead after the reset": {func(_ *hosttest.Kernel, v *hosttest.VFIO) { v.Devices[nic].Dies = true },
+			"reads as all ones", ""},
 		"no memory": {func(k *hosttest.Kernel, _ *hosttest.VFIO) { put(k, "proc/meminfo", "MemAvailable: 100 kB\n") }, "",
 			"too little free memory"},
 		"no range that is large enough": {func(_ *hosttest.Kernel, v *hosttest.VFIO) {
@@ -134,6 +151,21 @@ func TestNotUsable(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestInUse: who only the kernel knows to have it keeps it from being opened.
+func TestInUse(t *testing.T) {
+	device, h, topology := newHost(t, func(_ *hosttest.Kernel, v *hosttest.VFIO) {
+		v.Fail = func(request uintptr) error {
+			if request == 0x3b76 || request == 0x3b68 {
+				return unix.EBUSY
+			}
+			return nil
+		}
+	})
+	if _, err := Run(t.Context(), h, topology, device, Options{}); !errors.Is(err, holder.ErrRefused) {
+		t.Errorf("%v", err)
 	}
 }
 

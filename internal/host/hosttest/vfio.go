@@ -1,6 +1,7 @@
 package hosttest
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"os"
@@ -41,6 +42,7 @@ type VFIODevice struct {
 	Sparse    [][2]uint64      // of BAR 0: offset and size; nil: all can be mapped
 	Vectors   [5]uint32        // by kind
 	NoReset   bool             // it cannot be reset alone
+	Dies      bool             // a reset leaves it dead
 	Together  []string         // what a hot reset resets
 	Migration uint64           // flags; 0: it cannot be migrated
 	Log       bool             // it can note what it writes to
@@ -57,6 +59,7 @@ type vfioFile struct {
 	name string // a group's number, a device's address
 	// of a container or iommufd
 	maps  map[uint64]uint64 // size by IOVA
+	mayOf map[uint64]uint32 // access by IOVA: 1 read, 2 write
 	set   bool              // its IOMMU is set
 	ids   uint32
 	track bool
@@ -103,7 +106,7 @@ func (v *VFIO) file(f *vfioFile) (int, error) {
 			return -1, err
 		}
 	}
-	f.maps = map[uint64]uint64{}
+	f.maps, f.mayOf = map[uint64]uint64{}, map[uint64]uint32{}
 	v.files[name], v.byFD[fd] = f, name
 	return fd, nil
 }
@@ -287,6 +290,7 @@ func (v *VFIO) container(c *vfioFile, number uintptr, a vfioArg) error {
 		a.put32(int(24+ranges)+8, 65535-uint32(len(c.maps)))
 		return nil
 	case 113:
+		c.mayOf[a.u64(16)] = a.u32(4)
 		return v.mapAt(c, a.u64(16), a.u64(24), unix.EEXIST, unix.EINVAL)
 	case 114:
 		size, there := c.maps[a.u64(8)]
@@ -298,6 +302,19 @@ func (v *VFIO) container(c *vfioFile, number uintptr, a vfioArg) error {
 		return nil
 	}
 	return unix.ENOTTY
+}
+
+// Access is what devices may do with what is mapped at an address: 1 read, 2 write.
+func (v *VFIO) Access(iova uint64) uint32 {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	may := uint32(0)
+	for _, f := range v.files {
+		if _, mapped := f.maps[iova]; mapped {
+			may |= f.mayOf[iova]
+		}
+	}
+	return may
 }
 
 func (v *VFIO) mapAt(c *vfioFile, iova, size uint64, exists, reserved error) error {
@@ -371,6 +388,7 @@ func (v *VFIO) iommufd(f *vfioFile, number uintptr, a vfioArg) error {
 			out.put64(16*i+8, r[1])
 		}
 	case 133:
+		f.mayOf[a.u64(32)] = a.u32(4)>>2&1 | a.u32(4)&2
 		return v.mapAt(f, a.u64(32), a.u64(24), unix.EADDRINUSE, unix.EADDRINUSE)
 	case 134:
 		if f.maps[a.u64(8)] != a.u64(16) {
@@ -467,6 +485,9 @@ func (v *VFIO) bind(f *vfioFile, a vfioArg) error {
 	if c == nil {
 		return unix.EBADFD
 	}
+	if a.u32(4) != 0 {
+		return unix.EINVAL // tokens came with Linux 6.17
+	}
 	if len(v.opened("group", v.group(f.name))) > 0 {
 		return unix.EBUSY
 	}
@@ -494,7 +515,25 @@ func (v *VFIO) reset(address string) error {
 	}
 	d.Resets++
 	d.State = 2
+	if d.Dies {
+		for name, f := range v.files {
+			if f.kind == "device" && f.name == address && v.alive(name) {
+				return v.kill(name)
+			}
+		}
+	}
 	return nil
+}
+
+// kill has a device's configuration space read as all ones.
+func (v *VFIO) kill(name string) error {
+	f, err := os.OpenFile(v.pathOf(name), os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, err = f.WriteAt(bytes.Repeat([]byte{0xff}, 64), 7<<40)
+	return err
 }
 
 func (d *VFIODevice) region(a vfioArg) error {

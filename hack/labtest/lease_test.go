@@ -17,6 +17,8 @@ import (
 	"testing"
 	"time"
 
+	"viaduct/vfio"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -427,5 +429,46 @@ func TestManyAssigns(t *testing.T) {
 		) > 0 {
 			t.Errorf("records are left: %v", left)
 		}
+	}
+}
+
+// TestLeaseUnit lends two functions, which only a reset of their bus resets, three times in a row: each time they are reset
+// together and go home, and what the last guest wrote to one is gone.
+func TestLeaseUnit(t *testing.T) {
+	h := openHost(t)
+	var pair []string
+	for _, n := range of("8086", "100e") {
+		if len(names(devicesDir, n, "iommu_group/devices")) > 1 {
+			pair = append(pair, n)
+		}
+	}
+	for range 3 {
+		do(t, "assign", "tenant", "--from", pair[0])
+		write := func(value uint32) (was uint32) {
+			c := must(vfio.NewContext(h, vfio.Options{Way: vfio.Container}))
+			defer func() { check(t, c.Close()) }()
+			d := must(c.Open(pair[1]))
+			must(must(d.Region(vfio.Config)).WriteAt([]byte{2, 0}, 4))
+			regs := must(must(d.Region(vfio.BAR0)).Map())
+			was = must(regs.Load32(0x2820))
+			check(t, regs.Store32(0x2820, value))
+			return was
+		}
+		if was := write(0x1234); was != 0 {
+			t.Errorf("RDTR is %#x, which the last guest wrote", was)
+		}
+		var got []struct{ Address, Result, Reset string }
+		decode(t, do(t, "release", "tenant", "--json"), &got)
+		if len(got) != 2 {
+			t.Errorf("%+v", got)
+		}
+		for _, c := range got {
+			if c.Result != "clean" || !strings.HasPrefix(c.Reset, "bus, together: ") || link(devicesDir, c.Address, "driver") != "e1000" {
+				t.Errorf("%+v, on %s", c, link(devicesDir, c.Address, "driver"))
+			}
+		}
+	}
+	if r := do(t, "leases", "--json"); !strings.Contains(r, `"quarantine": []`) {
+		t.Errorf("leases: %s", r)
 	}
 }

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"maps"
 	"os"
-	"path"
 	"slices"
 	"time"
 
@@ -369,9 +368,15 @@ func (m *Manager) finish(ctx context.Context, l *Lease, r *Request) (notes []str
 	}
 
 	for _, d := range devices {
-		if m.host.Live() && !l.Ready && !m.host.Exists(path.Join("sys/bus/pci/devices", d.Name, "reset")) {
-			notes = append(notes,
-				d.Name+": the kernel knows no way to reset it, so that it goes into quarantine when it is released")
+		if !m.host.Live() || l.Ready {
+			break
+		}
+		note, err := m.resetNote(l, d)
+		if err != nil {
+			return notes, err
+		}
+		if note != "" {
+			notes = append(notes, note)
 		}
 	}
 

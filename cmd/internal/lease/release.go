@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"path"
 	"slices"
 	"strings"
 	"sync"
@@ -13,7 +12,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"viaduct/internal/host"
 	"viaduct/iommu"
 	"viaduct/sriov"
 	"viaduct/vfio/bind"
@@ -199,40 +197,63 @@ func awaitEnd(ctx context.Context, holders []holder.Holder, most time.Duration) 
 	}
 }
 
-// scrubAll scrubs what is left of a lease's devices, and writes the certificates. The second error is of what could not
-// be written down, and must not be forgotten.
+// scrubbing is the scrub of one device.
+type scrubbing struct {
+	dev *Device
+	d   *iommu.Device
+	c   Certificate
+	err error
+}
+
+// scrubAll scrubs what is left of a lease's devices, and writes the certificates: all of them are reset before the first
+// goes back, as some are reset only together. The second error is of what could not be written down, and must not be
+// forgotten.
 func (m *Manager) scrubAll(ctx context.Context, l *Lease) (out []Certificate, unwritten, failed error) {
-	var errs, lost []error
+	var all []*scrubbing
+	done := resetting{}
 	for i := range l.Devices {
 		dev := &l.Devices[i]
-		c := Certificate{Guest: l.Guest, Address: dev.Address, ID: dev.ID, Time: time.Now(), Result: Clean}
+		s := &scrubbing{dev: dev}
+		s.c = Certificate{Guest: l.Guest, Address: dev.Address, ID: dev.ID, Time: time.Now(), Result: Clean}
+		all = append(all, s)
 		d, err := m.Topology.Find(dev.Address)
 		if err != nil || d.ID != dev.ID || dev.Nowhere {
-			c.Result, c.Why = Missing, "it is not there any more"
-			out = append(out, c)
+			s.c.Result, s.c.Why = Missing, "it is not there any more"
 			continue
 		}
-
-		c.Place = place(m.host, d)
-		err = m.scrub(ctx, l, dev, d, &c)
-		if err != nil && ctx.Err() != nil {
-			return out, errors.Join(lost...), err
+		s.d, s.c.Place = d, place(m.host, d)
+		if s.err = m.clear(ctx, l, s, done); s.err != nil && ctx.Err() != nil {
+			return out, nil, s.err
 		}
-		if err != nil {
-			c.Result, c.Why = Fouled, strings.ReplaceAll(err.Error(), "\n", "; ")
-			q := Quarantine{Address: d.Address, Place: c.Place, Guest: l.Guest, Since: c.Time, Why: c.Why, Device: *dev}
-			errs = append(errs, fmt.Errorf("%s could not be scrubbed, and is in quarantine: %w", d.Name, err))
-			lost = append(lost, m.Book.State.Put(quarantineKey(c.Place), q))
-		}
+	}
 
-		errs = append(errs, m.Book.Run.Put(scrubbed+d.Name, c))
-		out = append(out, c)
+	var errs, lost []error
+	for _, s := range all {
+		if s.d != nil && s.err == nil {
+			s.err = m.putBack(ctx, l, s)
+		}
+		if s.err != nil && ctx.Err() != nil {
+			return out, errors.Join(lost...), s.err
+		}
+		if s.err != nil {
+			s.c.Result, s.c.Why = Fouled, strings.ReplaceAll(s.err.Error(), "\n", "; ")
+			q := Quarantine{
+				Address: s.d.Address, Place: s.c.Place, Guest: l.Guest, Since: s.c.Time, Why: s.c.Why, Device: *s.dev,
+			}
+			errs = append(errs, fmt.Errorf("%s could not be scrubbed, and is in quarantine: %w", s.d.Name, s.err))
+			lost = append(lost, m.Book.State.Put(quarantineKey(s.c.Place), q))
+		}
+		if s.d != nil {
+			errs = append(errs, m.Book.Run.Put(scrubbed+s.d.Name, s.c))
+		}
+		out = append(out, s.c)
 	}
 	return out, errors.Join(lost...), errors.Join(errs...)
 }
 
-// scrub resets a device, gives it back what it had before it was assigned, and reads that back.
-func (m *Manager) scrub(ctx context.Context, l *Lease, dev *Device, d *iommu.Device, c *Certificate) error {
+// clear resets a device.
+func (m *Manager) clear(ctx context.Context, l *Lease, s *scrubbing, done resetting) error {
+	dev, d := s.dev, s.d
 	if err := m.handle.Refresh([]*iommu.Device{d}); err != nil {
 		return err
 	}
@@ -247,20 +268,21 @@ func (m *Manager) scrub(ctx context.Context, l *Lease, dev *Device, d *iommu.Dev
 			d.Name,
 		)
 	}
-
-	if !d.Blocks() || foreign {
-		// Else it was never taken, or is back already, and its own driver has made it anew.
-		if err := m.reset(d, c); err != nil {
-			return err
-		}
+	if d.Blocks() && !foreign {
+		// It was never taken, or is back already, and its own driver has made it anew.
+		return nil
 	}
+	return m.reset(l, d, &s.c, done)
+}
 
+// putBack gives a device that was reset what it had before it was assigned, and reads that back.
+func (m *Manager) putBack(ctx context.Context, l *Lease, s *scrubbing) error {
+	dev, d := s.dev, s.d
 	if d.PhysFn != nil {
-		if err := m.reconfigure(ctx, dev, d, l.Drawn, c); err != nil {
+		if err := m.reconfigure(ctx, dev, d, l.Drawn, &s.c); err != nil {
 			return err
 		}
 	}
-
 	if err := m.giveBack(context.WithoutCancel(ctx), dev, d); err != nil {
 		return err
 	}
@@ -271,28 +293,8 @@ func (m *Manager) scrub(ctx context.Context, l *Lease, dev *Device, d *iommu.Dev
 	}
 
 	now, err := iommu.ReadDevice(m.host, d.Address)
-	c.Driver = now.Driver
+	s.c.Driver = now.Driver
 	return err
-}
-
-// reset resets a device: by its own function level reset where it has one, or what else the kernel knows.
-func (m *Manager) reset(d *iommu.Device, c *Certificate) error {
-	dir := path.Join("sys/bus/pci/devices", d.Name)
-	c.Reset, _ = m.host.String(path.Join(dir, "reset_method"))
-	if !m.host.Exists(path.Join(dir, "reset")) {
-		return errors.New("the kernel knows no way to reset it")
-	}
-	if err := m.handle.Begin(opReset, d, []*iommu.Device{d}, nil); err != nil {
-		return err
-	}
-	err := m.handle.Write(d.Address, []bind.Step{{Path: path.Join(dir, "reset"), Value: "1"}})
-	if bind.IsStuck(err) {
-		return err
-	}
-	if host.Absent(err) {
-		err = fmt.Errorf("the kernel could not reset it: %w", err)
-	}
-	return errors.Join(err, m.handle.End(d.Address))
 }
 
 // reconfigure gives a VF what it had, and compares all that the PF's driver tells.

@@ -194,8 +194,12 @@ func (v *verification) describeReset(d *vfio.Device, info vfio.DeviceInfo) error
 	case !errors.Is(err, vfio.ErrUnsupported) && !errors.Is(err, vfio.ErrNotOwned):
 		return err
 	}
-	if !info.Reset {
-		v.note("it cannot be reset by itself: a guest gets it as the last one left it")
+	switch {
+	case info.Reset:
+	case len(reset.Together) > 1:
+		v.note("it is reset only together with all that shares its bus: viaduct release does so if a guest has all of it")
+	default:
+		v.note("it cannot be reset: a guest gets it as the last one left it")
 	}
 	return nil
 }

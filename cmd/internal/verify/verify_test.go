@@ -126,7 +126,7 @@ func TestNotUsable(t *testing.T) {
 		"no interrupt":                {failing(0x3b6e), "VFIO_DEVICE_SET_IRQS", ""},
 		"the reset fails":             {failing(0x3b6f), "cannot be reset, although", ""},
 		"no reset": {func(_ *hosttest.Kernel, v *hosttest.VFIO) { v.Devices[nic].NoReset = true }, "",
-			"cannot be reset by itself"},
+			"it cannot be reset"},
 		"no iommufd": {func(k *hosttest.Kernel, _ *hosttest.VFIO) { _ = os.Remove(filepath.Join(k.Dir(), "dev/iommu")) }, "", ""},
 		"no huge pages": {func(k *hosttest.Kernel, _ *hosttest.VFIO) {
 			put(k, hugeFolder+"/hugepages-2048kB/free_hugepages", "3\n")

@@ -1,0 +1,137 @@
+package lease
+
+import (
+	"errors"
+	"fmt"
+	"path"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"viaduct/internal/host"
+	"viaduct/iommu"
+	"viaduct/vfio"
+	"viaduct/vfio/bind"
+)
+
+// resetting are the resets of one release: a reset of a bus is one of all functions on it.
+type resetting map[iommu.Address]string // how those were reset that another one took along
+
+// reset resets a device: by its own function level reset where it has one, or what else the kernel knows; and where
+// nothing resets it alone, together with all that shares its bus.
+func (m *Manager) reset(l *Lease, d *iommu.Device, c *Certificate, done resetting) error {
+	if how, along := done[d.Address]; along {
+		c.Reset = how
+		return nil
+	}
+	dir := path.Join("sys/bus/pci/devices", d.Name)
+	methods, _ := m.host.String(path.Join(dir, "reset_method"))
+	if m.host.Exists(path.Join(dir, "reset")) {
+		c.Reset = methods
+		err := m.resetBy(d, func() error {
+			return m.handle.Write(d.Address, []bind.Step{{Path: path.Join(dir, "reset"), Value: "1"}})
+		})
+		if host.Absent(err) {
+			err = fmt.Errorf("the kernel could not reset it: %w", err)
+		}
+		// The first function of a card is said to be reset by its bus, and is not when there are others.
+		if !errors.Is(err, unix.ENOTTY) {
+			return err
+		}
+	}
+
+	how, functions, err := m.resetTogether(l, d)
+	if err != nil {
+		return err
+	}
+	c.Reset = how
+	for _, a := range functions {
+		done[a] = how
+	}
+	return nil
+}
+
+// resetBy has a reset written down while it lasts.
+func (m *Manager) resetBy(d *iommu.Device, do func() error) error {
+	if err := m.handle.Begin(opReset, d, []*iommu.Device{d}, nil); err != nil {
+		return err
+	}
+	err := do()
+	if bind.IsStuck(err) {
+		return err
+	}
+	return errors.Join(err, m.handle.End(d.Address))
+}
+
+// errNoReset says that a device stays as its guest has left it.
+var errNoReset = errors.New("the kernel knows no way to reset it")
+
+// resetTogether resets all that shares a device's bus, through VFIO, if it is all the lease's or of the device's group.
+func (m *Manager) resetTogether(l *Lease, d *iommu.Device) (how string, functions []iommu.Address, err error) {
+	if !d.VFIO {
+		return "", nil, errNoReset
+	}
+	space, err := vfio.NewContext(m.host, vfio.Options{})
+	if err != nil {
+		return "", nil, err
+	}
+	defer func() { err = errors.Join(err, space.Close()) }()
+	device, err := space.Open(d.Name)
+	if err != nil {
+		return "", nil, fmt.Errorf("%w alone, and with its bus neither: %w", errNoReset, err)
+	}
+	together, err := device.HotResetInfo()
+	if errors.Is(err, vfio.ErrUnsupported) {
+		return "", nil, errNoReset
+	}
+	if err != nil {
+		return "", nil, err
+	}
+
+	var names []string
+	for _, t := range together {
+		functions, names = append(functions, t.Address), append(names, t.Address.String())
+		if t.Address == d.Address {
+			continue
+		}
+		if other, err := m.Topology.Find(t.Address); err != nil || !l.Has(t.Address) && !other.Together(d) {
+			return "", nil, fmt.Errorf("it is reset only together with %s, which %s has not", t.Address, l.Guest)
+		}
+		if _, err := space.Open(t.Address.String()); err != nil && !t.Owned {
+			return "", nil, fmt.Errorf("it is reset only together with %s: %w", t.Address, err)
+		}
+	}
+	how = "bus, together: " + strings.Join(names, " ")
+	return how, functions, m.resetBy(d, device.HotReset)
+}
+
+// resetNote says what is to be known of the reset of a device before a guest has it; "" if it is reset by itself, or by
+// the guest's letting go of all that is on its bus.
+func (m *Manager) resetNote(l *Lease, d *iommu.Device) (string, error) {
+	if m.host.Exists(path.Join("sys/bus/pci/devices", d.Name, "reset")) {
+		return "", nil
+	}
+	parents, err := iommu.Parents(m.host, m.Topology)
+	if err != nil {
+		return "", err
+	}
+	if parents[d.Name] == "" {
+		return d.Name + ": the kernel knows no way to reset it, so that it goes into quarantine when it is released", nil
+	}
+
+	var others []string
+	m.Topology.All(func(o *iommu.Device) bool {
+		shares := o.PCI && o.Address.Domain == d.Address.Domain && o.Address.Bus == d.Address.Bus && o.PhysFn == nil
+		if shares && o.Name != d.Name && !l.Has(o.Address) && !o.Together(d) {
+			others = append(others, o.Name)
+		}
+		return true
+	})
+	if len(others) == 0 {
+		return "", nil
+	}
+	slices.Sort(others)
+	return fmt.Sprintf("%s: it is reset only together with %s, which %s has not, so that it goes into quarantine when "+
+		"it is released", d.Name, strings.Join(others, ", "), l.Guest), nil
+}

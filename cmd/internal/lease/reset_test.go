@@ -1,0 +1,92 @@
+package lease
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"viaduct/internal/host/hosttest"
+)
+
+// TestResetTogether: two functions that only a reset of their bus resets are lent again and again: they are reset
+// together, while both are held, before the first goes back.
+func TestResetTogether(t *testing.T) {
+	const one, two = "0000:07:01.0", "0000:07:02.0"
+	k := hosttest.NewSmallLab(t, "0000:00:08.0", one, two)
+	v := k.ServeVFIO()
+	for _, a := range []string{one, two} {
+		v.Devices[a] = &hosttest.VFIODevice{NoReset: true, Together: []string{one, two}}
+	}
+	// The first one is said to be reset by its bus.
+	reset := "sys/bus/pci/devices/" + one + "/reset"
+	if err := os.WriteFile(filepath.Join(k.Dir(), reset), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	k.Fail[reset] = syscall.ENOTTY
+	if err := os.RemoveAll(filepath.Join(k.Dir(), "sys/bus/pci/devices", two, "reset")); err != nil {
+		t.Fatal(err)
+	}
+
+	home := driversOf(t, k, one, two)
+	for round := 1; round <= 3; round++ {
+		m := without(t, k)
+		l, _, notes, err := m.Assign(t.Context(), &Request{Guest: "a", From: one, Count: 1, TTL: time.Minute})
+		if err != nil || len(l.Devices) != 2 {
+			t.Fatalf("%+v, %v", l, err)
+		}
+		for _, n := range notes {
+			if strings.Contains(n, "reset") {
+				t.Errorf("told beforehand: %s", n)
+			}
+		}
+		m.handle.Close()
+
+		m = without(t, k)
+		certificates, err := m.Release(t.Context(), "a", 0)
+		m.handle.Close()
+		if err != nil || len(certificates) != 2 {
+			t.Fatalf("round %d: %+v, %v", round, certificates, err)
+		}
+		for _, c := range certificates {
+			if c.Result != Clean || c.Reset != "bus, together: "+one+" "+two || v.Devices[c.Address.String()].Resets != round {
+				t.Errorf("round %d: %+v, %d resets", round, c, v.Devices[c.Address.String()].Resets)
+			}
+		}
+		if now := driversOf(t, k, one, two); now[0] != home[0] || now[1] != home[1] {
+			t.Errorf("round %d: given back %q, had %q", round, now, home)
+		}
+	}
+}
+
+// TestResetWithOthers: what would take along what the guest has not is told beforehand, and is not reset.
+func TestResetWithOthers(t *testing.T) {
+	const one, other = "0000:09:00.0", "0000:01:00.0"
+	k := hosttest.NewSmallLab(t, "0000:00:05.0", one, "0000:00:0a.0", other)
+	v := k.ServeVFIO()
+	v.Devices[one] = &hosttest.VFIODevice{NoReset: true, Together: []string{one, other}}
+	v.Devices[other] = &hosttest.VFIODevice{}
+	if err := os.RemoveAll(filepath.Join(k.Dir(), "sys/bus/pci/devices", one, "reset")); err != nil {
+		t.Fatal(err)
+	}
+	for _, w := range [][2]string{
+		{"devices/" + one + "/driver_override", "vfio-pci"}, {"drivers/nvme/unbind", one}, {"drivers_probe", one},
+	} {
+		if err := k.Write("sys/bus/pci/"+w[0], w[1]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	m := without(t, k)
+	if _, _, _, err := m.Assign(t.Context(), &Request{Guest: "a", From: one, Count: 1, TTL: time.Minute}); err != nil {
+		t.Fatal(err)
+	}
+	m.handle.Close()
+	m = without(t, k)
+	certificates, err := m.Release(t.Context(), "a", 0)
+	if err == nil || len(certificates) != 1 || certificates[0].Result != Fouled ||
+		!strings.Contains(certificates[0].Why, "only together with "+other) || v.Devices[other].Resets != 0 {
+		t.Errorf("%+v, %v", certificates, err)
+	}
+}

@@ -205,9 +205,9 @@ type scrubbing struct {
 	err error
 }
 
-// scrubAll scrubs what is left of a lease's devices, and writes the certificates: all of them are reset before the first
-// goes back, as some are reset only together. The second error is of what could not be written down, and must not be
-// forgotten.
+// scrubAll scrubs what is left of a lease's devices, and writes the certificates: all of them are reset before the
+// first goes back, as some are reset only together. The second error is of what could not be written down, and must not
+// be forgotten.
 func (m *Manager) scrubAll(ctx context.Context, l *Lease) (out []Certificate, unwritten, failed error) {
 	var all []*scrubbing
 	done := resetting{}

@@ -117,7 +117,8 @@ func (m *Manager) resetNote(l *Lease, d *iommu.Device) (string, error) {
 		return "", err
 	}
 	if parents[d.Name] == "" {
-		return d.Name + ": the kernel knows no way to reset it, so that it goes into quarantine when it is released", nil
+		return d.Name + ": the kernel knows no way to reset it, so that it goes into quarantine when it is released",
+			nil
 	}
 
 	var others []string

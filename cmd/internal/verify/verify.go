@@ -197,7 +197,7 @@ func (v *verification) describeReset(d *vfio.Device, info vfio.DeviceInfo) error
 	switch {
 	case info.Reset:
 	case len(reset.Together) > 1:
-		v.note("it is reset only together with all that shares its bus, which a release does if the guest has all of it")
+		v.note("it is reset only together with all on its bus, which a release does if the guest has all of it")
 	default:
 		v.note("it cannot be reset: a guest gets it as the last one left it")
 	}

@@ -206,6 +206,26 @@ func TestDecode(t *testing.T) {
 	}
 }
 
+// TestGroupOfAnother opens a device of a group that another context has: it is in use, and not unisolated.
+func TestGroupOfAnother(t *testing.T) {
+	const one, two = "0000:07:01.0", "0000:07:02.0"
+	for _, first := range []Way{IOMMUFD, Container} {
+		for _, second := range []Way{IOMMUFD, Container} {
+			k := hosttest.NewSmallLab(t, "0000:00:08.0", one, two)
+			v := k.ServeVFIO()
+			for _, a := range []string{one, two} {
+				takeFor(t, k, a)
+				v.Devices[a] = &hosttest.VFIODevice{}
+			}
+			host := &iommu.Host{Host: k.Host()}
+			openOne(t, host, Options{Way: first}, one)
+			if _, err := newContext(t, host, Options{Way: second}).Open(two); !errors.Is(err, ErrInUse) {
+				t.Errorf("%s, then %s: %v", first, second, err)
+			}
+		}
+	}
+}
+
 // TestUnits opens devices whose numbers are not 0, and resets them together.
 func TestUnits(t *testing.T) {
 	const one, two = "0000:07:01.0", "0000:07:02.0"

@@ -218,8 +218,8 @@ func TestFaultOfOpen(t *testing.T) {
 			if !k.Revive() {
 				break
 			}
-			if err == nil {
-				t.Errorf("operation %d failed, and nobody said so", n)
+			if !errors.Is(err, unix.EIO) {
+				t.Errorf("operation %d failed, and was told as %v", n, err)
 			}
 			if after := openFiles(t); after != before {
 				t.Fatalf("operation %d: %d files open, before %d (%v)", n, after, before, err)
@@ -398,6 +398,16 @@ func TestRegion(t *testing.T) {
 		}
 		if a, b, c := must2(m.Load8(1))(t), must2(m.Load16(2))(t), must2(m.Load32(4))(t); a != 0x12 || b != 0x3456 || c != 0x789abcde {
 			t.Errorf("%#x, %#x, %#x", a, b, c)
+		}
+		for _, err := range []error{
+			m.Store8(1<<20, 1), m.Store16(1<<20, 1), m.Store32(1<<20, 1), m.Store64(1<<20, 1),
+		} {
+			if !errors.Is(err, ErrRange) {
+				t.Errorf("a store beyond the end: %v", err)
+			}
+		}
+		if v := must2(m.Load64(8192))(t); v != 1<<63 {
+			t.Errorf("%#x was stored", v)
 		}
 		for at, want := range map[int64]error{4096: ErrRange, 4094: ErrAlignment, 16384: ErrRange, -8: ErrRange, 1: ErrAlignment} {
 			if _, err := m.Load64(at); !errors.Is(err, want) {

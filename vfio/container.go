@@ -3,7 +3,6 @@ package vfio
 import (
 	"errors"
 	"fmt"
-	"strings"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -78,7 +77,7 @@ func (c *container) openGroup(t *target) (*group, error) {
 	if err := t.ofGroup.check(t.host); err != nil {
 		return nil, err
 	}
-	f, err := open(t.host, strings.TrimPrefix(t.ofGroup.file, "/"), map[unix.Errno]error{unix.EBUSY: ErrInUse})
+	f, err := open(t.host, t.ofGroup.path(), map[unix.Errno]error{unix.EBUSY: ErrInUse})
 	if err != nil {
 		return nil, err
 	}

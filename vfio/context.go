@@ -231,10 +231,9 @@ type Mapping struct {
 func (m *Mapping) span() Range { return Range{m.IOVA, m.IOVA + uint64(m.Size) - 1} }
 
 // Map maps memory for the devices of the context: all of it, or nothing. An address that is not aligned is an
-// ErrAlignment; one that the IOMMU does not allow, or that is mapped already, an ErrRange; more of them
-// than its driver allows an ErrLimit; memory that may not be
-// locked for want of RLIMIT_MEMLOCK is an ENOMEM. The memory stays mapped until [Context.Unmap] or [Context.Close], and
-// cannot be closed until then.
+// ErrAlignment; one that the IOMMU does not allow, or that is mapped already, an ErrRange; more of them than its driver
+// allows an ErrLimit; memory that may not be locked for want of RLIMIT_MEMLOCK is an ENOMEM. The memory stays mapped
+// until [Context.Unmap] or [Context.Close], and cannot be closed until then.
 func (c *Context) Map(mappings ...Mapping) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -251,12 +250,12 @@ func (c *Context) Map(mappings ...Mapping) error {
 	}
 
 	// All that is known to be wrong is told before the kernel is asked.
+	mappings = slices.Clone(mappings) // whose sizes are filled in
 	noted := 0
-	for _, m := range mappings {
-		if err = c.note(m, info); err != nil {
-			break
+	for err == nil && noted < len(mappings) {
+		if err = c.note(&mappings[noted], info); err == nil {
+			noted++
 		}
-		noted++
 	}
 	done := 0
 	for err == nil && done < noted {
@@ -268,7 +267,6 @@ func (c *Context) Map(mappings ...Mapping) error {
 		return nil
 	}
 	for i, m := range mappings[:noted] {
-		m.fill()
 		if i < done {
 			if undone := c.space.unmapDMA(m.IOVA, uint64(m.Size)); undone != nil {
 				// It stays mapped, and is known to be.
@@ -282,11 +280,11 @@ func (c *Context) Map(mappings ...Mapping) error {
 	return err
 }
 
-// note adds a mapping to those that there are, by address, if it may be made.
-func (c *Context) note(m Mapping, info Info) error {
-	i, err := placeOf(c.mappings, &m, info)
+// note adds a mapping to those that there are, by address, if it may be made. It fills in its size.
+func (c *Context) note(m *Mapping, info Info) error {
+	i, err := placeOf(c.mappings, m, info)
 	if err == nil {
-		c.mappings = slices.Insert(c.mappings, i, m)
+		c.mappings = slices.Insert(c.mappings, i, *m)
 	}
 	return err
 }
@@ -299,7 +297,6 @@ func (c *Context) forget(m Mapping) {
 }
 
 func (c *Context) mapOne(m Mapping) error {
-	m.fill()
 	return m.Memory.mapped(func(base uintptr) error {
 		return c.space.mapDMA(m.IOVA, uint64(base)+uint64(m.Offset), uint64(m.Size), m.Access)
 	})
@@ -307,7 +304,7 @@ func (c *Context) mapOne(m Mapping) error {
 
 // fill gives a mapping the size that it is to have.
 func (m *Mapping) fill() {
-	if m.Size == 0 && m.Memory != nil {
+	if m.Size == 0 {
 		m.Size = m.Memory.Size() - m.Offset
 	}
 }

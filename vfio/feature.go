@@ -76,8 +76,8 @@ type Sleeping struct {
 	close  func() error
 }
 
-// SleepUntilWoken is Sleep, of a device that the host's or the device's own events may wake. It is
-// closed by the caller or with the device.
+// SleepUntilWoken is Sleep, of a device that the host's or the device's own events may wake. It is closed by
+// the caller or with the device.
 func (d *Device) SleepUntilWoken() (*Sleeping, error) {
 	v, err := newVector(d.Name() + " wakes")
 	if err != nil {

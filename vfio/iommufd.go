@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
-	"strings"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -46,7 +45,7 @@ func (s *iommufd) attach(t *target) (*file, uint32, error) {
 	if err := t.own.check(t.host); err != nil {
 		return nil, 0, err
 	}
-	f, err := open(t.host, strings.TrimPrefix(t.own.file, "/"), map[unix.Errno]error{unix.EBUSY: ErrInUse})
+	f, err := open(t.host, t.own.path(), map[unix.Errno]error{unix.EBUSY: ErrInUse})
 	if err != nil {
 		return nil, 0, err
 	}
@@ -98,7 +97,7 @@ func (t *target) opened() bool {
 	if t.ofGroup == nil {
 		return false
 	}
-	f, err := open(t.host, strings.TrimPrefix(t.ofGroup.file, "/"), nil)
+	f, err := open(t.host, t.ofGroup.path(), nil)
 	if err == nil {
 		_ = f.close()
 	}

@@ -3,6 +3,7 @@ package vfio
 import (
 	"path"
 	"strconv"
+	"strings"
 
 	"viaduct/internal/host"
 	"viaduct/iommu"
@@ -28,6 +29,9 @@ type node struct {
 	// unsafe is a group that no IOMMU is in front of.
 	unsafe bool
 }
+
+// path is the file from the host's root.
+func (n *node) path() string { return strings.TrimPrefix(n.file, "/") }
 
 // nodes are the nodes that a device on a VFIO driver can have: its group's (CONFIG_VFIO_GROUP) and its own
 // (CONFIG_VFIO_DEVICE_CDEV).

@@ -118,7 +118,7 @@ func (n *node) check(h *iommu.Host) error {
 	if err != nil {
 		return err
 	}
-	_, number, err := h.DeviceNumber(strings.TrimPrefix(n.file, "/"))
+	_, number, err := h.DeviceNumber(n.path())
 	if err != nil {
 		return err
 	}

@@ -29,8 +29,7 @@ const hugePage = 2 << 20
 const hugeFolder = "sys/kernel/mm/hugepages"
 
 // allocate makes the memory that is mapped to take the time: of plain pages at most a GiB, and a quarter of what is
-// free; of huge ones a quarter
-// of what is free of them. The kernel gives it when it is used.
+// free; of huge ones a quarter of what is free of them. The kernel gives it when it is used.
 func (v *verification) allocate() error {
 	available, err := memoryAvailable(v.host)
 	if err != nil {

@@ -103,6 +103,9 @@ func (v *verification) try(ctx context.Context, way vfio.Way, w *Way, first *boo
 		if err := v.describe(d); err != nil {
 			return err
 		}
+		if err := v.allocate(); err != nil {
+			return err
+		}
 		*first = false
 	}
 	if err := v.alive(d); err != nil {
@@ -114,11 +117,6 @@ func (v *verification) try(ctx context.Context, way vfio.Way, w *Way, first *boo
 	}
 	if way == vfio.IOMMUFD {
 		v.hardware(w, d)
-	}
-	if v.samples == nil {
-		if err := v.allocate(); err != nil {
-			return err
-		}
 	}
 	if err := w.measure(c, v.samples); err != nil {
 		return err

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"math"
 	"path"
 	"strings"
 
@@ -36,6 +37,27 @@ func nvmeSerial(h *Host, a Address) (string, error) {
 	}
 	serial, err := optional(h.String(path.Join(dir, names[0], "serial")))
 	return strings.TrimSpace(serial), err
+}
+
+// Answers reports whether a device answers when its config space is read, as one that fell off its bus does not: all
+// that is read of it is ones. A PF or other device has to tell its own vendor and device id. A VF has none of its own,
+// but its class (SR-IOV 1.1, 3.4.1.1 and 3.4.1.6). It wakes a sleeping device. It is an error if that cannot be read.
+func Answers(h *Host, d *Device) (bool, error) {
+	f, err := h.File(path.Join(pciDevices, d.Address.String(), "config"))
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	var b [12]byte
+	if n, err := f.ReadAt(b[:], 0); n < len(b) {
+		return false, fmt.Errorf("config space of %s: %d bytes: %w", d.Name, n, err)
+	}
+
+	if d.PhysFn != nil {
+		return binary.LittleEndian.Uint32(b[8:]) != math.MaxUint32, nil
+	}
+	vendor, device := binary.LittleEndian.Uint16(b[0:]), binary.LittleEndian.Uint16(b[2:])
+	return vendor == d.ID.Vendor && device == d.ID.Device, nil
 }
 
 // serialNumber decodes the Device Serial Number capability (PCIe base specification 7.9.3: id 3, lower dword first).

@@ -84,15 +84,15 @@ func (s *iommufd) bind(f *file, t *target) (id uint32, err error) {
 		if t.opened() {
 			return 0, &Error{"VFIO_DEVICE_BIND_IOMMUFD", f.name, unix.EPERM, ErrInUse}
 		}
-	case errors.Is(err, unix.EINVAL) && t.opened():
+	case errors.Is(err, unix.EINVAL) && (t.opened() || t.ofGroup == nil && t.token == nil):
 		return 0, &Error{"VFIO_DEVICE_BIND_IOMMUFD", f.name, unix.EINVAL, ErrInUse}
 	}
 	return b.OutDevid, err
 }
 
 // opened reports whether a device of the target's group is open by its own node: then its group's cannot be opened
-// (vfio_device_block_group in drivers/vfio/group.c). The kernel says EINVAL of a device that is open already, as of
-// much else.
+// (vfio_device_block_group in drivers/vfio/group.c). The kernel says EINVAL of a device that is open already
+// (vfio_df_open in drivers/vfio/vfio_main.c), as of a token.
 func (t *target) opened() bool {
 	if t.ofGroup == nil {
 		return false

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -541,8 +542,15 @@ func TestVFIOGroup(t *testing.T) {
 // held has another process hold a group, until the test ends or free is called.
 func held(t *testing.T, function string) (free func()) {
 	t.Helper()
-	node := "/dev/vfio/" + link(devicesDir, function, "iommu_group")
-	cmd := exec.Command("bash", "-c", "exec 3<>"+node+"; echo held; exec sleep 600")
+	return heldAs(t, "holder", function)
+}
+
+// heldAs is held by a process of a name.
+func heldAs(t *testing.T, name, function string) (free func()) {
+	t.Helper()
+	program := filepath.Join(t.TempDir(), name)
+	check(t, os.Symlink(must(exec.LookPath("sleep")), program))
+	cmd := exec.Command("bash", "-c", `exec 3<>"$1"; echo held; exec "$2" 600`, "held", groupNode(function), program)
 	out, err := cmd.StdoutPipe()
 	if err == nil {
 		err = cmd.Start()
@@ -558,6 +566,8 @@ func held(t *testing.T, function string) (free func()) {
 	if _, err := out.Read(make([]byte, 5)); err != nil {
 		t.Fatal(err)
 	}
+	// It has its name once it is the other program.
+	await(t, "the holder", func() bool { return attr("/proc", strconv.Itoa(cmd.Process.Pid), "comm") == name })
 	return free
 }
 

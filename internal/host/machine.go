@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -136,9 +137,49 @@ func (m machine) InUse(name string) (bool, error) {
 	return false, err
 }
 
-func (m machine) Own(name string, uid, gid int, mode uint32) error {
-	return errors.Join(unix.Fchownat(m.root.fd, name, uid, gid, 0), unix.Fchmodat(m.root.fd, name, mode, 0))
+// accessACL is the extended attribute that a file's access control list is (acl(5)).
+const accessACL = "system.posix_acl_access"
+
+func (m machine) Owner(name string) (Owner, error) {
+	fd, err := unix.Openat(m.root.fd, name, unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return Owner{}, err
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return Owner{}, err
+	}
+
+	_, err = unix.Getxattr(byDescriptor(fd), accessACL, nil)
+	if noACL(err) {
+		return Owner{int(st.Uid), int(st.Gid), st.Mode & 0o7777, false}, nil
+	}
+	return Owner{int(st.Uid), int(st.Gid), st.Mode & 0o7777, true}, err
 }
+
+func (m machine) Own(name string, uid, gid int, mode uint32) error {
+	fd, err := unix.Openat(m.root.fd, name, unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+
+	// chmod only masks an access control list, and the next one would let its entries in again.
+	if err := unix.Removexattr(byDescriptor(fd), accessACL); err != nil && !noACL(err) {
+		return err
+	}
+	if err := unix.Fchownat(fd, "", uid, gid, unix.AT_EMPTY_PATH); err != nil {
+		return err
+	}
+	return unix.Chmod(byDescriptor(fd), mode)
+}
+
+// byDescriptor is the name of the file that a descriptor of O_PATH stands for.
+func byDescriptor(fd int) string { return "/proc/self/fd/" + strconv.Itoa(fd) }
+
+// noACL reports whether a file has no access control list, or its file system knows none.
+func noACL(err error) bool { return errors.Is(err, unix.ENODATA) || errors.Is(err, unix.EOPNOTSUPP) }
 
 // WriteFile makes or replaces a file, durably and whole or not at all, and the directories it is in.
 func WriteFile(file string, content []byte) (err error) {

@@ -204,3 +204,47 @@ func TestModprobeThatStays(t *testing.T) {
 		t.Error("it is waited for")
 	}
 }
+
+// TestOwn: a file that is given to somebody else is his alone, whomever an access control list let in before.
+func TestOwn(t *testing.T) {
+	h, err := host.Open("/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	file := filepath.Join(t.TempDir(), "node")
+	if err := errors.Join(os.WriteFile(file, nil, 0o600), os.Chmod(file, 0o660)); err != nil {
+		t.Fatal(err)
+	}
+	name := strings.TrimPrefix(file, "/")
+	if o, err := h.Owner(name); err != nil || o.ACL || o.Private() || o.Mode != 0o660 || o.UID != os.Getuid() {
+		t.Errorf("%+v, %v", o, err)
+	}
+
+	// Of user 1000, who may read and write (acl(5): version 2, then tag, permissions and id of each entry).
+	list := []byte{2, 0, 0, 0}
+	for _, e := range [][3]byte{{1, 6, 0xff}, {2, 6, 0}, {4, 0, 0xff}, {16, 6, 0xff}, {32, 0, 0xff}} {
+		id := []byte{e[2], e[2], e[2], e[2]}
+		if e[0] == 2 {
+			id = []byte{0xe8, 3, 0, 0}
+		}
+		list = append(append(list, e[0], 0, e[1], 0), id...)
+	}
+	if err := unix.Setxattr(file, "system.posix_acl_access", list, 0); errors.Is(err, unix.EOPNOTSUPP) {
+		t.Skip("the file system of the folder for temporary files has no access control lists")
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	if o, err := h.Owner(name); err != nil || !o.ACL || o.Private() {
+		t.Errorf("with a list: %+v, %v", o, err)
+	}
+	if err := h.Own(name, -1, -1, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := unix.Getxattr(file, "system.posix_acl_access", nil); !errors.Is(err, unix.ENODATA) {
+		t.Errorf("the list is left: %v", err)
+	}
+	if _, err := h.Owner(name + ".not"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("of what is not there: %v", err)
+	}
+}

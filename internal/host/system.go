@@ -3,6 +3,7 @@ package host
 import (
 	"context"
 	"errors"
+	"fmt"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -29,7 +30,9 @@ type System interface {
 	Device(name string) (block bool, number uint64, err error)
 	// InUse reports whether a disk is in exclusive use.
 	InUse(name string) (bool, error)
-	// Own gives a file an owner, a group (-1 leaves either) and a mode.
+	// Owner is who may open a file.
+	Owner(name string) (Owner, error)
+	// Own gives a file an owner, a group (-1 leaves either) and a mode, and takes its access control list away.
 	Own(name string, uid, gid int, mode uint32) error
 	// Modprobe loads a module, or with an alias what it stands for. It returns when the context ends, whatever the
 	// kernel does.
@@ -139,13 +142,45 @@ func (h *Host) InUse(name string) (bool, error) {
 	return used, nil
 }
 
-// Own gives a file an owner, a group (-1 leaves either) and a mode.
+// Owner is who may open a file.
+type Owner struct {
+	UID, GID int
+	Mode     uint32 // the permissions
+	ACL      bool   // an access control list lets in others
+}
+
+// Private reports whether nobody but root may open the file.
+func (o Owner) Private() bool { return o.UID == 0 && o.Mode&0o077 == 0 && !o.ACL }
+
+// Owner is who may open a file that is there.
+func (h *Host) Owner(name string) (Owner, error) {
+	if err := h.ask("stat", name); err != nil {
+		return Owner{}, err
+	}
+	o, err := h.system.Owner(name)
+	if err != nil {
+		return Owner{}, h.fail("stat", name, err)
+	}
+	return o, nil
+}
+
+// Own gives a file an owner, a group (-1 leaves either) and a mode, takes its access control list away, and reads back
+// that so it is.
 func (h *Host) Own(name string, uid, gid int, mode uint32) error {
 	if err := h.ask("own", name); err != nil {
 		return err
 	}
 	if err := h.system.Own(name, uid, gid, mode); err != nil {
 		return h.fail("own", name, err)
+	}
+
+	now, err := h.Owner(name)
+	if err != nil {
+		return err
+	}
+	if now.Mode != mode || now.ACL || uid >= 0 && now.UID != uid || gid >= 0 && now.GID != gid {
+		return h.fail("own", name, fmt.Errorf("it has become owner %d:%d, mode %04o, list %v instead",
+			now.UID, now.GID, now.Mode, now.ACL))
 	}
 	return nil
 }

@@ -309,7 +309,7 @@ func TestWithoutLock(t *testing.T) {
 	b := open(t, k, others("count"))
 	d := read(t, b, igb)
 	for what, err := range map[string]error{
-		"begin": b.Begin("count", d, nil, nil), "end": b.End(d.Address), "disown": b.Disown(d), "write": b.Write(d.Address, []Step{{Path: overrideOf(d.Address), Value: "x"}}),
+		"begin": b.Begin("count", d, nil, nil), "end": b.End(d.Address), "disown": disown(b, d), "settle": b.Settle(d), "write": b.Write(d.Address, []Step{{Path: overrideOf(d.Address), Value: "x"}}),
 	} {
 		if !errors.Is(err, ErrNotLocked) {
 			t.Errorf("%s: %v", what, err)
@@ -344,6 +344,11 @@ func TestWithoutLock(t *testing.T) {
 	if keys, _ := other.journal.Keys("change-"); len(keys) != 1 || len(k.Log) > 0 {
 		t.Errorf("records %q, wrote %q", keys, k.Log)
 	}
+}
+
+func disown(b *Handle, d *iommu.Device) error {
+	_, err := b.Disown(d)
+	return err
 }
 
 // begin begins a change of a device as another process would that has its lock.

@@ -154,8 +154,15 @@ func appears(ctx context.Context, file string) error {
 
 const rules = "run/udev/rules.d"
 
-func ruleFile(a iommu.Address) string {
-	return path.Join(rules, "70-viaduct-"+strings.ReplaceAll(a.String(), ":", "-")+".rules")
+// rulePrefix is what the files of udev's rules for a device's nodes begin with.
+func rulePrefix(a iommu.Address) string {
+	return "70-viaduct-" + strings.ReplaceAll(a.String(), ":", "-")
+}
+
+// ruleFile is the rule that keeps a device's nodes for an owner. Each owner's is another file, as the rule asks whether
+// its own file is still there: udev may go by a rule for seconds after it was removed.
+func (o *NodeOwner) ruleFile(a iommu.Address) string {
+	return path.Join(rules, fmt.Sprintf("%s-%d-%d.rules", rulePrefix(a), o.uid, o.gid))
 }
 
 // own has udev keep the owner when a node is made again, as after another tool unbound the device and bound it anew.
@@ -165,13 +172,16 @@ func (b *Handle) own(d *iommu.Device, owner *NodeOwner) error {
 	if owner == nil || !b.host.Exists("run/udev") {
 		return nil
 	}
-	return b.host.Replace(ruleFile(d.Address), []byte(owner.rule(d)))
+	if err := b.dropRules(d.Address, owner.ruleFile(d.Address)); err != nil {
+		return err
+	}
+	return b.host.Replace(owner.ruleFile(d.Address), []byte(owner.rule(d)))
 }
 
 // Keeps reports whether a taken device's nodes were handed to this owner, and are kept for it. What others do with them
 // meanwhile, as libvirt while its domain runs, is theirs. Without udev that is not known, and taken to be so.
 func (o *NodeOwner) Keeps(h *iommu.Host, d *iommu.Device) bool {
-	text, err := h.Read(ruleFile(d.Address))
+	text, err := h.Read(o.ruleFile(d.Address))
 	return !h.Exists("run/udev") || err == nil && string(text) == o.rule(d)
 }
 
@@ -186,30 +196,76 @@ func (o *NodeOwner) rule(d *iommu.Device) string {
 
 	var b strings.Builder
 	b.WriteString("# made by viaduct bind --node-owner, removed by viaduct unbind\n")
+	still := fmt.Sprintf("TEST==\"/%s\"", o.ruleFile(d.Address))
 	if d.Group != nil {
-		fmt.Fprintf(&b, "SUBSYSTEM==\"vfio\", KERNEL==\"%d\", %s\n", *d.Group, owner)
+		fmt.Fprintf(&b, "SUBSYSTEM==\"vfio\", KERNEL==\"%d\", %s, %s\n", *d.Group, still, owner)
 	}
-	fmt.Fprintf(&b, "SUBSYSTEM==\"vfio-dev\", KERNELS==\"%s\", %s\n", d.Name, owner)
+	fmt.Fprintf(&b, "SUBSYSTEM==\"vfio-dev\", KERNELS==\"%s\", %s, %s\n", d.Name, still, owner)
 	return b.String()
 }
 
-// Disown gives the nodes of a taken device, which is locked and stays taken, back to root alone.
-func (b *Handle) Disown(d *iommu.Device) error {
+// Disown takes the nodes of a taken device, which is locked and stays taken, from everybody but root, whether viaduct
+// gave them away or another did, and reads that back. It reports whether somebody else might have opened one: who has
+// it open keeps that. [Handle.Settle] gives them whom the host's own rules for udev say.
+func (b *Handle) Disown(d *iommu.Device) (shared bool, err error) {
 	if err := errors.Join(b.MayChange(), b.locked(d.Address)); err != nil {
-		return err
+		return false, err
+	}
+	if err := b.dropRules(d.Address, ""); err != nil {
+		return false, err
 	}
 	files, err := vfio.Nodes(b.host, d)
 	if err != nil {
+		return false, err
+	}
+
+	for _, f := range files {
+		now, err := b.host.Owner(f[1:])
+		if host.Absent(err) {
+			// udev has not made it yet.
+			continue
+		}
+		if err == nil && !now.Private() {
+			shared = true
+			err = b.host.Own(f[1:], 0, 0, 0o600)
+		}
+		if err != nil {
+			return shared, err
+		}
+	}
+	return shared, nil
+}
+
+// Settle has udev look at the nodes of a device again that were taken from their owner: a rule of the host's own may
+// say whose they are.
+func (b *Handle) Settle(d *iommu.Device) error {
+	if err := errors.Join(b.MayChange(), b.locked(d.Address)); err != nil {
 		return err
 	}
-	errs := []error{b.disown(d.Address)}
-	for _, f := range files {
-		if err := b.host.Own(f[1:], 0, 0, 0o600); !host.Absent(err) {
+	numbers, err := vfio.Numbers(b.host, d)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, n := range numbers {
+		if err := b.host.Write(path.Join(path.Dir(n), "uevent"), "change"); !host.Absent(err) {
 			errs = append(errs, err)
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// disown takes the rule away again.
-func (b *Handle) disown(a iommu.Address) error { return b.host.Remove(ruleFile(a)) }
+// dropRules takes a device's rules away again, but for one.
+func (b *Handle) dropRules(a iommu.Address, keep string) error {
+	names, err := b.host.Names(rules)
+	if host.Absent(err) {
+		return nil
+	}
+	for _, n := range names {
+		file := path.Join(rules, n)
+		if strings.HasPrefix(n, rulePrefix(a)) && file != keep {
+			err = errors.Join(err, b.host.Remove(file))
+		}
+	}
+	return err
+}

@@ -5,12 +5,14 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"viaduct/internal/host"
 	"viaduct/internal/host/hosttest"
 	"viaduct/iommu"
 	"viaduct/vfio/holder"
@@ -39,7 +41,7 @@ func TestNodeOwner(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, node := range []string{"devices/vfio0", "vfio/" + groupOf(t, b, igb)} {
-		if got := k.Owners[node]; got != (hosttest.Owner{UID: 1000, GID: 36, Mode: 0o660}) {
+		if got := k.Owners[node]; got != (host.Owner{UID: 1000, GID: 36, Mode: 0o660}) {
 			t.Errorf("node %s belongs to %+v: %v", node, got, k.Owners)
 		}
 	}
@@ -47,8 +49,8 @@ func TestNodeOwner(t *testing.T) {
 	if !o.Keeps(b.Host(), d) || (&NodeOwner{"", 1000, -1}).Keeps(b.Host(), d) {
 		t.Error("whom udev keeps it for is not known")
 	}
-	rule, err := b.Host().String(ruleFile(a))
-	if err != nil || !strings.Contains(rule, `KERNELS=="0000:01:00.0", MODE="0660", OWNER="1000", GROUP="36"`) {
+	rule, err := b.Host().String(o.ruleFile(a))
+	if err != nil || !strings.Contains(rule, `KERNELS=="0000:01:00.0", TEST=="/`+o.ruleFile(a)+`", MODE="0660", OWNER="1000", GROUP="36"`) {
 		t.Errorf("rule %q, %v", rule, err)
 	}
 
@@ -61,15 +63,34 @@ func TestNodeOwner(t *testing.T) {
 	if _, err := b.Move(context.Background(), Take(Auto), a); err != nil || !other.Keeps(b.Host(), d) {
 		t.Errorf("taken again: %v", err)
 	}
-	if err := b.Disown(d); err != nil || k.Owners["devices/vfio0"] != (hosttest.Owner{Mode: 0o600}) || b.Host().Exists(ruleFile(a)) {
+	if b.Host().Exists(o.ruleFile(a)) {
+		t.Error("the rule of the owner before is left")
+	}
+	node := k.Owners["devices/vfio0"]
+	node.ACL = true
+	k.Owners["devices/vfio0"] = node
+	shared, err := b.Disown(d)
+	if err != nil || !shared || k.Owners["devices/vfio0"] != (host.Owner{Mode: 0o600}) || hasRules(b, a) {
 		t.Errorf("%v, %v", k.Owners, err)
+	}
+	if shared, err := b.Disown(d); err != nil || shared {
+		t.Errorf("taken from its owner twice: %v, %v", shared, err)
+	}
+	if err := b.Settle(d); err != nil || !slices.Contains(k.Log, "sys/class/vfio/"+groupOf(t, b, igb)+"/uevent=change") {
+		t.Errorf("udev is not asked to look again: %v, %q", err, k.Log)
 	}
 	if _, err := b.Move(context.Background(), Take(Auto).OwnedBy(o), a); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := b.Move(context.Background(), GiveBack(), a); err != nil || b.Host().Exists(ruleFile(a)) {
+	if _, err := b.Move(context.Background(), GiveBack(), a); err != nil || hasRules(b, a) {
 		t.Errorf("given back, the rule is left: %v", err)
 	}
+}
+
+// hasRules reports whether udev has rules for a device's nodes.
+func hasRules(b *Handle, a iommu.Address) bool {
+	names, _ := b.Host().Names(rules)
+	return slices.ContainsFunc(names, func(n string) bool { return strings.HasPrefix(n, rulePrefix(a)) })
 }
 
 func groupOf(t *testing.T, b *Handle, address string) string {

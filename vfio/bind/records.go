@@ -94,7 +94,7 @@ func (b *Handle) put(users []*iommu.Device, r changeRecord) error {
 	if err != nil {
 		return err
 	}
-	r.Since, r.Command, r.Writer = time.Now(), b.child.self, &w.process
+	r.Since, r.Command, r.Writer = time.Now(), b.child.command(), &w.process
 	for _, d := range users {
 		nodes, err := holder.Nodes(b.host, d)
 		if err != nil {
@@ -204,7 +204,7 @@ func (b *Handle) remember(d *iommu.Device, owner *NodeOwner) error {
 
 // forgetTaken drops what is known of a device that is no longer taken.
 func (b *Handle) forgetTaken(a iommu.Address) error {
-	return errors.Join(b.journal.Delete(takenKey(a)), b.disown(a))
+	return errors.Join(b.journal.Delete(takenKey(a)), b.dropRules(a, ""))
 }
 
 // Forget drops what the journal keeps of VFs that are no more.

@@ -148,7 +148,7 @@ func (r *recovery) claim(ctx context.Context) error {
 		switch record, known, err := r.b.change(a); {
 		case err != nil:
 			r.out = append(r.out, Recovered{a, "has a record that cannot be read", err})
-		case known && record.Stuck != "" && record.Command == r.b.child.self && record.Writer.Alive(r.b.host):
+		case known && record.Stuck != "" && record.Command == r.b.child.command() && record.Writer.Alive(r.b.host):
 			// This Handle's own write waits yet.
 			r.out = append(r.out, Recovered{a, "is still stuck", r.b.stillStuck(record)})
 			continue
@@ -286,7 +286,7 @@ func (b *Handle) resume(records []changeRecord) error {
 	}
 	for i := range records {
 		r := &records[i]
-		r.Command, r.Writer, r.Stuck = b.child.self, &w.process, ""
+		r.Command, r.Writer, r.Stuck = b.child.command(), &w.process, ""
 		if err := b.putRecord(*r); err != nil {
 			return err
 		}

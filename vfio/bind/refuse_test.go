@@ -207,7 +207,7 @@ func TestNodesThatFail(t *testing.T) {
 		_, err := b.Move(context.Background(), Take(Auto).OwnedBy(o), read(t, b, igb).Address)
 		k.Revive()
 		k.After = nil
-		if got := bound(t, b, igb); err == nil || got != [2]string{"igb", ""} || b.Host().Exists(ruleFile(read(t, b, igb).Address)) {
+		if got := bound(t, b, igb); err == nil || got != [2]string{"igb", ""} || hasRules(b, read(t, b, igb).Address) {
 			t.Errorf("%s: %v, left %q", what, err, got)
 		}
 		if keys, err := b.journal.Keys(""); err != nil || len(keys) > 0 {

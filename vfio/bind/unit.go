@@ -237,7 +237,7 @@ func (b *Handle) recordOne(d *iommu.Device, r changeRecord, g Goal) error {
 	}
 	if g.owner == nil && !d.VFIO {
 		// Whom it belonged to when it was last taken is somebody else.
-		return b.disown(d.Address)
+		return b.dropRules(d.Address, "")
 	}
 	return b.own(d, g.owner)
 }

@@ -56,6 +56,13 @@ func (c *child) get() (*writer, error) {
 	return c.now, err
 }
 
+// command is this process, if a writer was started.
+func (c *child) command() holder.Proc {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.self
+}
+
 func (c *child) close() {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -41,6 +41,16 @@ const ErrBlind = host.Error(
 	"who has the device open cannot be seen (that takes root with CAP_SYS_PTRACE, in the host's pid namespace)",
 )
 
+// ErrTooMany is matched by errors that say that there are too many open files to look at each. They match ErrBlind, too.
+const ErrTooMany = tooMany("there are more open files than can be looked at")
+
+type tooMany string
+
+func (e tooMany) Error() string { return string(e) }
+
+// Is makes it an ErrBlind.
+func (tooMany) Is(target error) bool { return target == ErrBlind }
+
 // Holder is one user of a device.
 type Holder struct {
 	Device string // the device's name

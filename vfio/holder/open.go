@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -86,8 +87,12 @@ func openIn(h *iommu.Host, devices []*iommu.Device, nodes map[Node]*iommu.Device
 
 	var out []Holder
 	var blind error
+	end := time.Now().Add(lookTime)
 	for _, pid := range pids {
-		held, err := heldBy(h, pid, devices, nodes)
+		held, err := heldBy(h, pid, devices, nodes, end)
+		if errors.Is(err, ErrTooMany) {
+			return out, err
+		}
 		if errors.Is(err, ErrBlind) {
 			blind = err
 		} else if err != nil {
@@ -112,8 +117,12 @@ func openIn(h *iommu.Host, devices []*iommu.Device, nodes map[Node]*iommu.Device
 	return out, blind
 }
 
-// heldBy are the devices that one process has open. A process that ended has none.
-func heldBy(h *iommu.Host, pid string, devices []*iommu.Device, nodes map[Node]*iommu.Device) ([]*iommu.Device, error) {
+// lookTime is how long a look at all open files may take, which is some seconds on a host with a million of them.
+var lookTime = 20 * time.Second
+
+// heldBy are the devices that one process has open. A process that ended has none. After a time it is an ErrTooMany.
+func heldBy(h *iommu.Host, pid string, devices []*iommu.Device, nodes map[Node]*iommu.Device,
+	end time.Time) ([]*iommu.Device, error) {
 	dir := path.Join("proc", pid, "fd")
 	fds, err := h.Names(dir)
 	if err != nil {
@@ -123,7 +132,10 @@ func heldBy(h *iommu.Host, pid string, devices []*iommu.Device, nodes map[Node]*
 	var held, nameless []*iommu.Device
 	var blind error
 	viaNode := false
-	for _, fd := range fds {
+	for i, fd := range fds {
+		if i%1024 == 0 && time.Now().After(end) {
+			return held, fmt.Errorf("%w: the look ended at /%s after %s", ErrTooMany, dir, lookTime)
+		}
 		target, err := h.Link(path.Join(dir, fd))
 		if err != nil {
 			if err = unseenOf(h, pid, dir, err); errors.Is(err, ErrBlind) {

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -284,5 +285,18 @@ func TestAliveUnknown(t *testing.T) {
 			}
 			k.Revive()
 		}
+	}
+}
+
+// A look at more files than there is time for is not taken for "nobody".
+func TestTooMany(t *testing.T) {
+	k, h := hostOf(t, nil)
+	bindVFIO(k)
+	k.Process(4711, "greedy", "/dev/null")
+	defer func(was time.Duration) { lookTime = was }(lookTime)
+	lookTime = 0
+	found, err := Processes(h, []*iommu.Device{read(t, h, e1000)})
+	if !errors.Is(err, ErrTooMany) || !errors.Is(err, ErrBlind) || len(found) > 0 {
+		t.Errorf("%+v, %v", found, err)
 	}
 }

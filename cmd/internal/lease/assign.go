@@ -111,6 +111,10 @@ func (m *Manager) Assign(ctx context.Context, r *Request) (l *Lease, fresh bool,
 		}
 	}
 
+	if err := m.mayRun(r); err != nil {
+		return nil, false, nil, err
+	}
+
 	skip := map[string]bool{}
 	for {
 		if l, fresh, err = m.reserve(ctx, r, units, skip); err != nil {
@@ -177,9 +181,6 @@ func (m *Manager) reserve(ctx context.Context, r *Request, units [][]*iommu.Devi
 				Cure:    "viaduct release " + r.Guest,
 			}
 		}
-		if why := m.busy(l); r.Alone && why != "" {
-			return nil, false, &holder.RefusedError{What: "run " + r.Guest, Reasons: []string{why}}
-		}
 		l.renew(m, r)
 		return l, false, m.Book.putLocked(l)
 	}
@@ -226,6 +227,25 @@ func (l *Lease) renew(m *Manager, r *Request) {
 		l.Owner = &owner
 	}
 	l.Holders = slices.DeleteFunc(l.Holders, func(h Holder) bool { return !h.Alive(m.host) })
+}
+
+// mayRun refuses to run a guest alone that runs already. It looks at processes, which may take a while: the books are
+// not locked meanwhile, but the guest's lease is.
+func (m *Manager) mayRun(r *Request) error {
+	if !r.Alone {
+		return nil
+	}
+	l, err := m.known(r.Guest)
+	if err != nil {
+		if none, _ := errors.AsType[*NoLeaseError](err); none != nil {
+			return nil
+		}
+		return err
+	}
+	if why := m.busy(l); why != "" {
+		return &holder.RefusedError{What: "run " + r.Guest, Reasons: []string{why}}
+	}
+	return nil
 }
 
 // busy says whose a lease is at this moment; "" if nobody's who lives.
@@ -346,13 +366,16 @@ func (m *Manager) finish(ctx context.Context, l *Lease, r *Request) (notes []str
 		if err := m.inUse(l, units, refusals); err != nil {
 			return notes, err
 		}
-		if !l.Drawn {
-			if err := m.before(l); err != nil {
-				return notes, err
-			}
+		held, err := m.proveFree(ctx, l, units)
+		if err != nil {
+			return notes, err
 		}
-		set, err := m.configure(ctx, l, devices)
-		if notes = append(notes, set...); err != nil {
+		set, err := m.settings(ctx, l, devices)
+		notes = append(notes, set...)
+		if err := errors.Join(err, held.Close()); err != nil {
+			return notes, err
+		}
+		if err := m.settle(held, owner); err != nil {
 			return notes, err
 		}
 	}
@@ -384,6 +407,48 @@ func (m *Manager) finish(ctx context.Context, l *Lease, r *Request) (notes []str
 		l.Ready, l.Made = true, time.Now()
 	}
 	return notes, m.Book.put(l)
+}
+
+// settings gives a lease's VFs what the guest is to have, and writes down first what they had.
+func (m *Manager) settings(ctx context.Context, l *Lease, devices []*iommu.Device) (notes []string, err error) {
+	if !l.Drawn {
+		if err := m.before(l); err != nil {
+			return nil, err
+		}
+	}
+	return m.configure(ctx, l, devices)
+}
+
+// proveFree proves that nobody has what a guest is to get, before the first setting: an inUseError else. A guest that
+// has it already may run.
+func (m *Manager) proveFree(ctx context.Context, l *Lease, units [][]*iommu.Device) (held holds, err error) {
+	if l.Ready || len(l.Holders) > 0 || l.Foreign {
+		return nil, nil
+	}
+	for _, unit := range units {
+		h, err := m.prove(ctx, "assign "+unit[0].Name, unit, false, time.Now())
+		if errors.Is(err, holder.ErrRefused) {
+			err = &inUseError{error: err, devices: unit}
+		}
+		if err != nil {
+			return nil, errors.Join(err, held.Close())
+		}
+		held = append(held, h)
+	}
+	return held, nil
+}
+
+// settle leaves the nodes of what was held to whom the host's own rules give them, if the guest names nobody.
+func (m *Manager) settle(held holds, owner *bind.NodeOwner) error {
+	var errs []error
+	for _, h := range held {
+		for _, d := range h.shared {
+			if owner == nil {
+				errs = append(errs, m.handle.Settle(d))
+			}
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // clean refuses devices in quarantine.
@@ -444,8 +509,13 @@ func (m *Manager) inUse(l *Lease, units [][]*iommu.Device, refusals []error) err
 		return nil
 	}
 	// Of those on a vfio driver, which the gate lets pass.
-	holders, err1 := holder.Processes(m.host, slices.Concat(units...))
-	displays, err2 := holder.Displays(m.host, slices.Concat(units...))
+	all := slices.Concat(units...)
+	holders, err1 := holder.Processes(m.host, all)
+	if errors.Is(err1, holder.ErrTooMany) && !slices.ContainsFunc(all, func(d *iommu.Device) bool { return !d.VFIO }) {
+		// Of those the kernel tells: see prove.
+		err1 = nil
+	}
+	displays, err2 := holder.Displays(m.host, all)
 	holders = append(holders, displays...)
 	if err := errors.Join(err1, err2); err != nil || len(holders) == 0 {
 		return err

@@ -278,6 +278,7 @@ func (m *Manager) stopped(ctx context.Context, d *Domain) ([]Certificate, error)
 		return nil, err
 	}
 	devices := m.present(l)
+	until := time.Now().Add(most)
 	if err := m.awaitGone(ctx, l, devices, most); err != nil {
 		return nil, err
 	}
@@ -285,7 +286,7 @@ func (m *Manager) stopped(ctx context.Context, d *Domain) ([]Certificate, error)
 		return nil, err
 	}
 
-	certificates, unwritten, err := m.scrubAll(ctx, l)
+	certificates, unwritten, err := m.scrub(ctx, l, until)
 	// To be made again.
 	l.rebooted()
 	return certificates, errors.Join(err, unwritten, m.Book.put(l))

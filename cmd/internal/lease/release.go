@@ -2,7 +2,6 @@ package lease
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -43,17 +42,6 @@ const (
 	Missing Result = "lost"       // it is not there any more
 )
 
-// Recoverers end what was interrupted; for the options of a Handle.
-func Recoverers() map[string]bind.Recoverer {
-	return map[string]bind.Recoverer{
-		opReset: func(_ context.Context, b *bind.Handle, a iommu.Address, _ json.RawMessage) (string, error) {
-			return "was being reset when viaduct was interrupted: the release is to be done again", b.End(a)
-		},
-	}
-}
-
-const opReset = "reset"
-
 // NoLeaseError says that a guest has no lease.
 type NoLeaseError struct {
 	Guest string
@@ -85,6 +73,7 @@ func (m *Manager) Release(ctx context.Context, guest string, wait time.Duration)
 	}
 
 	devices := m.present(l)
+	until := time.Now().Add(wait)
 	if err := m.awaitGone(ctx, l, devices, wait); err != nil {
 		return nil, err
 	}
@@ -95,16 +84,24 @@ func (m *Manager) Release(ctx context.Context, guest string, wait time.Duration)
 		// Somebody may have been quicker.
 		return nil, err
 	}
-	return m.end(ctx, l)
+	return m.end(ctx, l, until)
 }
 
-// end scrubs what a lease has, whose devices are locked, and ends it.
-func (m *Manager) end(ctx context.Context, l *Lease) ([]Certificate, error) {
+// end scrubs what a lease has, whose devices are locked, and ends it. Who has a device still is waited for until a time.
+func (m *Manager) end(ctx context.Context, l *Lease, until time.Time) ([]Certificate, error) {
+	was := *l
 	l.Ready, l.Ending, l.Maker = false, true, m.self()
 	if err := m.Book.put(l); err != nil {
 		return nil, err
 	}
-	certificates, unwritten, err := m.scrubAll(ctx, l)
+	certificates, unwritten, err := m.scrub(ctx, l, until)
+	if certificates == nil && err != nil {
+		// It was not proved that nobody has them, and they are as they were.
+		if errors.Is(err, holder.ErrRefused) && !bind.IsStuck(err) {
+			err = errors.Join(err, m.Book.put(&was))
+		}
+		return nil, err
+	}
 	if !bind.IsStuck(err) {
 		err = errors.Join(err, m.giveBackCompanions(ctx, m.present(l)))
 	}
@@ -113,6 +110,20 @@ func (m *Manager) end(ctx context.Context, l *Lease) ([]Certificate, error) {
 		return certificates, errors.Join(err, unwritten)
 	}
 	return certificates, errors.Join(err, m.Book.drop(l))
+}
+
+// scrub proves that nobody has what a lease had, and scrubs it: see scrubAll.
+func (m *Manager) scrub(ctx context.Context, l *Lease, until time.Time) (out []Certificate, unwritten, failed error) {
+	devices := m.present(l)
+	if err := m.handle.Refresh(devices); err != nil {
+		return nil, nil, err
+	}
+	held, err := m.prove(ctx, "release "+l.Guest, devices, true, until)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer func() { _ = held.Close() }()
+	return m.scrubAll(ctx, l, held)
 }
 
 // known is a guest's lease, with the devices it has, or is going to have, in this boot.
@@ -146,9 +157,10 @@ func (m *Manager) present(l *Lease) []*iommu.Device {
 func (m *Manager) awaitGone(ctx context.Context, l *Lease, devices []*iommu.Device, wait time.Duration) error {
 	for end := time.Now().Add(wait); ; {
 		holders, err := holder.Processes(m.host, devices)
-		if err != nil {
+		if err != nil && !errors.Is(err, holder.ErrTooMany) {
 			return err
 		}
+		// Of those that could not be looked at, the kernel tells afterwards: see prove.
 		for _, h := range l.Holders {
 			if h.Runs && h.Alive(m.host) &&
 				!slices.ContainsFunc(holders, func(x holder.Holder) bool { return x.PID == h.PID }) {
@@ -208,7 +220,8 @@ type scrubbing struct {
 // scrubAll scrubs what is left of a lease's devices, and writes the certificates: all of them are reset before the
 // first goes back, as some are reset only together. The second error is of what could not be written down, and must not
 // be forgotten.
-func (m *Manager) scrubAll(ctx context.Context, l *Lease) (out []Certificate, unwritten, failed error) {
+func (m *Manager) scrubAll(ctx context.Context, l *Lease,
+	held *hold) (out []Certificate, unwritten, failed error) {
 	var all []*scrubbing
 	done := resetting{}
 	for i := range l.Devices {
@@ -222,15 +235,27 @@ func (m *Manager) scrubAll(ctx context.Context, l *Lease) (out []Certificate, un
 			continue
 		}
 		s.d, s.c.Place = d, place(m.host, d)
-		if s.err = m.clear(ctx, l, s, done); s.err != nil && ctx.Err() != nil {
+		if s.err = m.clear(ctx, l, s, done, held); s.err != nil && ctx.Err() != nil {
 			return out, nil, s.err
 		}
+	}
+
+	for _, s := range all {
+		if s.d == nil || s.err != nil || s.d.PhysFn == nil {
+			continue
+		}
+		if s.err = m.reconfigure(ctx, s.dev, s.d, l.Drawn, &s.c); s.err != nil && ctx.Err() != nil {
+			return out, nil, s.err
+		}
+	}
+	if err := held.Close(); err != nil {
+		return out, nil, err
 	}
 
 	var errs, lost []error
 	for _, s := range all {
 		if s.d != nil && s.err == nil {
-			s.err = m.putBack(ctx, l, s)
+			s.err = m.putBack(ctx, s)
 		}
 		if s.err != nil && ctx.Err() != nil {
 			return out, errors.Join(lost...), s.err
@@ -252,7 +277,7 @@ func (m *Manager) scrubAll(ctx context.Context, l *Lease) (out []Certificate, un
 }
 
 // clear resets a device.
-func (m *Manager) clear(ctx context.Context, l *Lease, s *scrubbing, done resetting) error {
+func (m *Manager) clear(ctx context.Context, l *Lease, s *scrubbing, done resetting, held *hold) error {
 	dev, d := s.dev, s.d
 	if err := m.handle.Refresh([]*iommu.Device{d}); err != nil {
 		return err
@@ -272,22 +297,24 @@ func (m *Manager) clear(ctx context.Context, l *Lease, s *scrubbing, done resett
 		// It was never taken, or is back already, and its own driver has made it anew.
 		return nil
 	}
-	return m.reset(l, d, &s.c, done)
+	if err := m.reset(l, d, &s.c, done, held); err != nil {
+		return err
+	}
+	answers, err := iommu.Answers(m.host, d)
+	if err == nil && !answers {
+		err = errors.New("it does not answer since its reset")
+	}
+	return err
 }
 
-// putBack gives a device that was reset what it had before it was assigned, and reads that back.
-func (m *Manager) putBack(ctx context.Context, l *Lease, s *scrubbing) error {
+// putBack gives a device that was reset, and has the settings it had, back to what it was on.
+func (m *Manager) putBack(ctx context.Context, s *scrubbing) error {
 	dev, d := s.dev, s.d
-	if d.PhysFn != nil {
-		if err := m.reconfigure(ctx, dev, d, l.Drawn, &s.c); err != nil {
-			return err
-		}
-	}
 	if err := m.giveBack(context.WithoutCancel(ctx), dev, d); err != nil {
 		return err
 	}
-	if l.NodeOwner != "" && !dev.Home {
-		if err := m.handle.Disown(d); err != nil {
+	if !dev.Home && d.VFIO {
+		if err := m.handle.Settle(d); err != nil {
 			return err
 		}
 	}
@@ -381,7 +408,7 @@ func (m *Manager) Lift(ctx context.Context, devices []*iommu.Device) ([]Certific
 			return out, err
 		}
 		l.Devices[0].Address, l.Devices[0].ID = d.Address, d.ID
-		some, unwritten, err := m.scrubAll(ctx, l)
+		some, unwritten, err := m.scrub(ctx, l, time.Now())
 		out = append(out, some...)
 		if !bind.IsStuck(err) {
 			err = errors.Join(err, m.giveBackCompanions(ctx, []*iommu.Device{d}))
@@ -463,7 +490,7 @@ func (m *Manager) stillDead(guest string) (*Lease, error) {
 	}
 	present := m.present(l)
 	holders, err := holder.Processes(m.host, present)
-	if err != nil {
+	if err != nil && !errors.Is(err, holder.ErrTooMany) {
 		return nil, err
 	}
 	if state, _ := m.state(l, holders, time.Now()); state != Dead || len(present) == 0 {
@@ -480,7 +507,7 @@ func (m *Manager) endAll(ctx context.Context, byPF map[iommu.Address][]*Lease) (
 	var wg sync.WaitGroup
 	work := func(leases []*Lease) {
 		for _, l := range leases {
-			some, err := m.end(ctx, l)
+			some, err := m.end(ctx, l, time.Now())
 			mu.Lock()
 			out, errs = append(out, some...), append(errs, err)
 			mu.Unlock()

@@ -20,7 +20,7 @@ type resetting map[iommu.Address]string // how those were reset that another one
 
 // reset resets a device: by its own function level reset where it has one, or what else the kernel knows; and where
 // nothing resets it alone, together with all that shares its bus.
-func (m *Manager) reset(l *Lease, d *iommu.Device, c *Certificate, done resetting) error {
+func (m *Manager) reset(l *Lease, d *iommu.Device, c *Certificate, done resetting, held *hold) error {
 	if how, along := done[d.Address]; along {
 		c.Reset = how
 		return nil
@@ -29,7 +29,7 @@ func (m *Manager) reset(l *Lease, d *iommu.Device, c *Certificate, done resettin
 	methods, _ := m.host.String(path.Join(dir, "reset_method"))
 	if m.host.Exists(path.Join(dir, "reset")) {
 		c.Reset = methods
-		err := m.resetBy(d, func() error {
+		err := m.recorded(opReset, d, nil, func() error {
 			return m.handle.Write(d.Address, []bind.Step{{Path: path.Join(dir, "reset"), Value: "1"}})
 		})
 		if host.Absent(err) {
@@ -41,7 +41,7 @@ func (m *Manager) reset(l *Lease, d *iommu.Device, c *Certificate, done resettin
 		}
 	}
 
-	how, functions, err := m.resetTogether(l, d)
+	how, functions, err := m.resetTogether(l, d, held)
 	if err != nil {
 		return err
 	}
@@ -52,23 +52,12 @@ func (m *Manager) reset(l *Lease, d *iommu.Device, c *Certificate, done resettin
 	return nil
 }
 
-// resetBy has a reset written down while it lasts.
-func (m *Manager) resetBy(d *iommu.Device, do func() error) error {
-	if err := m.handle.Begin(opReset, d, []*iommu.Device{d}, nil); err != nil {
-		return err
-	}
-	err := do()
-	if bind.IsStuck(err) {
-		return err
-	}
-	return errors.Join(err, m.handle.End(d.Address))
-}
-
 // errNoReset says that a device stays as its guest has left it.
 var errNoReset = errors.New("the kernel knows no way to reset it")
 
 // resetTogether resets all that shares a device's bus, through VFIO, if it is all the lease's or of the device's group.
-func (m *Manager) resetTogether(l *Lease, d *iommu.Device) (how string, functions []iommu.Address, err error) {
+// What it opens for that it leaves open in the hold.
+func (m *Manager) resetTogether(l *Lease, d *iommu.Device, held *hold) (how string, functions []iommu.Address, err error) {
 	if !d.VFIO {
 		return "", nil, errNoReset
 	}
@@ -76,8 +65,8 @@ func (m *Manager) resetTogether(l *Lease, d *iommu.Device) (how string, function
 	if err != nil {
 		return "", nil, err
 	}
-	defer func() { err = errors.Join(err, space.Close()) }()
-	device, err := space.Open(d.Name)
+	held.also = append(held.also, space)
+	device, err := held.open(space, d)
 	if err != nil {
 		return "", nil, fmt.Errorf("%w alone, and with its bus neither: %w", errNoReset, err)
 	}
@@ -95,15 +84,16 @@ func (m *Manager) resetTogether(l *Lease, d *iommu.Device) (how string, function
 		if t.Address == d.Address {
 			continue
 		}
-		if other, err := m.Topology.Find(t.Address); err != nil || !l.Has(t.Address) && !other.Together(d) {
+		other, err := m.Topology.Find(t.Address)
+		if err != nil || !l.Has(t.Address) && !other.Together(d) {
 			return "", nil, fmt.Errorf("it is reset only together with %s, which %s has not", t.Address, l.Guest)
 		}
-		if _, err := space.Open(t.Address.String()); err != nil && !t.Owned {
+		if _, err := held.open(space, other); err != nil && !t.Owned {
 			return "", nil, fmt.Errorf("it is reset only together with %s: %w", t.Address, err)
 		}
 	}
 	how = "bus, together: " + strings.Join(names, " ")
-	return how, functions, m.resetBy(d, device.HotReset)
+	return how, functions, m.recorded(opReset, d, nil, device.HotReset)
 }
 
 // resetNote says what is to be known of the reset of a device before a guest has it; "" if it is reset by itself, or by

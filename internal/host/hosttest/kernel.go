@@ -33,9 +33,9 @@ type Kernel struct {
 	Fail    map[string]error    // by file name as it is written to: answer this, and do nothing
 	Probe   map[string]error    // by device or driver: probing fails with this
 	Partial int                 // make at most so many VFs and report success, if not 0
-	// OnIoctl answers ioctl(2); nil knows none.
+	// OnIoctl answers ioctl(2). NewKernel has VFIO's files answer.
 	OnIoctl func(fd int, request uintptr, arg unsafe.Pointer) (int, error)
-	// OnOpen opens those files that it knows, which are there; nil knows none.
+	// OnOpen opens those files that it knows, which are there. NewKernel has VFIO's nodes opened.
 	OnOpen func(name string) (fd int, known bool, err error)
 	// LateGroups are, by device, the IOMMU groups that devices without one get when a driver is first bound, as with an
 	// SMMU; "noiommu-N" for one that VFIO makes in its noiommu mode.
@@ -46,9 +46,11 @@ type Kernel struct {
 	Before      func(name, value string) // called before each write, without the lock
 	// After is called after each write, without the lock; it may call Write, which calls it again.
 	After  func(name, value string)
-	Busy   map[string]bool  // disks that are in exclusive use, by name
-	Owners map[string]Owner // of nodes, by name, as Own set them
-	Net    Network          // what netlink answers from, beside the interfaces that the files show
+	Busy   map[string]bool       // disks that are in exclusive use, by name
+	Owners map[string]host.Owner // of nodes, by name, as Own set them
+	Net    Network               // what netlink answers from, beside the interfaces that the files show
+
+	opened *VFIO // what was opened of VFIO's nodes
 
 	tb   testing.TB
 	dir  string // of sysfs and all: the root
@@ -77,7 +79,7 @@ func NewKernel(tb testing.TB, tree Tree) *Kernel {
 	tb.Helper()
 	k := &Kernel{
 		IDs: map[string][]string{}, Modules: map[string]string{}, Fail: map[string]error{}, Probe: map[string]error{},
-		Busy: map[string]bool{}, Owners: map[string]Owner{},
+		Busy: map[string]bool{}, Owners: map[string]host.Owner{},
 		tb: tb, dir: tree.Dir(tb), home: map[string]Tree{}, classes: map[string]Tree{},
 	}
 	k.startProc()
@@ -104,9 +106,11 @@ func NewKernel(tb testing.TB, tree Tree) *Kernel {
 		if !k.exists(dev + "/driver_override") {
 			k.put(dev+"/driver_override", "(null)\n")
 		}
+		k.putConfig(dev)
 	}
 
 	k.startNet()
+	k.startVFIO()
 	h, err := host.Fake(k.dir, k)
 	k.must(err)
 	tb.Cleanup(func() { k.must(h.Close()) })
@@ -140,6 +144,7 @@ func (k *Kernel) Write(name, value string) error {
 	if k.Before != nil {
 		k.Before(name, value)
 	}
+	k.awaitClosed(path.Clean(name), value)
 	err := k.locked(path.Clean(name), value)
 	k.tell()
 	if k.After != nil {
@@ -182,7 +187,7 @@ func (k *Kernel) writable(file string) error {
 	case file == "sys/bus/pci/drivers_probe",
 		path.Dir(path.Clean(dir)) == sysDrivers && (attribute == "bind" || attribute == "unbind"),
 		attribute == "driver_override", attribute == "sriov_numvfs", attribute == "sriov_drivers_autoprobe",
-		attribute == "sriov_vf_msix_count", attribute == "reset":
+		attribute == "sriov_vf_msix_count", attribute == "reset", attribute == "uevent":
 		return nil
 	}
 	return syscall.EACCES
@@ -233,6 +238,8 @@ func (k *Kernel) store(file, value string) error {
 		}
 		k.put(file, on+"\n")
 		return nil
+	case "uevent":
+		return nil
 	case "sriov_vf_msix_count":
 		return k.vectors(dir, name)
 	case "reset":
@@ -246,6 +253,17 @@ func (k *Kernel) store(file, value string) error {
 		return nil
 	default:
 		return k.numvfs(dir, name)
+	}
+}
+
+// putConfig gives a device its config space, unless it has one. A VF has no ids of its own.
+func (k *Kernel) putConfig(dev string) {
+	switch {
+	case k.exists(dev + "/config"):
+	case k.exists(dev + "/physfn"):
+		k.put(dev+"/config", configOf("ffff", "ffff", k.text(dev, "class")))
+	default:
+		k.put(dev+"/config", configOf(k.text(dev, "vendor"), k.text(dev, "device"), k.text(dev, "class")))
 	}
 }
 

@@ -1,6 +1,7 @@
 package hosttest
 
 import (
+	"encoding/binary"
 	"fmt"
 	"path"
 	"strconv"
@@ -70,7 +71,7 @@ func (f *PCI) add(t Tree) {
 	put("numa_node", "-1\n")
 	put("driver_override", "(null)\n")
 	put("resource", strings.Repeat("0x0000000000000000 0x0000000000000000 0x0000000000000000\n", 13))
-	put("config", string(make([]byte, 64)))
+	put("config", configOf(vendor, device, f.Class))
 	put("subsystem", arrow+up+"bus/pci")
 	if f.Driver != "" {
 		put("driver", arrow+up+path.Join("bus/pci/drivers", f.Driver))
@@ -87,6 +88,18 @@ func (f *PCI) add(t Tree) {
 	for name, content := range f.Files {
 		t[path.Join(dir, name)] = content
 	}
+}
+
+// configOf is the config space of a function, as far as it tells what the function is.
+func configOf(vendor, device, class string) string {
+	number := func(s string) uint32 {
+		n, _ := strconv.ParseUint(strings.TrimPrefix(s, "0x"), 16, 32)
+		return uint32(n)
+	}
+	b := make([]byte, 64)
+	binary.LittleEndian.PutUint32(b[0:], number(device)<<16|number(vendor))
+	binary.LittleEndian.PutUint32(b[8:], number(class)<<8)
+	return string(b)
 }
 
 func modalias(vendor, device, class string) string {

@@ -114,6 +114,7 @@ func (k *Kernel) addVF(pf string, index int, address string) {
 	}
 	k.link(fmt.Sprintf("%s/virtfn%d", pf, index), vf)
 	k.link(vf+"/physfn", pf)
+	k.putConfig(vf)
 	if driver := k.driver(pf); strings.Contains(driver, "vfio") {
 		// vfio_pci_bus_notifier.
 		k.put(vf+"/driver_override", driver+"\n")

@@ -18,12 +18,6 @@ import (
 
 // This is what a Kernel has beside files: see host.System.
 
-// Owner is who owns a node.
-type Owner struct {
-	UID, GID int
-	Mode     uint32
-}
-
 // Operation is asked before each operation of the host.
 func (k *Kernel) Operation(op, name string) error {
 	if f := k.fault.Load(); f != nil {
@@ -92,6 +86,20 @@ func (k *Kernel) Device(name string) (block bool, number uint64, err error) {
 // InUse reports whether a disk is in Busy.
 func (k *Kernel) InUse(name string) (bool, error) { return k.Busy[path.Base(name)], nil }
 
+// Owner is who Owners has for a file that is there; root alone for what it has not.
+func (k *Kernel) Owner(name string) (host.Owner, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if !k.exists(name) {
+		return host.Owner{}, syscall.ENOENT
+	}
+	o, known := k.Owners[nodeKey(name)]
+	if !known {
+		o.Mode = 0o600
+	}
+	return o, nil
+}
+
 // Own notes the owner of a file that is there.
 func (k *Kernel) Own(name string, uid, gid int, mode uint32) error {
 	k.mu.Lock()
@@ -99,9 +107,19 @@ func (k *Kernel) Own(name string, uid, gid int, mode uint32) error {
 	if !k.exists(name) {
 		return syscall.ENOENT
 	}
-	k.Owners[path.Base(path.Dir(name))+"/"+path.Base(name)] = Owner{uid, gid, mode}
+	o := k.Owners[nodeKey(name)]
+	if uid >= 0 {
+		o.UID = uid
+	}
+	if gid >= 0 {
+		o.GID = gid
+	}
+	k.Owners[nodeKey(name)] = host.Owner{UID: o.UID, GID: o.GID, Mode: mode}
 	return nil
 }
+
+// nodeKey is what Owners knows a node by.
+func nodeKey(name string) string { return path.Base(path.Dir(name)) + "/" + path.Base(name) }
 
 // Modprobe registers the driver that a module in Modules brings.
 func (k *Kernel) Modprobe(ctx context.Context, module string) error {
@@ -149,6 +167,7 @@ func (k *Kernel) removeNodes(dev, driver string) {
 	}
 	for _, n := range k.names(dev + "/vfio-dev") {
 		k.must(os.RemoveAll(k.at("dev/vfio/devices/" + n)))
+		delete(k.Owners, "devices/"+n)
 	}
 	k.takeAway(dev + "/vfio-dev")
 	group, err := k.resolve(dev + "/iommu_group")
@@ -164,6 +183,7 @@ func (k *Kernel) removeNodes(dev, driver string) {
 	for _, id := range []string{path.Base(group), "noiommu-" + path.Base(group)} {
 		k.must(os.RemoveAll(k.at(path.Join("sys/class/vfio", id))))
 		k.must(os.RemoveAll(k.at(path.Join("dev/vfio", id))))
+		delete(k.Owners, "vfio/"+id)
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -83,14 +84,36 @@ func pointerTo(address uint64) unsafe.Pointer { return *(*unsafe.Pointer)(unsafe
 
 // ServeVFIO gives a kernel VFIO, with both ways in.
 func (k *Kernel) ServeVFIO() *VFIO {
-	v := &VFIO{
+	k.put("dev/vfio/vfio", "c 10:196\n")
+	k.put("dev/iommu", "c 10:126\n")
+	return k.opened
+}
+
+// startVFIO has the nodes of groups and devices opened, once as the kernel does.
+func (k *Kernel) startVFIO() {
+	k.opened = &VFIO{
 		Isolated: true, Allowed: [][2]uint64{{0, 0xfedfffff}, {0xfef00000, 1<<48 - 1}},
 		Devices: map[string]*VFIODevice{}, k: k, files: map[string]*vfioFile{}, byFD: map[int]string{},
 	}
-	k.put("dev/vfio/vfio", "c 10:196\n")
-	k.put("dev/iommu", "c 10:126\n")
-	k.OnOpen, k.OnIoctl = v.open, v.ioctl
-	return v
+	k.OnOpen, k.OnIoctl = k.opened.open, k.opened.ioctl
+}
+
+// awaitClosed waits before a VFIO driver is unbound until nobody has the device's own file open, bound to an iommufd or
+// not (vfio_unregister_group_dev).
+func (k *Kernel) awaitClosed(name, address string) {
+	driver := path.Base(path.Dir(name))
+	if path.Base(name) != "unbind" || !strings.Contains(driver, "vfio") {
+		return
+	}
+	for k.opened.has(strings.TrimSpace(address)) {
+		time.Sleep(time.Millisecond) // nothing tells of another's close
+	}
+}
+
+func (v *VFIO) has(address string) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return len(v.opened("device", address)) > 0
 }
 
 // file makes memory for an open file.
@@ -168,7 +191,8 @@ func (v *VFIO) open(name string) (int, bool, error) {
 		f = &vfioFile{kind: "group", name: base}
 		busy := len(v.opened("group", base)) > 0
 		for _, d := range v.opened("device", "") {
-			busy = busy || v.bound(d) && v.group(d.name) == base
+			// A device that was opened by its group keeps that open.
+			busy = busy || d.in != "" && v.group(d.name) == strings.TrimPrefix(base, "noiommu-")
 		}
 		if busy {
 			return -1, true, unix.EBUSY

@@ -1,0 +1,190 @@
+package lease
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"path"
+	"time"
+
+	"viaduct/internal/host"
+	"viaduct/iommu"
+	"viaduct/vfio"
+	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
+)
+
+// That nobody has a device is proved by the kernel. A look at processes names who has it, and can miss one: memory that
+// is mapped and whose descriptor is closed, a descriptor on its way over a socket, a thread's own table.
+
+// hold keeps everybody from the devices of a lease while they are reset and set.
+type hold struct {
+	claim *vfio.Claim
+	also  []io.Closer // what has devices open that were left out of the claim since
+
+	shared []*iommu.Device // whose nodes others than root could open
+}
+
+// Close lets go of the devices; again is no error.
+func (h *hold) Close() error {
+	errs := []error{h.claim.Close()}
+	for _, c := range h.also {
+		errs = append(errs, c.Close())
+	}
+	return errors.Join(errs...)
+}
+
+type holds []*hold
+
+func (all holds) Close() error {
+	var errs []error
+	for _, h := range all {
+		errs = append(errs, h.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// open opens a device in a context instead of claiming it.
+func (h *hold) open(space *vfio.Context, d *iommu.Device) (*vfio.Device, error) {
+	if err := h.claim.Drop(d); err != nil {
+		return nil, err
+	}
+	return space.Open(d.Name)
+}
+
+// prove takes the devices of a lease that are on VFIO drivers from their nodes' owner and proves that nobody has them,
+// now or while the hold lasts. Somebody who has one is waited for until the end given, and is a holder.RefusedError
+// then. Where the kernel makes devices nodes of their own, which everybody or those who were shared them may have open
+// without using them so far, the device lets go of them.
+func (m *Manager) prove(ctx context.Context, what string, devices []*iommu.Device, everybody bool,
+	end time.Time) (h *hold, err error) {
+	var taken, shared, cut []*iommu.Device
+	for _, d := range devices {
+		if !d.VFIO {
+			continue
+		}
+		others, err := m.handle.Disown(d)
+		if err != nil {
+			return nil, err
+		}
+		taken = append(taken, d)
+		if others {
+			shared = append(shared, d)
+		}
+		if (others || everybody) && m.host.Exists(path.Join("sys/bus/pci/devices", d.Name, "vfio-dev")) {
+			cut = append(cut, d)
+		}
+	}
+
+	h, err = m.hold(ctx, what, taken, end)
+	if err == nil && len(cut) > 0 {
+		if err = h.Close(); err != nil {
+			return nil, err
+		}
+		for _, d := range cut {
+			if err := m.letGo(what, d); err != nil {
+				return nil, err
+			}
+		}
+		h, err = m.hold(ctx, what, taken, time.Now())
+	}
+	if err == nil {
+		h.shared = shared
+	}
+	return h, err
+}
+
+// hold claims devices, once nobody has them any more.
+func (m *Manager) hold(ctx context.Context, what string, devices []*iommu.Device, end time.Time) (*hold, error) {
+	for {
+		claim, err := vfio.NewClaim(m.host, devices...)
+		if err == nil {
+			return &hold{claim: claim}, nil
+		}
+		if !errors.Is(err, vfio.ErrInUse) {
+			return nil, err
+		}
+		left := time.Until(end)
+		if left <= 0 || ctx.Err() != nil {
+			return nil, &holder.RefusedError{
+				What: what, Causes: []error{err}, Cure: "end whoever has it first: a guest, or what a guest has left behind",
+				Reasons: []string{"somebody whom /proc does not show has it open: " + err.Error()},
+			}
+		}
+
+		// The kernel tells nobody of it.
+		select {
+		case <-ctx.Done():
+		case <-time.After(min(left, 100*time.Millisecond)):
+		}
+	}
+}
+
+// letGo takes a device off its VFIO driver and gives it back, which ends only when nobody has its own node open.
+func (m *Manager) letGo(what string, d *iommu.Device) error {
+	driver := d.Driver
+	err := m.recorded(opLetGo, d, driver, func() error {
+		off := bind.Step{Path: path.Join("sys/bus/pci/drivers", driver, "unbind"), Value: d.Name}
+		return m.handle.Write(d.Address, []bind.Step{off, backTo(driver, d.Address)})
+	})
+	if bind.IsStuck(err) {
+		return &holder.RefusedError{
+			What: what, Causes: []error{err}, Cure: "end whoever has it, and do this again",
+			Reasons: []string{"somebody whom /proc does not show has its node open: " + err.Error()},
+		}
+	}
+	if err != nil {
+		return err
+	}
+	now, err := iommu.ReadDriver(m.host, d.Address)
+	if err == nil && now != driver {
+		err = fmt.Errorf("%s was on %s, and is not any more", d.Name, driver)
+	}
+	return err
+}
+
+func backTo(driver string, a iommu.Address) bind.Step {
+	return bind.Step{Path: path.Join("sys/bus/pci/drivers", driver, "bind"), Value: a.String()}
+}
+
+// recorded has a change written down while it lasts.
+func (m *Manager) recorded(op string, d *iommu.Device, data any, do func() error) error {
+	if err := m.handle.Begin(op, d, []*iommu.Device{d}, data); err != nil {
+		return err
+	}
+	err := do()
+	if bind.IsStuck(err) {
+		return err
+	}
+	return errors.Join(err, m.handle.End(d.Address))
+}
+
+const (
+	opReset = "reset"
+	opLetGo = "let-go"
+)
+
+// Recoverers end what was interrupted; for the options of a Handle.
+func Recoverers() map[string]bind.Recoverer {
+	return map[string]bind.Recoverer{
+		opReset: func(_ context.Context, b *bind.Handle, a iommu.Address, _ json.RawMessage) (string, error) {
+			return "was being reset when viaduct was interrupted: the release is to be done again", b.End(a)
+		},
+		opLetGo: func(_ context.Context, b *bind.Handle, a iommu.Address, data json.RawMessage) (string, error) {
+			var driver string
+			if err := json.Unmarshal(data, &driver); err != nil {
+				return "", err
+			}
+			now, err := iommu.ReadDriver(b.Host(), a)
+			if err == nil && now == "" {
+				err = b.Write(a, []bind.Step{backTo(driver, a)})
+			}
+			if err != nil && !host.Absent(err) {
+				return "", err
+			}
+			return "is on " + driver + " again, after viaduct was interrupted: the release is to be done again", b.End(a)
+		},
+	}
+}

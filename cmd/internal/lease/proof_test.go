@@ -1,0 +1,324 @@
+package lease
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"viaduct/internal/host"
+	"viaduct/internal/host/hosttest"
+	"viaduct/internal/journal"
+	"viaduct/iommu"
+	"viaduct/sriov"
+	"viaduct/vfio"
+	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
+)
+
+const plain = "0000:09:00.0" // a controller in a group of its own
+
+// vfioHost is a host with one controller, which stays on vfio-pci or goes back to its own driver.
+func vfioHost(t *testing.T, stays bool) (*hosttest.Kernel, *iommu.Host) {
+	t.Helper()
+	k := hosttest.NewSmallLab(t, "0000:00:05.0", "0000:01:00.0", "0000:00:0a.0", plain)
+	k.ServeVFIO().Devices[plain] = &hosttest.VFIODevice{}
+	dir := filepath.Join(k.Dir(), "sys/bus/pci/devices", plain)
+	err := errors.Join(os.WriteFile(filepath.Join(dir, "reset"), nil, 0o600), os.RemoveAll(filepath.Join(dir, "sriov_totalvfs")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if stays {
+		for _, w := range [][2]string{
+			{"devices/" + plain + "/driver_override", "vfio-pci"}, {"drivers/nvme/unbind", plain}, {"drivers_probe", plain},
+		} {
+			if err := k.Write("sys/bus/pci/"+w[0], w[1]); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	return k, &iommu.Host{Host: k.Host()}
+}
+
+// work does something with a Manager of its own, as a command does.
+func work(t *testing.T, h *iommu.Host, do func(*Manager) error) error {
+	t.Helper()
+	handle, err := sriov.Open(h, bind.Options{Recoverers: Recoverers(), Timeout: 300 * time.Millisecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer handle.Close()
+	lock := func(ctx context.Context, devices []*iommu.Device) error {
+		if err := handle.Lock(ctx, devices); err != nil {
+			return err
+		}
+		_, err := handle.RecoverPatiently(ctx)
+		return errors.Join(err, handle.StuckIn(bind.AddressesOf(devices)...))
+	}
+	m, err := New(handle, Options{Lock: lock})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return do(m)
+}
+
+func lend(t *testing.T, h *iommu.Host, r Request) error {
+	t.Helper()
+	r.Count, r.TTL = 1, time.Minute
+	return work(t, h, func(m *Manager) error {
+		_, _, _, err := m.Assign(t.Context(), &r)
+		return err
+	})
+}
+
+func giveBack(t *testing.T, h *iommu.Host, guest string, wait time.Duration) (out []Certificate, err error) {
+	t.Helper()
+	err = work(t, h, func(m *Manager) error {
+		out, err = m.Release(t.Context(), guest, wait)
+		return err
+	})
+	return out, err
+}
+
+// killed has it that the command which was stuck was killed, and the write's process with it.
+func killed(t *testing.T, h *iommu.Host) {
+	t.Helper()
+	records := journal.In(h.Host, journal.Dir)
+	var r map[string]any
+	known, err := records.Get(journal.Changing+plain, &r)
+	if !known || err != nil {
+		t.Fatalf("no record of what is stuck: %v", err)
+	}
+	for _, who := range []string{"command", "writer"} {
+		r[who].(map[string]any)["pid"] = 1 << 30
+	}
+	if err := records.Put(journal.Changing+plain, r); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// nodesOf are the nodes of the controller: its group's and its own.
+func nodesOf(t *testing.T, h *iommu.Host) (group, own string) {
+	t.Helper()
+	a, err := iommu.ParseAddress(plain)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := iommu.ReadDevice(h, a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	files, err := vfio.Nodes(h, &d)
+	if err != nil || len(files) != 2 {
+		t.Fatalf("%q, %v", files, err)
+	}
+	return strings.TrimPrefix(files[0], "/"), strings.TrimPrefix(files[1], "/")
+}
+
+// private fails if anybody but root may open the controller's nodes.
+func private(t *testing.T, h *iommu.Host) {
+	t.Helper()
+	group, own := nodesOf(t, h)
+	for _, n := range []string{group, own} {
+		if o, err := h.Owner(n); err != nil || !o.Private() {
+			t.Errorf("%s belongs to %+v, %v", n, o, err)
+		}
+	}
+}
+
+// hide has somebody open a device whom /proc does not show.
+func hide(t *testing.T, h *iommu.Host, how string) (end func() error) {
+	t.Helper()
+	if way, is := strings.CutPrefix(how, "device by "); is {
+		space, err := vfio.NewContext(h, vfio.Options{Way: vfio.Way(way)})
+		if err == nil {
+			_, err = space.Open(plain)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return space.Close
+	}
+	node, own := nodesOf(t, h)
+	if how == "own node" {
+		node = own
+	}
+	fd, err := h.OpenNode(node, unix.O_RDWR)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return func() error { return unix.Close(fd) }
+}
+
+// A device that somebody has whom no look at processes shows is not given back, and what its guest was let into is
+// root's alone; when he is gone it goes on.
+func TestHiddenHolder(t *testing.T) {
+	for _, stays := range []bool{true, false} {
+		for _, how := range []string{"group", "own node", "device by iommufd", "device by container"} {
+			t.Run(how+" "+strconv.FormatBool(stays), func(t *testing.T) {
+				k, h := vfioHost(t, stays)
+				if err := lend(t, h, Request{Guest: "a", From: plain, NodeOwner: "1000:36"}); err != nil {
+					t.Fatal(err)
+				}
+				group, own := nodesOf(t, h)
+				if o, _ := h.Owner(own); o != (host.Owner{UID: 1000, GID: 36, Mode: 0o660}) {
+					t.Errorf("the guest's node belongs to %+v", o)
+				}
+				k.Owners[path.Join("vfio", path.Base(group))] = host.Owner{UID: 1000, GID: 36, Mode: 0o660, ACL: true}
+
+				end := hide(t, h, how)
+				_, err := giveBack(t, h, "a", 0)
+				if !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), "/proc does not show") {
+					t.Errorf("released while somebody has it: %v", err)
+				}
+				if how != "own node" {
+					private(t, h)
+				}
+				if err := lend(t, h, Request{Guest: "b", From: plain}); err == nil {
+					t.Error("lent to another meanwhile")
+				}
+
+				if err := end(); err != nil {
+					t.Fatal(err)
+				}
+				if how == "own node" {
+					killed(t, h)
+				}
+				certificates, err := giveBack(t, h, "a", time.Minute)
+				if err != nil || len(certificates) != 1 || certificates[0].Result != Clean {
+					t.Fatalf("%+v, %v", certificates, err)
+				}
+				want := map[bool]string{true: "vfio-pci/vfio-pci", false: "nvme/(null)"}[stays]
+				if now := driversOf(t, k, plain)[0]; strings.TrimSuffix(now, "/") != strings.TrimSuffix(want, "/(null)") {
+					t.Errorf("it is on %s", now)
+				}
+				if stays {
+					private(t, h)
+				}
+			})
+		}
+	}
+}
+
+// One who lets go in time is waited for.
+func TestHiddenHolderThatGoes(t *testing.T) {
+	k, h := vfioHost(t, true)
+	if err := lend(t, h, Request{Guest: "a", From: plain}); err != nil {
+		t.Fatal(err)
+	}
+	end := hide(t, h, "group")
+	tried := make(chan bool, 1)
+	k.SetFault(func(op, name string) error {
+		if op == "open" && strings.HasPrefix(name, "dev/vfio/") {
+			select {
+			case tried <- true:
+			default:
+			}
+		}
+		return nil
+	})
+	ended := make(chan error, 1)
+	go func() {
+		<-tried
+		ended <- end()
+	}()
+	certificates, err := giveBack(t, h, "a", time.Minute)
+	if err := errors.Join(err, <-ended); err != nil || len(certificates) != 1 || certificates[0].Result != Clean {
+		t.Errorf("%+v, %v", certificates, err)
+	}
+}
+
+// What somebody has is not lent either; and what is left of an owner before is not the next one's.
+func TestLeftOver(t *testing.T) {
+	for _, how := range []string{"group", "own node", "device by iommufd"} {
+		k, h := vfioHost(t, true)
+		group, own := nodesOf(t, h)
+		k.Owners[path.Join("vfio", path.Base(group))] = host.Owner{UID: 1000, Mode: 0o600}
+		k.Owners[path.Join("devices", path.Base(own))] = host.Owner{UID: 1000, Mode: 0o600}
+		end := hide(t, h, how)
+		err := lend(t, h, Request{Guest: "a", From: plain})
+		if !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), "/proc does not show") {
+			t.Errorf("%s: lent: %v", how, err)
+		}
+		if how != "own node" {
+			private(t, h)
+		}
+		if err := end(); err != nil {
+			t.Fatal(err)
+		}
+		if how == "own node" {
+			killed(t, h)
+		}
+		if err := lend(t, h, Request{Guest: "a", From: plain}); err != nil {
+			t.Errorf("%s: when it is free: %v", how, err)
+		}
+		private(t, h)
+	}
+}
+
+// A device that does not answer any more since its reset is nobody's, and what its guest was let into is not left to
+// it.
+func TestDead(t *testing.T) {
+	for _, how := range []string{"dead", "no reset"} {
+		k, h := vfioHost(t, true)
+		if err := lend(t, h, Request{Guest: "a", From: plain, NodeOwner: "1000"}); err != nil {
+			t.Fatal(err)
+		}
+		dir := "sys/bus/pci/devices/" + plain
+		config := filepath.Join(k.Dir(), dir, "config")
+		k.After = func(name, _ string) {
+			if how == "dead" && name == dir+"/reset" {
+				if err := os.WriteFile(config, []byte(strings.Repeat("\xff", 64)), 0o600); err != nil {
+					t.Error(err)
+				}
+			}
+		}
+		if how == "no reset" {
+			k.Fail[dir+"/reset"] = unix.EIO
+		}
+		certificates, err := giveBack(t, h, "a", 0)
+		if err == nil || len(certificates) != 1 || certificates[0].Result != Fouled ||
+			how == "dead" && !strings.Contains(certificates[0].Why, "does not answer") {
+			t.Errorf("%s: %+v, %v", how, certificates, err)
+		}
+		private(t, h)
+	}
+}
+
+// A release that was killed at any operation is done again to its end.
+func TestReleaseKilled(t *testing.T) {
+	changes := func(op, _ string) bool { return op == "write" || op == "own" || op == "remove" || op == "replace" }
+	for n := 0; ; n++ {
+		k, h := vfioHost(t, n%2 == 0)
+		home := driversOf(t, k, plain)
+		if err := lend(t, h, Request{Guest: "a", From: plain, NodeOwner: "1000"}); err != nil {
+			t.Fatal(err)
+		}
+		k.KillAt(n/2, changes)
+		_, err := giveBack(t, h, "a", 0)
+		if !k.Revive() {
+			if err != nil || n < 10 {
+				t.Errorf("not killed at change %d: %v", n/2, err)
+			}
+			return
+		}
+
+		_, err = giveBack(t, h, "a", 0)
+		if none, _ := errors.AsType[*NoLeaseError](err); err != nil && none == nil {
+			t.Errorf("killed at change %d, and done again: %v", n/2, err)
+		}
+		if now := driversOf(t, k, plain); now[0] != home[0] {
+			t.Errorf("killed at change %d: it is on %s, and was on %s", n/2, now[0], home[0])
+		}
+		if n%2 == 0 {
+			private(t, h)
+		}
+	}
+}

@@ -77,6 +77,7 @@ func (o *assignOptions) flags() []cli.Flag {
 		&cli.StringFlag{Name: "memory", Usage: "the guest's, as `8G`: whether the IOMMU can map it, and its VMM lock it", Destination: &o.memory},
 		&cli.IntFlag{Name: "numa", Usage: "prefer devices of this NUMA `NODE`", Value: -1},
 		&cli.StringFlag{Name: "node-owner", Usage: "who is to own the devices' nodes: `USER[:GROUP]`", Destination: &o.NodeOwner},
+		&cli.BoolFlag{Name: "no-reset", Usage: "assign also what nothing can reset afterwards: the next guest finds what this one leaves in it", Destination: &o.NoReset},
 		&cli.StringFlag{Name: "failover", Usage: "for migration: a virtio NIC on this `BRIDGE` with the first VF's MAC stands in for it", Destination: &o.standby},
 		&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", Value: bind.DefaultTimeout, Destination: &o.timeout},
 	}
@@ -479,19 +480,22 @@ func runLeases(e *env) error {
 func releaseCommand(e *env) *cli.Command {
 	var wait, timeout time.Duration
 	var dead, quarantined bool
+	var force string
 	return command(&cli.Command{
 		Name:      "release",
 		Usage:     "get a guest's devices back, clean",
 		ArgsUsage: "GUEST",
 		Description: "Resets each device, brings a VF's settings back to what they were before it was assigned, reads all back, and frees the device:\n" +
 			"it stays on its vfio driver if it was on it, else it goes back to what it had. One that cannot be scrubbed goes into quarantine,\n" +
-			"which outlives the boot and which --quarantined tries to lift. Refused, with exit status 3, while a process has a device\n" +
+			"which --quarantined tries to lift, and which ends when the machine is started anew (kexec resets no device). Refused, with exit status 3, while a process has a device\n" +
 			"open, unless --wait gives it time to end. --json prints what was done to each device (its scrub certificate).\n\n" +
-			"Examples:\n  viaduct release web\n  viaduct release web --wait 60s --json\n  viaduct release --dead\n  viaduct release --quarantined 0000:01:10.0",
+			"Examples:\n  viaduct release web\n  viaduct release web --wait 60s --json\n  viaduct release --dead\n  viaduct release --quarantined 0000:01:10.0\n" +
+			"  viaduct release --quarantined 0000:01:10.0 --force=quarantine",
 		Flags: []cli.Flag{
 			&cli.DurationFlag{Name: "wait", Usage: "how long the guest may take to end", Destination: &wait},
 			&cli.BoolFlag{Name: "dead", Usage: "all leases that are dead", Destination: &dead},
 			&cli.BoolFlag{Name: "quarantined", Usage: "scrub a device in quarantine again, and free it if it is clean then: SELECTOR... instead of GUEST", Destination: &quarantined},
+			&cli.StringFlag{Name: "force", Usage: "with --quarantined, `quarantine`: free the device although it still cannot be reset, or is gone", Destination: &force},
 			&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", Value: bind.DefaultTimeout, Destination: &timeout},
 			e.jsonFlag(),
 		},
@@ -501,6 +505,8 @@ func releaseCommand(e *env) *cli.Command {
 				return err
 			}
 			switch {
+			case force != "" && (force != "quarantine" || !quarantined):
+				return usagef("release: --force is for --quarantined, and is --force=quarantine: nothing else of a release can be forced")
 			case wait < 0 || dead && wait > 0:
 				return usagef("release: --wait is a time that one guest is given, not %s", wait)
 			case dead && (quarantined || c.Args().Present()):
@@ -513,15 +519,15 @@ func releaseCommand(e *env) *cli.Command {
 					return err
 				}
 				return runRelease(c.Context, e, timeout, func(ctx context.Context, m *lease.Manager) ([]lease.Certificate, error) {
-					var devices []*iommu.Device
+					var all []lease.Quarantine
 					for _, s := range sel {
-						d, err := s.One(m.Host(), m.Topology)
+						q, err := m.InQuarantine(s)
 						if err != nil {
 							return nil, err
 						}
-						devices = append(devices, d)
+						all = append(all, q)
 					}
-					return m.Lift(ctx, devices)
+					return m.Lift(ctx, all, force == "quarantine")
 				})
 			}
 			guest, err := oneArgument(c, "the guest's name")
@@ -568,6 +574,11 @@ func runRelease(ctx context.Context, e *env, timeout time.Duration, do func(cont
 		switch c.Result {
 		case lease.Clean:
 			fmt.Fprintf(e.stdout, "%s of %s: clean, on %s\n", c.Address, c.Guest, driverText(known(c.Driver)))
+			if c.Note != "" {
+				e.note("%s: %s", c.Address, c.Note)
+			}
+		case lease.Unreset:
+			fmt.Fprintf(e.stdout, "%s of %s: free, and not reset: %s\n", c.Address, c.Guest, c.Why)
 		case lease.Missing:
 			fmt.Fprintf(e.stdout, "%s of %s: lost: %s\n", c.Address, c.Guest, c.Why)
 		}

@@ -53,6 +53,7 @@ type showView struct {
 	PowerState      *string             `json:"power_state"`
 	ResetMethods    []string            `json:"reset_methods"`
 	CanReset        *bool               `json:"can_reset"`
+	Reset           *resetView          `json:"reset"`
 	VFIODevice      *string             `json:"vfio_device"`
 	BootVGA         bool                `json:"boot_vga"`
 	Link            *linkView           `json:"link"`
@@ -66,6 +67,11 @@ type groupBrief struct {
 	Viable   bool     `json:"viable"`
 	Blockers []string `json:"blockers"`
 	Devices  []string `json:"devices"`
+}
+
+type resetView struct {
+	Way  iommu.ResetWay `json:"way"`
+	With []string       `json:"with"`
 }
 
 type linkView struct {
@@ -201,16 +207,24 @@ func showDevice(e *env, w io.Writer, h *iommu.Host, t *iommu.Topology, names *io
 		}
 	}
 
+	var reset iommu.Reset
 	if d.PCI {
 		if err := v.fill(h, d, names); err != nil {
 			return err
+		}
+		if reset, err = iommu.ResetOf(h, t, d); err != nil {
+			return err
+		}
+		v.Reset = &resetView{reset.Way, []string{}}
+		for _, o := range reset.With {
+			v.Reset.With = append(v.Reset.With, o.Name)
 		}
 	}
 
 	if e.json {
 		return writeJSON(w, v)
 	}
-	v.print(w, d)
+	v.print(w, d, reset)
 	return nil
 }
 
@@ -280,7 +294,7 @@ func (f fields) text(name string, value *string) {
 	}
 }
 
-func (v *showView) print(w io.Writer, d *iommu.Device) {
+func (v *showView) print(w io.Writer, d *iommu.Device, reset iommu.Reset) {
 	f := fields{w}
 	f.add("address", "%s", v.Address)
 	f.text("name", v.Name)
@@ -338,7 +352,7 @@ func (v *showView) print(w io.Writer, d *iommu.Device) {
 
 	f.text("power", v.PowerState)
 	if d.PCI {
-		f.add("reset", "%s", resetText(v.CanReset, v.ResetMethods))
+		f.add("reset", "%s", reset)
 	}
 
 	if v.Link != nil {
@@ -351,19 +365,6 @@ func (v *showView) print(w io.Writer, d *iommu.Device) {
 	if v.BootVGA {
 		f.add("boot vga", "yes: the console is on it")
 	}
-}
-
-// resetText says how a device can be reset by itself.
-func resetText(can *bool, methods []string) string {
-	switch {
-	case len(methods) > 0:
-		return strings.Join(methods, " ")
-	case can == nil:
-		return "not known"
-	case *can:
-		return "by itself (a kernel before 5.15 does not say how)"
-	}
-	return "none: it cannot be reset by itself"
 }
 
 func ptr(s *string) string {

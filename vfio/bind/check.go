@@ -208,6 +208,7 @@ func (c *check) run(asked []*iommu.Device, holders []holder.Holder) {
 		what = "take "
 		c.canBeTaken(asked)
 		c.siblings(asked)
+		c.resets(asked)
 	} else {
 		c.refused.Cure = "end the guest, or release what is assigned to it, first"
 	}
@@ -284,6 +285,24 @@ func (c *check) getsGroup(d *iommu.Device) {
 	default:
 		c.verdict.Notes = append(c.verdict.Notes, fmt.Sprintf("%s is in no IOMMU group yet: the kernel makes its "+
 			"group when it is bound", d.Name))
+	}
+}
+
+// resets notes which of the asked devices nothing resets between one guest and the next. VFs always can be.
+func (c *check) resets(asked []*iommu.Device) {
+	for _, d := range c.unit {
+		if !has(asked, d) || d.PhysFn != nil || !d.PCI {
+			continue
+		}
+		reset, err := iommu.ResetOf(c.b.host, c.topology, d)
+		why := reset.Problem(func(o *iommu.Device) bool { return has(c.unit, o) || has(asked, o) })
+		switch {
+		case err != nil:
+			c.verdict.Notes = append(c.verdict.Notes, fmt.Sprintf("%s: how it is reset is not known: %s", d.Name, err))
+		case why != "":
+			c.verdict.Notes = append(c.verdict.Notes, fmt.Sprintf("%s: %s; what one guest leaves in it, the next one "+
+				"finds", d.Name, why))
+		}
 	}
 }
 

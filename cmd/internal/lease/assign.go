@@ -78,6 +78,7 @@ type Request struct {
 	Unit        string
 	Persist     bool
 	Foreign     bool            // its VMM takes the devices to a driver of its own
+	NoReset     bool            // give out also what nothing can reset afterwards
 	Alone       bool            // refuse what another process, or a VMM that runs, has already
 	exactly     []iommu.Address // these, whoever drew them
 }
@@ -200,6 +201,7 @@ func (m *Manager) reserve(ctx context.Context, r *Request, units [][]*iommu.Devi
 		Count:     r.Count,
 		Drawn:     r.exactly != nil,
 		Foreign:   r.Foreign,
+		NoReset:   r.NoReset,
 		Holders:   []Holder{},
 	}
 	l.renew(m, r)
@@ -366,6 +368,11 @@ func (m *Manager) finish(ctx context.Context, l *Lease, r *Request) (notes []str
 		if err := m.inUse(l, units, refusals); err != nil {
 			return notes, err
 		}
+		if r != nil && !l.Ready && !l.NoReset {
+			if err := m.resettable(l, units); err != nil {
+				return notes, err
+			}
+		}
 		held, err := m.proveFree(ctx, l, units)
 		if err != nil {
 			return notes, err
@@ -387,19 +394,6 @@ func (m *Manager) finish(ctx context.Context, l *Lease, r *Request) (notes []str
 		}
 		if err := errors.Join(errs...); err != nil {
 			return notes, err
-		}
-	}
-
-	for _, d := range devices {
-		if !m.host.Live() || l.Ready {
-			break
-		}
-		note, err := m.resetNote(l, d)
-		if err != nil {
-			return notes, err
-		}
-		if note != "" {
-			notes = append(notes, note)
 		}
 	}
 

@@ -33,7 +33,10 @@ type Lease struct {
 	NodeOwner string        `json:"node_owner,omitempty"`
 	Drawn     bool          `json:"drawn,omitempty"` // by libvirt, from a network: it ends with the domain
 
-	Foreign bool `json:"foreign,omitempty"` // its VMM takes it to a driver of its own, as Xen's
+	NoReset bool `json:"no_reset,omitempty"` // what nothing can reset goes to the next as it is
+	Foreign bool `json:"foreign,omitempty"`  // its VMM takes it to a driver of its own, as Xen's
+
+	force bool // a reset that fails is no reason to keep it
 
 	Ready   bool        `json:"ready"`            // its devices are configured and taken
 	Ending  bool        `json:"ending,omitempty"` // its release has begun
@@ -192,59 +195,6 @@ func (b *Book) drop(l *Lease) error {
 		}
 		return b.Run.Delete(key(l.Guest))
 	})
-}
-
-// Quarantine is a device that nobody is given, as it could not be scrubbed.
-type Quarantine struct {
-	Address iommu.Address `json:"address"`
-	Place   string        `json:"place"`
-	Guest   string        `json:"guest"` // that had it last
-	Since   time.Time     `json:"since"`
-	Why     string        `json:"why"`
-	Device  Device        `json:"device"`
-}
-
-func quarantineKey(place string) string { return quarantined + url.PathEscape(place) }
-
-// place names a device for the quarantine: by where it is, or by its address if that cannot be told.
-func place(h *iommu.Host, d *iommu.Device) string {
-	p, err := iommu.PathOf(h, d)
-	if err != nil {
-		return d.Name
-	}
-	return p
-}
-
-// Quarantined are devices in quarantine, by place.
-type Quarantined map[string]Quarantine
-
-// Why is why a device is in quarantine; "" if it is not.
-func (q Quarantined) Why(h *iommu.Host, d *iommu.Device) string {
-	if len(q) == 0 {
-		// Without asking where it is.
-		return ""
-	}
-	return q[place(h, d)].Why
-}
-
-// Quarantined are all devices that are in quarantine.
-func (b *Book) Quarantined() (Quarantined, error) {
-	out := Quarantined{}
-	if !b.host.Live() {
-		return out, nil
-	}
-	keys, err := b.State.Keys(quarantined)
-	if err != nil {
-		return nil, err
-	}
-	for _, k := range keys {
-		var q Quarantine
-		if _, err := b.State.Get(k, &q); err != nil {
-			return nil, err
-		}
-		out[q.Place] = q
-	}
-	return out, nil
 }
 
 // Has reports whether a lease has the device at an address.

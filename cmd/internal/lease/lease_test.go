@@ -219,7 +219,7 @@ func TestRelease(t *testing.T) {
 	k.Fail[fail] = errors.New("stuck in reset")
 	m.handle.Close()
 	m = newManager(t, k)
-	if _, err := m.Lift(context.Background(), []*iommu.Device{find(t, m.Topology, vf.String())}); err == nil {
+	if _, err := m.Lift(context.Background(), []Quarantine{inQuarantine(t, m, vf.String())}, false); err == nil {
 		t.Error("lifted, although it cannot be reset")
 	}
 	delete(k.Fail, fail)

@@ -30,6 +30,13 @@ func (m *Manager) Preview(r *Request) ([]string, error) {
 			return nil, err
 		}
 		devices = handed(drawn)
+		l := &Lease{LeaseHead: holder.LeaseHead{Guest: r.Guest}}
+		for _, d := range devices {
+			l.Devices = append(l.Devices, Device{LeaseDevice: holder.LeaseDevice{Address: d.Address}})
+		}
+		if err := m.resettable(l, drawn); err != nil && !r.NoReset {
+			return nil, err
+		}
 		if m.host.Live() {
 			verdicts, err := m.handle.Check(drawn, devices, bind.Take(bind.Auto), nil)
 			if err := errors.Join(err, bind.Refusals(verdicts)); err != nil {
@@ -57,6 +64,13 @@ func (m *Manager) Preview(r *Request) ([]string, error) {
 		}
 		for _, s := range change.Steps {
 			out = append(out, s.String())
+		}
+		if slices.Contains(devices, d) {
+			reset, err := iommu.ResetOf(m.host, m.Topology, d)
+			if err != nil {
+				return nil, err
+			}
+			out = append(out, "# "+d.Name+" is reset afterwards "+reset.String())
 		}
 		if d.Role() == iommu.RoleCompanion {
 			out = append(out, "# "+d.Name+" is only kept off the host's drivers, and is not the guest's")

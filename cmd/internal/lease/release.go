@@ -30,7 +30,11 @@ type Certificate struct {
 	Found    sriov.Settings `json:"found,omitempty"`    // what it had
 	Settings sriov.Settings `json:"settings,omitempty"` // what it has now, read back
 	Driver   string         `json:"driver,omitempty"`   // that it is on now
+	Note     string         `json:"note,omitempty"`     // what a reset does not clean
 }
+
+// nvmeClass is the base class and subclass of NVMe controllers.
+const nvmeClass = 0x0108
 
 // Result is how a scrub ended.
 type Result string
@@ -40,6 +44,7 @@ const (
 	Clean   Result = "clean"      // and free for the next
 	Fouled  Result = "quarantine" // nobody gets it
 	Missing Result = "lost"       // it is not there any more
+	Unreset Result = "not-reset"  // and free for the next, who finds what the guest has left, as its lease allowed
 )
 
 // NoLeaseError says that a guest has no lease.
@@ -235,6 +240,9 @@ func (m *Manager) scrubAll(ctx context.Context, l *Lease,
 			continue
 		}
 		s.d, s.c.Place = d, place(m.host, d)
+		if d.Class>>8 == nvmeClass {
+			s.c.Note = "its data is not erased: viaduct erases no media"
+		}
 		if s.err = m.clear(ctx, l, s, done, held); s.err != nil && ctx.Err() != nil {
 			return out, nil, s.err
 		}
@@ -264,6 +272,7 @@ func (m *Manager) scrubAll(ctx context.Context, l *Lease,
 			s.c.Result, s.c.Why = Fouled, strings.ReplaceAll(s.err.Error(), "\n", "; ")
 			q := Quarantine{
 				Address: s.d.Address, Place: s.c.Place, Guest: l.Guest, Since: s.c.Time, Why: s.c.Why, Device: *s.dev,
+				Boot: bootID(m.host),
 			}
 			errs = append(errs, fmt.Errorf("%s could not be scrubbed, and is in quarantine: %w", s.d.Name, s.err))
 			lost = append(lost, m.Book.State.Put(quarantineKey(s.c.Place), q))
@@ -297,9 +306,19 @@ func (m *Manager) clear(ctx context.Context, l *Lease, s *scrubbing, done resett
 		// It was never taken, or is back already, and its own driver has made it anew.
 		return nil
 	}
-	if err := m.reset(l, d, &s.c, done, held); err != nil {
-		return err
+	err := m.reset(l, d, &s.c, done, held)
+	if err == nil {
+		err = m.answers(d)
 	}
+	if err != nil && (l.force || l.NoReset && errors.Is(err, errNoReset)) {
+		s.c.Result, s.c.Why, s.c.Reset = Unreset, err.Error(), ""
+		return nil
+	}
+	return err
+}
+
+// answers is an error if a device does not answer any more: one that fell off its bus is reset without an error.
+func (m *Manager) answers(d *iommu.Device) error {
 	answers, err := iommu.Answers(m.host, d)
 	if err == nil && !answers {
 		err = errors.New("it does not answer since its reset")
@@ -382,44 +401,6 @@ func (m *Manager) fresh(pf *iommu.Device, index int, found sriov.Settings) sriov
 		}
 	}
 	return out
-}
-
-// Lift scrubs devices in quarantine again, and frees those that are clean then.
-func (m *Manager) Lift(ctx context.Context, devices []*iommu.Device) ([]Certificate, error) {
-	all, err := m.Book.Quarantined()
-	if err != nil {
-		return nil, err
-	}
-	var out []Certificate
-	var errs []error
-	for _, d := range devices {
-		at := place(m.host, d)
-		q, in := all[at]
-		if !in {
-			errs = append(errs, fmt.Errorf("%s is in no quarantine (viaduct leases tells what is)", d.Name))
-			continue
-		}
-
-		l := &Lease{LeaseHead: holder.LeaseHead{Guest: q.Guest}, Devices: []Device{q.Device}}
-		if err := m.awaitGone(ctx, l, []*iommu.Device{d}, 0); err != nil {
-			return out, err
-		}
-		if err := m.lock(ctx, m.touched([]*iommu.Device{d}, true)); err != nil {
-			return out, err
-		}
-		l.Devices[0].Address, l.Devices[0].ID = d.Address, d.ID
-		some, unwritten, err := m.scrub(ctx, l, time.Now())
-		out = append(out, some...)
-		if !bind.IsStuck(err) {
-			err = errors.Join(err, m.giveBackCompanions(ctx, []*iommu.Device{d}))
-		}
-		if err = errors.Join(err, unwritten); err == nil {
-			err = m.Book.State.Delete(quarantineKey(at))
-		}
-
-		errs = append(errs, err)
-	}
-	return out, errors.Join(errs...)
 }
 
 // Reclaim releases all leases that are dead, those of different PFs side by side: a reset takes the kernel a tenth of a

@@ -13,6 +13,7 @@ import (
 	"viaduct/iommu"
 	"viaduct/vfio"
 	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
 )
 
 // resetting are the resets of one release: a reset of a bus is one of all functions on it.
@@ -52,8 +53,13 @@ func (m *Manager) reset(l *Lease, d *iommu.Device, c *Certificate, done resettin
 	return nil
 }
 
-// errNoReset says that a device stays as its guest has left it.
+// errNoReset is matched by errors that say that a device stays as its guest has left it.
 var errNoReset = errors.New("the kernel knows no way to reset it")
+
+// errOthers is an errNoReset of what is reset only together with what others have.
+type errOthers struct{ error }
+
+func (e errOthers) Is(target error) bool { return target == errNoReset }
 
 // resetTogether resets all that shares a device's bus, through VFIO, if it is all the lease's or of the device's group.
 // What it opens for that it leaves open in the hold.
@@ -86,7 +92,7 @@ func (m *Manager) resetTogether(l *Lease, d *iommu.Device, held *hold) (how stri
 		}
 		other, err := m.Topology.Find(t.Address)
 		if err != nil || !l.Has(t.Address) && !other.Together(d) {
-			return "", nil, fmt.Errorf("it is reset only together with %s, which %s has not", t.Address, l.Guest)
+			return "", nil, errOthers{fmt.Errorf("it is reset only together with %s, which %s has not", t.Address, l.Guest)}
 		}
 		if _, err := held.open(space, other); err != nil && !t.Owned {
 			return "", nil, fmt.Errorf("it is reset only together with %s: %w", t.Address, err)
@@ -96,33 +102,26 @@ func (m *Manager) resetTogether(l *Lease, d *iommu.Device, held *hold) (how stri
 	return how, functions, m.recorded(opReset, d, nil, device.HotReset)
 }
 
-// resetNote says what is to be known of the reset of a device before a guest has it; "" if it is reset by itself, or by
-// the guest's letting go of all that is on its bus.
-func (m *Manager) resetNote(l *Lease, d *iommu.Device) (string, error) {
-	if m.host.Exists(path.Join("sys/bus/pci/devices", d.Name, "reset")) {
-		return "", nil
-	}
-	parents, err := iommu.Parents(m.host, m.Topology)
-	if err != nil {
-		return "", err
-	}
-	if parents[d.Name] == "" {
-		return d.Name + ": the kernel knows no way to reset it, so that it goes into quarantine when it is released",
-			nil
-	}
-
-	var others []string
-	m.Topology.All(func(o *iommu.Device) bool {
-		shares := o.PCI && o.Address.Domain == d.Address.Domain && o.Address.Bus == d.Address.Bus && o.PhysFn == nil
-		if shares && o.Name != d.Name && !l.Has(o.Address) && !o.Together(d) {
-			others = append(others, o.Name)
+// resettable refuses, before a guest has them, devices that nothing could reset after it: an inUseError.
+func (m *Manager) resettable(l *Lease, units [][]*iommu.Device) error {
+	for _, unit := range units {
+		has := func(o *iommu.Device) bool { return slices.Contains(unit, o) || l.Has(o.Address) }
+		for _, d := range unit {
+			if !l.Has(d.Address) || d.PhysFn != nil {
+				continue
+			}
+			how, err := iommu.ResetOf(m.host, m.Topology, d)
+			if err != nil {
+				return err
+			}
+			if why := how.Problem(has); why != "" {
+				refused := &holder.RefusedError{
+					What: "assign " + d.Name + " to " + l.Guest, Reasons: []string{why},
+					Cure: "with --no-reset it is assigned, and the next one finds what this guest leaves in it",
+				}
+				return &inUseError{error: refused, devices: unit}
+			}
 		}
-		return true
-	})
-	if len(others) == 0 {
-		return "", nil
 	}
-	slices.Sort(others)
-	return fmt.Sprintf("%s: it is reset only together with %s, which %s has not, so that it goes into quarantine when "+
-		"it is released", d.Name, strings.Join(others, ", "), l.Guest), nil
+	return nil
 }

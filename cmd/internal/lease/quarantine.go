@@ -1,0 +1,172 @@
+package lease
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/url"
+	"time"
+
+	"viaduct/iommu"
+	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
+)
+
+// Quarantine is a device that nobody is given, as it could not be scrubbed.
+type Quarantine struct {
+	Address iommu.Address `json:"address"`
+	Place   string        `json:"place"`
+	Guest   string        `json:"guest"` // that had it last
+	Since   time.Time     `json:"since"`
+	Why     string        `json:"why"`
+	Device  Device        `json:"device"`
+	Boot    string        `json:"boot,omitempty"` // the id of the boot that it was in
+}
+
+func quarantineKey(place string) string { return quarantined + url.PathEscape(place) }
+
+// place names a device for the quarantine: by where it is, or by its address if that cannot be told.
+func place(h *iommu.Host, d *iommu.Device) string {
+	p, err := iommu.PathOf(h, d)
+	if err != nil {
+		return d.Name
+	}
+	return p
+}
+
+// Quarantined are devices in quarantine, by place.
+type Quarantined map[string]Quarantine
+
+// Why is why a device is in quarantine; "" if it is not.
+func (q Quarantined) Why(h *iommu.Host, d *iommu.Device) string {
+	if len(q) == 0 {
+		// Without asking where it is.
+		return ""
+	}
+	return q[place(h, d)].Why
+}
+
+// Quarantined are all devices that are in quarantine. One that was in it before the machine was started again is not any
+// more, as its slot was reset; that is forgotten here, by who may.
+func (b *Book) Quarantined() (Quarantined, error) {
+	out := Quarantined{}
+	if !b.host.Live() {
+		return out, nil
+	}
+	keys, err := b.State.Keys(quarantined)
+	if err != nil {
+		return nil, err
+	}
+	for _, k := range keys {
+		var q Quarantine
+		if _, err := b.State.Get(k, &q); err != nil {
+			return nil, err
+		}
+		if q.Boot != "" && q.Boot != bootID(b.host) && startedByFirmware(b.host) {
+			// A later boot by kexec, which resets no slot, would bring it back. Who may not write leaves that to who may.
+			_ = b.State.Delete(k)
+			continue
+		}
+		out[q.Place] = q
+	}
+	return out, nil
+}
+
+// bootID is the kernel's name of this boot; "" if it tells none.
+func bootID(h *iommu.Host) string {
+	id, _ := h.String("proc/sys/kernel/random/boot_id")
+	return id
+}
+
+// startedByFirmware reports whether it is known that this boot was no kexec. x86 tells what has loaded the kernel: 13 is
+// kexec, by either of its system calls (Documentation/arch/x86/boot.rst, arch/x86/kernel/kexec-bzimage64.c).
+func startedByFirmware(h *iommu.Host) bool {
+	const kexec = 13
+	loader, err := h.Int("proc/sys/kernel/bootloader_type")
+	return err == nil && loader>>4 != kexec
+}
+
+// InQuarantine finds what is in quarantine, also by the address of a device that is gone.
+func (m *Manager) InQuarantine(sel iommu.Selector) (Quarantine, error) {
+	all, err := m.Book.Quarantined()
+	if err != nil {
+		return Quarantine{}, err
+	}
+	d, err := sel.One(m.host, m.Topology)
+	if err == nil {
+		if q, in := all[place(m.host, d)]; in {
+			return q, nil
+		}
+		err = fmt.Errorf("%s is in no quarantine (viaduct leases tells what is)", d.Name)
+	}
+	for _, q := range all {
+		if a, bad := iommu.ParseAddress(sel.String()); bad == nil && a == q.Address && m.at(q.Place) == nil {
+			return q, nil
+		}
+	}
+	return Quarantine{}, err
+}
+
+// at is the device at a place; nil if none is there.
+func (m *Manager) at(where string) (found *iommu.Device) {
+	m.Topology.All(func(d *iommu.Device) bool {
+		if d.PCI && place(m.host, d) == where {
+			found = d
+		}
+		return found == nil
+	})
+	return found
+}
+
+// Lift scrubs devices in quarantine again, and frees those that are clean then. Forced are those that still cannot be
+// reset, and those that are gone; who has one open is refused all the same.
+func (m *Manager) Lift(ctx context.Context, all []Quarantine, force bool) ([]Certificate, error) {
+	var out []Certificate
+	var errs []error
+	for _, q := range all {
+		d := m.at(q.Place)
+		if d == nil && !force {
+			errs = append(errs, fmt.Errorf("%s is not there any more, and stays in quarantine for when it comes back "+
+				"(--force=quarantine forgets it)", q.Address))
+			continue
+		}
+		if d == nil {
+			c := Certificate{Guest: q.Guest, Address: q.Address, ID: q.Device.ID, Place: q.Place, Time: time.Now(),
+				Result: Missing, Why: "it was in quarantine: " + q.Why}
+			out, errs = append(out, c), append(errs, m.Book.State.Delete(quarantineKey(q.Place)))
+			continue
+		}
+
+		some, err := m.lift(ctx, q, d, force)
+		if out, errs = append(out, some...), append(errs, err); some == nil && err != nil {
+			break
+		}
+	}
+	return out, errors.Join(errs...)
+}
+
+func (m *Manager) lift(ctx context.Context, q Quarantine, d *iommu.Device, force bool) ([]Certificate, error) {
+	l := &Lease{LeaseHead: holder.LeaseHead{Guest: q.Guest}, Devices: []Device{q.Device}, force: force}
+	if err := m.awaitGone(ctx, l, []*iommu.Device{d}, 0); err != nil {
+		return nil, err
+	}
+	if err := m.lock(ctx, m.touched([]*iommu.Device{d}, true)); err != nil {
+		return nil, err
+	}
+	l.Devices[0].Address, l.Devices[0].ID = d.Address, d.ID
+
+	out, unwritten, err := m.scrub(ctx, l, time.Now())
+	if !bind.IsStuck(err) {
+		err = errors.Join(err, m.giveBackCompanions(ctx, []*iommu.Device{d}))
+	}
+	for i := range out {
+		if out[i].Result == Unreset {
+			out[i].Why = fmt.Sprintf("it was in quarantine: %s; and now: %s", q.Why, out[i].Why)
+			err = errors.Join(err, m.Book.Run.Put(scrubbed+d.Name, out[i]))
+		}
+	}
+	if err = errors.Join(err, unwritten); err == nil {
+		err = m.Book.State.Delete(quarantineKey(q.Place))
+	}
+	return out, err
+}

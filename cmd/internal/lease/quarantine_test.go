@@ -1,0 +1,184 @@
+package lease
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"viaduct/internal/host/hosttest"
+	"viaduct/iommu"
+	"viaduct/vfio/holder"
+)
+
+func inQuarantine(t *testing.T, m *Manager, text string) Quarantine {
+	t.Helper()
+	sel, err := iommu.ParseSelector(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	q, err := m.InQuarantine(sel)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return q
+}
+
+// fouled is a host whose controller is in quarantine since the boot of this id, as its reset failed.
+func fouled(t *testing.T, boot string) (*hosttest.Kernel, *iommu.Host) {
+	t.Helper()
+	k, h := vfioHost(t, true)
+	k.Fail["sys/bus/pci/devices/"+plain+"/reset"] = unix.EIO
+	started(t, k, boot, "")
+	if err := lend(t, h, Request{Guest: "a", From: plain}); err != nil {
+		t.Fatal(err)
+	}
+	if certificates, err := giveBack(t, h, "a", 0); err == nil || len(certificates) != 1 || certificates[0].Result != Fouled {
+		t.Fatalf("%+v, %v", certificates, err)
+	}
+	return k, h
+}
+
+// started has a host tell which boot this is, and by what it was loaded, unless that is "".
+func started(t *testing.T, k *hosttest.Kernel, boot, loader string) {
+	t.Helper()
+	dir := filepath.Join(k.Dir(), "proc/sys/kernel")
+	err := errors.Join(os.MkdirAll(filepath.Join(dir, "random"), 0o755),
+		os.WriteFile(filepath.Join(dir, "random/boot_id"), []byte(boot+"\n"), 0o600),
+		os.RemoveAll(filepath.Join(dir, "bootloader_type")))
+	if loader != "" {
+		err = errors.Join(err, os.WriteFile(filepath.Join(dir, "bootloader_type"), []byte(loader+"\n"), 0o600))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A quarantine ends with the boot in which the slot was reset, and then for good; not by kexec, nor where that cannot be
+// known.
+func TestQuarantineUntilBoot(t *testing.T) {
+	const grub, kexec = "114", "208"
+	for _, c := range []struct {
+		name, before, boot, loader string
+		ends                       bool
+	}{
+		{"started anew", "one", "two", grub, true},
+		{"the same boot", "one", "one", grub, false},
+		{"kexec", "one", "two", kexec, false},
+		{"no word of what has loaded it", "one", "two", "", false},
+		{"of a viaduct that kept no boot", "", "two", grub, false},
+	} {
+		k, h := fouled(t, c.before)
+		started(t, k, c.boot, c.loader)
+		all, err := BookOf(h).Quarantined()
+		if err != nil || (len(all) == 0) != c.ends {
+			t.Errorf("%s: %v, %v", c.name, all, err)
+		}
+		started(t, k, "three", kexec)
+		if all, err = BookOf(h).Quarantined(); err != nil || (len(all) == 0) != c.ends {
+			t.Errorf("%s, and then kexec: %v, %v", c.name, all, err)
+		}
+	}
+}
+
+// What still cannot be reset is freed by force, with both reasons kept; not while somebody has it.
+func TestQuarantineForced(t *testing.T) {
+	_, h := fouled(t, "one")
+	lift := func(force bool) (out []Certificate, err error) {
+		err = work(t, h, func(m *Manager) error {
+			out, err = m.Lift(t.Context(), []Quarantine{inQuarantine(t, m, plain)}, force)
+			return err
+		})
+		return out, err
+	}
+	if out, err := lift(false); err == nil || len(out) != 1 || out[0].Result != Fouled {
+		t.Errorf("not forced: %+v, %v", out, err)
+	}
+	end := hide(t, h, "group")
+	if _, err := lift(true); !errors.Is(err, holder.ErrRefused) {
+		t.Errorf("while somebody has it: %v", err)
+	}
+	if err := end(); err != nil {
+		t.Fatal(err)
+	}
+	out, err := lift(true)
+	if err != nil || len(out) != 1 || out[0].Result != Unreset || strings.Count(out[0].Why, "input/output error") != 2 {
+		t.Errorf("forced: %+v, %v", out, err)
+	}
+	if err := lend(t, h, Request{Guest: "b", From: plain}); err != nil {
+		t.Errorf("freed by force, it cannot be lent: %v", err)
+	}
+}
+
+// A device that is gone is known by its address, and forgotten by force alone.
+func TestQuarantineOfGone(t *testing.T) {
+	_, h := fouled(t, "one")
+	book := BookOf(h)
+	all, err := book.Quarantined()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, q := range all {
+		err := book.State.Delete(quarantineKey(q.Place))
+		q.Place = "0000:00:1f.0/00.0"
+		if err := errors.Join(err, book.State.Put(quarantineKey(q.Place), q)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, force := range []bool{false, true} {
+		err := work(t, h, func(m *Manager) error {
+			out, err := m.Lift(t.Context(), []Quarantine{inQuarantine(t, m, plain)}, force)
+			if force && (len(out) != 1 || out[0].Result != Missing || !strings.Contains(out[0].Why, "input/output error")) {
+				t.Errorf("%+v", out)
+			}
+			return err
+		})
+		left, _ := book.Quarantined()
+		if (err == nil) != force || (len(left) == 0) != force {
+			t.Errorf("forced %v: %v, left %v", force, err, left)
+		}
+	}
+}
+
+// What nothing resets is lent only to who says that he knows, and told of when it comes back.
+func TestNoReset(t *testing.T) {
+	const device = "0000:00:03.0"
+	k := hosttest.NewKernel(t, hosttest.Made(
+		hosttest.PCI{At: device, ID: "8086:10d3", Class: "020000", Driver: "e1000e", Group: 3},
+	))
+	k.Register("vfio-pci")
+	h := &iommu.Host{Host: k.Host()}
+	err := lend(t, h, Request{Guest: "a", From: device})
+	if !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), "nothing resets it") ||
+		!strings.Contains(err.Error(), "--no-reset") {
+		t.Errorf("lent: %v", err)
+	}
+	if now := driversOf(t, k, device)[0]; !strings.HasPrefix(now, "e1000e/") {
+		t.Errorf("refused, it is on %s", now)
+	}
+	for range 2 {
+		if err := lend(t, h, Request{Guest: "a", From: device, NoReset: true}); err != nil {
+			t.Fatal(err)
+		}
+		out, err := giveBack(t, h, "a", time.Second)
+		if err != nil || len(out) != 1 || out[0].Result != Unreset || out[0].Why == "" || out[0].Driver != "e1000e" {
+			t.Errorf("%+v, %v", out, err)
+		}
+	}
+}
+
+// That a controller's data stays is told with each certificate.
+func TestNoteOfMedia(t *testing.T) {
+	_, h := vfioHost(t, true)
+	if err := lend(t, h, Request{Guest: "a", From: plain}); err != nil {
+		t.Fatal(err)
+	}
+	out, err := giveBack(t, h, "a", 0)
+	if err != nil || len(out) != 1 || !strings.Contains(out[0].Note, "not erased") {
+		t.Errorf("%+v, %v", out, err)
+	}
+}

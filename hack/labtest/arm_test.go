@@ -136,8 +136,8 @@ func life(t *testing.T, address string) {
 			t.Errorf("%s: taken again it is in group %s, was in %s", address, g, group)
 		}
 		group = g
-		if err := open(t, address); err != nil {
-			t.Errorf("%s is not opened: %v", address, err)
+		if r := run(t, viaduct, "verify", address); r.status != 0 {
+			t.Errorf("%s is not opened: %s%s", address, r.stdout, r.stderr)
 		}
 		do(t, "unbind", address)
 		if now := attr(devicesDir, address, "driver_override"); bound(address) != "" || now != override ||

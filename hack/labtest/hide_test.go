@@ -242,3 +242,82 @@ func TestLeaseOwner(t *testing.T) {
 	do(t, "release", "--quarantined", vf)
 	private(t, node)
 }
+
+// TestKillsLease: assign and release are killed at each of their writes in turn, the command, the child that writes, or
+// both, for two functions that are reset together and for a device whose group has a companion. What is left of it is
+// released in the end, and then all of the group is as it was.
+func TestKillsLease(t *testing.T) {
+	pair := of("8086", "100e")
+	every := 6
+	if everyWrite() {
+		every = 1
+	}
+	kills := 0
+	for _, unit := range []struct {
+		from    string
+		options []string
+	}{{pair[0], nil}, {"0000:00:1f.3", []string{"--no-reset"}}} {
+		group := names(groupsDir, link(devicesDir, unit.from, "iommu_group"), "devices")
+		state := func() string {
+			var out []string
+			for _, d := range group {
+				out = append(out, d+" "+deviceState(d))
+			}
+			return strings.Join(out, ", ")
+		}
+		home := state()
+		lend := append([]string{"assign", "tenant", "--from", unit.from}, unit.options...)
+		for _, op := range []string{"assign", "release"} {
+			for i, whom := range []string{"parent", "child", "both"} {
+				for n := 1; ; n++ {
+					if (n+i)%every != 0 {
+						continue
+					}
+					command := lend
+					if op == "release" {
+						do(t, lend...)
+						command = []string{"release", "tenant"}
+					}
+					killed, rest := killAt(t, n, whom, command...)
+					said := rest()
+					settle(t)
+					if now := state(); now != home {
+						t.Errorf("%s of %s killed at write %d of %s: %q, was %q\n%s", whom, unit.from, n, op, now, home, said)
+					}
+					if !killed {
+						break
+					}
+					kills++
+				}
+			}
+		}
+	}
+	t.Logf("%d kills", kills)
+}
+
+// settle releases whatever a lease is left of, as a person would that finds it.
+func settle(t *testing.T) {
+	t.Helper()
+	do(t, "recover")
+	if _, left := leases(t)["tenant"]; left {
+		run(t, viaduct, "release", "tenant")
+	}
+	var books struct {
+		Leases     []any
+		Quarantine []struct{ Address string }
+	}
+	decode(t, do(t, "leases", "--json"), &books)
+	var foul []string
+	for _, q := range books.Quarantine {
+		foul = append(foul, q.Address)
+	}
+	if len(foul) > 0 {
+		do(t, append([]string{"release", "--quarantined"}, foul...)...)
+	}
+	if len(books.Leases) > 0 {
+		t.Errorf("leases are left: %v", books.Leases)
+	}
+	if left, _ := filepath.Glob("/run/viaduct/change-*"); len(left) > 0 {
+		t.Errorf("records are left: %v", left)
+	}
+}

@@ -418,6 +418,9 @@ func TestReplace(t *testing.T) {
 			t.Errorf("%q, %v, want %q", got, err, content)
 		}
 	}
+	if st, err := os.Stat(h.Path("run/not/there/yet")); err != nil || st.Mode().Perm() != 0o644 {
+		t.Errorf("it is not for all to read: %v, %v", st, err)
+	}
 	if names, err := h.Names("run/not/there"); len(names) != 1 || err != nil {
 		t.Errorf("left beside it: %q, %v", names, err)
 	}

@@ -181,7 +181,8 @@ func byDescriptor(fd int) string { return "/proc/self/fd/" + strconv.Itoa(fd) }
 // noACL reports whether a file has no access control list, or its file system knows none.
 func noACL(err error) bool { return errors.Is(err, unix.ENODATA) || errors.Is(err, unix.EOPNOTSUPP) }
 
-// WriteFile makes or replaces a file, durably and whole or not at all, and the directories it is in.
+// WriteFile makes or replaces a file, durably and whole or not at all, and the directories it is in. All may read it: a
+// user who can change nothing asks what a change would do, and that depends on what viaduct has written down.
 func WriteFile(file string, content []byte) (err error) {
 	dir := filepath.Dir(file)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -197,7 +198,9 @@ func WriteFile(file string, content []byte) (err error) {
 		}
 	}()
 
-	_, err = tmp.Write(content)
+	if _, err = tmp.Write(content); err == nil {
+		err = tmp.Chmod(0o644)
+	}
 	if err == nil {
 		err = tmp.Sync()
 	}

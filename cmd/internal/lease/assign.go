@@ -220,7 +220,8 @@ func (m *Manager) reserve(ctx context.Context, r *Request, units [][]*iommu.Devi
 // renew is what asking, and asking again, sets: how long the lease lives.
 func (l *Lease) renew(m *Manager, r *Request) {
 	l.Made, l.TTL, l.Maker, l.Persist = time.Now(), r.TTL, m.self(), l.Persist || r.Persist
-	l.Unit, l.Owner, l.Ending = r.Unit, nil, false
+	l.Unit, l.Owner, l.Ending, l.Unmade = r.Unit, nil, false, false
+	l.used()
 	if r.NodeOwner != "" {
 		l.NodeOwner = r.NodeOwner
 	}

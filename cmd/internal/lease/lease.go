@@ -36,10 +36,12 @@ type Lease struct {
 	NoReset bool `json:"no_reset,omitempty"` // what nothing can reset goes to the next as it is
 	Foreign bool `json:"foreign,omitempty"`  // its VMM takes it to a driver of its own, as Xen's
 
-	force bool // a reset that fails is no reason to keep it
+	force bool         // a reset that fails is no reason to keep it
+	save  func() error // writes down that its devices are clean; nil: the books do
 
 	Ready   bool        `json:"ready"`            // its devices are configured and taken
 	Ending  bool        `json:"ending,omitempty"` // its release has begun
+	Unmade  bool        `json:"unmade,omitempty"` // and it had not been ready: no guest was told of its devices
 	Maker   holder.Proc `json:"maker"`            // who last was at work on it
 	Holders []Holder    `json:"holders"`          // seen last
 }
@@ -56,6 +58,7 @@ type Device struct {
 	Wanted   sriov.Settings  `json:"wanted,omitempty"`   // what the guest is to have
 	Before   sriov.Settings  `json:"before,omitempty"`   // what it had, and gets back; known before the first change
 	Now      sriov.Settings  `json:"now,omitempty"`      // what it has had since it was ready
+	Clean    bool            `json:"clean,omitempty"`    // its release came as far as to reset it, together with others
 }
 
 // Holder is a process that has a lease's device open.
@@ -113,7 +116,17 @@ func (b *Book) Get(guest string) (*Lease, error) {
 }
 
 // rebooted is for a lease of an earlier boot: what it has is still to be made.
-func (l *Lease) rebooted() { l.Ready, l.Ending, l.Maker, l.Holders = false, false, holder.Proc{}, nil }
+func (l *Lease) rebooted() {
+	l.Ready, l.Ending, l.Maker, l.Holders = false, false, holder.Proc{}, nil
+	l.used()
+}
+
+// used is for a lease whose devices somebody has had since they were reset.
+func (l *Lease) used() {
+	for i := range l.Devices {
+		l.Devices[i].Clean = false
+	}
+}
 
 // All are all leases, by guest, those of earlier boots that are still to be made included.
 func (b *Book) All() ([]*Lease, error) {

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -47,10 +48,19 @@ func vfioHost(t *testing.T, stays bool) (*hosttest.Kernel, *iommu.Host) {
 	return k, &iommu.Host{Host: k.Host()}
 }
 
+// writeTime is how long a write may take. Where one is to be stuck it is short.
+var writeTime = bind.DefaultTimeout
+
+// stuckSoon has a test not wait for long for what is stuck.
+func stuckSoon(t *testing.T) {
+	writeTime = 300 * time.Millisecond
+	t.Cleanup(func() { writeTime = bind.DefaultTimeout })
+}
+
 // work does something with a Manager of its own, as a command does.
 func work(t *testing.T, h *iommu.Host, do func(*Manager) error) error {
 	t.Helper()
-	handle, err := sriov.Open(h, bind.Options{Recoverers: Recoverers(), Timeout: 300 * time.Millisecond})
+	handle, err := sriov.Open(h, bind.Options{Recoverers: Recoverers(), Timeout: writeTime})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -164,6 +174,9 @@ func TestHiddenHolder(t *testing.T) {
 		for _, how := range []string{"group", "own node", "device by iommufd", "device by container"} {
 			t.Run(how+" "+strconv.FormatBool(stays), func(t *testing.T) {
 				k, h := vfioHost(t, stays)
+				if how == "own node" {
+					stuckSoon(t)
+				}
 				if err := lend(t, h, Request{Guest: "a", From: plain, NodeOwner: "1000:36"}); err != nil {
 					t.Fatal(err)
 				}
@@ -237,6 +250,7 @@ func TestHiddenHolderThatGoes(t *testing.T) {
 
 // What somebody has is not lent either; and what is left of an owner before is not the next one's.
 func TestLeftOver(t *testing.T) {
+	stuckSoon(t)
 	for _, how := range []string{"group", "own node", "device by iommufd"} {
 		k, h := vfioHost(t, true)
 		group, own := nodesOf(t, h)
@@ -292,33 +306,70 @@ func TestDead(t *testing.T) {
 	}
 }
 
-// A release that was killed at any operation is done again to its end.
-func TestReleaseKilled(t *testing.T) {
+// An assign and a release that were killed at any change leave what a release, or its repetition, brings to its end: of
+// one device, of two that are reset together, and of one whose group has companions.
+func TestLeaseKilled(t *testing.T) {
 	changes := func(op, _ string) bool { return op == "write" || op == "own" || op == "remove" || op == "replace" }
-	for n := 0; ; n++ {
-		k, h := vfioHost(t, n%2 == 0)
-		home := driversOf(t, k, plain)
-		if err := lend(t, h, Request{Guest: "a", From: plain, NodeOwner: "1000"}); err != nil {
-			t.Fatal(err)
-		}
-		k.KillAt(n/2, changes)
-		_, err := giveBack(t, h, "a", 0)
-		if !k.Revive() {
-			if err != nil || n < 10 {
-				t.Errorf("not killed at change %d: %v", n/2, err)
-			}
-			return
-		}
-
-		_, err = giveBack(t, h, "a", 0)
-		if none, _ := errors.AsType[*NoLeaseError](err); err != nil && none == nil {
-			t.Errorf("killed at change %d, and done again: %v", n/2, err)
-		}
-		if now := driversOf(t, k, plain); now[0] != home[0] {
-			t.Errorf("killed at change %d: it is on %s, and was on %s", n/2, now[0], home[0])
-		}
-		if n%2 == 0 {
-			private(t, h)
+	for name, host := range map[string]func() (*hosttest.Kernel, []string){
+		"on VFIO": func() (*hosttest.Kernel, []string) {
+			k, _ := vfioHost(t, true)
+			return k, []string{plain}
+		},
+		"at home": func() (*hosttest.Kernel, []string) {
+			k, _ := vfioHost(t, false)
+			return k, []string{plain}
+		},
+		"pair": func() (*hosttest.Kernel, []string) {
+			k, _, one, two := pairHost(t)
+			return k, []string{one, two}
+		},
+		"companions": func() (*hosttest.Kernel, []string) {
+			return hosttest.NewBoard(t), []string{"0000:03:00.0", "0000:03:00.1", "0000:00:14.0", "0000:00:14.3"}
+		},
+	} {
+		for _, op := range []string{"assign", "release"} {
+			t.Run(name+" "+op, func(t *testing.T) {
+				for n := 0; killLease(t, host, op, n, changes); n++ {
+				}
+			})
 		}
 	}
+}
+
+// killLease kills one of the two at a change, and reports whether it had so many.
+func killLease(t *testing.T, host func() (*hosttest.Kernel, []string), op string, n int,
+	changes func(op, name string) bool) bool {
+	t.Helper()
+	k, devices := host()
+	h := &iommu.Host{Host: k.Host()}
+	home := driversOf(t, k, devices...)
+	request := Request{Guest: "a", From: devices[0], NodeOwner: "1000"}
+	do := func() error { return lend(t, h, request) }
+	if op == "release" {
+		if err := do(); err != nil {
+			t.Fatal(err)
+		}
+		do = func() error {
+			_, err := giveBack(t, h, "a", 0)
+			return err
+		}
+	}
+	k.KillAt(n, changes)
+	err := do()
+	killed := k.Revive()
+	if !killed && (err != nil || n < 3) {
+		t.Errorf("not killed at change %d: %v", n, err)
+	}
+
+	_, err = giveBack(t, h, "a", 0)
+	if none, _ := errors.AsType[*NoLeaseError](err); err != nil && none == nil {
+		t.Errorf("killed at change %d, and released: %v", n, err)
+	}
+	if now := driversOf(t, k, devices...); !slices.Equal(now, home) {
+		t.Errorf("killed at change %d: it is on %q, and was on %q", n, now, home)
+	}
+	if left, err := BookOf(h).Quarantined(); err != nil || len(left) > 0 {
+		t.Errorf("killed at change %d: in quarantine %v, %v", n, left, err)
+	}
+	return killed
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"slices"
 	"time"
 
 	"viaduct/iommu"
@@ -20,7 +21,8 @@ type Quarantine struct {
 	Since   time.Time     `json:"since"`
 	Why     string        `json:"why"`
 	Device  Device        `json:"device"`
-	Boot    string        `json:"boot,omitempty"` // the id of the boot that it was in
+	Boot    string        `json:"boot,omitempty"`     // the id of the boot that it was in
+	NoReset bool          `json:"no_reset,omitempty"` // its lease allowed that nothing resets it
 }
 
 func quarantineKey(place string) string { return quarantined + url.PathEscape(place) }
@@ -118,55 +120,94 @@ func (m *Manager) at(where string) (found *iommu.Device) {
 	return found
 }
 
-// Lift scrubs devices in quarantine again, and frees those that are clean then. Forced are those that still cannot be
-// reset, and those that are gone; who has one open is refused all the same.
-func (m *Manager) Lift(ctx context.Context, all []Quarantine, force bool) ([]Certificate, error) {
+// Lift scrubs devices in quarantine again, and frees those that are clean then, with the rest of their IOMMU groups, as
+// some are reset only together. Forced are those that still cannot be reset, and those that are gone; who has one open
+// is refused all the same.
+func (m *Manager) Lift(ctx context.Context, asked []Quarantine, force bool) ([]Certificate, error) {
+	all, err := m.Book.Quarantined()
+	if err != nil {
+		return nil, err
+	}
 	var out []Certificate
 	var errs []error
-	for _, q := range all {
+	for _, q := range asked {
 		d := m.at(q.Place)
-		if d == nil && !force {
+		switch _, still := all[q.Place]; {
+		case !still:
+			// It was of the group of one before it.
+		case d == nil && !force:
 			errs = append(errs, fmt.Errorf("%s is not there any more, and stays in quarantine for when it comes back "+
 				"(--force=quarantine forgets it)", q.Address))
-			continue
-		}
-		if d == nil {
+		case d == nil:
 			c := Certificate{Guest: q.Guest, Address: q.Address, ID: q.Device.ID, Place: q.Place, Time: time.Now(),
 				Result: Missing, Why: "it was in quarantine: " + q.Why}
 			out, errs = append(out, c), append(errs, m.Book.State.Delete(quarantineKey(q.Place)))
-			continue
-		}
-
-		some, err := m.lift(ctx, q, d, force)
-		if out, errs = append(out, some...), append(errs, err); some == nil && err != nil {
-			break
+		default:
+			some, err := m.lift(ctx, m.unitOf(q, d, all), force)
+			if out, errs = append(out, some...), append(errs, err); some == nil && err != nil {
+				return out, errors.Join(errs...)
+			}
 		}
 	}
 	return out, errors.Join(errs...)
 }
 
-func (m *Manager) lift(ctx context.Context, q Quarantine, d *iommu.Device, force bool) ([]Certificate, error) {
-	l := &Lease{LeaseHead: holder.LeaseHead{Guest: q.Guest}, Devices: []Device{q.Device}, force: force}
-	if err := m.awaitGone(ctx, l, []*iommu.Device{d}, 0); err != nil {
+// inUnit is a device in quarantine that is there.
+type inUnit struct {
+	Quarantine
+	d *iommu.Device
+}
+
+// unitOf takes a device in quarantine, and those of its IOMMU group, out of those that are still to be lifted.
+func (m *Manager) unitOf(q Quarantine, d *iommu.Device, all Quarantined) []inUnit {
+	out := []inUnit{{q, d}}
+	delete(all, q.Place)
+	for where, o := range all {
+		if other := m.at(where); other != nil && other.Together(d) {
+			out = append(out, inUnit{o, other})
+			delete(all, where)
+		}
+	}
+	return out
+}
+
+func (m *Manager) lift(ctx context.Context, unit []inUnit, force bool) ([]Certificate, error) {
+	l := &Lease{LeaseHead: holder.LeaseHead{Guest: unit[0].Guest}, force: force}
+	var devices []*iommu.Device
+	for _, q := range unit {
+		q.Device.Address, q.Device.ID = q.d.Address, q.d.ID
+		l.Devices, devices = append(l.Devices, q.Device), append(devices, q.d)
+		l.NoReset = l.NoReset || q.NoReset
+	}
+	l.save = func() error {
+		var errs []error
+		for i, q := range unit {
+			q.Device = l.Devices[i]
+			errs = append(errs, m.Book.State.Put(quarantineKey(q.Place), q.Quarantine))
+		}
+		return errors.Join(errs...)
+	}
+	if err := m.awaitGone(ctx, l, devices, 0); err != nil {
 		return nil, err
 	}
-	if err := m.lock(ctx, m.touched([]*iommu.Device{d}, true)); err != nil {
+	if err := m.lock(ctx, m.touched(devices, true)); err != nil {
 		return nil, err
 	}
-	l.Devices[0].Address, l.Devices[0].ID = d.Address, d.ID
 
 	out, unwritten, err := m.scrub(ctx, l, time.Now())
 	if !bind.IsStuck(err) {
-		err = errors.Join(err, m.giveBackCompanions(ctx, []*iommu.Device{d}))
+		err = errors.Join(err, m.giveBackCompanions(ctx, devices))
 	}
-	for i := range out {
-		if out[i].Result == Unreset {
-			out[i].Why = fmt.Sprintf("it was in quarantine: %s; and now: %s", q.Why, out[i].Why)
-			err = errors.Join(err, m.Book.Run.Put(scrubbed+d.Name, out[i]))
+	errs := []error{err, unwritten}
+	for i, c := range out {
+		q := unit[slices.IndexFunc(unit, func(q inUnit) bool { return q.d.Address == c.Address })]
+		switch c.Result {
+		case Unreset:
+			out[i].Why = fmt.Sprintf("it was in quarantine: %s; and now: %s", q.Why, c.Why)
+			errs = append(errs, m.Book.Run.Put(scrubbed+q.d.Name, out[i]), m.Book.State.Delete(quarantineKey(q.Place)))
+		case Clean:
+			errs = append(errs, m.Book.State.Delete(quarantineKey(q.Place)))
 		}
 	}
-	if err = errors.Join(err, unwritten); err == nil {
-		err = m.Book.State.Delete(quarantineKey(q.Place))
-	}
-	return out, err
+	return out, errors.Join(errs...)
 }

@@ -169,6 +169,23 @@ func TestNoReset(t *testing.T) {
 			t.Errorf("%+v, %v", out, err)
 		}
 	}
+
+	// In quarantine for another reason, it is still what nothing has to reset.
+	if err := lend(t, h, Request{Guest: "a", From: device, NoReset: true}); err != nil {
+		t.Fatal(err)
+	}
+	k.Probe["e1000e"] = unix.EIO
+	if out, err := giveBack(t, h, "a", 0); err == nil || len(out) != 1 || out[0].Result != Fouled {
+		t.Errorf("%+v, %v", out, err)
+	}
+	delete(k.Probe, "e1000e")
+	err = work(t, h, func(m *Manager) error {
+		_, err := m.Lift(t.Context(), []Quarantine{inQuarantine(t, m, device)}, false)
+		return err
+	})
+	if now := driversOf(t, k, device)[0]; err != nil || !strings.HasPrefix(now, "e1000e/") {
+		t.Errorf("lifted, it is on %s: %v", now, err)
+	}
 }
 
 // That a controller's data stays is told with each certificate.

@@ -95,6 +95,7 @@ func (m *Manager) Release(ctx context.Context, guest string, wait time.Duration)
 // end scrubs what a lease has, whose devices are locked, and ends it. Who has a device still is waited for until a time.
 func (m *Manager) end(ctx context.Context, l *Lease, until time.Time) ([]Certificate, error) {
 	was := *l
+	l.Unmade = l.Unmade || !l.Ready && !l.Ending && !l.Persist
 	l.Ready, l.Ending, l.Maker = false, true, m.self()
 	if err := m.Book.put(l); err != nil {
 		return nil, err
@@ -125,6 +126,7 @@ func (m *Manager) scrub(ctx context.Context, l *Lease, until time.Time) (out []C
 	}
 	held, err := m.prove(ctx, "release "+l.Guest, devices, true, until)
 	if err != nil {
+		l.used()
 		return nil, nil, err
 	}
 	defer func() { _ = held.Close() }()
@@ -256,6 +258,10 @@ func (m *Manager) scrubAll(ctx context.Context, l *Lease,
 			return out, nil, s.err
 		}
 	}
+	shareFate(all)
+	if err := m.saveClean(l, all, done); err != nil {
+		return out, err, nil
+	}
 	if err := held.Close(); err != nil {
 		return out, nil, err
 	}
@@ -272,7 +278,7 @@ func (m *Manager) scrubAll(ctx context.Context, l *Lease,
 			s.c.Result, s.c.Why = Fouled, strings.ReplaceAll(s.err.Error(), "\n", "; ")
 			q := Quarantine{
 				Address: s.d.Address, Place: s.c.Place, Guest: l.Guest, Since: s.c.Time, Why: s.c.Why, Device: *s.dev,
-				Boot: bootID(m.host),
+				Boot: bootID(m.host), NoReset: l.NoReset,
 			}
 			errs = append(errs, fmt.Errorf("%s could not be scrubbed, and is in quarantine: %w", s.d.Name, s.err))
 			lost = append(lost, m.Book.State.Put(quarantineKey(s.c.Place), q))
@@ -283,6 +289,38 @@ func (m *Manager) scrubAll(ctx context.Context, l *Lease,
 		out = append(out, s.c)
 	}
 	return out, errors.Join(lost...), errors.Join(errs...)
+}
+
+// shareFate keeps the rest of an IOMMU group from going home when one of it cannot: it may be reset only with them.
+func shareFate(all []*scrubbing) {
+	for _, s := range all {
+		if s.d == nil || s.err == nil {
+			continue
+		}
+		for _, o := range all {
+			if o != s && o.d != nil && o.err == nil && o.d.VFIO && o.d.Together(s.d) {
+				o.err = fmt.Errorf("%s, which is in its IOMMU group, could not be scrubbed", s.d.Name)
+			}
+		}
+	}
+}
+
+// saveClean writes down which devices were reset together, before the first of them goes home: they could not be any
+// more.
+func (m *Manager) saveClean(l *Lease, all []*scrubbing, done resetting) error {
+	changed := false
+	for _, s := range all {
+		if _, together := done[s.dev.Address]; together && s.d != nil && s.err == nil && !s.dev.Clean {
+			s.dev.Clean, changed = true, true
+		}
+	}
+	switch {
+	case !changed:
+		return nil
+	case l.save != nil:
+		return l.save()
+	}
+	return m.Book.put(l)
 }
 
 // clear resets a device.
@@ -302,11 +340,15 @@ func (m *Manager) clear(ctx context.Context, l *Lease, s *scrubbing, done resett
 			d.Name,
 		)
 	}
-	if d.Blocks() && !foreign {
+	if d.Blocks() && !foreign || l.Unmade && !d.VFIO {
 		// It was never taken, or is back already, and its own driver has made it anew.
 		return nil
 	}
 	err := m.reset(l, d, &s.c, done, held)
+	if errors.Is(err, errNoReset) && dev.Clean {
+		// It was reset before, together with what has gone home since.
+		s.c.Reset, err = "before the release was interrupted", nil
+	}
 	if err == nil {
 		err = m.answers(d)
 	}

@@ -73,6 +73,9 @@ func (m *Manager) resetTogether(l *Lease, d *iommu.Device, held *hold) (how stri
 	}
 	held.also = append(held.also, space)
 	device, err := held.open(space, d)
+	if errors.Is(err, vfio.ErrInUse) {
+		return "", nil, err
+	}
 	if err != nil {
 		return "", nil, fmt.Errorf("%w alone, and with its bus neither: %w", errNoReset, err)
 	}

@@ -3,20 +3,22 @@ package lease
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
 	"viaduct/internal/host/hosttest"
+	"viaduct/iommu"
 )
 
-// TestResetTogether: two functions that only a reset of their bus resets are lent again and again: they are reset
-// together, while both are held, before the first goes back.
-func TestResetTogether(t *testing.T) {
-	const one, two = "0000:07:01.0", "0000:07:02.0"
-	k := hosttest.NewSmallLab(t, "0000:00:08.0", one, two)
-	v := k.ServeVFIO()
+// pairHost is a host with two functions that only a reset of their bus resets.
+func pairHost(t *testing.T) (k *hosttest.Kernel, v *hosttest.VFIO, one, two string) {
+	t.Helper()
+	one, two = "0000:07:01.0", "0000:07:02.0"
+	k = hosttest.NewSmallLab(t, "0000:00:08.0", one, two)
+	v = k.ServeVFIO()
 	for _, a := range []string{one, two} {
 		v.Devices[a] = &hosttest.VFIODevice{NoReset: true, Together: []string{one, two}}
 	}
@@ -29,7 +31,13 @@ func TestResetTogether(t *testing.T) {
 	if err := os.RemoveAll(filepath.Join(k.Dir(), "sys/bus/pci/devices", two, "reset")); err != nil {
 		t.Fatal(err)
 	}
+	return k, v, one, two
+}
 
+// TestResetTogether: two functions that only a reset of their bus resets are lent again and again: they are reset
+// together, while both are held, before the first goes back.
+func TestResetTogether(t *testing.T) {
+	k, v, one, two := pairHost(t)
 	home := driversOf(t, k, one, two)
 	for round := 1; round <= 3; round++ {
 		m := without(t, k)
@@ -88,5 +96,35 @@ func TestResetWithOthers(t *testing.T) {
 	if err == nil || len(certificates) != 1 || certificates[0].Result != Fouled ||
 		!strings.Contains(certificates[0].Why, "only together with "+other) || v.Devices[other].Resets != 0 {
 		t.Errorf("%+v, %v", certificates, err)
+	}
+}
+
+// TestSharedFate: when one of a group cannot be scrubbed, none of it goes home, and all of it is lifted together.
+func TestSharedFate(t *testing.T) {
+	k, v, one, two := pairHost(t)
+	h := &iommu.Host{Host: k.Host()}
+	home := driversOf(t, k, one, two)
+	if err := lend(t, h, Request{Guest: "a", From: one}); err != nil {
+		t.Fatal(err)
+	}
+	reset := "sys/bus/pci/devices/" + one + "/reset"
+	k.Fail[reset] = syscall.EIO
+	if out, err := giveBack(t, h, "a", 0); err == nil || len(out) != 2 || out[0].Result != Fouled || out[1].Result != Fouled {
+		t.Errorf("%+v, %v", out, err)
+	}
+	k.Fail[reset] = syscall.ENOTTY
+	v.Devices[one].Resets, v.Devices[two].Resets = 0, 0
+	err := work(t, h, func(m *Manager) error {
+		both := []Quarantine{inQuarantine(t, m, two), inQuarantine(t, m, one)}
+		out, err := m.Lift(t.Context(), both, false)
+		if len(out) != 2 || out[0].Result != Clean || out[1].Result != Clean {
+			t.Errorf("%+v", out)
+		}
+		return err
+	})
+	left, _ := BookOf(h).Quarantined()
+	if now := driversOf(t, k, one, two); err != nil || !slices.Equal(now, home) || len(left) > 0 ||
+		v.Devices[one].Resets != 1 || v.Devices[two].Resets != 1 {
+		t.Errorf("lifted: on %q, left %v, %v", now, left, err)
 	}
 }

@@ -65,7 +65,7 @@ func applyCommand(e *env) *cli.Command {
 				return usagef("apply: --wait is no time that can be waited: %s", o.wait)
 			}
 			if e.dryRun {
-				if err := runPlan(e, &o, e.printPlan); !errors.Is(err, errDiffers) {
+				if err := runPlan(e, &o, e.declaredByFile, e.printPlan); !errors.Is(err, errDiffers) {
 					return err
 				}
 				return nil
@@ -141,28 +141,35 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 		return err
 	}
 	defer stop()
-	s, err := o.load(c.handle.Host())
-	if err != nil && o.boot {
-		e.note("%v", err)
-		e.note("what is declared cannot be read: what was confirmed last is used")
-		s, err = declared.Of(c.handle.Host()).Confirmed()
+	s, wrong := o.load(c.handle.Host())
+	if wrong != nil {
+		wrong = usageError{wrong}
 	}
-
-	if err != nil {
-		return usageError{err}
+	if wrong != nil && !o.boot {
+		return wrong
 	}
 	wanted := func() (*hostfile.Host, error) { return s, nil }
 	if o.boot {
-		wanted = func() (*hostfile.Host, error) { return declared.Of(c.handle.Host()).Booted(s) }
+		wanted = func() (*hostfile.Host, error) {
+			use, err := declared.Of(c.handle.Host()).InForce(s, wrong)
+			if err != nil {
+				return nil, err
+			}
+			return use.Host, nil
+		}
+		use, err := declared.Of(c.handle.Host()).InForce(s, wrong)
+		if err != nil {
+			return err
+		}
+		if use.Why != "" {
+			e.note("%s", use.Why)
+		}
 	}
 	use, err := wanted()
 	if err != nil {
 		return err
 	}
 
-	if use != s {
-		e.note("an apply of host.yaml was not confirmed: until the next apply, what was confirmed last is used instead of it")
-	}
 	if o.boot {
 		o.keepGoing = true
 		m, err := o.manager(e, c.handle)
@@ -187,8 +194,11 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 	if err != nil {
 		return err
 	}
-	if o.watching && m.Held() { // by an apply that was waited for
-		return nil
+	if o.watching {
+		// An apply that was waited for may have left the host so.
+		if held, err := m.Held(); held || err != nil {
+			return err
+		}
 	}
 
 	m.Check(items)
@@ -218,19 +228,9 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 		}
 	}
 
-	if o.confirm > 0 {
-		if err := errors.Join(m.Clean(), m.Begin(s, o.confirm, o.file != "")); err != nil {
-			return err
-		}
-		if err := guard(); err != nil {
-			return err
-		}
-	}
-
-	if !o.boot {
-		if err := m.Hold(o.file != ""); err != nil {
-			return err
-		}
+	trial, err := o.begin(m, s)
+	if err != nil {
+		return err
 	}
 
 	changed, touched := 0, false
@@ -252,11 +252,14 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 	errs = append(errs, m.Remember(items))
 	switch {
 	case o.confirm > 0:
-		errs = append(errs, m.Begin(s, o.confirm, o.file != "")) // the time is counted from now
-		e.note("it is undone in %s, unless viaduct apply --confirmed is run before", o.confirm)
+		waits, err := m.Extend(trial, o.confirm) // the time is counted from now
+		if errs = append(errs, err); waits {
+			e.note("it is undone in %s, unless viaduct apply --confirmed is run before", o.confirm)
+		}
 	case !o.boot && o.file == "" && errors.Join(errs...) == nil:
-		errs = append(errs, m.Keep(s))
+		errs = append(errs, m.Ended(s))
 	}
+	errs = append(errs, wrong)
 
 	if e.json {
 		views := []itemView{}
@@ -268,6 +271,27 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 		fmt.Fprintln(e.stdout, "all is as declared already")
 	}
 	return mixed(errors.Join(errs...), touched)
+}
+
+// begin says that what is declared is in force from now on, or is tried; the guard stands, then.
+func (o *declaredOptions) begin(m *declared.Manager, s *hostfile.Host) (trial string, err error) {
+	switch {
+	case o.boot:
+		return "", nil
+	case o.confirm == 0:
+		return "", m.Starts(o.file != "")
+	}
+	if err := m.Clean(); err != nil {
+		return "", err
+	}
+	trial, withdraw, err := m.Tries(s, o.confirm, o.file != "")
+	if err != nil {
+		return "", err
+	}
+	if err := guard(); err != nil {
+		return "", errors.Join(err, withdraw())
+	}
+	return trial, nil
 }
 
 func reasons(errs []error) []string {
@@ -355,7 +379,10 @@ func runUndo(ctx context.Context, e *env, force []holder.Kind, timeout time.Dura
 			fmt.Fprintf(e.stdout, "%s: as before\n", a)
 		}
 	})
-	return mixed(errors.Join(err, m.Hold(true)), done > 0)
+	if due == nil {
+		err = errors.Join(err, m.Undone())
+	}
+	return mixed(err, done > 0)
 }
 
 func adoptCommand(e *env) *cli.Command {

@@ -1,9 +1,11 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"strconv"
 	"strings"
@@ -12,6 +14,7 @@ import (
 
 	"viaduct/cmd/internal/declared"
 	"viaduct/iommu"
+	"viaduct/vfio/bind"
 	"viaduct/vfio/holder"
 )
 
@@ -36,67 +39,104 @@ func runConfirmed(e *env) error {
 	return nil
 }
 
-// guard starts the process that undoes what is not confirmed. It has a session of its own, so that no hangup reaches
-// it, and is put into the root of the control groups, as a session's are killed with it (KillUserProcesses of
-// logind.conf).
+// guardReady is what the guard says once it stands.
+const guardReady = "ready"
+
+// guard starts the process that undoes what is not confirmed, and returns once it says that it stands. It has a session
+// of its own, so that no hangup reaches it, and is put into the root of the control groups, as a session's are killed
+// with it (KillUserProcesses of logind.conf).
 func guard() error {
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
 		return err
 	}
 	defer null.Close()
-	p, err := os.StartProcess("/proc/self/exe", []string{"viaduct", "undo", "--unless-confirmed"}, &os.ProcAttr{
-		Dir: "/", Env: []string{}, Files: []*os.File{null, null, null}, Sys: &syscall.SysProcAttr{Setsid: true},
-	})
+	said, says, err := os.Pipe()
 	if err != nil {
+		return err
+	}
+	defer said.Close()
+	p, err := os.StartProcess("/proc/self/exe", []string{"viaduct", "undo", "--unless-confirmed"}, &os.ProcAttr{
+		Dir: "/", Env: []string{}, Files: []*os.File{null, says, null}, Sys: &syscall.SysProcAttr{Setsid: true},
+	})
+	if err = errors.Join(err, says.Close()); err != nil {
 		return fmt.Errorf("start what undoes it unless it is confirmed: %w", err)
 	}
 
+	err = leaveLogin(p.Pid)
+	if err == nil {
+		err = awaitGuard(said)
+	}
+	if err != nil {
+		err = errors.Join(err, p.Kill())
+		_, _ = p.Wait()
+		return err
+	}
+	return p.Release()
+}
+
+// awaitGuard waits until the guard says that it stands. One that has ended says why.
+func awaitGuard(said *os.File) error {
+	if err := said.SetReadDeadline(time.Now().Add(bind.DefaultTimeout)); err != nil {
+		return err
+	}
+	text, err := bufio.NewReader(said).ReadString('\n')
+	if text = strings.TrimSpace(text); text == guardReady {
+		return nil
+	}
+	if text == "" && err != nil {
+		text = err.Error()
+	}
+	return fmt.Errorf("what undoes it unless it is confirmed does not stand: %s", text)
+}
+
+// leaveLogin puts a process where no login takes it along.
+func leaveLogin(pid int) error {
 	h, err := iommu.Open("")
 	if err != nil {
-		return errors.Join(err, p.Kill())
+		return err
 	}
 	defer h.Close()
 	for _, root := range []string{"sys/fs/cgroup/cgroup.procs", "sys/fs/cgroup/systemd/cgroup.procs"} {
 		if h.Exists(root) {
-			if err := h.Write(root, strconv.Itoa(p.Pid)); err != nil {
-				return errors.Join(fmt.Errorf("what undoes it would end with this login: %w", err), p.Kill())
+			if err := h.Write(root, strconv.Itoa(pid)); err != nil {
+				return fmt.Errorf("what undoes it would end with this login: %w", err)
 			}
 			break
 		}
 	}
-	return p.Release()
+	return nil
 }
 
 // errNotDue is what an undo ends with that is not to be any more.
 var errNotDue = errors.New("it was confirmed, or applied again")
 
-// runGuard is that process. What it has to say goes to the kernel's log, as nobody else may be there.
+// runGuard is that process. What it has to say after it stands goes to the kernel's log, where that can be written to, as
+// nobody else may be there.
 func runGuard(ctx context.Context, e *env, timeout time.Duration) error {
-	if err := e.mayChange(); err != nil {
-		return err
-	}
-	log, err := os.OpenFile("/dev/kmsg", os.O_WRONLY, 0)
+	m, end, err := standGuard(e)
 	if err != nil {
+		fmt.Fprintln(e.stdout, strings.ReplaceAll(err.Error(), "\n", "; "))
 		return err
 	}
-	defer log.Close()
-	h, err := e.open()
-	if err != nil {
-		return err
-	}
+	defer end()
 
-	defer h.Close()
-	m := declared.Of(h)
+	fmt.Fprintln(e.stdout, guardReady)
+	var log io.Writer = io.Discard
+	if kmsg, err := os.OpenFile("/dev/kmsg", os.O_WRONLY, 0); err == nil {
+		defer kmsg.Close()
+		log = kmsg
+	}
 	e.stdout, e.stderr = log, log
 	for {
-		late, force, err := m.AwaitConfirmed()
+		late, token, force, err := m.AwaitConfirmed()
 		if err == nil && !late {
 			return nil
 		}
 		if err == nil {
 			fmt.Fprintf(log, "<4>viaduct: what was applied was not confirmed in time, and is undone")
-			err = runUndo(ctx, e, append(force, holder.YieldToRollback()...), timeout, m.Due)
+			due := func() (bool, error) { return m.Due(token) }
+			err = runUndo(ctx, e, append(force, holder.YieldToRollback()...), timeout, due)
 		}
 
 		if errors.Is(err, errNotDue) {
@@ -105,13 +145,13 @@ func runGuard(ctx context.Context, e *env, timeout time.Duration) error {
 		}
 		if err == nil || ctx.Err() != nil || errors.Is(err, holder.ErrRefused) {
 			// The watch service has what was confirmed.
-			err = errors.Join(err, m.RolledBack(), m.Hold(false))
+			err = errors.Join(err, m.RolledBack(token))
 		}
 		if err == nil {
 			return nil
 		}
 		fmt.Fprintf(log, "<3>viaduct: %s", strings.ReplaceAll(err.Error(), "\n", "; "))
-		if late, _, again := m.AwaitConfirmed(); again == nil && !late {
+		if late, _, _, again := m.AwaitConfirmed(); again == nil && !late {
 			return err
 		}
 
@@ -122,4 +162,20 @@ func runGuard(ctx context.Context, e *env, timeout time.Duration) error {
 			return err
 		}
 	}
+}
+
+// standGuard opens what the guard needs, and looks for what it guards.
+func standGuard(e *env) (m *declared.Manager, end func() error, err error) {
+	if err := e.mayChange(); err != nil {
+		return nil, nil, err
+	}
+	h, err := e.open()
+	if err != nil {
+		return nil, nil, err
+	}
+	m = declared.Of(h)
+	if _, err := m.Held(); err != nil {
+		return nil, nil, errors.Join(err, h.Close())
+	}
+	return m, h.Close, nil
 }

@@ -63,8 +63,11 @@ func (o *declaredOptions) load(h *iommu.Host) (*hostfile.Host, error) {
 	if o.file == "" {
 		return hostfile.Load(h)
 	}
-	content, err := io.ReadAll(os.Stdin)
-	if o.file != "-" {
+	var content []byte
+	var err error
+	if o.file == "-" {
+		content, err = io.ReadAll(os.Stdin)
+	} else {
 		content, err = os.ReadFile(o.file)
 	}
 	if err != nil {
@@ -95,7 +98,7 @@ func planCommand(e *env) *cli.Command {
 			if c.Args().Present() {
 				return usagef("plan takes no arguments: it looks at all that is declared")
 			}
-			return runPlan(e, &o, e.printPlan)
+			return runPlan(e, &o, e.declaredByFile, e.printPlan)
 		},
 	})
 }
@@ -114,13 +117,52 @@ func statusCommand(e *env) *cli.Command {
 			if c.Args().Present() {
 				return usagef("status takes no arguments: it looks at all that is declared")
 			}
-			return runPlan(e, &o, e.printStatus)
+			return runPlan(e, &o, e.declaredInForce, e.printStatus)
 		},
 	})
 }
 
-// runPlan is plan and status: they differ in what they print.
-func runPlan(e *env, o *declaredOptions, show func(*declared.Manager, []*declared.Item) error) error {
+// choice says which declaration is compared with the host, of what was read.
+type choice func(m *declared.Manager, o *declaredOptions, s *hostfile.Host, wrong error) (*hostfile.Host, error)
+
+// declaredByFile is what the next apply goes by: what was read. That something else is in force is told.
+func (e *env) declaredByFile(m *declared.Manager, o *declaredOptions, s *hostfile.Host, wrong error) (*hostfile.Host, error) {
+	if wrong != nil || o.file != "" {
+		return s, wrong
+	}
+	use, err := m.InForce(s, nil)
+	if err != nil {
+		return nil, err
+	}
+	if use.Why != "" {
+		e.note("this is what the next apply would do; %s", use.Why)
+	}
+	return s, nil
+}
+
+// declaredInForce is what a boot and the watch service go by.
+func (e *env) declaredInForce(m *declared.Manager, o *declaredOptions, s *hostfile.Host, wrong error) (*hostfile.Host, error) {
+	if o.file != "" {
+		return s, wrong
+	}
+	use, err := m.InForce(s, wrong)
+	if err != nil {
+		return nil, err
+	}
+	if wrong != nil {
+		e.note("%v", wrong)
+	}
+	if use.Why != "" {
+		e.note("%s", use.Why)
+	}
+	if use.Held {
+		e.note("the host is left as it is until the next apply: it was undone, or another file was applied")
+	}
+	return use.Host, nil
+}
+
+// runPlan is plan and status: they differ in what they compare with the host, and in what they print.
+func runPlan(e *env, o *declaredOptions, choose choice, show func(*declared.Manager, []*declared.Item) error) error {
 	h, err := e.open()
 	if err != nil {
 		return err
@@ -142,14 +184,17 @@ func runPlan(e *env, o *declaredOptions, show func(*declared.Manager, []*declare
 	}
 	<-read
 	if wrong != nil {
-		return usageError{wrong}
+		wrong = usageError{wrong}
 	}
 	if err != nil {
-		return err
+		return errors.Join(wrong, err)
 	}
 
 	m, err := o.manager(e, b)
 	if err != nil {
+		return err
+	}
+	if s, err = choose(m, o, s, wrong); err != nil {
 		return err
 	}
 	items, err := m.Plan(s)

@@ -298,10 +298,7 @@ func (e *env) keepOnce(ctx context.Context, o *declaredOptions) error {
 // keep is one look, and what it takes; it says whether it tried to change something.
 func (e *env) keep(ctx context.Context, o *declaredOptions) (tried bool, err error) {
 	items, err := e.lookAtDeclared(o)
-	if err != nil {
-		return false, err
-	}
-	var errs []error
+	errs := []error{err}
 	for _, i := range items {
 		if i.State == declared.Differs {
 			return true, runApply(ctx, e, o)
@@ -320,16 +317,15 @@ func (e *env) lookAtDeclared(o *declaredOptions) ([]*declared.Item, error) {
 		return nil, err
 	}
 	defer stop()
-	s, err := o.load(b.Host())
-	if err != nil {
-		return nil, err
-	}
+	s, wrong := o.load(b.Host())
 	m, err := o.manager(e, b)
 	if err != nil {
 		return nil, err
 	}
-	if s, err = m.Booted(s); err != nil || m.Held() {
-		return nil, err
+	use, err := m.InForce(s, wrong)
+	if err != nil || use.Held {
+		return nil, errors.Join(err, wrong)
 	}
-	return m.Plan(s)
+	items, err := m.Plan(use.Host)
+	return items, errors.Join(err, wrong)
 }

@@ -33,10 +33,10 @@ func status(t *testing.T, want int, args ...string) result {
 	return r
 }
 
-// forget drops what apply and undo keep until the next boot.
+// forget drops what apply and undo keep, and what was confirmed.
 func forget() {
-	for _, n := range []string{"undo", "hold"} {
-		_ = os.Remove("/run/viaduct/" + n + ".json")
+	for _, file := range []string{"/run/viaduct/undo.json", "/var/lib/viaduct/in-force.json"} {
+		_ = os.Remove(file)
 	}
 }
 

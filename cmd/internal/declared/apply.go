@@ -17,7 +17,8 @@ import (
 // back. It is written down before the item's first write, and dropped after its last.
 type before struct {
 	Device  iommu.Address   `json:"device"`
-	PF      string          `json:"pf,omitempty"` // as YAML
+	Before  *hostfile.PF    `json:"before,omitempty"`
+	PF      string          `json:"pf,omitempty"` // the same as YAML, of viaduct before the first that had it as JSON
 	Release []iommu.Address `json:"release,omitempty"`
 }
 
@@ -147,8 +148,16 @@ func (m *Manager) before(i *Item) (before, error) {
 		}
 	}
 
-	b.PF, err = text(&hostfile.Host{PFs: []hostfile.PF{pf}})
-	return b, err
+	b.Before = &pf
+	return b, nil
+}
+
+// host declares a PF as it was.
+func (b *before) host() (*hostfile.Host, error) {
+	if b.Before != nil {
+		return &hostfile.Host{PFs: []hostfile.PF{*b.Before}}, nil
+	}
+	return hostfile.Parse("record", []byte(b.PF))
 }
 
 func (m *Manager) applyOne(ctx context.Context, i *Item, was before) error {
@@ -227,7 +236,7 @@ func (m *Manager) back(was before) error {
 	if err != nil {
 		return err
 	}
-	if was.PF == "" {
+	if was.Before == nil && was.PF == "" {
 		var units [][]*iommu.Device
 		for _, a := range was.Release {
 			if d, err := t.Find(a); err == nil && (d.VFIO || d.Driver == "" && d.DriverOverride == bind.None) {
@@ -246,7 +255,7 @@ func (m *Manager) back(was before) error {
 		return errors.Join(errs...)
 	}
 
-	s, err := hostfile.Parse("record", []byte(was.PF))
+	s, err := was.host()
 	if err != nil {
 		return err
 	}

@@ -3,7 +3,6 @@ package declared
 import (
 	"context"
 	"errors"
-	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
@@ -19,7 +18,6 @@ import (
 	"viaduct/iommu"
 	"viaduct/sriov"
 	"viaduct/vfio/bind"
-	"viaduct/vfio/holder"
 )
 
 const (
@@ -475,89 +473,6 @@ func TestAdopt(t *testing.T) {
 		if i.State != OK {
 			t.Errorf("%s: %s %v %q\n%s", i.Name, i.State, i.Err, i.Steps, text)
 		}
-	}
-}
-
-func TestConfirm(t *testing.T) {
-	k := hosttest.NewLab(t, nil)
-	m := newManager(t, k, Options{})
-	old, next := parse(t, "pfs:\n  - {select: "+pf+", count: 1}\n"), parse(t, "pfs:\n  - {select: "+pf+", count: 2}\n")
-	booted := func(s *hostfile.Host) string {
-		t.Helper()
-		use, err := m.Booted(s)
-		if err != nil {
-			t.Fatal(err)
-		}
-		n := -1
-		if len(use.PFs) > 0 {
-			n = use.PFs[0].Count
-		}
-		return fmt.Sprint(n, use != s)
-	}
-	if _, err := m.Confirm(); err == nil {
-		t.Error("nothing was there to confirm")
-	}
-	if err := errors.Join(m.Keep(old), m.Begin(next, 60e9, false)); err != nil {
-		t.Fatal(err)
-	}
-	if got := booted(next); got != "2 false" {
-		t.Errorf("while it may be confirmed: %s", got)
-	}
-	third := parse(t, "pfs:\n  - {select: "+pf+", count: 3}\n")
-	if got := booted(third); got != "2 true" {
-		t.Errorf("edited while it may be confirmed: %s", got)
-	}
-	if err := m.RolledBack(); err != nil {
-		t.Fatal(err)
-	}
-	if got := booted(next); got != "1 true" {
-		t.Errorf("rolled back: %s", got)
-	}
-	if got := booted(third); got != "1 true" {
-		t.Errorf("edited after it was rolled back, and not applied: %s", got)
-	}
-	if _, err := m.Confirm(); err == nil {
-		t.Error("it was confirmed when it had been rolled back")
-	}
-	if err := m.Begin(third, 60e9, true); err != nil {
-		t.Fatal(err)
-	}
-	if got := booted(old); got != "1 false" {
-		t.Errorf("while another file waits to be confirmed: %s", got)
-	}
-	if kept, err := m.Confirm(); kept || err != nil {
-		t.Errorf("another file is confirmed for boots: %v, %v", kept, err)
-	}
-	if c, err := m.Confirmed(); err != nil || c.PFs[0].Count != 1 {
-		t.Errorf("what was confirmed last is %v, %v", c, err)
-	}
-	if err := m.Begin(next, 60e9, false); err != nil {
-		t.Fatal(err)
-	}
-	if kept, err := m.Confirm(); !kept || err != nil {
-		t.Fatalf("%v, %v", kept, err)
-	}
-	if got := booted(next); got != "2 false" {
-		t.Errorf("confirmed: %s", got)
-	}
-	if late, _, err := m.AwaitConfirmed(); late || err != nil {
-		t.Errorf("nothing waits to be confirmed: %v, %v", late, err)
-	}
-	m.options.Force = []holder.Kind{holder.Route}
-	if err := m.Begin(next, 1e6, false); err != nil {
-		t.Fatal(err)
-	}
-	if late, force, err := m.AwaitConfirmed(); !late || err != nil || len(force) != 1 {
-		t.Errorf("nobody confirmed it: %v, %v, %v", late, force, err)
-	}
-	if due, err := m.Due(); !due || err != nil {
-		t.Errorf("due: %v, %v", due, err)
-	}
-	if err := m.Begin(next, 60e9, false); err != nil {
-		t.Fatal(err)
-	}
-	if due, err := m.Due(); due || err != nil {
-		t.Errorf("applied anew, and still due: %v, %v", due, err)
 	}
 }
 

@@ -69,25 +69,6 @@ func Settle(ctx context.Context, h *iommu.Host, look func()) error {
 	return nil
 }
 
-// hold says that the host is not as declared on purpose, which the watch service leaves alone: it was undone, or
-// something else was applied.
-const hold = "hold"
-
-// Hold writes that down, or ends it.
-func (m *Manager) Hold(on bool) error {
-	if on {
-		return m.run.Put(hold, true)
-	}
-	return m.run.Delete(hold)
-}
-
-// Held reports whether the host is not as declared on purpose.
-func (m *Manager) Held() bool {
-	var on bool
-	known, err := m.run.Get(hold, &on)
-	return known && err == nil
-}
-
 // Early are the places of the devices that the initramfs is to keep from their drivers. Nothing there can ask what they
 // are for: one that must not be taken, or that the host uses now, is refused, with all that would be taken along.
 func (m *Manager) Early(s *hostfile.Host) ([]string, error) {

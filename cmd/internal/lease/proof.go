@@ -122,27 +122,34 @@ func (m *Manager) hold(ctx context.Context, what string, devices []*iommu.Device
 	}
 }
 
-// letGo takes a device off its VFIO driver and gives it back, which ends only when nobody has its own node open.
+// letGo takes a device off its VFIO driver and gives it back, which ends only when nobody has its own node open. What
+// cannot be given back stays written down, for the next change of the device to do it.
 func (m *Manager) letGo(what string, d *iommu.Device) error {
 	driver := d.Driver
-	err := m.recorded(opLetGo, d, driver, func() error {
-		off := bind.Step{Path: path.Join("sys/bus/pci/drivers", driver, "unbind"), Value: d.Name}
-		return m.handle.Write(d.Address, []bind.Step{off, backTo(driver, d.Address)})
-	})
+	if err := m.handle.Begin(opLetGo, d, []*iommu.Device{d}, driver); err != nil {
+		return err
+	}
+	off := bind.Step{Path: path.Join("sys/bus/pci/drivers", driver, "unbind"), Value: d.Name}
+	err := m.handle.Write(d.Address, []bind.Step{off, backTo(driver, d.Address)})
 	if bind.IsStuck(err) {
 		return &holder.RefusedError{
 			What: what, Causes: []error{err}, Cure: "end whoever has it, and do this again",
 			Reasons: []string{"somebody whom /proc does not show has its node open: " + err.Error()},
 		}
 	}
-	if err != nil {
-		return err
+
+	now, readErr := iommu.ReadDriver(m.host, d.Address)
+	if err != nil && readErr == nil && now == "" {
+		err = errors.Join(err, m.handle.Write(d.Address, []bind.Step{backTo(driver, d.Address)}))
+		now, readErr = iommu.ReadDriver(m.host, d.Address)
 	}
-	now, err := iommu.ReadDriver(m.host, d.Address)
-	if err == nil && now != driver {
-		err = fmt.Errorf("%s was on %s, and is not any more", d.Name, driver)
+	switch {
+	case readErr != nil:
+		return errors.Join(err, readErr)
+	case now != driver:
+		return errors.Join(err, fmt.Errorf("%s was on %s, and is not any more", d.Name, driver))
 	}
-	return err
+	return errors.Join(err, m.handle.End(d.Address))
 }
 
 func backTo(driver string, a iommu.Address) bind.Step {

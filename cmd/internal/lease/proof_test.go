@@ -373,3 +373,31 @@ func killLease(t *testing.T, host func() (*hosttest.Kernel, []string), op string
 	}
 	return killed
 }
+
+// A device that cannot be given back to its VFIO driver stays so for the next release, and is not taken for clean.
+func TestLetGoFails(t *testing.T) {
+	for _, fails := range []int{1, 2} {
+		k, _, one, two := pairHost(t)
+		h := &iommu.Host{Host: k.Host()}
+		home := driversOf(t, k, one, two)
+		if err := lend(t, h, Request{Guest: "a", From: one}); err != nil {
+			t.Fatal(err)
+		}
+		bound := 0
+		k.Before = func(name, value string) {
+			if name == "sys/bus/pci/drivers/vfio-pci/bind" {
+				delete(k.Fail, name)
+				if bound++; bound <= fails {
+					k.Fail[name] = unix.EIO
+				}
+			}
+		}
+		if out, err := giveBack(t, h, "a", 0); err == nil || len(out) > 0 {
+			t.Errorf("%d times: %+v, %v", fails, out, err)
+		}
+		out, err := giveBack(t, h, "a", 0)
+		if now := driversOf(t, k, one, two); err != nil || len(out) != 2 || !slices.Equal(now, home) {
+			t.Errorf("%d times, and then: %+v, %v, on %q", fails, out, err, now)
+		}
+	}
+}

@@ -23,6 +23,8 @@ import (
 type VFIO struct {
 	Isolated bool                   // interrupts are kept apart
 	Dirty    bool                   // the IOMMU can note what is written to
+	Version  int                    // of VFIO, which containers tell
+	NoType1  bool                   // vfio_iommu_type1 is not there
 	Hardware uint32                 // its type for IOMMU_GET_HW_INFO, and what is told of it
 	Info     []byte                 // of that
 	Allowed  [][2]uint64            // IOVA ranges, the last one included
@@ -42,14 +44,22 @@ type VFIODevice struct {
 	Regions   [9]uint64        // sizes
 	Sparse    [][2]uint64      // of BAR 0: offset and size; nil: all can be mapped
 	Vectors   [5]uint32        // by kind
+	Vacant    int              // how many of them the host has left; 0: all
 	NoReset   bool             // it cannot be reset alone
 	Dies      bool             // a reset leaves it dead
 	Together  []string         // what a hot reset resets
 	Migration uint64           // flags; 0: it cannot be migrated
 	Log       bool             // it can note what it writes to
+	Logs      [][2]uint64      // what it notes that of now: the size of pages, then offsets and sizes
 	Token     string           // a VF token that has to be given
+	PF        bool             // it can be given a token, which it has then
+	Sleeps    bool             // it can be put into a state of low power
+	Asleep    bool             // it is in that
+	Wakes     []int            // eventfds of who wants to know that it was woken
 	State     uint32           // of migration
 	Content   []byte           // what is saved and loaded
+	Rest      []byte           // what of that is there only when it has stopped
+	Changed   uint64           // what has changed of it since it was read, in bytes
 	Resets    int              // how often it was reset
 	Written   []uint64         // what it or the IOMMU has noted, by IOVA
 	Events    map[uint32][]int // eventfds that are enabled, by kind
@@ -63,11 +73,11 @@ type vfioFile struct {
 	mayOf map[uint64]uint32 // access by IOVA: 1 read, 2 write
 	set   bool              // its IOMMU is set
 	ids   uint32
-	track bool
+	track map[uint32]bool // by page table
 	// of a group: the container's memory. Of a device: that of the group or iommufd it is bound to.
 	in       string
 	attached bool
-	load     bool // of data: it is written to
+	load     bool // of data, whose name is the device's: it is written to
 }
 
 // bytes of an argument.
@@ -129,7 +139,7 @@ func (v *VFIO) file(f *vfioFile) (int, error) {
 			return -1, err
 		}
 	}
-	f.maps, f.mayOf = map[uint64]uint64{}, map[uint64]uint32{}
+	f.maps, f.mayOf, f.track = map[uint64]uint64{}, map[uint64]uint32{}, map[uint32]bool{}
 	v.files[name], v.byFD[fd] = f, name
 	return fd, nil
 }
@@ -259,6 +269,8 @@ func (v *VFIO) ioctl(fd int, request uintptr, arg unsafe.Pointer) (int, error) {
 		return 0, v.reset(f.name)
 	case f.kind == "device":
 		return v.device(f, number, sized())
+	case f.kind == "data" && number == 121:
+		return 0, v.preCopy(fd, f, sized())
 	}
 	return 0, unix.ENOTTY
 }
@@ -266,9 +278,9 @@ func (v *VFIO) ioctl(fd int, request uintptr, arg unsafe.Pointer) (int, error) {
 func (v *VFIO) containerValue(name string, c *vfioFile, number, value uintptr) (int, error) {
 	switch number {
 	case 100:
-		return 0, nil
+		return v.Version, nil
 	case 101:
-		return map[bool]int{true: 1}[value == 3], nil
+		return map[bool]int{true: 1}[value == 3 && !v.NoType1], nil
 	case 102:
 		any := false
 		for _, g := range v.opened("group", "") {
@@ -395,7 +407,7 @@ func (v *VFIO) iommufd(f *vfioFile, number uintptr, a vfioArg) error {
 	switch number {
 	case 128, 139: // DESTROY, HWPT_SET_DIRTY_TRACKING
 		if number == 139 {
-			f.track = a.u32(4) == 1
+			f.track[a.u32(8)] = a.u32(4) == 1
 		}
 	case 129:
 		a.put32(8, id())
@@ -431,7 +443,7 @@ func (v *VFIO) iommufd(f *vfioFile, number uintptr, a vfioArg) error {
 		a.put32(24, v.Hardware)
 		a.put64(32, map[bool]uint64{true: 1}[v.Dirty])
 	case 140: // HWPT_GET_DIRTY_BITMAP
-		if !f.track {
+		if !f.track[a.u32(4)] {
 			return unix.EINVAL
 		}
 		v.report(a.u64(16), a.u64(24), a.u64(32), a.u64(40), a.u32(8)&1 != 0)
@@ -487,7 +499,7 @@ func (v *VFIO) device(f *vfioFile, number uintptr, a vfioArg) (int, error) {
 		a.put32(12, d.Vectors[a.u32(8)])
 		return 0, nil
 	case number == 110:
-		return 0, d.irqs(a)
+		return d.irqs(a)
 	case number == 112:
 		return 0, v.hotInfo(f, d, a)
 	case number == 113:
@@ -499,7 +511,7 @@ func (v *VFIO) device(f *vfioFile, number uintptr, a vfioArg) (int, error) {
 		}
 		return 0, nil
 	case number == 117:
-		return 0, v.feature(d, a)
+		return 0, v.feature(f, d, a)
 	}
 	return 0, unix.ENOTTY
 }
@@ -592,10 +604,10 @@ func (d *VFIODevice) region(a vfioArg) error {
 	return nil
 }
 
-func (d *VFIODevice) irqs(a vfioArg) error {
+func (d *VFIODevice) irqs(a vfioArg) (int, error) {
 	flags, kind, start, count := a.u32(4), a.u32(8), a.u32(12), a.u32(16)
 	if kind >= 5 || start >= d.Vectors[kind] || count > d.Vectors[kind]-start {
-		return unix.EINVAL
+		return 0, unix.EINVAL
 	}
 	if d.Events == nil {
 		d.Events = map[uint32][]int{}
@@ -603,23 +615,25 @@ func (d *VFIODevice) irqs(a vfioArg) error {
 	switch {
 	case flags == 0x21 && count == 0:
 		delete(d.Events, kind)
+	case flags == 0x24 && d.Vacant > 0 && int(count) > d.Vacant:
+		return d.Vacant, nil
 	case flags == 0x24:
 		for n := range count {
 			d.Events[kind] = append(d.Events[kind], int(a.u32(20+4*int(n))))
 		}
 	case flags == 0x21:
 		if int(start+count) > len(d.Events[kind]) {
-			return unix.EINVAL
+			return 0, unix.EINVAL
 		}
 		for _, fd := range d.Events[kind][start : start+count] {
 			if _, err := unix.Write(fd, binary.NativeEndian.AppendUint64(nil, 1)); err != nil {
-				return err
+				return 0, err
 			}
 		}
 	case kind != 0:
-		return unix.EINVAL
+		return 0, unix.EINVAL
 	}
-	return nil
+	return 0, nil
 }
 
 func (v *VFIO) hotInfo(f *vfioFile, d *VFIODevice, a vfioArg) error {
@@ -659,10 +673,13 @@ func (v *VFIO) hotInfo(f *vfioFile, d *VFIODevice, a vfioArg) error {
 }
 
 // feature answers VFIO_DEVICE_FEATURE.
-func (v *VFIO) feature(d *VFIODevice, a vfioArg) error {
+func (v *VFIO) feature(f *vfioFile, d *VFIODevice, a vfioArg) error {
 	flags := a.u32(4)
 	probe := flags&(1<<18) != 0
-	has := map[uint32]bool{1: d.Migration != 0, 2: d.Migration != 0, 6: d.Log, 7: d.Log, 8: d.Log, 9: d.Migration != 0}
+	has := map[uint32]bool{
+		0: d.PF, 1: d.Migration != 0, 2: d.Migration != 0, 3: d.Sleeps, 4: d.Sleeps, 5: d.Sleeps, 6: d.Log, 7: d.Log,
+		8: d.Log, 9: d.Migration != 0,
+	}
 	n := flags & 0xffff
 	if !has[n] {
 		return unix.ENOTTY
@@ -671,6 +688,9 @@ func (v *VFIO) feature(d *VFIODevice, a vfioArg) error {
 		return nil
 	}
 	switch n {
+	case 0:
+		t := fmt.Sprintf("%x", a[8:24])
+		d.Token = strings.Join([]string{t[:8], t[8:12], t[12:16], t[16:20], t[20:]}, "-")
 	case 1:
 		a.put64(8, d.Migration)
 	case 2:
@@ -678,7 +698,25 @@ func (v *VFIO) feature(d *VFIODevice, a vfioArg) error {
 			a.put32(8, d.State)
 			return nil
 		}
-		return v.setState(d, a)
+		return v.setState(f, d, a)
+	case 3, 4:
+		if d.Asleep {
+			return unix.EINVAL
+		}
+		d.Asleep = true
+		if n == 4 {
+			d.Wakes = append(d.Wakes, int(a.u32(8)))
+		}
+	case 5:
+		d.Asleep, d.Wakes = false, nil
+	case 6:
+		d.Logs = [][2]uint64{{a.u64(8)}}
+		ranges := vfioArg(memory(a.u64(24), 16*int(a.u32(16))))
+		for i := range int(a.u32(16)) {
+			d.Logs = append(d.Logs, [2]uint64{ranges.u64(16 * i), ranges.u64(16*i + 8)})
+		}
+	case 7:
+		d.Logs = nil
 	case 8:
 		v.report(a.u64(8), a.u64(16), a.u64(24), a.u64(32), false)
 	case 9:
@@ -688,10 +726,11 @@ func (v *VFIO) feature(d *VFIODevice, a vfioArg) error {
 }
 
 // setState goes to a state at once; leaving RESUMING takes what was written, which must be as long as what there is.
-func (v *VFIO) setState(d *VFIODevice, a vfioArg) error {
+func (v *VFIO) setState(f *vfioFile, d *VFIODevice, a vfioArg) error {
 	to := a.u32(8)
 	a.put32(12, ^uint32(0))
-	if to == 0 || to > 5 || d.State == 0 {
+	p2p, preCopy := to == 5 || to == 7, to == 6 || to == 7
+	if to == 0 || to > 7 || d.State == 0 || p2p && d.Migration&2 == 0 || preCopy && d.Migration&4 == 0 {
 		return unix.EINVAL
 	}
 	if d.State == 4 && to != 4 {
@@ -707,20 +746,64 @@ func (v *VFIO) setState(d *VFIODevice, a vfioArg) error {
 			d.Content = b
 		}
 	}
-	if (to == 3 || to == 4) && d.State != to {
-		fd, err := v.file(&vfioFile{kind: "data", load: to == 4})
+	saves := func(state uint32) bool { return state == 3 || state >= 6 }
+	if saves(to) && !saves(d.State) || to == 4 && d.State != 4 {
+		fd, err := v.file(&vfioFile{kind: "data", name: f.name, load: to == 4})
 		if err != nil {
 			return err
 		}
-		if to == 3 {
+		if to != 4 {
 			if _, err := unix.Pwrite(fd, d.Content, 0); err != nil {
 				return err
 			}
 		}
 		a.put32(12, uint32(fd))
 	}
+	if to == 3 && d.State != 3 {
+		if err := v.stopped(f.name, d); err != nil {
+			return err
+		}
+	}
 	d.State = to
 	return nil
+}
+
+// stopped adds to the state that is read of a device what is there only now.
+func (v *VFIO) stopped(address string, d *VFIODevice) error {
+	for fd, name := range v.byFD {
+		if f := v.files[name]; f != nil && f.kind == "data" && f.name == address && v.alive(name) {
+			_, err := unix.Pwrite(fd, d.Rest, int64(len(d.Content)))
+			return err
+		}
+	}
+	return nil
+}
+
+// preCopy answers VFIO_MIG_GET_PRECOPY_INFO.
+func (v *VFIO) preCopy(fd int, f *vfioFile, a vfioArg) error {
+	d := v.Devices[f.name]
+	if d.State < 6 {
+		return unix.EINVAL
+	}
+	read, err := unix.Seek(fd, 0, unix.SEEK_CUR)
+	a.put64(8, uint64(len(d.Content))-uint64(read))
+	a.put64(16, d.Changed)
+	return err
+}
+
+// Tracking is how many page tables note what is written to.
+func (v *VFIO) Tracking() int {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	n := 0
+	for _, f := range v.files {
+		for _, on := range f.track {
+			if on {
+				n++
+			}
+		}
+	}
+	return n
 }
 
 func (v *VFIO) pathOf(name string) string {

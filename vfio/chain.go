@@ -18,7 +18,7 @@ func (f *file) sized(op string, request uintptr, b []byte) ([]byte, error) {
 	for ask := b; ; {
 		answer := append([]byte(nil), ask...)
 		*(*uint32)(unsafe.Pointer(&answer[0])) = uint32(len(answer))
-		if _, err := f.ioctl(op, request, unsafe.Pointer(&answer[0]), deviceMeans); err != nil {
+		if _, err := f.ioctl(op, request, unsafe.Pointer(&answer[0]), nil); err != nil {
 			return nil, err
 		}
 

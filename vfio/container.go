@@ -148,7 +148,7 @@ func (g *group) openDevice(t *target) (*file, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &file{host: t.host, name: t.name, fd: fd}, nil
+	return &file{host: t.host, name: t.name, fd: fd, means: deviceMeans}, nil
 }
 
 func (c *container) detached(t *target) error {

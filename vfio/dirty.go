@@ -114,8 +114,10 @@ func (d *Device) StartLog(page uint64, ranges []Range) (uint64, error) {
 	c := uapi.VfioDeviceFeatureDmaLoggingControl{
 		PageSize: page, NumRanges: uint32(len(raw)), Ranges: pointer(&pin, raw),
 	}
-	err := setFeature(d, uapi.VFIO_DEVICE_FEATURE_DMA_LOGGING_START, &c, logMeans)
-	return c.PageSize, err
+	if err := setFeature(d, uapi.VFIO_DEVICE_FEATURE_DMA_LOGGING_START, &c, logMeans); err != nil {
+		return 0, err
+	}
+	return c.PageSize, nil
 }
 
 // StopLog ends it.

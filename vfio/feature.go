@@ -25,7 +25,7 @@ func (d *Device) feature(flags uint32, data []byte, means map[unix.Errno]error) 
 // getFeature asks for a feature's structure, which v is filled with.
 func getFeature[T any](d *Device, number uint32, v *T) error {
 	b := bytesOf(v)
-	if err := d.feature(number|uapi.VFIO_DEVICE_FEATURE_GET, b, deviceMeans); err != nil {
+	if err := d.feature(number|uapi.VFIO_DEVICE_FEATURE_GET, b, nil); err != nil {
 		return err
 	}
 	*v, _ = at[T](b, 0)
@@ -42,7 +42,7 @@ func setFeature[T any](d *Device, number uint32, v *T, means map[unix.Errno]erro
 
 // hasFeature reports whether a feature can be set or got.
 func (d *Device) hasFeature(number, how uint32) (bool, error) {
-	err := d.feature(number|how|uapi.VFIO_DEVICE_FEATURE_PROBE, nil, deviceMeans)
+	err := d.feature(number|how|uapi.VFIO_DEVICE_FEATURE_PROBE, nil, nil)
 	if errors.Is(err, ErrUnsupported) || errors.Is(err, unix.EINVAL) {
 		return false, nil
 	}
@@ -52,7 +52,7 @@ func (d *Device) hasFeature(number, how uint32) (bool, error) {
 // SetToken sets the token that the users of a PF's VFs have to know; the device is the PF, on vfio-pci. It is an
 // ErrUnsupported of any other.
 func (d *Device) SetToken(token Token) error {
-	return d.feature(uapi.VFIO_DEVICE_FEATURE_PCI_VF_TOKEN|uapi.VFIO_DEVICE_FEATURE_SET, token[:], deviceMeans)
+	return d.feature(uapi.VFIO_DEVICE_FEATURE_PCI_VF_TOKEN|uapi.VFIO_DEVICE_FEATURE_SET, token[:], nil)
 }
 
 // CanSleep reports whether the device can be put into a state of low power.
@@ -109,5 +109,5 @@ func (s *Sleeping) Close() error { return s.close() }
 
 // Wake wakes the device for good.
 func (d *Device) Wake() error {
-	return d.feature(uapi.VFIO_DEVICE_FEATURE_LOW_POWER_EXIT|uapi.VFIO_DEVICE_FEATURE_SET, nil, deviceMeans)
+	return d.feature(uapi.VFIO_DEVICE_FEATURE_LOW_POWER_EXIT|uapi.VFIO_DEVICE_FEATURE_SET, nil, nil)
 }

@@ -16,6 +16,8 @@ import (
 type file struct {
 	host *iommu.Host
 	name string // from the host's root, or what it is of, for errors
+	// means are what errnos mean that any request can end with, beside those of a request's own.
+	means map[unix.Errno]error
 
 	mu sync.RWMutex
 	fd int // below zero when it is closed
@@ -61,7 +63,7 @@ func (f *file) use(op string, do func(fd int) error) error {
 func (f *file) ioctl(op string, request uintptr, arg unsafe.Pointer, means map[unix.Errno]error) (n int, err error) {
 	err = f.use(op, func(fd int) error {
 		n, err = f.host.Ioctl(fd, f.name, request, arg)
-		return failure(op, f.name, err, means)
+		return f.failure(op, err, means)
 	})
 	return n, err
 }
@@ -70,9 +72,17 @@ func (f *file) ioctl(op string, request uintptr, arg unsafe.Pointer, means map[u
 func (f *file) value(op string, request, value uintptr, means map[unix.Errno]error) (n int, err error) {
 	err = f.use(op, func(fd int) error {
 		n, err = f.host.IoctlValue(fd, f.name, request, value)
-		return failure(op, f.name, err, means)
+		return f.failure(op, err, means)
 	})
 	return n, err
+}
+
+// failure makes an Error of what a request ended with.
+func (f *file) failure(op string, err error, means map[unix.Errno]error) error {
+	if errno := asErrno(err); means[errno] == nil && f.means[errno] != nil {
+		means = f.means
+	}
+	return failure(op, f.name, err, means)
 }
 
 // asErrno is the errno of an error.

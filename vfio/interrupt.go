@@ -55,7 +55,7 @@ func (d *Device) InterruptInfo(kind Kind) (InterruptInfo, error) {
 		return InterruptInfo{}, fmt.Errorf("vfio: %s: %s: %w", d.Name(), kind, ErrUnsupported)
 	}
 	i := uapi.VfioIrqInfo{Argsz: uint32(unsafe.Sizeof(uapi.VfioIrqInfo{})), Index: uint32(kind)}
-	_, err := d.file.ioctl("VFIO_DEVICE_GET_IRQ_INFO", uapi.VFIO_DEVICE_GET_IRQ_INFO, unsafe.Pointer(&i), deviceMeans)
+	_, err := d.file.ioctl("VFIO_DEVICE_GET_IRQ_INFO", uapi.VFIO_DEVICE_GET_IRQ_INFO, unsafe.Pointer(&i), nil)
 	// Errors cannot be reported by what is no PCIe device, which vfio-pci says so.
 	if asErrno(err) == unix.EINVAL {
 		return InterruptInfo{Kind: kind}, nil
@@ -202,7 +202,7 @@ func (d *Device) setIRQs(kind Kind, flags uint32, start, count int, fds []int32)
 	for _, fd := range fds {
 		b = binary.NativeEndian.AppendUint32(b, uint32(fd))
 	}
-	return d.file.ioctl("VFIO_DEVICE_SET_IRQS", uapi.VFIO_DEVICE_SET_IRQS, unsafe.Pointer(&b[0]), deviceMeans)
+	return d.file.ioctl("VFIO_DEVICE_SET_IRQS", uapi.VFIO_DEVICE_SET_IRQS, unsafe.Pointer(&b[0]), nil)
 }
 
 // Count is how many vectors there are.

@@ -49,6 +49,7 @@ func (s *iommufd) attach(t *target) (*file, uint32, error) {
 	if err != nil {
 		return nil, 0, err
 	}
+	f.means = deviceMeans
 	id, err := s.bind(f, t)
 	if err == nil {
 		err = s.attachTable(f, id)

@@ -143,6 +143,6 @@ func (f *file) resetTogether(fds []int32) error {
 	for _, fd := range fds {
 		b = append(b, bytesOf(&fd)...)
 	}
-	_, err := f.ioctl("VFIO_DEVICE_PCI_HOT_RESET", uapi.VFIO_DEVICE_PCI_HOT_RESET, unsafe.Pointer(&b[0]), deviceMeans)
+	_, err := f.ioctl("VFIO_DEVICE_PCI_HOT_RESET", uapi.VFIO_DEVICE_PCI_HOT_RESET, unsafe.Pointer(&b[0]), nil)
 	return err
 }

@@ -29,7 +29,7 @@ func newStream(d *Device, fd int) (*Stream, error) {
 		return nil, errors.Join(failure("fcntl", d.Name(), err, nil), unix.Close(fd))
 	}
 	name := "migration data of " + d.Name()
-	return &Stream{&file{host: d.context.host, name: name, fd: fd}, os.NewFile(uintptr(fd), name)}, nil
+	return &Stream{&file{host: d.context.host, name: name, fd: fd, means: deviceMeans}, os.NewFile(uintptr(fd), name)}, nil
 }
 
 // Read reads of the state that is saved. In StateStopCopy it ends with io.EOF; while the device runs, an ErrNoData says
@@ -50,7 +50,7 @@ func (s *Stream) explain(op string, err error) error {
 	if err == nil || errors.Is(err, io.EOF) || errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, fs.ErrClosed) {
 		return err
 	}
-	return failure(op, s.file.name, err, map[unix.Errno]error{unix.ENOMSG: ErrNoData, unix.EINVAL: ErrRefused})
+	return s.file.failure(op, err, map[unix.Errno]error{unix.ENOMSG: ErrNoData, unix.EINVAL: ErrRefused})
 }
 
 // PreCopyInfo is how much of a state there is to read, in bytes: Initial is what should be read before the device is

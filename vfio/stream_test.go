@@ -109,6 +109,11 @@ func TestPreCopy(t *testing.T) {
 			t.Errorf("%s: %d, %v", name, n, err)
 		}
 	}
+	// What has no state is written nothing of.
+	device.Content, device.Rest, device.State = nil, nil, uint32(StateRunning)
+	if n, err := must2(d.Save())(t).Finish(t.Context(), brokenWriter{io.ErrClosedPipe}); n != 0 || err != nil {
+		t.Errorf("an empty state: %d, %v", n, err)
+	}
 	stream := must2(d.SetState(StateStopCopy))(t)
 	if _, err := stream.PreCopyInfo(); !errors.Is(err, ErrRefused) {
 		t.Errorf("of a device that has stopped: %v", err)

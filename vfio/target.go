@@ -34,9 +34,6 @@ func findTarget(h *iommu.Host, device string) (*target, error) {
 		t.address = &a
 	}
 	t.dir, t.name = dir, path.Base(dir)
-	if t.address != nil {
-		t.name = t.address.String()
-	}
 	there, err := h.Has(dir)
 	if err != nil {
 		return nil, err

@@ -6,6 +6,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"runtime/debug"
 	"strings"
 	"testing"
 
@@ -156,6 +157,29 @@ func TestOneWay(t *testing.T) {
 		err = m.Batch(func(r Registers) error { r.Store32(0, 1); return nil })
 		if (err == nil) != c.write || err != nil && !errors.Is(err, ErrUnsupported) {
 			t.Errorf("store in a batch, %s: %v", c.mapped, err)
+		}
+	}
+}
+
+// TestPanicOnFault leaves a goroutine as it was: whether its own faults are panics or its end.
+func TestPanicOnFault(t *testing.T) {
+	m := mapped(t, RegionInfo{Size: 8192, Read: true, Write: true, Mappable: []Area{{0, 4096}}})
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(false))
+	for _, was := range []bool{false, true} {
+		for name, do := range map[string]func(){
+			"a load":  func() { _, _ = m.Load32(0) },
+			"a batch": func() { _ = m.Batch(func(r Registers) error { r.Load32(0); return nil }) },
+			"a fault": func() { _ = m.Batch(func(r Registers) error { r.Load32(4096); return nil }) },
+			"a panic": func() {
+				defer func() { _ = recover() }()
+				_ = m.Batch(func(Registers) error { panic("of its own") })
+			},
+		} {
+			debug.SetPanicOnFault(was)
+			do()
+			if now := debug.SetPanicOnFault(was); now != was {
+				t.Errorf("after %s it is %v, before %v", name, now, was)
+			}
 		}
 	}
 }

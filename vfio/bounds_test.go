@@ -244,8 +244,8 @@ func TestNames(t *testing.T) {
 	}
 	for state, want := range map[State]string{
 		StateError: "ERROR", StateStop: "STOP", StateRunning: "RUNNING", StateStopCopy: "STOP_COPY",
-		StateResuming: "RESUMING", StateRunningP2P: "RUNNING_P2P", StatePreCopy: "PRE_COPY", StatePreCopyP2P: "PRE_COPY_P2P",
-		8: "state 8",
+		StateResuming: "RESUMING", StateRunningP2P: "RUNNING_P2P", StatePreCopy: "PRE_COPY",
+		StatePreCopyP2P: "PRE_COPY_P2P", 8: "state 8",
 	} {
 		if state.String() != want {
 			t.Errorf("%d is %s, not %s", uint32(state), state, want)

@@ -60,9 +60,9 @@ func TestMeans(t *testing.T) {
 		{IOMMUFD, 0x3b75, logs, means{unix.EINVAL: ErrRange, unix.E2BIG: ErrRange, unix.EIO: ErrFault}},
 		{IOMMUFD, 0x3b75, sleeps, means{unix.EBUSY: ErrInUse, unix.EINVAL: ErrRefused, unix.EIO: ErrFault}},
 	} {
+		_, v, host := newVFIO(t)
+		v.Dirty = true
 		for errno, want := range c.means {
-			_, v, host := newVFIO(t)
-			v.Dirty = true
 			context := newContext(t, host, Options{Way: c.way, DirtyTracking: c.request == 0x3b8c})
 			var d *Device
 			// What makes a context's space is asked for its first device.
@@ -90,6 +90,9 @@ func TestMeans(t *testing.T) {
 			if after := openFiles(t); after != before {
 				t.Errorf("request %#x, %s: %d files are open, before %d", c.request, errno, after, before)
 			}
+			if err := context.Close(); err != nil {
+				t.Error(err)
+			}
 		}
 	}
 	for way, node := range map[Way]string{IOMMUFD: "dev/iommu", Container: "dev/vfio/vfio"} {
@@ -102,7 +105,8 @@ func TestMeans(t *testing.T) {
 				}
 				return nil
 			})
-			if _, err := newContext(t, host, Options{Way: way}).Open(nic); !errors.Is(err, want) || !errors.Is(err, errno) {
+			_, err := newContext(t, host, Options{Way: way}).Open(nic)
+			if !errors.Is(err, want) || !errors.Is(err, errno) {
 				t.Errorf("%s, %s: %v", node, errno, err)
 			}
 		}

@@ -280,7 +280,8 @@ func TestUndone(t *testing.T) {
 		}
 		// As many as are left may be tried, of which the second is mapped already.
 		many := slices.Repeat([]Mapping{at(0x10000)}, 65536)
-		for n, want := range map[int]error{65535: ErrRange, 65536: map[Way]error{Container: ErrLimit, IOMMUFD: ErrRange}[way]} {
+		beyond := map[Way]error{Container: ErrLimit, IOMMUFD: ErrRange}[way]
+		for n, want := range map[int]error{65535: ErrRange, 65536: beyond} {
 			if err := c.Map(many[:n]...); !errors.Is(err, want) || len(c.Mappings()) != 0 || m.uses != 0 {
 				t.Errorf("%d times: %v: mapped are %v", n, err, c.Mappings())
 			}

@@ -153,9 +153,6 @@ func (g *group) openDevice(t *target) (*file, error) {
 
 func (c *container) detached(t *target) error {
 	g := c.groups[*t.group]
-	if g == nil {
-		return nil
-	}
 	if g.devices--; g.devices > 0 {
 		return nil
 	}

@@ -152,6 +152,10 @@ func TestDecode(t *testing.T) {
 		t.Errorf("without capabilities: %+v, %v", d, err)
 	}
 
+	if _, err := decodeDevice(words(24, 0, 1, 2, 0)); err == nil {
+		t.Error("information on a device that is cut passes")
+	}
+
 	region := func(flags, size uint32, more ...uint32) []byte {
 		return words(append([]uint32{uint32(32 + 4*len(more)), flags, 3, 32, size, 0, 0, 0x300}, more...)...)
 	}
@@ -166,6 +170,10 @@ func TestDecode(t *testing.T) {
 		t.Errorf("an empty one: %+v, %v", r, err)
 	}
 	if r, err := decodeRegion(region(15, 8192, 2, 0, 0x80008086, 1)); err != nil || r.Type != 0x80008086 || r.Subtype != 1 {
+		t.Errorf("%+v, %v", r, err)
+	}
+	unknown := region(15, 8192, 99, 0)
+	if r, err := decodeRegion(unknown); err != nil || r.Type != 0 || !slices.Equal(r.Mappable, []Area{{0, 8192}}) {
 		t.Errorf("%+v, %v", r, err)
 	}
 	sparse := func(areas ...uint32) []byte {
@@ -205,7 +213,7 @@ func TestDecode(t *testing.T) {
 	}
 	for _, wrong := range [][]byte{
 		type1(3, 0x1000, 1, 0, 1, 0, 0x2000, 0, 0x1fff, 0), type1(2, 0, 1, 0, 2, 0, 0, 0, 1, 0), type1(2, 0, 3, 0),
-		type1(2, 0, 1, 0, 2, 0, 0, 0, 8, 0, 8, 0, 9, 0), words(24, 3),
+		type1(2, 0, 1, 0, 2), type1(2, 0, 1, 0, 2, 0, 0, 0, 8, 0, 8, 0, 9, 0), words(24, 3),
 	} {
 		if i, err := decodeType1(wrong); err == nil {
 			t.Errorf("%v: %+v", wrong, i)

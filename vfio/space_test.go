@@ -228,6 +228,80 @@ func TestGroup(t *testing.T) {
 	v.Fail = nil
 }
 
+// TestViable opens a device whose group was viable until the kernel was asked: who took a device of it is told, or else
+// the kernel's own word.
+func TestViable(t *testing.T) {
+	const one, two = "0000:07:02.0", "0000:07:01.0"
+	for _, c := range []struct {
+		way     Way
+		request uintptr
+	}{{Container, 0x3b67}, {Container, 0x3b68}, {Container, 0x3b6a}, {IOMMUFD, 0x3b76}} {
+		for _, taken := range []bool{true, false} {
+			k := hosttest.NewSmallLab(t, "0000:00:08.0", one, two)
+			v := k.ServeVFIO()
+			v.Devices[one] = &hosttest.VFIODevice{}
+			takeFor(t, k, one)
+			driver := must2(k.Host().LinkBase("sys/bus/pci/devices/" + two + "/driver"))(t)
+			if err := k.Write("sys/bus/pci/drivers/"+driver+"/unbind", two); err != nil {
+				t.Fatal(err)
+			}
+			host := &iommu.Host{Host: k.Host()}
+			before := openFiles(t)
+			v.Fail = func(request uintptr) error {
+				if request != c.request {
+					return nil
+				}
+				v.Unviable = true
+				err := k.Write("sys/bus/pci/drivers/"+driver+"/bind", two)
+				if !taken {
+					err = os.RemoveAll(k.Dir() + "/sys/kernel/iommu_groups") // nobody can tell
+				}
+				if err != nil {
+					t.Error(err)
+				}
+				if request == 0x3b67 {
+					return nil // it says so in its answer
+				}
+				return unix.EPERM
+			}
+			_, err := newContext(t, host, Options{Way: c.way}).Open(one)
+			viable, ok := errors.AsType[*NotViableError](err)
+			switch said := c.request == 0x3b67; {
+			case taken && (!ok || len(viable.Members) != 1 || viable.Members[0].Name != two):
+				t.Errorf("taken, request %#x: %v", c.request, err)
+			case !taken && said && (!ok || viable.Members != nil):
+				t.Errorf("not viable by itself: %v", err)
+			case !taken && !said && (ok || !errors.Is(err, unix.EPERM)):
+				t.Errorf("refused, request %#x: %v", c.request, err)
+			}
+			if after := openFiles(t); after != before {
+				t.Errorf("request %#x: %d files are open, before %d", c.request, after, before)
+			}
+		}
+	}
+}
+
+// TestNoGroup opens a device that has a node of its own, and none of a group.
+func TestNoGroup(t *testing.T) {
+	for _, errno := range []unix.Errno{unix.EPERM, unix.EINVAL} {
+		k, v, host := newVFIO(t)
+		for _, file := range []string{"sys/class/vfio", "sys/bus/pci/devices/" + nic + "/iommu_group"} {
+			if err := os.RemoveAll(k.Dir() + "/" + file); err != nil {
+				t.Fatal(err)
+			}
+		}
+		v.Fail = failing(0x3b76, errno)
+		c := newContext(t, host, Options{})
+		if _, err := c.Open(nic); !errors.Is(err, errno) || errors.Is(err, ErrInUse) || errors.Is(err, ErrNotViable) {
+			t.Error(err)
+		}
+		v.Fail = nil
+		if d, err := c.Open(nic); err != nil || d.target.group != nil {
+			t.Errorf("%+v, %v", d, err)
+		}
+	}
+}
+
 // TestUndone maps and unmaps what fails in its midst: what stays mapped is known to be.
 func TestUndone(t *testing.T) {
 	eachWay(t, func(t *testing.T, way Way) {

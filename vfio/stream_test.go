@@ -192,6 +192,11 @@ func TestSavingFails(t *testing.T) {
 	if err := s.Cancel(); !errors.Is(err, fs.ErrClosed) {
 		t.Errorf("a stream that cannot be closed: %v", err)
 	}
+	device.Full = true
+	if err := d.Load(t.Context(), bytes.NewReader([]byte("state"))); !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("a device that takes no more: %v", err)
+	}
+	device.Full = false
 	stream := must2(d.SetState(StateResuming))(t)
 	err := d.Load(t.Context(), bytes.NewReader(nil))
 	if !errors.Is(err, ErrInUse) || device.State != uint32(StateRunning) {
@@ -258,6 +263,14 @@ func TestStreamWaits(t *testing.T) {
 	}
 	if b.String() != "onetwo" || s.sent != 6 {
 		t.Errorf("%q, %d bytes", b.String(), s.sent)
+	}
+	if err := s.stream.Close(); err != nil {
+		t.Error(err)
+	}
+	folder := must2(unix.Open(t.TempDir(), unix.O_RDONLY|unix.O_CLOEXEC, 0))(t)
+	s.stream = must2(newStream(d, folder))(t)
+	if _, err := s.PreCopy(t.Context(), &b); !errors.Is(err, unix.EISDIR) {
+		t.Errorf("what cannot be read: %v", err)
 	}
 	if err := s.stream.Close(); err != nil {
 		t.Error(err)

@@ -25,6 +25,7 @@ type VFIO struct {
 	Dirty    bool                   // the IOMMU can note what is written to
 	Version  int                    // of VFIO, which containers tell
 	NoType1  bool                   // vfio_iommu_type1 is not there
+	Unviable bool                   // no group is viable, whatever drivers have its devices
 	Hardware uint32                 // its type for IOMMU_GET_HW_INFO, and what is told of it
 	Info     []byte                 // of that
 	Allowed  [][2]uint64            // IOVA ranges, the last one included
@@ -60,6 +61,7 @@ type VFIODevice struct {
 	Content   []byte           // what is saved and loaded
 	Rest      []byte           // what of that is there only when it has stopped
 	Changed   uint64           // what has changed of it since it was read, in bytes
+	Full      bool             // what is written to it fails
 	Resets    int              // how often it was reset
 	Written   []uint64         // what it or the IOMMU has noted, by IOVA
 	Events    map[uint32][]int // eventfds that are enabled, by kind
@@ -177,6 +179,9 @@ func (v *VFIO) group(address string) string {
 
 // viable reports whether no driver of the host has a device of a group.
 func (v *VFIO) viable(group string) bool {
+	if v.Unviable {
+		return false
+	}
 	for _, address := range v.k.names(path.Join(sysGroups, group, "devices")) {
 		driver := v.k.driver(v.k.device(address))
 		class := v.k.text(v.k.device(address), "class")
@@ -745,6 +750,12 @@ func (v *VFIO) setState(f *vfioFile, d *VFIODevice, a vfioArg) error {
 			}
 			d.Content = b
 		}
+	}
+	if to == 4 && d.State != 4 && d.Full {
+		fd, err := unix.Open("/dev/full", unix.O_WRONLY|unix.O_CLOEXEC, 0)
+		a.put32(12, uint32(fd))
+		d.State = to
+		return err
 	}
 	saves := func(state uint32) bool { return state == 3 || state >= 6 }
 	if saves(to) && !saves(d.State) || to == 4 && d.State != 4 {

@@ -29,7 +29,8 @@ func newStream(d *Device, fd int) (*Stream, error) {
 		return nil, errors.Join(failure("fcntl", d.Name(), err, nil), unix.Close(fd))
 	}
 	name := "migration data of " + d.Name()
-	return &Stream{&file{host: d.context.host, name: name, fd: fd, means: deviceMeans}, os.NewFile(uintptr(fd), name)}, nil
+	f := &file{host: d.context.host, name: name, fd: fd, means: deviceMeans}
+	return &Stream{f, os.NewFile(uintptr(fd), name)}, nil
 }
 
 // Read reads of the state that is saved. In StateStopCopy it ends with io.EOF; while the device runs, an ErrNoData says

@@ -1,12 +1,15 @@
 package vfio
 
 import (
+	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"testing"
 
@@ -132,6 +135,51 @@ func TestAccess(t *testing.T) {
 	}
 	if err := m.Batch(func(r Registers) error { r.Load32(6); return nil }); !errors.Is(err, ErrAlignment) {
 		t.Error(err)
+	}
+}
+
+// TestWidths stores and loads with each width: as many bytes as that has are changed, in their order, and no more.
+func TestWidths(t *testing.T) {
+	const at = 8
+	m := mapped(t, RegionInfo{Size: 4096, Read: true, Write: true, Mappable: []Area{{0, 4096}}})
+	value := func(v uint64, err error) uint64 { return must2(v, err)(t) }
+	for _, c := range []struct {
+		width int
+		store func(v uint64) error
+		load  func() uint64
+		batch func(r Registers, v uint64) uint64
+	}{
+		{1, func(v uint64) error { return m.Store8(at, uint8(v)) },
+			func() uint64 { v, err := m.Load8(at); return value(uint64(v), err) },
+			func(r Registers, v uint64) uint64 { r.Store8(at, uint8(v)); return uint64(r.Load8(at)) }},
+		{2, func(v uint64) error { return m.Store16(at, uint16(v)) },
+			func() uint64 { v, err := m.Load16(at); return value(uint64(v), err) },
+			func(r Registers, v uint64) uint64 { r.Store16(at, uint16(v)); return uint64(r.Load16(at)) }},
+		{4, func(v uint64) error { return m.Store32(at, uint32(v)) },
+			func() uint64 { v, err := m.Load32(at); return value(uint64(v), err) },
+			func(r Registers, v uint64) uint64 { r.Store32(at, uint32(v)); return uint64(r.Load32(at)) }},
+		{8, func(v uint64) error { return m.Store64(at, v) },
+			func() uint64 { return value(m.Load64(at)) },
+			func(r Registers, v uint64) uint64 { r.Store64(at, v); return r.Load64(at) }},
+	} {
+		want := bytes.Repeat([]byte{0xff}, 24)
+		stored := []byte{0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77, 0x88}
+		number := binary.LittleEndian.Uint64(append(slices.Clone(stored[:c.width]), make([]byte, 8-c.width)...))
+		copy(want[at:], stored[:c.width])
+		bytesNow := m.areas[0].bytes[:24]
+		for name, do := range map[string]func() (uint64, error){
+			"alone": func() (uint64, error) { err := c.store(number); return c.load(), err },
+			"batch": func() (got uint64, err error) {
+				err = m.Batch(func(r Registers) error { got = c.batch(r, number); return nil })
+				return got, err
+			},
+		} {
+			copy(bytesNow, bytes.Repeat([]byte{0xff}, 24))
+			got, err := do()
+			if err != nil || got != number || !bytes.Equal(bytesNow, want) {
+				t.Errorf("%s, %d bytes: %#x, %v, and there is %x", name, c.width, got, err, bytesNow)
+			}
+		}
 	}
 }
 

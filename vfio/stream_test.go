@@ -109,8 +109,16 @@ func TestPreCopy(t *testing.T) {
 			t.Errorf("%s: %d, %v", name, n, err)
 		}
 	}
-	// What has no state is written nothing of.
-	device.Content, device.Rest, device.State = nil, nil, uint32(StateRunning)
+	// A state may be short, and end where what is in memory at a time does; of none nothing is written.
+	for _, size := range []int{1, chunk, chunk + 1} {
+		b.Reset()
+		device.Content, device.Rest, device.State = bytes.Repeat([]byte{7}, size), nil, uint32(StateRunning)
+		n, err := must2(d.Save())(t).Finish(t.Context(), &b)
+		if n != int64(size) || err != nil || !bytes.Equal(b.Bytes(), device.Content) {
+			t.Errorf("a state of %d bytes: %d, %v", size, n, err)
+		}
+	}
+	device.Content, device.State = nil, uint32(StateRunning)
 	if n, err := must2(d.Save())(t).Finish(t.Context(), brokenWriter{io.ErrClosedPipe}); n != 0 || err != nil {
 		t.Errorf("an empty state: %d, %v", n, err)
 	}

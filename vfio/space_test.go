@@ -1,6 +1,7 @@
 package vfio
 
 import (
+	"bytes"
 	"errors"
 	"os"
 	"path"
@@ -616,8 +617,17 @@ func TestSetToken(t *testing.T) {
 	if err := d.SetToken(token); err != nil || v.Devices[nic].Token != token.String() {
 		t.Errorf("%v, %s, not %s", err, v.Devices[nic].Token, token)
 	}
-	for range 100 {
+	// All of its bits are random, but those that say that it is.
+	var ever, always Token
+	for i := range 100 {
 		token := NewToken()
+		for n := range token {
+			ever[n] |= token[n]
+			always[n] &= token[n]
+			if i == 0 {
+				always[n] = token[n]
+			}
+		}
 		text := token.String()
 		if text[14] != '4' || !strings.ContainsRune("89ab", rune(text[19])) || len(text) != 36 {
 			t.Errorf("%s is no random UUID", text)
@@ -627,6 +637,11 @@ func TestSetToken(t *testing.T) {
 				t.Errorf("%s, %v", again, err)
 			}
 		}
+	}
+	set, all := Token{6: 0x40, 8: 0x80}, Token(bytes.Repeat([]byte{0xff}, 16))
+	all[6], all[8] = 0x4f, 0xbf
+	if always != set || ever != all {
+		t.Errorf("of a hundred tokens each has %x, and none more than %x", always, ever)
 	}
 	counting := Token{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
 	const text = "00010203-0405-0607-0809-0a0b0c0d0e0f"

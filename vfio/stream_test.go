@@ -113,7 +113,11 @@ func TestPreCopy(t *testing.T) {
 	for _, size := range []int{1, chunk, chunk + 1} {
 		b.Reset()
 		device.Content, device.Rest, device.State = bytes.Repeat([]byte{7}, size), nil, uint32(StateRunning)
-		n, err := must2(d.Save())(t).Finish(t.Context(), &b)
+		n, err := must2(d.Save())(t).Finish(t.Context(), writerFunc(func(p []byte) {
+			if b.Write(p); len(p) > 1<<20 {
+				t.Errorf("%d bytes of a state are in memory at a time", len(p))
+			}
+		}))
 		if n != int64(size) || err != nil || !bytes.Equal(b.Bytes(), device.Content) {
 			t.Errorf("a state of %d bytes: %d, %v", size, n, err)
 		}

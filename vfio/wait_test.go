@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 
@@ -103,8 +104,8 @@ func waiting(ctx context.Context, i *Interrupts, vector int) <-chan error {
 	done := make(chan error, 1)
 	go func() {
 		n, err := i.Wait(ctx, vector)
-		if err == nil && n != 1 {
-			err = errors.New("it was not signalled once")
+		if (err == nil) != (n == 1) {
+			err = fmt.Errorf("it was signalled %d times, and %v", n, err)
 		}
 		done <- err
 	}()

@@ -117,14 +117,15 @@ func TestPlace(t *testing.T) {
 
 // TestWithin unmaps whole mappings, from the beginning of one to the end of one or in the midst of a gap.
 func TestWithin(t *testing.T) {
-	there := []Mapping{{IOVA: 0x1000, Size: 0x1000}, {IOVA: 0x2000, Size: 0x2000}, {IOVA: 0x8000, Size: 0x1000}}
+	there := []Mapping{{IOVA: 0x1000, Size: 0x1000}, {IOVA: 0x2000, Size: 0x2000}, {IOVA: 0x8000, Size: 0x1000}, {IOVA: 0xa000, Size: 1}}
 	for _, c := range []struct {
 		iova, size uint64
 		first, end int
 		want       error
 	}{
 		{0x1000, 0x1000, 0, 1, nil}, {0x1000, 0x3000, 0, 2, nil}, {0x1000, 0x7000, 0, 2, nil},
-		{0x2000, 0x7000, 1, 3, nil}, {0x8000, math.MaxUint64 - 0x7fff, 2, 3, nil},
+		{0x2000, 0x7000, 1, 3, nil}, {0x8000, math.MaxUint64 - 0x7fff, 2, 4, nil},
+		{0xa000, 1, 3, 4, nil},
 		{0x1000, 0xfff, 0, 0, ErrRange}, {0x1000, 0x1001, 0, 0, ErrRange}, {0x1000, 0x7001, 0, 0, ErrRange},
 		{0x1000, 0, 0, 0, ErrRange}, {0x1001, 0x1000, 0, 0, ErrRange}, {0x9000, 0x1000, 0, 0, ErrRange},
 		{0x8000, math.MaxUint64, 0, 0, ErrRange}, {0x8000, math.MaxUint64 - 0x7ffe, 0, 0, ErrRange},

@@ -148,6 +148,19 @@ func TestDecode(t *testing.T) {
 		d.Interrupts != 5 || !slices.Equal(d.Atomics, []int{32, 128}) {
 		t.Errorf("%+v, %v", d, err)
 	}
+	for flags, want := range map[uint32][]int{0: nil, 1: {32}, 2: {64}, 4: {128}, 7: {32, 64, 128}, 8: nil} {
+		d, err := decodeDevice(words(40, 0x80, 9, 5, 24, 0, 5, 0, flags, 0))
+		if err != nil || !slices.Equal(d.Atomics, want) || d.PCI || d.Reset {
+			t.Errorf("atomics %d: %+v, %v", flags, d, err)
+		}
+	}
+	for flags, want := range map[uint32]DeviceInfo{
+		1: {Reset: true, Regions: 9, Interrupts: 5}, 2: {PCI: true, Regions: 9, Interrupts: 5},
+	} {
+		if d, err := decodeDevice(words(24, flags, 9, 5, 0, 0)); err != nil || !reflect.DeepEqual(d, want) {
+			t.Errorf("flags %d: %+v, %v", flags, d, err)
+		}
+	}
 	if d, err := decodeDevice(words(24, 0, 1, 2, 99, 0)); err != nil || d.PCI || d.Reset || d.Atomics != nil {
 		t.Errorf("without capabilities: %+v, %v", d, err)
 	}

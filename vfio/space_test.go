@@ -563,6 +563,32 @@ func TestManyTogether(t *testing.T) {
 	}
 }
 
+// TestGroupsTogether resets functions of several groups: the kernel is given each group once.
+func TestGroupsTogether(t *testing.T) {
+	const one, two = "0000:07:01.0", "0000:07:02.0"
+	eachWay(t, func(t *testing.T, way Way) {
+		k := hosttest.NewSmallLab(t, "0000:00:08.0", one, two, "0000:00:05.0", nic)
+		v := k.ServeVFIO()
+		for _, a := range []string{one, two, nic} {
+			takeFor(t, k, a)
+			v.Devices[a] = &hosttest.VFIODevice{Together: []string{one, nic, two}}
+		}
+		c := newContext(t, &iommu.Host{Host: k.Host()}, Options{Way: way})
+		d := must2(c.Open(one))(t)
+		owned, ok := errors.AsType[*NotOwnedError](d.HotReset())
+		if !ok || owned.Device != one || len(owned.Members) != 1 || owned.Members[0].String() != nic {
+			t.Errorf("%+v", owned)
+		}
+		must2(c.Open(nic))(t)
+		err := d.HotReset()
+		for _, a := range []string{one, two, nic} {
+			if v.Devices[a].Resets != 1 {
+				t.Errorf("%s was reset %d times: %v", a, v.Devices[a].Resets, err)
+			}
+		}
+	})
+}
+
 // TestSized asks again with the room that an answer takes, and not for more than is sensible.
 func TestSized(t *testing.T) {
 	_, v, host := newVFIO(t)

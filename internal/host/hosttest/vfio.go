@@ -508,13 +508,7 @@ func (v *VFIO) device(f *vfioFile, number uintptr, a vfioArg) (int, error) {
 	case number == 112:
 		return 0, v.hotInfo(f, d, a)
 	case number == 113:
-		if v.bound(f) != (a.u32(8) == 0) {
-			return 0, unix.EINVAL
-		}
-		for _, address := range d.Together {
-			v.Devices[address].Resets++
-		}
-		return 0, nil
+		return 0, v.hotReset(f, d, a)
 	case number == 117:
 		return 0, v.feature(f, d, a)
 	}
@@ -673,6 +667,31 @@ func (v *VFIO) hotInfo(f *vfioFile, d *VFIODevice, a vfioArg) error {
 		a.put32(12+8*i, id)
 		binary.NativeEndian.PutUint16(a[16+8*i:], uint16(domain))
 		a[18+8*i], a[19+8*i] = byte(bus), byte(dev<<3|fn)
+	}
+	return nil
+}
+
+// hotReset answers VFIO_DEVICE_PCI_HOT_RESET, which takes the descriptors of all groups that are reset, each once; by
+// iommufd it takes none.
+func (v *VFIO) hotReset(f *vfioFile, d *VFIODevice, a vfioArg) error {
+	given := map[string]bool{}
+	for i := range int(a.u32(8)) {
+		_, g := v.of(int(a.u32(12 + 4*i)))
+		if g == nil || g.kind != "group" || given[g.name] {
+			return unix.EINVAL
+		}
+		given[g.name] = true
+	}
+	if v.bound(f) != (len(given) == 0) {
+		return unix.EINVAL
+	}
+	for _, address := range d.Together {
+		if !v.bound(f) && !given[v.group(address)] {
+			return unix.EINVAL
+		}
+	}
+	for _, address := range d.Together {
+		v.Devices[address].Resets++
 	}
 	return nil
 }

@@ -105,7 +105,7 @@ func waiting(ctx context.Context, i *Interrupts, vector int) <-chan error {
 	go func() {
 		n, err := i.Wait(ctx, vector)
 		if (err == nil) != (n == 1) {
-			err = fmt.Errorf("it was signalled %d times, and %v", n, err)
+			err = errors.Join(err, fmt.Errorf("it was signalled %d times", n))
 		}
 		done <- err
 	}()

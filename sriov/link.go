@@ -12,6 +12,7 @@ import (
 
 	"viaduct/internal/host"
 	"viaduct/internal/netlink"
+	"viaduct/internal/shell"
 	"viaduct/internal/uevent"
 	"viaduct/iommu"
 )
@@ -86,7 +87,7 @@ func indexOf(h *iommu.Host, name string) (int, error) {
 }
 
 func (l Link) commands() []string {
-	set := "ip link set dev " + l.Name + " "
+	set := "ip link set dev " + shell.Quote(l.Name) + " "
 	if l.GenMode == nil || *l.GenMode < 0 || *l.GenMode >= len(genModes) {
 		return []string{set + "up"}
 	}

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"viaduct/internal/host"
+	"viaduct/internal/shell"
 	"viaduct/iommu"
 )
 
@@ -105,7 +106,7 @@ const (
 )
 
 func (a action) command(device string) string {
-	s := fmt.Sprintf("nvme virt-mgmt /dev/%s -c %d -a %d", device, a.Controller, a.Act)
+	s := fmt.Sprintf("nvme virt-mgmt %s -c %d -a %d", shell.Quote("/dev/"+device), a.Controller, a.Act)
 	if a.Act == assign {
 		s += fmt.Sprintf(" -r %d -n %d", a.Resource, a.Count)
 	}

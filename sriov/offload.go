@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"viaduct/internal/shell"
 	"viaduct/iommu"
 )
 
@@ -149,7 +150,7 @@ func (o Offload) command() string {
 	if o.On {
 		state = on
 	}
-	return fmt.Sprintf("ethtool -K %s %s %s", o.Name, tcFeature, state)
+	return fmt.Sprintf("ethtool -K %s %s %s", shell.Quote(o.Name), tcFeature, state)
 }
 
 // offloadsBut are a PF's own interfaces whose hw-tc-offload is not as wanted: on, off, or "" for as it is.

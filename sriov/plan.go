@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"viaduct/internal/host"
+	"viaduct/internal/shell"
 	"viaduct/iommu"
 	"viaduct/vfio"
 	"viaduct/vfio/bind"
@@ -141,7 +142,7 @@ func (p *Plan) Steps() []string {
 		out = append(out, l.commands()...)
 	}
 	for _, m := range p.Raise {
-		out = append(out, fmt.Sprintf("ip link set dev %s mtu %d", m.Name, m.To))
+		out = append(out, fmt.Sprintf("ip link set dev %s mtu %d", shell.Quote(m.Name), m.To))
 	}
 	add(p.Clear)
 	for _, o := range p.Offload {

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 
+	"viaduct/internal/shell"
 	"viaduct/iommu"
 )
 
@@ -119,12 +120,12 @@ func compare(now, want Settings) (wrong []string, unknown []Key) {
 // command is a setting as a shell command.
 func (s Setting) command(iface string, vf *iommu.Device) string {
 	if r := s.row(); r.file != "" {
-		return fmt.Sprintf("echo %s > /%s", s.To[r.key], attribute(vf.Address, r.file))
+		return fmt.Sprintf("echo %s > /%s", shell.Quote(s.To[r.key]), attribute(vf.Address, r.file))
 	}
-	line := []string{fmt.Sprintf("ip link set %s vf %d", iface, vf.VFIndex)}
+	line := []string{fmt.Sprintf("ip link set %s vf %d", shell.Quote(iface), vf.VFIndex)}
 	for _, k := range s.Keys {
 		if v, ok := s.To[k]; ok {
-			line = append(line, k.row().ipWord(), v)
+			line = append(line, k.row().ipWord(), shell.Quote(v))
 		}
 	}
 	return strings.Join(line, " ")

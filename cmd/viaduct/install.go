@@ -76,6 +76,9 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 	if o.Program, err = os.Executable(); err != nil {
 		return err
 	}
+	if err := install.Trusted(o.Program); err != nil && !e.dryRun {
+		return err
+	}
 	m, err := e.declared(b, declared.Options{})
 	if err != nil {
 		return err

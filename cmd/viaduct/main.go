@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -123,11 +124,13 @@ func run(args []string, stdout, stderr io.Writer) int {
 // runOn is run with hosts of another kind.
 func runOn(open func(string) (*iommu.Host, error), args []string, stdout, stderr io.Writer) int {
 	out := &checkedWriter{w: stdout}
-	e := &env{stdout: out, stderr: stderr, openHost: open}
+	text, said := &printable{w: out}, &printable{w: stderr}
+	e := &env{stdout: text, stderr: said, openHost: open}
 	app := newApp(e)
 	err := app.Run(flagsFirst(app, args))
-	if err == nil {
-		err = out.err
+	defer said.Flush()
+	if flushed := text.Flush(); err == nil {
+		err = cmp.Or(flushed, out.err)
 	}
 	if err == nil {
 		return exitDone

@@ -151,11 +151,15 @@ func (m machine) Owner(name string) (Owner, error) {
 		return Owner{}, err
 	}
 
+	o := Owner{
+		UID: int(st.Uid), GID: int(st.Gid), Mode: st.Mode & 0o7777, Regular: st.Mode&unix.S_IFMT == unix.S_IFREG,
+	}
 	_, err = unix.Getxattr(byDescriptor(fd), accessACL, nil)
 	if noACL(err) {
-		return Owner{int(st.Uid), int(st.Gid), st.Mode & 0o7777, false}, nil
+		return o, nil
 	}
-	return Owner{int(st.Uid), int(st.Gid), st.Mode & 0o7777, true}, err
+	o.ACL = true
+	return o, err
 }
 
 func (m machine) Own(name string, uid, gid int, mode uint32) error {

@@ -147,6 +147,7 @@ type Owner struct {
 	UID, GID int
 	Mode     uint32 // the permissions
 	ACL      bool   // an access control list lets in others
+	Regular  bool   // it is a regular file, which can be read without waiting for anybody
 }
 
 // Private reports whether nobody but root may open the file.

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"viaduct/internal/host"
+	"viaduct/internal/shell"
 )
 
 // Step is one write to a file of the host, or one module to load.
@@ -20,12 +21,17 @@ type Step struct {
 // String is the step as a shell command.
 func (s Step) String() string {
 	if s.Module != "" {
-		// "--" is what a program needs and a person does not.
-		args := strings.Replace(strings.Join(host.ModprobeArgs(s.Module), " "), "-- ", "", 1)
-		return host.ModprobePath + " " + args
+		words := []string{shell.Quote(host.ModprobePath)}
+		for _, word := range host.ModprobeArgs(s.Module) {
+			// "--" is what a program needs and a person does not.
+			if word != "--" {
+				words = append(words, shell.Quote(word))
+			}
+		}
+		return strings.Join(words, " ")
 	}
 	if v := strings.TrimSuffix(s.Value, "\n"); v != "" {
-		return fmt.Sprintf("echo %s > /%s", v, s.Path)
+		return fmt.Sprintf("echo %s > %s", shell.Quote(v), shell.Quote("/"+s.Path))
 	}
-	return fmt.Sprintf("echo > /%s", s.Path)
+	return "echo > " + shell.Quote("/"+s.Path)
 }

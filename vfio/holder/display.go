@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"viaduct/internal/host"
+	"viaduct/internal/shell"
 	"viaduct/iommu"
 )
 
@@ -128,7 +129,8 @@ func readScreens(h *iommu.Host) (screens, error) {
 	}
 	out.end = "echo NAME > /sys/bus/platform/drivers/DRIVER/unbind for it"
 	if platform != "" && driver != "" {
-		out.end = fmt.Sprintf("echo %s > /sys/bus/platform/drivers/%s/unbind", platform, driver)
+		out.end = fmt.Sprintf("echo %s > %s", shell.Quote(platform),
+			shell.Quote("/sys/bus/platform/drivers/"+driver+"/unbind"))
 	}
 
 	memory, err := h.Read("proc/iomem")

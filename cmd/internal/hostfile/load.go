@@ -2,6 +2,7 @@ package hostfile
 
 import (
 	"errors"
+	"fmt"
 	"path"
 	"slices"
 	"strings"
@@ -23,6 +24,11 @@ func Load(h *iommu.Host) (*Host, error) {
 	if err != nil && !host.Absent(err) {
 		return nil, err
 	}
+	if err == nil {
+		if err := trusted(h, Dir, false); err != nil {
+			return nil, err
+		}
+	}
 	slices.Sort(names)
 	files := []string{File}
 	for _, n := range names {
@@ -34,6 +40,13 @@ func Load(h *iommu.Host) (*Host, error) {
 	all := &Host{}
 	var errs []error
 	for _, f := range files {
+		err := trusted(h, f, true)
+		if host.Absent(err) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
 		content, err := h.Read(f)
 		if host.Absent(err) {
 			continue
@@ -52,4 +65,26 @@ func Load(h *iommu.Host) (*Host, error) {
 		return nil, err
 	}
 	return all, all.twice()
+}
+
+// trusted refuses a file or folder of a running host that somebody else than root could write, as what it says is done
+// as root, and a file that is none to be read: a pipe would have a boot wait for ever.
+func trusted(h *iommu.Host, name string, regular bool) error {
+	if !h.Live() {
+		return nil
+	}
+	for at := name; ; at = path.Dir(at) {
+		o, err := h.Owner(at)
+		switch {
+		case err != nil:
+			return err
+		case at == name && regular && !o.Regular:
+			return fmt.Errorf("/%s is no regular file: it is not read", name)
+		case o.UID != 0 || o.Mode&0o022 != 0 || o.ACL:
+			return fmt.Errorf("/%s is not read, as others than root may write /%s (owner %d, mode %04o%s): chown root and "+
+				"chmod go-w it", name, at, o.UID, o.Mode, map[bool]string{true: ", and a list: setfacl -b"}[o.ACL])
+		case at == path.Dir(File):
+			return nil
+		}
+	}
 }

@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"viaduct/internal/host"
+	"viaduct/internal/shell"
 )
 
 // Options are what is installed.
@@ -54,7 +55,7 @@ Before=shutdown.target
 Type=oneshot
 RemainAfterExit=yes
 ExecStart=%s apply --boot
-TimeoutStartSec=infinity
+TimeoutStartSec=30min
 
 [Install]
 WantedBy=multi-user.target
@@ -73,6 +74,7 @@ Before=libvirtd.service virtqemud.service libvirt-guests.service kubelet.service
 Type=oneshot
 RemainAfterExit=yes
 ExecStart=%s apply --boot --late
+TimeoutStartSec=30min
 
 [Install]
 WantedBy=multi-user.target
@@ -110,13 +112,14 @@ StartLimitIntervalSec=0
 [Service]
 Type=oneshot
 ExecStart=%s watch --once
+TimeoutStartSec=30min
 `
 
 // A hook of libvirt's (docs/hooks.rst there; the folder since 6.5). What it is called for, and what it refuses, is the
 // program's.
 const libvirtHook = `#!/bin/sh
 # ` + marker + `
-exec %s libvirt-hook "$@"
+exec %s libvirt-hook -- "$@"
 `
 
 // File is one file of the host, or a link.
@@ -131,7 +134,7 @@ type File struct {
 func (o *Options) Files(initramfs Generator) ([]File, error) {
 	unit := func(name, text string, enabled bool) []File {
 		out := []File{
-			{Path: filepath.Join(units, name), Content: strings.ReplaceAll(text, "%s", o.Program), Mode: 0o644},
+			{Path: filepath.Join(units, name), Content: strings.ReplaceAll(text, "%s", inUnit(o.Program)), Mode: 0o644},
 		}
 		if enabled {
 			out = append(out, File{Path: filepath.Join(wanted, name), Link: filepath.Join(units, name)})
@@ -149,7 +152,7 @@ func (o *Options) Files(initramfs Generator) ([]File, error) {
 		all = append(all, unit("viaduct-watch.service", watch, true)...)
 	}
 	if o.Libvirt {
-		all = append(all, File{Path: LibvirtHook, Content: fmt.Sprintf(libvirtHook, o.Program), Mode: 0o755})
+		all = append(all, File{Path: LibvirtHook, Content: fmt.Sprintf(libvirtHook, shell.Quote(o.Program)), Mode: 0o755})
 	}
 	if o.Initramfs != nil {
 		more, err := initramfs.files(o)

@@ -219,8 +219,19 @@ func (m *Manager) giveBackCompanions(ctx context.Context, devices []*iommu.Devic
 	}
 
 	companions = slices.DeleteFunc(companions, func(c *iommu.Device) bool { return taken[*c.Group] })
-	if err := m.handle.Refresh(companions); err != nil {
+	back := func() error {
+		if err := m.handle.Refresh(companions); err != nil {
+			return err
+		}
+		return m.home(context.WithoutCancel(ctx), companions...)
+	}
+	err := back()
+	if err == nil || bind.IsStuck(err) {
 		return err
 	}
-	return m.home(context.WithoutCancel(ctx), companions...)
+	// No lease has them, which would be released again: so once more, as what writes may have been killed.
+	if back() == nil {
+		return nil
+	}
+	return fmt.Errorf("%w (viaduct unbind gives it back)", err)
 }

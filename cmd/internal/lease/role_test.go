@@ -3,6 +3,7 @@ package lease
 import (
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -103,5 +104,31 @@ func TestKeptVFs(t *testing.T) {
 	_, _, _, err = m.Assign(t.Context(), &Request{Guest: "a", From: vf.Name, Count: 1, TTL: time.Minute})
 	if err == nil || !strings.Contains(err.Error(), "ACS") || strings.Contains(err.Error(), "vf destroy") || len(k.Log) > 0 {
 		t.Errorf("%v, writes %q", err, k.Log)
+	}
+}
+
+// What is only kept off the host's drivers goes back also if the first try fails, as no lease has it.
+func TestCompanionOnceMore(t *testing.T) {
+	const gpu, smbus = "0000:03:00.0", "0000:00:14.0"
+	for _, fails := range []int{1, 99} {
+		k := hosttest.NewBoard(t)
+		h := &iommu.Host{Host: k.Host()}
+		home := driversOf(t, k, smbus)
+		if err := lend(t, h, Request{Guest: "a", From: gpu}); err != nil {
+			t.Fatal(err)
+		}
+		k.Before = func(name, value string) {
+			if override := "sys/bus/pci/devices/" + smbus + "/driver_override"; name == override {
+				if delete(k.Fail, name); fails > 0 {
+					k.Fail[name] = syscall.EIO
+				}
+				fails--
+			}
+		}
+		once := fails == 1
+		_, err := giveBack(t, h, "a", 0)
+		if now := driversOf(t, k, smbus); (err == nil) != once || slices.Equal(now, home) != once {
+			t.Errorf("%q, was %q: %v", now, home, err)
+		}
 	}
 }

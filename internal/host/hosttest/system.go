@@ -97,6 +97,8 @@ func (k *Kernel) Owner(name string) (host.Owner, error) {
 	if !known {
 		o.Mode = 0o600
 	}
+	st, err := os.Stat(k.at(name))
+	o.Regular = err == nil && st.Mode().IsRegular() && !strings.HasPrefix(name, "dev/")
 	return o, nil
 }
 

@@ -1,0 +1,83 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"unicode"
+	"unicode/utf16"
+	"unicode/utf8"
+)
+
+// printable writes text without what a terminal would take for orders, or show out of its place: control and format
+// characters other than ends of lines and tabs, and bytes that are no UTF-8, become \u001b and the like. What a device,
+// a snapshot, a file or a process calls itself may hold any of them. In JSON, where these stand in strings alone, they
+// are the same characters.
+type printable struct {
+	w    io.Writer
+	rest []byte // of a character whose end has not come yet
+}
+
+func (p *printable) Write(b []byte) (int, error) {
+	text := b
+	if len(p.rest) > 0 {
+		text = append(p.rest, b...)
+	}
+	// A character may be cut off by the end of a buffer.
+	whole := len(text)
+	for back := 1; back < utf8.UTFMax && back <= len(text); back++ {
+		if last := text[len(text)-back:]; utf8.RuneStart(last[0]) {
+			if !utf8.FullRune(last) {
+				whole = len(text) - back
+			}
+			break
+		}
+	}
+	p.rest = append([]byte(nil), text[whole:]...)
+	if text = text[:whole]; len(text) > 0 {
+		if _, err := p.w.Write(clean(text)); err != nil {
+			return 0, err
+		}
+	}
+	return len(b), nil
+}
+
+// Flush writes what is left of a character that was never ended.
+func (p *printable) Flush() error {
+	rest := p.rest
+	p.rest = nil
+	if len(rest) == 0 {
+		return nil
+	}
+	_, err := p.w.Write(clean(rest))
+	return err
+}
+
+// clean is text with such characters spelt out.
+func clean(text []byte) []byte {
+	if utf8.Valid(text) && bytes.IndexFunc(text, order) < 0 {
+		return text
+	}
+	var out bytes.Buffer
+	for len(text) > 0 {
+		r, n := utf8.DecodeRune(text)
+		switch {
+		case r == utf8.RuneError && n == 1:
+			fmt.Fprintf(&out, `\u%04x`, text[0])
+		case order(r) && r > 0xffff:
+			one, two := utf16.EncodeRune(r)
+			fmt.Fprintf(&out, `\u%04x\u%04x`, one, two)
+		case order(r):
+			fmt.Fprintf(&out, `\u%04x`, r)
+		default:
+			out.Write(text[:n])
+		}
+		text = text[n:]
+	}
+	return out.Bytes()
+}
+
+// order reports whether a character is none that is only shown.
+func order(r rune) bool {
+	return r != '\n' && r != '\t' && (unicode.IsControl(r) || unicode.In(r, unicode.Cf, unicode.Zl, unicode.Zp))
+}

@@ -57,7 +57,7 @@ func Answers(h *Host, d *Device) (bool, error) {
 		return binary.LittleEndian.Uint32(b[8:]) != math.MaxUint32, nil
 	}
 	vendor, device := binary.LittleEndian.Uint16(b[0:]), binary.LittleEndian.Uint16(b[2:])
-	return vendor == d.ID.Vendor && device == d.ID.Device, nil
+	return vendor == d.Vendor && device == d.Device, nil
 }
 
 // serialNumber decodes the Device Serial Number capability (PCIe base specification 7.9.3: id 3, lower dword first).

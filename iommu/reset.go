@@ -26,9 +26,12 @@ const (
 
 // Reset is how a device can be reset, as far as sysfs tells.
 type Reset struct {
-	Way     ResetWay
-	Methods []string  // of a reset of the device alone, in the kernel's order; nil if the kernel does not tell (Linux 5.15)
-	With    []*Device // that a reset of its bus takes along
+	Way ResetWay
+	// Methods are those of a reset of the device alone, in the kernel's order; nil if the kernel does not tell, as
+	// before Linux 5.15.
+	Methods []string
+	// With are those that a reset of its bus takes along.
+	With []*Device
 }
 
 // ResetOf tells how a device can be reset.

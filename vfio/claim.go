@@ -9,13 +9,13 @@ import (
 	"viaduct/iommu"
 )
 
-// Claim is devices that nobody else has open through VFIO, nor can use, for as long as it lasts. The kernel sees to that
-// (drivers/vfio/group.c): a group is opened once, and is not closed while anything that was opened through it is open,
-// mapped or on its way over a socket; nor is it opened while a device of it is bound to an iommufd. So it also proves
-// what a look at processes cannot.
+// Claim is devices that nobody else has open through VFIO, nor can use, for as long as it lasts. The kernel sees to
+// that (drivers/vfio/group.c): a group is opened once, and is not closed while anything that was opened through it is
+// open, mapped or on its way over a socket; nor is it opened while a device of it is bound to an iommufd. So it also
+// proves what a look at processes cannot.
 //
-// It does not show a device's own node that is open and was bound to no iommufd yet: that can be bound when the Claim has
-// ended. An unbind of the device from its driver waits for that, too.
+// It does not show a device's own node that is open and was bound to no iommufd yet: that can be bound when the Claim
+// has ended. An unbind of the device from its driver waits for that, too.
 type Claim struct {
 	groups  map[int]*file
 	space   *Context // of those whose groups have no nodes

@@ -119,10 +119,10 @@ func runGuard(ctx context.Context, e *env, timeout time.Duration) error {
 		fmt.Fprintln(e.stdout, strings.ReplaceAll(err.Error(), "\n", "; "))
 		return err
 	}
-	defer end()
+	defer func() { _ = end() }()
 
 	fmt.Fprintln(e.stdout, guardReady)
-	var log io.Writer = io.Discard
+	log := io.Discard
 	if kmsg, err := os.OpenFile("/dev/kmsg", os.O_WRONLY, 0); err == nil {
 		defer kmsg.Close()
 		log = kmsg

@@ -128,7 +128,7 @@ func runOn(open func(string) (*iommu.Host, error), args []string, stdout, stderr
 	e := &env{stdout: text, stderr: said, openHost: open}
 	app := newApp(e)
 	err := app.Run(flagsFirst(app, args))
-	defer said.Flush()
+	defer func() { _ = said.Flush() }()
 	if flushed := text.Flush(); err == nil {
 		err = cmp.Or(flushed, out.err)
 	}

@@ -41,7 +41,7 @@ const ErrBlind = host.Error(
 	"who has the device open cannot be seen (that takes root with CAP_SYS_PTRACE, in the host's pid namespace)",
 )
 
-// ErrTooMany is matched by errors that say that there are too many open files to look at each. They match ErrBlind, too.
+// ErrTooMany is matched by errors that say that there are too many open files to look at each, as ErrBlind is.
 const ErrTooMany = tooMany("there are more open files than can be looked at")
 
 type tooMany string

@@ -72,7 +72,8 @@ func (r *inForce) use(file *hostfile.Host, unreadable error, at moment) (*Use, e
 		u.Host, u.Why = t.Declared, "an apply waits to be confirmed, and what it applied is used until then"
 	case t != nil && !t.Other:
 		u.Host = r.Confirmed
-		u.Why = "an apply of host.yaml was not confirmed: until the next apply, what was confirmed last is used instead of it"
+		u.Why = "an apply of host.yaml was not confirmed: until the next apply, what was confirmed last is used " +
+			"instead of it"
 		if u.Host == nil {
 			u.Host = &hostfile.Host{}
 		}
@@ -145,8 +146,8 @@ func (r *inForce) undone(at moment) {
 }
 
 // InForce is what a boot, the watch service and status go by: what the host's files declare, unless an apply of them
-// waits to be confirmed or was not confirmed, or they cannot be read, which is the error that is given. It is that error
-// where nothing else ever was in force.
+// waits to be confirmed or was not confirmed, or they cannot be read, which is the error that is given. It is that
+// error where nothing else ever was in force.
 func (m *Manager) InForce(file *hostfile.Host, unreadable error) (*Use, error) {
 	r, err := m.inForce()
 	if err != nil {
@@ -172,8 +173,8 @@ func (m *Manager) Ended(s *hostfile.Host) error {
 	})
 }
 
-// Tries says that an apply begins that is to be confirmed within a time; the token names it. Withdraw ends the trial, and
-// brings back what was in force before, as long as nothing was changed.
+// Tries says that an apply begins that is to be confirmed within a time; the token names it. Withdraw ends the trial,
+// and brings back what was in force before, as long as nothing was changed.
 func (m *Manager) Tries(s *hostfile.Host, within time.Duration, other bool) (token string, withdraw func() error,
 	err error) {
 	token = rand.Text()
@@ -333,7 +334,7 @@ func (m *Manager) change(how func(*inForce) error) error {
 	return m.forgetFormer()
 }
 
-// --- Records of viaduct before the first that had this one ------------------------------------------------------------
+// What follows is for records of viaduct before the first that had this one.
 
 const (
 	formerTrial     = "unconfirmed"

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strconv"
 	"testing"
 	"time"
@@ -138,7 +139,7 @@ func TestInForce(t *testing.T) {
 				next.r.Trial = new(*x.r.Trial)
 			}
 			next.happens(event)
-			walk(next, append(past[:len(past):len(past)], event))
+			walk(next, append(slices.Clip(past), event))
 		}
 	}
 	walk(machine{at: moment{"boot", 0}, file: 1}, nil)

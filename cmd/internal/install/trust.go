@@ -22,6 +22,9 @@ func Trusted(program string) error {
 	refused := &holder.RefusedError{
 		What: "install " + program, Cure: "put it where root alone can write, as /usr/local/sbin",
 	}
+	reason := func(format string, a ...any) {
+		refused.Reasons = append(refused.Reasons, fmt.Sprintf(format, a...))
+	}
 	for _, file := range []string{real, program} {
 		for {
 			var st unix.Stat_t
@@ -31,9 +34,9 @@ func Trusted(program string) error {
 			link := st.Mode&unix.S_IFMT == unix.S_IFLNK
 			switch {
 			case st.Uid != 0:
-				refused.Reasons = append(refused.Reasons, fmt.Sprintf("%s belongs to user %d, who could replace it", file, st.Uid))
+				reason("%s belongs to user %d, who could replace it", file, st.Uid)
 			case st.Mode&0o022 != 0 && !link:
-				refused.Reasons = append(refused.Reasons, fmt.Sprintf("%s may be written to by others (mode %04o)", file, st.Mode&0o7777))
+				reason("%s may be written to by others (mode %04o)", file, st.Mode&0o7777)
 			}
 			if len(refused.Reasons) > 0 {
 				return refused

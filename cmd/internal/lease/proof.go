@@ -109,7 +109,8 @@ func (m *Manager) hold(ctx context.Context, what string, devices []*iommu.Device
 		left := time.Until(end)
 		if left <= 0 || ctx.Err() != nil {
 			return nil, &holder.RefusedError{
-				What: what, Causes: []error{err}, Cure: "end whoever has it first: a guest, or what a guest has left behind",
+				What: what, Causes: []error{err}, Cure: "end whoever has it first: a guest, or what a guest has " +
+					"left behind",
 				Reasons: []string{"somebody whom /proc does not show has it open: " + err.Error()},
 			}
 		}
@@ -191,7 +192,8 @@ func Recoverers() map[string]bind.Recoverer {
 			if err != nil && !host.Absent(err) {
 				return "", err
 			}
-			return "is on " + driver + " again, after viaduct was interrupted: the release is to be done again", b.End(a)
+			return "is on " + driver + " again, after viaduct was interrupted: the release is to be done again",
+				b.End(a)
 		},
 	}
 }

@@ -48,8 +48,8 @@ func (q Quarantined) Why(h *iommu.Host, d *iommu.Device) string {
 	return q[place(h, d)].Why
 }
 
-// Quarantined are all devices that are in quarantine. One that was in it before the machine was started again is not any
-// more, as its slot was reset; that is forgotten here, by who may.
+// Quarantined are all devices that are in quarantine. One that was in it before the machine was started again is not
+// any more, as its slot was reset; that is forgotten here, by who may.
 func (b *Book) Quarantined() (Quarantined, error) {
 	out := Quarantined{}
 	if !b.host.Live() {
@@ -65,7 +65,7 @@ func (b *Book) Quarantined() (Quarantined, error) {
 			return nil, err
 		}
 		if q.Boot != "" && q.Boot != bootID(b.host) && startedByFirmware(b.host) {
-			// A later boot by kexec, which resets no slot, would bring it back. Who may not write leaves that to who may.
+			// A later boot by kexec, which resets no slot, would bring it back. Who may not write leaves it.
 			_ = b.State.Delete(k)
 			continue
 		}
@@ -80,8 +80,8 @@ func bootID(h *iommu.Host) string {
 	return id
 }
 
-// startedByFirmware reports whether it is known that this boot was no kexec. x86 tells what has loaded the kernel: 13 is
-// kexec, by either of its system calls (Documentation/arch/x86/boot.rst, arch/x86/kernel/kexec-bzimage64.c).
+// startedByFirmware reports whether it is known that this boot was no kexec. x86 tells what has loaded the kernel: 13
+// is kexec, by either of its system calls (Documentation/arch/x86/boot.rst, arch/x86/kernel/kexec-bzimage64.c).
 func startedByFirmware(h *iommu.Host) bool {
 	const kexec = 13
 	loader, err := h.Int("proc/sys/kernel/bootloader_type")

@@ -92,7 +92,7 @@ func (m *Manager) Release(ctx context.Context, guest string, wait time.Duration)
 	return m.end(ctx, l, until)
 }
 
-// end scrubs what a lease has, whose devices are locked, and ends it. Who has a device still is waited for until a time.
+// end scrubs what a lease has, whose devices are locked, and ends it. Who still has a device is waited for until then.
 func (m *Manager) end(ctx context.Context, l *Lease, until time.Time) ([]Certificate, error) {
 	was := *l
 	l.Unmade = l.Unmade || !l.Ready && !l.Ending && !l.Persist

@@ -63,7 +63,8 @@ func (e errOthers) Is(target error) bool { return target == errNoReset }
 
 // resetTogether resets all that shares a device's bus, through VFIO, if it is all the lease's or of the device's group.
 // What it opens for that it leaves open in the hold.
-func (m *Manager) resetTogether(l *Lease, d *iommu.Device, held *hold) (how string, functions []iommu.Address, err error) {
+func (m *Manager) resetTogether(l *Lease, d *iommu.Device,
+	held *hold) (how string, functions []iommu.Address, err error) {
 	if !d.VFIO {
 		return "", nil, errNoReset
 	}
@@ -95,7 +96,8 @@ func (m *Manager) resetTogether(l *Lease, d *iommu.Device, held *hold) (how stri
 		}
 		other, err := m.Topology.Find(t.Address)
 		if err != nil || !l.Has(t.Address) && !other.Together(d) {
-			return "", nil, errOthers{fmt.Errorf("it is reset only together with %s, which %s has not", t.Address, l.Guest)}
+			return "", nil, errOthers{fmt.Errorf("it is reset only together with %s, which %s has not", t.Address,
+				l.Guest)}
 		}
 		if _, err := held.open(space, other); err != nil && !t.Owned {
 			return "", nil, fmt.Errorf("it is reset only together with %s: %w", t.Address, err)

@@ -121,7 +121,7 @@ func runRun(c *cli.Context, e *env, o *assignOptions) error {
 			&env{stdout: e.stderr, stderr: e.stderr, openHost: e.openHost},
 			o.timeout,
 			func(ctx context.Context, m *lease.Manager) ([]lease.Certificate, error) {
-				return m.Release(ctx, o.Guest, c.Duration("wait"))
+				return m.Rest(ctx, o.Guest, c.Duration("wait"))
 			},
 		)
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -44,6 +45,15 @@ type System interface {
 func (h *Host) Real() bool {
 	_, real := h.system.(machine)
 	return real
+}
+
+// Boot is the kernel's name of this boot, "" if it tells none, and the time since it began, sleep included, which no
+// change of the clock of the day moves.
+func (h *Host) Boot() (id string, since time.Duration) {
+	id, _ = h.String("proc/sys/kernel/random/boot_id")
+	var t unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_BOOTTIME, &t)
+	return id, time.Duration(t.Nano())
 }
 
 // ask asks the system whether an operation may be, and refuses all on a captured host.

@@ -282,10 +282,8 @@ func (m *Manager) waits() (bool, error) {
 }
 
 func (m *Manager) moment() moment {
-	id, _ := m.host.String("proc/sys/kernel/random/boot_id")
-	var t unix.Timespec
-	_ = unix.ClockGettime(unix.CLOCK_BOOTTIME, &t)
-	return moment{id, time.Duration(t.Nano())}
+	id, since := m.host.Boot()
+	return moment{id, since}
 }
 
 // equal reports whether two hosts declare the same, wherever that was written.

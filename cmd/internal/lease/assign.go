@@ -219,7 +219,8 @@ func (m *Manager) reserve(ctx context.Context, r *Request, units [][]*iommu.Devi
 
 // renew is what asking, and asking again, sets: how long the lease lives.
 func (l *Lease) renew(m *Manager, r *Request) {
-	l.Made, l.TTL, l.Maker, l.Persist = time.Now(), r.TTL, m.self(), l.Persist || r.Persist
+	l.began(m.host)
+	l.TTL, l.Maker, l.Persist = r.TTL, m.self(), l.Persist || r.Persist
 	l.Unit, l.Owner, l.Ending, l.Unmade = r.Unit, nil, false, false
 	l.used()
 	if r.NodeOwner != "" {
@@ -229,7 +230,10 @@ func (l *Lease) renew(m *Manager, r *Request) {
 		owner := holder.NameProcess(m.host, r.OwnerPID)
 		l.Owner = &owner
 	}
-	l.Holders = slices.DeleteFunc(l.Holders, func(h Holder) bool { return !h.Alive(m.host) })
+	gone := func(h Holder) bool { return !h.Alive(m.host) }
+	if l.Holders = slices.DeleteFunc(l.Holders, gone); l.Runner != nil && gone(*l.Runner) {
+		l.Runner = nil
+	}
 }
 
 // mayRun refuses to run a guest alone that runs already. It looks at processes, which may take a while: the books are
@@ -256,7 +260,7 @@ func (m *Manager) busy(l *Lease) string {
 	if l.Owner != nil && l.Owner.Alive(m.host) {
 		return fmt.Sprintf("process %d has its lease", l.Owner.PID)
 	}
-	for _, h := range l.Holders {
+	for _, h := range l.known() {
 		if h.Alive(m.host) {
 			return "it runs: " + h.Name
 		}
@@ -399,7 +403,8 @@ func (m *Manager) finish(ctx context.Context, l *Lease, r *Request) (notes []str
 	}
 
 	if !l.Ready {
-		l.Ready, l.Made = true, time.Now()
+		l.Ready = true
+		l.began(m.host)
 	}
 	return notes, m.Book.put(l)
 }
@@ -417,7 +422,7 @@ func (m *Manager) settings(ctx context.Context, l *Lease, devices []*iommu.Devic
 // proveFree proves that nobody has what a guest is to get, before the first setting: an inUseError else. A guest that
 // has it already may run.
 func (m *Manager) proveFree(ctx context.Context, l *Lease, units [][]*iommu.Device) (held holds, err error) {
-	if l.Ready || len(l.Holders) > 0 || l.Foreign {
+	if l.Ready || len(l.known()) > 0 || l.Foreign {
 		return nil, nil
 	}
 	for _, unit := range units {
@@ -499,7 +504,7 @@ func (m *Manager) inUse(l *Lease, units [][]*iommu.Device, refusals []error) err
 		return used
 	}
 
-	if l.Ready || len(l.Holders) > 0 {
+	if l.Ready || len(l.known()) > 0 {
 		// It may run.
 		return nil
 	}

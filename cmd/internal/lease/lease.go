@@ -22,16 +22,22 @@ import (
 // until the last is scrubbed.
 type Lease struct {
 	holder.LeaseHead
-	From      string        `json:"from"`  // what it was drawn from: a pool, or a selector
-	Count     int           `json:"count"` // of what was drawn: VFs, or groups of devices
-	Devices   []Device      `json:"devices"`
-	Made      time.Time     `json:"made"`
-	TTL       time.Duration `json:"ttl"`             // how long it waits for a holder; 0: for good
-	Owner     *holder.Proc  `json:"owner,omitempty"` // it ends with this process
-	Unit      string        `json:"unit,omitempty"`  // and with this systemd unit
-	Persist   bool          `json:"persist"`         // it outlives the boot
-	NodeOwner string        `json:"node_owner,omitempty"`
-	Drawn     bool          `json:"drawn,omitempty"` // by libvirt, from a network: it ends with the domain
+	From    string        `json:"from"`  // what it was drawn from: a pool, or a selector
+	Count   int           `json:"count"` // of what was drawn: VFs, or groups of devices
+	Devices []Device      `json:"devices"`
+	Made    time.Time     `json:"made"`
+	Boot    string        `json:"boot,omitempty"`  // the boot that it was made in
+	Since   time.Duration `json:"since,omitempty"` // and when, by the boot's own clock
+	TTL     time.Duration `json:"ttl"`             // how long it waits for a holder; 0: for good
+
+	// What keeps it alive, whoever is seen having its devices open: it ends when all of these have ended that it has.
+	Runner  *Holder      `json:"runner,omitempty"` // the command that viaduct run has started
+	Owner   *holder.Proc `json:"owner,omitempty"`  // a process
+	Unit    string       `json:"unit,omitempty"`   // a systemd unit
+	Persist bool         `json:"persist"`          // it outlives all that, and the boot
+
+	NodeOwner string `json:"node_owner,omitempty"`
+	Drawn     bool   `json:"drawn,omitempty"` // by libvirt, from a network: it ends with the domain
 
 	NoReset bool `json:"no_reset,omitempty"` // what nothing can reset goes to the next as it is
 	Foreign bool `json:"foreign,omitempty"`  // its VMM takes it to a driver of its own, as Xen's
@@ -43,7 +49,7 @@ type Lease struct {
 	Ending  bool        `json:"ending,omitempty"` // its release has begun
 	Unmade  bool        `json:"unmade,omitempty"` // and it had not been ready: no guest was told of its devices
 	Maker   holder.Proc `json:"maker"`            // who last was at work on it
-	Holders []Holder    `json:"holders"`          // seen last
+	Holders []Holder    `json:"holders"`          // who was seen last having its devices open
 }
 
 // Device is one device of a lease.
@@ -65,7 +71,32 @@ type Device struct {
 type Holder struct {
 	holder.Proc
 	Name string `json:"name"`           // as in "process 12 (qemu-system-x86), guest \"web\""
-	Runs bool   `json:"runs,omitempty"` // it is the VMM, which may open the devices yet
+	Runs bool   `json:"runs,omitempty"` // it is the runner, in records of before there was one
+}
+
+// upgrade makes a lease of viaduct before this one of today: who ran it stood among those who were seen.
+func (l *Lease) upgrade() {
+	if i := slices.IndexFunc(l.Holders, func(h Holder) bool { return h.Runs }); i >= 0 && l.Runner == nil {
+		l.Runner = &Holder{Proc: l.Holders[i].Proc, Name: l.Holders[i].Name}
+	}
+	for i := range l.Holders {
+		l.Holders[i].Runs = false
+	}
+}
+
+// began notes that it is made now.
+func (l *Lease) began(h *iommu.Host) {
+	l.Made = time.Now()
+	l.Boot, l.Since = h.Boot()
+}
+
+// age is how long ago it was made. What is of another boot, or of a viaduct that kept no such time, has the clock of the
+// day.
+func (l *Lease) age(h *iommu.Host) time.Duration {
+	if boot, now := h.Boot(); l.Since != 0 && l.Boot == boot {
+		return now - l.Since
+	}
+	return time.Since(l.Made)
 }
 
 // Book is where leases are written down. Those that outlive a boot are in State too, and so is what is quarantined.
@@ -106,6 +137,7 @@ func (b *Book) Get(guest string) (*Lease, error) {
 	var l Lease
 	known, err := b.Run.Get(key(guest), &l)
 	if err != nil || known {
+		l.upgrade()
 		return &l, err
 	}
 	if known, err = b.State.Get(key(guest), &l); err != nil || !known {
@@ -117,7 +149,7 @@ func (b *Book) Get(guest string) (*Lease, error) {
 
 // rebooted is for a lease of an earlier boot: what it has is still to be made.
 func (l *Lease) rebooted() {
-	l.Ready, l.Ending, l.Maker, l.Holders = false, false, holder.Proc{}, nil
+	l.Ready, l.Ending, l.Maker, l.Runner, l.Holders = false, false, holder.Proc{}, nil, nil
 	l.used()
 }
 
@@ -151,6 +183,7 @@ func (b *Book) All() ([]*Lease, error) {
 				// It has just ended.
 				continue
 			}
+			l.upgrade()
 			if j == b.State {
 				l.rebooted()
 			}

@@ -52,6 +52,12 @@ protect:
 // newManager looks at the host as it is now.
 func newManager(tb testing.TB, k *hosttest.Kernel) *Manager {
 	tb.Helper()
+	return managerOf(tb, k, declaration)
+}
+
+// managerOf is newManager of a host of which this is declared.
+func managerOf(tb testing.TB, k *hosttest.Kernel, declaration string) *Manager {
+	tb.Helper()
 	handle, err := sriov.Open(&iommu.Host{Host: k.Host()}, bind.Options{Recoverers: Recoverers()})
 	if err != nil {
 		tb.Fatal(err)
@@ -234,6 +240,7 @@ func TestStates(t *testing.T) {
 		t.Fatal(err)
 	}
 	gone := holder.Proc{PID: 1 << 30, Start: 1}
+	here := Holder{Proc: m.self(), Name: "this"}
 	for _, c := range []struct {
 		name   string
 		change func(*Lease)
@@ -243,8 +250,13 @@ func TestStates(t *testing.T) {
 		{"new", func(*Lease) {}, 0, Reserved},
 		{"nobody came", func(*Lease) {}, time.Hour, Dead},
 		{"nobody has to come", func(l *Lease) { l.TTL = 0 }, time.Hour, Reserved},
-		{"it outlives all", func(l *Lease) { l.Persist, l.Holders = true, []Holder{{gone, "x", false}} }, time.Hour, Reserved},
-		{"its holder is gone", func(l *Lease) { l.Holders = []Holder{{gone, "x", false}} }, 0, Dead},
+		{"it outlives all", func(l *Lease) { l.Persist, l.Holders = true, []Holder{{Proc: gone, Name: "x"}} }, time.Hour, Reserved},
+		{"its holder is gone", func(l *Lease) { l.Holders = []Holder{{Proc: gone, Name: "x"}} }, 0, Dead},
+		{"its runner lives, and who had it open is gone", func(l *Lease) { l.Runner, l.Holders = &here, []Holder{{Proc: gone}} }, time.Hour, Active},
+		{"its owner lives, and who had it open is gone", func(l *Lease) { l.Owner, l.Holders = &here.Proc, []Holder{{Proc: gone}} }, time.Hour, Reserved},
+		{"its runner is gone", func(l *Lease) { l.Runner = &Holder{Proc: gone, Name: "x"} }, 0, Dead},
+		{"it outlives its owner too", func(l *Lease) { l.Persist, l.Owner = true, &gone }, time.Hour, Reserved},
+		{"and its runner", func(l *Lease) { l.Persist, l.Runner = true, &Holder{Proc: gone} }, time.Hour, Reserved},
 		{"its owner is gone", func(l *Lease) { l.Owner = &gone }, 0, Dead},
 		{"its unit is gone", func(l *Lease) { l.Unit = "no.service" }, 0, Dead},
 		{"its making was interrupted", func(l *Lease) { l.Ready, l.Maker = false, gone }, 0, Dead},
@@ -254,7 +266,7 @@ func TestStates(t *testing.T) {
 		x := *l
 		x.Devices = slices.Clone(l.Devices)
 		c.change(&x)
-		if got, why := m.state(&x, nil, l.Made.Add(c.after)); got != c.want {
+		if got, why := m.state(&x, nil, c.after); got != c.want {
 			t.Errorf("%s: %s (%s), want %s", c.name, got, why, c.want)
 		}
 	}

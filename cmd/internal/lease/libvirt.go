@@ -257,37 +257,11 @@ func (m *Manager) claim(ctx context.Context, d *Domain) error {
 	return err
 }
 
-// stopped scrubs what a domain had. A lease that outlives the boot waits for the domain's next start; any other ends.
+// stopped scrubs what a domain had, whose VMM has ended. A lease that outlives the boot waits for its next start.
 func (m *Manager) stopped(ctx context.Context, d *Domain) ([]Certificate, error) {
 	l, err := m.Book.Get(d.Name)
 	if l == nil || err != nil {
 		return nil, err
 	}
-	// Its VMM has ended.
-	const most = 20 * time.Second
-	if !l.Persist {
-		return m.Release(ctx, d.Name, most)
-	}
-	mine, err := m.Book.lockGuest(ctx, d.Name, m.handle.Timeout())
-	if err != nil {
-		return nil, err
-	}
-
-	defer mine.Close()
-	if l, err = m.known(d.Name); err != nil {
-		return nil, err
-	}
-	devices := m.present(l)
-	until := time.Now().Add(most)
-	if err := m.awaitGone(ctx, l, devices, most); err != nil {
-		return nil, err
-	}
-	if err := m.lock(ctx, m.touched(devices, true)); err != nil {
-		return nil, err
-	}
-
-	certificates, unwritten, err := m.scrub(ctx, l, until)
-	// To be made again.
-	l.rebooted()
-	return certificates, errors.Join(err, unwritten, m.Book.put(l))
+	return m.Rest(ctx, d.Name, 20*time.Second)
 }

@@ -76,7 +76,7 @@ func (b *Book) Quarantined() (Quarantined, error) {
 
 // bootID is the kernel's name of this boot; "" if it tells none.
 func bootID(h *iommu.Host) string {
-	id, _ := h.String("proc/sys/kernel/random/boot_id")
+	id, _ := h.Boot()
 	return id
 }
 

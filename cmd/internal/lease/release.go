@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -30,7 +31,7 @@ type Certificate struct {
 	Found    sriov.Settings `json:"found,omitempty"`    // what it had
 	Settings sriov.Settings `json:"settings,omitempty"` // what it has now, read back
 	Driver   string         `json:"driver,omitempty"`   // that it is on now
-	Note     string         `json:"note,omitempty"`     // what a reset does not clean
+	Note     string         `json:"note,omitempty"`     // what was not cleaned, or is not known
 }
 
 // nvmeClass is the base class and subclass of NVMe controllers.
@@ -85,11 +86,47 @@ func (m *Manager) Release(ctx context.Context, guest string, wait time.Duration)
 	if err := m.lock(ctx, m.touched(devices, true)); err != nil {
 		return nil, err
 	}
-	if err := m.awaitGone(ctx, l, devices, 0); err != nil {
-		// Somebody may have been quicker.
+	return m.end(ctx, l, until)
+}
+
+// Rest ends what a guest has of a lease that outlives it, and leaves the lease for the guest's next start; any other it
+// releases.
+func (m *Manager) Rest(ctx context.Context, guest string, wait time.Duration) ([]Certificate, error) {
+	l, err := m.Book.Get(guest)
+	if err != nil {
 		return nil, err
 	}
-	return m.end(ctx, l, until)
+	if l == nil || !l.Persist {
+		return m.Release(ctx, guest, wait)
+	}
+	mine, err := m.Book.lockGuest(ctx, guest, m.handle.Timeout())
+	if err != nil {
+		return nil, err
+	}
+
+	defer mine.Close()
+	if l, err = m.known(guest); err != nil {
+		return nil, err
+	}
+	devices := m.present(l)
+	until := time.Now().Add(wait)
+	if err := m.awaitGone(ctx, l, devices, wait); err != nil {
+		return nil, err
+	}
+	if err := m.lock(ctx, m.touched(devices, true)); err != nil {
+		return nil, err
+	}
+
+	certificates, unwritten, err := m.scrub(ctx, l, until)
+	if !bind.IsStuck(err) {
+		err = errors.Join(err, m.giveBackCompanions(ctx, devices))
+	}
+	if certificates == nil {
+		return nil, err
+	}
+	// To be made again.
+	l.rebooted()
+	return certificates, errors.Join(err, unwritten, m.Book.put(l))
 }
 
 // end scrubs what a lease has, whose devices are locked, and ends it. Who still has a device is waited for until then.
@@ -122,6 +159,10 @@ func (m *Manager) end(ctx context.Context, l *Lease, until time.Time) ([]Certifi
 func (m *Manager) scrub(ctx context.Context, l *Lease, until time.Time) (out []Certificate, unwritten, failed error) {
 	devices := m.present(l)
 	if err := m.handle.Refresh(devices); err != nil {
+		return nil, nil, err
+	}
+	// The last look stands here, however long locks were waited for: a guest may have been late.
+	if err := m.awaitGone(ctx, l, devices, 0); err != nil {
 		return nil, nil, err
 	}
 	held, err := m.prove(ctx, "release "+l.Guest, devices, true, until)
@@ -168,12 +209,11 @@ func (m *Manager) awaitGone(ctx context.Context, l *Lease, devices []*iommu.Devi
 			return err
 		}
 		// Of those that could not be looked at, the kernel tells afterwards: see prove.
-		for _, h := range l.Holders {
-			if h.Runs && h.Alive(m.host) &&
-				!slices.ContainsFunc(holders, func(x holder.Holder) bool { return x.PID == h.PID }) {
-				holders = append(holders,
-					holder.Holder{Device: l.Guest, Kind: holder.Process, PID: h.PID, What: "is run by " + h.Name})
-			}
+		if h := l.Runner; h != nil && h.Alive(m.host) &&
+			!slices.ContainsFunc(holders, func(x holder.Holder) bool { return x.PID == h.PID }) {
+			// It may open them yet.
+			holders = append(holders,
+				holder.Holder{Device: l.Guest, Kind: holder.Process, PID: h.PID, What: "is run by " + h.Name})
 		}
 
 		if len(holders) == 0 {
@@ -243,7 +283,7 @@ func (m *Manager) scrubAll(ctx context.Context, l *Lease,
 		}
 		s.d, s.c.Place = d, place(m.host, d)
 		if d.Class>>8 == nvmeClass {
-			s.c.Note = "its data is not erased: viaduct erases no media"
+			s.c.note("its data is not erased: viaduct erases no media")
 		}
 		if s.err = m.clear(ctx, l, s, done, held); s.err != nil && ctx.Err() != nil {
 			return out, nil, s.err
@@ -385,7 +425,8 @@ func (m *Manager) putBack(ctx context.Context, s *scrubbing) error {
 	return err
 }
 
-// reconfigure gives a VF what it had, and compares all that the PF's driver tells.
+// reconfigure gives a VF what is declared of it now, and else what it had before, and compares all that the PF's driver
+// tells. What it does not tell, or does not take back, is noted.
 func (m *Manager) reconfigure(ctx context.Context, dev *Device, d *iommu.Device, drawn bool, c *Certificate) error {
 	pf, err := m.Topology.Find(*d.PhysFn)
 	if err != nil {
@@ -406,7 +447,15 @@ func (m *Manager) reconfigure(ctx context.Context, dev *Device, d *iommu.Device,
 	if dev.Before == nil && drawn && c.Found != nil {
 		dev.Before = m.fresh(pf, d.VFIndex, c.Found)
 	}
-	if err := m.restore(ctx, dev, d); err != nil {
+	if len(dev.Before) == 0 {
+		// Nothing of it was changed.
+		c.Settings, err = read()
+		return err
+	}
+	want := maps.Clone(dev.Before)
+	own, _ := m.declared.Settings(m.declaration, pf)
+	maps.Copy(want, own[d.VFIndex])
+	if want, err = m.giveSettings(ctx, d, want, c); err != nil {
 		return err
 	}
 	if c.Settings, err = read(); err != nil {
@@ -415,15 +464,52 @@ func (m *Manager) reconfigure(ctx context.Context, dev *Device, d *iommu.Device,
 
 	var wrong []string
 	for _, k := range sriov.Keys() {
-		if want, known := dev.Before[k]; known && c.Settings[k] != want {
-			wrong = append(wrong, fmt.Sprintf("%s is %s instead of %s", k, c.Settings[k], want))
+		is, told := c.Settings[k]
+		switch value, known := want[k]; {
+		case !known:
+		case !told:
+			c.note("whether its %s is %s again is not known, as its driver does not tell", k, value)
+		case is != value:
+			wrong = append(wrong, fmt.Sprintf("%s is %s instead of %s", k, is, value))
 		}
 	}
 
 	if len(wrong) > 0 {
-		return errors.New("it does not have what it had: " + strings.Join(wrong, ", "))
+		return errors.New("it does not have what it is to have: " + strings.Join(wrong, ", "))
 	}
 	return nil
+}
+
+// giveSettings gives a VF settings, and returns them as they are to be read back. Some drivers take no address away: a VF
+// that had none keeps its guest's, then.
+func (m *Manager) giveSettings(ctx context.Context, d *iommu.Device, want sriov.Settings,
+	c *Certificate) (sriov.Settings, error) {
+	give := func() (sriov.Settings, error) {
+		plan, err := m.planSet(d, want)
+		if err != nil {
+			return nil, err
+		}
+		_, err = m.handle.Set(ctx, plan)
+		return plan.Want, err
+	}
+	given, err := give()
+	if err == nil || bind.IsStuck(err) || want[sriov.MAC] != noMAC {
+		return given, err
+	}
+	delete(want, sriov.MAC)
+	if given, again := give(); again == nil {
+		c.note("it had no MAC address, and its driver does not take the guest's away: %s", err)
+		return given, nil
+	}
+	return nil, err
+}
+
+// note adds to what a certificate tells beside its result.
+func (c *Certificate) note(format string, a ...any) {
+	if c.Note != "" {
+		c.Note += "; "
+	}
+	c.Note += fmt.Sprintf(format, a...)
 }
 
 // fresh is what a VF is to have that libvirt configured before it was seen: what is declared of it, and else what VFs
@@ -516,7 +602,7 @@ func (m *Manager) stillDead(guest string) (*Lease, error) {
 	if err != nil && !errors.Is(err, holder.ErrTooMany) {
 		return nil, err
 	}
-	if state, _ := m.state(l, holders, time.Now()); state != Dead || len(present) == 0 {
+	if state, _ := m.state(l, holders, l.age(m.host)); state != Dead || len(present) == 0 {
 		return nil, nil
 	}
 	return l, nil

@@ -60,7 +60,7 @@ func (m *Manager) Look() ([]Look, error) {
 				look.Now = append(look.Now, h)
 			}
 		}
-		look.State, look.Why = m.state(l, look.Now, time.Now())
+		look.State, look.Why = m.state(l, look.Now, l.age(m.host))
 		if blind == nil && len(look.Now) > 0 {
 			m.saw(l, look.Now)
 		}
@@ -75,8 +75,7 @@ func (m *Manager) saw(l *Lease, now []holder.Holder) {
 	for _, h := range now {
 		p := holder.NameProcess(m.host, h.PID)
 		if !slices.ContainsFunc(holders, func(old Holder) bool { return old.Proc == p }) {
-			runs := slices.ContainsFunc(l.Holders, func(old Holder) bool { return old.Proc == p && old.Runs })
-			holders = append(holders, Holder{p, strings.TrimPrefix(h.What, "is open in "), runs})
+			holders = append(holders, Holder{Proc: p, Name: strings.TrimPrefix(h.What, "is open in ")})
 		}
 	}
 
@@ -97,8 +96,8 @@ func (m *Manager) saw(l *Lease, now []holder.Holder) {
 	}
 }
 
-// state says where a lease is in its life, with all who hold its devices now, as far as they can be seen.
-func (m *Manager) state(l *Lease, now []holder.Holder, at time.Time) (State, string) {
+// state says where a lease is in its life, with all who hold its devices now, as far as they can be seen, and its age.
+func (m *Manager) state(l *Lease, now []holder.Holder, age time.Duration) (State, string) {
 	for _, d := range l.Devices {
 		found, err := m.Topology.Find(d.Address)
 		if err != nil || found.ID != d.ID || d.Nowhere {
@@ -109,7 +108,7 @@ func (m *Manager) state(l *Lease, now []holder.Holder, at time.Time) (State, str
 	if len(now) > 0 {
 		return Active, ""
 	}
-	alive := slices.ContainsFunc(l.Holders, func(h Holder) bool { return h.Alive(m.host) })
+	alive := slices.ContainsFunc(l.known(), func(h Holder) bool { return h.Alive(m.host) })
 	made := l.Maker.PID != 0 && l.Maker.Alive(m.host)
 	switch {
 	case !l.Ready && made:
@@ -122,18 +121,47 @@ func (m *Manager) state(l *Lease, now []holder.Holder, at time.Time) (State, str
 		return Reserved, "to be made again"
 	case !l.Ready:
 		return Dead, "its making was interrupted"
-	case l.Owner != nil && !l.Owner.Alive(m.host):
-		return Dead, fmt.Sprintf("process %d, which it was to end with, is gone", l.Owner.PID)
-	case l.Unit != "" && !UnitRuns(m.host, l.Unit):
-		return Dead, fmt.Sprintf("unit %s, which it was to end with, does not run", l.Unit)
-	case l.Persist:
+	}
+
+	kept, why := m.keptAlive(l)
+	switch {
+	case kept:
 		return Reserved, ""
+	case why != "":
+		return Dead, why
 	case len(l.Holders) > 0:
 		return Dead, fmt.Sprintf("%s is gone", l.Holders[0].Name)
-	case l.TTL > 0 && at.Sub(l.Made) > l.TTL && l.Owner == nil && l.Unit == "":
+	case l.TTL > 0 && age > l.TTL:
 		return Dead, fmt.Sprintf("nobody opened its devices within %s", l.TTL)
 	}
 	return Reserved, ""
+}
+
+// keptAlive reports whether something that keeps a lease alive does; if all that was to has ended, why says so.
+func (m *Manager) keptAlive(l *Lease) (kept bool, why string) {
+	if l.Persist {
+		return true, ""
+	}
+	if l.Runner != nil {
+		kept, why = kept || l.Runner.Alive(m.host), l.Runner.Name+" is gone"
+	}
+	if l.Owner != nil {
+		kept = kept || l.Owner.Alive(m.host)
+		why = fmt.Sprintf("process %d, which it was to end with, is gone", l.Owner.PID)
+	}
+	if l.Unit != "" {
+		kept = kept || UnitRuns(m.host, l.Unit)
+		why = fmt.Sprintf("unit %s, which it was to end with, does not run", l.Unit)
+	}
+	return kept, why
+}
+
+// known are the processes that are known to have a lease's devices, or to be about to open them.
+func (l *Lease) known() []Holder {
+	if l.Runner == nil {
+		return l.Holders
+	}
+	return append([]Holder{*l.Runner}, l.Holders...)
 }
 
 // unitProcesses is where a systemd unit's processes are listed: its control group has its name; "" if there is none.
@@ -207,7 +235,7 @@ func (b *Book) Started(ctx context.Context, l *Lease, pid int, name string) erro
 		*now.Owner != self {
 		return fmt.Errorf("%s: its lease was ended meanwhile", l.Guest)
 	}
-	now.Holders = []Holder{{holder.NameProcess(b.host, pid), fmt.Sprintf("process %d (%s)", pid, name), true}}
+	now.Runner = &Holder{Proc: holder.NameProcess(b.host, pid), Name: fmt.Sprintf("process %d (%s)", pid, name)}
 	// Which the VMM outlives.
 	now.Owner = nil
 	return b.put(now)
@@ -218,6 +246,6 @@ func (m *Manager) LookAt(l *Lease) Look {
 	look := Look{Lease: l}
 	// Who cannot see all is told what was seen last.
 	look.Now, _ = holder.Processes(m.host, m.present(l))
-	look.State, look.Why = m.state(l, look.Now, time.Now())
+	look.State, look.Why = m.state(l, look.Now, l.age(m.host))
 	return look
 }

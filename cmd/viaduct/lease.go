@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"viaduct/cmd/internal/declared"
 	"viaduct/cmd/internal/hostfile"
 	"viaduct/cmd/internal/lease"
 	"viaduct/cmd/internal/vmm"
@@ -23,29 +25,44 @@ import (
 	"viaduct/vfio/holder"
 )
 
-// work is what is done with leases.
-type work bool
+// work is what is done with leases, and how much of the declaration it takes.
+type work int
 
 const (
-	makesLeases work = false
-	endsLeases  work = true
+	makesLeases work = iota // what is declared has to be readable
+	checksLease             // else what was confirmed last will do
+	endsLeases              // and else nothing
 )
 
-// beginLeases begins what works on leases; the caller calls stop at the end. What only ends them does without a declaration that
-// cannot be read. The child that writes is started when it is needed: most of many that ask at once are told that there is nothing.
+// declarationFor is the declaration that is in force, for work on leases; nil if that does without.
+func (e *env) declarationFor(h *iommu.Host, does work) (*hostfile.Host, error) {
+	file, wrong := hostfile.Load(h)
+	if wrong != nil && does == makesLeases {
+		return nil, usageError{wrong}
+	}
+	use, err := declared.Of(h).InForce(file, wrong)
+	if err != nil && does != endsLeases {
+		return nil, err
+	}
+	if wrong = cmp.Or(err, wrong); wrong != nil {
+		e.note("%v", wrong)
+	}
+	if use == nil {
+		return nil, nil
+	}
+	return use.Host, nil
+}
+
+// beginLeases begins what works on leases; the caller calls stop at the end. The child that writes is started when it is needed: most of many that ask at once are told that there is nothing.
 func (e *env) beginLeases(ctx context.Context, timeout time.Duration, does work) (context.Context, func(), *lease.Manager, error) {
 	ctx, stop, c, err := e.beginLook(ctx, timeout)
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	s, err := hostfile.Load(c.handle.Host())
-	if err != nil && does == makesLeases {
-		stop()
-		return nil, nil, nil, usageError{err}
-	}
+	s, err := e.declarationFor(c.handle.Host(), does)
 	if err != nil {
-		e.note("%v", err)
-		s = nil
+		stop()
+		return nil, nil, nil, err
 	}
 	m, err := lease.New(c.handle, lease.Options{Declaration: s, Lock: c.lock})
 	if err != nil {

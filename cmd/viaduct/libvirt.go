@@ -45,6 +45,12 @@ func runLibvirtHook(ctx context.Context, e *env, name, op, sub string) error {
 	if err != nil {
 		return err
 	}
+	switch op + " " + sub {
+	case "prepare begin", "start begin", "started begin", "release end", "reconnect begin":
+	default:
+		// Nothing of ours is done then, whatever is wrong.
+		return nil
+	}
 	d := &lease.Domain{}
 	if len(text) > 0 {
 		if d, err = lease.ParseDomain(text); err != nil {
@@ -59,13 +65,24 @@ func runLibvirtHook(ctx context.Context, e *env, name, op, sub string) error {
 			return err
 		}
 		l, err := lease.BookOf(h).Get(name)
-		if err = errors.Join(err, h.Close()); err != nil || l == nil && len(d.Devices) == 0 {
+		err = errors.Join(err, h.Close())
+		if len(d.Devices) == 0 && (l == nil || err != nil) {
 			// A domain that has nothing of ours, which no mistake of ours may stop.
+			if err != nil {
+				e.note("%v", err)
+			}
+			return nil
+		}
+		if err != nil {
 			return err
 		}
 	}
 
-	ctx, stop, m, err := e.beginLeases(ctx, bind.DefaultTimeout, endsLeases)
+	does := endsLeases
+	if op == "prepare" || op == "start" {
+		does = checksLease
+	}
+	ctx, stop, m, err := e.beginLeases(ctx, bind.DefaultTimeout, does)
 	if err != nil {
 		return err
 	}

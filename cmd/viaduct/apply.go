@@ -65,10 +65,7 @@ func applyCommand(e *env) *cli.Command {
 				return usagef("apply: --wait is no time that can be waited: %s", o.wait)
 			}
 			if e.dryRun {
-				if err := runPlan(e, &o, e.declaredByFile, e.printPlan); !errors.Is(err, errDiffers) {
-					return err
-				}
-				return nil
+				return runPlan(e, &o, e.declaredByFile, e.printPlan)
 			}
 
 			err = runApply(c.Context, e, &o)
@@ -135,61 +132,28 @@ func (c *changing) planLocked(ctx context.Context, o *declaredOptions, wanted fu
 	}
 }
 
+// runApply makes the host what is declared of it: what that is, the plan, who is against it, the changes, and what is to
+// be known of them afterwards.
 func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 	ctx, stop, c, err := e.beginChange(ctx, o.timeout)
 	if err != nil {
 		return err
 	}
 	defer stop()
-	s, wrong := o.load(c.handle.Host())
-	if wrong != nil {
-		wrong = usageError{wrong}
-	}
-	if wrong != nil && !o.boot {
-		return wrong
-	}
-	wanted := func() (*hostfile.Host, error) { return s, nil }
-	if o.boot {
-		wanted = func() (*hostfile.Host, error) {
-			use, err := declared.Of(c.handle.Host()).InForce(s, wrong)
-			if err != nil {
-				return nil, err
-			}
-			return use.Host, nil
-		}
-		use, err := declared.Of(c.handle.Host()).InForce(s, wrong)
-		if err != nil {
-			return err
-		}
-		if use.Why != "" {
-			e.note("%s", use.Why)
-		}
-	}
-	use, err := wanted()
+	wanted, wrong, err := c.wanted(o)
 	if err != nil {
 		return err
 	}
-
 	if o.boot {
 		o.keepGoing = true
-		m, err := o.manager(e, c.handle)
-		if err != nil {
-			return err
-		}
-		waiting, done := context.WithTimeout(ctx, o.wait)
-		err = m.Wait(waiting, use)
-		done()
-		if err == nil {
-			c.topology, err = c.handle.Topology()
-		}
-		if err != nil {
+		if err := c.awaitDeclared(ctx, o, wanted); err != nil {
 			return err
 		}
 	}
-
 	if err := c.recover(ctx); err != nil {
 		return err
 	}
+
 	m, items, err := c.planLocked(ctx, o, wanted)
 	if err != nil {
 		return err
@@ -200,39 +164,25 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 			return err
 		}
 	}
-
+	s, err := wanted()
+	if err != nil {
+		return err
+	}
 	m.Check(items)
-	var errs []error
-	refused := false
-	for _, i := range items {
-		switch {
-		case i.Err == nil:
-		case !i.Wrong():
-			e.note("%s is not there, which is optional", i.Name)
-		default:
-			errs = append(errs, i.Err)
-			refused = refused || i.State != declared.Missing
-		}
+	errs, refusal := e.judge(items)
+	if refusal != nil && !o.keepGoing {
+		return errors.Join(refusal, e.printApplied(items, 0, refusal))
 	}
 
-	if refused && !o.keepGoing {
-		if err := errors.Join(errs...); errors.Is(err, holder.ErrRefused) {
-			return err
-		}
-		return &holder.RefusedError{What: "apply", Reasons: reasons(errs)}
-	}
-
-	if !o.boot {
+	if !o.boot && len(items) > 0 {
 		if err := m.Protect(); err != nil {
 			return err
 		}
 	}
-
 	trial, err := o.begin(m, s)
 	if err != nil {
 		return err
 	}
-
 	changed, touched := 0, false
 	errs = append(errs, m.Apply(ctx, items, func(i *declared.Item, err error) {
 		touched = true
@@ -260,17 +210,97 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 		errs = append(errs, m.Ended(s))
 	}
 	errs = append(errs, wrong)
+	errs = append(errs, e.printApplied(items, changed, errors.Join(errs...)))
+	return mixed(errors.Join(errs...), touched)
+}
 
-	if e.json {
+// wanted says what is to be applied, each time it is asked: what is declared, and at a boot what is in force instead of
+// that. A boot does without files that cannot be read, if something else was in force, and fails in the end: wrong.
+func (c *changing) wanted(o *declaredOptions) (wanted func() (*hostfile.Host, error), wrong, err error) {
+	s, wrong := o.load(c.handle.Host())
+	if wrong != nil {
+		wrong = usageError{wrong}
+	}
+	if !o.boot {
+		return func() (*hostfile.Host, error) { return s, nil }, nil, wrong
+	}
+
+	ask := func() (*declared.Use, error) { return declared.Of(c.handle.Host()).InForce(s, wrong) }
+	use, err := ask()
+	if err != nil {
+		return nil, nil, err
+	}
+	if use.Why != "" {
+		c.env.note("%s", use.Why)
+	}
+	wanted = func() (*hostfile.Host, error) {
+		use, err := ask()
+		if err != nil {
+			return nil, err
+		}
+		return use.Host, nil
+	}
+	return wanted, wrong, nil
+}
+
+// awaitDeclared waits for the devices that are declared, which a boot finds one after the other.
+func (c *changing) awaitDeclared(ctx context.Context, o *declaredOptions, wanted func() (*hostfile.Host, error)) error {
+	s, err := wanted()
+	if err != nil {
+		return err
+	}
+	m, err := o.manager(c.env, c.handle)
+	if err != nil {
+		return err
+	}
+	waiting, done := context.WithTimeout(ctx, o.wait)
+	defer done()
+	if err := m.Wait(waiting, s); err != nil {
+		return err
+	}
+	c.topology, err = c.handle.Topology()
+	return err
+}
+
+// judge are the items that cannot be brought where they are to be, and the refusal that these come to unless one goes on
+// without them; what is only missing is none.
+func (e *env) judge(items []*declared.Item) (errs []error, refusal error) {
+	refused := false
+	for _, i := range items {
+		switch {
+		case i.Err == nil:
+		case !i.Wrong():
+			e.note("%s is not there, which is optional", i.Name)
+		default:
+			errs = append(errs, i.Err)
+			refused = refused || i.State != declared.Missing
+		}
+	}
+	switch err := errors.Join(errs...); {
+	case !refused:
+		return errs, nil
+	case errors.Is(err, holder.ErrRefused):
+		return errs, err
+	}
+	return errs, &holder.RefusedError{What: "apply", Reasons: reasons(errs)}
+}
+
+// printApplied tells what became of the items, beside what was told of each that was changed.
+func (e *env) printApplied(items []*declared.Item, changed int, err error) error {
+	switch {
+	case e.json:
 		views := []itemView{}
 		for _, i := range items {
 			views = append(views, viewItem(i))
 		}
-		errs = append(errs, writeJSON(e.stdout, views))
-	} else if changed == 0 && errors.Join(errs...) == nil {
+		return writeJSON(e.stdout, views)
+	case err != nil || changed > 0:
+	case len(items) == 0:
+		e.note("nothing is declared in /%s or /%s (viaduct adopt describes this host)", hostfile.File, hostfile.Dir)
+	default:
 		fmt.Fprintln(e.stdout, "all is as declared already")
 	}
-	return mixed(errors.Join(errs...), touched)
+	return nil
 }
 
 // begin says that what is declared is in force from now on, or is tried; the guard stands, then.

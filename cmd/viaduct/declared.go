@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -264,6 +265,9 @@ func (e *env) printPlan(_ *declared.Manager, items []*declared.Item) error {
 		return e.printItems(items)
 	}
 	w := bufio.NewWriter(e.stdout)
+	if files := filesOf(items); len(files) > 0 {
+		fmt.Fprintf(w, "# declared in %s\n", strings.Join(files, ", "))
+	}
 	for _, i := range items {
 		switch i.State {
 		case declared.OK:
@@ -288,6 +292,17 @@ func (e *env) printPlan(_ *declared.Manager, items []*declared.Item) error {
 		e.note("nothing is declared in /%s or /%s (viaduct adopt describes this host)", hostfile.File, hostfile.Dir)
 	}
 	return differs(items)
+}
+
+// filesOf are the files that items are declared in, in their order.
+func filesOf(items []*declared.Item) []string {
+	var out []string
+	for _, i := range items {
+		if i.At.File != "" && !slices.Contains(out, i.At.File) {
+			out = append(out, i.At.File)
+		}
+	}
+	return out
 }
 
 func (e *env) printStatus(m *declared.Manager, items []*declared.Item) error {

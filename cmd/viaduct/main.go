@@ -32,7 +32,7 @@ const (
 	exitFailed  = 1
 	exitUsage   = 2
 	exitRefused = 3
-	exitDiffers = 4 // of plan and status
+	exitDiffers = 4 // of plan, apply --dry-run and status
 )
 
 func main() {
@@ -194,7 +194,7 @@ func newApp(e *env) *cli.App {
 			"  8086:10c9               vendor and device id\n" +
 			"  class=0200  group=8     PCI class, IOMMU group\n" +
 			"  mac=52:54:00:12:34:56   path=0000:00:01.0/00.0   serial=...\n\n" +
-			"Exit status: 0 done, 1 failed, 2 wrong usage, 3 refused by a safety check and nothing was touched;\n4 there is a difference (plan and status only).",
+			"Exit status: 0 done, 1 failed, 2 wrong usage, 3 refused by a safety check and nothing was touched;\n4 there is a difference (plan, apply --dry-run and status only).",
 		Writer:                    e.stdout,
 		ErrWriter:                 e.stderr,
 		HideHelpCommand:           true,

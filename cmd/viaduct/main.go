@@ -51,12 +51,16 @@ func untilSignal(ctx context.Context) (context.Context, context.CancelFunc) {
 	// What is begun is ended although nobody reads on.
 	signal.Ignore(unix.SIGPIPE)
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, unix.SIGTERM, unix.SIGHUP)
-	context.AfterFunc(ctx, func() {
+	told := context.AfterFunc(ctx, func() {
 		stop()
 		// The terminal is gone, and that may be told twice.
 		signal.Ignore(unix.SIGHUP)
 	})
-	return ctx, stop
+	return ctx, func() {
+		// What is started afterwards would inherit that.
+		told()
+		stop()
+	}
 }
 
 // env is what every command works with.

@@ -86,6 +86,14 @@ func runRun(c *cli.Context, e *env, o *assignOptions) error {
 	if err := o.parse(c, format); err != nil {
 		return err
 	}
+	switch placed := slices.Contains(command, "{devices}"); {
+	case placed && format.Args == nil:
+		return usagef("run: {devices} is for a VMM's arguments, and %q is the name of none: which one is it? "+
+			"(--format qemu, as the case may be)", filepath.Base(command[0]))
+	case !placed && format.Placed:
+		return usagef("run: where do the arguments for the devices stand? Put {devices} into the command, as %s takes "+
+			"them only there", format.Name)
+	}
 	// Before anything is touched.
 	program, err := exec.LookPath(command[0])
 	if err != nil {

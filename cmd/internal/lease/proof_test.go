@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -374,6 +375,18 @@ func killLease(t *testing.T, host func() (*hosttest.Kernel, []string), op string
 	return killed
 }
 
+// failWrites has the next writes to a file fail, so many times.
+func failWrites(k *hosttest.Kernel, times int, file string) {
+	var left atomic.Int64
+	left.Store(int64(times))
+	k.SetFault(func(op, name string) error {
+		if op == "write" && name == file && left.Add(-1) >= 0 {
+			return unix.EIO
+		}
+		return nil
+	})
+}
+
 // A device that cannot be given back to its VFIO driver stays so for the next release, and is not taken for clean.
 func TestLetGoFails(t *testing.T) {
 	for _, fails := range []int{1, 2} {
@@ -383,15 +396,7 @@ func TestLetGoFails(t *testing.T) {
 		if err := lend(t, h, Request{Guest: "a", From: one}); err != nil {
 			t.Fatal(err)
 		}
-		bound := 0
-		k.Before = func(name, value string) {
-			if name == "sys/bus/pci/drivers/vfio-pci/bind" {
-				delete(k.Fail, name)
-				if bound++; bound <= fails {
-					k.Fail[name] = unix.EIO
-				}
-			}
-		}
+		failWrites(k, fails, "sys/bus/pci/drivers/vfio-pci/bind")
 		if out, err := giveBack(t, h, "a", 0); err == nil || len(out) > 0 {
 			t.Errorf("%d times: %+v, %v", fails, out, err)
 		}

@@ -3,7 +3,6 @@ package lease
 import (
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -117,14 +116,7 @@ func TestCompanionOnceMore(t *testing.T) {
 		if err := lend(t, h, Request{Guest: "a", From: gpu}); err != nil {
 			t.Fatal(err)
 		}
-		k.Before = func(name, value string) {
-			if override := "sys/bus/pci/devices/" + smbus + "/driver_override"; name == override {
-				if delete(k.Fail, name); fails > 0 {
-					k.Fail[name] = syscall.EIO
-				}
-				fails--
-			}
-		}
+		failWrites(k, fails, "sys/bus/pci/devices/"+smbus+"/driver_override")
 		once := fails == 1
 		_, err := giveBack(t, h, "a", 0)
 		if now := driversOf(t, k, smbus); (err == nil) != once || slices.Equal(now, home) != once {

@@ -43,6 +43,7 @@ type Format struct {
 	Persist bool   // its guests outlive a boot
 	Standby bool   // it can have one
 	Foreign bool   // it takes devices to a driver of its own, not to VFIO's
+	Placed  bool   // its arguments stand in the middle of a command
 	Moves   bool   // it keeps guest memory off the range that AMD's IOMMUs reserve
 }
 
@@ -83,7 +84,7 @@ var Formats = []Format{
 	},
 	{
 		Name: "kata",
-		Args: kata,
+		Args: kata, Placed: true,
 		Cannot: "Kata needs vfio_mode and hotplug_vfio (or cold_plug_vfio) in its configuration.toml, and hands on " +
 			"whole IOMMU groups; no failover pair",
 	},

@@ -208,5 +208,16 @@ func TestNotIsolated(t *testing.T) {
 	if err := open(t, vf); !errors.Is(err, unix.EPERM) {
 		t.Errorf("it is opened: %v, want %v", err, unix.EPERM)
 	}
+	do(t, "unbind", vf)
+
+	// Who runs the host may say that its guests are trusted: then a device that never had a driver is opened, and given
+	// back.
+	for _, module := range []string{"iommufd", "vfio_iommu_type1"} {
+		shell(t, "modprobe "+module+"; echo 1 > /sys/module/"+module+"/parameters/allow_unsafe_interrupts")
+	}
+	life(t, vf)
+	for _, address := range of("1234", "11e8") {
+		life(t, address)
+	}
 	do(t, "vf", "destroy", pf)
 }

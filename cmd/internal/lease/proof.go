@@ -54,11 +54,11 @@ func (h *hold) open(space *vfio.Context, d *iommu.Device) (*vfio.Device, error) 
 	return space.Open(d.Name)
 }
 
-// prove takes the devices of a lease that are on VFIO drivers from their nodes' owner and proves that nobody has them,
-// now or while the hold lasts. Somebody who has one is waited for until the end given, and is a holder.RefusedError
-// then. Where the kernel makes devices nodes of their own, which everybody or those who were shared them may have open
-// without using them so far, the device lets go of them.
-func (m *Manager) prove(ctx context.Context, what string, devices []*iommu.Device, everybody bool,
+// prove takes the nodes of devices that are on VFIO drivers from their owner, and proves that nobody has the devices, now
+// or while the hold lasts. Who has one is waited for until the end given, and is a holder.RefusedError then. A node of a
+// device's own can be open without being used yet: where others than root may have opened it, or it was lent, the device
+// lets go of who has it so.
+func (m *Manager) prove(ctx context.Context, what string, devices []*iommu.Device, lent bool,
 	end time.Time) (h *hold, err error) {
 	var taken, shared, cut []*iommu.Device
 	for _, d := range devices {
@@ -73,7 +73,11 @@ func (m *Manager) prove(ctx context.Context, what string, devices []*iommu.Devic
 		if others {
 			shared = append(shared, d)
 		}
-		if (others || everybody) && m.host.Exists(path.Join("sys/bus/pci/devices", d.Name, "vfio-dev")) {
+		own, err := m.host.Has(path.Join("sys/bus/pci/devices", d.Name, "vfio-dev"))
+		if err != nil {
+			return nil, err
+		}
+		if own && (others || lent) {
 			cut = append(cut, d)
 		}
 	}

@@ -28,7 +28,11 @@ func (m *Manager) reset(l *Lease, d *iommu.Device, c *Certificate, done resettin
 	}
 	dir := path.Join("sys/bus/pci/devices", d.Name)
 	methods, _ := m.host.String(path.Join(dir, "reset_method"))
-	if m.host.Exists(path.Join(dir, "reset")) {
+	alone, err := m.host.Has(path.Join(dir, "reset"))
+	if err != nil {
+		return err
+	}
+	if alone {
 		c.Reset = methods
 		err := m.recorded(opReset, d, nil, func() error {
 			return m.handle.Write(d.Address, []bind.Step{{Path: path.Join(dir, "reset"), Value: "1"}})

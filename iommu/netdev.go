@@ -30,7 +30,7 @@ func readNetdevs(h *Host, devices []Device) error {
 	}
 	defer dir.Close()
 
-	var several []*Device
+	var unsure []*Device
 	for _, name := range names {
 		// What is no link is gone, or a file such as bonding_masters.
 		target, _, err := linkOf(dir, name)
@@ -47,12 +47,14 @@ func readNetdevs(h *Host, devices []Device) error {
 		case !isOwn(target, a):
 			d.Ports = append(d.Ports, name)
 		default:
-			if d.Netdevs = append(d.Netdevs, name); len(d.Netdevs) == 2 {
-				several = append(several, d)
+			// A PF's only one may be a representor, where its own is in another network namespace.
+			d.Netdevs = append(d.Netdevs, name)
+			if n := len(d.Netdevs); n == 1 && d.SRIOV != nil || n == 2 && d.SRIOV == nil {
+				unsure = append(unsure, d)
 			}
 		}
 	}
-	for _, d := range several {
+	for _, d := range unsure {
 		if err := sortPorts(dir, d); err != nil {
 			return err
 		}
@@ -70,7 +72,7 @@ func isOwn(target string, a Address) bool {
 }
 
 // sortPorts parts the interfaces of a device: those that stand for another function, as the representors of VFs, are
-// its ports.
+// its ports. Several of its own are ordered by the card's ports.
 func sortPorts(dir *host.Dir, d *Device) error {
 	var own []string
 	for _, n := range d.Netdevs {
@@ -85,6 +87,18 @@ func sortPorts(dir *host.Dir, d *Device) error {
 		}
 	}
 	d.Netdevs = own
+	if len(own) < 2 {
+		return nil
+	}
+	numbers := map[string]int{}
+	for _, n := range own {
+		number, err := dir.Int(path.Join(n, "dev_port"))
+		if err != nil && !host.Absent(err) && !errors.Is(err, unix.ENOTDIR) && !errors.Is(err, unix.EINVAL) {
+			return err
+		}
+		numbers[n] = number
+	}
+	slices.SortStableFunc(d.Netdevs, func(a, b string) int { return numbers[a] - numbers[b] })
 	return nil
 }
 
@@ -141,7 +155,7 @@ func parsePortName(s string) PortName {
 
 // ReadNetdevs reads the network interfaces of a PCI device again.
 func ReadNetdevs(h *Host, d *Device) error {
-	one := []Device{{Address: d.Address, PCI: true}}
+	one := []Device{{Address: d.Address, PCI: true, SRIOV: d.SRIOV}}
 	if err := readNetdevs(h, one); err != nil {
 		return err
 	}

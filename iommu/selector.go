@@ -2,6 +2,7 @@ package iommu
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"viaduct/internal/host"
@@ -134,7 +135,52 @@ func (s Selector) PF(h *Host, t *Topology) (*Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	return s.one(OnlyPFs(all))
+	d, err := s.one(OnlyPFs(all))
+	if err != nil {
+		return nil, err
+	}
+	if err := s.OtherPort(h, d); err != nil {
+		return nil, err
+	}
+	return d, nil
+}
+
+// OtherPortError says that a PF was named by a port of its card that the settings of its VFs do not go over.
+type OtherPortError struct{ Selector, PF, Port string }
+
+func (e *OtherPortError) Error() string {
+	return fmt.Sprintf("%s is another port of %s than %s, over which the settings of its VFs go: name %s or %s",
+		e.Selector, e.PF, e.Port, e.Port, e.PF)
+}
+
+// OtherPort is an *OtherPortError if the selector names a function with several ports by one that is not its first.
+func (s Selector) OtherPort(h *Host, d *Device) error {
+	if d.SRIOV == nil || len(d.Netdevs) < 2 {
+		return nil
+	}
+	first := d.Netdevs[0]
+	named := first
+	switch s.kind {
+	case ByNetdev:
+		if named = s.value; !slices.Contains(d.Netdevs, named) {
+			var err error
+			if named, err = firstName(h, s.value); err != nil {
+				return err
+			}
+		}
+	case ByMAC:
+		macs, err := PermanentMACs(h, d)
+		if err != nil {
+			return err
+		}
+		if known := macs[first]; known != "" && known != s.value {
+			named = ""
+		}
+	}
+	if named == first {
+		return nil
+	}
+	return &OtherPortError{s.text, d.Name, first}
 }
 
 // OnlyPFs are the PFs of several devices; all of them if there is none.

@@ -177,8 +177,10 @@ func (c *checkedWriter) Write(b []byte) (int, error) {
 func exitStatus(err error) int {
 	var usage usageError
 	var ambiguous *iommu.AmbiguousError
+	var otherPort *iommu.OtherPortError
 	switch {
-	case errors.As(err, &usage), errors.Is(err, iommu.ErrSyntax), errors.As(err, &ambiguous):
+	case errors.As(err, &usage), errors.Is(err, iommu.ErrSyntax), errors.As(err, &ambiguous),
+		errors.As(err, &otherPort):
 		return exitUsage
 	case errors.Is(err, holder.ErrRefused), errors.Is(err, holder.ErrBlind):
 		return exitRefused

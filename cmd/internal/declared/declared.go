@@ -192,7 +192,9 @@ func (m *Manager) found(i *Item, match hostfile.Match, find func(hostfile.Match)
 	}
 	if err != nil {
 		i.State, i.Err = Missing, err
-		if _, ambiguous := errors.AsType[*iommu.AmbiguousError](err); ambiguous {
+		_, ambiguous := errors.AsType[*iommu.AmbiguousError](err)
+		_, otherPort := errors.AsType[*iommu.OtherPortError](err)
+		if ambiguous || otherPort {
 			i.State = Refused
 		}
 		return false

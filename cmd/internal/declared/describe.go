@@ -163,7 +163,7 @@ func (m *Manager) stable(d *iommu.Device) (hostfile.Match, error) {
 		}
 		for _, s := range selectors {
 			match := hostfile.Match{Selectors: []iommu.Selector{s}}
-			if found, err := m.find(match); err == nil && found == d {
+			if found, err := m.find(match); err == nil && found == d && s.OtherPort(m.host, d) == nil {
 				return match, nil
 			}
 		}

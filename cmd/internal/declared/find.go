@@ -19,7 +19,16 @@ func (m *Manager) find(match hostfile.Match) (*iommu.Device, error) {
 // findPF is the one PF that a match names: only PFs can stand there.
 func (m *Manager) findPF(match hostfile.Match) (*iommu.Device, error) {
 	all, err := m.all(match)
-	return one(match, iommu.OnlyPFs(all), err)
+	d, err := one(match, iommu.OnlyPFs(all), err)
+	if err != nil {
+		return nil, err
+	}
+	for _, s := range match.Selectors {
+		if err := s.OtherPort(m.host, d); err != nil {
+			return nil, err
+		}
+	}
+	return d, nil
 }
 
 func one(match hostfile.Match, all []*iommu.Device, err error) (*iommu.Device, error) {

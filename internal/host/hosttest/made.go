@@ -202,10 +202,3 @@ func Kept() Tree {
 		function("0000:01:10.2", "", 3, Tree{"physfn": "-> ../0000:01:00.0"}),
 	)
 }
-
-// Kinds are hosts of each kind that is made here.
-func Kinds() map[string]Tree {
-	return map[string]Tree{
-		"board": board(), "vmd": VMD(), "smmu": SMMU(), "infiniband": InfiniBand(), "kept": Kept(),
-	}
-}

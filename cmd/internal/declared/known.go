@@ -20,8 +20,8 @@ type known struct {
 	Address  iommu.Address  `json:"address"`
 	Identity iommu.Identity `json:"identity"`
 	Group    []string       `json:"group"` // the places of all that has to be taken along
-	// Equal are the places of all devices that only their place tells from this one, itself included; none if something
-	// else does.
+	// Equal are the places of all devices with the ids of this one, itself included. Where nothing else tells them
+	// apart they show that places are numbered anew.
 	Equal []string `json:"equal,omitempty"`
 
 	Settings map[int]sriov.Settings `json:"settings,omitempty"` // that were declared of its VFs
@@ -76,9 +76,12 @@ func (m *Manager) changed(k *known, match hostfile.Match, d *iommu.Device) strin
 			place, k.Identity.Path)
 	}
 
+	if m.numbered(d) || len(k.Equal) < 2 {
+		return ""
+	}
 	equal := m.equal(d)
 	moved := func(place string) bool { return !slices.Contains(equal, place) }
-	if len(equal) > 0 && len(k.Equal) > 1 && slices.ContainsFunc(k.Equal, moved) {
+	if slices.ContainsFunc(k.Equal, moved) {
 		return fmt.Sprintf("cards like %s are at %s now and were at %s, and nothing but that tells which one it is",
 			d.Name,
 			strings.Join(equal, ", "), strings.Join(k.Equal, ", "))
@@ -86,24 +89,23 @@ func (m *Manager) changed(k *known, match hostfile.Match, d *iommu.Device) strin
 	return ""
 }
 
-// equal are the places of all devices that only their place tells from this one, with its own; none if a number of its
-// own does. Where root buses are numbered anew, one of them may be where another was.
-func (m *Manager) equal(d *iommu.Device) []string {
-	own := func(d *iommu.Device) bool {
-		for _, form := range []iommu.Form{iommu.ByMAC, iommu.ByGUID, iommu.BySerial} {
-			if numbers, err := iommu.SelectorsOf(m.host, d, form); err != nil || len(numbers) > 0 {
-				return true
-			}
+// numbered reports whether a number of its own tells a device from others with its ids, now: the driver that told its
+// may be gone.
+func (m *Manager) numbered(d *iommu.Device) bool {
+	for _, form := range []iommu.Form{iommu.ByMAC, iommu.ByGUID, iommu.BySerial} {
+		if numbers, err := iommu.SelectorsOf(m.host, d, form); err != nil || len(numbers) > 0 {
+			return true
 		}
-		return false
 	}
+	return false
+}
 
-	if own(d) {
-		return nil
-	}
+// equal are the places of all devices with the ids of this one, with its own. Where root buses are numbered anew, one
+// of them may be where another was.
+func (m *Manager) equal(d *iommu.Device) []string {
 	var out []string
 	m.topology.All(func(other *iommu.Device) bool {
-		if other.PCI && other.PhysFn == nil && other.ID == d.ID && !own(other) {
+		if other.PCI && other.PhysFn == nil && other.ID == d.ID {
 			if place, err := iommu.PathOf(m.host, other); err == nil {
 				out = append(out, place)
 			}
@@ -173,10 +175,7 @@ func (m *Manager) Remember(items []*Item) error {
 				k.Group = append(k.Group, place)
 			}
 		}
-		if k.Equal = m.equal(i.Device); k.Equal == nil && i.known != nil {
-			// What tells it may not be there to be asked now.
-			k.Equal = i.known.Equal
-		}
+		k.Equal = m.equal(i.Device)
 
 		if i.State == OK && i.pf != nil {
 			k.Settings = settingsOf(i.pf)

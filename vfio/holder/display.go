@@ -39,7 +39,19 @@ func Displays(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 				"it with %s",
 				on, screens.end)
 		}
-		if d.Class>>16 != 3 || d.VFIO {
+		if d.VFIO {
+			continue
+		}
+		if frames == nil {
+			if frames, err = framebuffers(h); err != nil {
+				return nil, err
+			}
+		}
+		// Also of a display on USB, which is below a controller.
+		if fb := frames[d.Name]; fb != "" && !d.IsBridge() {
+			add("has the active framebuffer %s", fb)
+		}
+		if d.Class>>16 != 3 {
 			continue
 		}
 
@@ -52,14 +64,6 @@ func Displays(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 				add("is the display this host started on")
 				break
 			}
-		}
-		if frames == nil {
-			if frames, err = framebuffers(h); err != nil {
-				return nil, err
-			}
-		}
-		if fb := frames[d.Name]; fb != "" {
-			add("has the active framebuffer %s", fb)
 		}
 	}
 	return out, blind
@@ -104,9 +108,11 @@ type screens struct {
 }
 
 // screenNames are what the kernel calls the memory of a framebuffer that the firmware made, and drivers of such
-// framebuffers (drivers/firmware/sysfb_simplefb.c, drivers/gpu/drm/sysfb, drivers/video/fbdev).
+// framebuffers (drivers/firmware/sysfb_simplefb.c, drivers/firmware/google/framebuffer-coreboot.c,
+// drivers/gpu/drm/sysfb, drivers/video/fbdev).
 var screenNames = []string{
-	"BOOTFB", "simpledrm", "simplefb", "simple-framebuffer", "efifb", "efidrm", "vesafb", "vesadrm", "ofdrm", "offb",
+	"BOOTFB", "Coreboot Framebuffer", "simpledrm", "simplefb", "simple-framebuffer", "efifb", "efidrm", "vesafb",
+	"vesadrm", "ofdrm", "offb",
 }
 
 // readScreens finds the memory of the framebuffers that the firmware made and something still shows the console on. A

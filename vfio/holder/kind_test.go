@@ -309,6 +309,16 @@ var scenarios = map[Kind][]scenario{
 			"sys/bus/platform/drivers/efi-framebuffer/":         "",
 			"sys/kernel/boot_params/data":                       bootParams,
 		}, says: "has the screen's framebuffer (efi-framebuffer)"},
+		// That of coreboot, and that of a display on USB, below a controller.
+		{device: edu, tree: hosttest.Tree{
+			eduDir + "/resource": "0x00000000c0000000 0x00000000cfffffff 0x0000000000040200\n",
+			"proc/iomem":         "c0000000-cfffffff : PCI Bus 0000:07\n  c0000000-c07e8fff : Coreboot Framebuffer\n",
+		}, says: "has the screen's framebuffer (Coreboot Framebuffer)"},
+		{device: e1000, tree: hosttest.Tree{
+			e1000Dir + "/usb1/1-1/1-1:1.0/graphics/fb1/modes": "\n",
+			"sys/class/graphics/fb1": "-> ../../" +
+				strings.TrimPrefix(e1000Dir, "sys/") + "/usb1/1-1/1-1:1.0/graphics/fb1",
+		}, says: "has the active framebuffer fb1"},
 	},
 	Owner: {
 		{

@@ -41,6 +41,18 @@ func checkCaptured(h *Host, devices []string) error {
 	if inGroups && !h.Exists(groupsDir) {
 		return fmt.Errorf("%w: its devices are in groups, and it has no /%s", ErrNotWhole, groupsDir)
 	}
+	interfaces, err := h.Names(netClass)
+	if err != nil && !host.Absent(err) {
+		return err
+	}
+	for _, n := range interfaces {
+		// There are files among them, as bonding_masters.
+		if at := path.Join(netClass, n); h.Exists(path.Join(at, "address")) {
+			if err := isLink(h, at); err != nil {
+				return err
+			}
+		}
+	}
 	return nil
 }
 

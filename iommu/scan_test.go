@@ -287,7 +287,10 @@ func TestNotWhole(t *testing.T) {
 		"group followed":      {whole.With(hosttest.Tree{own + "/iommu_group": hosttest.Gone, own + "/iommu_group/": ""}), "/iommu_group is a folder"},
 		"groups left out":     {whole.With(hosttest.Tree{"sys/kernel/iommu_groups": hosttest.Gone}), "it has no /sys/kernel/iommu_groups"},
 		"no groups, no IOMMU": {whole.With(hosttest.Tree{"sys/kernel/iommu_groups": hosttest.Gone, own + "/iommu_group": hosttest.Gone}), ""},
-		"no such devices":     {hosttest.Tree{"sys/bus/pci/devices/": "", "sys/kernel/": ""}, ""},
+		"interfaces followed": {whole.With(hosttest.Tree{
+			"sys/class/net/eth0/address": "52:54:00:00:00:01\n", "sys/class/net/bonding_masters": "bond0\n",
+		}), "sys/class/net/eth0 is a folder"},
+		"no such devices": {hosttest.Tree{"sys/bus/pci/devices/": "", "sys/kernel/": ""}, ""},
 	} {
 		for kind, h := range hostsOf(t, c.tree) {
 			_, err := Scan(h)

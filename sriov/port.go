@@ -222,6 +222,10 @@ func (p *Plan) ready(h *iommu.Host) error {
 	if err != nil || len(guids) > 0 {
 		return err
 	}
+	if !h.Live() && !h.Exists("sys/class/net") {
+		p.Notes = append(p.Notes, "of the network interfaces of this host nothing was captured")
+		return nil
+	}
 	none := noInterface(h, pf)
 	if e, ok := errors.AsType[*NoInterfaceError](none); ok && e.elsewhere {
 		p.Notes = append(p.Notes, e.Error()+", so it is not brought up")

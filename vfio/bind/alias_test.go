@@ -83,6 +83,19 @@ func TestVariants(t *testing.T) {
 			t.Errorf("%s: %q, module %q, %v, want %q", what, change.To, change.Module, err, c.driver)
 		}
 	}
+
+	// Who captured a host may not have looked for its kernel's release: then nothing is known of variants.
+	captured, err := Open(&iommu.Host{Host: hosttest.Lab(t).With(hosttest.Tree{
+		"proc/sys/kernel/osrelease": hosttest.Gone, "sys/bus/pci/drivers/vfio-pci/": "",
+	}).Host(t)}, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer captured.Close()
+	change, err := captured.Plan(&iommu.Device{Name: igb, PCI: true}, Take(Auto))
+	if err != nil || change.To != "vfio-pci" {
+		t.Errorf("without a release: %q, %v", change.To, err)
+	}
 }
 
 func FuzzMatchModules(f *testing.F) {

@@ -230,13 +230,13 @@ func (e *env) tellSaved(m *declared.Manager, d *iommu.Device, forget bool) error
 
 // changeView is one device's line of `bind --json` and `unbind --json`.
 type changeView struct {
-	Address iommu.Address `json:"address"`
-	From    *string       `json:"from"`
-	To      *string       `json:"to"`
-	Role    iommu.Role    `json:"role"`
-	Changed bool          `json:"changed"`
-	Steps   []string      `json:"steps"`
-	Error   *string       `json:"error"`
+	Address string     `json:"address"` // or the name of what is no PCI device
+	From    *string    `json:"from"`
+	To      *string    `json:"to"`
+	Role    iommu.Role `json:"role"`
+	Changed bool       `json:"changed"`
+	Steps   []string   `json:"steps"`
+	Error   *string    `json:"error"`
 }
 
 // change brings devices to a goal: it resolves them, lets every gate speak before the first write, and then carries out
@@ -458,7 +458,7 @@ func recoverCommand(e *env) *cli.Command {
 
 func viewChange(r bind.Result) changeView {
 	v := changeView{
-		Address: r.Device,
+		Address: r.Name,
 		From:    known(r.From),
 		To:      known(r.To),
 		Role:    r.Role,

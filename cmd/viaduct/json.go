@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"encoding/json"
 	"io"
+	"slices"
 
 	"viaduct/iommu"
 )
@@ -56,8 +57,9 @@ func writeList(w *bufio.Writer, t *iommu.Topology, names *iommu.Names, keep map[
 	// Which ends each value with a newline.
 	e := json.NewEncoder(w)
 	e.SetEscapeHTML(false)
+	real := func(g iommu.Group) bool { return !g.NoIOMMU }
 	v := iommuView{
-		Present:            len(t.Units) > 0 || len(t.Groups) > 0,
+		Present:            len(t.Units) > 0 || slices.ContainsFunc(t.Groups, real),
 		Units:              []unitView{},
 		InterruptRemapping: t.InterruptRemapping,
 	}

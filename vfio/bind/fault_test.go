@@ -718,7 +718,7 @@ func TestNoPCIDevice(t *testing.T) {
 	for _, goal := range []Goal{Take(Auto), GiveBack(), Home()} {
 		results := b.DoUnasked(context.Background(), [][]*iommu.Device{{read(t, b, e1000), other}}, goal)
 		for _, r := range results {
-			if goal.takes() && r.Err == nil {
+			if goal.takes() && (r.Err == nil || !strings.Contains(r.Err.Error(), "plat.0")) {
 				t.Errorf("%+v", r)
 			}
 		}

@@ -13,6 +13,7 @@ import (
 // Change leads one device from one driver to another.
 type Change struct {
 	Device       iommu.Address `json:"device"`
+	Name         string        `json:"-"` // the device's, which is all that one that is no PCI device has
 	ID           iommu.ID      `json:"id"`
 	From         string        `json:"from"` // driver it has; "" if none
 	FromOverride string        `json:"from_override"`
@@ -27,7 +28,7 @@ type Change struct {
 // from is a change that begins where a device is.
 func from(d *iommu.Device) Change {
 	return Change{
-		Device: d.Address, ID: d.ID, From: d.Driver, FromOverride: d.DriverOverride, Role: d.Role(),
+		Device: d.Address, Name: d.Name, ID: d.ID, From: d.Driver, FromOverride: d.DriverOverride, Role: d.Role(),
 	}
 }
 
@@ -57,7 +58,7 @@ func orNewline(s string) string {
 // Plan plans how a device gets where it is to go. It changes nothing, and no steps say that it is there already.
 func (b *Handle) Plan(d *iommu.Device, g Goal) (Change, error) {
 	if !d.PCI {
-		return Change{}, noPCI(d)
+		return from(d), noPCI(d)
 	}
 	if err := g.check(); err != nil {
 		return from(d), err

@@ -188,7 +188,7 @@ func (u *unit) leave() {
 	}
 	for _, r := range u.results {
 		if r.Err == nil {
-			r.Err = fmt.Errorf("%s: left as it was, as %s %s", r.Device, why, u.results[i].Device)
+			r.Err = fmt.Errorf("%s: left as it was, as %s %s", r.Device, why, u.devices[i].Name)
 		}
 	}
 }

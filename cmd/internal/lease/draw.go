@@ -50,7 +50,7 @@ func (m *Manager) source(from string) ([][]*iommu.Device, error) {
 		if devices, err = m.separate(devices); err != nil {
 			return nil, err
 		}
-		return bind.Units(m.Topology, devices)
+		return m.whole(devices)
 	}
 
 	noPool := "no pool is called so"
@@ -110,7 +110,30 @@ func (m *Manager) source(from string) ([][]*iommu.Device, error) {
 	if len(devices) == 0 && err != nil {
 		return nil, err
 	}
-	return bind.Units(m.Topology, devices)
+	return m.whole(devices)
+}
+
+// whole are the units of devices, but for those with a member that is no PCI device, which cannot be taken.
+func (m *Manager) whole(devices []*iommu.Device) ([][]*iommu.Device, error) {
+	units, err := bind.Units(m.Topology, devices)
+	if err != nil {
+		return nil, err
+	}
+	var out [][]*iommu.Device
+	var reasons []string
+	for _, unit := range units {
+		i := slices.IndexFunc(unit, func(d *iommu.Device) bool { return !d.PCI })
+		if i < 0 {
+			out = append(out, unit)
+		} else {
+			reasons = append(reasons, fmt.Sprintf("%s, in IOMMU group %d, is no PCI device", unit[i].Name,
+				*unit[i].Group))
+		}
+	}
+	if len(out) == 0 && len(reasons) > 0 {
+		return nil, &holder.RefusedError{What: "assign it", Reasons: reasons}
+	}
+	return out, nil
 }
 
 // separate are those VFs that a guest can have: nothing else in their IOMMU groups is kept by the host.

@@ -34,14 +34,12 @@ func (m *Manager) Preview(r *Request) ([]string, error) {
 		for _, d := range devices {
 			l.Devices = append(l.Devices, Device{LeaseDevice: holder.LeaseDevice{Address: d.Address}})
 		}
-		if err := m.resettable(l, drawn); err != nil && !r.NoReset {
+		verdicts, err := m.handle.Check(drawn, devices, bind.Take(bind.Auto), nil)
+		if err := errors.Join(err, bind.Refusals(verdicts)); err != nil {
 			return nil, err
 		}
-		if m.host.Live() {
-			verdicts, err := m.handle.Check(drawn, devices, bind.Take(bind.Auto), nil)
-			if err := errors.Join(err, bind.Refusals(verdicts)); err != nil {
-				return nil, err
-			}
+		if err := m.resettable(l, drawn); err != nil && !r.NoReset {
+			return nil, err
 		}
 	}
 

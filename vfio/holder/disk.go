@@ -25,7 +25,19 @@ func diskHolders(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 	var used map[string]use
 	var blind error
 	var out []Holder
+	whole, err := wholeControllers(h)
+	if err != nil {
+		return nil, err
+	}
 	for _, d := range devices {
+		controllers, err := controllersOf(h, d, whole)
+		if err != nil {
+			return nil, err
+		}
+		for _, c := range controllers {
+			what := fmt.Sprintf("(%s) is exported over NVMe as %s", c, whole[c])
+			out = append(out, Holder{Device: d.Name, Kind: Storage, What: what})
+		}
 		disks, err := Disks(h, d)
 		if err != nil {
 			return nil, err
@@ -390,10 +402,43 @@ func addBtrfs(h *iommu.Host, _ blockNumbers, used map[string]use) error {
 	return nil
 }
 
+// subsystems are what the kernel exports over NVMe.
+const subsystems = "sys/kernel/config/nvmet/subsystems"
+
+// wholeControllers are the controllers of NVMe that are exported as a whole, by name, with what they are exported as
+// (drivers/nvme/target/passthru.c).
+func wholeControllers(h *iommu.Host) (map[string]string, error) {
+	all, err := names(h, subsystems)
+	if err != nil {
+		return nil, err
+	}
+	out := map[string]string{}
+	for _, subsystem := range all {
+		dir := path.Join(subsystems, subsystem, "passthru")
+		enabled, err1 := present(h.String(path.Join(dir, "enable")))
+		file, err2 := present(h.String(path.Join(dir, "device_path")))
+		if err := errors.Join(err1, err2); err != nil {
+			return nil, err
+		}
+		if enabled == "1" {
+			out[path.Base(file)] = subsystem
+		}
+	}
+	return out, nil
+}
+
+// controllersOf are those of some controllers that are a device's.
+func controllersOf(h *iommu.Host, d *iommu.Device, some map[string]string) ([]string, error) {
+	if len(some) == 0 || !d.PCI {
+		return nil, nil
+	}
+	all, err := names(h, path.Join(devicePath(d.Address), "nvme"))
+	return slices.DeleteFunc(all, func(n string) bool { return some[n] == "" }), err
+}
+
 // addTargets adds what is exported over NVMe: the kernel's target opens a disk as anybody may, and not for itself alone
 // (drivers/nvme/target/io-cmd-bdev.c).
 func addTargets(h *iommu.Host, numbers blockNumbers, used map[string]use) error {
-	const subsystems = "sys/kernel/config/nvmet/subsystems"
 	all, err := names(h, subsystems)
 	if err != nil {
 		return err

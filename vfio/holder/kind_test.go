@@ -221,6 +221,11 @@ var scenarios = map[Kind][]scenario{
 		{device: disk, tree: withDisk(hosttest.Tree{
 			nvmet + "/enable": "1\n", nvmet + "/device_path": "/dev/vda\n", "sys/kernel/config/nvmet/subsystems/off/namespaces/": "",
 		}), says: "is exported over NVMe as nqn.it"},
+		// As a whole, with all its disks.
+		{device: e1000, tree: hosttest.Tree{
+			e1000Dir + "/nvme/nvme7/model": "it\n", subsystems + "/nqn.it/passthru/enable": "1\n",
+			subsystems + "/nqn.it/passthru/device_path": "/dev/nvme7\n", subsystems + "/off/passthru/enable": "0\n",
+		}, says: "(nvme7) is exported over NVMe as nqn.it"},
 	},
 	Route: {
 		{
@@ -268,6 +273,13 @@ var scenarios = map[Kind][]scenario{
 					panic(err)
 				}
 			}
+			k.Net.Elsewhere = map[string][]hosttest.Elsewhere{"run/netns/blue": {{Name: "eth0", Device: e1000}}}
+		}, says: "is in the network namespace of blue"},
+		// That of a device that is no NIC by its class, as of InfiniBand, or of a USB controller for what is below it.
+		{device: e1000, tree: hosttest.Tree{
+			"run/netns/blue": "", "sys/class/net/" + nic: hosttest.Gone, e1000Dir + "/net": hosttest.Gone,
+			e1000Dir + "/modalias": "pci:v00008086d0000100Esv00001AF4sd00001100bc0Csc03i30\n",
+		}, setup: func(k *hosttest.Kernel) {
 			k.Net.Elsewhere = map[string][]hosttest.Elsewhere{"run/netns/blue": {{Name: "eth0", Device: e1000}}}
 		}, says: "is in the network namespace of blue"},
 	},

@@ -63,7 +63,7 @@ func netHolders(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 	var n *interfaces
 	var blind error
 	for _, d := range devices {
-		if !d.PCI || !d.Blocks() || len(d.Interfaces()) == 0 && d.Class>>16 != 2 {
+		if !d.PCI || !d.Blocks() || len(d.Interfaces()) == 0 && !mayHaveInterfaces(d) {
 			continue
 		}
 		if len(d.Interfaces()) == 0 {
@@ -91,7 +91,7 @@ func netHolders(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 			if its {
 				what := fmt.Sprintf("(%s) is in the network namespace of %s", o.Name, o.whose)
 				out = append(out, Holder{Device: d.Name, Kind: Namespace, What: what})
-			} else if o.anybodys() && len(d.Interfaces()) == 0 {
+			} else if o.anybodys() && len(d.Interfaces()) == 0 && d.Class>>16 == 2 {
 				// Before Linux 5.14.
 				blind = fmt.Errorf("%w: %s, in the network namespace of %s, may be an interface of %s: the kernel "+
 					"does not say whose it is", ErrBlind, o.Name, o.whose, d.Name)
@@ -108,6 +108,21 @@ func netHolders(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 		out = append(out, found...)
 	}
 	return out, blind
+}
+
+// mayHaveInterfaces reports whether a device's driver, or that of a USB device below it, may have made network
+// interfaces, as far as the class tells.
+func mayHaveInterfaces(d *iommu.Device) bool {
+	switch base := d.Class >> 16; base {
+	case 0x02, 0x0d, 0x12:
+		// NICs, wireless ones, and accelerators, as cards with processors of their own call themselves.
+		return true
+	case 0x0c:
+		// USB, and InfiniBand.
+		sub := d.Class >> 8 & 0xff
+		return sub == 0x03 || sub == 0x06
+	}
+	return false
 }
 
 func (n *interfaces) ofDevice(h *iommu.Host, d *iommu.Device, names []string) ([]Holder, error) {

@@ -69,3 +69,38 @@ func GUIDs(h *Host, d *Device) ([]net.HardwareAddr, error) {
 	}
 	return out, nil
 }
+
+// HasInfiniBand reports whether a device has a port of InfiniBand. Others with GUIDs do RDMA over Ethernet.
+func HasInfiniBand(h *Host, d *Device) (bool, error) {
+	guids, err := GUIDs(h, d)
+	if err != nil || len(guids) == 0 {
+		return false, err
+	}
+	const class = "sys/class/infiniband"
+	all, err := h.Names(class)
+	if err != nil && !host.Absent(err) {
+		return false, err
+	}
+	ethernet := false
+	for _, n := range all {
+		target, err := h.Link(path.Join(class, n))
+		if at, ok := lastAddress(target); err != nil || !ok || at != d.Address {
+			continue
+		}
+		ports, err := h.Names(path.Join(class, n, "ports"))
+		if err != nil && !host.Absent(err) {
+			return false, err
+		}
+		for _, p := range ports {
+			layer, err := h.String(path.Join(class, n, "ports", p, "link_layer"))
+			if err != nil && !host.Absent(err) {
+				return false, err
+			}
+			if layer != "Ethernet" {
+				return true, nil
+			}
+			ethernet = true
+		}
+	}
+	return !ethernet, nil
+}

@@ -46,6 +46,22 @@ func TestOffInFirmware(t *testing.T) {
 	}
 }
 
+// RDMA over Ethernet makes no InfiniBand of a NIC: without its network interface it is not ready, or that is said.
+func TestRoCEWithoutInterface(t *testing.T) {
+	k := hosttest.NewKernel(t, hosttest.RoCE().With(hosttest.Tree{"run/netns/blue": ""}))
+	s := open(t, k)
+	wish := Wish{VFs: make([]VFWish, 2)}
+	p, err := s.PlanCount(device(t, s, pf), wish)
+	if err == nil || !strings.Contains(err.Error(), "has made none so far") {
+		t.Errorf("none: %v, %+v", err, p)
+	}
+	k.Net.Elsewhere = map[string][]hosttest.Elsewhere{"run/netns/blue": {{Name: "eth0", Device: pf}}}
+	p, err = s.PlanCount(device(t, s, pf), wish)
+	if err != nil || !strings.Contains(strings.Join(p.Notes, " "), "one (eth0) is in the network namespace of blue") {
+		t.Errorf("elsewhere: %v, %+v", err, p)
+	}
+}
+
 // Of a captured host without its interfaces nobody knows whether a NIC had one.
 func TestInterfacesNotCaptured(t *testing.T) {
 	const dir = "sys/devices/pci0000:00/0000:00:01.0/0000:01:00.0/"

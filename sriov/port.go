@@ -218,8 +218,7 @@ func (p *Plan) ready(h *iommu.Host) error {
 	if pf.Class>>8 != 0x0200 || pf.VFIO || len(pf.Netdevs) > 0 || slices.Contains(withoutInterface, pf.Driver) {
 		return nil
 	}
-	guids, err := iommu.GUIDs(h, pf)
-	if err != nil || len(guids) > 0 {
+	if infiniband, err := iommu.HasInfiniBand(h, pf); err != nil || infiniband {
 		return err
 	}
 	if !h.Live() && !h.Exists("sys/class/net") {

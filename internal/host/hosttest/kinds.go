@@ -75,6 +75,21 @@ func TwoPorts() Tree {
 	return Made(bridge, pf).With(links)
 }
 
+// RoCE is a host with a PF that has RDMA over Ethernet, and no network interface here.
+func RoCE() Tree {
+	pf, links := nic(PCI{
+		At: "0000:01:00.0", ID: "15b3:101d", Class: "020000", Driver: "mlx5_core", Group: 2,
+		Files: fourVFs.With(Tree{
+			"sriov_vf_device": "101e\n", "infiniband/mlx5_0/node_guid": "0c42:a103:0000:0001\n",
+			"infiniband/mlx5_0/ports/1/link_layer": "Ethernet\n",
+			"infiniband/mlx5_0/subsystem":          arrow + "../../../../../../class/infiniband",
+		}),
+	}, nil)
+	links[sysNet+"/"] = ""
+	links["sys/class/infiniband/mlx5_0"] = arrow + "../../devices/pci0000:00/" + pf.At + "/infiniband/mlx5_0"
+	return Made(bridge, pf).With(links)
+}
+
 // OwnIDs is a host with a PF and three VFs that have its ids, as those of graphics cards.
 func OwnIDs() Tree {
 	function := func(at, driver string, group int, files Tree) PCI {
@@ -160,7 +175,8 @@ func NoIOMMU() Tree {
 		PCI{At: "0000:00:01.0", ID: "8086:10d3", Class: "020000", Driver: "vfio-pci", Group: 0, Files: resets},
 	).With(Tree{
 		"sys/class/iommu/ivhd0": Gone, "sys/kernel/iommu_groups/0/type": Gone,
-		"sys/class/vfio/noiommu-0/dev": "243:0\n",
+		"sys/class/vfio/noiommu-0":               arrow + "../../devices/virtual/vfio/noiommu-0",
+		"sys/devices/virtual/vfio/noiommu-0/dev": "243:0\n",
 	})
 }
 
@@ -170,6 +186,6 @@ func Kinds() map[string]Tree {
 		"board": board(), "vmd": VMD(), "smmu": SMMU(), "infiniband": InfiniBand(), "kept": Kept(),
 		"representors": Representors(), "only representors": OnlyRepresentors(), "two ports": TwoPorts(),
 		"own ids": OwnIDs(), "vendor vfio": VendorVFIO(), "screen": Screen(), "taken disks": TakenDisks(),
-		"platform": Platform(), "noiommu": NoIOMMU(),
+		"platform": Platform(), "noiommu": NoIOMMU(), "roce": RoCE(),
 	}
 }

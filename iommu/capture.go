@@ -51,6 +51,9 @@ var (
 		"size",
 		"serial",
 		"node_guid",
+		"dev_port",
+		"ports/1/link_layer",
+		"ports/2/link_layer",
 	}
 	groupFiles = []string{"name", "type", "reserved_regions"}
 	unitFiles  = []string{
@@ -91,6 +94,11 @@ func Capture(h *Host, w io.Writer) error {
 		c.files(journal.Dir, taken)
 	}
 
+	const state = "var/lib/viaduct"
+	if names, err := h.Names(state); err == nil {
+		c.files(state, slices.DeleteFunc(names, func(n string) bool { return !strings.HasPrefix(n, "known-") }))
+	}
+
 	c.interrupts()
 	for _, u := range t.Units {
 		real := c.linked(path.Join(unitsDir, u.Name))
@@ -108,6 +116,8 @@ func Capture(h *Host, w io.Writer) error {
 
 	c.links(netClass)
 	c.links("sys/class/infiniband")
+	// Which tell the groups of its noiommu mode.
+	c.links("sys/class/vfio")
 	others, err := alternativeNames(h)
 	if err != nil && !isRefusal(err) {
 		return err

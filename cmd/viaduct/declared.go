@@ -327,6 +327,9 @@ func (e *env) printStatus(m *declared.Manager, items []*declared.Item) error {
 			row[3] = fmt.Sprintf("%d steps (viaduct plan)", len(i.Steps))
 		case i.State == declared.Unmanaged:
 			row[2] = ""
+		case i.State == declared.OK:
+			// plan says nothing of these.
+			row[3] = strings.Join(i.Notes, "; ")
 		}
 		rows = append(rows, row)
 	}

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -36,6 +37,35 @@ func TestPresent(t *testing.T) {
 		var got struct{ IOMMU struct{ Present bool } }
 		if err := json.Unmarshal(stdout.Bytes(), &got); err != nil || status != 0 || got.IOMMU.Present != c.want {
 			t.Errorf("%s: %+v, %v: %s", name, got, err, stderr.String())
+		}
+	}
+}
+
+// A snapshot has what the running host was told by: which groups VFIO made, and what was recorded of declared devices.
+func TestKindsInSnapshots(t *testing.T) {
+	for name, c := range map[string]struct {
+		tree       hosttest.Tree
+		line, says string
+	}{
+		"noiommu": {hosttest.NoIOMMU(), "show group=0", "VFIO made it in its noiommu mode"},
+		"records": {hosttest.TakenDisks().With(hosttest.Tree{
+			"var/lib/viaduct/known-serial=S1.json": `{"selector":"serial=S1","address":"0000:02:00.0","identity":{` +
+				`"path":"0000:00:02.0/00.0","serial":"S1","id":{"vendor":9798,"device":20516,"subvendor":6900,` +
+				`"subdevice":4352,"class":67586}},"group":["0000:00:02.0/00.0"]}`,
+			"etc/viaduct/host.yaml": "devices:\n  - select: serial=S1\n",
+		}), "status", "it is 0000:02:00.0 by what was recorded"},
+		"ports": {hosttest.TwoPorts(), "vf create --dry-run ens1 2", "is another port of 0000:01:00.0 than ens2"},
+		"roce":  {hosttest.RoCE(), "show 01:00.0", "0 of 4 VFs"},
+	} {
+		file := filepath.Join(t.TempDir(), "host.vsnap")
+		var stdout, stderr bytes.Buffer
+		status := run([]string{"viaduct", "--host", c.tree.Dir(t), "snapshot", file}, &stdout, &stderr)
+		if status != 0 {
+			t.Fatalf("%s: %s", name, stderr.String())
+		}
+		run(append([]string{"viaduct", "--host", file}, strings.Fields(c.line)...), &stdout, &stderr)
+		if !strings.Contains(stdout.String()+stderr.String(), c.says) {
+			t.Errorf("%s: %s%s", name, stdout.String(), stderr.String())
 		}
 	}
 }

@@ -153,7 +153,7 @@ func showGroup(e *env, w io.Writer, h *iommu.Host, t *iommu.Topology, names *iom
 
 	f := fields{w}
 	f.add("group", "%d", id)
-	f.add("type", "%s", g.Type)
+	f.text("type", known(g.Type))
 	f.add("viable", "%s", viability(v.Viable, v.Blockers))
 	for i := range g.Devices {
 		d := &g.Devices[i]
@@ -314,7 +314,8 @@ func (v *showView) print(w io.Writer, d *iommu.Device, reset iommu.Reset) {
 		f.add("group", "none")
 	} else {
 		f.add("role", "%s", roleText(v.Role))
-		f.add("group", "%d %s, viable: %s", g.ID, ptr(g.Type), viability(g.Viable, g.Blockers))
+		f.add("group", "%s, viable: %s", strings.TrimSpace(fmt.Sprint(g.ID, " ", ptr(g.Type))),
+			viability(g.Viable, g.Blockers))
 		f.add("members", "%s", strings.Join(g.Devices, ", "))
 	}
 

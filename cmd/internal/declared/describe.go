@@ -44,8 +44,8 @@ func (m *Manager) describe(d *iommu.Device, full bool) (pf hostfile.PF, err erro
 		if err != nil {
 			return pf, err
 		}
-		for _, mac := range macs {
-			permanent, _ = net.ParseMAC(mac)
+		if port != nil {
+			permanent, _ = net.ParseMAC(macs[port.Name])
 		}
 	}
 
@@ -126,6 +126,8 @@ func (m *Manager) Adopt() (*hostfile.Host, map[string]string, error) {
 			}
 			out.PFs = append(out.PFs, pf)
 			comments[pf.Select.String()] = comment(names, d)
+		case m.withoutIOMMU(d):
+			// After a boot it would be refused.
 		case d.PCI && d.PhysFn == nil && d.VFIO && !units[m.firstOf(d)]:
 			// One of a group takes all.
 			units[m.firstOf(d)] = true
@@ -138,6 +140,15 @@ func (m *Manager) Adopt() (*hostfile.Host, map[string]string, error) {
 		}
 	}
 	return out, comments, nil
+}
+
+// withoutIOMMU reports whether VFIO made the group of a device in its noiommu mode.
+func (m *Manager) withoutIOMMU(d *iommu.Device) bool {
+	if d.Group == nil {
+		return false
+	}
+	g, err := m.topology.Group(*d.Group)
+	return err == nil && g.NoIOMMU
 }
 
 // firstOf names what is taken together with a device by the first of it.

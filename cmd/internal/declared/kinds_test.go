@@ -136,3 +136,11 @@ func TestVendorVFIO(t *testing.T) {
 		t.Errorf("fewer VFs: %s, %v", i.State, i.Err)
 	}
 }
+
+// What would be refused after a boot, as no IOMMU is in front of it, is not adopted.
+func TestAdoptWithoutIOMMU(t *testing.T) {
+	m := newManager(t, hosttest.NewKernel(t, hosttest.NoIOMMU()), Options{})
+	if s, _, err := m.Adopt(); err != nil || len(s.Devices) > 0 {
+		t.Errorf("%+v, %v", s, err)
+	}
+}

@@ -123,6 +123,11 @@ func Capture(h *Host, w io.Writer) error {
 		return err
 	}
 	c.add(alternatives, others)
+	made, err := permanentAddresses(h, t)
+	if err != nil && !isRefusal(err) {
+		return err
+	}
+	c.add(permanents, made)
 	if names, err := h.Names(pciDrivers); err == nil {
 		for _, n := range names {
 			c.dir(path.Join(pciDrivers, n))

@@ -3,8 +3,10 @@ package iommu
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"path"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -38,6 +40,8 @@ func permanentMACs(h *Host, names []string) (map[string]string, error) {
 		for n, mac := range permanent {
 			out[n] = mac.String()
 		}
+	} else if err := capturedMACs(h, names, out); err != nil {
+		return nil, err
 	}
 
 	for _, n := range names {
@@ -51,6 +55,46 @@ func permanentMACs(h *Host, names []string) (map[string]string, error) {
 		if mac != "" {
 			out[n] = mac
 		}
+	}
+	return out, nil
+}
+
+// permanents is where a snapshot has the permanent addresses of interfaces, which no file of the kernel tells: a line
+// for each, with its name first.
+const permanents = "viaduct/permanent-addresses"
+
+// capturedMACs adds what a snapshot says of interfaces.
+func capturedMACs(h *Host, names []string, out map[string]string) error {
+	text, err := h.Read(permanents)
+	if err != nil {
+		return unlessAbsent(err)
+	}
+	for line := range strings.Lines(string(text)) {
+		if words := strings.Fields(line); len(words) == 2 && slices.Contains(names, words[0]) {
+			out[words[0]] = words[1]
+		}
+	}
+	return nil
+}
+
+// permanentAddresses is what a snapshot has of them; nil if there are none.
+func permanentAddresses(h *Host, t *Topology) ([]byte, error) {
+	if !h.Live() {
+		text, err := h.Read(permanents)
+		return text, unlessAbsent(err)
+	}
+	var names []string
+	t.All(func(d *Device) bool {
+		names = append(names, d.Netdevs...)
+		return true
+	})
+	all, err := netlink.Permanent(h.Host, names)
+	if err != nil {
+		return nil, err
+	}
+	var out []byte
+	for _, name := range slices.Sorted(maps.Keys(all)) {
+		out = fmt.Appendln(out, name, all[name])
 	}
 	return out, nil
 }

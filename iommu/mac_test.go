@@ -1,8 +1,11 @@
 package iommu
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
+	"os"
+	"path/filepath"
 	"testing"
 
 	"viaduct/internal/host/hosttest"
@@ -76,6 +79,48 @@ func TestPermanentMAC(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// A snapshot has the permanent addresses that only the running kernel tells, as of the ports of a team.
+func TestCapturedMAC(t *testing.T) {
+	const own, shared = "52:54:00:00:00:02", "52:54:00:00:00:99"
+	k := hosttest.NewLab(t, nil)
+	k.Net.Permanent = map[string]string{"enp2s0": own}
+	if err := os.WriteFile(filepath.Join(k.Dir(), "sys/class/net/enp2s0/address"), []byte(shared+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	kind := filepath.Join(k.Dir(), "sys/class/net/enp2s0/addr_assign_type")
+	if err := os.WriteFile(kind, []byte("3\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h := &Host{k.Host()}
+	for _, from := range []string{"the host", "its snapshot"} {
+		// And what is captured of a snapshot.
+		file := filepath.Join(t.TempDir(), "host.vsnap")
+		var b bytes.Buffer
+		if err := errors.Join(Capture(h, &b), os.WriteFile(file, b.Bytes(), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		captured, err := Open(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer captured.Close()
+		topology, err := Scan(captured)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for mac, want := range map[string]bool{own: true, shared: false} {
+			sel, err := ParseSelector("mac=" + mac)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if d, err := sel.One(captured, topology); (err == nil) != want || want && d.Name != "0000:02:00.0" {
+				t.Errorf("of %s: mac=%s is %+v, %v", from, mac, d, err)
+			}
+		}
+		h = captured
 	}
 }
 

@@ -114,6 +114,7 @@ func Capture(h *Host, w io.Writer) error {
 		c.links(path.Join(at, "devices"))
 	}
 
+	c.dir(netClass)
 	c.links(netClass)
 	c.links("sys/class/infiniband")
 	// Which tell the groups of its noiommu mode.

@@ -60,6 +60,10 @@ func TestRoCEWithoutInterface(t *testing.T) {
 	if err != nil || !strings.Contains(strings.Join(p.Notes, " "), "one (eth0) is in the network namespace of blue") {
 		t.Errorf("elsewhere: %v, %+v", err, p)
 	}
+	err = CheckInterface(s.Host(), device(t, s, pf))
+	if err == nil || !strings.Contains(err.Error(), "one (eth0) is in") {
+		t.Errorf("as it is listed: %v", err)
+	}
 }
 
 // Of a captured host without its interfaces nobody knows whether a NIC had one.

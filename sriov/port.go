@@ -211,21 +211,26 @@ func noInterface(h *iommu.Host, pf *iommu.Device) error {
 // (chelsio/cxgb4/cxgb4_main.c).
 var withoutInterface = []string{"thunder-nic", "octeontx2-af", "cxgb4"}
 
-// ready refuses a NIC whose driver has not made its interface yet: its VFs would not work, or not be configured. One
-// whose interface is elsewhere can have VFs, which is a note.
-func (p *Plan) ready(h *iommu.Host) error {
-	pf := p.PF
-	if pf.Class>>8 != 0x0200 || pf.VFIO || len(pf.Netdevs) > 0 || slices.Contains(withoutInterface, pf.Driver) {
+// CheckInterface is a *NoInterfaceError of a NIC whose driver is to have made a network interface, and that shows none.
+func CheckInterface(h *iommu.Host, pf *iommu.Device) error {
+	if pf.Class>>8 != 0x0200 || pf.VFIO || len(pf.Netdevs) > 0 || slices.Contains(withoutInterface, pf.Driver) ||
+		!h.Live() && !h.Exists("sys/class/net") {
 		return nil
 	}
 	if infiniband, err := iommu.HasInfiniBand(h, pf); err != nil || infiniband {
 		return err
 	}
-	if !h.Live() && !h.Exists("sys/class/net") {
+	return noInterface(h, pf)
+}
+
+// ready refuses a NIC whose driver has not made its interface yet: its VFs would not work, or not be configured. One
+// whose interface is elsewhere can have VFs, which is a note.
+func (p *Plan) ready(h *iommu.Host) error {
+	if !h.Live() && p.PF.Class>>8 == 0x0200 && !h.Exists("sys/class/net") {
 		p.Notes = append(p.Notes, "of the network interfaces of this host nothing was captured")
 		return nil
 	}
-	none := noInterface(h, pf)
+	none := CheckInterface(h, p.PF)
 	if e, ok := errors.AsType[*NoInterfaceError](none); ok && e.elsewhere {
 		p.Notes = append(p.Notes, e.Error()+", so it is not brought up")
 		return nil

@@ -72,6 +72,9 @@ func runVFList(e *env, sel []iommu.Selector) error {
 			return false
 		}
 		view.PFs = append(view.PFs, pf)
+		if none := sriov.CheckInterface(h, d); none != nil && d.Driver != "" {
+			e.note("%v", none)
+		}
 		return true
 	})
 

@@ -60,6 +60,11 @@ func TestRoCEWithoutInterface(t *testing.T) {
 	if err != nil || !strings.Contains(strings.Join(p.Notes, " "), "one (eth0) is in the network namespace of blue") {
 		t.Errorf("elsewhere: %v, %+v", err, p)
 	}
+	guids := Wish{VFs: []VFWish{{Settings: Settings{NodeGUID: StableGUID, PortGUID: StableGUID}}}}
+	_, err = s.PlanCount(device(t, s, pf), guids)
+	if err == nil || !strings.Contains(err.Error(), "no InfiniBand GUID") {
+		t.Errorf("GUIDs: %v", err)
+	}
 	err = CheckInterface(s.Host(), device(t, s, pf))
 	if err == nil || !strings.Contains(err.Error(), "one (eth0) is in") {
 		t.Errorf("as it is listed: %v", err)

@@ -256,7 +256,11 @@ func stableGUID(h *iommu.Host, pf, vf *iommu.Device) (net.HardwareAddr, error) {
 	if err != nil {
 		return nil, err
 	}
-	if len(guids) == 0 {
+	infiniband, err := iommu.HasInfiniBand(h, pf)
+	if err != nil {
+		return nil, err
+	}
+	if !infiniband || len(guids) == 0 {
 		return nil, fmt.Errorf("%s has no InfiniBand GUID to derive others from", pf.Name)
 	}
 	return DeriveGUID(guids[0], vf.VFIndex)

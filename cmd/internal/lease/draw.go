@@ -67,6 +67,9 @@ func (m *Manager) source(from string) ([][]*iommu.Device, error) {
 	}
 
 	for _, d := range found {
+		if err := sel.OtherPort(m.host, d); err != nil {
+			return nil, err
+		}
 		switch {
 		case len(found) > 1 && d.Role() == iommu.RoleCompanion:
 			// Which only its own name can mean.

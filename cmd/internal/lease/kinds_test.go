@@ -51,6 +51,15 @@ func TestNoGuests(t *testing.T) {
 	}
 }
 
+// VFs are not drawn by the name of a port that their settings do not go over.
+func TestOtherPort(t *testing.T) {
+	m := without(t, hosttest.NewKernel(t, hosttest.TwoPorts()))
+	_, err := m.Preview(&Request{Guest: "a", From: "ens1", Count: 1})
+	if _, other := errors.AsType[*iommu.OtherPortError](err); !other {
+		t.Errorf("%v", err)
+	}
+}
+
 // A guest whose VF has no MAC address is told, once it has the VF, and not if it asks for one.
 func TestNoteOfAddress(t *testing.T) {
 	for mac, note := range map[string]bool{"": true, "stable": false} {

@@ -86,6 +86,11 @@ func (b *Handle) nodes(ctx context.Context, unit []*iommu.Device, results []*Res
 		if err != nil {
 			return err
 		}
+		owner := owner
+		if d.Role() == iommu.RoleCompanion {
+			// Nobody gets it: it is there for the reset of its bus.
+			owner = nil
+		}
 		if len(files) == 0 {
 			return fmt.Errorf("%s: the kernel made no node for it, neither of its group nor its own", d.Name)
 		}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"path"
+	"slices"
 
 	"viaduct/internal/host"
 	"viaduct/iommu"
@@ -80,7 +81,11 @@ func (b *Handle) Plan(d *iommu.Device, g Goal) (Change, error) {
 // planTake plans how a device gets onto a VFIO driver, or to none. The override stays.
 func (b *Handle) planTake(d *iommu.Device, driver string) (Change, error) {
 	c := from(d)
-	if d.Role() == iommu.RoleCompanion {
+	bus, err := b.onBusOfGuests(d)
+	if err != nil {
+		return c, err
+	}
+	if d.Role() == iommu.RoleCompanion && !bus {
 		// Off the host's drivers, which are kept from it, is all that it must be.
 		if c.To, c.ToOverride = d.Driver, d.DriverOverride; d.Driver == "" || d.Blocks() {
 			c.To, c.ToOverride = None, None
@@ -93,13 +98,42 @@ func (b *Handle) planTake(d *iommu.Device, driver string) (Change, error) {
 		// Taken already; a better driver is not worth the loss of a guest.
 		driver = d.Driver
 	}
-	var err error
 	if c.To, c.Module, err = b.modules.vfio(d, driver); err != nil {
 		return c, err
 	}
 	c.ToOverride = c.To
 	c.plan(d)
 	return c, nil
+}
+
+// onBusOfGuests reports whether a companion is on the bus of a device of its group that is reset only with that bus: the
+// kernel does so only when all that is on it is on VFIO drivers (vfio_pci_dev_set_resettable).
+func (b *Handle) onBusOfGuests(companion *iommu.Device) (bool, error) {
+	if companion.Role() != iommu.RoleCompanion || companion.Group == nil {
+		return false, nil
+	}
+	t, err := b.Topology()
+	if err != nil {
+		return false, err
+	}
+	group, err := t.Group(*companion.Group)
+	if err != nil {
+		return false, err
+	}
+	for _, d := range group.Endpoints() {
+		if d.Role() != iommu.RoleGuest || !d.PCI {
+			continue
+		}
+		reset, err := iommu.ResetOf(b.host, t, d)
+		if err != nil {
+			return false, err
+		}
+		with := func(o *iommu.Device) bool { return o.Address == companion.Address }
+		if reset.Way == iommu.ResetBus && slices.ContainsFunc(reset.With, with) {
+			return true, nil
+		}
+	}
+	return false, nil
 }
 
 func (b *Handle) planGiveBack(d *iommu.Device) (Change, error) {

@@ -239,6 +239,9 @@ func (b *Handle) recordOne(d *iommu.Device, r changeRecord, g Goal) error {
 		// Whom it belonged to when it was last taken is somebody else.
 		return b.dropRules(d.Address, "")
 	}
+	if d.Role() == iommu.RoleCompanion {
+		return nil
+	}
 	return b.own(d, g.owner)
 }
 

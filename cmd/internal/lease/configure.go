@@ -205,7 +205,7 @@ func (m *Manager) giveBackCompanions(ctx context.Context, devices []*iommu.Devic
 			return err
 		}
 		for _, other := range g.Endpoints() {
-			if !other.PCI {
+			if !other.PCI || other.Role() == iommu.RoleCompanion {
 				continue
 			}
 			// Without the override, whose reading waits for a write that does.

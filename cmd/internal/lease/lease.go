@@ -90,8 +90,8 @@ func (l *Lease) began(h *iommu.Host) {
 	l.Boot, l.Since = h.Boot()
 }
 
-// age is how long ago it was made. What is of another boot, or of a viaduct that kept no such time, has the clock of the
-// day.
+// age is how long ago it was made. What is of another boot, or of a viaduct that kept no such time, has the clock of
+// the day.
 func (l *Lease) age(h *iommu.Host) time.Duration {
 	if boot, now := h.Boot(); l.Since != 0 && l.Boot == boot {
 		return now - l.Since

@@ -54,10 +54,10 @@ func (h *hold) open(space *vfio.Context, d *iommu.Device) (*vfio.Device, error) 
 	return space.Open(d.Name)
 }
 
-// prove takes the nodes of devices that are on VFIO drivers from their owner, and proves that nobody has the devices, now
-// or while the hold lasts. Who has one is waited for until the end given, and is a holder.RefusedError then. A node of a
-// device's own can be open without being used yet: where others than root may have opened it, or it was lent, the device
-// lets go of who has it so.
+// prove takes the nodes of devices that are on VFIO drivers from their owner, and proves that nobody has the devices,
+// now or while the hold lasts. Who has one is waited for until the end given, and is a holder.RefusedError then. A node
+// of a device's own can be open without being used yet: where others than root may have opened it, or it was lent, the
+// device lets go of who has it so.
 func (m *Manager) prove(ctx context.Context, what string, devices []*iommu.Device, lent bool,
 	end time.Time) (h *hold, err error) {
 	var taken, shared, cut []*iommu.Device

@@ -480,8 +480,8 @@ func (m *Manager) reconfigure(ctx context.Context, dev *Device, d *iommu.Device,
 	return nil
 }
 
-// giveSettings gives a VF settings, and returns them as they are to be read back. Some drivers take no address away: a VF
-// that had none keeps its guest's, then.
+// giveSettings gives a VF settings, and returns them as they are to be read back. Some drivers take no address away: a
+// VF that had none keeps its guest's, then.
 func (m *Manager) giveSettings(ctx context.Context, d *iommu.Device, want sriov.Settings,
 	c *Certificate) (sriov.Settings, error) {
 	give := func() (sriov.Settings, error) {

@@ -124,3 +124,50 @@ func TestCompanionOnceMore(t *testing.T) {
 		}
 	}
 }
+
+// A companion on a bus that is reset only as a whole is on VFIO while a guest has the rest, for the reset; but it is not
+// the guest's, and goes back with it.
+func TestCompanionOnBus(t *testing.T) {
+	const port, nic, companion = "0000:00:08.0", "0000:07:01.0", "0000:07:02.0"
+	k := hosttest.NewKernel(t, hosttest.Made(
+		hosttest.PCI{At: port, ID: "1b36:000e", Class: "060400", Driver: "pcieport", Group: 14},
+		hosttest.PCI{At: port + "/" + nic, ID: "8086:100e", Class: "020000", Driver: "e1000", Group: 14},
+		hosttest.PCI{At: port + "/" + companion, ID: "8086:2930", Class: "088000", Driver: "other", Group: 14},
+	))
+	k.Register("vfio-pci")
+	v := k.ServeVFIO()
+	for _, a := range []string{nic, companion} {
+		v.Devices[a] = &hosttest.VFIODevice{NoReset: true, Together: []string{nic, companion}}
+	}
+	h := &iommu.Host{Host: k.Host()}
+	home := driversOf(t, k, nic, companion)
+	for round := 1; round <= 2; round++ {
+		if err := lend(t, h, Request{Guest: "a", From: nic, NodeOwner: "1000"}); err != nil {
+			t.Fatal(err)
+		}
+		if now := driversOf(t, k, companion)[0]; !strings.HasPrefix(now, "vfio-pci/") {
+			t.Errorf("for the reset it has to be on VFIO, and is on %s", now)
+		}
+		own, err := h.Names("sys/bus/pci/devices/" + companion + "/vfio-dev")
+		if err != nil || len(own) != 1 {
+			t.Fatalf("%q, %v", own, err)
+		}
+		if o, err := h.Owner("dev/vfio/devices/" + own[0]); err != nil || !o.Private() {
+			t.Errorf("its own node is the guest's: %+v, %v", o, err)
+		}
+		l, err := BookOf(h).Get("a")
+		if err != nil || len(l.Devices) != 1 {
+			t.Errorf("lent are %+v, %v", l, err)
+		}
+
+		out, err := giveBack(t, h, "a", 0)
+		if now := driversOf(t, k, nic, companion); err != nil || len(out) != 1 || out[0].Result != Clean || !slices.Equal(now, home) {
+			t.Errorf("%+v, %v, on %q", out, err, now)
+		}
+		for _, a := range []string{nic, companion} {
+			if v.Devices[a].Resets != round {
+				t.Errorf("%s was reset %d times in %d rounds", a, v.Devices[a].Resets, round)
+			}
+		}
+	}
+}

@@ -686,7 +686,8 @@ func (v *VFIO) hotReset(f *vfioFile, d *VFIODevice, a vfioArg) error {
 		return unix.EINVAL
 	}
 	for _, address := range d.Together {
-		if !v.bound(f) && !given[v.group(address)] {
+		// vfio_pci_dev_set_resettable: all that is on the bus has to be on a VFIO driver.
+		if !v.bound(f) && !given[v.group(address)] || !strings.Contains(v.k.driver(v.k.device(address)), "vfio") {
 			return unix.EINVAL
 		}
 	}

@@ -106,8 +106,8 @@ func (b *Handle) planTake(d *iommu.Device, driver string) (Change, error) {
 	return c, nil
 }
 
-// onBusOfGuests reports whether a companion is on the bus of a device of its group that is reset only with that bus: the
-// kernel does so only when all that is on it is on VFIO drivers (vfio_pci_dev_set_resettable).
+// onBusOfGuests reports whether a companion is on the bus of a device of its group that is reset only with that bus:
+// the kernel does so only when all that is on it is on VFIO drivers (vfio_pci_dev_set_resettable).
 func (b *Handle) onBusOfGuests(companion *iommu.Device) (bool, error) {
 	if companion.Role() != iommu.RoleCompanion || companion.Group == nil {
 		return false, nil

@@ -272,7 +272,7 @@ func TestSideBySide(t *testing.T) {
 	if n := len(vfs(spare)); n != 6 && n != 3 {
 		t.Errorf("%d VFs", n)
 	}
-	if left, _ := filepath.Glob("/run/viaduct/*-*"); len(left) > 0 {
+	if left, _ := filepath.Glob("/run/viaduct/*-*.json"); len(left) > 0 {
 		t.Errorf("records %v", left)
 	}
 	do(t, "vf", "destroy", spare)

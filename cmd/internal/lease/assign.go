@@ -12,6 +12,7 @@ import (
 
 	"viaduct/cmd/internal/declared"
 	"viaduct/cmd/internal/hostfile"
+	"viaduct/internal/shell"
 	"viaduct/iommu"
 	"viaduct/sriov"
 	"viaduct/vfio/bind"
@@ -98,6 +99,9 @@ func (m *Manager) all() ([]*Lease, error) {
 // again for the same guest it finishes what is there; fresh is false then. It returns what the user should know beside
 // the lease.
 func (m *Manager) Assign(ctx context.Context, r *Request) (l *Lease, fresh bool, notes []string, err error) {
+	if err := CheckGuest(r.Guest); err != nil {
+		return nil, false, nil, err
+	}
 	mine, err := m.Book.lockGuest(ctx, r.Guest, m.handle.Timeout())
 	if err != nil {
 		return nil, false, nil, err
@@ -128,7 +132,7 @@ func (m *Manager) Assign(ctx context.Context, r *Request) (l *Lease, fresh bool,
 		if undone := m.undo(ctx, l); undone != nil {
 			// The lease stays, for release to end.
 			return nil, false, notes, errors.Join(err,
-				fmt.Errorf("%s keeps what it was given, for viaduct release %s: %w", r.Guest, r.Guest, undone))
+				fmt.Errorf("%s keeps what it was given, for viaduct release %s: %w", r.Guest, shell.Quote(r.Guest), undone))
 		}
 
 		used, refused := errors.AsType[*inUseError](err)
@@ -179,7 +183,7 @@ func (m *Manager) reserve(ctx context.Context, r *Request, units [][]*iommu.Devi
 			return nil, false, &holder.RefusedError{
 				What:    "assign to " + r.Guest,
 				Reasons: []string{fmt.Sprintf("it has a lease already, %s", why)},
-				Cure:    "viaduct release " + r.Guest,
+				Cure:    "viaduct release " + shell.Quote(r.Guest),
 			}
 		}
 		l.renew(m, r)
@@ -543,7 +547,7 @@ func (m *Manager) devices(l *Lease) ([]*iommu.Device, error) {
 		d, err := m.Topology.Find(l.Devices[i].Address)
 		if err != nil || d.ID != l.Devices[i].ID || l.Devices[i].Nowhere {
 			return nil, fmt.Errorf("%s of %s is lost: it is not there any more (viaduct release %s ends the lease)",
-				l.Devices[i].Address, l.Guest, l.Guest)
+				l.Devices[i].Address, l.Guest, shell.Quote(l.Guest))
 		}
 		out = append(out, d)
 	}

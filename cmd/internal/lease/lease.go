@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"viaduct/cmd/internal/declared"
 	"viaduct/internal/journal"
@@ -117,15 +119,17 @@ const (
 	scrubbed    = "scrubbed-"   // and its address: the certificate of its last scrub
 )
 
-// CheckGuest refuses what is no name of a guest: it stands in command lines, file names and tables.
+// CheckGuest refuses what is no name of a guest: it stands in command lines, file names and tables. What libvirt takes
+// for a domain is one, blanks and letters of all scripts included.
 func CheckGuest(name string) error {
-	if name == "" || len(name) > 120 ||
-		strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r == '/' || r == 0x7f }) ||
-		name[0] == '-' {
-		return fmt.Errorf(
-			"%q is no name of a guest: want up to 120 letters, digits and signs, without blanks and slashes",
-			name,
-		)
+	bad := func(r rune) bool {
+		return r == '/' || r != ' ' && unicode.IsSpace(r) || unicode.IsControl(r) ||
+			unicode.In(r, unicode.Cf, unicode.Zl, unicode.Zp, unicode.Co)
+	}
+	if name == "" || len(name) > 120 || !utf8.ValidString(name) || name[0] == '-' || strings.TrimSpace(name) != name ||
+		strings.ContainsFunc(name, bad) {
+		return fmt.Errorf("%q is no name of a guest: want up to 120 bytes of letters, digits, signs and blanks between "+
+			"them, without slashes and without a dash in front", name)
 	}
 	return nil
 }

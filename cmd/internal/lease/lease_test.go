@@ -394,12 +394,15 @@ func TestNotTwice(t *testing.T) {
 
 // TestGuestNames: what is no name of a guest.
 func TestGuestNames(t *testing.T) {
-	for _, name := range []string{"", "a/b", "a b", "-x", strings.Repeat("x", 121), "a\n"} {
+	for _, name := range []string{
+		"", "a/b", " a", "a ", "-x", "--", strings.Repeat("x", 121), "a\n", "a\tb", "a\x1b[31m", "a\u202eb", "a\u200bb", "a\xffb", " ",
+		"a\u2028b", "a\u00a0b",
+	} {
 		if CheckGuest(name) == nil {
 			t.Errorf("%q passes", name)
 		}
 	}
-	for _, name := range []string{"web", "web-1.example", "a:b@c", "..", "ü"} {
+	for _, name := range []string{"web", "web-1.example", "a:b@c", "..", "ü", "web server 1", "網", "a'b"} {
 		if err := CheckGuest(name); err != nil {
 			t.Error(err)
 		}

@@ -126,7 +126,8 @@ func TestModprobe(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	script(`[ "$*" = "-b -- pci:v1" ] || { echo "bad words $*" >&2; exit 3; }`)
+	t.Setenv("MODPROBE_OPTIONS", "--config /somewhere")
+	script(`[ "$*$MODPROBE_OPTIONS" = "-b -- pci:v1" ] || { echo "bad words $*" >&2; exit 3; }`)
 	run := func(ctx context.Context, module string) error {
 		return host.RunModprobe(ctx, hosttest.Tree{"proc/sys/kernel/modprobe": program + "\n"}.Host(t), module)
 	}

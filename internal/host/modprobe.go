@@ -39,6 +39,8 @@ func runModprobe(ctx context.Context, program, module string) error {
 	var out bytes.Buffer
 	cmd := exec.CommandContext(ctx, program, ModprobeArgs(module)...)
 	cmd.Stdout, cmd.Stderr, cmd.WaitDelay = &out, &out, time.Second
+	// Not this program's, whose MODPROBE_OPTIONS may be somebody else's.
+	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C"}
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("%s %s: %w", program, module, err)
 	}

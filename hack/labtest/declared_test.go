@@ -358,6 +358,32 @@ func TestInUse(t *testing.T) {
 	}
 }
 
+// TestGuard: what undoes an apply that nobody confirms stands before the first write, also where the kernel's log cannot
+// be written to; where it cannot stand nothing is written. What is confirmed while the apply works stays.
+func TestGuard(t *testing.T) {
+	t.Cleanup(forget)
+	file := declare(t, "pfs:\n  - select: mac=52:54:00:00:00:02\n    count: 2\n")
+	gone := func() bool {
+		for end := time.Now().Add(time.Minute); len(vfs(spare)) > 0 && time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+		}
+		return len(vfs(spare)) == 0
+	}
+	shell(t, "mv /dev/kmsg /dev/kmsg.away")
+	do(t, "apply", "--confirm", "3s", "-f", file)
+	if len(vfs(spare)) != 2 || !gone() {
+		t.Errorf("without the kernel's log: %d VFs are left", len(vfs(spare)))
+	}
+	shell(t, "mv /dev/kmsg.away /dev/kmsg")
+
+	do(t, "apply", "--confirm", "3s", "-f", file)
+	do(t, "apply", "--confirmed")
+	time.Sleep(4 * time.Second) // the time in which it would have been undone
+	if len(vfs(spare)) != 2 {
+		t.Errorf("confirmed, %d VFs are left", len(vfs(spare)))
+	}
+	do(t, "vf", "destroy", spare)
+}
+
 // TestKillsApply: an apply is killed at its writes, and after viaduct recover each PF is as declared or as before.
 func TestKillsApply(t *testing.T) {
 	t.Cleanup(forget)

@@ -69,16 +69,21 @@ func (m *Manager) Look() ([]Look, error) {
 	return out, nil
 }
 
-// saw writes down who holds a lease's devices.
-func (m *Manager) saw(l *Lease, now []holder.Holder) {
-	var holders []Holder
+// seen names the processes that have devices open, each once.
+func (m *Manager) seen(now []holder.Holder) []Holder {
+	var out []Holder
 	for _, h := range now {
 		p := holder.NameProcess(m.host, h.PID)
-		if !slices.ContainsFunc(holders, func(old Holder) bool { return old.Proc == p }) {
-			holders = append(holders, Holder{Proc: p, Name: strings.TrimPrefix(h.What, "is open in ")})
+		if !slices.ContainsFunc(out, func(old Holder) bool { return old.Proc == p }) {
+			out = append(out, Holder{Proc: p, Name: strings.TrimPrefix(h.What, "is open in ")})
 		}
 	}
+	return out
+}
 
+// saw writes down who holds a lease's devices.
+func (m *Manager) saw(l *Lease, now []holder.Holder) {
+	holders := m.seen(now)
 	if slices.Equal(holders, l.Holders) {
 		return
 	}

@@ -15,6 +15,7 @@ import (
 	"viaduct/cmd/internal/declared"
 	"viaduct/cmd/internal/hostfile"
 	"viaduct/cmd/internal/install"
+	"viaduct/vfio/holder"
 )
 
 func installCommand(e *env) *cli.Command {
@@ -86,7 +87,13 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 	o.Late = slices.ContainsFunc(s.PFs, func(pf hostfile.PF) bool { return pf.AfterLAG })
 	generator := install.Found()
 	if !e.dryRun {
-		if err := m.Protect(); err != nil {
+		err := m.Protect()
+		if errors.Is(err, holder.ErrBlind) && !systemd() {
+			// An image is made, which carries nothing yet.
+			e.note("what this host stands on cannot be seen, and is not written down: run this again on the host itself")
+			err = nil
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -141,10 +148,15 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 		return nil
 	}
 
+	if !systemd() {
+		e.note("systemd does not run here: it finds its units enabled when it starts; another init has to run %s apply --boot",
+			o.Program)
+		return nil
+	}
 	start := []string{}
 	if o.Watch {
 		start = append(start, "viaduct-watch.service")
-	} else if watched && systemd() {
+	} else if watched {
 		if err := systemctl(ctx, "stop", "viaduct-watch.service"); err != nil {
 			return err
 		}

@@ -331,8 +331,10 @@ func TestSnapshotBombs(t *testing.T) {
 			if !errors.Is(err, ErrSnapshot) || !strings.Contains(err.Error(), c.want) || root != nil {
 				t.Errorf("%v; want an ErrSnapshot with %q", err, c.want)
 			}
-			t.Logf("%v, %d MiB from the system", time.Since(began), (after.Sys-before.Sys)>>20)
-			if after.Sys-before.Sys > gigabyte {
+			// It may also have given some back meanwhile.
+			took := int64(after.Sys) - int64(before.Sys)
+			t.Logf("%v, %d MiB from the system", time.Since(began), took>>20)
+			if took > gigabyte {
 				t.Error("it took too much")
 			}
 		})

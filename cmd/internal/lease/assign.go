@@ -132,7 +132,8 @@ func (m *Manager) Assign(ctx context.Context, r *Request) (l *Lease, fresh bool,
 		if undone := m.undo(ctx, l); undone != nil {
 			// The lease stays, for release to end.
 			return nil, false, notes, errors.Join(err,
-				fmt.Errorf("%s keeps what it was given, for viaduct release %s: %w", r.Guest, shell.Quote(r.Guest), undone))
+				fmt.Errorf("%s keeps what it was given, for viaduct release %s: %w", r.Guest, shell.Quote(r.Guest),
+					undone))
 		}
 
 		used, refused := errors.AsType[*inUseError](err)

@@ -128,8 +128,8 @@ func CheckGuest(name string) error {
 	}
 	if name == "" || len(name) > 120 || !utf8.ValidString(name) || name[0] == '-' || strings.TrimSpace(name) != name ||
 		strings.ContainsFunc(name, bad) {
-		return fmt.Errorf("%q is no name of a guest: want up to 120 bytes of letters, digits, signs and blanks between "+
-			"them, without slashes and without a dash in front", name)
+		return fmt.Errorf("%q is no name of a guest: want up to 120 bytes of letters, digits, signs and blanks "+
+			"between them, without slashes and without a dash in front", name)
 	}
 	return nil
 }

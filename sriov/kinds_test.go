@@ -48,14 +48,17 @@ func TestOffInFirmware(t *testing.T) {
 
 // RDMA over Ethernet makes no InfiniBand of a NIC: without its network interface it is not ready, or that is said.
 func TestRoCEWithoutInterface(t *testing.T) {
-	k := hosttest.NewKernel(t, hosttest.RoCE().With(hosttest.Tree{"run/netns/blue": ""}))
-	s := open(t, k)
+	roce := hosttest.RoCE().With(hosttest.Tree{"run/netns/blue": ""})
+	s := open(t, hosttest.NewKernel(t, roce))
 	wish := Wish{VFs: make([]VFWish, 2)}
 	p, err := s.PlanCount(device(t, s, pf), wish)
 	if err == nil || !strings.Contains(err.Error(), "has made none so far") {
 		t.Errorf("none: %v, %+v", err, p)
 	}
+
+	k := hosttest.NewKernel(t, roce)
 	k.Net.Elsewhere = map[string][]hosttest.Elsewhere{"run/netns/blue": {{Name: "eth0", Device: pf}}}
+	s = open(t, k)
 	p, err = s.PlanCount(device(t, s, pf), wish)
 	if err != nil || !strings.Contains(strings.Join(p.Notes, " "), "one (eth0) is in the network namespace of blue") {
 		t.Errorf("elsewhere: %v, %+v", err, p)

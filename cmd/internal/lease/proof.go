@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"path"
+	"slices"
 	"time"
 
 	"viaduct/internal/host"
@@ -73,11 +74,12 @@ func (m *Manager) prove(ctx context.Context, what string, devices []*iommu.Devic
 		if others {
 			shared = append(shared, d)
 		}
-		own, err := m.host.Has(path.Join("sys/bus/pci/devices", d.Name, "vfio-dev"))
+		nodes, err := vfio.Nodes(m.host, d)
 		if err != nil {
 			return nil, err
 		}
-		if own && (others || lent) {
+		own := func(node string) bool { return path.Dir(node) == "/dev/vfio/devices" }
+		if (others || lent) && slices.ContainsFunc(nodes, own) {
 			cut = append(cut, d)
 		}
 	}

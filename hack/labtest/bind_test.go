@@ -269,7 +269,7 @@ func TestNodeOwner(t *testing.T) {
 	for range 2 {
 		do(t, "bind", vf, "--node-owner", "nobody")
 		shell(t, "udevadm settle")
-		node := "/dev/vfio/" + link(devicesDir, vf, "iommu_group")
+		node := groupNode(vf)
 		if owner := shell(t, "stat -c '%U %a' "+node); owner != "nobody 600" {
 			t.Errorf("%s belongs to %s", node, owner)
 		}

@@ -114,7 +114,7 @@ func TestCount(t *testing.T) {
 		t.Errorf("up, addresses, addr_gen_mode: %q, want 1, 0, 0", state)
 	}
 	vf := vfs(spare)[0]
-	node, err := os.OpenFile("/dev/vfio/"+link(devicesDir, vf, "iommu_group"), os.O_RDWR, 0)
+	node, err := os.OpenFile(groupNode(vf), os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -15,17 +15,25 @@ import (
 	"viaduct/vfio/holder"
 )
 
-// comesBack lends the pool's first VF with a VLAN and an address, and returns it when something else may be declared.
-func comesBack(t *testing.T, k *hosttest.Kernel, later string) (Certificate, error) {
+// lendVF lends the pool's first VF with settings.
+func lendVF(t *testing.T, k *hosttest.Kernel, settings sriov.Settings) {
 	t.Helper()
 	m := newManager(t, k)
-	r := &Request{Guest: "a", From: "net", Count: 1, TTL: time.Minute,
-		Settings: sriov.Settings{sriov.VLAN: "5", sriov.MAC: "52:54:00:aa:00:01"}}
+	defer m.handle.Close()
+	r := &Request{Guest: "a", From: "net", Count: 1, TTL: time.Minute, Settings: settings}
 	if _, _, _, err := m.Assign(t.Context(), r); err != nil {
 		t.Fatal(err)
 	}
-	m.handle.Close()
-	m = managerOf(t, k, later)
+}
+
+// tagged is a VLAN and an address.
+var tagged = sriov.Settings{sriov.VLAN: "5", sriov.MAC: "52:54:00:aa:00:01"}
+
+// comesBack lends the pool's first VF with a VLAN and an address, and returns it when something else may be declared.
+func comesBack(t *testing.T, k *hosttest.Kernel, later string) (Certificate, error) {
+	t.Helper()
+	lendVF(t, k, tagged)
+	m := managerOf(t, k, later)
 	defer m.handle.Close()
 	out, err := m.Release(t.Context(), "a", 0)
 	if len(out) != 1 {
@@ -77,15 +85,9 @@ func TestBackAsFarAsKnown(t *testing.T) {
 		"refuses no address": {func(n *hosttest.Network) { n.Refuse = map[int]syscall.Errno{unix.IFLA_VF_MAC: unix.EINVAL} }, "take the guest's away"},
 	} {
 		k := withReset(t)
-		m := newManager(t, k)
-		r := &Request{Guest: "a", From: "net", Count: 1, TTL: time.Minute,
-			Settings: sriov.Settings{sriov.VLAN: "5", sriov.MAC: "52:54:00:aa:00:01"}}
-		if _, _, _, err := m.Assign(t.Context(), r); err != nil {
-			t.Fatal(err)
-		}
-		m.handle.Close()
+		lendVF(t, k, tagged)
 		c.net(&k.Net)
-		m = newManager(t, k)
+		m := newManager(t, k)
 		out, err := m.Release(t.Context(), "a", 0)
 		m.handle.Close()
 		if err != nil || len(out) != 1 || out[0].Result != Clean || !strings.Contains(out[0].Note, c.note) {
@@ -95,14 +97,9 @@ func TestBackAsFarAsKnown(t *testing.T) {
 
 	k := withReset(t)
 	k.Net.Ignore = map[int]bool{}
-	m := newManager(t, k)
-	r := &Request{Guest: "a", From: "net", Count: 1, TTL: time.Minute, Settings: sriov.Settings{sriov.VLAN: "5"}}
-	if _, _, _, err := m.Assign(t.Context(), r); err != nil {
-		t.Fatal(err)
-	}
-	m.handle.Close()
+	lendVF(t, k, sriov.Settings{sriov.VLAN: "5"})
 	k.Net.Ignore[unix.IFLA_VF_VLAN] = true
-	m = newManager(t, k)
+	m := newManager(t, k)
 	if out, err := m.Release(t.Context(), "a", 0); err == nil || len(out) != 1 || out[0].Result != Fouled {
 		t.Errorf("a VLAN that stays: %+v, %v", out, err)
 	}

@@ -163,9 +163,9 @@ func backTo(driver string, a iommu.Address) bind.Step {
 	return bind.Step{Path: path.Join("sys/bus/pci/drivers", driver, "bind"), Value: a.String()}
 }
 
-// recorded has a change written down while it lasts.
-func (m *Manager) recorded(op string, d *iommu.Device, data any, do func() error) error {
-	if err := m.handle.Begin(op, d, []*iommu.Device{d}, data); err != nil {
+// recorded has a reset written down while it lasts.
+func (m *Manager) recorded(d *iommu.Device, do func() error) error {
+	if err := m.handle.Begin(opReset, d, []*iommu.Device{d}, nil); err != nil {
 		return err
 	}
 	err := do()

@@ -64,6 +64,26 @@ func (e *NoLeaseError) Error() string {
 // Release ends a guest's lease: it waits, at most for the given time, until nobody has its devices open, and scrubs
 // them. One that cannot be scrubbed goes into quarantine, and the error says why.
 func (m *Manager) Release(ctx context.Context, guest string, wait time.Duration) ([]Certificate, error) {
+	return m.alone(ctx, guest, wait, m.end)
+}
+
+// Rest ends what a guest has of a lease that outlives it, and leaves the lease for the guest's next start; any other it
+// releases.
+func (m *Manager) Rest(ctx context.Context, guest string, wait time.Duration) ([]Certificate, error) {
+	l, err := m.Book.Get(guest)
+	if err != nil {
+		return nil, err
+	}
+	if l == nil || !l.Persist {
+		return m.Release(ctx, guest, wait)
+	}
+	return m.alone(ctx, guest, wait, m.rest)
+}
+
+// alone does something with a guest's lease, and locks it and its devices for that once nobody has them open. Who still
+// has one is waited for, at most for the given time, until which do may wait, too.
+func (m *Manager) alone(ctx context.Context, guest string, wait time.Duration,
+	do func(context.Context, *Lease, time.Time) ([]Certificate, error)) ([]Certificate, error) {
 	mine, err := m.Book.lockGuest(ctx, guest, m.handle.Timeout())
 	if err != nil {
 		return nil, err
@@ -86,45 +106,18 @@ func (m *Manager) Release(ctx context.Context, guest string, wait time.Duration)
 	if err := m.lock(ctx, m.touched(devices, true)); err != nil {
 		return nil, err
 	}
-	return m.end(ctx, l, until)
+	return do(ctx, l, until)
 }
 
-// Rest ends what a guest has of a lease that outlives it, and leaves the lease for the guest's next start; any other it
-// releases.
-func (m *Manager) Rest(ctx context.Context, guest string, wait time.Duration) ([]Certificate, error) {
-	l, err := m.Book.Get(guest)
-	if err != nil {
-		return nil, err
-	}
-	if l == nil || !l.Persist {
-		return m.Release(ctx, guest, wait)
-	}
-	mine, err := m.Book.lockGuest(ctx, guest, m.handle.Timeout())
-	if err != nil {
-		return nil, err
-	}
-
-	defer mine.Close()
-	if l, err = m.known(guest); err != nil {
-		return nil, err
-	}
-	devices := m.present(l)
-	until := time.Now().Add(wait)
-	if err := m.awaitGone(ctx, l, devices, wait); err != nil {
-		return nil, err
-	}
-	if err := m.lock(ctx, m.touched(devices, true)); err != nil {
-		return nil, err
-	}
-
+// rest scrubs what a lease has, whose devices are locked, and leaves it to be made again.
+func (m *Manager) rest(ctx context.Context, l *Lease, until time.Time) ([]Certificate, error) {
 	certificates, unwritten, err := m.scrub(ctx, l, until)
 	if !bind.IsStuck(err) {
-		err = errors.Join(err, m.giveBackCompanions(ctx, devices))
+		err = errors.Join(err, m.giveBackCompanions(ctx, m.present(l)))
 	}
 	if certificates == nil {
 		return nil, err
 	}
-	// To be made again.
 	l.rebooted()
 	return certificates, errors.Join(err, unwritten, m.Book.put(l))
 }

@@ -34,7 +34,7 @@ func (m *Manager) reset(l *Lease, d *iommu.Device, c *Certificate, done resettin
 	}
 	if alone {
 		c.Reset = methods
-		err := m.recorded(opReset, d, nil, func() error {
+		err := m.recorded(d, func() error {
 			return m.handle.Write(d.Address, []bind.Step{{Path: path.Join(dir, "reset"), Value: "1"}})
 		})
 		if host.Absent(err) {
@@ -108,7 +108,7 @@ func (m *Manager) resetTogether(l *Lease, d *iommu.Device,
 		}
 	}
 	how = "bus, together: " + strings.Join(names, " ")
-	return how, functions, m.recorded(opReset, d, nil, device.HotReset)
+	return how, functions, m.recorded(d, device.HotReset)
 }
 
 // resettable refuses, before a guest has them, devices that nothing could reset after it: an inUseError.

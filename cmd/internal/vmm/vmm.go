@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 
+	"viaduct/internal/shell"
 	"viaduct/iommu"
 )
 
@@ -115,21 +116,9 @@ func (f *Format) Print(g *Guest) (string, error) {
 	}
 	var words []string
 	for _, w := range f.Args(g) {
-		words = append(words, quote(w))
+		words = append(words, shell.Quote(w))
 	}
 	return strings.Join(words, " ") + "\n", nil
-}
-
-// quote makes a word one of the shell.
-func quote(word string) string {
-	plain := func(r rune) bool {
-		return r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' ||
-			strings.ContainsRune("-_.,:=/+@%", r)
-	}
-	if word != "" && !strings.ContainsFunc(word, func(r rune) bool { return !plain(r) }) {
-		return word
-	}
-	return "'" + strings.ReplaceAll(word, "'", `'\''`) + "'"
 }
 
 // comma doubles the commas of a value, as QEMU's options want.
@@ -325,7 +314,7 @@ func orDash(s string) string {
 func env(g *Guest) (string, error) {
 	var b strings.Builder
 	for _, kv := range pairs(g) {
-		fmt.Fprintf(&b, "%s=%s\n", kv[0], quote(kv[1]))
+		fmt.Fprintf(&b, "%s=%s\n", kv[0], shell.Quote(kv[1]))
 	}
 	return b.String(), nil
 }
@@ -361,7 +350,7 @@ func crosvm(g *Guest) []string {
 func incus(g *Guest) (string, error) {
 	var b strings.Builder
 	for i, d := range g.Devices {
-		fmt.Fprintf(&b, "incus config device add %s viaduct%d pci address=%s\n", quote(g.Name), i, d.Address)
+		fmt.Fprintf(&b, "incus config device add %s viaduct%d pci address=%s\n", shell.Quote(g.Name), i, d.Address)
 	}
 	return b.String(), nil
 }

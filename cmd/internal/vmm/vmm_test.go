@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"viaduct/internal/shell"
 	"viaduct/iommu"
 )
 
@@ -91,7 +92,7 @@ func TestWellFormed(t *testing.T) {
 	if text, err = cdi(g); err != nil || !json.Valid([]byte(text)) {
 		t.Errorf("CDI: %v\n%s", err, text)
 	}
-	if got := quote("it's"); got != `'it'\''s'` {
+	if got := shell.Quote("it's"); got != `'it'\''s'` {
 		t.Errorf("quoted: %s", got)
 	}
 }

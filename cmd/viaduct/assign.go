@@ -1,0 +1,290 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"viaduct/cmd/internal/lease"
+	"viaduct/cmd/internal/vmm"
+	"viaduct/iommu"
+	"viaduct/sriov"
+	"viaduct/vfio"
+	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
+)
+
+// assignOptions are what assign and run have in common.
+type assignOptions struct {
+	lease.Request
+	count   int
+	mac     string
+	vlan    string
+	memory  string
+	format  string
+	standby string
+	timeout time.Duration
+}
+
+func (o *assignOptions) flags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "from", Usage: "what the devices are drawn from: a pool of host.yaml, a PF, or any `SELECTOR`", Destination: &o.From},
+		&cli.IntFlag{Name: "count", Usage: "how many VFs, or groups of other devices", Value: 1, Destination: &o.count},
+		&cli.StringFlag{Name: "mac", Usage: "of the VF: an address, or stable for one that is made of the PF's and the index", Destination: &o.mac},
+		&cli.StringFlag{Name: "vlan", Usage: "that the PF tags the VF with: `0-4094`", Destination: &o.vlan},
+		&cli.StringSliceFlag{Name: "set", Usage: "another setting of the VF: `KEY=VALUE` as of viaduct vf set (may be repeated)"},
+		&cli.StringFlag{Name: "memory", Usage: "the guest's, as `8G`: whether the IOMMU can map it, and its VMM lock it", Destination: &o.memory},
+		&cli.IntFlag{Name: "numa", Usage: "prefer devices of this NUMA `NODE`", Value: -1},
+		&cli.StringFlag{Name: "node-owner", Usage: "who is to own the devices' nodes: `USER[:GROUP]`", Destination: &o.NodeOwner},
+		&cli.BoolFlag{Name: "no-reset", Usage: "assign also what nothing can reset afterwards: the next guest finds what this one leaves in it", Destination: &o.NoReset},
+		&cli.StringFlag{Name: "failover", Usage: "for migration: a virtio NIC on this `BRIDGE` with the first VF's MAC stands in for it", Destination: &o.standby},
+		&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", Value: bind.DefaultTimeout, Destination: &o.timeout},
+	}
+}
+
+// parse reads what the flags say.
+func (o *assignOptions) parse(c *cli.Context, format *vmm.Format) error {
+	if err := lease.CheckGuest(o.Guest); err != nil {
+		return usageError{err}
+	}
+	if o.From == "" {
+		return usagef("%s: from which pool, PF or device? (--from)", c.Command.Name)
+	}
+	if o.Count = o.count; o.Count < 1 {
+		return usagef("%s: --count %d: want one or more", c.Command.Name, o.count)
+	}
+	words := c.StringSlice("set")
+	if o.mac != "" {
+		words = append(words, "mac="+o.mac)
+	}
+	if o.vlan != "" {
+		words = append(words, "vlan="+o.vlan)
+	}
+	var err error
+	if o.Settings, err = sriov.ParseSettings(words); err != nil && len(words) > 0 {
+		return usageError{err}
+	}
+	if _, vectors := o.Settings[sriov.MSIX]; vectors {
+		return usagef("%s: msix is no guest's: set it before (viaduct vf set, or host.yaml)", c.Command.Name)
+	}
+	if mac := o.Settings[sriov.MAC]; o.Count > 1 && mac != "" && mac != sriov.StableMAC {
+		return usagef("%s: --mac %s for %d VFs: each needs one of its own (--mac stable makes them)", c.Command.Name, mac, o.Count)
+	}
+	if o.Memory, err = parseSize(o.memory); err != nil {
+		return usagef("%s: --memory %q: want a size, as 512M or 8G", c.Command.Name, o.memory)
+	}
+	if c.IsSet("numa") {
+		node := c.Int("numa")
+		o.NUMA = &node
+	}
+	if o.NodeOwner != "" {
+		if _, err := bind.ParseNodeOwner(o.NodeOwner); err != nil {
+			return usagef("--node-owner: %w", err)
+		}
+	}
+	if o.standby != "" && (format == nil || !format.Standby) {
+		return usagef("%s: --failover is for the formats qemu, qemu-iommufd and libvirt", c.Command.Name)
+	}
+	if o.standby != "" && o.Settings[sriov.MAC] == "" {
+		return usagef("%s: --failover needs --mac: both NICs have the same address", c.Command.Name)
+	}
+	o.Moves, o.Foreign = format != nil && format.Moves, format != nil && format.Foreign
+	return checkTimeout(o.timeout)
+}
+
+// parseSize reads a size; "" is 0.
+func parseSize(s string) (uint64, error) {
+	if s == "" {
+		return 0, nil
+	}
+	digits := strings.TrimRight(strings.TrimSuffix(strings.ToUpper(s), "IB"), "KMGTB")
+	n, err := strconv.ParseUint(digits, 10, 32)
+	unit := map[string]uint{"": 20, "B": 0, "K": 10, "M": 20, "G": 30, "T": 40} // a plain number is MiB, as in QEMU's -m
+	shift, known := unit[strings.TrimSuffix(strings.ToUpper(s), "IB")[len(digits):]]
+	if err != nil || !known || n == 0 || n > 1<<20 && shift > 30 {
+		return 0, errors.New("no size")
+	}
+	return n << shift, nil
+}
+
+func assignCommand(e *env) *cli.Command {
+	var o assignOptions
+	return command(&cli.Command{
+		Name:      "assign",
+		Usage:     "give a guest devices, and print what its VMM needs",
+		ArgsUsage: "GUEST --from POOL|PF|SELECTOR",
+		Description: "Draws devices that nobody has, configures and takes them, and writes down whose they are (a lease), until viaduct release.\n" +
+			"Asked again for the same guest, the same lease is printed. Safe to be run any number of times at once. A lease is reserved until\n" +
+			"a process opens its devices, then active; when that is gone, or nobody came within --ttl, it is dead, which\n" +
+			"viaduct release --dead reclaims.\n\n" +
+			"Formats: " + strings.Join(vmm.Names(), ", ") + ".\n\n" +
+			"Examples:\n  viaduct assign web --from net --vlan 100 --mac stable\n  viaduct assign web --from enp1s0 --format libvirt\n" +
+			"  qemu-system-x86_64 ... $(viaduct assign web --from net --owner-pid $$)\n  viaduct assign db --from 0000:03:00.0 --memory 64G --format json",
+		Flags: append(o.flags(),
+			&cli.StringFlag{Name: "format", Usage: "what is printed: `qemu|json|...`", Value: "qemu", Destination: &o.format},
+			&cli.DurationFlag{Name: "ttl", Usage: "how long the lease waits for its guest to open the devices; 0 is for good", Value: 10 * time.Minute, Destination: &o.TTL},
+			&cli.IntFlag{Name: "owner-pid", Usage: "the lease ends with this process", Destination: &o.OwnerPID},
+			&cli.StringFlag{Name: "unit", Usage: "the lease ends with this systemd `UNIT`", Destination: &o.Unit},
+			&cli.BoolFlag{Name: "persist", Usage: "the lease outlives the boot (the default for libvirt)"},
+			&cli.BoolFlag{Name: "formats", Usage: "print the formats, and what cannot be had with each"},
+			e.dryRunFlag(),
+		),
+		BashComplete: e.completeGuests,
+		Action: func(c *cli.Context) (err error) {
+			if c.Bool("formats") {
+				return e.printFormats()
+			}
+			if o.Guest, err = oneArgument(c, "the guest's name"); err != nil {
+				return err
+			}
+			format, known := vmm.Find(o.format)
+			if !known && o.format != "json" {
+				return usagef("assign: there is no format %q; there are %s", o.format, strings.Join(vmm.Names(), ", "))
+			}
+			if err := o.parse(c, format); err != nil {
+				return err
+			}
+			if o.TTL < 0 {
+				return usagef("assign: --ttl %s: want no time below zero", o.TTL)
+			}
+			ends := o.OwnerPID != 0 || o.Unit != ""
+			if o.Persist = format != nil && format.Persist && !ends; ends && c.Bool("persist") {
+				return usagef("assign: what ends with a process or unit cannot outlive the boot: --persist is for neither --owner-pid nor --unit")
+			}
+			if c.IsSet("persist") {
+				o.Persist = c.Bool("persist")
+			}
+			return runAssign(c.Context, e, &o, format)
+		},
+	})
+}
+
+func (e *env) printFormats() error {
+	rows := [][]string{{"FORMAT", "WHAT CANNOT BE HAD"}, {"json", ""}}
+	for _, f := range vmm.Formats {
+		rows = append(rows, []string{f.Name, f.Cannot})
+	}
+	writeTable(e.stdout, rows)
+	return nil
+}
+
+func runAssign(ctx context.Context, e *env, o *assignOptions, format *vmm.Format) error {
+	if o.OwnerPID != 0 || o.Unit != "" {
+		if err := ownerRuns(e, o); err != nil {
+			return err
+		}
+	}
+	return e.assign(ctx, o, func(m *lease.Manager, l *lease.Lease) error {
+		if format == nil {
+			return writeJSON(e.stdout, viewLease(m, m.LookAt(l)))
+		}
+		g, err := guestOf(m, l, o.standby)
+		if err != nil {
+			return err
+		}
+		text, err := format.Print(g)
+		if err != nil {
+			return err
+		}
+		if format.Cannot != "" {
+			e.note("%s", format.Cannot)
+		}
+		_, err = io.WriteString(e.stdout, text)
+		return err
+	})
+}
+
+// ownerRuns refuses a lease that would end at once.
+func ownerRuns(e *env, o *assignOptions) error {
+	h, err := e.open()
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	if o.OwnerPID != 0 && (o.OwnerPID < 0 || !holder.NameProcess(h, o.OwnerPID).Alive(h)) {
+		return usagef("assign: --owner-pid %d: there is no such process", o.OwnerPID)
+	}
+	if o.Unit != "" {
+		if !strings.Contains(o.Unit, ".") {
+			o.Unit += ".service"
+		}
+		if !lease.UnitRuns(h, o.Unit) {
+			return usagef("assign: --unit %s: it does not run (its control group is empty, or not there)", o.Unit)
+		}
+	}
+	return nil
+}
+
+// assign gives a guest devices, and calls then while they are still locked.
+func (e *env) assign(ctx context.Context, o *assignOptions, then func(*lease.Manager, *lease.Lease) error) error {
+	ctx, stop, m, err := e.beginLeases(ctx, o.timeout, makesLeases)
+	if err != nil {
+		return err
+	}
+	defer stop()
+	if e.dryRun {
+		steps, err := m.Preview(&o.Request)
+		for _, s := range steps {
+			fmt.Fprintln(e.stdout, s)
+		}
+		return err
+	}
+	l, fresh, notes, err := m.Assign(ctx, &o.Request)
+	for _, n := range notes {
+		e.note("%s", n)
+	}
+	if err != nil {
+		return err
+	}
+	if err = then(m, l); err == nil && ctx.Err() != nil {
+		err = errors.New("interrupted")
+	}
+	if err != nil && fresh { // nobody was told of it
+		_, undone := m.Release(context.WithoutCancel(ctx), l.Guest, 0)
+		err = errors.Join(err, undone)
+	}
+	return err
+}
+
+// guestOf is a lease as a VMM is told of it.
+func guestOf(m *lease.Manager, l *lease.Lease, standby string) (*vmm.Guest, error) {
+	g := &vmm.Guest{Name: l.Guest, Standby: standby}
+	for _, of := range l.Devices {
+		d, err := m.Topology.Find(of.Address)
+		if err != nil {
+			return nil, err
+		}
+		v := vmm.Device{Address: of.Address, Group: groupOr(d, -1), VF: of.PF != nil, NIC: d.Class>>16 == 0x02, MAC: of.Now[sriov.MAC], VLAN: of.Now[sriov.VLAN], QoS: of.Now[sriov.QoS], Proto: of.Now[sriov.Proto]}
+		if v.MAC == "00:00:00:00:00:00" {
+			v.MAC = ""
+		}
+		if v.VLAN == "0" {
+			v.VLAN = ""
+		}
+		if v.Nodes, err = vfio.Nodes(m.Host(), d); err != nil {
+			return nil, err
+		}
+		if len(v.Nodes) == 0 && !l.Foreign {
+			return nil, fmt.Errorf("%s: it has no node of VFIO", d.Name)
+		}
+		g.Devices = append(g.Devices, v)
+	}
+	if standby != "" && g.Devices[0].MAC == "" {
+		return nil, usagef("--failover: the first device has no MAC address for both NICs to have")
+	}
+	return g, nil
+}
+
+// groupOr is the number of a device's group, or another where it is in none, as under Xen.
+func groupOr(d *iommu.Device, none int) int {
+	if d.Group == nil {
+		return none
+	}
+	return *d.Group
+}

@@ -1,0 +1,184 @@
+package main
+
+import (
+	"bufio"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"viaduct/cmd/internal/lease"
+	"viaduct/sriov"
+	"viaduct/vfio"
+)
+
+// leaseView is one lease in JSON.
+type leaseView struct {
+	Guest   string            `json:"guest"`
+	State   lease.State       `json:"state"`
+	Why     *string           `json:"why"`
+	From    string            `json:"from"`
+	Made    time.Time         `json:"made"`
+	TTL     *float64          `json:"ttl_seconds"`
+	Persist bool              `json:"persist"`
+	Unit    *string           `json:"unit"`
+	Owner   *int              `json:"owner_pid"`
+	Holders []string          `json:"holders"`
+	Devices []leaseDeviceView `json:"devices"`
+}
+
+type leaseDeviceView struct {
+	Address  string         `json:"address"`
+	Group    *int           `json:"group"`
+	Nodes    []string       `json:"nodes"`
+	PF       *string        `json:"physfn"`
+	Index    *int           `json:"vf_index"`
+	MAC      *string        `json:"mac"`
+	VLAN     *string        `json:"vlan"`
+	Settings sriov.Settings `json:"settings"`
+}
+
+func viewLease(m *lease.Manager, look lease.Look) leaseView {
+	l := look.Lease
+	v := leaseView{Guest: l.Guest, State: look.State, Why: known(look.Why), From: l.From, Made: l.Made, Persist: l.Persist, Unit: known(l.Unit), Holders: []string{}, Devices: []leaseDeviceView{}}
+	if l.TTL > 0 && !l.Persist {
+		seconds := l.TTL.Seconds()
+		v.TTL = &seconds
+	}
+	if l.Owner != nil {
+		v.Owner = &l.Owner.PID
+	}
+	if len(look.Now) > 0 {
+		for _, h := range look.Now {
+			v.Holders = append(v.Holders, h.String())
+		}
+	} else if look.State == lease.Active {
+		for _, h := range l.Holders {
+			v.Holders = append(v.Holders, h.Name)
+		}
+	}
+	for _, of := range l.Devices {
+		d := leaseDeviceView{Address: of.Address.String(), Nodes: []string{}, Settings: sriov.Settings{}}
+		if of.Now != nil {
+			d.Settings = of.Now
+		}
+		if found, err := m.Topology.Find(of.Address); err == nil && found.ID == of.ID {
+			d.Group = found.Group
+			d.Nodes, _ = vfio.Nodes(m.Host(), found) // none before it is taken
+			d.Nodes = append([]string{}, d.Nodes...)
+			if found.PhysFn != nil {
+				pf := found.PhysFn.String()
+				d.PF, d.Index = &pf, &found.VFIndex
+			}
+		}
+		d.MAC, d.VLAN = known(of.Now[sriov.MAC]), known(of.Now[sriov.VLAN])
+		v.Devices = append(v.Devices, d)
+	}
+	return v
+}
+
+func leasesCommand(e *env) *cli.Command {
+	return command(&cli.Command{
+		Name:  "leases",
+		Usage: "what is assigned to whom, and what is in quarantine",
+		Description: "States: making (a viaduct is at work on it), reserved, active (a process has its devices open), dead (its holder is gone, or nobody\n" +
+			"came: viaduct release --dead reclaims it), lost (a device of it is gone).\n\nExamples:\n  viaduct leases\n  viaduct leases --json",
+		Flags: []cli.Flag{e.jsonFlag()},
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return usagef("leases takes no arguments: it shows all")
+			}
+			return runLeases(e)
+		},
+	})
+}
+
+type quarantineView struct {
+	Address string    `json:"address"`
+	Path    string    `json:"path"`
+	Guest   string    `json:"guest"`
+	Since   time.Time `json:"since"`
+	Why     string    `json:"why"`
+}
+
+type leasesView struct {
+	Leases     []leaseView      `json:"leases"`
+	Quarantine []quarantineView `json:"quarantine"`
+}
+
+// lookAtLeases opens the host and looks at all its leases; the caller calls stop at the end.
+func (e *env) lookAtLeases() (stop func(), m *lease.Manager, looks []lease.Look, err error) {
+	stop, s, err := e.openLook()
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	if m, err = lease.New(s, lease.Options{}); err == nil {
+		looks, err = m.Look()
+	}
+	if err != nil {
+		stop()
+		return nil, nil, nil, err
+	}
+	return stop, m, looks, nil
+}
+
+func runLeases(e *env) error {
+	stop, m, looks, err := e.lookAtLeases()
+	if err != nil {
+		return err
+	}
+	defer stop()
+	quarantine, err := m.Book.Quarantined()
+	if err != nil {
+		return err
+	}
+	view := leasesView{Leases: []leaseView{}, Quarantine: []quarantineView{}}
+	for _, look := range looks {
+		view.Leases = append(view.Leases, viewLease(m, look))
+	}
+	for _, q := range quarantine {
+		view.Quarantine = append(view.Quarantine, quarantineView{q.Address.String(), q.Place, q.Guest, q.Since, q.Why})
+	}
+	slices.SortFunc(view.Quarantine, func(a, b quarantineView) int { return strings.Compare(a.Path, b.Path) })
+	if e.json {
+		return writeJSON(e.stdout, view)
+	}
+	w := bufio.NewWriter(e.stdout)
+	rows := [][]string{{"GUEST", "STATE", "DEVICES", "FROM", "AGE", "WHAT"}}
+	for _, v := range view.Leases {
+		var devices []string
+		for _, d := range v.Devices {
+			devices = append(devices, d.Address)
+		}
+		what := ptr(v.Why)
+		if len(v.Holders) > 0 {
+			what = strings.Join(v.Holders, ", ")
+		}
+		rows = append(rows, []string{v.Guest, string(v.State), strings.Join(devices, " "), v.From, time.Since(v.Made).Round(time.Second).String(), what})
+	}
+	for _, q := range view.Quarantine {
+		rows = append(rows, []string{q.Guest, "quarantine", q.Address, "", time.Since(q.Since).Round(time.Second).String(), q.Why})
+	}
+	if len(rows) > 1 {
+		writeTable(w, rows)
+	}
+	return w.Flush()
+}
+
+// completeGuests offers the guests that have a lease, as far as they may be known.
+func (e *env) completeGuests(c *cli.Context) {
+	h, err := e.open()
+	if err != nil {
+		return
+	}
+	defer h.Close()
+	all, _ := lease.BookOf(h).All()
+	for _, l := range all {
+		if harmless(l.Guest) {
+			fmt.Fprintln(e.stdout, l.Guest)
+		}
+	}
+	cli.DefaultCompleteWithFlags(c.Command)(c)
+}

@@ -1,0 +1,106 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"viaduct/cmd/internal/lease"
+	"viaduct/vfio/bind"
+)
+
+func releaseCommand(e *env) *cli.Command {
+	var wait, timeout time.Duration
+	var dead, quarantined bool
+	var force string
+	return command(&cli.Command{
+		Name:      "release",
+		Usage:     "get a guest's devices back, clean",
+		ArgsUsage: "GUEST",
+		Description: "Resets each device, brings a VF's settings back to what they were before it was assigned, reads all back, and frees the device:\n" +
+			"it stays on its vfio driver if it was on it, else it goes back to what it had. One that cannot be scrubbed goes into quarantine,\n" +
+			"which --quarantined tries to lift, and which ends when the machine is started anew (kexec resets no device). Refused, with exit status 3, while a process has a device\n" +
+			"open, unless --wait gives it time to end. --json prints what was done to each device (its scrub certificate).\n\n" +
+			"Examples:\n  viaduct release web\n  viaduct release web --wait 60s --json\n  viaduct release --dead\n  viaduct release --quarantined 0000:01:10.0\n" +
+			"  viaduct release --quarantined 0000:01:10.0 --force=quarantine",
+		Flags: []cli.Flag{
+			&cli.DurationFlag{Name: "wait", Usage: "how long the guest may take to end", Destination: &wait},
+			&cli.BoolFlag{Name: "dead", Usage: "all leases that are dead", Destination: &dead},
+			&cli.BoolFlag{Name: "quarantined", Usage: "scrub a device in quarantine again, and free it if it is clean then: SELECTOR... instead of GUEST", Destination: &quarantined},
+			&cli.StringFlag{Name: "force", Usage: "with --quarantined, `quarantine`: free the device although it still cannot be reset, or is gone", Destination: &force},
+			&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", Value: bind.DefaultTimeout, Destination: &timeout},
+			e.jsonFlag(),
+		},
+		BashComplete: e.completeGuests,
+		Action: func(c *cli.Context) error {
+			if err := checkTimeout(timeout); err != nil {
+				return err
+			}
+			switch {
+			case force != "" && (force != "quarantine" || !quarantined):
+				return usagef("release: --force is for --quarantined, and is --force=quarantine: nothing else of a release can be forced")
+			case wait < 0 || dead && wait > 0:
+				return usagef("release: --wait is a time that one guest is given, not %s", wait)
+			case dead && (quarantined || c.Args().Present()):
+				return usagef("release: --dead takes no arguments: it reclaims all that are dead")
+			case dead:
+				return runRelease(c.Context, e, timeout, func(ctx context.Context, m *lease.Manager) ([]lease.Certificate, error) { return m.Reclaim(ctx) })
+			case quarantined:
+				sel, err := selectors(c)
+				if err != nil {
+					return err
+				}
+				return runRelease(c.Context, e, timeout, func(ctx context.Context, m *lease.Manager) ([]lease.Certificate, error) {
+					var all []lease.Quarantine
+					for _, s := range sel {
+						q, err := m.InQuarantine(s)
+						if err != nil {
+							return nil, err
+						}
+						all = append(all, q)
+					}
+					return m.Lift(ctx, all, force == "quarantine")
+				})
+			}
+			guest, err := oneArgument(c, "the guest's name")
+			if err != nil {
+				return err
+			}
+			return runRelease(c.Context, e, timeout, func(ctx context.Context, m *lease.Manager) ([]lease.Certificate, error) {
+				return m.Release(ctx, guest, wait)
+			})
+		},
+	})
+}
+
+func runRelease(ctx context.Context, e *env, timeout time.Duration, do func(context.Context, *lease.Manager) ([]lease.Certificate, error)) error {
+	ctx, stop, m, err := e.beginLeases(ctx, timeout, endsLeases)
+	if err != nil {
+		return err
+	}
+	defer stop()
+	certificates, err := do(ctx, m)
+	if e.json {
+		if certificates == nil {
+			certificates = []lease.Certificate{}
+		}
+		return mixed(errors.Join(err, writeJSON(e.stdout, certificates)), len(certificates) > 0)
+	}
+	for _, c := range certificates {
+		switch c.Result {
+		case lease.Clean:
+			fmt.Fprintf(e.stdout, "%s of %s: clean, on %s\n", c.Address, c.Guest, driverText(known(c.Driver)))
+			if c.Note != "" {
+				e.note("%s: %s", c.Address, c.Note)
+			}
+		case lease.Unreset:
+			fmt.Fprintf(e.stdout, "%s of %s: free, and not reset: %s\n", c.Address, c.Guest, c.Why)
+		case lease.Missing:
+			fmt.Fprintf(e.stdout, "%s of %s: lost: %s\n", c.Address, c.Guest, c.Why)
+		}
+	}
+	return mixed(err, len(certificates) > 0)
+}

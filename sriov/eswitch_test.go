@@ -44,7 +44,7 @@ func TestEswitchOrder(t *testing.T) {
 			Clear: step("clear"), Before: step("count"), After: step("override"),
 		}
 		var got []string
-		for _, line := range p.Steps() {
+		for _, line := range bind.Commands(p.Steps()) {
 			for _, word := range []string{"clear", "mode", "count", "override"} {
 				if strings.Contains(line, word) {
 					got = append(got, word)

@@ -499,7 +499,7 @@ func TestLooksThatFail(t *testing.T) {
 			if err != nil {
 				return nil, err
 			}
-			return p.Commands(), nil
+			return p.Steps(), nil
 		}),
 		"sets": look(func(s *Handle, d *iommu.Device) (any, error) {
 			vfs := []*iommu.Device{vfAt(d.Address, parse(vf0), 0)}

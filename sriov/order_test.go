@@ -228,8 +228,8 @@ func TestRefusedHolders(t *testing.T) {
 
 	_, err = s.Make(context.Background(), parse(pf), Wish{})
 	var refused *holder.RefusedError
-	if !errors.As(err, &refused) || len(refused.Holders) != 1 || refused.Holders[0].Kind != holder.Process ||
-		refused.Holders[0].PID != 4711 {
+	if !errors.As(err, &refused) || len(refused.Holders()) != 1 || refused.Holders()[0].Kind != holder.Process ||
+		refused.Holders()[0].PID != 4711 {
 		t.Errorf("%+v, %v", refused, err)
 	}
 }

@@ -13,6 +13,7 @@ import (
 
 	"viaduct/internal/host/hosttest"
 	"viaduct/iommu"
+	"viaduct/vfio/bind"
 )
 
 // What a derived GUID is may never change: subnet managers have it in their partitions.
@@ -72,7 +73,7 @@ func TestInfiniBand(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	steps := strings.Join(p.Steps(), "\n")
+	steps := strings.Join(bind.Commands(p.Steps()), "\n")
 	for _, want := range []string{
 		"ip link set ibp1s0 vf 0 node_guid 0e:42:a1:03:01:00:00:02", "ip link set ibp1s0 vf 1 port_guid 0e:42:a1:03:02:00:00:02",
 	} {
@@ -130,7 +131,7 @@ func TestPFThatWentDown(t *testing.T) {
 	k.Log = nil
 	s := open(t, k)
 	plan, err := s.Make(t.Context(), parse(pf), alike(2, UseVFIO))
-	if err != nil || flags("") != up || len(k.Log) > 0 || !slices.Contains(plan.Steps(), "ip link set dev enp1s0 up") {
+	if err != nil || flags("") != up || len(k.Log) > 0 || !slices.Contains(bind.Commands(plan.Steps()), "ip link set dev enp1s0 up") {
 		t.Errorf("%v, flags %s, writes %q, steps %q", err, flags(""), k.Log, plan.Steps())
 	}
 }

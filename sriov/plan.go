@@ -124,39 +124,40 @@ func (p *Plan) modeLate() bool {
 	return p.Eswitch.Mode == switchdev && !slices.Contains(modeFirst[:], p.PF.Driver)
 }
 
-// Steps is the plan in its order, each as a shell command.
-func (p *Plan) Steps() []string {
-	var out []string
-	add := func(steps []bind.Step) {
-		for _, s := range steps {
-			out = append(out, s.String())
+// Steps is the plan in its order.
+func (p *Plan) Steps() []bind.Action {
+	var out []bind.Action
+	add := func(steps []bind.Step) { out = append(out, bind.Actions(steps)...) }
+	command := func(commands ...string) {
+		for _, c := range commands {
+			out = append(out, bind.Action{Command: c})
 		}
 	}
 	mode := func(late bool) {
 		if p.Eswitch != (Eswitch{}) && p.modeLate() == late {
-			out = append(out, p.Eswitch.command(p.PF.Name))
+			command(p.Eswitch.command(p.PF.Name))
 		}
 	}
 
 	for _, l := range p.Up {
-		out = append(out, l.commands()...)
+		command(l.commands()...)
 	}
 	for _, m := range p.Raise {
-		out = append(out, fmt.Sprintf("ip link set dev %s mtu %d", shell.Quote(m.Name), m.To))
+		command(fmt.Sprintf("ip link set dev %s mtu %d", shell.Quote(m.Name), m.To))
 	}
 	add(p.Clear)
 	for _, o := range p.Offload {
-		out = append(out, o.command())
+		command(o.command())
 	}
 	mode(false)
 	for _, a := range p.shares {
-		out = append(out, a.command(p.nvme))
+		command(a.command(p.nvme))
 	}
 	add(p.Before)
 	mode(true)
 	add(p.After)
 	for _, s := range p.Set {
-		out = append(out, s.Commands()...)
+		out = append(out, s.Steps()...)
 	}
 	return out
 }
@@ -457,20 +458,19 @@ func (s *Handle) locked(p *Plan) error {
 
 // forVFIO refuses VFs on a VFIO driver where no IOMMU would be in front of them.
 func forVFIO(h *iommu.Host, t *iommu.Topology) error {
-	refused := &holder.RefusedError{What: "make VFs on a vfio driver"}
+	refuse := func(cure, why string) error {
+		return holder.Because("make VFs on a vfio driver", holder.Reason{Kind: holder.IOMMU, Text: why}, cure)
+	}
 	if len(t.Groups)+len(t.Units) == 0 {
-		refused.Reasons, refused.Cure = []string{"no IOMMU is active on this host"}, iommu.TurnOn(h)
-		return refused
+		return refuse(iommu.TurnOn(h), "no IOMMU is active on this host")
 	}
 	unsafe, err := vfio.NoIOMMU(h)
 	if err != nil {
 		return err
 	}
 	if unsafe && t.LateGroups() {
-		refused.Reasons = []string{"VFIO's noiommu mode is on, in which the kernel may make groups for them that no " +
-			"IOMMU is in front of"}
-		refused.Cure = "echo N > /" + vfio.NoIOMMUFile
-		return refused
+		return refuse("echo N > /"+vfio.NoIOMMUFile, "VFIO's noiommu mode is on, in which the kernel may make groups "+
+			"for them that no IOMMU is in front of")
 	}
 	return nil
 }

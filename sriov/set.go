@@ -50,11 +50,11 @@ type SetPlan struct {
 	ran      bool
 }
 
-// Commands are the plan as shell commands.
-func (p *SetPlan) Commands() []string {
-	var out []string
+// Steps is the plan in its order.
+func (p *SetPlan) Steps() []bind.Action {
+	var out []bind.Action
 	for _, s := range p.Settings {
-		out = append(out, s.command(p.port.Name, p.VF))
+		out = append(out, s.action(p.port.Name, p.VF))
 	}
 	return out
 }

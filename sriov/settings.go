@@ -7,6 +7,7 @@ import (
 
 	"viaduct/internal/shell"
 	"viaduct/iommu"
+	"viaduct/vfio/bind"
 )
 
 // Settings are what a PF decides for a VF, each by its key and in one spelling. A key that is missing is not reported
@@ -118,9 +119,9 @@ func compare(now, want Settings) (wrong []string, unknown []Key) {
 }
 
 // command is a setting as a shell command.
-func (s Setting) command(iface string, vf *iommu.Device) string {
+func (s Setting) action(iface string, vf *iommu.Device) bind.Action {
 	if r := s.row(); r.file != "" {
-		return fmt.Sprintf("echo %s > /%s", shell.Quote(s.To[r.key]), attribute(vf.Address, r.file))
+		return bind.Action{Step: bind.Step{Path: attribute(vf.Address, r.file), Value: s.To[r.key]}}
 	}
 	line := []string{fmt.Sprintf("ip link set %s vf %d", shell.Quote(iface), vf.VFIndex)}
 	for _, k := range s.Keys {
@@ -128,7 +129,7 @@ func (s Setting) command(iface string, vf *iommu.Device) string {
 			line = append(line, k.row().ipWord(), shell.Quote(v))
 		}
 	}
-	return strings.Join(line, " ")
+	return bind.Action{Command: strings.Join(line, " ")}
 }
 
 // order is the order the hardware needs, of the keys that are made together.

@@ -80,7 +80,7 @@ func TestPlanSettings(t *testing.T) {
 	} {
 		var plan []string
 		for _, s := range planSettings(now, c.want) {
-			plan = append(plan, strings.TrimPrefix(s.command("p0", vfDevice), "ip link set p0 vf 3 "))
+			plan = append(plan, strings.TrimPrefix(s.action("p0", vfDevice).String(), "ip link set p0 vf 3 "))
 		}
 		if got := strings.Join(plan, "; "); got != c.plan {
 			t.Errorf("%v: %q, want %q", c.want, got, c.plan)

@@ -283,7 +283,11 @@ func (e *env) judge(items []*declared.Item) (errs []error, refusal error) {
 	case errors.Is(err, holder.ErrRefused):
 		return errs, err
 	}
-	return errs, &holder.RefusedError{What: "apply", Reasons: reasons(errs)}
+	all := &holder.RefusedError{What: "apply"}
+	for _, err := range errs {
+		all.Reasons = append(all.Reasons, holder.Reason{Kind: holder.Declaration, Text: err.Error(), Err: err})
+	}
+	return errs, all
 }
 
 // printApplied tells what became of the items, beside what was told of each that was changed.
@@ -323,14 +327,6 @@ func (o *declaredOptions) begin(m *declared.Manager, s *hostfile.Host) (trial st
 		return "", errors.Join(err, withdraw())
 	}
 	return trial, nil
-}
-
-func reasons(errs []error) []string {
-	var out []string
-	for _, err := range errs {
-		out = append(out, err.Error())
-	}
-	return out
 }
 
 func undoCommand(e *env) *cli.Command {

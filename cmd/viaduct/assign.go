@@ -133,7 +133,7 @@ func assignCommand(e *env) *cli.Command {
 			&cli.StringFlag{Name: "unit", Usage: "the lease ends with this systemd `UNIT`", Destination: &o.Unit},
 			&cli.BoolFlag{Name: "persist", Usage: "the lease outlives the boot (the default for libvirt)"},
 			&cli.BoolFlag{Name: "formats", Usage: "print the formats, and what cannot be had with each"},
-			e.dryRunFlag(),
+			e.dryRunFlag(), e.jsonFlag(),
 		),
 		BashComplete: e.completeGuests,
 		Action: func(c *cli.Context) (err error) {
@@ -142,6 +142,12 @@ func assignCommand(e *env) *cli.Command {
 			}
 			if o.Guest, err = oneArgument(c, "the guest's name"); err != nil {
 				return err
+			}
+			if e.json && c.IsSet("format") && o.format != "json" {
+				return usagef("assign: --json and --format %s: which of the two?", o.format)
+			}
+			if e.json = e.json || o.format == "json"; e.json {
+				o.format = "json"
 			}
 			format, known := vmm.Find(o.format)
 			if !known && o.format != "json" {
@@ -230,10 +236,10 @@ func (e *env) assign(ctx context.Context, o *assignOptions, then func(*lease.Man
 	defer stop()
 	if e.dryRun {
 		steps, err := m.Preview(&o.Request)
-		for _, s := range steps {
-			fmt.Fprintln(e.stdout, s)
+		if err != nil {
+			return err
 		}
-		return err
+		return e.printPreview(o.Guest, steps)
 	}
 	l, fresh, notes, err := m.Assign(ctx, &o.Request)
 	for _, n := range notes {
@@ -287,4 +293,33 @@ func groupOr(d *iommu.Device, none int) int {
 		return none
 	}
 	return *d.Group
+}
+
+// previewView is what assign --dry-run --json prints.
+type previewView struct {
+	Guest  string      `json:"guest"`
+	Steps  []string    `json:"steps"`
+	Writes []writeView `json:"writes"`
+	Notes  []string    `json:"notes"`
+}
+
+// printPreview prints what an assignment would do; comments among the steps are for people, and notes in JSON.
+func (e *env) printPreview(guest string, steps []bind.Action) error {
+	if !e.json {
+		for _, s := range steps {
+			fmt.Fprintln(e.stdout, s)
+		}
+		return nil
+	}
+	v := previewView{Guest: guest, Notes: []string{}}
+	var does []bind.Action
+	for _, s := range steps {
+		if note, comment := strings.CutPrefix(s.Command, "# "); comment {
+			v.Notes = append(v.Notes, note)
+		} else {
+			does = append(does, s)
+		}
+	}
+	v.Steps, v.Writes = viewSteps(does)
+	return writeJSON(e.stdout, v)
 }

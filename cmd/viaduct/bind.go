@@ -230,13 +230,15 @@ func (e *env) tellSaved(m *declared.Manager, d *iommu.Device, forget bool) error
 
 // changeView is one device's line of `bind --json` and `unbind --json`.
 type changeView struct {
-	Address string     `json:"address"` // or the name of what is no PCI device
-	From    *string    `json:"from"`
-	To      *string    `json:"to"`
-	Role    iommu.Role `json:"role"`
-	Changed bool       `json:"changed"`
-	Steps   []string   `json:"steps"`
-	Error   *string    `json:"error"`
+	Address  string        `json:"address"` // or the name of what is no PCI device
+	From     *string       `json:"from"`
+	To       *string       `json:"to"`
+	Role     iommu.Role    `json:"role"`
+	Changed  bool          `json:"changed"`
+	Steps    []string      `json:"steps"`
+	Writes   []writeView   `json:"writes"`
+	Error    *string       `json:"error"`
+	Refusals []refusalView `json:"refusals"`
 }
 
 // change brings devices to a goal: it resolves them, lets every gate speak before the first write, and then carries out
@@ -268,7 +270,7 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, goal bind.Goal, 
 		}
 	}
 	refused := job.Refused()
-	if refused != nil && !o.keepGoing && !e.dryRun {
+	if refused != nil && !o.keepGoing {
 		return nil, refused
 	}
 	if !on.handle.Host().Live() {
@@ -277,12 +279,12 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, goal bind.Goal, 
 
 	var results []bind.Result
 	if e.dryRun {
-		// Which also shows what is refused.
 		results = job.Plan()
 	} else {
 		results = job.Run(ctx)
 	}
 	views, arrived, errs := viewResults(results, asked)
+	views = append(views, viewRefused(job)...)
 	errs = append([]error{refused}, errs...)
 	if !e.dryRun && len(arrived) > 0 {
 		m, err := on.declared()
@@ -339,6 +341,21 @@ func viewResults(results []bind.Result,
 	return views, arrived, errs
 }
 
+// viewRefused are the devices of units that are refused, which are left as they are.
+func viewRefused(job *bind.Job) []changeView {
+	var out []changeView
+	for _, v := range job.Units {
+		if v.Refused == nil {
+			continue
+		}
+		for _, d := range v.Unit {
+			left := bind.Change{Name: d.Name, From: d.Driver, To: d.Driver, Role: d.Role()}
+			out = append(out, viewChange(bind.Result{Change: left, Err: v.Refused}))
+		}
+	}
+	return out
+}
+
 // tellClaimed says which devices that go to the host vfio-pci.ids= will take from it again.
 func (c *changing) tellClaimed(results []bind.Result) {
 	var home []iommu.ID
@@ -358,7 +375,7 @@ func (c *changing) tellClaimed(results []bind.Result) {
 
 // mixed makes refusals that were passed over a plain failure: something was touched.
 func mixed(err error, touched bool) error {
-	if err != nil && touched && (errors.Is(err, holder.ErrRefused) || errors.Is(err, holder.ErrBlind)) {
+	if touched && isRefused(err) {
 		// No longer one of those.
 		return errors.New(err.Error())
 	}
@@ -383,11 +400,10 @@ func resolveAsked(h *iommu.Host, t *iommu.Topology, sel []iommu.Selector,
 			if devices = g.Handed(); goal == bind.GiveBack() {
 				devices = g.Endpoints()
 			} else if len(devices) == 0 {
-				return nil, &holder.RefusedError{
-					What:    "take " + s.String(),
-					Reasons: []string{"nothing in it is for a guest (viaduct show " + s.String() + ")"},
-					Cure:    "name what is meant by itself",
+				why := holder.Reason{
+					Kind: holder.Unsuitable, Text: "nothing in it is for a guest (viaduct show " + s.String() + ")",
 				}
+				return nil, holder.Because("take "+s.String(), why, "name what is meant by itself")
 			}
 		case len(devices) > 1:
 			_, err := s.One(h, t)
@@ -458,19 +474,17 @@ func recoverCommand(e *env) *cli.Command {
 
 func viewChange(r bind.Result) changeView {
 	v := changeView{
-		Address: r.Name,
-		From:    known(r.From),
-		To:      known(r.To),
-		Role:    r.Role,
-		Changed: len(r.Steps) > 0 && r.Err == nil,
-		Steps:   []string{},
+		Address:  r.Name,
+		From:     known(r.From),
+		To:       known(r.To),
+		Role:     r.Role,
+		Changed:  len(r.Steps) > 0 && r.Err == nil,
+		Refusals: viewRefusals(r.Err),
 	}
+	v.Steps, v.Writes = viewSteps(bind.Actions(r.Steps))
 
 	if r.To == bind.None {
 		v.To = nil
-	}
-	for _, s := range r.Steps {
-		v.Steps = append(v.Steps, s.String())
 	}
 	if r.Err != nil {
 		text := r.Err.Error()

@@ -217,14 +217,17 @@ type itemView struct {
 	Optional bool           `json:"optional"`
 	Why      *string        `json:"why"`
 	Steps    []string       `json:"steps"`
+	Writes   []writeView    `json:"writes"`
 	Notes    []string       `json:"notes"`
+	Refusals []refusalView  `json:"refusals"`
 }
 
 func viewItem(i *declared.Item) itemView {
 	v := itemView{
 		Selector: i.Name, At: i.At.String(), State: i.State, Optional: i.Optional,
-		Steps: append([]string{}, i.Steps...), Notes: append([]string{}, i.Notes...),
+		Notes: append([]string{}, i.Notes...), Refusals: viewRefusals(i.Err),
 	}
+	v.Steps, v.Writes = viewSteps(i.Steps)
 	if i.Device != nil {
 		v.Address = &i.Device.Name
 	}

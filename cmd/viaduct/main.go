@@ -23,7 +23,6 @@ import (
 	"viaduct/cmd/internal/declared"
 	"viaduct/iommu"
 	"viaduct/vfio/bind"
-	"viaduct/vfio/holder"
 )
 
 // Exit statuses; they are documented in the README.
@@ -133,6 +132,9 @@ func runOn(open func(string) (*iommu.Host, error), args []string, stdout, stderr
 	app := newApp(e)
 	err := app.Run(flagsFirst(app, args))
 	defer func() { _ = said.Flush() }()
+	if e.json && err != nil && !out.wrote && exitStatus(err) != exitUsage {
+		err = errors.Join(err, e.tellFailed(err))
+	}
 	if flushed := text.Flush(); err == nil {
 		err = cmp.Or(flushed, out.err)
 	}
@@ -162,11 +164,13 @@ func runOn(open func(string) (*iommu.Host, error), args []string, stdout, stderr
 // checkedWriter remembers that writing failed, so that output lost to a full disk is not taken for success and each
 // print need not be checked.
 type checkedWriter struct {
-	w   io.Writer
-	err error
+	w     io.Writer
+	wrote bool
+	err   error
 }
 
 func (c *checkedWriter) Write(b []byte) (int, error) {
+	c.wrote = c.wrote || len(b) > 0
 	n, err := c.w.Write(b)
 	if c.err == nil {
 		c.err = err
@@ -182,7 +186,7 @@ func exitStatus(err error) int {
 	case errors.As(err, &usage), errors.Is(err, iommu.ErrSyntax), errors.As(err, &ambiguous),
 		errors.As(err, &otherPort):
 		return exitUsage
-	case errors.Is(err, holder.ErrRefused), errors.Is(err, holder.ErrBlind):
+	case isRefused(err):
 		return exitRefused
 	}
 	return exitFailed

@@ -84,6 +84,9 @@ func runRelease(ctx context.Context, e *env, timeout time.Duration, do func(cont
 	defer stop()
 	certificates, err := do(ctx, m)
 	if e.json {
+		if len(certificates) == 0 && isRefused(err) {
+			return err
+		}
 		if certificates == nil {
 			certificates = []lease.Certificate{}
 		}

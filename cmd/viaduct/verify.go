@@ -177,17 +177,14 @@ func resetWith(t *iommu.Topology, d *iommu.Device) ([]*iommu.Device, error) {
 // refuseHeld refuses to open a device, which is the first, as long as somebody has one of them, or has been given it.
 func refuseHeld(h *iommu.Host, devices []*iommu.Device) error {
 	holders, err := holder.Find(h, devices)
-	var reasons []string
-	var who []holder.Holder
+	refused := &holder.RefusedError{What: "open " + devices[0].Name, Cure: "verify it when nobody has it"}
 	for _, h := range holders {
 		if h.Kind.InUse() || h.Kind == holder.Lease {
-			reasons, who = append(reasons, h.String()), append(who, h)
+			refused.Reasons = append(refused.Reasons, *h.Reason())
 		}
 	}
-	if len(who) > 0 {
-		return &holder.RefusedError{
-			What: "open " + devices[0].Name, Reasons: reasons, Holders: who, Cure: "verify it when nobody has it",
-		}
+	if len(refused.Reasons) > 0 {
+		return refused
 	}
 	return err
 }

@@ -207,13 +207,14 @@ func vfDestroyCommand(e *env) *cli.Command {
 
 // countView is what `vf create --json` and `vf destroy --json` print.
 type countView struct {
-	PF      string   `json:"pf"`
-	From    int      `json:"from"`
-	To      int      `json:"to"`
-	Total   int      `json:"total"`
-	Changed bool     `json:"changed"`
-	Steps   []string `json:"steps"`
-	Notes   []string `json:"notes"`
+	PF      string      `json:"pf"`
+	From    int         `json:"from"`
+	To      int         `json:"to"`
+	Total   int         `json:"total"`
+	Changed bool        `json:"changed"`
+	Steps   []string    `json:"steps"`
+	Writes  []writeView `json:"writes"`
+	Notes   []string    `json:"notes"`
 }
 
 // runVFCount is create and destroy: both set the number of VFs. All PFs are planned and asked for before the first is
@@ -253,7 +254,7 @@ func runVFCount(ctx context.Context, e *env, o createOptions) error {
 	for _, plan := range plans {
 		errs = append(errs, c.handle.CheckCount(plan, o.force))
 	}
-	if err := errors.Join(errs...); err != nil && !e.dryRun {
+	if err := errors.Join(errs...); err != nil {
 		return err
 	}
 	views := []countView{}
@@ -290,8 +291,10 @@ func (c *changing) planCounts(pfs []*iommu.Device,
 // count carries out one PF's plan, and tells people.
 func (c *changing) count(ctx context.Context, plan *sriov.Plan) (countView, error) {
 	e := c.env
+	steps, writes := viewSteps(plan.Steps())
 	view := countView{
-		plan.PF.Name, plan.Have, plan.Want, plan.PF.SRIOV.Total, plan.Changes(), append([]string{}, plan.Steps()...), append([]string{}, plan.Notes...),
+		PF: plan.PF.Name, From: plan.Have, To: plan.Want, Total: plan.PF.SRIOV.Total, Changed: plan.Changes(),
+		Steps: steps, Writes: writes, Notes: append([]string{}, plan.Notes...),
 	}
 	if !e.json {
 		for _, n := range plan.Notes {

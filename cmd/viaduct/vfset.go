@@ -77,6 +77,7 @@ type setView struct {
 	Index      int            `json:"index"`
 	Changed    bool           `json:"changed"`
 	Steps      []string       `json:"steps"`
+	Writes     []writeView    `json:"writes"`
 	Settings   sriov.Settings `json:"settings"`
 	Unverified []sriov.Key    `json:"unverified"`
 }
@@ -100,7 +101,8 @@ func runVFSet(ctx context.Context, e *env, o setOptions) error {
 
 // set sets a VF of a PF that is locked.
 func (c *changing) set(ctx context.Context, pf, vf *iommu.Device, want sriov.Settings) (setView, error) {
-	view := setView{VF: vf.Name, PF: pf.Name, Index: vf.VFIndex, Steps: []string{}, Unverified: []sriov.Key{}}
+	view := setView{VF: vf.Name, PF: pf.Name, Index: vf.VFIndex, Unverified: []sriov.Key{}}
+	view.Steps, view.Writes = viewSteps(nil)
 	if err := c.lock(ctx, []*iommu.Device{vf}); err != nil {
 		return view, err
 	}
@@ -109,7 +111,7 @@ func (c *changing) set(ctx context.Context, pf, vf *iommu.Device, want sriov.Set
 		return view, err
 	}
 	view.Changed, view.Settings = len(plan.Settings) > 0, plan.Want
-	view.Steps = append(view.Steps, plan.Commands()...)
+	view.Steps, view.Writes = viewSteps(plan.Steps())
 	if c.env.dryRun {
 		return view, nil
 	}

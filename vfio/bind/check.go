@@ -54,18 +54,19 @@ func Singly(devices []*iommu.Device) [][]*iommu.Device {
 
 // Takable says why no guest can have a device by itself, whoever uses it: an [holder.ErrRefused], nil if one can.
 func Takable(d *iommu.Device) error {
-	refused := &holder.RefusedError{What: "take " + d.Name}
+	why := holder.Reason{Kind: holder.Unsuitable, Device: d.Name}
+	cure := ""
 	switch d.Role() {
 	case iommu.RolePort:
-		refused.Reasons = []string{d.Name + " is a bridge, which no guest can have"}
+		why.Text = d.Name + " is a bridge, which no guest can have"
 	case iommu.RoleChild:
-		refused.Reasons = []string{fmt.Sprintf("%s is behind %s, whose driver makes its bus: a guest can "+
-			"only have all that is behind that", d.Name, d.Parent)}
-		refused.Cure = "name " + d.Parent.String() + " instead"
+		why.Text = fmt.Sprintf("%s is behind %s, whose driver makes its bus: a guest can only have all that is "+
+			"behind that", d.Name, d.Parent)
+		cure = "name " + d.Parent.String() + " instead"
 	default:
 		return nil
 	}
-	return refused
+	return holder.Because("take "+d.Name, why, cure)
 }
 
 // Verdict is what came of asking whether a unit may go where it is to go.
@@ -224,8 +225,10 @@ func (c *check) run(asked []*iommu.Device, holders []holder.Holder) {
 	}
 }
 
-func (c *check) add(format string, a ...any) {
-	c.refused.Reasons = append(c.refused.Reasons, fmt.Sprintf(format, a...))
+// add adds a reason about a device; cure is what the user can do, "" if nothing.
+func (c *check) add(kind holder.ReasonKind, device, cure, format string, a ...any) {
+	r := holder.Reason{Kind: kind, Device: device, Cure: cure, Text: fmt.Sprintf(format, a...)}
+	c.refused.Reasons = append(c.refused.Reasons, r)
 }
 
 // isVFOf tells the VFs of a PF.
@@ -238,21 +241,22 @@ func (c *check) canBeTaken(asked []*iommu.Device) {
 	for _, d := range c.unit {
 		switch {
 		case !d.PCI:
-			c.add("%s shares the group and is no PCI device", d.Name)
+			c.add(holder.Group, d.Name, "", "%s shares the group and is no PCI device", d.Name)
 		case d.Group == nil && c.topology.LateGroups() && d.Driver == "":
 			c.getsGroup(d)
 		case d.Group == nil && len(c.topology.Groups) == 0 && len(c.topology.Units) == 0:
-			c.add("%s is in no IOMMU group, because no IOMMU is active on this host", d.Name)
-			c.refused.Cure = iommu.TurnOn(c.b.host)
+			c.add(holder.IOMMU, d.Name, iommu.TurnOn(c.b.host),
+				"%s is in no IOMMU group, because no IOMMU is active on this host", d.Name)
 		case d.Group == nil:
-			c.add("%s is in no IOMMU group: the IOMMU does not cover it", d.Name)
+			c.add(holder.IOMMU, d.Name, "", "%s is in no IOMMU group: the IOMMU does not cover it", d.Name)
 		case d.SRIOV != nil && len(d.SRIOV.VFs) > 0 && slices.ContainsFunc(asked, isVFOf(d)):
-			c.add("%s is in the IOMMU group of its VFs, and VFIO takes no PF that has any", d.Name)
-			c.refused.Cure = fmt.Sprintf("nothing on the way to the card keeps its functions apart (ACS): viaduct "+
-				"show group=%d; another slot, or a setting of the firmware, may", *d.Group)
+			cure := fmt.Sprintf("nothing on the way to the card keeps its functions apart (ACS): viaduct show "+
+				"group=%d; another slot, or a setting of the firmware, may", *d.Group)
+			c.add(holder.Group, d.Name, cure, "%s is in the IOMMU group of its VFs, and VFIO takes no PF that has any",
+				d.Name)
 		case d.SRIOV != nil && len(d.SRIOV.VFs) > 0:
-			c.add("%s is a PF with %d VFs, and VFIO takes no such PF", d.Name, len(d.SRIOV.VFs))
-			c.refused.Cure = "viaduct vf destroy " + d.Name
+			c.add(holder.VFs, d.Name, "viaduct vf destroy "+d.Name,
+				"%s is a PF with %d VFs, and VFIO takes no such PF", d.Name, len(d.SRIOV.VFs))
 		}
 	}
 
@@ -261,11 +265,13 @@ func (c *check) canBeTaken(asked []*iommu.Device) {
 	}
 	if group, err := c.topology.Group(*c.unit[0].Group); err == nil {
 		if group.NoIOMMU {
-			c.add("group %d has no IOMMU in front of it: VFIO made it in its noiommu mode", group.ID)
+			c.add(holder.IOMMU, c.unit[0].Name, "",
+				"group %d has no IOMMU in front of it: VFIO made it in its noiommu mode", group.ID)
 		}
 		for _, m := range group.Blockers() {
 			if m.IsBridge() {
-				c.add("bridge %s of the group is on %s and so keeps the group from being viable", m.Name, m.Driver)
+				c.add(holder.Group, m.Name, "",
+					"bridge %s of the group is on %s and so keeps the group from being viable", m.Name, m.Driver)
 			}
 		}
 	}
@@ -277,11 +283,10 @@ func (c *check) getsGroup(d *iommu.Device) {
 	unsafe, err := vfio.NoIOMMU(c.b.host)
 	switch {
 	case err != nil:
-		c.add("whether VFIO's noiommu mode is on cannot be read: %v", err)
+		c.add(holder.Unseen, d.Name, "", "whether VFIO's noiommu mode is on cannot be read: %v", err)
 	case unsafe:
-		c.add("%s is in no IOMMU group yet, and VFIO's noiommu mode is on, in which the kernel may make one for it "+
-			"that no IOMMU is in front of", d.Name)
-		c.refused.Cure = "echo N > /" + vfio.NoIOMMUFile
+		c.add(holder.IOMMU, d.Name, "echo N > /"+vfio.NoIOMMUFile, "%s is in no IOMMU group yet, and VFIO's noiommu "+
+			"mode is on, in which the kernel may make one for it that no IOMMU is in front of", d.Name)
 	default:
 		c.verdict.Notes = append(c.verdict.Notes, fmt.Sprintf("%s is in no IOMMU group yet: the kernel makes its "+
 			"group when it is bound", d.Name))
@@ -340,8 +345,8 @@ func (c *check) users(holders []holder.Holder) {
 			continue
 		}
 
-		if reason := h.Against(c.force); reason != "" {
-			c.refused.Reasons, c.refused.Holders = append(c.refused.Reasons, reason), append(c.refused.Holders, h)
+		if reason := h.Against(c.force); reason != nil {
+			c.refused.Reasons = append(c.refused.Reasons, *reason)
 		} else {
 			c.verdict.Overridden = append(c.verdict.Overridden, h)
 		}
@@ -363,7 +368,7 @@ func (g Goal) reached(d *iommu.Device) bool {
 func (c *check) keepsVFs() {
 	for _, d := range c.unit {
 		if d.SRIOV != nil && len(d.SRIOV.VFs) > 0 && d.VFIO {
-			c.add("%s has %d VFs, which would go with its driver", d.Name, len(d.SRIOV.VFs))
+			c.add(holder.VFs, d.Name, "", "%s has %d VFs, which would go with its driver", d.Name, len(d.SRIOV.VFs))
 		}
 	}
 }
@@ -372,8 +377,7 @@ func (c *check) keepsVFs() {
 func (c *check) stuck() {
 	for _, r := range c.b.Stuck() {
 		if slices.ContainsFunc(c.unit, func(d *iommu.Device) bool { return d.PCI && d.Address == r.Device }) {
-			c.refused.Reasons = append(c.refused.Reasons, r.Err.Error())
-			c.refused.Causes = append(c.refused.Causes, r.Err)
+			c.refused.Reasons = append(c.refused.Reasons, r.reason())
 		}
 	}
 }

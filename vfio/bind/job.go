@@ -108,10 +108,13 @@ func (b *Handle) Move(ctx context.Context, g Goal, devices ...iommu.Address) ([]
 // Refused joins the errors of the units that are refused; they match [holder.ErrRefused]. It is nil if none is.
 func (j *Job) Refused() error { return Refusals(j.Units) }
 
-// Plan is what Run would do to all devices, also those of units that are refused. Nothing is changed.
+// Plan is what Run would do: nothing to the devices of units that are refused. Nothing is changed.
 func (j *Job) Plan() []Result {
 	var out []Result
 	for _, v := range j.Units {
+		if v.Refused != nil {
+			continue
+		}
 		for _, d := range v.Unit {
 			change, err := j.handle.Plan(d, j.goal)
 			out = append(out, Result{Change: change, Err: err})

@@ -60,14 +60,17 @@ func (b *Handle) Stuck() []Recovered {
 	return slices.DeleteFunc(b.Recovered(), func(r Recovered) bool { return r.Err == nil })
 }
 
+// reason is a change that could not be recovered as a reason to refuse another one.
+func (r *Recovered) reason() holder.Reason {
+	return holder.Reason{Kind: holder.Stuck, Device: r.Device.String(), Text: r.Err.Error(), Err: r.Err}
+}
+
 // StuckIn refuses devices of which one is stuck in a change of an earlier run, or could not be recovered: a
 // *holder.RefusedError that wraps why; nil if none is.
 func (b *Handle) StuckIn(devices ...iommu.Address) error {
 	for _, r := range b.Stuck() {
 		if slices.Contains(devices, r.Device) {
-			return &holder.RefusedError{
-				What: "change " + r.Device.String(), Reasons: []string{r.Err.Error()}, Causes: []error{r.Err},
-			}
+			return holder.Because("change "+r.Device.String(), r.reason(), "")
 		}
 	}
 	return nil

@@ -129,7 +129,7 @@ func TestReasons(t *testing.T) {
 			t.Fatal(err)
 		}
 		refused, ok := errors.AsType[*holder.RefusedError](verdicts[0].Refused)
-		if !ok || len(refused.Reasons) != 1 || !strings.Contains(refused.Reasons[0], says) {
+		if !ok || len(refused.Reasons) != 1 || !strings.Contains(refused.Reasons[0].Text, says) {
 			t.Errorf("%v, want %q", verdicts[0].Refused, says)
 		}
 	}
@@ -143,7 +143,7 @@ func TestReasons(t *testing.T) {
 		t.Fatal(err)
 	}
 	refused, ok := errors.AsType[*holder.RefusedError](verdicts[0].Refused)
-	if !ok || len(refused.Holders) != 1 || refused.Holders[0].Kind != holder.Route {
+	if !ok || len(refused.Holders()) != 1 || refused.Holders()[0].Kind != holder.Route {
 		t.Errorf("%+v", refused)
 	}
 	verdicts, err = b.Check([][]*iommu.Device{{card}}, []*iommu.Device{card}, Take(Auto), []holder.Kind{holder.Route})

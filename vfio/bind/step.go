@@ -35,3 +35,35 @@ func (s Step) String() string {
 	}
 	return "echo > " + shell.Quote("/"+s.Path)
 }
+
+// Action is one step of a plan as it is shown: a Step, or what is no write to a file, as a shell command.
+type Action struct {
+	Step
+	Command string
+}
+
+// String is the action as a shell command.
+func (a Action) String() string {
+	if a.Command != "" {
+		return a.Command
+	}
+	return a.Step.String()
+}
+
+// Actions are steps as they are shown.
+func Actions(steps []Step) []Action {
+	var out []Action
+	for _, s := range steps {
+		out = append(out, Action{Step: s})
+	}
+	return out
+}
+
+// Commands are actions as shell commands.
+func Commands(actions []Action) []string {
+	out := make([]string, 0, len(actions))
+	for _, a := range actions {
+		out = append(out, a.String())
+	}
+	return out
+}

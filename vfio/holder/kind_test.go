@@ -395,11 +395,13 @@ func TestKinds(t *testing.T) {
 				t.Errorf("%s %d: %+v", kind, i, all)
 				continue
 			}
-			if why := all[j].Against(nil); !strings.Contains(why, s.says) {
-				t.Errorf("%s %d: refused as %q", kind, i, why)
+			why := all[j].Against(nil)
+			if !strings.Contains(why.Text, s.says) || why.Kind != ReasonKind(kind) || why.Device != s.device ||
+				(why.Force == "") != s.root {
+				t.Errorf("%s %d: refused as %+v", kind, i, why)
 			}
-			if why := all[j].Against([]Kind{kind}); (why == "") == s.root {
-				t.Errorf("%s %d: overridden, it says %q", kind, i, why)
+			if why := all[j].Against([]Kind{kind}); (why == nil) == s.root {
+				t.Errorf("%s %d: overridden, it says %+v", kind, i, why)
 			}
 			others := slices.DeleteFunc(Kinds(), func(k Kind) bool { return k == kind })
 			if err := Refuse("take it", all[j:j+1], others, ""); !errors.Is(err, ErrRefused) {

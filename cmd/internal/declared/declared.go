@@ -81,8 +81,8 @@ type Item struct {
 	Optional bool
 	Device   *iommu.Device // nil if it is missing
 	State    State
-	Err      error    // why it is in this state, if it is not OK or Differs
-	Steps    []string // as shell commands, where they are some
+	Err      error // why it is in this state, if it is not OK or Differs
+	Steps    []bind.Action
 	Notes    []string // what the user should know
 	Waits    bool     // what it takes is done when the bond is there
 
@@ -333,7 +333,7 @@ func (m *Manager) planVFs(i *Item, wish []sriov.VFWish, leased map[iommu.Address
 	}
 
 	for _, s := range i.sets {
-		i.Steps = append(i.Steps, s.Commands()...)
+		i.Steps = append(i.Steps, s.Steps()...)
 	}
 	for _, vf := range vfs {
 		if with := m.topology.KeptWith(vf); with != nil && wish[vf.VFIndex].Use == sriov.UseVFIO {
@@ -359,9 +359,7 @@ func (m *Manager) planVFs(i *Item, wish []sriov.VFWish, leased map[iommu.Address
 		if err != nil {
 			return err
 		}
-		for _, s := range change.Steps {
-			i.Steps = append(i.Steps, s.String())
-		}
+		i.Steps = append(i.Steps, bind.Actions(change.Steps)...)
 	}
 	return nil
 }

@@ -420,7 +420,7 @@ func TestAfterBond(t *testing.T) {
 	m := newManager(t, k, Options{})
 	text := "pfs:\n  - select: " + pf + "\n    count: 2\n    eswitch: switchdev\n    after_bond: true\n    vfs:\n      - {range: 0, driver: vfio}\n      - {range: 1, driver: home}\n"
 	early := plan(t, m, text)[0]
-	if got, want := strings.Join(early.Steps, "\n"), strings.ReplaceAll(`ip link set dev enp1s0 addrgenmode none
+	if got, want := strings.Join(bind.Commands(early.Steps), "\n"), strings.ReplaceAll(`ip link set dev enp1s0 addrgenmode none
 ip link set dev enp1s0 up
 ip link set dev enp1s0 addrgenmode eui64
 echo 0 > /DIR/sriov_drivers_autoprobe
@@ -443,7 +443,7 @@ echo 1 > /DIR/sriov_drivers_autoprobe`, "DIR", pfDir); got != want || !early.Wai
 	}
 	m.options.Late = true
 	late := plan(t, m, text)[0]
-	if got, want := strings.Join(late.Steps, "\n"), `echo vfio-pci > /sys/bus/pci/devices/0000:01:10.0/driver_override
+	if got, want := strings.Join(bind.Commands(late.Steps), "\n"), `echo vfio-pci > /sys/bus/pci/devices/0000:01:10.0/driver_override
 echo 0000:01:10.0 > /sys/bus/pci/drivers_probe
 echo > /sys/bus/pci/devices/0000:01:10.2/driver_override
 echo 0000:01:10.2 > /sys/bus/pci/drivers_probe`; got != want || late.Waits {

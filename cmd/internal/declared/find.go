@@ -86,28 +86,33 @@ func (m *Manager) guard(s *hostfile.Host) (*guard, error) {
 // declared refuses a PF that is protected by name. What only carried the host may have VFs: that is the normal case.
 func (g *guard) declared(d *iommu.Device) error {
 	if g.never[d.Name] {
-		return &holder.RefusedError{What: "change " + d.Name, Reasons: []string{g.names[d.Name]}}
+		why := holder.Reason{Kind: holder.Protected, Device: d.Name, Text: g.names[d.Name]}
+		return holder.Because("change "+d.Name, why, "")
 	}
 	return nil
 }
 
 // take refuses to take devices that are protected.
 func (g *guard) take(unit []*iommu.Device) error {
-	var reasons []string
+	refused := &holder.RefusedError{What: "take " + unit[0].Name}
 	for _, d := range unit {
+		add := func(text string) {
+			why := holder.Reason{Kind: holder.Protected, Device: d.Name, Text: text}
+			refused.Reasons = append(refused.Reasons, why)
+		}
 		if why := g.names[d.Name]; why != "" {
-			reasons = append(reasons, d.Name+": "+why)
+			add(d.Name + ": " + why)
 		} else if base := d.Class >> 16; g.manager.options.Boot && len(g.unseen) > 0 && d.Driver == "" &&
 			(base == 0x01 || base == 0x02) {
-			reasons = append(reasons, fmt.Sprintf("%s has no driver yet, and nothing is known as %s, which protect "+
-				"names: it may be that", d.Name, strings.Join(g.unseen, " or ")))
+			add(fmt.Sprintf("%s has no driver yet, and nothing is known as %s, which protect names: it may be that",
+				d.Name, strings.Join(g.unseen, " or ")))
 		} else if g.manager.options.Boot && !g.any && d.PhysFn == nil && d.Class>>16 == 0x02 && !d.VFIO {
-			reasons = append(reasons, d.Name+" is a NIC, and nothing says which NICs this host needs: run viaduct "+
-				"apply once while it is up, or name some in protect")
+			add(d.Name + " is a NIC, and nothing says which NICs this host needs: run viaduct apply once while it is " +
+				"up, or name some in protect")
 		}
 	}
-	if len(reasons) == 0 {
+	if len(refused.Reasons) == 0 {
 		return nil
 	}
-	return &holder.RefusedError{What: "take " + unit[0].Name, Reasons: reasons}
+	return refused
 }

@@ -23,7 +23,8 @@ func Trusted(program string) error {
 		What: "install " + program, Cure: "put it where root alone can write, as /usr/local/sbin",
 	}
 	reason := func(format string, a ...any) {
-		refused.Reasons = append(refused.Reasons, fmt.Sprintf(format, a...))
+		why := holder.Reason{Kind: holder.Program, Text: fmt.Sprintf(format, a...)}
+		refused.Reasons = append(refused.Reasons, why)
 	}
 	for _, file := range []string{real, program} {
 		for {

@@ -121,11 +121,8 @@ func (m *Manager) reserve(ctx context.Context, r *Request, units [][]*iommu.Devi
 	if i := slices.IndexFunc(all, func(l *Lease) bool { return l.Guest == r.Guest }); i >= 0 {
 		l := all[i]
 		if why := l.differs(r); why != "" {
-			return nil, false, &holder.RefusedError{
-				What:    "assign to " + r.Guest,
-				Reasons: []string{fmt.Sprintf("it has a lease already, %s", why)},
-				Cure:    "viaduct release " + shell.Quote(r.Guest),
-			}
+			reason := holder.Reason{Kind: holder.Guest, Text: "it has a lease already, " + why}
+			return nil, false, holder.Because("assign to "+r.Guest, reason, "viaduct release "+shell.Quote(r.Guest))
 		}
 		l.renew(m, r)
 		return l, false, m.Book.putLocked(l)
@@ -152,10 +149,10 @@ func (m *Manager) reserve(ctx context.Context, r *Request, units [][]*iommu.Devi
 	l.renew(m, r)
 	for _, d := range devices {
 		if d.PhysFn == nil && len(r.Settings) > 0 {
-			return nil, false, &holder.RefusedError{
-				What:    "assign " + d.Name,
-				Reasons: []string{"it is no VF, and has no " + r.Settings.Text()},
+			why := holder.Reason{
+				Kind: holder.Unsuitable, Device: d.Name, Text: "it is no VF, and has no " + r.Settings.Text(),
 			}
+			return nil, false, holder.Because("assign "+d.Name, why, "")
 		}
 		l.Devices = append(l.Devices, m.describe(d, r.Settings))
 	}

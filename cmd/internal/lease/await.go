@@ -37,11 +37,11 @@ func (m *Manager) awaitGone(ctx context.Context, l *Lease, devices []*iommu.Devi
 			if wait > 0 {
 				cure = fmt.Sprintf("end the guest first; it was waited for, for %s", wait)
 			}
-			var reasons []string
+			refused := &holder.RefusedError{What: "release " + l.Guest, Cure: cure}
 			for _, h := range holders {
-				reasons = append(reasons, h.String())
+				refused.Reasons = append(refused.Reasons, *h.Reason())
 			}
-			return &holder.RefusedError{What: "release " + l.Guest, Reasons: reasons, Cure: cure}
+			return refused
 		}
 
 		// A holder may also let go of a device and live on.

@@ -97,9 +97,9 @@ func (m *Manager) source(from string) ([][]*iommu.Device, error) {
 				devices = append(devices, vfs...)
 			}
 		case d.SRIOV != nil && d.SRIOV.Total > 0:
-			err = &holder.RefusedError{What: "draw from " + d.Name, Reasons: []string{d.Name + " is a PF without VFs"},
-				Cure: fmt.Sprintf("viaduct vf create %s N; or, to assign the PF itself, viaduct bind %s first", d.Name,
-					d.Name)}
+			why := holder.Reason{Kind: holder.VFs, Device: d.Name, Text: d.Name + " is a PF without VFs"}
+			err = holder.Because("draw from "+d.Name, why,
+				fmt.Sprintf("viaduct vf create %s N; or, to assign the PF itself, viaduct bind %s first", d.Name, d.Name))
 		case d.Blocks() && len(found) > 1:
 			err = errors.New(
 				"all that " + from + " names are on drivers of the host: one that is to be taken from it has to be " +
@@ -123,18 +123,20 @@ func (m *Manager) whole(devices []*iommu.Device) ([][]*iommu.Device, error) {
 		return nil, err
 	}
 	var out [][]*iommu.Device
-	var reasons []string
+	refused := &holder.RefusedError{What: "assign it"}
 	for _, unit := range units {
 		i := slices.IndexFunc(unit, func(d *iommu.Device) bool { return !d.PCI })
 		if i < 0 {
 			out = append(out, unit)
 		} else {
-			reasons = append(reasons, fmt.Sprintf("%s, in IOMMU group %d, is no PCI device", unit[i].Name,
-				*unit[i].Group))
+			refused.Reasons = append(refused.Reasons, holder.Reason{
+				Kind: holder.Group, Device: unit[i].Name,
+				Text: fmt.Sprintf("%s, in IOMMU group %d, is no PCI device", unit[i].Name, *unit[i].Group),
+			})
 		}
 	}
-	if len(out) == 0 && len(reasons) > 0 {
-		return nil, &holder.RefusedError{What: "assign it", Reasons: reasons}
+	if len(out) == 0 && len(refused.Reasons) > 0 {
+		return nil, refused
 	}
 	return out, nil
 }
@@ -142,16 +144,18 @@ func (m *Manager) whole(devices []*iommu.Device) ([][]*iommu.Device, error) {
 // separate are those VFs that a guest can have: nothing else in their IOMMU groups is kept by the host.
 func (m *Manager) separate(vfs []*iommu.Device) ([]*iommu.Device, error) {
 	var out []*iommu.Device
-	var reasons []string
+	refused := &holder.RefusedError{What: "assign a VF"}
 	for _, vf := range vfs {
 		if with := m.Topology.KeptWith(vf); with != nil {
-			reasons = append(reasons, declared.Kept(vf, with))
+			refused.Reasons = append(refused.Reasons, holder.Reason{
+				Kind: holder.Group, Device: vf.Name, Text: declared.Kept(vf, with),
+			})
 		} else {
 			out = append(out, vf)
 		}
 	}
-	if len(out) == 0 && len(reasons) > 0 {
-		return nil, &holder.RefusedError{What: "assign a VF", Reasons: reasons}
+	if len(out) == 0 && len(refused.Reasons) > 0 {
+		return nil, refused
 	}
 	return out, nil
 }

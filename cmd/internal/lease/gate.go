@@ -26,7 +26,7 @@ func (m *Manager) mayRun(r *Request) error {
 		return err
 	}
 	if why := m.busy(l); why != "" {
-		return &holder.RefusedError{What: "run " + r.Guest, Reasons: []string{why}}
+		return holder.Because("run "+r.Guest, holder.Reason{Kind: holder.Guest, Text: why}, "")
 	}
 	return nil
 }
@@ -95,11 +95,8 @@ func (m *Manager) clean(l *Lease, devices []*iommu.Device) error {
 	}
 	for _, d := range devices {
 		if why := quarantine.Why(m.host, d); why != "" {
-			return &holder.RefusedError{
-				What:    "give " + d.Name + " to " + l.Guest,
-				Reasons: []string{"it is in quarantine: " + why},
-				Cure:    "viaduct release --quarantined " + d.Name,
-			}
+			reason := holder.Reason{Kind: holder.Quarantined, Device: d.Name, Text: "it is in quarantine: " + why}
+			return holder.Because("give "+d.Name+" to "+l.Guest, reason, "viaduct release --quarantined "+d.Name)
 		}
 	}
 	return nil

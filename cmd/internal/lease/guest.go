@@ -3,7 +3,6 @@ package lease
 import (
 	"fmt"
 	"runtime"
-	"strconv"
 	"strings"
 
 	"viaduct/cmd/internal/guest"
@@ -54,12 +53,12 @@ func (m *Manager) fits(l *Lease, devices []*iommu.Device, r *Request) (notes []s
 			if !r.Moves && len(overlaps(r.Memory, true, regions)) == 0 {
 				cure = "give it less than 1010G of memory, or use QEMU with a CPU of AMD's, which puts memory elsewhere"
 			}
-			return nil, &holder.RefusedError{What: "assign " + d.Name + " to " + l.Guest, Cure: cure,
-				Reasons: []string{
-					"the guest's memory would lie where group " + strconv.Itoa(
-						group,
-					) + " cannot have any: " + strings.Join(bad, ", "),
-				}}
+			why := holder.Reason{
+				Kind: holder.Memory, Device: d.Name,
+				Text: fmt.Sprintf("the guest's memory would lie where group %d cannot have any: %s", group,
+					strings.Join(bad, ", ")),
+			}
+			return nil, holder.Because("assign "+d.Name+" to "+l.Guest, why, cure)
 		}
 	}
 
@@ -70,31 +69,19 @@ func (m *Manager) fits(l *Lease, devices []*iommu.Device, r *Request) (notes []s
 	for _, pid := range pids {
 		limit, may := guest.LockLimit(m.host, pid)
 		if !may && limit < r.Memory {
-			return nil, &holder.RefusedError{
-				What: "assign to " + l.Guest,
-				Cure: "raise LimitMEMLOCK= of the unit, or ulimit -l, to infinity",
-				Reasons: []string{
-					fmt.Sprintf(
-						"process %d may lock %d MiB of memory, and the guest has %d MiB, all of which VFIO locks",
-						pid,
-						limit>>20,
-						r.Memory>>20,
-					),
-				},
+			why := holder.Reason{
+				Kind: holder.Memlock,
+				Text: fmt.Sprintf("process %d may lock %d MiB of memory, and the guest has %d MiB, all of which VFIO "+
+					"locks", pid, limit>>20, r.Memory>>20),
 			}
+			return nil, holder.Because("assign to "+l.Guest, why,
+				"raise LimitMEMLOCK= of the unit, or ulimit -l, to infinity")
 		}
 	}
 
 	if len(pids) == 0 && r.NodeOwner != "" {
-		notes = append(
-			notes,
-			fmt.Sprintf(
-				"the VMM of %s has to be allowed to lock all of the guest's memory, %d MiB and some more (ulimit -l, "+
-					"LimitMEMLOCK=)",
-				r.NodeOwner,
-				r.Memory>>20,
-			),
-		)
+		notes = append(notes, fmt.Sprintf("the VMM of %s has to be allowed to lock all of the guest's memory, %d MiB "+
+			"and some more (ulimit -l, LimitMEMLOCK=)", r.NodeOwner, r.Memory>>20))
 	}
 	return notes, nil
 }

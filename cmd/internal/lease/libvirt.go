@@ -198,7 +198,11 @@ func (m *Manager) match(d *Domain) (*Lease, error) {
 		l = all[i]
 	}
 	if wrong := d.mismatch(l, all, quarantined); len(wrong) > 0 {
-		return nil, &holder.RefusedError{What: "start " + d.Name, Reasons: wrong}
+		refused := &holder.RefusedError{What: "start " + d.Name}
+		for _, text := range wrong {
+			refused.Reasons = append(refused.Reasons, holder.Reason{Kind: holder.Guest, Text: text})
+		}
+		return nil, refused
 	}
 	return l, nil
 }
@@ -220,17 +224,8 @@ func (m *Manager) claim(ctx context.Context, d *Domain) error {
 			if slices.ContainsFunc(vfs, func(vf *iommu.Device) bool { return vf.Address == x.Address }) &&
 				(l == nil || !l.Has(x.Address)) {
 				if x.Managed {
-					return &holder.RefusedError{
-						What: "start " + d.Name,
-						Reasons: []string{
-							fmt.Sprintf(
-								"%s is of pool %q and has managed='yes', with which libvirt changes its driver: it "+
-									"has to be managed='no'",
-								x.Address,
-								pool,
-							),
-						},
-					}
+					return d.refuse(x.Address, "%s is of pool %q and has managed='yes', with which libvirt changes "+
+						"its driver: it has to be managed='no'", x.Address, pool)
 				}
 				r.exactly, r.From = append(r.exactly, x.Address), pool
 			}
@@ -241,20 +236,17 @@ func (m *Manager) claim(ctx context.Context, d *Domain) error {
 		return nil
 	}
 	if l != nil {
-		return &holder.RefusedError{
-			What: "start " + d.Name,
-			Reasons: []string{
-				fmt.Sprintf(
-					"%s is of pool %q, and what is assigned to it is not all it has: it has either a lease or what "+
-						"networks give it",
-					r.exactly[0],
-					r.From,
-				),
-			},
-		}
+		return d.refuse(r.exactly[0], "%s is of pool %q, and what is assigned to it is not all it has: it has either a "+
+			"lease or what networks give it", r.exactly[0], r.From)
 	}
 	_, _, _, err = m.Assign(ctx, r)
 	return err
+}
+
+// refuse refuses to start a domain for one of its devices.
+func (d *Domain) refuse(device iommu.Address, format string, a ...any) error {
+	why := holder.Reason{Kind: holder.Guest, Device: device.String(), Text: fmt.Sprintf(format, a...)}
+	return holder.Because("start "+d.Name, why, "")
 }
 
 // stopped scrubs what a domain had, whose VMM has ended. A lease that outlives the boot waits for its next start.

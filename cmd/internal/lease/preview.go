@@ -9,8 +9,8 @@ import (
 	"viaduct/vfio/holder"
 )
 
-// Preview is what Assign would do, as shell commands.
-func (m *Manager) Preview(r *Request) ([]string, error) {
+// Preview is what Assign would do, with comments among the commands.
+func (m *Manager) Preview(r *Request) ([]bind.Action, error) {
 	all, err := m.all()
 	if err != nil {
 		return nil, err
@@ -46,34 +46,33 @@ func (m *Manager) Preview(r *Request) ([]string, error) {
 	if _, err := m.fits(&Lease{LeaseHead: holder.LeaseHead{Guest: r.Guest}}, devices, r); err != nil {
 		return nil, err
 	}
-	var out []string
+	var out []bind.Action
+	comment := func(text string) { out = append(out, bind.Action{Command: "# " + text}) }
 	for _, d := range m.touched(devices, false) {
 		if d.PhysFn != nil && len(r.Settings) > 0 && m.host.Live() {
 			plan, err := m.planSet(d, r.Settings)
 			if err != nil {
 				return nil, err
 			}
-			out = append(out, plan.Commands()...)
+			out = append(out, plan.Steps()...)
 		}
 
 		change, err := m.handle.Plan(d, bind.Take(bind.Auto))
 		if err != nil {
 			return nil, err
 		}
-		for _, s := range change.Steps {
-			out = append(out, s.String())
-		}
+		out = append(out, bind.Actions(change.Steps)...)
 		if slices.Contains(devices, d) {
 			reset, err := iommu.ResetOf(m.host, m.Topology, d)
 			if err != nil {
 				return nil, err
 			}
-			out = append(out, "# "+d.Name+" is reset afterwards "+reset.String())
+			comment(d.Name + " is reset afterwards " + reset.String())
 		}
 		if d.Role() == iommu.RoleCompanion {
-			out = append(out, "# "+d.Name+" is only kept off the host's drivers, and is not the guest's")
+			comment(d.Name + " is only kept off the host's drivers, and is not the guest's")
 		} else if len(change.Steps) == 0 {
-			out = append(out, "# "+d.Name+" is on "+d.Driver+" already")
+			comment(d.Name + " is on " + d.Driver + " already")
 		}
 	}
 	return out, nil

@@ -114,11 +114,7 @@ func (m *Manager) hold(ctx context.Context, what string, devices []*iommu.Device
 		}
 		left := time.Until(end)
 		if left <= 0 || ctx.Err() != nil {
-			return nil, &holder.RefusedError{
-				What: what, Causes: []error{err}, Cure: "end whoever has it first: a guest, or what a guest has " +
-					"left behind",
-				Reasons: []string{"somebody whom /proc does not show has it open: " + err.Error()},
-			}
+			return nil, hidden(what, "it", err, "end whoever has it first: a guest, or what a guest has left behind")
 		}
 
 		// The kernel tells nobody of it.
@@ -127,6 +123,15 @@ func (m *Manager) hold(ctx context.Context, what string, devices []*iommu.Device
 		case <-time.After(min(left, 100*time.Millisecond)):
 		}
 	}
+}
+
+// hidden refuses what somebody has open whom only the kernel knows.
+func hidden(what, open string, err error, cure string) error {
+	why := holder.Reason{
+		Kind: holder.ReasonKind(holder.Process), Err: err,
+		Text: "somebody whom /proc does not show has " + open + " open: " + err.Error(),
+	}
+	return holder.Because(what, why, cure)
 }
 
 // letGo takes a device off its VFIO driver and gives it back, which ends only when nobody has its own node open. What
@@ -139,10 +144,7 @@ func (m *Manager) letGo(what string, d *iommu.Device) error {
 	off := bind.Step{Path: path.Join("sys/bus/pci/drivers", driver, "unbind"), Value: d.Name}
 	err := m.handle.Write(d.Address, []bind.Step{off, backTo(driver, d.Address)})
 	if bind.IsStuck(err) {
-		return &holder.RefusedError{
-			What: what, Causes: []error{err}, Cure: "end whoever has it, and do this again",
-			Reasons: []string{"somebody whom /proc does not show has its node open: " + err.Error()},
-		}
+		return hidden(what, "its node", err, "end whoever has it, and do this again")
 	}
 
 	now, readErr := iommu.ReadDriver(m.host, d.Address)

@@ -124,10 +124,9 @@ func (m *Manager) resettable(l *Lease, units [][]*iommu.Device) error {
 				return err
 			}
 			if why := how.Problem(has); why != "" {
-				refused := &holder.RefusedError{
-					What: "assign " + d.Name + " to " + l.Guest, Reasons: []string{why},
-					Cure: "with --no-reset it is assigned, and the next one finds what this guest leaves in it",
-				}
+				refused := holder.Because("assign "+d.Name+" to "+l.Guest,
+					holder.Reason{Kind: holder.Reset, Device: d.Name, Text: why},
+					"with --no-reset it is assigned, and the next one finds what this guest leaves in it")
 				return &inUseError{error: refused, devices: unit}
 			}
 		}

@@ -352,10 +352,11 @@ func (v *verification) reset(d *vfio.Device) error {
 func (v *verification) inUse(ways []vfio.Way) error {
 	for _, way := range ways {
 		if w := v.report.Ways[way]; errors.Is(w.err, vfio.ErrInUse) {
-			return &holder.RefusedError{
-				What: "open " + v.device.Name, Reasons: []string{oneLine(w.err)}, Causes: []error{w.err},
-				Cure: "verify it when nobody has it; the kernel does not say who does",
+			why := holder.Reason{
+				Kind: holder.ReasonKind(holder.Process), Device: v.device.Name, Text: oneLine(w.err), Err: w.err,
 			}
+			return holder.Because("open "+v.device.Name, why,
+				"verify it when nobody has it; the kernel does not say who does")
 		}
 	}
 	return nil

@@ -45,7 +45,7 @@ func run(device, host string) error {
 	if err != nil {
 		return err
 	}
-	for _, line := range append(plan.Steps(), plan.Notes...) {
+	for _, line := range append(bind.Commands(plan.Steps()), plan.Notes...) {
 		fmt.Println(line)
 	}
 	_, err = s.Make(context.Background(), pf, sriov.Wish{})

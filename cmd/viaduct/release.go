@@ -9,6 +9,8 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"viaduct/cmd/internal/lease"
+	"viaduct/iommu"
+	"viaduct/sriov"
 	"viaduct/vfio/bind"
 )
 
@@ -87,10 +89,11 @@ func runRelease(ctx context.Context, e *env, timeout time.Duration, do func(cont
 		if len(certificates) == 0 && isRefused(err) {
 			return err
 		}
-		if certificates == nil {
-			certificates = []lease.Certificate{}
+		views := []certificateView{}
+		for i := range certificates {
+			views = append(views, viewCertificate(&certificates[i]))
 		}
-		return mixed(errors.Join(err, writeJSON(e.stdout, certificates)), len(certificates) > 0)
+		return mixed(errors.Join(err, writeJSON(e.stdout, views)), len(views) > 0)
 	}
 	for _, c := range certificates {
 		switch c.Result {
@@ -106,4 +109,41 @@ func runRelease(ctx context.Context, e *env, timeout time.Duration, do func(cont
 		}
 	}
 	return mixed(err, len(certificates) > 0)
+}
+
+// certificateView is what release --json prints of each device.
+type certificateView struct {
+	Guest    string         `json:"guest"`
+	Address  iommu.Address  `json:"address"`
+	ID       idView         `json:"id"`
+	Place    *string        `json:"place"`
+	Time     time.Time      `json:"time"`
+	Result   lease.Result   `json:"result"`
+	Why      *string        `json:"why"`
+	Reset    *string        `json:"reset"`
+	Found    sriov.Settings `json:"found"`
+	Settings sriov.Settings `json:"settings"`
+	Driver   *string        `json:"driver"`
+	Note     *string        `json:"note"`
+}
+
+// idView is what a device says it is, in hexadecimal digits.
+type idView struct {
+	Vendor    *string `json:"vendor"`
+	Device    *string `json:"device"`
+	Subvendor *string `json:"subvendor"`
+	Subdevice *string `json:"subdevice"`
+	Class     *string `json:"class"`
+}
+
+func viewCertificate(c *lease.Certificate) certificateView {
+	id := idView{
+		hex(4, uint32(c.ID.Vendor)), hex(4, uint32(c.ID.Device)),
+		hex(4, uint32(c.ID.Subvendor)), hex(4, uint32(c.ID.Subdevice)), hex(6, c.ID.Class),
+	}
+	return certificateView{
+		Guest: c.Guest, Address: c.Address, ID: id, Place: known(c.Place), Time: c.Time, Result: c.Result,
+		Why: known(c.Why), Reset: known(c.Reset), Found: c.Found, Settings: c.Settings, Driver: known(c.Driver),
+		Note: known(c.Note),
+	}
 }

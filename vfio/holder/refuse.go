@@ -129,10 +129,10 @@ func (h Holder) Reason() *Reason {
 	return &Reason{Kind: ReasonKind(h.Kind), Device: h.Device, Text: h.String(), Holder: &h}
 }
 
-// Reasons are the reasons of all refusals in an error's tree, each with what the user can do about it. What could not be
-// looked at ([ErrBlind]) is a reason, too.
+// Reasons are the reasons of all refusals in an error's tree, each with what the user can do about it. What could not
+// be looked at ([ErrBlind]) is a reason, too.
 func Reasons(err error) []Reason {
-	switch e := err.(type) {
+	switch e := err.(type) { //nolint:errorlint // it walks the tree itself
 	case nil:
 		return nil
 	case *RefusedError:

@@ -130,7 +130,8 @@ func (m *Manager) planUnit(i *Item, guard *guard) {
 	if m.host.Live() && i.owner != nil && len(i.Steps) == 0 {
 		for _, d := range i.unit {
 			if nodes, _ := vfio.Nodes(m.host, d); d.VFIO && !i.owner.Keeps(m.host, d) {
-				i.Steps = append(i.Steps, bind.Action{Command: "chown " + i.owner.Text + " " + strings.Join(nodes, " ")})
+				chown := "chown " + i.owner.Text + " " + strings.Join(nodes, " ")
+				i.Steps = append(i.Steps, bind.Action{Command: chown})
 			}
 		}
 	}

@@ -99,7 +99,7 @@ func (m *Manager) source(from string) ([][]*iommu.Device, error) {
 		case d.SRIOV != nil && d.SRIOV.Total > 0:
 			why := holder.Reason{Kind: holder.VFs, Device: d.Name, Text: d.Name + " is a PF without VFs"}
 			err = holder.Because("draw from "+d.Name, why,
-				fmt.Sprintf("viaduct vf create %s N; or, to assign the PF itself, viaduct bind %s first", d.Name, d.Name))
+				"viaduct vf create "+d.Name+" N; or, to assign the PF itself, viaduct bind "+d.Name+" first")
 		case d.Blocks() && len(found) > 1:
 			err = errors.New(
 				"all that " + from + " names are on drivers of the host: one that is to be taken from it has to be " +

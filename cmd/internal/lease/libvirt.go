@@ -236,8 +236,8 @@ func (m *Manager) claim(ctx context.Context, d *Domain) error {
 		return nil
 	}
 	if l != nil {
-		return d.refuse(r.exactly[0], "%s is of pool %q, and what is assigned to it is not all it has: it has either a "+
-			"lease or what networks give it", r.exactly[0], r.From)
+		return d.refuse(r.exactly[0], "%s is of pool %q, and what is assigned to it is not all it has: it has either "+
+			"a lease or what networks give it", r.exactly[0], r.From)
 	}
 	_, _, _, err = m.Assign(ctx, r)
 	return err

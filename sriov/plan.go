@@ -269,6 +269,10 @@ func (p *Plan) planPF(h *iommu.Host, wish Wish) (err error) {
 		if err != nil {
 			return err
 		}
+		if now == nil && wish.Eswitch == (Eswitch{Mode: legacy}) {
+			// Which is all that it has.
+			break
+		}
 		if now == nil {
 			return fmt.Errorf("%s (driver %q) has no e-switch that devlink knows of", p.PF.Name, p.PF.Driver)
 		}

@@ -422,14 +422,14 @@ func adoptCommand(e *env) *cli.Command {
 			"Examples:\n  viaduct adopt\n  viaduct adopt -o /etc/viaduct/host.yaml\n  viaduct adopt --import driverctl",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "output", Aliases: []string{"o"}, Usage: "write `FILE`, which must not be there yet, instead of standard output", Destination: &file, TakesFile: true},
-			&cli.StringFlag{Name: "import", Usage: "what the files of this tool declare, instead of the host as it is: `" + strings.Join(declared.Sources, "|") + "`", Destination: &source},
+			&cli.StringFlag{Name: "import", Usage: "what the files of this tool declare, instead of the host as it is: `" + strings.Join(declared.Sources(), "|") + "`", Destination: &source},
 		},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
 				return usagef("adopt takes no arguments: it describes the whole host")
 			}
-			if c.IsSet("import") && !slices.Contains(declared.Sources, source) {
-				return usagef("adopt: --import is %s, not %q", strings.Join(declared.Sources, " or "), source)
+			if c.IsSet("import") && !slices.Contains(declared.Sources(), source) {
+				return usagef("adopt: --import is %s, not %q", strings.Join(declared.Sources(), " or "), source)
 			}
 			return runAdopt(e, file, source)
 		},

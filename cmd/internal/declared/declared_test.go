@@ -539,7 +539,7 @@ func TestImport(t *testing.T) {
 		"netplan": {"pfs:\n  - select: \"mac=52:54:00:aa:00:01\"\n    count: 2\n    vfs:\n      - driver: home\n" +
 			"  - select: enp9s0\n    count: 4\n    eswitch: switchdev\n    after_bond: true\n    vfs:\n      - driver: home\n", "VLAN v"},
 		"systemd": {"pfs:\n  - select: \"mac=52:54:00:aa:00:02\"\n    count: 3\n    vfs:\n      - range: 0\n        driver: home\n        mac: \"52:54:00:bb:00:00\"\n        vlan: 7\n        trust: on\n        link: auto\n" +
-			"      - range: 1\n        driver: home\n        spoofchk: off\n", "Future="},
+			"      - range: 1\n        driver: home\n        spoofchk: off\n      - range: 2\n        driver: home\n", "Future="},
 	} {
 		s, notes, err := m.Import(source)
 		if err != nil {

@@ -138,6 +138,9 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 		e.note("now make the initramfs anew: %s", generator.Rebuild())
 	}
 
+	if why := install.Confined("/", o.Program); o.Libvirt && why != "" {
+		e.note("%s", why)
+	}
 	if slices.Contains(changed, install.LibvirtHook) {
 		e.note(
 			"libvirt looks for hooks when it starts: systemctl restart libvirtd (or virtqemud); running domains are not touched",
@@ -153,7 +156,7 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 			o.Program)
 		return nil
 	}
-	start := []string{}
+	start := []string{install.HotplugPath}
 	if o.Watch {
 		start = append(start, "viaduct-watch.service")
 	} else if watched {
@@ -180,6 +183,8 @@ func uninstallCommand(e *env) *cli.Command {
 				if err := systemctl(c.Context, "stop", "viaduct-watch.service"); err != nil && install.Watches() {
 					return err
 				}
+				// What was never installed cannot be stopped, and what is left of it looks for a mark that nobody makes.
+				_ = systemctl(c.Context, "stop", install.HotplugPath)
 			}
 
 			changed, err := install.Remove("/")

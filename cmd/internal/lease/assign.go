@@ -237,7 +237,7 @@ func (m *Manager) finish(ctx context.Context, l *Lease, r *Request) (notes []str
 		l.Ready = true
 		l.began(m.host)
 	}
-	return notes, m.Book.put(l)
+	return notes, m.put(l)
 }
 
 // lockUnits locks what work on a lease touches, and returns its units as they are then: none is in quarantine, none

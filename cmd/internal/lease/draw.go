@@ -203,6 +203,10 @@ func (m *Manager) free(all []*Lease, r *Request, units [][]*iommu.Device,
 	if len(out) < r.Count {
 		return nil, e
 	}
+	if slices.Contains(declared.Pools(m.declaration), r.From) {
+		// libvirt draws from the head of the network that a pool may be made into, whoever has that.
+		slices.Reverse(out)
+	}
 	rank := func(unit []*iommu.Device) int {
 		d, n := handed([][]*iommu.Device{unit})[0], 0
 		if r.NUMA != nil && (d.NUMANode == nil || *d.NUMANode != *r.NUMA) {

@@ -45,7 +45,7 @@ type Lease struct {
 	Foreign bool `json:"foreign,omitempty"`  // its VMM takes it to a driver of its own, as Xen's
 
 	force bool         // a reset that fails is no reason to keep it
-	save  func() error // writes down that its devices are clean; nil: the books do
+	save  func() error // writes it down, as it is part of something else; nil: the books do
 
 	Ready   bool        `json:"ready"`            // its devices are configured and taken
 	Ending  bool        `json:"ending,omitempty"` // its release has begun

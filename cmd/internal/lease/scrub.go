@@ -112,6 +112,10 @@ func (m *Manager) certify(l *Lease, s *scrubbing) (failed, unwritten error) {
 		}
 		failed = fmt.Errorf("%s could not be scrubbed, and is in quarantine: %w", s.d.Name, s.err)
 		unwritten = m.Book.State.Put(quarantineKey(s.c.Place), q)
+		if pool := m.poolOf(s.d.Address); pool != "" {
+			s.c.note("a libvirt network that was made of pool %s has to be made anew without it: viaduct pool %s "+
+				"--format libvirt-network", pool, pool)
+		}
 	}
 	if s.d != nil {
 		failed = errors.Join(failed, m.Book.Run.Put(scrubbed+s.d.Name, s.c))
@@ -142,13 +146,10 @@ func (m *Manager) saveClean(l *Lease, all []*scrubbing, done resetting) error {
 			s.dev.Clean, changed = true, true
 		}
 	}
-	switch {
-	case !changed:
+	if !changed {
 		return nil
-	case l.save != nil:
-		return l.save()
 	}
-	return m.Book.put(l)
+	return m.put(l)
 }
 
 // clear resets a device.

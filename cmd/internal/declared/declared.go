@@ -26,9 +26,15 @@ type Options struct {
 	Accept bool          // what changed since is as it is to be
 	Late   bool          // also what waits for a bond
 
-	// Leased tells the settings that guests' VFs have instead of what is declared; the drivers of all that is in it are
-	// left alone. It is asked anew for each plan. nil: there are no guests.
-	Leased func() map[iommu.Address]sriov.Settings
+	// Leased tells what guests' devices have instead of what is declared; the drivers of all that is in it are left
+	// alone. It is asked anew for each plan. nil: there are no guests.
+	Leased func() map[iommu.Address]Guest
+}
+
+// Guest is what a guest's device has instead of what is declared.
+type Guest struct {
+	Settings  sriov.Settings // of a VF
+	OwnDriver bool           // its VMM has it on a driver of its own, as Xen's pciback, and no VFIO driver is to take it
 }
 
 // Manager is what the declared host is planned and applied with. It changes nothing that its Handle has not locked.
@@ -216,7 +222,7 @@ func (m *Manager) found(i *Item, match hostfile.Match, find func(hostfile.Match)
 	return true
 }
 
-func (m *Manager) planPF(pf *hostfile.PF, guard *guard, leased map[iommu.Address]sriov.Settings) *Item {
+func (m *Manager) planPF(pf *hostfile.PF, guard *guard, leased map[iommu.Address]Guest) *Item {
 	i := &Item{Name: pf.Select.String(), At: pf.At, Optional: pf.Optional, State: OK, pf: pf}
 	if !m.found(i, pf.Select, m.findPF) {
 		return i
@@ -272,7 +278,7 @@ func (m *Manager) planPF(pf *hostfile.PF, guard *guard, leased map[iommu.Address
 
 // wish is what a PF is declared to have, but for what guests' VFs have instead.
 func (m *Manager) wish(pf *hostfile.PF, d *iommu.Device, waits bool,
-	leased map[iommu.Address]sriov.Settings) (sriov.Wish, error) {
+	leased map[iommu.Address]Guest) (sriov.Wish, error) {
 	wish := sriov.Wish{
 		Eswitch: sriov.Eswitch{Mode: pf.Eswitch, Inline: pf.Inline, Encap: pf.Encap}, Offload: pf.Offload, MTU: pf.MTU,
 	}
@@ -290,12 +296,14 @@ func (m *Manager) wish(pf *hostfile.PF, d *iommu.Device, waits bool,
 		}
 		if n < len(places) {
 			if own, ours := leased[places[n]]; ours {
-				use = sriov.UseVFIO
+				if use = sriov.UseVFIO; own.OwnDriver {
+					use = sriov.UseNone
+				}
 				if m.exact {
 					// What it had before is no business of the guest's.
 					clear(vf.Settings)
 				}
-				maps.Copy(vf.Settings, own)
+				maps.Copy(vf.Settings, own.Settings)
 			}
 		}
 		wish.VFs = append(wish.VFs, sriov.VFWish{Use: use, Settings: vf.Settings})
@@ -303,8 +311,8 @@ func (m *Manager) wish(pf *hostfile.PF, d *iommu.Device, waits bool,
 	return wish, nil
 }
 
-// Guests are the settings that Leased tells now.
-func (m *Manager) Guests() map[iommu.Address]sriov.Settings {
+// Guests are what Leased tells now.
+func (m *Manager) Guests() map[iommu.Address]Guest {
 	if m.options.Leased == nil {
 		return nil
 	}
@@ -318,7 +326,7 @@ func (m *Manager) bonded(d *iommu.Device) bool {
 }
 
 // planVFs is what VFs that are there lack.
-func (m *Manager) planVFs(i *Item, wish []sriov.VFWish, leased map[iommu.Address]sriov.Settings) error {
+func (m *Manager) planVFs(i *Item, wish []sriov.VFWish, leased map[iommu.Address]Guest) error {
 	vfs := m.topology.VFs(i.Device)
 	if len(vfs) != len(i.Device.SRIOV.VFs) {
 		return fmt.Errorf("%s: VFs of it were made or removed just now", i.Device.Name)
@@ -342,6 +350,7 @@ func (m *Manager) planVFs(i *Item, wish []sriov.VFWish, leased map[iommu.Address
 		var change bind.Change
 		var err error
 		switch use := wish[vf.VFIndex].Use; {
+		case leased[vf.Address].OwnDriver:
 		case use == sriov.UseVFIO && !vf.VFIO:
 			i.take = append(i.take, vf)
 			change, err = m.handle.Plan(vf, bind.Take(bind.Auto))

@@ -120,9 +120,8 @@ func (m *Manager) reserve(ctx context.Context, r *Request, units [][]*iommu.Devi
 	}
 	if i := slices.IndexFunc(all, func(l *Lease) bool { return l.Guest == r.Guest }); i >= 0 {
 		l := all[i]
-		if why := l.differs(r); why != "" {
-			reason := holder.Reason{Kind: holder.Guest, Text: "it has a lease already, " + why}
-			return nil, false, holder.Because("assign to "+r.Guest, reason, "viaduct release "+shell.Quote(r.Guest))
+		if err := l.same(r); err != nil {
+			return nil, false, err
 		}
 		l.renew(m, r)
 		return l, false, m.Book.putLocked(l)
@@ -178,6 +177,16 @@ func (l *Lease) renew(m *Manager, r *Request) {
 	}
 }
 
+// same refuses a request for something else than a lease is.
+func (l *Lease) same(r *Request) error {
+	why := l.differs(r)
+	if why == "" {
+		return nil
+	}
+	reason := holder.Reason{Kind: holder.Guest, Text: "it has a lease already, " + why}
+	return holder.Because("assign to "+r.Guest, reason, "viaduct release "+shell.Quote(r.Guest))
+}
+
 // differs says how a lease is not what is asked for.
 func (l *Lease) differs(r *Request) string {
 	switch {
@@ -185,6 +194,10 @@ func (l *Lease) differs(r *Request) string {
 		return fmt.Sprintf("drawn from %s", l.From)
 	case l.Count != r.Count:
 		return fmt.Sprintf("with --count %d", l.Count)
+	case l.Foreign && !r.Foreign:
+		return "for a VMM that takes its devices to a driver of its own, as Xen"
+	case r.Foreign && !l.Foreign:
+		return "for a VMM that has its devices by VFIO"
 	}
 	for _, d := range l.Devices {
 		if d.PF != nil && !maps.Equal(d.Wanted, r.Settings) {

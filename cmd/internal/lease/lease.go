@@ -198,15 +198,15 @@ func (b *Book) All() ([]*Lease, error) {
 	return out, nil
 }
 
-// Settings are what the VFs of leases are to have, by address. One that cannot be read is told of where leases are
+// Guests are what the devices of leases are to have, by address. One that cannot be read is told of where leases are
 // looked at.
-func (b *Book) Settings() map[iommu.Address]sriov.Settings {
+func (b *Book) Guests() map[iommu.Address]declared.Guest {
 	all, _ := b.All()
-	out := map[iommu.Address]sriov.Settings{}
+	out := map[iommu.Address]declared.Guest{}
 	for _, l := range all {
 		for _, d := range l.Devices {
-			if l.Ready && d.PF != nil {
-				out[d.Address] = d.Wanted
+			if l.Ready && (d.PF != nil || l.Foreign) {
+				out[d.Address] = declared.Guest{Settings: d.Wanted, OwnDriver: l.Foreign}
 			}
 		}
 	}

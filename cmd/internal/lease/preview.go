@@ -1,6 +1,7 @@
 package lease
 
 import (
+	"cmp"
 	"errors"
 	"slices"
 
@@ -17,6 +18,9 @@ func (m *Manager) Preview(r *Request) ([]bind.Action, error) {
 	}
 	var devices []*iommu.Device
 	if i := slices.IndexFunc(all, func(l *Lease) bool { return l.Guest == r.Guest }); i >= 0 {
+		if err := all[i].same(r); err != nil {
+			return nil, err
+		}
 		if devices, err = m.devices(all[i]); err != nil {
 			return nil, err
 		}
@@ -34,8 +38,8 @@ func (m *Manager) Preview(r *Request) ([]bind.Action, error) {
 		for _, d := range devices {
 			l.Devices = append(l.Devices, Device{LeaseDevice: holder.LeaseDevice{Address: d.Address}})
 		}
-		verdicts, err := m.handle.Check(drawn, devices, bind.Take(bind.Auto), nil)
-		if err := errors.Join(err, bind.Refusals(verdicts)); err != nil {
+		refusals, _, err := m.ask(&Lease{Foreign: r.Foreign}, devices, drawn)
+		if err := errors.Join(append(refusals, err)...); err != nil {
 			return nil, err
 		}
 		if err := m.resettable(l, drawn); err != nil && !r.NoReset {
@@ -57,6 +61,10 @@ func (m *Manager) Preview(r *Request) ([]bind.Action, error) {
 			out = append(out, plan.Steps()...)
 		}
 
+		if r.Foreign {
+			comment(d.Name + " is left on " + cmp.Or(d.Driver, "no driver") + ", for the VMM to take it")
+			continue
+		}
 		change, err := m.handle.Plan(d, bind.Take(bind.Auto))
 		if err != nil {
 			return nil, err

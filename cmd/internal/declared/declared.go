@@ -33,8 +33,9 @@ type Options struct {
 
 // Guest is what a guest's device has instead of what is declared.
 type Guest struct {
-	Settings  sriov.Settings // of a VF
-	OwnDriver bool           // its VMM has it on a driver of its own, as Xen's pciback, and no VFIO driver is to take it
+	Settings sriov.Settings // of a VF
+	// OwnDriver: its VMM has it on a driver of its own, as Xen's pciback, and no VFIO driver is to take it.
+	OwnDriver bool
 }
 
 // Manager is what the declared host is planned and applied with. It changes nothing that its Handle has not locked.

@@ -24,10 +24,11 @@ import (
 // until the last is scrubbed.
 type Lease struct {
 	holder.LeaseHead
-	From    string        `json:"from"`  // what it was drawn from: a pool, or a selector
-	Count   int           `json:"count"` // of what was drawn: VFs, or groups of devices
+	Sources []Source      `json:"sources"`
 	Devices []Device      `json:"devices"`
 	Made    time.Time     `json:"made"`
+	From    string        `json:"from,omitempty"`  // in records of before there were several: the one source
+	Count   int           `json:"count,omitempty"` // and how many of it
 	Boot    string        `json:"boot,omitempty"`  // the boot that it was made in
 	Since   time.Duration `json:"since,omitempty"` // and when, by the boot's own clock
 	TTL     time.Duration `json:"ttl"`             // how long it waits for a holder; 0: for good
@@ -54,6 +55,24 @@ type Lease struct {
 	Holders []Holder    `json:"holders"`          // who was seen last having its devices open
 }
 
+// Source is what some of a lease's devices were drawn from.
+type Source struct {
+	From     string         `json:"from"`  // a pool, or a selector
+	Count    int            `json:"count"` // of what is drawn: VFs, or groups of devices
+	Settings sriov.Settings `json:"settings,omitempty"`
+
+	exactly []iommu.Address // these, whoever drew them
+}
+
+// DrawnFrom names what a lease's devices were drawn from.
+func (l *Lease) DrawnFrom() string {
+	var out []string
+	for _, s := range l.Sources {
+		out = append(out, s.From)
+	}
+	return strings.Join(out, ", ")
+}
+
 // Device is one device of a lease.
 type Device struct {
 	holder.LeaseDevice
@@ -76,8 +95,16 @@ type Holder struct {
 	Runs bool   `json:"runs,omitempty"` // it is the runner, in records of before there was one
 }
 
-// upgrade makes a lease of viaduct before this one of today: who ran it stood among those who were seen.
+// upgrade makes a lease of viaduct before this one of today: who ran it stood among those who were seen, and it had one
+// source.
 func (l *Lease) upgrade() {
+	if l.Sources == nil {
+		s := Source{From: l.From, Count: l.Count}
+		if i := slices.IndexFunc(l.Devices, func(d Device) bool { return d.PF != nil }); i >= 0 {
+			s.Settings = l.Devices[i].Wanted
+		}
+		l.Sources, l.From, l.Count = []Source{s}, "", 0
+	}
 	if i := slices.IndexFunc(l.Holders, func(h Holder) bool { return h.Runs }); i >= 0 && l.Runner == nil {
 		l.Runner = &Holder{Proc: l.Holders[i].Proc, Name: l.Holders[i].Name}
 	}
@@ -220,7 +247,8 @@ func (b *Book) put(l *Lease) error {
 
 // alone does something with the books locked.
 func (b *Book) alone(do func() error) error {
-	held, err := b.lockAll(context.Background(), bind.DefaultTimeout)
+	// What is written down then has happened already, and must not be lost for many who look.
+	held, err := b.lockAll(context.Background(), 10*bind.DefaultTimeout)
 	if err != nil {
 		return err
 	}

@@ -134,7 +134,7 @@ func (d *Domain) mismatch(l *Lease, all []*Lease, quarantined func(iommu.Address
 						"what has to be there)",
 					dev.Address,
 					d.Name,
-					l.From,
+					l.DrawnFrom(),
 				),
 			)
 		case x.Managed:
@@ -218,7 +218,7 @@ func (m *Manager) claim(ctx context.Context, d *Domain) error {
 	if err != nil {
 		return err
 	}
-	r := &Request{Guest: d.Name}
+	var drawn []Source
 	for _, x := range d.Devices {
 		pool := m.poolOf(x.Address)
 		switch {
@@ -226,19 +226,24 @@ func (m *Manager) claim(ctx context.Context, d *Domain) error {
 		case x.Managed:
 			return d.refuse(x.Address, "%s", managedByLibvirt(x.Address, pool))
 		default:
-			r.exactly, r.From = append(r.exactly, x.Address), pool
+			drawn = append(drawn, one(pool, x.Address))
 		}
 	}
 
-	if r.Count = len(r.exactly); r.Count == 0 {
+	if len(drawn) == 0 {
 		return nil
 	}
 	if l != nil {
-		return d.refuse(r.exactly[0], "%s is of pool %q, and what is assigned to it is not all it has: it has either "+
-			"a lease or what networks give it", r.exactly[0], r.From)
+		return d.refuse(drawn[0].exactly[0], "%s is of pool %q, and what is assigned to it is not all it has: it has "+
+			"either a lease or what networks give it", drawn[0].exactly[0], drawn[0].From)
 	}
-	_, _, _, err = m.Assign(ctx, r)
+	_, _, _, err = m.Assign(ctx, &Request{Guest: d.Name, Sources: drawn})
 	return err
+}
+
+// one is a device of a pool that somebody else has drawn.
+func one(pool string, device iommu.Address) Source {
+	return Source{From: pool, Count: 1, exactly: []iommu.Address{device}}
 }
 
 // refuse refuses to start a domain for one of its devices.

@@ -71,9 +71,7 @@ func (m *Manager) Plug(ctx context.Context, p *Port) error {
 	i := slices.IndexFunc(all, func(l *Lease) bool { return l.Guest == p.Domain })
 	switch {
 	case i < 0:
-		_, _, _, err := m.Assign(ctx, &Request{
-			Guest: p.Domain, From: pool, Count: 1, exactly: []iommu.Address{p.Device},
-		})
+		_, _, _, err := m.Assign(ctx, &Request{Guest: p.Domain, Sources: []Source{one(pool, p.Device)}})
 		return err
 	case all[i].Has(p.Device):
 		return nil
@@ -81,11 +79,11 @@ func (m *Manager) Plug(ctx context.Context, p *Port) error {
 		return d.refuse(p.Device, "%s is of pool %q, and %s has a lease that viaduct assign made: it has either that "+
 			"or what networks give it", p.Device, pool, p.Domain)
 	}
-	return m.grow(ctx, p)
+	return m.grow(ctx, p, pool)
 }
 
 // grow adds a device to the lease of a domain, which may run.
-func (m *Manager) grow(ctx context.Context, p *Port) error {
+func (m *Manager) grow(ctx context.Context, p *Port, pool string) error {
 	mine, err := m.Book.lockGuest(ctx, p.Domain, m.handle.Timeout())
 	if err != nil {
 		return err
@@ -95,27 +93,27 @@ func (m *Manager) grow(ctx context.Context, p *Port) error {
 	if err != nil {
 		return err
 	}
-	l, err := m.reserveMore(ctx, p, d)
+	l, err := m.reserveMore(ctx, p, pool, d)
 	if err != nil {
 		return err
 	}
 
-	one := l.part(m, len(l.Devices)-1)
+	last := len(l.Devices) - 1
+	one := l.part(m, last)
 	if _, err = m.finish(ctx, one, nil); err == nil {
 		return nil
 	}
 	// Nobody was told of it.
 	undone := m.unmake(ctx, one)
 	if undone == nil {
-		l.Devices = l.Devices[:len(l.Devices)-1]
-		l.Count = len(l.Devices)
+		l.dropAt(last)
 		undone = m.Book.put(l)
 	}
 	return errors.Join(err, undone)
 }
 
 // reserveMore writes down that a domain's lease has one more device.
-func (m *Manager) reserveMore(ctx context.Context, p *Port, d *iommu.Device) (*Lease, error) {
+func (m *Manager) reserveMore(ctx context.Context, p *Port, pool string, d *iommu.Device) (*Lease, error) {
 	held, err := m.Book.lockAll(ctx, m.handle.Timeout())
 	if err != nil {
 		return nil, err
@@ -141,7 +139,7 @@ func (m *Manager) reserveMore(ctx context.Context, p *Port, d *iommu.Device) (*L
 		return nil, err
 	}
 	mine.Devices = append(mine.Devices, m.describe(d, nil))
-	mine.Count = len(mine.Devices)
+	mine.Sources = append(mine.Sources, one(pool, p.Device))
 	return mine, m.Book.putLocked(mine)
 }
 
@@ -149,7 +147,7 @@ func (m *Manager) reserveMore(ctx context.Context, p *Port, d *iommu.Device) (*L
 func (l *Lease) part(m *Manager, at int) *Lease {
 	one := *l
 	one.Devices = slices.Clone(l.Devices[at : at+1])
-	one.Count, one.Ready, one.Runner, one.Holders = 1, false, nil, nil
+	one.Ready, one.Runner, one.Holders = false, nil, nil
 	one.save = func() error {
 		l.Devices[at] = one.Devices[0]
 		return m.Book.put(l)
@@ -198,9 +196,16 @@ func (m *Manager) Unplug(ctx context.Context, p *Port, wait time.Duration) ([]Ce
 	if !bind.IsStuck(err) {
 		err = errors.Join(err, m.giveBackCompanions(ctx, devices))
 	}
-	l.Devices = slices.Delete(l.Devices, at, at+1)
-	l.Count = len(l.Devices)
+	l.dropAt(at)
 	return out, errors.Join(err, m.Book.put(l))
+}
+
+// dropAt takes a device out of a lease that networks drew, each of whose devices has a source of its own.
+func (l *Lease) dropAt(at int) {
+	l.Devices = slices.Delete(l.Devices, at, at+1)
+	if at < len(l.Sources) {
+		l.Sources = slices.Delete(l.Sources, at, at+1)
+	}
 }
 
 // poolOf is the pool that a device is of, "" if it is of none.

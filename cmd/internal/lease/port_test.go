@@ -75,7 +75,7 @@ func TestPlug(t *testing.T) {
 				got = append(got, d.Address)
 			}
 		}
-		if err != nil || !slices.Equal(got, want) || l != nil && (!l.Drawn || l.Count != len(want) || !l.Ready) {
+		if err != nil || !slices.Equal(got, want) || l != nil && (!l.Drawn || len(l.Sources) != len(want) || !l.Ready) {
 			t.Errorf("%s has %v, want %v: %+v, %v", domain, got, want, l, err)
 		}
 	}
@@ -121,7 +121,7 @@ func TestPlug(t *testing.T) {
 
 	// What is assigned beforehand is all that a domain has.
 	alone(func(m *Manager) {
-		r := &Request{Guest: "own", From: "net", Count: 1, TTL: time.Minute}
+		r := &Request{Guest: "own", Sources: []Source{{From: "net", Count: 1}}, TTL: time.Minute}
 		if _, _, _, err := m.Assign(t.Context(), r); err != nil {
 			t.Fatal(err)
 		}

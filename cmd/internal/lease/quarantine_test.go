@@ -34,7 +34,7 @@ func fouled(t *testing.T, boot string) (*hosttest.Kernel, *iommu.Host) {
 	k, h := vfioHost(t, true)
 	k.Fail["sys/bus/pci/devices/"+plain+"/reset"] = unix.EIO
 	started(t, k, boot, "")
-	if err := lend(t, h, Request{Guest: "a", From: plain}); err != nil {
+	if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: plain}}}); err != nil {
 		t.Fatal(err)
 	}
 	if certificates, err := giveBack(t, h, "a", 0); err == nil || len(certificates) != 1 || certificates[0].Result != Fouled {
@@ -109,7 +109,7 @@ func TestQuarantineForced(t *testing.T) {
 	if err != nil || len(out) != 1 || out[0].Result != Unreset || strings.Count(out[0].Why, "input/output error") != 2 {
 		t.Errorf("forced: %+v, %v", out, err)
 	}
-	if err := lend(t, h, Request{Guest: "b", From: plain}); err != nil {
+	if err := lend(t, h, Request{Guest: "b", Sources: []Source{{From: plain}}}); err != nil {
 		t.Errorf("freed by force, it cannot be lent: %v", err)
 	}
 }
@@ -152,7 +152,7 @@ func TestNoReset(t *testing.T) {
 	))
 	k.Register("vfio-pci")
 	h := &iommu.Host{Host: k.Host()}
-	err := lend(t, h, Request{Guest: "a", From: device})
+	err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: device}}})
 	if !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), "nothing resets it") ||
 		!strings.Contains(err.Error(), "--no-reset") {
 		t.Errorf("lent: %v", err)
@@ -161,7 +161,7 @@ func TestNoReset(t *testing.T) {
 		t.Errorf("refused, it is on %s", now)
 	}
 	for range 2 {
-		if err := lend(t, h, Request{Guest: "a", From: device, NoReset: true}); err != nil {
+		if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: device}}, NoReset: true}); err != nil {
 			t.Fatal(err)
 		}
 		out, err := giveBack(t, h, "a", time.Second)
@@ -171,7 +171,7 @@ func TestNoReset(t *testing.T) {
 	}
 
 	// In quarantine for another reason, it is still what nothing has to reset.
-	if err := lend(t, h, Request{Guest: "a", From: device, NoReset: true}); err != nil {
+	if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: device}}, NoReset: true}); err != nil {
 		t.Fatal(err)
 	}
 	k.Probe["e1000e"] = unix.EIO
@@ -191,7 +191,7 @@ func TestNoReset(t *testing.T) {
 // That a controller's data stays is told with each certificate.
 func TestNoteOfMedia(t *testing.T) {
 	_, h := vfioHost(t, true)
-	if err := lend(t, h, Request{Guest: "a", From: plain}); err != nil {
+	if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: plain}}}); err != nil {
 		t.Fatal(err)
 	}
 	out, err := giveBack(t, h, "a", 0)

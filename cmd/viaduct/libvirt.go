@@ -141,13 +141,18 @@ func runLibvirtHook(ctx context.Context, e *env, name, op, sub string) error {
 	return err
 }
 
-// restoreLeases makes the leases again that outlive a boot, when the VFs are there, and nothing else is locked.
+// restoreLeases makes the leases again that outlive a boot, when the VFs are there, and nothing else is locked, and
+// resets what was gone when its lease ended and is back.
 func restoreLeases(ctx context.Context, e *env) error {
 	ctx, stop, m, err := e.beginLeases(ctx, bind.DefaultTimeout, endsLeases)
 	if err != nil {
 		return err
 	}
 	defer stop()
+	back, lifting := m.LiftReturned(ctx)
+	for _, c := range back {
+		e.note("%s, which was gone when its lease ended, is back: %s", c.Address, c.Result)
+	}
 	done, err := m.Restore(ctx)
 	for _, guest := range done {
 		e.note("%s has its devices again", guest)
@@ -155,5 +160,5 @@ func restoreLeases(ctx context.Context, e *env) error {
 	if err != nil {
 		err = fmt.Errorf("leases that outlive the boot: %w", err)
 	}
-	return err
+	return errors.Join(lifting, err)
 }

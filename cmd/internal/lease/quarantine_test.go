@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -197,5 +198,59 @@ func TestNoteOfMedia(t *testing.T) {
 	out, err := giveBack(t, h, "a", 0)
 	if err != nil || len(out) != 1 || !strings.Contains(out[0].Note, "not erased") {
 		t.Errorf("%+v, %v", out, err)
+	}
+}
+
+// A device that was gone when its lease ended is given to nobody when it comes back, until it has been reset.
+func TestLostDeviceReturns(t *testing.T) {
+	k, h := vfioHost(t, true)
+	if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: plain}}}); err != nil {
+		t.Fatal(err)
+	}
+	link := filepath.Join(k.Dir(), "sys/bus/pci/devices", plain)
+	if err := os.Rename(link, filepath.Join(k.Dir(), "gone")); err != nil {
+		t.Fatal(err)
+	}
+	err := work(t, h, func(m *Manager) error {
+		out, err := m.Release(t.Context(), "a", 0)
+		if len(out) != 1 || out[0].Result != Missing {
+			t.Errorf("released while it is gone: %+v", out)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	returned := func() (out []Certificate) {
+		t.Helper()
+		err := work(t, h, func(m *Manager) (err error) {
+			out, err = m.LiftReturned(t.Context())
+			return err
+		})
+		if err != nil {
+			t.Error(err)
+		}
+		return out
+	}
+	if out := returned(); len(out) > 0 {
+		t.Errorf("still gone: %+v", out)
+	}
+
+	if err := os.Rename(filepath.Join(k.Dir(), "gone"), link); err != nil {
+		t.Fatal(err)
+	}
+	err = lend(t, h, Request{Guest: "b", Sources: []Source{{From: plain}}})
+	if e, ok := errors.AsType[*ExhaustedError](err); !ok || e.Quarantined != 1 {
+		t.Errorf("it is back, and not reset: %v", err)
+	}
+	resets := func() int {
+		return len(slices.DeleteFunc(slices.Clone(k.Log), func(w string) bool { return !strings.Contains(w, "/reset=") }))
+	}
+	before := resets()
+	if out := returned(); len(out) != 1 || out[0].Result != Clean || resets() != before+1 {
+		t.Errorf("it is back: %+v, reset %d times", out, resets()-before)
+	}
+	if err := lend(t, h, Request{Guest: "b", Sources: []Source{{From: plain}}}); err != nil {
+		t.Errorf("reset: %v", err)
 	}
 }

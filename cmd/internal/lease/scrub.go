@@ -102,8 +102,18 @@ func (m *Manager) clearAll(ctx context.Context, l *Lease, held *hold) (all []*sc
 	return all, done, nil
 }
 
-// certify writes down what came of a device: its certificate, and its quarantine, which must not be lost, if it failed.
+// certify writes down what came of a device: its certificate, and its quarantine, which must not be lost, if it failed,
+// or is not there: it may come back as its guest has left it. A VF comes back as a new one.
 func (m *Manager) certify(l *Lease, s *scrubbing) (failed, unwritten error) {
+	if id := s.dev.Identity; s.d == nil && !s.dev.Nowhere && s.dev.PF == nil && id != nil && id.Path != "" {
+		q := Quarantine{
+			Address: s.dev.Address, Place: id.Path, Guest: l.Guest, Since: s.c.Time, Device: *s.dev, Lost: true,
+			Boot: bootID(m.host), NoReset: l.NoReset,
+			Why: "it was not there when its lease ended, and has not been reset since",
+		}
+		q.Device.Home = true
+		unwritten = m.Book.State.Put(quarantineKey(q.Place), q)
+	}
 	if s.err != nil {
 		s.c.Result, s.c.Why = Fouled, strings.ReplaceAll(s.err.Error(), "\n", "; ")
 		q := Quarantine{

@@ -260,6 +260,9 @@ func runAssign(ctx context.Context, e *env, o *assignOptions, format *vmm.Format
 		if format.Cannot != "" {
 			e.note("%s", format.Cannot)
 		}
+		if more := needsMore(m.Host(), format, o.NodeOwner); more != "" {
+			e.note("%s", more)
+		}
 		_, err = io.WriteString(e.stdout, text)
 		return err
 	})

@@ -269,6 +269,14 @@ func TestRun(t *testing.T) {
 		t.Errorf("after run: %s, leases %v", now, leases(t))
 	}
 
+	// the command is a user's, who has the nodes and may lock memory
+	got = status(t, 0, "run", "web", "--from", "net", "--user", "nobody", "--", "sh", "-c",
+		`id -un; ulimit -l; for n in $VIADUCT_NODES; do case $n in
+/dev/iommu | /dev/vfio/vfio) ;; *) [ -w $n ] || echo "no $n" ;; esac; done # {address}`)
+	if got.stdout != "nobody\nunlimited\n" {
+		t.Errorf("run --user nobody: %q, %s", got.stdout, got.stderr)
+	}
+
 	// signals are the command's
 	cmd := exec.Command(viaduct, "run", "web", "--from", "net", "--", "sh", "-c",
 		"trap 'exit 3' TERM; echo ready {address}; sleep 1000 & wait")

@@ -60,6 +60,7 @@ Before=shutdown.target
 [Service]
 Type=oneshot
 RemainAfterExit=yes
+ExecStartPre=-/bin/rm -f ` + mark + `
 ExecStart=%s apply --boot
 TimeoutStartSec=30min
 

@@ -45,13 +45,14 @@ type Format struct {
 	Standby bool   // it can have one
 	Foreign bool   // it takes devices to a driver of its own, not to VFIO's
 	Placed  bool   // its arguments stand in the middle of a command
+	IOMMUFD bool   // its VMM opens /dev/iommu
 	Moves   bool   // it keeps guest memory off the range that AMD's IOMMUs reserve
 }
 
 // Formats are all formats but json, which is the lease itself.
 var Formats = []Format{
 	{Name: "qemu", Args: qemu, Standby: true, Moves: true},
-	{Name: "qemu-iommufd", Args: qemuIOMMUFD, Standby: true, Moves: true,
+	{Name: "qemu-iommufd", Args: qemuIOMMUFD, Standby: true, Moves: true, IOMMUFD: true,
 		Cannot: "QEMU older than 8.2, and kernels without CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV, cannot do " +
 			"this: take qemu"},
 	{Name: "libvirt", Text: libvirt, Persist: true, Standby: true, Moves: true,

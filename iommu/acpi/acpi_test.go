@@ -126,7 +126,8 @@ func TestFaults(t *testing.T) {
 		"mappings":      {change("IORT", func(b []byte) []byte { b[0x4c+8] = 99; return sound(b) }), "99 items of 20 bytes", 1},
 	} {
 		table, err := Parse(c.table)
-		if (err == nil) != (c.error == "") || err != nil && !(errors.Is(err, ErrTable) && strings.Contains(err.Error(), c.error)) {
+		if (err == nil) != (c.error == "") ||
+			err != nil && (!errors.Is(err, ErrTable) || !strings.Contains(err.Error(), c.error)) {
 			t.Errorf("%s: %v, want %q", name, err, c.error)
 		}
 		if table != nil && len(table.Blocks) != c.blocks || table == nil && c.blocks > 0 {
@@ -141,11 +142,13 @@ func TestDamage(t *testing.T) {
 	maps.Copy(tables, made(t))
 	for name, b := range tables {
 		for n := range b {
+			// Which takes long.
+			asJSON := n%8 == 0
 			if table, err := Parse(b[:n]); err == nil {
 				t.Errorf("%s cut to %d bytes: %+v", name, n, table)
 			}
 			if n >= fixedLength {
-				check(t, sound(slices.Clone(b[:n])))
+				check(t, sound(slices.Clone(b[:n])), asJSON)
 			}
 			values := []byte{0, 1, b[n] + 1, b[n] ^ 0x80, 0x7f, 0xff}
 			if strings.Contains(name, "/") {
@@ -155,9 +158,9 @@ func TestDamage(t *testing.T) {
 			for _, v := range values {
 				changed := slices.Clone(b)
 				changed[n] = v
-				check(t, changed)
+				check(t, changed, asJSON)
 				if n != 9 && (n < 4 || n >= 8) {
-					check(t, sound(changed))
+					check(t, sound(changed), asJSON)
 				}
 			}
 		}
@@ -165,7 +168,7 @@ func TestDamage(t *testing.T) {
 }
 
 // check parses a table and gives it as JSON: neither may fail but as they say.
-func check(t *testing.T, b []byte) {
+func check(t *testing.T, b []byte, asJSON bool) {
 	t.Helper()
 	table, err := Parse(b)
 	if err != nil && !errors.Is(err, ErrTable) {
@@ -179,8 +182,7 @@ func check(t *testing.T, b []byte) {
 			t.Fatalf("%x: block %+v", b, block)
 		}
 	}
-	if sum(b)%8 != 0 {
-		// Which takes long.
+	if !asJSON {
 		return
 	}
 	if out, err := json.Marshal(table); err != nil || !json.Valid(out) {
@@ -217,6 +219,6 @@ func FuzzParse(f *testing.F) {
 		if !wrong && len(b) >= fixedLength {
 			b = sound(slices.Clone(b))
 		}
-		check(t, b)
+		check(t, b, true)
 	})
 }

@@ -150,10 +150,8 @@ var alike = map[string]string{
 // same reports whether a name of iasl's, of a field of a block or entry, is that of a field here.
 func same(kind, theirs, ours string) bool {
 	theirs, _, _ = strings.Cut(theirs, " (")
-	for _, name := range []string{alike[kind+"/"+theirs], alike[theirs]} {
-		if name == ours {
-			return true
-		}
+	if alike[kind+"/"+theirs] == ours || alike[theirs] == ours {
+		return true
 	}
 	plain := func(s string) string { return strings.ToLower(strings.ReplaceAll(s, " ", "")) }
 	return plain(theirs) == plain(ours) || strings.TrimRight(plain(ours), "012") == plain(theirs)
@@ -198,7 +196,7 @@ func comparePart(t *testing.T, where string, of field, line said) {
 	if line.name == "Size (pages, log2)" || !of.value.IsValid() || of.name == "GlobalInterrupts" {
 		return
 	}
-	flags, ok := of.value.Interface().(interface{ Names() []string })
+	flags, ok := reflect.TypeAssert[interface{ Names() []string }](of.value)
 	if !ok {
 		t.Errorf("%s, and %s has no flags here", where, of.name)
 		return

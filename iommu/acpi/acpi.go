@@ -1,5 +1,6 @@
 // Package acpi decodes the tables by which firmware describes a host's IOMMUs: IVRS (AMD), DMAR (Intel), IORT (Arm) and
-// VIOT (virtio). It takes bytes and gives values, and reads nothing by itself. Whatever the bytes are, it neither
+// VIOT (virtio), and the registers that tell what these can do. It takes bytes and gives values, and reads nothing by
+// itself. Whatever the bytes are, it neither
 // panics nor needs more memory than a small multiple of them.
 package acpi
 

@@ -25,6 +25,11 @@ func ReadFirmware(h *Host) []Firmware {
 	for _, signature := range acpi.Signatures {
 		b, err := h.Read(path.Join(tablesDir, signature))
 		if host.Absent(err) {
+			// Of several the kernel numbers the files, and uses the first one (drivers/acpi/sysfs.c,
+			// acpi_table_attr_init).
+			b, err = h.Read(path.Join(tablesDir, signature+"1"))
+		}
+		if host.Absent(err) {
 			continue
 		}
 		f := Firmware{Signature: signature, Err: err}

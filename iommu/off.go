@@ -43,6 +43,7 @@ type setting struct {
 	maker      string // of the machine, with its model, as the firmware has them
 	release    string // of the kernel
 	container  string // the kind of container this is; "" if it is none
+	sign       string // the file that tells
 	xen        string // dom0, guest, or "" if it is none of Xen's
 	words      []string
 	config     map[string]string // options of the kernel, by name; nil if they are not known
@@ -93,7 +94,7 @@ func readSetting(h *Host) *setting {
 	}
 	for _, sign := range []string{"run/systemd/container", ".dockerenv", "run/.containerenv"} {
 		if s.container == "" && h.Exists(sign) {
-			s.container = "container"
+			s.container, s.sign = "container", sign
 			if kind := text(sign); kind != "" && !strings.ContainsAny(kind, " =\n") {
 				s.container = kind
 			}
@@ -102,10 +103,13 @@ func readSetting(h *Host) *setting {
 	return s
 }
 
-// CommandLine is the words of the kernel's command line.
+// CommandLine is the words of the kernel's command line; nil if it cannot be read.
 func CommandLine(h *Host) []string {
-	line, _ := h.Read(commandLine)
-	return strings.Fields(string(line))
+	line, err := h.Read(commandLine)
+	if err != nil {
+		return nil
+	}
+	return append([]string{}, strings.Fields(string(line))...)
 }
 
 // Parameter is the value of a parameter of a command line, the last one if it stands there more than once.
@@ -231,8 +235,8 @@ func (s *setting) elsewhere() (Off, bool) {
 	switch {
 	case s.container != "":
 		return Off{
-			Why: "this is a container (" + s.container + "), which sees no IOMMU", File: "run/systemd/container",
-			Value: s.container, Cure: "run viaduct on the host itself",
+			Why: "this is a container, which sees no IOMMU", File: s.sign, Value: s.container,
+			Cure: "run viaduct on the host itself",
 		}, true
 	case s.xen == "dom0":
 		return Off{

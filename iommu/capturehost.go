@@ -86,7 +86,8 @@ func (c *capture) kernel() {
 		var b strings.Builder
 		for name, value := range config {
 			if strings.Contains(name, "IOMMU") || strings.Contains(name, "VFIO") || strings.Contains(name, "SMMU") ||
-				strings.HasPrefix(name, "CONFIG_KVM") || name == "CONFIG_IRQ_REMAP" {
+				strings.HasPrefix(name, "CONFIG_KVM") || strings.Contains(name, "LOCKDOWN") ||
+				name == "CONFIG_IRQ_REMAP" {
 				fmt.Fprintf(&b, "%s=%s\n", name, value)
 			}
 		}

@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"viaduct/internal/host/hosttest"
 )
 
 // What stands in tables with every kind of block and entry is found, in the order and at the places where it stands.
@@ -19,7 +21,7 @@ func TestParse(t *testing.T) {
 		"IORT": "0@30+1c(0) 4@4c+58(1) 3@a4+70(1) 2@114+4c(2) 1@160+3c(1) 5@19c+3c(1) 6@1d8+58(3)",
 		"VIOT": "1@30+18(0) 2@48+18(0) 3@60+10(0) 4@70+10(0)",
 	} {
-		table, err := Parse(made(t)[signature])
+		table, err := Parse(hosttest.ACPITables()[signature])
 		if err != nil {
 			t.Fatalf("%s: %v", signature, err)
 		}
@@ -55,7 +57,7 @@ func (h Hex) dec() string { b, _ := json.Marshal(uint64(h)); return string(b) }
 
 // The fields whose meaning the table itself gives them are understood.
 func TestFields(t *testing.T) {
-	ivrs, _ := Parse(made(t)["IVRS"])
+	ivrs, _ := Parse(hosttest.ACPITables()["IVRS"])
 	head := ivrs.Fields.(*IVRS)
 	if !head.Info.EFRValid() || !head.Info.PreBootDMA() || head.Info.PhysicalBits() != 48 || head.Info.VirtualBits() != 64 {
 		t.Errorf("IVinfo: %v", head.Info.Names())
@@ -90,7 +92,7 @@ func TestFields(t *testing.T) {
 		}
 	}
 
-	dmar, _ := Parse(made(t)["DMAR"])
+	dmar, _ := Parse(hosttest.ACPITables()["DMAR"])
 	if d := dmar.Fields.(*DMAR); d.AddressBits() != 39 || !d.Flags.InterruptRemapping() || d.Flags.X2APICOptOut() || !d.Flags.PlatformOptIn() {
 		t.Errorf("DMAR: %+v", d)
 	}
@@ -98,7 +100,7 @@ func TestFields(t *testing.T) {
 	if want := []Step{{0x1c, 4}, {0, 1}}; !reflect.DeepEqual(scope.Path, want) {
 		t.Errorf("the path of a scope: %v", scope.Path)
 	}
-	iort, _ := Parse(made(t)["IORT"])
+	iort, _ := Parse(hosttest.ACPITables()["IORT"])
 	smmu := iort.Blocks[2].Fields.(*SMMU)
 	if smmu.GlobalInterrupts == nil || len(smmu.ContextInterrupts) != 1 || len(smmu.PMUInterrupts) != 1 {
 		t.Errorf("SMMU: %+v", smmu)
@@ -107,7 +109,9 @@ func TestFields(t *testing.T) {
 
 // A fault is told, and what stands before it is there all the same.
 func TestFaults(t *testing.T) {
-	change := func(signature string, f func(b []byte) []byte) []byte { return f(slices.Clone(made(t)[signature])) }
+	change := func(signature string, f func(b []byte) []byte) []byte {
+		return f(slices.Clone(hosttest.ACPITables()[signature]))
+	}
 	for name, c := range map[string]struct {
 		table  []byte
 		error  string
@@ -117,13 +121,13 @@ func TestFaults(t *testing.T) {
 		"another":       {change("DMAR", func(b []byte) []byte { copy(b, "FACP"); return b }), `"FACP"`, 0},
 		"sum":           {change("DMAR", func(b []byte) []byte { b[9]++; return b }), "add up to 0x01", 9},
 		"cut":           {change("IVRS", func(b []byte) []byte { return b[:len(b)-1] }), "is said to have", 0},
-		"length 0":      {change("DMAR", func(b []byte) []byte { b[0x4a], b[0x4b] = 0, 0; return sound(b) }), "offset 0x48 is said to have 0 bytes", 1},
-		"past the end":  {change("IVRS", func(b []byte) []byte { b[0x173] = 9; return sound(b) }), "offset 0x170", 5},
-		"unknown entry": {change("IVRS", func(b []byte) []byte { b[0x48] = 0xc1; return sound(b) }), "type c1h", 1},
-		"cut entry":     {change("IVRS", func(b []byte) []byte { b[0xa8] = 0x46; b[0xa4] = 0x03; return sound(b) }), "", 6},
-		"few nodes":     {change("VIOT", func(b []byte) []byte { b[36] = 5; return sound(b) }), "too few for another", 4},
-		"more nodes":    {change("VIOT", func(b []byte) []byte { b[36] = 1; return sound(b) }), "", 1},
-		"mappings":      {change("IORT", func(b []byte) []byte { b[0x4c+8] = 99; return sound(b) }), "99 items of 20 bytes", 1},
+		"length 0":      {change("DMAR", func(b []byte) []byte { b[0x4a], b[0x4b] = 0, 0; return hosttest.SoundACPI(b) }), "offset 0x48 is said to have 0 bytes", 1},
+		"past the end":  {change("IVRS", func(b []byte) []byte { b[0x173] = 9; return hosttest.SoundACPI(b) }), "offset 0x170", 5},
+		"unknown entry": {change("IVRS", func(b []byte) []byte { b[0x48] = 0xc1; return hosttest.SoundACPI(b) }), "type c1h", 1},
+		"cut entry":     {change("IVRS", func(b []byte) []byte { b[0xa8] = 0x46; b[0xa4] = 0x03; return hosttest.SoundACPI(b) }), "", 6},
+		"few nodes":     {change("VIOT", func(b []byte) []byte { b[36] = 5; return hosttest.SoundACPI(b) }), "too few for another", 4},
+		"more nodes":    {change("VIOT", func(b []byte) []byte { b[36] = 1; return hosttest.SoundACPI(b) }), "", 1},
+		"mappings":      {change("IORT", func(b []byte) []byte { b[0x4c+8] = 99; return hosttest.SoundACPI(b) }), "99 items of 20 bytes", 1},
 	} {
 		table, err := Parse(c.table)
 		if (err == nil) != (c.error == "") ||
@@ -139,7 +143,7 @@ func TestFaults(t *testing.T) {
 // Cut anywhere, or with any byte changed, with the sum right or not, a table gives an error or a value.
 func TestDamage(t *testing.T) {
 	tables := realTables(t)
-	maps.Copy(tables, made(t))
+	maps.Copy(tables, hosttest.ACPITables())
 	for name, b := range tables {
 		for n := range b {
 			// Which takes long.
@@ -148,7 +152,7 @@ func TestDamage(t *testing.T) {
 				t.Errorf("%s cut to %d bytes: %+v", name, n, table)
 			}
 			if n >= fixedLength {
-				check(t, sound(slices.Clone(b[:n])), asJSON)
+				check(t, hosttest.SoundACPI(slices.Clone(b[:n])), asJSON)
 			}
 			values := []byte{0, 1, b[n] + 1, b[n] ^ 0x80, 0x7f, 0xff}
 			if strings.Contains(name, "/") {
@@ -160,7 +164,7 @@ func TestDamage(t *testing.T) {
 				changed[n] = v
 				check(t, changed, asJSON)
 				if n != 9 && (n < 4 || n >= 8) {
-					check(t, sound(changed), asJSON)
+					check(t, hosttest.SoundACPI(changed), asJSON)
 				}
 			}
 		}
@@ -192,7 +196,7 @@ func check(t *testing.T, b []byte, asJSON bool) {
 
 // Whatever is in a table, decoding takes memory in proportion to its length.
 func TestMemory(t *testing.T) {
-	for name, b := range made(t) {
+	for name, b := range hosttest.ACPITables() {
 		// The most entries for their length: nodes of four-byte entries, and of many blocks.
 		for len(b) < 1<<16 {
 			b = append(b, b[fixedLength:]...)
@@ -200,7 +204,7 @@ func TestMemory(t *testing.T) {
 		if name == "IORT" || name == "VIOT" {
 			b[36], b[37] = 0xff, 0xff
 		}
-		b = sound(b)
+		b = hosttest.SoundACPI(b)
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)
 		_, _ = Parse(b)
@@ -212,12 +216,12 @@ func TestMemory(t *testing.T) {
 }
 
 func FuzzParse(f *testing.F) {
-	for _, b := range made(f) {
+	for _, b := range hosttest.ACPITables() {
 		f.Add(b, false)
 	}
 	f.Fuzz(func(t *testing.T, b []byte, wrong bool) {
 		if !wrong && len(b) >= fixedLength {
-			b = sound(slices.Clone(b))
+			b = hosttest.SoundACPI(slices.Clone(b))
 		}
 		check(t, b, true)
 	})

@@ -15,7 +15,7 @@ func memlock(f *Facts) Check {
 	const small = 1 << 30
 	switch {
 	case !f.LockKnown:
-		return c.unseen(file)
+		return f.unseen(c, file)
 	case f.LockLimit == nil:
 		c.set(Passed, "this user may lock all memory")
 	case *f.LockLimit < small:
@@ -200,7 +200,7 @@ func hugePages(f *Facts) Check {
 	}
 	c.set(Passed, "%s", strings.Join(text, ", "))
 	if len(text) == 0 && len(f.HugePages) == 0 {
-		return c.unseen("sys/kernel/mm/hugepages")
+		return f.unseen(c, "sys/kernel/mm/hugepages")
 	}
 	if len(text) == 0 {
 		c.see("sys/kernel/mm/hugepages/*/nr_hugepages", "0")
@@ -215,7 +215,7 @@ func numa(f *Facts) Check {
 	const file = "sys/devices/system/node/online"
 	switch f.NUMANodes {
 	case 0:
-		return c.unseen(file)
+		return f.unseen(c, file)
 	case 1:
 		c.set(Passed, "one node")
 		c.see(file, "0")

@@ -159,9 +159,12 @@ func (c Check) without() Check {
 	return c
 }
 
-// unseen is a check whose files a capture does not have.
-func (c Check) unseen(file string) Check {
+// unseen is a check whose file is not there, or not in this capture of the host.
+func (f *Facts) unseen(c Check, file string) Check {
 	c.Status, c.Text = Unknown, "not known: this capture of the host does not have it"
+	if f.Live {
+		c.Text = "not known: this host does not show it"
+	}
 	c.see(file, "")
 	return c
 }

@@ -63,7 +63,7 @@ func blacklist(f *Facts) Check {
 		rules = append(rules, r)
 	}
 	if len(rules) == 0 && !f.Whole {
-		return c.unseen("etc/modprobe.d")
+		return f.unseen(c, "etc/modprobe.d")
 	}
 	if len(rules) == 0 {
 		c.see("etc/modprobe.d", "no blacklist or install of a VFIO module")
@@ -92,11 +92,14 @@ func blacklist(f *Facts) Check {
 func lockdown(f *Facts) Check {
 	c := Check{Name: "lockdown", Title: "lockdown"}
 	const file = "sys/kernel/security/lockdown"
-	switch f.Lockdown {
-	case "":
+	switch {
+	case f.Lockdown == "" && f.Config != nil && f.Config["CONFIG_SECURITY_LOCKDOWN_LSM"] == "":
+		c.set(Passed, "this kernel has none")
+		c.see("boot/config-"+f.Release, "# CONFIG_SECURITY_LOCKDOWN_LSM is not set")
+	case f.Lockdown == "":
 		c.set(Unknown, "not known: securityfs is not mounted, or this kernel has no lockdown")
 		c.see(file, "")
-	case "none":
+	case f.Lockdown == "none":
 		c.set(Passed, "none")
 		c.see(file, f.Lockdown)
 	default:
@@ -126,7 +129,7 @@ func unsafeModes(f *Facts) Check {
 	}
 	switch {
 	case len(on) == 0 && !f.Whole && len(f.Params) == 0:
-		return c.unseen("sys/module/vfio/parameters")
+		return f.unseen(c, "sys/module/vfio/parameters")
 	case len(on) == 0:
 		c.set(Passed, "off")
 		c.see("sys/module/vfio/parameters/enable_unsafe_noiommu_mode", f.Params["sys/module/vfio/parameters/enable_unsafe_noiommu_mode"])
@@ -143,7 +146,7 @@ func acsOverride(f *Facts) Check {
 	c := Check{Name: "acs_override", Title: "ACS override"}
 	v, is := f.parameter("pcie_acs_override")
 	if f.Words == nil {
-		return c.unseen("proc/cmdline")
+		return f.unseen(c, "proc/cmdline")
 	}
 	f.seeLine(&c)
 	if !is {
@@ -228,7 +231,7 @@ func kvm(f *Facts) Check {
 	c := Check{Name: "kvm", Title: "KVM"}
 	switch {
 	case f.KVM == nil:
-		return c.unseen("dev/kvm")
+		return f.unseen(c, "dev/kvm")
 	case *f.KVM:
 		c.set(Passed, "there is /dev/kvm")
 		c.see("dev/kvm", "there")
@@ -237,6 +240,8 @@ func kvm(f *Facts) Check {
 	c.see("dev/kvm", "")
 	c.set(Warned, "there is no /dev/kvm, so guests are emulated, which is slow")
 	switch {
+	case strings.HasPrefix(f.Arch, "aarch64"):
+		c.Cure = "boot a kernel with CONFIG_KVM, at exception level 2 (QEMU's virt: virtualization=on)"
 	case f.CPUVirt != nil && !*f.CPUVirt && f.Guest:
 		c.Cure = "turn on nested virtualization where this guest is defined"
 	case f.CPUVirt != nil && !*f.CPUVirt:

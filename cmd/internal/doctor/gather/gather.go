@@ -163,6 +163,9 @@ func (g *gatherer) host(f *doctor.Facts) {
 	}
 	if online := g.text("sys/devices/system/node/online"); online != "" {
 		f.NUMANodes = count(online)
+	} else if g.Live() && !g.Exists("sys/devices/system/node") {
+		// The kernel knows of none.
+		f.NUMANodes = 1
 	}
 
 	const huge = "sys/kernel/mm/hugepages"

@@ -65,7 +65,8 @@ func table(f *Facts) Check {
 		c.see(path.Join(tablesDir, hidden[0]), "permission denied")
 		c.Cure = "run this as root"
 	case len(sound) > 0:
-		c.set(Passed, "%s is there and sound", strings.Join(sound, " and "))
+		verb := map[bool]string{true: "is", false: "are"}[len(sound) == 1]
+		c.set(Passed, "%s %s there and sound", strings.Join(sound, " and "), verb)
 		for _, s := range sound {
 			c.see(path.Join(tablesDir, s), "there")
 		}

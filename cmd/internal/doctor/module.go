@@ -70,21 +70,22 @@ func blacklist(f *Facts) Check {
 		c.set(Passed, "nothing keeps VFIO's modules from being loaded")
 		return c
 	}
-	r := rules[0]
-	c.set(Failed, "%s may not be loaded: %s has %q", strings.ReplaceAll(r.Module, "_", "-"), "/"+r.File, r.Line)
-	if m := f.Modules[r.Module]; m.Loaded || m.Builtin {
-		c.set(Warned, "%s is there, and may not be loaded again: %s has %q", strings.ReplaceAll(r.Module, "_", "-"),
-			"/"+r.File, r.Line)
-	}
 	for _, r := range rules {
 		c.see(r.File, r.Line)
 	}
+	missing := func(r ModuleRule) bool { return !f.Modules[r.Module].Loaded && !f.Modules[r.Module].Builtin }
+	i := slices.IndexFunc(rules, missing)
+	r := rules[max(i, 0)]
+	name := strings.ReplaceAll(r.Module, "_", "-")
+	if c.set(Failed, "%s may not be loaded: /%s has %q", name, r.File, r.Line); i < 0 {
+		c.set(Warned, "%s is there, and may not be loaded again: /%s has %q", name, r.File, r.Line)
+	}
+
+	c.Cure = fmt.Sprintf("remove that line from /%s, make the initramfs anew if it is in it, and run `modprobe %s`", r.File,
+		name)
 	if r.File == "proc/cmdline" {
 		c.Cure = f.Loader.Remove(r.Line)
-		return c
 	}
-	c.Cure = fmt.Sprintf("remove that line from /%s, make the initramfs anew if it is in it, and run `modprobe %s`", r.File,
-		strings.ReplaceAll(r.Module, "_", "-"))
 	return c
 }
 

@@ -1,6 +1,7 @@
 package doctor
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strconv"
@@ -16,7 +17,7 @@ func hexRange(r iommu.Region) string { return fmt.Sprintf("%#x-%#x", r.Start, r.
 // modules checks that the kernel has VFIO.
 func modules(f *Facts) Check {
 	c := Check{Name: "vfio_modules", Title: "VFIO modules"}
-	dir := "lib/modules/" + f.Release
+	dir := "lib/modules/" + cmp.Or(f.Release, "*")
 	if f.Modules == nil {
 		c.set(Unknown, "not known: the kernel's modules are not there to be looked at")
 		c.see(dir+"/modules.dep", "")

@@ -28,15 +28,15 @@ func (g *gatherer) modules(f *doctor.Facts) {
 		m := doctor.Module{
 			Loaded: g.Exists("sys/module/" + name), Builtin: builtin[name], Available: available[name],
 		}
-		known = known || m.Loaded
 		there[name] = m
 	}
 	// What is built in has no entry of its own in sysfs without parameters; its driver has.
 	if m := there["vfio_pci"]; g.Exists("sys/bus/pci/drivers/vfio-pci") && !m.There() {
 		m.Builtin = true
-		there["vfio_pci"], known = m, true
+		there["vfio_pci"] = m
 	}
-	if known {
+	// Without the lists it is not known of a module that it is missing.
+	if known || there["vfio_pci"].There() && (there["vfio_iommu_type1"].There() || there["iommufd"].There()) {
 		f.Modules = there
 	}
 	f.Rules = g.rules(f.Words)

@@ -18,9 +18,11 @@ import (
 func iommuCommand(e *env) *cli.Command {
 	return command(&cli.Command{
 		Name:  "iommu",
-		Usage: "show the IOMMUs: what they cover and can do, and the firmware's tables",
-		Description: "An IOMMU that the firmware describes and the kernel does not use is shown too. The tables (IVRS, DMAR, IORT, VIOT) take\n" +
-			"root to read; --json has each of their blocks and fields.\n\n" +
+		Usage: "show the IOMMUs, and the firmware's tables about them",
+		Description: "Show which devices each IOMMU covers, what it can do and what that means for\n" +
+			"passthrough, and what the firmware reserves for which device. An IOMMU that the\n" +
+			"firmware describes and the kernel does not use is shown too. The tables (IVRS,\n" +
+			"DMAR, IORT, VIOT) take root to read; --json has each of their blocks and fields.\n\n" +
 			"Examples:\n  viaduct iommu\n  viaduct iommu --json | jq '.tables[].blocks[] | {type, offset, length}'",
 		Flags: []cli.Flag{e.jsonFlag()},
 		Action: func(c *cli.Context) error {

@@ -8,7 +8,7 @@ import (
 
 // ACPITables are firmware tables about IOMMUs that have every kind of block and entry there is, by signature.
 func ACPITables() map[string][]byte {
-	ivhd := "0200 4000 0000f0fd00000000 0000 1301" // after type, flags and length
+	ivhd := "0200 4000 0000f0fd00000000 0000 1301"                 // after type, flags and length
 	entries := "01000000" + "021000d7" + "03180000" + "04ff0040" + // all, select, a range
 		"4000000000000000" + "4200010000a50000" + "4300ff0000a50000" + "04ffff00" + // pad, aliases
 		"4610000000000080" + "4711000000000010" + "04120000" + // extended

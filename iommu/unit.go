@@ -66,20 +66,6 @@ func (t *Topology) LateGroups() bool {
 	return slices.ContainsFunc(t.Units, func(u Unit) bool { return u.Kind != KindAMDVi && u.Kind != KindVTd })
 }
 
-// TurnOn says how to turn on the IOMMU of a host that has none active.
-func TurnOn(h *Host) string {
-	const firmware = "sys/firmware/acpi/tables/"
-	arch, _ := h.String("proc/sys/kernel/arch")
-	switch {
-	case strings.HasPrefix(arch, "aarch64"), strings.HasPrefix(arch, "arm"), h.Exists(firmware + "IORT"):
-		return "turn on the SMMU in the firmware, or give the guest that this is a virtual one"
-	case h.Exists(firmware + "VIOT"):
-		return "load the module virtio_iommu before the drivers of the devices"
-	}
-	return "turn on AMD-Vi or VT-d (\"IOMMU\") in the firmware; an Intel host may need intel_iommu=on on the kernel " +
-		"command line"
-}
-
 const irqDir = "sys/kernel/irq"
 
 // readInterruptRemapping tells by the name of an interrupt's controller: both x86 drivers put "IR-" before the names of

@@ -15,6 +15,8 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+
+	"viaduct/internal/host/hosttest"
 )
 
 // kind is a model of a device.
@@ -299,6 +301,19 @@ func (t *tree) interrupt(chip string) {
 	t.irq++
 }
 
+// host makes what is of the whole host: its firmware's table, and what its kernel came with.
+func (t *tree) host() {
+	for _, d := range []string{"sys/firmware/acpi/tables", "lib/modules/6.12.0", "proc/sys/kernel", "etc/modprobe.d"} {
+		t.dir(d)
+	}
+	// The IOMMU is the first function, and covers all.
+	t.file("sys/firmware/acpi/tables/IVRS", string(hosttest.ACPITable("IVRS", 2, "43302000 0000000000000000",
+		hosttest.IVRSBlock("11 30", "0000 4000 0000f0fd00000000 0000 0000 00000000 fa4a25a2ef776524 0000000000000000 01000000"))))
+	t.file("proc/cmdline", "quiet\n")
+	t.file("proc/sys/kernel/osrelease", "6.12.0\n")
+	t.file("lib/modules/6.12.0/modules.dep", "kernel/drivers/vfio/pci/vfio-pci.ko:\nkernel/drivers/vfio/vfio_iommu_type1.ko:\n")
+}
+
 const madeUpIDs = `# stands in for pci.ids, which this machine does not have
 1022  Advanced Micro Devices, Inc. [AMD]
 	14a4  Root Complex
@@ -340,6 +355,7 @@ func main() {
 	for range 24 {
 		t.interrupt("IR-IO-APIC")
 	}
+	t.host()
 	for n := 0; t.left > 0; n++ {
 		t.complex(n)
 	}

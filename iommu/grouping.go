@@ -1,0 +1,382 @@
+package iommu
+
+import (
+	"path"
+	"slices"
+
+	"viaduct/internal/host"
+)
+
+// Grouping computes IOMMU groups the way the kernel does (drivers/iommu/iommu.c, pci_device_group, of Linux 6.12 to 7.2),
+// from where devices are and what their config space says. It never looks at the kernel's own groups. Config space is
+// read when it is needed, and only of the devices that matter: that wakes them if they sleep.
+type Grouping struct {
+	host    *Host
+	nodes   map[Address]*node
+	buses   map[Address][]*node // by a bus's address 00.0, in the order of the devices
+	ivrs    bool
+	aliases map[Address]Address
+	// unsure are the devices that were not known enough for what was computed last.
+	unsure map[Address]bool
+}
+
+// node is a device in the tree.
+type node struct {
+	*Device
+	up   *node // the bridge above, nil on a root bus
+	down []*node
+	dma  *node // whose DMA it really does, as behind a Volume Management Device; else itself
+	// managed is false of what no IOMMU is in front of: it is in no group.
+	managed bool
+
+	asked   bool
+	config  *Function
+	failed  error
+	verdict *Isolation
+}
+
+// NewGrouping prepares the computation. Aliases are those of the firmware: by device, as whom the IVRS table says that
+// its DMA comes. They are nil where there is no such table.
+func NewGrouping(h *Host, t *Topology, aliases map[Address]Address) (*Grouping, error) {
+	g := &Grouping{
+		host: h, nodes: map[Address]*node{}, buses: map[Address][]*node{}, aliases: aliases,
+		ivrs: h.Exists("sys/firmware/acpi/tables/IVRS"),
+	}
+	t.All(func(d *Device) bool {
+		if d.PCI {
+			n := &node{Device: d}
+			n.dma = n
+			g.nodes[d.Address] = n
+		}
+		return true
+	})
+	linked := false
+	for _, n := range g.inOrder() {
+		dir := path.Join(pciDevices, n.Name)
+		target, err := optional(h.Link(dir))
+		if err != nil {
+			return nil, err
+		}
+		g.place(n, pathAddresses(target))
+		if n.managed, err = h.Has(path.Join(dir, "iommu")); err != nil && !host.Absent(err) {
+			return nil, err
+		}
+		linked = linked || n.managed
+	}
+	if !linked {
+		// An old kernel makes no such links, and some captured hosts lack them.
+		for _, n := range g.nodes {
+			n.managed = true
+		}
+	}
+	return g, nil
+}
+
+// place puts a device below the last one of those above it that is still there.
+func (g *Grouping) place(n *node, chain []Address) {
+	bus := busOf(n.Address)
+	g.buses[bus] = append(g.buses[bus], n)
+	if n.Parent != nil && g.nodes[*n.Parent] != nil {
+		n.dma = g.nodes[*n.Parent]
+	}
+	if len(chain) < 2 {
+		return
+	}
+	above := chain[len(chain)-2]
+	if above.Domain != n.Address.Domain {
+		// A root bus that a driver made.
+		return
+	}
+	if n.up = g.nodes[above]; n.up != nil {
+		n.up.down = append(n.up.down, n)
+	}
+}
+
+func busOf(a Address) Address { return Address{Domain: a.Domain, Bus: a.Bus} }
+
+// inOrder are all devices as the kernel meets them: by address, as buses are numbered in the order they are found, VFs
+// after all others.
+func (g *Grouping) inOrder() []*node {
+	out := make([]*node, 0, len(g.nodes))
+	for _, n := range g.nodes {
+		out = append(out, n)
+	}
+	slices.SortFunc(out, order)
+	return out
+}
+
+func order(a, b *node) int {
+	if (a.PhysFn != nil) != (b.PhysFn != nil) {
+		if a.PhysFn != nil {
+			return 1
+		}
+		return -1
+	}
+	return a.Address.Compare(b.Address)
+}
+
+// doubt remembers a device that is not known enough.
+func (g *Grouping) doubt(n *node) { g.unsure[n.Address] = true }
+
+// apart is isolation for the computation: what is not known is doubted.
+func (g *Grouping) apart(n *node) bool {
+	v := g.isolation(n)
+	if !v.Known {
+		g.doubt(n)
+	}
+	return v.Isolated
+}
+
+// apartUp reports whether a bridge and all above it isolate (pci_acs_path_enabled).
+func (g *Grouping) apartUp(n *node) bool {
+	for ; n != nil; n = n.up {
+		if !g.apart(n) {
+			return false
+		}
+	}
+	return true
+}
+
+// senders are the devices as which a device's DMA arrives, from itself upwards (drivers/pci/search.c,
+// pci_for_each_dma_alias).
+func (g *Grouping) senders(n *node) []*node {
+	out := []*node{n.dma}
+	for b := n.dma.up; b != nil; b = b.up {
+		if in(translationRoots, b.ID) {
+			break
+		}
+		t, express, known := g.express(b)
+		if !known {
+			g.doubt(b)
+		}
+		if !express || t == PCIeToPCIBridge || t == PCIToPCIeBridge {
+			out = append(out, b)
+		}
+	}
+	return out
+}
+
+// alias reports whether the DMA of one of two devices on a bus comes from the other one too, and why
+// (pci_devs_are_dma_aliases; drivers/iommu/amd/iommu.c, setup_aliases).
+func (g *Grouping) alias(a, b *node) (yes bool, why aliasKind) {
+	for _, pair := range [][2]*node{{a, b}, {b, a}} {
+		one, other := pair[0], pair[1]
+		if as, ok := g.aliases[one.Address]; ok && as == other.Address {
+			return true, aliasFirmware
+		}
+		quirk, known := appearsAs(one.Device, other.Address.devfn())
+		if !known {
+			g.doubt(one)
+		}
+		if quirk {
+			return true, aliasQuirk
+		}
+		if one.dma == other {
+			return true, aliasReal
+		}
+	}
+	return false, 0
+}
+
+type aliasKind int
+
+const (
+	aliasQuirk aliasKind = iota
+	aliasFirmware
+	aliasReal
+)
+
+func sameSlot(a, b *node) bool {
+	return busOf(a.Address) == busOf(b.Address) && a.Address.Device == b.Address.Device
+}
+
+// rest is the device whose group a device comes into: the last one as which its DMA arrives, or the highest bridge
+// above that from which nothing isolates.
+func (g *Grouping) rest(n *node) *node {
+	senders := g.senders(n)
+	n = senders[len(senders)-1]
+	for b := n.up; b != nil && !g.apartUp(b); b = b.up {
+		n = b
+	}
+	return n
+}
+
+// near are the devices that could share a group with what rests at a device: those that are functions of one slot, or
+// aliases, of each other, and all below these.
+func (g *Grouping) near(rest *node) []*node {
+	bus := g.buses[busOf(rest.Address)]
+	found := []*node{rest}
+	for i := 0; i < len(found); i++ {
+		for _, n := range bus {
+			if slices.Contains(found, n) {
+				continue
+			}
+			alias, _ := g.alias(found[i], n)
+			if alias || sameSlot(found[i], n) {
+				found = append(found, n)
+			}
+		}
+	}
+	var all []*node
+	var below func([]*node)
+	below = func(nodes []*node) {
+		for _, n := range nodes {
+			all = append(all, n)
+			below(n.down)
+		}
+	}
+	below(found)
+	for _, n := range g.nodes {
+		// What is behind a device of these, in a domain of its own.
+		if n.dma != n && slices.Contains(all, n.dma) {
+			all = append(all, n)
+		}
+	}
+	slices.SortFunc(all, order)
+	return all
+}
+
+// groups are the numbers of the groups that devices have come into so far.
+type groups map[*node]int
+
+// assign computes the groups of devices in the order in which the kernel meets them.
+func (g *Grouping) assign(nodes []*node) groups {
+	of := groups{}
+	next := 1
+	for _, n := range nodes {
+		if !n.managed {
+			continue
+		}
+		id := g.join(of, n)
+		if id == 0 {
+			id = next
+			next++
+		}
+		of[n] = id
+	}
+	return of
+}
+
+// join is the group that is there for a device, 0 if it begins one (pci_device_group).
+func (g *Grouping) join(of groups, n *node) int {
+	for _, s := range g.senders(n) {
+		if n = s; of[n] != 0 {
+			return of[n]
+		}
+	}
+	for b := n.up; b != nil && !g.apartUp(b); b = b.up {
+		if n = b; of[n] != 0 {
+			return of[n]
+		}
+	}
+	been := map[*node]bool{}
+	if id := g.ofAliases(of, n, been); id != 0 {
+		return id
+	}
+	return g.ofFunctions(of, n, been)
+}
+
+// ofAliases is the group of a device or of its aliases (get_pci_alias_group).
+func (g *Grouping) ofAliases(of groups, n *node, been map[*node]bool) int {
+	if been[n] {
+		return 0
+	}
+	been[n] = true
+	if of[n] != 0 {
+		return of[n]
+	}
+	for _, other := range g.buses[busOf(n.Address)] {
+		if other == n {
+			continue
+		}
+		if yes, _ := g.alias(n, other); !yes {
+			continue
+		}
+		if id := g.ofAliases(of, other, been); id != 0 {
+			return id
+		}
+		if id := g.ofFunctions(of, other, been); id != 0 {
+			return id
+		}
+	}
+	return 0
+}
+
+// ofFunctions is the group of another function of the same slot, if neither isolates (get_pci_function_alias_group).
+func (g *Grouping) ofFunctions(of groups, n *node, been map[*node]bool) int {
+	siblings := g.siblings(n)
+	if len(siblings) == 0 {
+		return 0
+	}
+	many, known := g.multifunction(n)
+	if !known {
+		g.doubt(n)
+	}
+	if !many || g.apart(n) {
+		return 0
+	}
+	for _, other := range siblings {
+		if g.apart(other) {
+			continue
+		}
+		if id := g.ofAliases(of, other, been); id != 0 {
+			return id
+		}
+	}
+	return 0
+}
+
+// siblings are the other functions of a device's slot.
+func (g *Grouping) siblings(n *node) []*node {
+	var out []*node
+	for _, other := range g.buses[busOf(n.Address)] {
+		if other != n && sameSlot(n, other) {
+			out = append(out, other)
+		}
+	}
+	return out
+}
+
+// Computed is the group that a device is in by what its config space and that of others says.
+type Computed struct {
+	// Known is false where config space, or the firmware's table of aliases, could not be read as far as it matters.
+	Known bool
+	// Unread are the devices that were not known enough.
+	Unread []Address
+	// Members are all devices of the group, by address. There are none of a device that no IOMMU is in front of.
+	Members []*Device
+	// Edges are why, from each member to the root, and between members beside each other.
+	Edges []Edge
+}
+
+// Of computes the group of a PCI device.
+func (g *Grouping) Of(d *Device) Computed {
+	n := g.nodes[d.Address]
+	if n == nil || !n.managed {
+		return Computed{Known: n != nil}
+	}
+	g.unsure = map[Address]bool{}
+	of := g.assign(g.near(g.rest(n)))
+	c := Computed{Known: len(g.unsure) == 0}
+	for a := range g.unsure {
+		c.Unread = append(c.Unread, a)
+	}
+	slices.SortFunc(c.Unread, Address.Compare)
+
+	members := []*node{n}
+	if c.Known {
+		for other, id := range of {
+			if id == of[n] && other != n {
+				members = append(members, other)
+			}
+		}
+	}
+	slices.SortFunc(members, func(a, b *node) int { return a.Address.Compare(b.Address) })
+	if c.Known {
+		for _, m := range members {
+			c.Members = append(c.Members, m.Device)
+		}
+	}
+	c.Edges = g.edges(members)
+	return c
+}

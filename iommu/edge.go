@@ -50,8 +50,8 @@ func (g *Grouping) edges(members []*node) []Edge {
 				fmt.Sprintf("turn off the mode (e.g. VMD) of %s in the firmware", m.dma.Name)})
 		}
 		for _, other := range g.siblings(m) {
-			// Each pair once; what is no member is on the other side of every pair.
-			if j := slices.Index(members, other); j < 0 || j > i {
+			// Each pair once; what is no member is on the other side of every pair. VFs count as no functions.
+			if j := slices.Index(members, other); (j < 0 || j > i) && m.PhysFn == nil && other.PhysFn == nil {
 				out = append(out, g.functionEdge(m, other))
 			}
 		}
@@ -87,14 +87,13 @@ func (g *Grouping) functionEdge(a, b *node) Edge {
 	e := Edge{From: a.Address, To: &b.Address, Kind: EdgeFunction}
 	one, other := g.isolation(a), g.isolation(b)
 	switch {
-	case a.PhysFn != nil || b.PhysFn != nil:
-		e.Isolated, e.Reason = new(true), "A VF has a requester ID of its own, and counts as no function of its slot."
 	case one.Isolated || other.Isolated:
 		n, v := a, one
 		if !one.Isolated {
 			n, v = b, other
 		}
-		e.Isolated, e.Reason = new(true), fmt.Sprintf("%s %s.", n.Name, v.Reason)
+		e.Isolated = new(true)
+		e.Reason = fmt.Sprintf("%s and %s are functions of one device, but %s %s.", a.Name, b.Name, n.Name, v.Reason)
 	case !one.Known || !other.Known:
 		e.Reason = fmt.Sprintf("%s %s.", a.Name, unread.Reason)
 	default:

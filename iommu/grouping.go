@@ -353,7 +353,8 @@ type Computed struct {
 func (g *Grouping) Of(d *Device) Computed {
 	n := g.nodes[d.Address]
 	if n == nil || !n.managed {
-		return Computed{Known: n != nil}
+		// Of what is in a group although it seems that no IOMMU is in front of it nothing is known.
+		return Computed{Known: n != nil && d.Group == nil}
 	}
 	g.unsure = map[Address]bool{}
 	of := g.assign(g.near(g.rest(n)))

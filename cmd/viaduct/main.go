@@ -234,7 +234,7 @@ func newApp(e *env) *cli.App {
 			return cli.ShowAppHelp(c)
 		},
 		Commands: []*cli.Command{
-			listCommand(e), showCommand(e), iommuCommand(e), doctorCommand(e), bindCommand(e), unbindCommand(e), recoverCommand(e), verifyCommand(e), vfCommand(e),
+			listCommand(e), showCommand(e), whyCommand(e), iommuCommand(e), doctorCommand(e), bindCommand(e), unbindCommand(e), recoverCommand(e), verifyCommand(e), vfCommand(e),
 			planCommand(e), applyCommand(e), statusCommand(e), undoCommand(e), adoptCommand(e), schemaCommand(e),
 			installCommand(e), uninstallCommand(e), watchCommand(e),
 			assignCommand(e), releaseCommand(e), leasesCommand(e), runCommand(e), heldCommand(), poolCommand(e),

@@ -272,8 +272,12 @@ func (f *Function) standard(r *registers) {
 // (PASID), 9.3.3 (SR-IOV), 10.5.1 (ATS), 10.5.2 (PRI).
 func (f *Function) extended(r *registers) {
 	at := func(id uint16) int { return offsetOf(f.Extended, id) }
-	if d, ok := r.of(at(0x000d), 3); ok {
-		f.ACS = &ACS{ACSFlags(d[1]), ACSFlags(d[1] >> 16), d[2]}
+	if d, ok := r.of(at(0x000d), 2); ok {
+		f.ACS = &ACS{Capability: ACSFlags(d[1]), Control: ACSFlags(d[1] >> 16)}
+		if after := at(0x000d) + 8; after < configEnd {
+			d, _ := r.of(after, 1)
+			f.ACS.Vector = d[0]
+		}
 	}
 	if d, ok := r.of(at(0x000e), 2); ok {
 		f.ARI = &ARI{d[1]&1 != 0, d[1]&2 != 0, uint8(d[1] >> 8)}

@@ -136,14 +136,15 @@ func (g *Grouping) isolates(n *node) Isolation {
 
 // acs judges the ACS capability: what it does not offer is taken for always on.
 func (n *node) acs(a *ACS) Isolation {
-	if a == nil && !n.config.ExtendedWhole {
+	dwords := in(intelDwords, n.ID)
+	if (a == nil || dwords) && !n.config.ExtendedWhole {
 		return unread
 	}
 	if a == nil {
 		return open(causeNoACS, "has no ACS capability")
 	}
 	want, control := needed&a.Capability, a.Control
-	if in(intelDwords, n.ID) {
+	if dwords {
 		control = ACSFlags(a.Vector)
 	}
 	if in(noSourceValidation, n.ID) {

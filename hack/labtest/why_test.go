@@ -117,14 +117,22 @@ func makeVFs(t *testing.T) {
 	made := 0
 	for _, n := range names(devicesDir) {
 		dir := filepath.Join(devicesDir, n)
-		if total := attr(dir, "sriov_totalvfs"); total == "" || total == "0" || link(dir, "driver") != "igb" {
+		if total := attr(dir, "sriov_totalvfs"); total == "" || total == "0" || link(dir, "driver") != "igb" ||
+			attr(dir, "sriov_numvfs") != "0" {
 			continue
 		}
 		if err := os.WriteFile(filepath.Join(dir, "sriov_numvfs"), []byte("2"), 0); err != nil {
 			t.Logf("no VFs of %s: %v", n, err)
 			continue
 		}
+		t.Cleanup(func() { _ = os.WriteFile(filepath.Join(dir, "sriov_numvfs"), []byte("0"), 0) })
 		made += 2
 	}
 	t.Logf("%d VFs made", made)
+}
+
+// TestConfig compares what is read in config space with what lspci says of it.
+func TestConfig(t *testing.T) {
+	dump := filepath.Join(t.TempDir(), "dump")
+	t.Log(shell(t, "lspci -xxxx >"+dump+" && /job/lspcicheck lspci "+dump))
 }

@@ -94,8 +94,10 @@ func (g *Grouping) functionEdge(a, b *node) Edge {
 		}
 		e.Isolated = new(true)
 		e.Reason = fmt.Sprintf("%s and %s are functions of one device, but %s %s.", a.Name, b.Name, n.Name, v.Reason)
-	case !one.Known || !other.Known:
-		e.Reason = fmt.Sprintf("%s %s.", a.Name, unread.Reason)
+	case !one.Known:
+		e.Reason = fmt.Sprintf("%s %s.", a.Name, one.Reason)
+	case !other.Known:
+		e.Reason = fmt.Sprintf("%s %s.", b.Name, other.Reason)
 	default:
 		e.Isolated = new(false)
 		e.Reason = fmt.Sprintf("%s and %s are functions of one device: %s %s.", a.Name, b.Name, a.Name, one.Reason)

@@ -36,7 +36,13 @@ func open(why cause, format string, a ...any) Isolation {
 	return Isolation{Known: true, Reason: fmt.Sprintf(format, a...), cause: why}
 }
 
-var unread = Isolation{Reason: "may or may not isolate: its config space could be read only in part (that takes root)"}
+// unread is for what could not be read.
+func (n *node) unread() Isolation {
+	if n.failed != nil {
+		return Isolation{Reason: fmt.Sprintf("may or may not isolate: %v", n.failed)}
+	}
+	return Isolation{Reason: "may or may not isolate: its config space could be read only in part (that takes root)"}
+}
 
 // function is what the node's config space says, as far as it could be read.
 func (n *node) function(h *Host) *Function {
@@ -106,7 +112,7 @@ func (g *Grouping) isolates(n *node) Isolation {
 	}
 	t, express, known := g.express(n)
 	if !known {
-		return unread
+		return n.unread()
 	}
 	if !express {
 		return open(causeConventional, "is conventional PCI, where what is on a bus reaches all else on it")
@@ -125,7 +131,7 @@ func (g *Grouping) isolates(n *node) Isolation {
 	case Endpoint, LegacyEndpoint, UpstreamPort, IntegratedEndpoint:
 		many, known := g.multifunction(n)
 		if !known {
-			return unread
+			return n.unread()
 		}
 		if many {
 			return n.acs(n.function(g.host).ACS)
@@ -138,7 +144,7 @@ func (g *Grouping) isolates(n *node) Isolation {
 func (n *node) acs(a *ACS) Isolation {
 	dwords := in(intelDwords, n.ID)
 	if (a == nil || dwords) && !n.config.ExtendedWhole {
-		return unread
+		return n.unread()
 	}
 	if a == nil {
 		return open(causeNoACS, "has no ACS capability")
@@ -165,7 +171,7 @@ func (g *Grouping) vouched(n *node) (v Isolation, ok bool) {
 	case in(amdSouthbridge, n.ID) && n.up == nil && g.ivrs:
 		many, known := g.multifunction(n)
 		if !known {
-			return unread, true
+			return n.unread(), true
 		}
 		return isolated("isolates, by the kernel's list: AMD says so of its chipset"), many
 	case in(separateFunctions, n.ID):
@@ -201,12 +207,12 @@ func (g *Grouping) pch(n *node) Isolation {
 	const miscellaneous, busNumberCheck = 0xd8, 1 << 26
 	f, err := g.host.File(configOf(n.Address))
 	if err != nil {
-		return unread
+		return n.unread()
 	}
 	defer f.Close()
 	switch d, ok := dword(f, miscellaneous); {
 	case !ok:
-		return unread
+		return n.unread()
 	case d&busNumberCheck == 0:
 		return open(causeVendor, "could isolate without ACS, but the kernel could not turn that on at boot")
 	}

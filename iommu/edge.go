@@ -33,8 +33,18 @@ type Edge struct {
 	Cure string
 }
 
-// edges are the reasons for a group.
-func (g *Grouping) edges(members []*node) []Edge {
+// Edges are the reasons why PCI devices are in one group or in several: from each of them up to the root, and between
+// those beside each other. What only stands on a bus that isolates nothing has no reasons beside that.
+func (g *Grouping) Edges(devices []*Device) []Edge {
+	g.unsure = map[Address]bool{}
+	var members []*node
+	for _, d := range devices {
+		if n := g.nodes[d.Address]; n != nil && d.PCI && !slices.Contains(members, n) {
+			members = append(members, n)
+		}
+	}
+	slices.SortFunc(members, func(a, b *node) int { return a.Address.Compare(b.Address) })
+
 	var out []Edge
 	been := map[*node]bool{}
 	for _, m := range members {
@@ -49,12 +59,6 @@ func (g *Grouping) edges(members []*node) []Edge {
 				fmt.Sprintf("%s does its DMA as %s, whose driver made its bus.", m.Name, m.dma.Name),
 				fmt.Sprintf("turn off the mode (e.g. VMD) of %s in the firmware", m.dma.Name)})
 		}
-		for _, other := range g.siblings(m) {
-			// Each pair once; what is no member is on the other side of every pair. VFs count as no functions.
-			if j := slices.Index(members, other); (j < 0 || j > i) && m.PhysFn == nil && other.PhysFn == nil {
-				out = append(out, g.functionEdge(m, other))
-			}
-		}
 		for _, other := range members[i+1:] {
 			if busOf(m.Address) != busOf(other.Address) {
 				continue
@@ -63,8 +67,25 @@ func (g *Grouping) edges(members []*node) []Edge {
 				out = append(out, aliasEdge(m, other, why))
 			}
 		}
+		if v := g.above(m); m.PhysFn != nil || v.Known && !v.Isolated {
+			continue
+		}
+		for _, other := range g.siblings(m) {
+			// Each pair once; what is no member is on the other side of every pair. VFs count as no functions.
+			if j := slices.Index(members, other); (j < 0 || j > i) && other.PhysFn == nil {
+				out = append(out, g.functionEdge(m, other))
+			}
+		}
 	}
 	return out
+}
+
+// above is the isolation of the bridge above a device; a root bus isolates.
+func (g *Grouping) above(n *node) Isolation {
+	if n.up == nil {
+		return Isolation{Known: true, Isolated: true}
+	}
+	return g.isolation(n.up)
 }
 
 func (g *Grouping) pathEdge(n *node) Edge {
@@ -100,7 +121,7 @@ func (g *Grouping) functionEdge(a, b *node) Edge {
 		e.Reason = fmt.Sprintf("%s %s.", b.Name, other.Reason)
 	default:
 		e.Isolated = new(false)
-		e.Reason = fmt.Sprintf("%s and %s are functions of one device: %s %s.", a.Name, b.Name, a.Name, one.Reason)
+		e.Reason = fmt.Sprintf("%s and %s are functions of one device, and %s %s.", a.Name, b.Name, a.Name, one.Reason)
 		e.Cure = "nothing separates these functions: only a guest that gets them all can have one"
 	}
 	return e

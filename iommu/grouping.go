@@ -1,8 +1,11 @@
 package iommu
 
 import (
+	"errors"
 	"path"
 	"slices"
+
+	"golang.org/x/sys/unix"
 
 	"viaduct/internal/host"
 )
@@ -58,9 +61,11 @@ func NewGrouping(h *Host, t *Topology, aliases map[Address]Address) (*Grouping, 
 			return nil, err
 		}
 		g.place(n, pathAddresses(target))
-		if n.managed, err = h.Has(path.Join(dir, "iommu")); err != nil && !host.Absent(err) {
+		// The IOMMU's own function has a folder of that name, and no IOMMU in front of it.
+		if _, err = h.Link(path.Join(dir, "iommu")); err != nil && !host.Absent(err) && !errors.Is(err, unix.EINVAL) {
 			return nil, err
 		}
+		n.managed = err == nil
 		linked = linked || n.managed
 	}
 	if !linked {
@@ -345,8 +350,6 @@ type Computed struct {
 	Unread []Address
 	// Members are all devices of the group, by address. There are none of a device that no IOMMU is in front of.
 	Members []*Device
-	// Edges are why, from each member to the root, and between members beside each other.
-	Edges []Edge
 }
 
 // Of computes the group of a PCI device.
@@ -364,20 +367,14 @@ func (g *Grouping) Of(d *Device) Computed {
 	}
 	slices.SortFunc(c.Unread, Address.Compare)
 
-	members := []*node{n}
-	if c.Known {
-		for other, id := range of {
-			if id == of[n] && other != n {
-				members = append(members, other)
-			}
+	if !c.Known {
+		return c
+	}
+	for other, id := range of {
+		if id == of[n] {
+			c.Members = append(c.Members, other.Device)
 		}
 	}
-	slices.SortFunc(members, func(a, b *node) int { return a.Address.Compare(b.Address) })
-	if c.Known {
-		for _, m := range members {
-			c.Members = append(c.Members, m.Device)
-		}
-	}
-	c.Edges = g.edges(members)
+	slices.SortFunc(c.Members, func(a, b *Device) int { return a.Address.Compare(b.Address) })
 	return c
 }

@@ -115,7 +115,7 @@ func (g *Grouping) isolates(n *node) Isolation {
 		return n.unread()
 	}
 	if !express {
-		return open(causeConventional, "is conventional PCI, where what is on a bus reaches all else on it")
+		return open(causeConventional, "does not isolate: it is conventional PCI, where all on a bus is in reach of each other")
 	}
 	if v, ok := g.vouchedAs(n, t); ok {
 		return v
@@ -123,9 +123,9 @@ func (g *Grouping) isolates(n *node) Isolation {
 
 	switch t {
 	case PCIeToPCIBridge, PCIToPCIeBridge:
-		return open(causeConventional, "is a %s: what is behind it is one to the IOMMU", t)
+		return open(causeConventional, "does not isolate: it is a %s, and all behind it has one requester ID", t)
 	case EventCollector:
-		return open(causeNoACS, "is an event collector, which never has ACS")
+		return open(causeNoACS, "does not isolate: it is an event collector, which never has ACS")
 	case RootPort, DownstreamPort:
 		return n.acs(n.function(g.host).ACS)
 	case Endpoint, LegacyEndpoint, UpstreamPort, IntegratedEndpoint:
@@ -137,7 +137,7 @@ func (g *Grouping) isolates(n *node) Isolation {
 			return n.acs(n.function(g.host).ACS)
 		}
 	}
-	return isolated("is a single function, which needs no ACS")
+	return isolated("isolates: a single function needs no ACS")
 }
 
 // acs judges the ACS capability: what it does not offer is taken for always on.
@@ -147,7 +147,7 @@ func (n *node) acs(a *ACS) Isolation {
 		return n.unread()
 	}
 	if a == nil {
-		return open(causeNoACS, "has no ACS capability")
+		return open(causeNoACS, "does not isolate: it has no ACS capability")
 	}
 	want, control := needed&a.Capability, a.Control
 	if dwords {
@@ -158,9 +158,9 @@ func (n *node) acs(a *ACS) Isolation {
 	}
 	switch missing := want &^ control; {
 	case missing != 0:
-		return open(causeACSOff, "has ACS, but %s of it is off", missing)
+		return open(causeACSOff, "does not isolate: its ACS is off (%s)", missing)
 	case want == 0:
-		return isolated("isolates: it has ACS of which nothing can be turned off")
+		return isolated("isolates: its ACS is always on")
 	}
 	return isolated("isolates: its ACS is on (%s)", want)
 }
@@ -181,7 +181,7 @@ func (g *Grouping) vouched(n *node) (v Isolation, ok bool) {
 	case in(wangxunCards, n.ID):
 		return isolated("isolates, by the kernel's list: its maker says that its functions do not reach each other"), true
 	case n.Vendor == vendorWangxun:
-		return open(causeVendor, "is not on the kernel's list of this maker's cards whose functions are apart"), true
+		return open(causeVendor, "does not isolate: it is not on the kernel's list of this maker's cards that do"), true
 	}
 	return Isolation{}, false
 }
@@ -194,7 +194,7 @@ func (g *Grouping) vouchedAs(n *node, t PortType) (v Isolation, ok bool) {
 	case in(separateRootPorts, n.ID) && t == RootPort, in(zhaoxinPorts, n.ID) && (t == RootPort || t == DownstreamPort):
 		return isolated("isolates, by the kernel's list of ports that do so without ACS"), true
 	case n.Vendor == vendorZhaoxin && (t == RootPort || t == DownstreamPort):
-		return open(causeVendor, "is not on the kernel's list of this maker's ports that isolate"), true
+		return open(causeVendor, "does not isolate: it is not on the kernel's list of this maker's ports that do"), true
 	case in(intelPCH, n.ID) && t == RootPort:
 		return g.pch(n), true
 	}
@@ -214,7 +214,7 @@ func (g *Grouping) pch(n *node) Isolation {
 	case !ok:
 		return n.unread()
 	case d&busNumberCheck == 0:
-		return open(causeVendor, "could isolate without ACS, but the kernel could not turn that on at boot")
+		return open(causeVendor, "does not isolate: the kernel could not turn on what it has instead of ACS")
 	}
 	return isolated("isolates without ACS: the kernel has turned on what Intel's chipset has instead")
 }

@@ -65,11 +65,15 @@ type why struct {
 	device   *iommu.Device // that was asked for; of a group one of its members, nil if none is PCI
 	group    *iommu.Group  // nil: in none
 	computed iommu.Computed
+	edges    []iommu.Edge
 }
+
+// isPCI reports whether there is a PCI device to compute with.
+func (w *why) isPCI() bool { return w.device != nil && w.device.PCI }
 
 // agrees compares the computed group with the kernel's; nil if that cannot be known.
 func (w *why) agrees() *bool {
-	if w.group == nil || w.group.NoIOMMU || w.device == nil || !w.computed.Known {
+	if w.group == nil || w.group.NoIOMMU || !w.isPCI() || !w.computed.Known {
 		return nil
 	}
 	return new(slices.Equal(w.members(), w.ours()))
@@ -98,10 +102,10 @@ func (w *why) view() whyView {
 	if w.group != nil {
 		v.Group = &w.group.ID
 	}
-	if w.device != nil && w.computed.Known {
+	if w.isPCI() && w.computed.Known {
 		v.Computed = w.ours()
 	}
-	for _, e := range w.computed.Edges {
+	for _, e := range w.edges {
 		v.Edges = append(v.Edges, edgeView{e.From, e.To, e.Kind, e.Isolated, e.Reason, known(e.Cure)})
 	}
 	return v
@@ -118,9 +122,18 @@ func explain(g *iommu.Grouping, group *iommu.Group, d *iommu.Device) *why {
 			}
 		}
 	}
-	if w.device != nil && (group == nil || !group.NoIOMMU) {
-		w.computed = g.Of(w.device)
+	if w.device == nil || !w.device.PCI || group != nil && group.NoIOMMU {
+		return w
 	}
+	w.computed = g.Of(w.device)
+	// Those of both, if they differ.
+	all := append([]*iommu.Device{w.device}, w.computed.Members...)
+	if group != nil {
+		for i := range group.Devices {
+			all = append(all, &group.Devices[i])
+		}
+	}
+	w.edges = g.Edges(all)
 	return w
 }
 

@@ -16,7 +16,7 @@ func writeWhy(out io.Writer, h *iommu.Host, t *iommu.Topology, names *iommu.Name
 	for _, s := range w.differences(h, t, g) {
 		say("%s", s)
 	}
-	if len(w.computed.Edges) > 0 {
+	if len(w.edges) > 0 {
 		fmt.Fprintln(out)
 		writeReasons(out, t, names, w)
 	}
@@ -63,12 +63,12 @@ func (w *why) verdict() string {
 	switch {
 	case w.group != nil && w.group.NoIOMMU:
 		return "VFIO made that group in its noiommu mode: no IOMMU is in front of it, and nothing keeps it from any memory."
-	case w.device == nil:
+	case !w.isPCI():
 		return "It is no PCI device, and has no config space to tell why."
 	case w.group == nil && w.computed.Known && len(w.computed.Members) == 0:
 		return "No IOMMU is in front of it."
 	case agrees == nil && !w.computed.Known:
-		return "What config space says of that is not known: " + w.unknown()
+		return "Whether config space says the same is not known: " + w.unknown()
 	case agrees == nil:
 		return "By config space it would be in one with " + others(w.ours(), w.device.Name) + "."
 	case *agrees:
@@ -87,18 +87,15 @@ func others(names []string, but string) string {
 
 // unknown says what could not be read.
 func (w *why) unknown() string {
-	const root = " could be read only in part. That takes root (CAP_SYS_ADMIN), on a captured host when it was captured."
 	var of []string
 	for _, a := range w.computed.Unread {
 		of = append(of, a.String())
 	}
-	switch {
-	case len(of) == 0:
-		return "the firmware's tables" + root
-	case len(of) > 4:
+	if len(of) > 4 {
 		of = append(of[:4], fmt.Sprintf("%d others", len(of)-4))
 	}
-	return "that of " + strings.Join(of, ", ") + root
+	return "not all of it could be read (of " + strings.Join(of, ", ") + "). That takes root (CAP_SYS_ADMIN), of a captured " +
+		"host when it is captured."
 }
 
 // differences says, where the kernel's group is another one, why that may be.
@@ -132,7 +129,7 @@ func (w *why) differences(h *iommu.Host, t *iommu.Topology, g *iommu.Grouping) [
 func writeReasons(out io.Writer, t *iommu.Topology, names *iommu.Names, w *why) {
 	children, reasons := map[string][]string{}, map[string]string{}
 	var between []string
-	for _, e := range w.computed.Edges {
+	for _, e := range w.edges {
 		switch {
 		case e.Kind != iommu.EdgePath:
 			between = append(between, e.Reason)
@@ -208,7 +205,7 @@ func (w *why) cures() []string {
 	}
 	var order []string
 	of := map[string][]string{}
-	for _, e := range w.computed.Edges {
+	for _, e := range w.edges {
 		if e.Cure == "" || e.Kind != iommu.EdgePath && !(member(e.From) && e.To != nil && member(*e.To)) {
 			continue
 		}
@@ -236,9 +233,13 @@ func (w *why) cures() []string {
 
 // losses are what the host has no longer when a guest gets the group.
 func (w *why) losses() []string {
+	const most = 8
 	var out []string
 	for i := range w.group.Devices {
 		d := &w.group.Devices[i]
+		if len(out) == most && len(w.group.Devices)-i > 1 {
+			return append(out, fmt.Sprintf("and %d more devices (viaduct show group=%d).", len(w.group.Devices)-i, w.group.ID))
+		}
 		if w.device != nil && d.Name == w.device.Name && d.Role() == iommu.RoleGuest {
 			continue
 		}

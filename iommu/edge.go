@@ -35,15 +35,15 @@ type Edge struct {
 
 // Edges are the reasons why PCI devices are in one group or in several: from each of them up to the root, and between
 // those beside each other. What only stands on a bus that isolates nothing has no reasons beside that.
-func (g *Grouping) Edges(devices []*Device) []Edge {
+func (g *Grouping) Edges(devices []Address) []Edge {
 	g.unsure = map[Address]bool{}
 	var members []*node
-	for _, d := range devices {
-		if n := g.nodes[d.Address]; n != nil && d.PCI && !slices.Contains(members, n) {
+	for _, a := range devices {
+		if n := g.nodes[a]; n != nil && !slices.Contains(members, n) {
 			members = append(members, n)
 		}
 	}
-	slices.SortFunc(members, func(a, b *node) int { return a.Address.Compare(b.Address) })
+	slices.SortFunc(members, func(a, b *node) int { return a.at.Compare(b.at) })
 
 	var out []Edge
 	been := map[*node]bool{}
@@ -55,24 +55,24 @@ func (g *Grouping) Edges(devices []*Device) []Edge {
 	}
 	for i, m := range members {
 		if m.dma != m {
-			out = append(out, Edge{m.Address, &m.dma.Address, EdgeAlias, new(false),
-				fmt.Sprintf("%s does its DMA as %s, whose driver made its bus.", m.Name, m.dma.Name),
-				fmt.Sprintf("turn off the mode (e.g. VMD) of %s in the firmware", m.dma.Name)})
+			out = append(out, Edge{m.at, &m.dma.at, EdgeAlias, new(false),
+				fmt.Sprintf("%s does its DMA as %s, whose driver made its bus.", m.at, m.dma.at),
+				fmt.Sprintf("turn off the mode (e.g. VMD) of %s in the firmware", m.dma.at)})
 		}
 		for _, other := range members[i+1:] {
-			if busOf(m.Address) != busOf(other.Address) {
+			if busOf(m.at) != busOf(other.at) {
 				continue
 			}
 			if yes, why := g.alias(m, other); yes && why != aliasReal {
 				out = append(out, aliasEdge(m, other, why))
 			}
 		}
-		if v := g.above(m); m.PhysFn != nil || v.Known && !v.Isolated {
+		if v := g.above(m); g.isVF(m) || v.Known && !v.Isolated {
 			continue
 		}
 		for _, other := range g.siblings(m) {
 			// Each pair once; what is no member is on the other side of every pair. VFs count as no functions.
-			if j := slices.Index(members, other); (j < 0 || j > i) && other.PhysFn == nil {
+			if j := slices.Index(members, other); (j < 0 || j > i) && !g.isVF(other) {
 				out = append(out, g.functionEdge(m, other))
 			}
 		}
@@ -90,11 +90,11 @@ func (g *Grouping) above(n *node) Isolation {
 
 func (g *Grouping) pathEdge(n *node) Edge {
 	if n.up == nil {
-		return Edge{n.Address, nil, EdgePath, new(true), n.Name + " is on a root bus: no bridge is above it.", ""}
+		return Edge{n.at, nil, EdgePath, new(true), n.at.String() + " is on a root bus: no bridge is above it.", ""}
 	}
-	e := Edge{From: n.Address, To: &n.up.Address, Kind: EdgePath}
+	e := Edge{From: n.at, To: &n.up.at, Kind: EdgePath}
 	v := g.isolation(n.up)
-	e.Reason = fmt.Sprintf("%s %s.", n.up.Name, v.Reason)
+	e.Reason = fmt.Sprintf("%s %s.", n.up.at, v.Reason)
 	if v.Known {
 		e.Isolated = &v.Isolated
 	}
@@ -105,7 +105,7 @@ func (g *Grouping) pathEdge(n *node) Edge {
 }
 
 func (g *Grouping) functionEdge(a, b *node) Edge {
-	e := Edge{From: a.Address, To: &b.Address, Kind: EdgeFunction}
+	e := Edge{From: a.at, To: &b.at, Kind: EdgeFunction}
 	one, other := g.isolation(a), g.isolation(b)
 	switch {
 	case one.Isolated || other.Isolated:
@@ -114,27 +114,27 @@ func (g *Grouping) functionEdge(a, b *node) Edge {
 			n, v = b, other
 		}
 		e.Isolated = new(true)
-		e.Reason = fmt.Sprintf("%s and %s are functions of one device, but %s %s.", a.Name, b.Name, n.Name, v.Reason)
+		e.Reason = fmt.Sprintf("%s and %s are functions of one device, but %s %s.", a.at, b.at, n.at, v.Reason)
 	case !one.Known:
-		e.Reason = fmt.Sprintf("%s %s.", a.Name, one.Reason)
+		e.Reason = fmt.Sprintf("%s %s.", a.at, one.Reason)
 	case !other.Known:
-		e.Reason = fmt.Sprintf("%s %s.", b.Name, other.Reason)
+		e.Reason = fmt.Sprintf("%s %s.", b.at, other.Reason)
 	default:
 		e.Isolated = new(false)
-		e.Reason = fmt.Sprintf("%s and %s are functions of one device, and %s %s.", a.Name, b.Name, a.Name, one.Reason)
+		e.Reason = fmt.Sprintf("%s and %s are functions of one device, and %s %s.", a.at, b.at, a.at, one.Reason)
 		e.Cure = "nothing separates these functions: only a guest that gets them all can have one"
 	}
 	return e
 }
 
 func aliasEdge(a, b *node, why aliasKind) Edge {
-	e := Edge{From: a.Address, To: &b.Address, Kind: EdgeAlias, Isolated: new(false)}
+	e := Edge{From: a.at, To: &b.at, Kind: EdgeAlias, Isolated: new(false)}
 	switch why {
 	case aliasFirmware:
-		e.Reason = fmt.Sprintf("The firmware's IVRS table says that one of %s and %s does DMA as the other.", a.Name, b.Name)
+		e.Reason = fmt.Sprintf("The firmware's IVRS table says that one of %s and %s does DMA as the other.", a.at, b.at)
 		e.Cure = "a newer firmware may leave that alias out of its IVRS table"
 	default:
-		e.Reason = fmt.Sprintf("By the kernel's list, one of %s and %s does DMA as the other.", a.Name, b.Name)
+		e.Reason = fmt.Sprintf("By the kernel's list, one of %s and %s does DMA as the other.", a.at, b.at)
 		e.Cure = "nothing separates these: the device does DMA with a wrong requester ID"
 	}
 	return e

@@ -2,6 +2,7 @@ package iommu
 
 import (
 	"errors"
+	"maps"
 	"path"
 	"slices"
 
@@ -16,21 +17,26 @@ import (
 type Grouping struct {
 	host    *Host
 	nodes   map[Address]*node
-	buses   map[Address][]*node // by a bus's address 00.0, in the order of the devices
+	order   []*node
+	buses   map[Address][]*node // by a bus's address 00.0, in that order
+	noLinks *bool               // no device has a link to its IOMMU; nil: not looked at
 	ivrs    bool
+	// aliases are the firmware's: by device, as whom the IVRS table says that its DMA comes.
 	aliases map[Address]Address
 	// unsure are the devices that were not known enough for what was computed last.
 	unsure map[Address]bool
 }
 
-// node is a device in the tree.
+// node is a device in the tree. What it is, is read when it is asked for.
 type node struct {
-	*Device
+	at   Address
 	up   *node // the bridge above, nil on a root bus
 	down []*node
 	dma  *node // whose DMA it really does, as behind a Volume Management Device; else itself
-	// managed is false of what no IOMMU is in front of: it is in no group.
-	managed bool
+
+	link *bool // whether it has one to an IOMMU
+	vf   *bool
+	id   *ID
 
 	asked   bool
 	config  *Function
@@ -38,57 +44,59 @@ type node struct {
 	verdict *Isolation
 }
 
-// NewGrouping prepares the computation. Aliases are those of the firmware: by device, as whom the IVRS table says that
-// its DMA comes. They are nil where there is no such table.
-func NewGrouping(h *Host, t *Topology, aliases map[Address]Address) (*Grouping, error) {
-	g := &Grouping{
-		host: h, nodes: map[Address]*node{}, buses: map[Address][]*node{}, aliases: aliases,
-		ivrs: h.Exists("sys/firmware/acpi/tables/IVRS"),
+// NewGrouping prepares the computation.
+func NewGrouping(h *Host) (*Grouping, error) {
+	g := &Grouping{host: h, nodes: map[Address]*node{}, buses: map[Address][]*node{}}
+	var err error
+	if g.ivrs, err = h.Has("sys/firmware/acpi/tables/IVRS"); err != nil {
+		return nil, err
 	}
-	t.All(func(d *Device) bool {
-		if d.PCI {
-			n := &node{Device: d}
-			n.dma = n
-			g.nodes[d.Address] = n
+	names, err := h.Names(pciDevices)
+	if err != nil && !host.Absent(err) || len(names) == 0 {
+		if host.Absent(err) {
+			err = nil
 		}
-		return true
-	})
-	linked := false
-	for _, n := range g.inOrder() {
-		dir := path.Join(pciDevices, n.Name)
-		target, err := optional(h.Link(dir))
+		return g, err
+	}
+	for _, name := range names {
+		if a, ok := parseAddress(name); ok {
+			n := &node{at: a}
+			n.dma = n
+			g.nodes[a] = n
+		}
+	}
+	all, err := h.Open(pciDevices)
+	if err != nil {
+		return nil, err
+	}
+	defer all.Close()
+	g.order = slices.SortedFunc(maps.Values(g.nodes), func(a, b *node) int { return a.at.Compare(b.at) })
+	for _, n := range g.order {
+		target, err := optional(all.Link(n.at.String()))
 		if err != nil {
 			return nil, err
 		}
 		g.place(n, pathAddresses(target))
-		// The IOMMU's own function has a folder of that name, and no IOMMU in front of it.
-		if _, err = h.Link(path.Join(dir, "iommu")); err != nil && !host.Absent(err) && !errors.Is(err, unix.EINVAL) {
-			return nil, err
-		}
-		n.managed = err == nil
-		linked = linked || n.managed
-	}
-	if !linked {
-		// An old kernel makes no such links, and some captured hosts lack them.
-		for _, n := range g.nodes {
-			n.managed = true
-		}
 	}
 	return g, nil
 }
 
 // place puts a device below the last one of those above it that is still there.
 func (g *Grouping) place(n *node, chain []Address) {
-	bus := busOf(n.Address)
+	bus := busOf(n.at)
 	g.buses[bus] = append(g.buses[bus], n)
-	if n.Parent != nil && g.nodes[*n.Parent] != nil {
-		n.dma = g.nodes[*n.Parent]
-	}
 	if len(chain) < 2 {
 		return
 	}
+	if n.at.Domain >= firstOwnDomain {
+		for _, a := range chain {
+			if of := g.nodes[a]; of != nil && a.Domain != n.at.Domain {
+				n.dma = of
+			}
+		}
+	}
 	above := chain[len(chain)-2]
-	if above.Domain != n.Address.Domain {
+	if above.Domain != n.at.Domain {
 		// A root bus that a driver made.
 		return
 	}
@@ -99,29 +107,66 @@ func (g *Grouping) place(n *node, chain []Address) {
 
 func busOf(a Address) Address { return Address{Domain: a.Domain, Bus: a.Bus} }
 
-// inOrder are all devices as the kernel meets them: by address, as buses are numbered in the order they are found, VFs
-// after all others.
-func (g *Grouping) inOrder() []*node {
-	out := make([]*node, 0, len(g.nodes))
-	for _, n := range g.nodes {
-		out = append(out, n)
+// isVF reports whether a device is a VF.
+func (g *Grouping) isVF(n *node) bool { return g.has(n, "physfn", &n.vf) }
+
+// has reports whether a device has a link, and remembers it. What cannot be told is doubted.
+func (g *Grouping) has(n *node, link string, memory **bool) bool {
+	if *memory != nil {
+		return **memory
 	}
-	slices.SortFunc(out, order)
-	return out
+	_, err := g.host.Link(path.Join(pciDevices, n.at.String(), link))
+	if err != nil && !host.Absent(err) && !errors.Is(err, unix.EINVAL) {
+		g.doubt(n)
+		return false
+	}
+	*memory = new(err == nil)
+	return **memory
 }
 
-func order(a, b *node) int {
-	if (a.PhysFn != nil) != (b.PhysFn != nil) {
-		if a.PhysFn != nil {
-			return 1
+// id is what a device says it is, as the kernel has it.
+func (g *Grouping) id(n *node) ID {
+	if n.id == nil {
+		text, err := g.host.Steady(path.Join(pciDevices, n.at.String(), "modalias"))
+		id, wrong := ParseModalias(text)
+		if err != nil || wrong != nil {
+			g.doubt(n)
+			return ID{}
 		}
-		return -1
+		n.id = &id
 	}
-	return a.Address.Compare(b.Address)
+	return *n.id
+}
+
+// managed reports whether an IOMMU is in front of a device: else it is in no group. An old kernel has no such links, and
+// some captured hosts lack them: then all are.
+func (g *Grouping) managed(n *node) bool {
+	if g.linked(n) {
+		return true
+	}
+	if g.noLinks == nil {
+		g.noLinks = new(!slices.ContainsFunc(g.order, g.linked))
+	}
+	return *g.noLinks
+}
+
+// linked reports whether the kernel says which IOMMU is in front of a device. The IOMMU's own function has a folder of
+// that name, and no IOMMU in front of it.
+func (g *Grouping) linked(n *node) bool { return g.has(n, "iommu", &n.link) }
+
+// inOrder sorts devices as the kernel meets them: by address, as buses are numbered in the order they are found, VFs
+// after all others.
+func (g *Grouping) inOrder(nodes []*node) {
+	slices.SortFunc(nodes, func(a, b *node) int {
+		if g.isVF(a) != g.isVF(b) {
+			return map[bool]int{true: 1, false: -1}[g.isVF(a)]
+		}
+		return a.at.Compare(b.at)
+	})
 }
 
 // doubt remembers a device that is not known enough.
-func (g *Grouping) doubt(n *node) { g.unsure[n.Address] = true }
+func (g *Grouping) doubt(n *node) { g.unsure[n.at] = true }
 
 // apart is isolation for the computation: what is not known is doubted.
 func (g *Grouping) apart(n *node) bool {
@@ -147,7 +192,7 @@ func (g *Grouping) apartUp(n *node) bool {
 func (g *Grouping) senders(n *node) []*node {
 	out := []*node{n.dma}
 	for b := n.dma.up; b != nil; b = b.up {
-		if in(translationRoots, b.ID) {
+		if in(translationRoots, g.id(b)) {
 			break
 		}
 		t, express, known := g.express(b)
@@ -166,10 +211,10 @@ func (g *Grouping) senders(n *node) []*node {
 func (g *Grouping) alias(a, b *node) (yes bool, why aliasKind) {
 	for _, pair := range [][2]*node{{a, b}, {b, a}} {
 		one, other := pair[0], pair[1]
-		if as, ok := g.aliases[one.Address]; ok && as == other.Address {
+		if as, ok := g.aliases[one.at]; ok && as == other.at {
 			return true, aliasFirmware
 		}
-		quirk, known := appearsAs(one.Device, other.Address.devfn())
+		quirk, known := appearsAs(one.at, g.id(one), other.at.devfn())
 		if !known {
 			g.doubt(one)
 		}
@@ -192,7 +237,7 @@ const (
 )
 
 func sameSlot(a, b *node) bool {
-	return busOf(a.Address) == busOf(b.Address) && a.Address.Device == b.Address.Device
+	return busOf(a.at) == busOf(b.at) && a.at.Device == b.at.Device
 }
 
 // rest is the device whose group a device comes into: the last one as which its DMA arrives, or the highest bridge
@@ -209,7 +254,7 @@ func (g *Grouping) rest(n *node) *node {
 // near are the devices that could share a group with what rests at a device: those that are functions of one slot, or
 // aliases, of each other, and all below these.
 func (g *Grouping) near(rest *node) []*node {
-	bus := g.buses[busOf(rest.Address)]
+	bus := g.buses[busOf(rest.at)]
 	found := []*node{rest}
 	for i := 0; i < len(found); i++ {
 		for _, n := range bus {
@@ -237,7 +282,7 @@ func (g *Grouping) near(rest *node) []*node {
 			all = append(all, n)
 		}
 	}
-	slices.SortFunc(all, order)
+	g.inOrder(all)
 	return all
 }
 
@@ -249,7 +294,7 @@ func (g *Grouping) assign(nodes []*node) groups {
 	of := groups{}
 	next := 1
 	for _, n := range nodes {
-		if !n.managed {
+		if !g.managed(n) {
 			continue
 		}
 		id := g.join(of, n)
@@ -290,7 +335,7 @@ func (g *Grouping) ofAliases(of groups, n *node, been map[*node]bool) int {
 	if of[n] != 0 {
 		return of[n]
 	}
-	for _, other := range g.buses[busOf(n.Address)] {
+	for _, other := range g.buses[busOf(n.at)] {
 		if other == n {
 			continue
 		}
@@ -334,7 +379,7 @@ func (g *Grouping) ofFunctions(of groups, n *node, been map[*node]bool) int {
 // siblings are the other functions of a device's slot.
 func (g *Grouping) siblings(n *node) []*node {
 	var out []*node
-	for _, other := range g.buses[busOf(n.Address)] {
+	for _, other := range g.buses[busOf(n.at)] {
 		if other != n && sameSlot(n, other) {
 			out = append(out, other)
 		}
@@ -346,35 +391,31 @@ func (g *Grouping) siblings(n *node) []*node {
 type Computed struct {
 	// Known is false where config space, or the firmware's table of aliases, could not be read as far as it matters.
 	Known bool
-	// Unread are the devices that were not known enough.
+	// Unread are the devices that are not known enough for that.
 	Unread []Address
-	// Members are all devices of the group, by address. There are none of a device that no IOMMU is in front of.
-	Members []*Device
+	// Members are the addresses of the group's devices, sorted. There are none of a device that no IOMMU is in front of.
+	Members []Address
 }
 
-// Of computes the group of a PCI device.
-func (g *Grouping) Of(d *Device) Computed {
-	n := g.nodes[d.Address]
-	if n == nil || !n.managed {
-		// Of what is in a group although it seems that no IOMMU is in front of it nothing is known.
-		return Computed{Known: n != nil && d.Group == nil}
-	}
+// Of computes the group of the PCI device at an address.
+func (g *Grouping) Of(a Address) Computed {
+	n := g.nodes[a]
 	g.unsure = map[Address]bool{}
+	if n == nil || !g.managed(n) {
+		// Of what is in a group although it seems that no IOMMU is in front of it nothing is known.
+		grouped, err := g.host.Has(path.Join(pciDevices, a.String(), "iommu_group"))
+		return Computed{Known: n != nil && !grouped && err == nil && len(g.unsure) == 0, Unread: []Address{a}}
+	}
 	of := g.assign(g.near(g.rest(n)))
-	c := Computed{Known: len(g.unsure) == 0}
-	for a := range g.unsure {
-		c.Unread = append(c.Unread, a)
+	if len(g.unsure) > 0 {
+		return Computed{Unread: slices.SortedFunc(maps.Keys(g.unsure), Address.Compare)}
 	}
-	slices.SortFunc(c.Unread, Address.Compare)
-
-	if !c.Known {
-		return c
-	}
+	c := Computed{Known: true}
 	for other, id := range of {
 		if id == of[n] {
-			c.Members = append(c.Members, other.Device)
+			c.Members = append(c.Members, other.at)
 		}
 	}
-	slices.SortFunc(c.Members, func(a, b *Device) int { return a.Address.Compare(b.Address) })
+	slices.SortFunc(c.Members, Address.Compare)
 	return c
 }

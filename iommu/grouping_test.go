@@ -115,16 +115,17 @@ func openTree(t *testing.T, tree hosttest.Tree) (*Host, *Topology) {
 func groupsBy(t *testing.T, tree hosttest.Tree, aliases map[Address]Address) string {
 	t.Helper()
 	h, top := openTree(t, tree)
-	g, err := NewGrouping(h, top, aliases)
+	g, err := NewGrouping(h)
 	if err != nil {
 		t.Fatal(err)
 	}
+	g.aliases = aliases
 	found := map[string]bool{}
 	top.All(func(d *Device) bool {
-		c := g.Of(d)
+		c := g.Of(d.Address)
 		var names []string
 		for _, m := range c.Members {
-			names = append(names, strings.TrimPrefix(m.Name, "0000:"))
+			names = append(names, strings.TrimPrefix(m.String(), "0000:"))
 		}
 		if !c.Known {
 			names = []string{"?" + strings.TrimPrefix(d.Name, "0000:")}
@@ -398,15 +399,15 @@ func TestUnmanaged(t *testing.T) {
 func TestGroupsOfLab(t *testing.T) {
 	host := hosttest.Load(t, "../internal/host/hosttest/testdata/why.txt")
 	h, top := openTree(t, host)
-	g, err := NewGrouping(h, top, nil)
+	g, err := NewGrouping(h)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for i := range top.Groups {
 		want := top.Groups[i].Devices
 		for j := range want {
-			c := g.Of(&want[j])
-			if !c.Known || !slices.EqualFunc(c.Members, want, func(d *Device, w Device) bool { return d.Name == w.Name }) {
+			c := g.Of(want[j].Address)
+			if !c.Known || !slices.EqualFunc(c.Members, want, func(a Address, d Device) bool { return a == d.Address }) {
 				t.Errorf("group %d, by %s: %v, known %v", top.Groups[i].ID, want[j].Name, c.Members, c.Known)
 			}
 		}
@@ -418,14 +419,14 @@ func TestGroupsOfLab(t *testing.T) {
 		}
 	}
 	h, top = openTree(t, host)
-	if g, err = NewGrouping(h, top, nil); err != nil {
+	if g, err = NewGrouping(h); err != nil {
 		t.Fatal(err)
 	}
 	d, err := top.Find(Address{Bus: 1})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c := g.Of(d); !c.Known || len(c.Members) != 1 {
+	if c := g.Of(d.Address); !c.Known || len(c.Members) != 1 {
 		t.Errorf("%+v", c)
 	}
 }

@@ -48,7 +48,7 @@ func (n *node) unread() Isolation {
 func (n *node) function(h *Host) *Function {
 	if !n.asked {
 		n.asked = true
-		if n.config, n.failed = ReadFunction(h, n.Address); n.failed != nil {
+		if n.config, n.failed = ReadFunction(h, n.at); n.failed != nil {
 			n.config = &Function{}
 		}
 	}
@@ -82,12 +82,12 @@ func (g *Grouping) express(n *node) (t PortType, ok, known bool) {
 // that of any function but the first (drivers/pci/probe.c, pci_scan_slot; iov.c, pci_iov_add_virtfn).
 func (g *Grouping) multifunction(n *node) (yes, known bool) {
 	switch {
-	case n.PhysFn != nil:
+	case g.isVF(n):
 		return false, true
-	case n.Address.Function > 0:
+	case n.at.Function > 0:
 		return true, true
 	}
-	if n.Address.Device > 0 && n.up != nil {
+	if n.at.Device > 0 && n.up != nil {
 		// There is only device 0 behind a link; what seems to be another one is a function of it with a high number.
 		if t, ok, known := g.express(n.up); known && ok && t.above() {
 			return true, true
@@ -127,22 +127,23 @@ func (g *Grouping) isolates(n *node) Isolation {
 	case EventCollector:
 		return open(causeNoACS, "does not isolate: it is an event collector, which never has ACS")
 	case RootPort, DownstreamPort:
-		return n.acs(n.function(g.host).ACS)
+		return g.acs(n)
 	case Endpoint, LegacyEndpoint, UpstreamPort, IntegratedEndpoint:
 		many, known := g.multifunction(n)
 		if !known {
 			return n.unread()
 		}
 		if many {
-			return n.acs(n.function(g.host).ACS)
+			return g.acs(n)
 		}
 	}
 	return isolated("isolates: a single function needs no ACS")
 }
 
-// acs judges the ACS capability: what it does not offer is taken for always on.
-func (n *node) acs(a *ACS) Isolation {
-	dwords := in(intelDwords, n.ID)
+// acs judges a function by its ACS capability: what it does not offer is taken for always on.
+func (g *Grouping) acs(n *node) Isolation {
+	a := n.function(g.host).ACS
+	dwords := in(intelDwords, g.id(n))
 	if (a == nil || dwords) && !n.config.ExtendedWhole {
 		return n.unread()
 	}
@@ -153,7 +154,7 @@ func (n *node) acs(a *ACS) Isolation {
 	if dwords {
 		control = ACSFlags(a.Vector)
 	}
-	if in(noSourceValidation, n.ID) {
+	if in(noSourceValidation, g.id(n)) {
 		want &^= SourceValidation
 	}
 	switch missing := want &^ control; {
@@ -168,19 +169,19 @@ func (n *node) acs(a *ACS) Isolation {
 // vouched is for what the kernel knows by id alone (drivers/pci/quirks.c, pci_dev_specific_acs_enabled).
 func (g *Grouping) vouched(n *node) (v Isolation, ok bool) {
 	switch {
-	case in(amdSouthbridge, n.ID) && n.up == nil && g.ivrs:
+	case in(amdSouthbridge, g.id(n)) && n.up == nil && g.ivrs:
 		many, known := g.multifunction(n)
 		if !known {
 			return n.unread(), true
 		}
 		return isolated("isolates, by the kernel's list: AMD says so of its chipset"), many
-	case in(separateFunctions, n.ID):
+	case in(separateFunctions, g.id(n)):
 		return isolated("isolates, by the kernel's list: its maker says that its functions do not reach each other"), true
-	case in(separatePorts, n.ID):
+	case in(separatePorts, g.id(n)):
 		return isolated("isolates, by the kernel's list of ports that do so without ACS"), true
-	case in(wangxunCards, n.ID):
+	case in(wangxunCards, g.id(n)):
 		return isolated("isolates, by the kernel's list: its maker says that its functions do not reach each other"), true
-	case n.Vendor == vendorWangxun:
+	case g.id(n).Vendor == vendorWangxun:
 		return open(causeVendor, "does not isolate: it is not on the kernel's list of this maker's cards that do"), true
 	}
 	return Isolation{}, false
@@ -189,13 +190,13 @@ func (g *Grouping) vouched(n *node) (v Isolation, ok bool) {
 // vouchedAs is for what the kernel knows by id and type.
 func (g *Grouping) vouchedAs(n *node, t PortType) (v Isolation, ok bool) {
 	switch {
-	case n.Vendor == vendorIntel && t == IntegratedEndpoint:
+	case g.id(n).Vendor == vendorIntel && t == IntegratedEndpoint:
 		return isolated("isolates: it is part of the processor, where VT-d asks for that"), true
-	case in(separateRootPorts, n.ID) && t == RootPort, in(zhaoxinPorts, n.ID) && (t == RootPort || t == DownstreamPort):
+	case in(separateRootPorts, g.id(n)) && t == RootPort, in(zhaoxinPorts, g.id(n)) && (t == RootPort || t == DownstreamPort):
 		return isolated("isolates, by the kernel's list of ports that do so without ACS"), true
-	case n.Vendor == vendorZhaoxin && (t == RootPort || t == DownstreamPort):
+	case g.id(n).Vendor == vendorZhaoxin && (t == RootPort || t == DownstreamPort):
 		return open(causeVendor, "does not isolate: it is not on the kernel's list of this maker's ports that do"), true
-	case in(intelPCH, n.ID) && t == RootPort:
+	case in(intelPCH, g.id(n)) && t == RootPort:
 		return g.pch(n), true
 	}
 	return Isolation{}, false
@@ -205,7 +206,7 @@ func (g *Grouping) vouchedAs(n *node, t PortType) (v Isolation, ok bool) {
 // turns the check of bus numbers on last, if it could do the rest (pci_quirk_enable_intel_pch_acs).
 func (g *Grouping) pch(n *node) Isolation {
 	const miscellaneous, busNumberCheck = 0xd8, 1 << 26
-	f, err := g.host.File(configOf(n.Address))
+	f, err := g.host.File(configOf(n.at))
 	if err != nil {
 		return n.unread()
 	}

@@ -133,22 +133,22 @@ func (a Address) devfn() int { return int(a.Device)<<3 | int(a.Function) }
 
 // appearsAs reports whether the DMA of a device comes, by quirk, from another function of its bus too. It is not known,
 // false, of devices that have that in their memory.
-func appearsAs(d *Device, other int) (yes, known bool) {
+func appearsAs(a Address, id ID, other int) (yes, known bool) {
 	slot, function := other>>3, other&7
 	switch {
-	case in(asFunction0, d.ID):
-		return slot == int(d.Address.Device) && function == 0, true
-	case in(asFunction1, d.ID):
-		return slot == int(d.Address.Device) && function == 1, true
-	case in(asAnyFunction, d.ID):
+	case in(asFunction0, id):
+		return slot == int(a.Device) && function == 0, true
+	case in(asFunction1, id):
+		return slot == int(a.Device) && function == 1, true
+	case in(asAnyFunction, id):
 		return true, true
-	case in(asAnyDevice, d.ID):
+	case in(asAnyDevice, id):
 		return function < 5, true
-	case in(asMIC, d.ID):
+	case in(asMIC, id):
 		return other == 0x10<<3 || other == 0x11<<3 || other == 0x12<<3|3, true
-	case in(asAdaptec, d.ID):
-		return d.Subvendor == 0x9005 && (d.Subdevice == 0x02bb || d.Subdevice == 0x02bc) && other == 1<<3, true
-	case in(asTheySay, d.ID) && d.Class>>8 == 0x0680:
+	case in(asAdaptec, id):
+		return id.Subvendor == 0x9005 && (id.Subdevice == 0x02bb || id.Subdevice == 0x02bc) && other == 1<<3, true
+	case in(asTheySay, id) && id.Class>>8 == 0x0680:
 		return false, false
 	}
 	return false, true

@@ -79,14 +79,20 @@ func (e *env) look() (*iommu.Host, *iommu.Topology, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	t, err := iommu.Scan(h)
-	if err == nil {
-		err = declared.Roles(h, t)
-	}
+	t, err := look(h)
 	if err != nil {
 		return nil, nil, errors.Join(err, h.Close())
 	}
 	return h, t, nil
+}
+
+// look scans a host, and gives its devices the roles that are declared.
+func look(h *iommu.Host) (*iommu.Topology, error) {
+	t, err := iommu.Scan(h)
+	if err == nil {
+		err = declared.Roles(h, t)
+	}
+	return t, err
 }
 
 // mayChange is asked first by every command that changes the host, or, with --dry-run, would.

@@ -2,10 +2,12 @@ package main
 
 import (
 	"bufio"
+	"errors"
 	"slices"
 
 	"github.com/urfave/cli/v2"
 
+	"viaduct/cmd/internal/declared"
 	"viaduct/iommu"
 )
 
@@ -62,18 +64,16 @@ type edgeView struct {
 
 // why is what there is to tell of a group, or of a device in none.
 type why struct {
-	device   *iommu.Device // that was asked for; of a group one of its members, nil if none is PCI
+	at       iommu.Address // of the device that was asked for; of a group one of its members
+	device   *iommu.Device // there; nil if nothing in the group is PCI
 	group    *iommu.Group  // nil: in none
 	computed iommu.Computed
 	edges    []iommu.Edge
 }
 
-// isPCI reports whether there is a PCI device to compute with.
-func (w *why) isPCI() bool { return w.device != nil && w.device.PCI }
-
 // agrees compares the computed group with the kernel's; nil if that cannot be known.
 func (w *why) agrees() *bool {
-	if w.group == nil || w.group.NoIOMMU || !w.isPCI() || !w.computed.Known {
+	if w.group == nil || w.group.NoIOMMU || w.device == nil || !w.computed.Known {
 		return nil
 	}
 	return new(slices.Equal(w.members(), w.ours()))
@@ -91,8 +91,8 @@ func (w *why) members() []string {
 
 func (w *why) ours() []string {
 	out := []string{}
-	for _, d := range w.computed.Members {
-		out = append(out, d.Name)
+	for _, a := range w.computed.Members {
+		out = append(out, a.String())
 	}
 	return out
 }
@@ -102,7 +102,7 @@ func (w *why) view() whyView {
 	if w.group != nil {
 		v.Group = &w.group.ID
 	}
-	if w.isPCI() && w.computed.Known {
+	if w.device != nil && w.computed.Known {
 		v.Computed = w.ours()
 	}
 	for _, e := range w.edges {
@@ -111,77 +111,166 @@ func (w *why) view() whyView {
 	return v
 }
 
-// explain computes a group by one of its devices.
-func explain(g *iommu.Grouping, group *iommu.Group, d *iommu.Device) *why {
-	w := &why{device: d, group: group}
-	if d == nil {
-		for i := range group.Devices {
-			if group.Devices[i].PCI {
-				w.device = &group.Devices[i]
-				break
-			}
-		}
-	}
-	if w.device == nil || !w.device.PCI || group != nil && group.NoIOMMU {
-		return w
-	}
-	w.computed = g.Of(w.device)
-	// Those of both, if they differ.
-	all := append([]*iommu.Device{w.device}, w.computed.Members...)
-	if group != nil {
-		for i := range group.Devices {
-			all = append(all, &group.Devices[i])
-		}
-	}
-	w.edges = g.Edges(all)
+// explain computes the group of a device, and finds the reasons for that and for the kernel's.
+func explain(g *iommu.Grouping, a iommu.Address, group []iommu.Address) *why {
+	w := &why{at: a, computed: g.Of(a)}
+	w.edges = g.Edges(slices.Concat([]iommu.Address{a}, w.computed.Members, group))
 	return w
 }
 
+// complete adds what the host's devices are.
+func (w *why) complete(t *iommu.Topology) error {
+	d, err := t.Find(w.at)
+	if err != nil || d.Group == nil {
+		w.device = d
+		return err
+	}
+	w.device = d
+	w.group, err = t.Group(*d.Group)
+	if err == nil && w.group.NoIOMMU {
+		w.computed, w.edges = iommu.Computed{}, nil
+	}
+	return err
+}
+
 func runWhy(e *env, sel iommu.Selector) error {
-	h, t, err := e.look()
+	h, err := e.open()
 	if err != nil {
 		return err
 	}
 	defer h.Close()
-	group, d, err := groupFor(h, t, sel)
+	w, t, err := whyOne(h, sel)
 	if err != nil {
 		return err
 	}
-	g, err := groupingOf(h, t)
-	if err != nil {
-		return err
-	}
-	w := explain(g, group, d)
 	if e.json {
 		return writeJSON(e.stdout, w.view())
 	}
 	names := iommu.OpenNames(h)
 	defer names.Close()
 	out := bufio.NewWriter(e.stdout)
-	writeWhy(out, h, t, names, g, w)
+	writeWhy(out, h, t, names, w)
 	return out.Flush()
 }
 
-// groupFor is the group that a selector names, or the device that it names and its group.
-func groupFor(h *iommu.Host, t *iommu.Topology, sel iommu.Selector) (*iommu.Group, *iommu.Device, error) {
-	if id, ok := sel.Group(); ok {
-		g, err := t.Group(id)
+// whyOne explains what a selector names. Where it is named by its address or number, no other devices are looked at than
+// those that matter.
+func whyOne(h *iommu.Host, sel iommu.Selector) (*why, *iommu.Topology, error) {
+	a, found, err := quickly(h, sel)
+	if err != nil {
+		return nil, nil, err
+	}
+	if !found {
+		t, err := look(h)
 		if err != nil {
-			// Which knows what groups there are.
-			_, err = sel.Resolve(h, t)
+			return nil, nil, err
 		}
-		return g, nil, err
+		d, err := oneOf(h, t, sel)
+		if err != nil {
+			return nil, nil, err
+		}
+		if !d.PCI {
+			// Nothing is computed of it.
+			w := &why{}
+			w.group, err = t.Group(*d.Group)
+			return w, t, err
+		}
+		a = d.Address
 	}
-	d, err := sel.One(h, t)
-	if err != nil || d.Group == nil {
-		return nil, d, err
+
+	g, err := iommu.NewGrouping(h)
+	if err != nil {
+		return nil, nil, err
 	}
-	g, err := t.Group(*d.Group)
-	return g, d, err
+	group, err := groupAt(h, a)
+	if err != nil {
+		return nil, nil, err
+	}
+	w := explain(g, a, group)
+	t, err := iommu.ScanSome(h, w.mentioned())
+	if err == nil {
+		err = declared.Roles(h, t)
+	}
+	if err == nil {
+		err = w.complete(t)
+	}
+	return w, t, err
 }
 
-func groupingOf(h *iommu.Host, t *iommu.Topology) (*iommu.Grouping, error) {
-	return iommu.NewGrouping(h, t, nil)
+// mentioned are the devices that the reasons name.
+func (w *why) mentioned() []iommu.Address {
+	out := []iommu.Address{w.at}
+	for _, e := range w.edges {
+		out = append(out, e.From)
+		if e.To != nil {
+			out = append(out, *e.To)
+		}
+	}
+	return out
+}
+
+// quickly is the device that an address, or the group that a number names: of a group its first PCI device. It is not
+// found where there is none, and where the selector is of another form.
+func quickly(h *iommu.Host, sel iommu.Selector) (a iommu.Address, found bool, err error) {
+	if id, ok := sel.Group(); ok {
+		g, err := iommu.ReadGroup(h, id)
+		if errors.Is(err, iommu.ErrNotFound) {
+			return a, false, nil
+		}
+		if err != nil {
+			return a, false, err
+		}
+		for i := range g.Devices {
+			if g.Devices[i].PCI {
+				return g.Devices[i].Address, true, nil
+			}
+		}
+		return a, false, nil
+	}
+	a, ok := sel.Address()
+	if !ok {
+		return a, false, nil
+	}
+	_, err = iommu.ReadDevice(h, a)
+	if errors.Is(err, iommu.ErrNotFound) {
+		return a, false, nil
+	}
+	return a, err == nil, err
+}
+
+// groupAt are the PCI devices of the kernel's group that a device is in.
+func groupAt(h *iommu.Host, a iommu.Address) ([]iommu.Address, error) {
+	d, err := iommu.ReadDevice(h, a)
+	if err != nil || d.Group == nil {
+		return nil, err
+	}
+	g, err := iommu.ReadGroup(h, *d.Group)
+	if err != nil {
+		return nil, err
+	}
+	return pciOf(g), nil
+}
+
+func pciOf(g *iommu.Group) []iommu.Address {
+	var out []iommu.Address
+	for i := range g.Devices {
+		if g.Devices[i].PCI {
+			out = append(out, g.Devices[i].Address)
+		}
+	}
+	return out
+}
+
+// oneOf is the one device that a selector names, or a member of the group.
+func oneOf(h *iommu.Host, t *iommu.Topology, sel iommu.Selector) (*iommu.Device, error) {
+	if _, ok := sel.Group(); !ok {
+		return sel.One(h, t)
+	}
+	all, err := sel.Resolve(h, t)
+	if err != nil {
+		return nil, err
+	}
+	return all[0], nil
 }
 
 func runWhyAll(e *env) error {
@@ -190,28 +279,39 @@ func runWhyAll(e *env) error {
 		return err
 	}
 	defer h.Close()
-	g, err := groupingOf(h, t)
+	g, err := iommu.NewGrouping(h)
 	if err != nil {
 		return err
 	}
+	var all []*why
+	for i := range t.Groups {
+		w, members := &why{group: &t.Groups[i]}, pciOf(&t.Groups[i])
+		if len(members) > 0 {
+			w = explain(g, members[0], members)
+			if err := w.complete(t); err != nil {
+				return err
+			}
+		}
+		all = append(all, w)
+	}
+
 	if e.json {
 		v := struct {
 			Groups []whyView `json:"groups"`
 		}{[]whyView{}}
-		for i := range t.Groups {
-			v.Groups = append(v.Groups, explain(g, &t.Groups[i], nil).view())
+		for _, w := range all {
+			v.Groups = append(v.Groups, w.view())
 		}
 		return writeJSON(e.stdout, v)
 	}
-
 	names := iommu.OpenNames(h)
 	defer names.Close()
 	out := bufio.NewWriter(e.stdout)
-	for i := range t.Groups {
+	for i, w := range all {
 		if i > 0 {
 			out.WriteString("\n")
 		}
-		writeWhy(out, h, t, names, g, explain(g, &t.Groups[i], nil))
+		writeWhy(out, h, t, names, w)
 	}
 	return out.Flush()
 }

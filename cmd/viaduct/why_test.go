@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"viaduct/internal/host/hosttest"
@@ -120,5 +121,34 @@ func TestWhyAll(t *testing.T) {
 				t.Errorf("%s: %+v", name, g)
 			}
 		}
+	}
+}
+
+// list and its like read no config space: that wakes devices, and takes long. why of one device reads that of those
+// alone that matter.
+func TestConfigUnread(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	read := func(line string) []string {
+		var mu sync.Mutex
+		var of []string
+		k.SetFault(func(_, name string) error {
+			if path.Base(name) == "config" {
+				mu.Lock()
+				defer mu.Unlock()
+				of = append(of, path.Base(path.Dir(name)))
+			}
+			return nil
+		})
+		mustOnKernel(t, k, strings.Fields(line)...)
+		slices.Sort(of)
+		return slices.Compact(of)
+	}
+	for _, line := range []string{"list", "list --tree", "list --json", "show group=7", "leases"} {
+		if of := read(line); len(of) > 0 {
+			t.Errorf("%s reads config space of %v", line, of)
+		}
+	}
+	if of, want := read("why 02:10.0"), []string{"0000:00:06.0"}; !slices.Equal(of, want) {
+		t.Errorf("why reads config space of %v, want %v", of, want)
 	}
 }

@@ -10,10 +10,10 @@ import (
 )
 
 // writeWhy writes for people why a group is what it is.
-func writeWhy(out io.Writer, h *iommu.Host, t *iommu.Topology, names *iommu.Names, g *iommu.Grouping, w *why) {
+func writeWhy(out io.Writer, h *iommu.Host, t *iommu.Topology, names *iommu.Names, w *why) {
 	say := func(format string, a ...any) { fmt.Fprintln(out, wrapAt(fmt.Sprintf(format, a...), 0)) }
 	say("%s %s", w.head(), w.verdict())
-	for _, s := range w.differences(h, t, g) {
+	for _, s := range w.differences(h) {
 		say("%s", s)
 	}
 	if len(w.edges) > 0 {
@@ -63,7 +63,7 @@ func (w *why) verdict() string {
 	switch {
 	case w.group != nil && w.group.NoIOMMU:
 		return "VFIO made that group in its noiommu mode: no IOMMU is in front of it, and nothing keeps it from any memory."
-	case !w.isPCI():
+	case w.device == nil:
 		return "It is no PCI device, and has no config space to tell why."
 	case w.group == nil && w.computed.Known && len(w.computed.Members) == 0:
 		return "No IOMMU is in front of it."
@@ -99,7 +99,7 @@ func (w *why) unknown() string {
 }
 
 // differences says, where the kernel's group is another one, why that may be.
-func (w *why) differences(h *iommu.Host, t *iommu.Topology, g *iommu.Grouping) []string {
+func (w *why) differences(h *iommu.Host) []string {
 	line, _ := h.String("proc/cmdline")
 	var out []string
 	if strings.Contains(line, "pcie_acs_override=") {

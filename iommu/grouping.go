@@ -21,8 +21,7 @@ type Grouping struct {
 	buses   map[Address][]*node // by a bus's address 00.0, in that order
 	noLinks *bool               // no device has a link to its IOMMU; nil: not looked at
 	ivrs    bool
-	// aliases are the firmware's: by device, as whom the IVRS table says that its DMA comes.
-	aliases map[Address]Address
+	aliases aliases
 	// unsure are the devices that were not known enough for what was computed last.
 	unsure map[Address]bool
 }
@@ -49,6 +48,9 @@ func NewGrouping(h *Host) (*Grouping, error) {
 	g := &Grouping{host: h, nodes: map[Address]*node{}, buses: map[Address][]*node{}}
 	var err error
 	if g.ivrs, err = h.Has("sys/firmware/acpi/tables/IVRS"); err != nil {
+		return nil, err
+	}
+	if g.aliases, err = readAliases(h); err != nil {
 		return nil, err
 	}
 	names, err := h.Names(pciDevices)
@@ -211,7 +213,10 @@ func (g *Grouping) senders(n *node) []*node {
 func (g *Grouping) alias(a, b *node) (yes bool, why aliasKind) {
 	for _, pair := range [][2]*node{{a, b}, {b, a}} {
 		one, other := pair[0], pair[1]
-		if as, ok := g.aliases[one.at]; ok && as == other.at {
+		if !g.aliases.known {
+			g.doubt(one)
+		}
+		if as, ok := g.aliases.of(one.at); ok && as == other.at {
 			return true, aliasFirmware
 		}
 		quirk, known := appearsAs(one.at, g.id(one), other.at.devfn())

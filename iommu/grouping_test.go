@@ -112,14 +112,13 @@ func openTree(t *testing.T, tree hosttest.Tree) (*Host, *Topology) {
 }
 
 // groupsBy are the groups of a host, each as its addresses without the domain 0000; "?" is for what is not known.
-func groupsBy(t *testing.T, tree hosttest.Tree, aliases map[Address]Address) string {
+func groupsBy(t *testing.T, tree hosttest.Tree) string {
 	t.Helper()
 	h, top := openTree(t, tree)
 	g, err := NewGrouping(h)
 	if err != nil {
 		t.Fatal(err)
 	}
-	g.aliases = aliases
 	found := map[string]bool{}
 	top.All(func(d *Device) bool {
 		c := g.Of(d.Address)
@@ -322,21 +321,45 @@ func TestGroups(t *testing.T) {
 			"00:03.0 00:03.1",
 		},
 	} {
-		if got := groupsBy(t, tree(c.parts), nil); got != c.want {
+		if got := groupsBy(t, tree(c.parts)); got != c.want {
 			t.Errorf("%s: %s, want %s", name, got, c.want)
 		}
 	}
 }
 
-// The firmware's aliases join, if they are on the same bus.
+// ivrsOf is a table with these device entries, in hexadecimal.
+func ivrsOf(entries string) string {
+	block := hosttest.IVRSBlock("10 00", "0200 4000 0000f0fd00000000 0000 0000 00000000 "+entries)
+	return string(hosttest.ACPITable("IVRS", 2, "43302000 0000000000000000", block))
+}
+
+// The firmware's aliases join, if they are on the same bus. Where the table should be and cannot be read, nothing is
+// known of devices with others on their bus.
 func TestFirmwareAliases(t *testing.T) {
 	parts := []part{
 		{path: "0000:00:01.0", kind: none}, {path: "0000:00:02.0", kind: none}, {path: "0000:00:03.0", kind: none},
 		{path: "0000:00:04.0", kind: RootPort, acs: on}, {path: "0000:00:04.0/0000:01:00.0"},
 	}
-	aliases := map[Address]Address{{Device: 3}: {Device: 1}, {Bus: 1}: {Device: 2}}
-	if got, want := groupsBy(t, tree(parts), aliases), "00:01.0 00:03.0, 00:02.0, 00:04.0, 01:00.0"; got != want {
-		t.Errorf("%s, want %s", got, want)
+	const alone = "00:01.0, 00:02.0, 00:03.0, 00:04.0, 01:00.0"
+	for name, c := range map[string]struct{ entries, want string }{
+		"none":            {"03080000" + "04ffff00", alone},
+		"one":             {"42180000" + "00080000", "00:01.0 00:03.0, 00:02.0, 00:04.0, 01:00.0"},
+		"of another bus":  {"42000100" + "00100000", alone},
+		"a range":         {"43080000" + "00180000" + "04170000", "00:01.0 00:02.0 00:03.0, 00:04.0, 01:00.0"},
+		"an ended range":  {"43080000" + "00180000" + "03080000" + "04170000", alone},
+		"itself":          {"42080000" + "00080000", alone},
+		"the last of two": {"42180000" + "00080000" + "42180000" + "00100000", "00:01.0, 00:02.0 00:03.0, 00:04.0, 01:00.0"},
+	} {
+		host := tree(parts)
+		host["sys/firmware/acpi/tables/IVRS"] = ivrsOf(c.entries)
+		if got := groupsBy(t, host); got != c.want {
+			t.Errorf("%s: %s, want %s", name, got, c.want)
+		}
+	}
+	host := tree(parts)
+	host["sys/class/iommu/ivhd0/"] = ""
+	if got, want := groupsBy(t, host), "01:00.0, ?00:01.0, ?00:02.0, ?00:03.0, ?00:04.0"; got != want {
+		t.Errorf("without the table: %s, want %s", got, want)
 	}
 }
 
@@ -349,9 +372,9 @@ func TestSouthbridge(t *testing.T) {
 	for ivrs, want := range map[bool]string{false: "00:14.0 00:14.2 00:14.5", true: "00:14.0, 00:14.2, 00:14.5"} {
 		host := tree(parts)
 		if ivrs {
-			host["sys/firmware/acpi/tables/IVRS"] = "IVRS"
+			host["sys/firmware/acpi/tables/IVRS"] = ivrsOf("")
 		}
-		if got := groupsBy(t, host, nil); got != want {
+		if got := groupsBy(t, host); got != want {
 			t.Errorf("IVRS %v: %s, want %s", ivrs, got, want)
 		}
 	}
@@ -376,7 +399,7 @@ func TestPartOfConfig(t *testing.T) {
 				host[name] = content[:size]
 			}
 		}
-		if got := groupsBy(t, host, nil); got != want {
+		if got := groupsBy(t, host); got != want {
 			t.Errorf("%#x bytes: %s, want %s", size, got, want)
 		}
 	}
@@ -390,7 +413,7 @@ func TestUnmanaged(t *testing.T) {
 	for _, p := range []string{port, port + "/0000:01:00.0"} {
 		host["sys/devices/pci0000:00/"+p+"/iommu"] = "-> /sys/class/iommu/smmu3.0"
 	}
-	if got, want := groupsBy(t, host, nil), ", 00:01.0 01:00.0"; got != want {
+	if got, want := groupsBy(t, host), ", 00:01.0 01:00.0"; got != want {
 		t.Errorf("%q, want %q", got, want)
 	}
 }

@@ -79,14 +79,20 @@ func (e *env) look() (*iommu.Host, *iommu.Topology, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	t, err := iommu.Scan(h)
-	if err == nil {
-		err = declared.Roles(h, t)
-	}
+	t, err := look(h)
 	if err != nil {
 		return nil, nil, errors.Join(err, h.Close())
 	}
 	return h, t, nil
+}
+
+// look scans a host, and gives its devices the roles that are declared.
+func look(h *iommu.Host) (*iommu.Topology, error) {
+	t, err := iommu.Scan(h)
+	if err == nil {
+		err = declared.Roles(h, t)
+	}
+	return t, err
 }
 
 // mayChange is asked first by every command that changes the host, or, with --dry-run, would.
@@ -234,7 +240,7 @@ func newApp(e *env) *cli.App {
 			return cli.ShowAppHelp(c)
 		},
 		Commands: []*cli.Command{
-			listCommand(e), showCommand(e), iommuCommand(e), doctorCommand(e), bindCommand(e), unbindCommand(e), recoverCommand(e), verifyCommand(e), vfCommand(e),
+			listCommand(e), showCommand(e), whyCommand(e), iommuCommand(e), doctorCommand(e), bindCommand(e), unbindCommand(e), recoverCommand(e), verifyCommand(e), vfCommand(e),
 			planCommand(e), applyCommand(e), statusCommand(e), undoCommand(e), adoptCommand(e), schemaCommand(e),
 			installCommand(e), uninstallCommand(e), watchCommand(e),
 			assignCommand(e), releaseCommand(e), leasesCommand(e), runCommand(e), heldCommand(), poolCommand(e),

@@ -183,6 +183,9 @@ func (m *Manager) applyOne(ctx context.Context, i *Item, was before) error {
 
 // do does what an item takes.
 func (m *Manager) do(ctx context.Context, i *Item) error {
+	if err := m.setMarks(i); err != nil {
+		return err
+	}
 	if i.count != nil {
 		notes, err := m.handle.Apply(ctx, i.count)
 		i.Notes = append(i.Notes, notes...)

@@ -103,6 +103,7 @@ type Item struct {
 	owner      *bind.NodeOwner
 	known      *known
 	pf         *hostfile.PF // that is declared
+	marks      []mark       // of VFs whose interfaces are to be left alone, or no more
 }
 
 // Wrong reports whether the item is not as declared. That one is missing which may be is not wrong.
@@ -258,6 +259,10 @@ func (m *Manager) planPF(pf *hostfile.PF, guard *guard, leased map[iommu.Address
 		i.Notes = append(i.Notes, plan.Notes...)
 	}
 
+	if err := m.planUnmanaged(i); err != nil {
+		i.Refuse(err)
+		return i
+	}
 	if plan.Have == plan.Want && plan.Eswitch.Mode == "" {
 		if n := len(i.Device.SRIOV.VFs); n > 0 && i.Device.SRIOV.VFs[n-1].Index != n-1 {
 			i.Refuse(

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 
+	"viaduct/cmd/internal/declared"
 	"viaduct/internal/host"
 	"viaduct/internal/shell"
 )
@@ -113,7 +114,8 @@ ACTION!="add", GOTO="viaduct_end"
 SUBSYSTEM=="pci", ATTR{class}!="0x06*", TEST!="physfn", RUN+="/bin/sh -c '>>` + mark + `'"
 SUBSYSTEM=="net|nvme", ATTRS{sriov_totalvfs}=="?*", RUN+="/bin/sh -c '>>` + mark + `'"
 LABEL="viaduct_end"
-`
+` + declared.UnmanagedRule
+	networkd = "# " + marker + "\n" + declared.UnmanagedNetwork
 )
 
 const hotplugPath = `# ` + marker + `
@@ -174,6 +176,7 @@ func (o *Options) Files(initramfs Generator) ([]File, error) {
 	all = append(all, unit(HotplugPath, hotplugPath, true)...)
 	all = append(all, unit("viaduct-hotplug.service", hotplug, false)...)
 	all = append(all, File{Path: "/etc/udev/rules.d/72-viaduct.rules", Content: rule, Mode: 0o644})
+	all = append(all, File{Path: "/etc/systemd/network/05-viaduct.network", Content: networkd, Mode: 0o644})
 	if o.Late {
 		all = append(all, unit("viaduct-late.service", late, true)...)
 	}

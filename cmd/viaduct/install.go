@@ -61,7 +61,7 @@ func installCommand(e *env) *cli.Command {
 }
 
 func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) error {
-	if err := e.mayChange(); err != nil {
+	if err := e.mayChange("etc"); err != nil {
 		return err
 	}
 	stop, b, err := e.openLook()
@@ -176,7 +176,7 @@ func uninstallCommand(e *env) *cli.Command {
 			if c.Args().Present() {
 				return usagef("uninstall takes no arguments")
 			}
-			if err := e.mayChange(); err != nil {
+			if err := e.mayChange("etc"); err != nil {
 				return err
 			}
 			if systemd() {

@@ -95,26 +95,31 @@ func look(h *iommu.Host) (*iommu.Topology, error) {
 	return t, err
 }
 
-// mayChange is asked first by every command that changes the host, or, with --dry-run, would.
-func (e *env) mayChange() error {
+// mayChange is asked first by every command that changes the host, or, with --dry-run, would; more are the folders that
+// it writes to beside /sys and /run.
+func (e *env) mayChange(more ...string) error {
 	live := e.hostName == "" || e.hostName == "/"
 	switch {
-	case !live && !e.dryRun:
+	case e.dryRun:
+		return nil
+	case !live:
 		return usagef("%s is a captured host: it can be looked at, not changed", e.hostName)
-	case live && !e.dryRun && e.isMachine() && os.Geteuid() != 0:
-		return fmt.Errorf("changing drivers and VFs takes root: %w", fs.ErrPermission)
 	}
-	return nil
-}
-
-// isMachine reports whether it is this machine that is changed, and not a test's host.
-func (e *env) isMachine() bool {
 	h, err := e.open()
 	if err != nil {
-		return true
+		return err
 	}
 	defer h.Close()
-	return h.Real()
+	if h.Real() && os.Geteuid() != 0 {
+		return fmt.Errorf("changing drivers and VFs takes root: %w", fs.ErrPermission)
+	}
+	for _, dir := range append([]string{"sys", "run"}, more...) {
+		if err := h.Writable(dir); errors.Is(err, unix.EROFS) {
+			return fmt.Errorf("/%s is mounted read-only here, and nothing was changed (mount -o remount,rw /%s; of a "+
+				"container, run viaduct on the host itself)", dir, dir)
+		}
+	}
+	return nil
 }
 
 // note tells people something that is no part of the data.

@@ -260,6 +260,9 @@ func runAssign(ctx context.Context, e *env, o *assignOptions, format *vmm.Format
 		if format.Cannot != "" {
 			e.note("%s", format.Cannot)
 		}
+		if format.Groups && l.Persist {
+			e.note("the lease outlives a boot, and the numbers of IOMMU groups in this may not: print it again after one")
+		}
 		if more := needsMore(m.Host(), format, o.NodeOwner); more != "" {
 			e.note("%s", more)
 		}

@@ -49,3 +49,18 @@ func TestOneAddress(t *testing.T) {
 		t.Errorf("exit status %d: %s", a.status, a.stderr)
 	}
 }
+
+// What a boot makes untrue of what is printed is said, where the lease outlives one.
+func TestNumbersOfABoot(t *testing.T) {
+	const note = "numbers of IOMMU groups"
+	for line, told := range map[string]bool{
+		"--format cdi --persist": true, "--format kata --persist": true, "--format cdi": false, "--format libvirt": false,
+	} {
+		k := hosttest.NewLab(t, nil)
+		mustOnKernel(t, k, "vf", "create", "0000:01:00.0", "2")
+		a := mustOnKernel(t, k, append([]string{"assign", "web", "--from", "0000:01:00.0"}, strings.Fields(line)...)...)
+		if strings.Contains(a.stderr, note) != told {
+			t.Errorf("%s: %s", line, a.stderr)
+		}
+	}
+}

@@ -103,6 +103,7 @@ type Item struct {
 	owner      *bind.NodeOwner
 	known      *known
 	pf         *hostfile.PF // that is declared
+	homes      []int        // indexes of the VFs that are the host's
 	marks      []mark       // of VFs whose interfaces are to be left alone, or no more
 }
 
@@ -240,6 +241,7 @@ func (m *Manager) planPF(pf *hostfile.PF, guard *guard, leased map[iommu.Address
 		i.Refuse(err)
 		return i
 	}
+	i.homes = homes(wish.VFs)
 	plan, err := m.handle.PlanCount(i.Device, wish)
 	if err != nil {
 		i.Refuse(err)
@@ -349,6 +351,7 @@ func (m *Manager) planVFs(i *Item, wish []sriov.VFWish, leased map[iommu.Address
 	for _, s := range i.sets {
 		i.Steps = append(i.Steps, s.Steps()...)
 	}
+	none := &NoDriverError{}
 	for _, vf := range vfs {
 		if with := m.topology.KeptWith(vf); with != nil && wish[vf.VFIndex].Use == sriov.UseVFIO {
 			i.Notes = append(i.Notes, Kept(vf, with))
@@ -367,14 +370,21 @@ func (m *Manager) planVFs(i *Item, wish []sriov.VFWish, leased map[iommu.Address
 			i.none = append(i.none, vf)
 			change, err = m.handle.Plan(vf, bind.Take(bind.None))
 		case use == sriov.UseHome && !vf.Blocks():
-			i.home = append(i.home, vf)
 			change, err = m.handle.Plan(vf, bind.Home())
+			if err == nil && homeless(vf, &change) {
+				none.VFs, change.Steps = append(none.VFs, vf.Name), nil
+			} else {
+				i.home = append(i.home, vf)
+			}
 		}
 
 		if err != nil {
 			return err
 		}
 		i.Steps = append(i.Steps, bind.Actions(change.Steps)...)
+	}
+	if len(none.VFs) > 0 && len(i.Steps) == 0 {
+		return none
 	}
 	return nil
 }

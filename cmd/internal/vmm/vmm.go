@@ -46,6 +46,7 @@ type Format struct {
 	Foreign bool   // it takes devices to a driver of its own, not to VFIO's
 	Placed  bool   // its arguments stand in the middle of a command
 	IOMMUFD bool   // its VMM opens /dev/iommu
+	Groups  bool   // what is printed has numbers of IOMMU groups, which a boot may change
 	Moves   bool   // it keeps guest memory off the range that AMD's IOMMUs reserve
 }
 
@@ -60,11 +61,11 @@ var Formats = []Format{
 			"with the domain (viaduct install --libvirt scrubs between its starts)"},
 	{
 		Name: "cdi",
-		Text: cdi,
+		Text: cdi, Groups: true,
 		Cannot: "a CDI spec hands nodes to a container; a VMM in it still needs its own arguments, and memory that " +
 			"it may lock",
 	},
-	{Name: "env", Text: env},
+	{Name: "env", Text: env, Groups: true},
 	{
 		Name:   "cloud-hypervisor",
 		Args:   cloudHypervisor,
@@ -86,7 +87,7 @@ var Formats = []Format{
 	},
 	{
 		Name: "kata",
-		Args: kata, Placed: true,
+		Args: kata, Placed: true, Groups: true,
 		Cannot: "Kata needs vfio_mode and hotplug_vfio (or cold_plug_vfio) in its configuration.toml, and hands on " +
 			"whole IOMMU groups; no failover pair",
 	},

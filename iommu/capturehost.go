@@ -47,6 +47,7 @@ func (c *capture) system() {
 		c.dir(path.Join("sys/module", m))
 	}
 	c.dir("sys/firmware/efi")
+	c.dir("sys/devices/system/node")
 	c.files("", bootloader.Files(c.h.Host))
 	for _, name := range bootloader.Signs() {
 		if c.h.Exists(name) {

@@ -56,6 +56,9 @@ type Facts struct {
 	Loader        bootloader.Loader
 	Guest         bool // a hypervisor's
 
+	// Interrupt is the interrupt controller that tells whether interrupts are remapped.
+	Interrupt Evidence
+
 	Tables []iommu.Firmware
 	Faults []iommu.Fault // of the tables
 	Units  []iommu.UnitDetails

@@ -210,14 +210,14 @@ func remapping(f *Facts) Check {
 		return c
 	case *on:
 		c.set(Passed, "on")
-		c.see("sys/kernel/irq/*/chip_name", "IR- or ITS-")
+		c.see(f.Interrupt.File, f.Interrupt.Value)
 		return c
 	}
 	c.set(Failed, "off, so VFIO refuses devices")
 	if f.Params[unsafeInterrupts] == "Y" {
 		c.set(Failed, "off, and VFIO takes devices all the same (allow_unsafe_interrupts), which can forge interrupts")
 	}
-	c.see("sys/kernel/irq/*/chip_name", "without IR- or ITS-")
+	c.see(f.Interrupt.File, f.Interrupt.Value)
 	f.remappingCure(&c)
 	return c
 }

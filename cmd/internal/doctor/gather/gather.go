@@ -35,6 +35,9 @@ func Facts(h *iommu.Host, t *iommu.Topology, selected []*iommu.Device) (*doctor.
 	}
 
 	var err error
+	if f.Interrupt.File, f.Interrupt.Value, err = iommu.InterruptController(h); err != nil {
+		return nil, err
+	}
 	if f.Faults = iommu.CheckFirmware(h, t, f.Tables); len(t.Units) == 0 && len(t.Groups) == 0 {
 		f.Off = iommu.WhyOff(h, t)
 	}
@@ -166,7 +169,7 @@ func (g *gatherer) host(f *doctor.Facts) {
 	}
 	if online := g.text("sys/devices/system/node/online"); online != "" {
 		f.NUMANodes = count(online)
-	} else if g.Live() && !g.Exists("sys/devices/system/node") {
+	} else if f.Whole && !g.Exists("sys/devices/system/node") {
 		// The kernel knows of none.
 		f.NUMANodes = 1
 	}

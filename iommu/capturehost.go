@@ -42,10 +42,12 @@ func (c *capture) system() {
 			c.files(dir, slices.DeleteFunc(names, func(n string) bool { return !strings.HasSuffix(n, ".conf") }))
 		}
 	}
-	for _, m := range []string{"vfio", "vfio_pci", "vfio_pci_core", "vfio_iommu_type1", "iommufd", "virtio_iommu", "arm_smmu_v3"} {
+	for _, m := range []string{"vfio", "vfio_pci", "vfio_pci_core", "vfio_iommu_type1", "iommufd", "virtio_iommu",
+		"arm_smmu_v3"} {
 		c.dir(path.Join("sys/module", m))
 	}
 	c.dir("sys/firmware/efi")
+	c.dir("sys/devices/system/node")
 	c.files("", bootloader.Files(c.h.Host))
 	for _, name := range bootloader.Signs() {
 		if c.h.Exists(name) {
@@ -55,6 +57,12 @@ func (c *capture) system() {
 	}
 
 	c.kernel()
+	// How much memory who makes this may lock.
+	for file, line := range map[string]string{"status": "CapEff", "limits": "Max locked memory"} {
+		if b, err := c.h.Read(path.Join("proc/self", file)); err == nil {
+			c.add(path.Join("proc/self", file), keptLines(string(b), line))
+		}
+	}
 	if lines := KernelLines(c.h); len(lines) > 0 {
 		c.add(kernelLines, []byte(strings.Join(lines, "\n")+"\n"))
 	}
@@ -101,6 +109,10 @@ func (c *capture) kernel() {
 			if b, err := c.h.Read(at); err == nil {
 				c.add(at, keptLines(string(b), "vfio", "iommufd", "/kvm"))
 			}
+		}
+		if c.h.Exists(path.Join(dir, release)) {
+			// The other folder is the same one.
+			break
 		}
 	}
 }

@@ -213,7 +213,7 @@ func TestCheckFirmware(t *testing.T) {
 		"other devices": {ivrs("0200", "02ff1f00"), "cover none of this host's devices"},
 		"no IOMMU":      {dmar(hosttest.DMARBlock(2, "01 00 0000")), "it describes no IOMMU"},
 		"no address":    {dmar(hosttest.DMARBlock(0, "01 00 0000 0000000000000000")), "are at 0x0"},
-		"upside down":   {dmar(all, hosttest.DMARBlock(1, "0000 0000 00706c6e00000000 00006c6e00000000 0108000000001400")), "from 0x6e6c7000 to 0x6e6c0000"},
+		"upside down":   {dmar(all, hosttest.DMARBlock(1, "0000 0000 00706c6e00000000 ff0f6c6e00000000 0108000000001400")), "from 0x6e6c7000 to 0x6e6c0fff"},
 	} {
 		if name == "no function" {
 			c.tables = ivrs("a100", "01000000")

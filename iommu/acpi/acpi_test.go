@@ -83,10 +83,12 @@ func TestFields(t *testing.T) {
 	if want := []string{`AMDI0020 \_SB.FUR0`, "0x41d0 ", "MSFT0201 0x201", "AMDI0095 "}; !slices.Equal(named, want) {
 		t.Errorf("named devices: %q, want %q", named, want)
 	}
-	for i, want := range map[int][3]bool{2: {true, true, true}, 3: {false, true, false}, 4: {false, false, true}} {
+	for i, want := range map[int][4]bool{
+		2: {true, true, true, true}, 3: {false, true, false, false}, 4: {false, false, true, false},
+	} {
 		m := ivrs.Blocks[i].Fields.(*IVMD)
 		kind := ivrs.Blocks[i].Type
-		got := [3]bool{m.Covers(kind, 0, 0x50), m.Covers(kind, 0, 0x60), m.Covers(kind, 0, 0x1ff)}
+		got := [4]bool{m.Covers(kind, 0, 0x50), m.Covers(kind, 0, 0x60), m.Covers(kind, 0, 0x1ff), m.Covers(kind, 0, 0x200)}
 		if got != want || m.Covers(kind, 1, 0x60) || m.Flags.Exclusion() == m.Flags.Unity() {
 			t.Errorf("IVMD %02xh: %+v: %v", kind, m, got)
 		}
@@ -104,6 +106,28 @@ func TestFields(t *testing.T) {
 	smmu := iort.Blocks[2].Fields.(*SMMU)
 	if smmu.GlobalInterrupts == nil || len(smmu.ContextInterrupts) != 1 || len(smmu.PMUInterrupts) != 1 {
 		t.Errorf("SMMU: %+v", smmu)
+	}
+}
+
+// A VT-d unit's registers say how wide its addresses are, and what it can do.
+func TestVTd(t *testing.T) {
+	for c, want := range map[VTdCap]int{
+		0x2f0200: 39, 0x2f0400: 48, 0x2f0600: 48, 0x260600: 39, 0x380e00: 57, 0x380400: 48, 0x2f0000: 48,
+	} {
+		if got := c.GuestBits(); got != want {
+			t.Errorf("cap %x: %d bits, want %d", uint64(c), got, want)
+		}
+	}
+	c, e := VTdCap(1<<59|1<<60|1<<7|2), VTdECap(1<<2|1<<3|1<<4|1<<7|1<<26|1<<29|19<<35|1<<40|1<<43|1<<45|1<<48)
+	if !c.PostedInterrupts() || !c.FiveLevels() || !c.Emulated() || c.Domains() != 256 {
+		t.Errorf("cap: %v", c.Names())
+	}
+	if !e.InterruptRemapping() || !e.X2APIC() || !e.DirtyTracking() || !e.DeviceTLB() || !e.PageRequests() ||
+		!e.Nested() || !e.SnoopControl() || e.PASIDBits() != 20 {
+		t.Errorf("ecap: %v", e.Names())
+	}
+	if e &^= 1 << 48; e.DirtyTracking() {
+		t.Error("it tracks without a coherent walk of tables")
 	}
 }
 

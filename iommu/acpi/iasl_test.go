@@ -34,7 +34,7 @@ func realTables(t testing.TB) map[string][]byte {
 				t.Fatal(err)
 			}
 			if len(b) > 4 && slices.Contains(Signatures, string(b[:4])) {
-				out[filepath.Base(folder)+"/"+filepath.Base(f)] = b
+				out[f] = b
 			}
 		}
 	}

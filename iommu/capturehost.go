@@ -42,7 +42,8 @@ func (c *capture) system() {
 			c.files(dir, slices.DeleteFunc(names, func(n string) bool { return !strings.HasSuffix(n, ".conf") }))
 		}
 	}
-	for _, m := range []string{"vfio", "vfio_pci", "vfio_pci_core", "vfio_iommu_type1", "iommufd", "virtio_iommu", "arm_smmu_v3"} {
+	for _, m := range []string{"vfio", "vfio_pci", "vfio_pci_core", "vfio_iommu_type1", "iommufd", "virtio_iommu",
+		"arm_smmu_v3"} {
 		c.dir(path.Join("sys/module", m))
 	}
 	c.dir("sys/firmware/efi")

@@ -54,6 +54,7 @@ type described struct {
 	efr       acpi.EFR // the images of AMD's registers
 	efr2      acpi.EFR2
 	efrUsable bool
+	iotlb     bool // AMD: devices may keep translations
 	covers    func(d *placed) bool
 }
 
@@ -123,9 +124,10 @@ func (out *decoded) ivrs(t *acpi.Table) {
 			segment := uint32(h.Segment)
 			own := addressOf(segment, h.DeviceID)
 			out.units = append(out.units, described{
-				table: t.Signature, block: b, kind: KindAMDVi, segment: segment, base: uint64(h.BaseAddress), own: &own,
+				table: t.Signature, block: b, kind: KindAMDVi, segment: segment, base: uint64(h.BaseAddress),
+				own:  &own,
 				bits: info.PhysicalBits(), input: info.VirtualBits(), efr: h.EFR, efr2: h.EFR2,
-				efrUsable: b.Type != 0x10 && info.EFRValid(),
+				efrUsable: b.Type != 0x10 && info.EFRValid(), iotlb: h.Flags.IOTLB(),
 				covers: func(d *placed) bool {
 					return d.Address.Domain == segment && d.Address != own && ivhdCovers(b, d.id())
 				},
@@ -226,7 +228,8 @@ func (out *decoded) dmar(t *acpi.Table) {
 				named = append(named, own)
 			}
 			out.units = append(out.units, described{
-				table: t.Signature, block: b, kind: KindVTd, segment: segment, base: uint64(f.RegisterBase), bits: bits,
+				table: t.Signature, block: b, kind: KindVTd, segment: segment, base: uint64(f.RegisterBase),
+				bits:   bits,
 				covers: covers,
 			})
 		case *acpi.RMRR:
@@ -368,11 +371,12 @@ func (out *decoded) viot(t *acpi.Table) {
 			continue
 		}
 		unit.covers = func(d *placed) bool {
-			return (unit.own == nil || d.Address != *unit.own) && slices.ContainsFunc(t.Blocks, func(r acpi.Block) bool {
-				f, ok := r.Fields.(*acpi.PCIRange)
-				return ok && int(f.OutputNode) == b.Offset && d.Address.Domain >= uint32(f.SegmentStart) &&
-					d.Address.Domain <= uint32(f.SegmentEnd) && d.id() >= f.BDFStart && d.id() <= f.BDFEnd
-			})
+			return (unit.own == nil || d.Address != *unit.own) && slices.ContainsFunc(t.Blocks,
+				func(r acpi.Block) bool {
+					f, ok := r.Fields.(*acpi.PCIRange)
+					return ok && int(f.OutputNode) == b.Offset && d.Address.Domain >= uint32(f.SegmentStart) &&
+						d.Address.Domain <= uint32(f.SegmentEnd) && d.id() >= f.BDFStart && d.id() <= f.BDFEnd
+				})
 		}
 		out.units = append(out.units, unit)
 	}

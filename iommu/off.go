@@ -199,7 +199,8 @@ func (s *setting) whyOff() Off {
 	for _, signature := range acpi.Signatures {
 		if f := s.tables[signature]; errors.Is(f.Err, acpi.ErrTable) {
 			return Off{
-				Why:  fmt.Sprintf("the firmware's %s table is not sound (%v), and the kernel refuses it", signature, f.Err),
+				Why: fmt.Sprintf("the firmware's %s table is not sound (%v), and the kernel refuses it", signature,
+					f.Err),
 				File: path.Join(tablesDir, signature), Value: f.Err.Error(),
 				Cure: "update the firmware, or tell its maker",
 			}
@@ -242,8 +243,8 @@ func (s *setting) elsewhere() (Off, bool) {
 		return Off{
 			Why:  "this is Xen's control domain, and Xen has the IOMMU to itself",
 			File: "proc/xen/capabilities", Value: "control_d",
-			Cure: "pass devices by Xen's own means (`xl pci-assignable-add`, see `xl dmesg | grep -i -e iommu -e vt-d`), " +
-				"or boot this kernel without Xen",
+			Cure: "pass devices by Xen's own means (`xl pci-assignable-add`; see `xl dmesg | grep -i iommu`), or " +
+				"boot this kernel without Xen",
 		}, true
 	case strings.Contains(strings.ToLower(s.release), "microsoft"):
 		return Off{
@@ -267,7 +268,8 @@ func (s *setting) intel() Off {
 	if s.has("intel_iommu", "off") && !s.has("intel_iommu", "on") {
 		return s.onCommandLine("intel_iommu=off")
 	}
-	if !s.has("intel_iommu", "on") && s.config["CONFIG_INTEL_IOMMU_DEFAULT_ON"] != "y" && !s.lacks("CONFIG_INTEL_IOMMU") {
+	if !s.has("intel_iommu", "on") && s.config["CONFIG_INTEL_IOMMU_DEFAULT_ON"] != "y" &&
+		!s.lacks("CONFIG_INTEL_IOMMU") {
 		return Off{
 			Why:  "the firmware has VT-d on, and this kernel uses it only with intel_iommu=on",
 			File: commandLine, Value: strings.Join(s.words, " "), Cure: s.loader.Add("intel_iommu=on"),
@@ -286,7 +288,8 @@ func (s *setting) refused(table, name, option string, words ...string) Off {
 		return o
 	}
 	o.Why = fmt.Sprintf("the firmware describes %s (%s), and the kernel did not take it", name, table)
-	o.Cure = "see why in the kernel's log (`dmesg | grep -e " + strings.Join(words, " -e ") + "`); often newer firmware helps"
+	o.Cure = fmt.Sprintf("see why in the kernel's log (`dmesg | grep -e %s`); often newer firmware helps",
+		strings.Join(words, " -e "))
 	if line := s.said(words...); line != "" {
 		o.File, o.Value = "dev/kmsg", line
 		o.Why += fmt.Sprintf(" (it says: %s)", line)
@@ -345,8 +348,8 @@ func (s *setting) noTable() Off {
 			o.Cure = "boot with a device tree that has the SMMU, or with ACPI (`acpi=force`)"
 		}
 	case s.vendor == "AuthenticAMD" || s.vendor == "HygonGenuine":
-		o.Cure = "turn on \"IOMMU\" (AMD-Vi) in the firmware's menu (often under AMD CBS, NBIO, or Advanced; \"Auto\" may " +
-			"mean off)"
+		o.Cure = "turn on \"IOMMU\" (AMD-Vi) in the firmware's menu (often under AMD CBS, NBIO, or Advanced; " +
+			"\"Auto\" may mean off)"
 		if s.has("amd_iommu", "off") {
 			o.Cure += "; then " + s.loader.Remove("amd_iommu=off")
 		}
@@ -377,9 +380,11 @@ func (s *setting) guestOf() Off {
 	for _, p := range [...]struct{ maker, name, cure string }{
 		{"Amazon EC2", "Amazon EC2", "use an instance type whose name ends in .metal: no other has one"},
 		{"Google", "Google Compute Engine", "use a bare metal instance: virtual ones have none"},
-		{"Microsoft Corporation Virtual Machine", "Hyper-V or Azure", "use a machine of your own or a bare metal host: " +
+		{"Microsoft Corporation Virtual Machine", "Hyper-V or Azure", "use a machine of your own or a bare metal " +
+			"host: " +
 			"Hyper-V gives its guests none; it can itself assign devices (Discrete Device Assignment)"},
-		{"VMware", "VMware", "turn on \"Expose IOMMU to the guest OS\" (vvtd.enable = \"TRUE\") in this VM's settings"},
+		{"VMware", "VMware", "turn on \"Expose IOMMU to the guest OS\" (vvtd.enable = \"TRUE\") in this VM's " +
+			"settings"},
 		{"innotek", "VirtualBox", "run `VBoxManage modifyvm NAME --chipset=ich9 --iommu=automatic` on its host"},
 		{"Xen", "Xen", "use a machine of your own: Xen gives its guests none"},
 		{"OpenStack", "OpenStack", "set hw_viommu_model on this server's image or flavor (hw:viommu_model)"},
@@ -387,7 +392,8 @@ func (s *setting) guestOf() Off {
 		{"DigitalOcean", "DigitalOcean", "use a bare metal host: virtual ones have none"},
 		{"Hetzner", "Hetzner Cloud", "use a dedicated server: virtual ones have none"},
 		{"Parallels", "Parallels", "use a machine of your own: Parallels gives its guests none"},
-		{"Apple Inc. Apple Virtualization", "Apple's Virtualization", "use a machine of your own: it gives its guests none"},
+		{"Apple Inc. Apple Virtualization", "Apple's Virtualization", "use a machine of your own: it gives its " +
+			"guests none"},
 		{"QEMU", "QEMU", virtualUnit(arm)},
 		{"Red Hat KVM", "KVM", virtualUnit(arm)},
 		{"KubeVirt", "KubeVirt", virtualUnit(arm)},
@@ -418,6 +424,7 @@ func virtualUnit(arm bool) string {
 	if arm {
 		return "give it one where it is defined: QEMU -machine virt,iommu=smmuv3, libvirt <iommu model='smmuv3'/>"
 	}
-	return "give it one where it is defined: QEMU -machine q35,kernel-irqchip=split -device intel-iommu,intremap=on, " +
-		"libvirt <iommu model='intel'><driver intremap='on'/></iommu>, Proxmox VE `qm set VMID --machine q35,viommu=intel`"
+	return "give it one where it is defined: QEMU -machine q35,kernel-irqchip=split -device " +
+		"intel-iommu,intremap=on, libvirt <iommu model='intel'><driver intremap='on'/></iommu>, Proxmox VE " +
+		"`qm set VMID --machine q35,viommu=intel`"
 }

@@ -97,7 +97,9 @@ func ReadUnits(h *Host, t *Topology, tables []Firmware) ([]UnitDetails, error) {
 		if !used[i] {
 			d := UnitDetails{Unit: Unit{Kind: said.units[i].kind}}
 			d.describe(&said.units[i], devices)
-			d.fromImage(&said.units[i])
+			if d.Kind == KindAMDVi {
+				d.amdMeaning(&said.units[i])
+			}
 			out = append(out, d)
 		}
 	}
@@ -273,29 +275,13 @@ func (d *UnitDetails) amd(h *Host, dir string, image *described) error {
 	if efr, efr2, ok := amdFeatures(text, known, release); ok {
 		d.EFR, d.EFR2 = &efr, efr2
 	}
-	if image != nil {
-		d.fromImage(image)
-	}
 	d.amdMeaning(image)
 	return nil
 }
 
-// fromImage fills in registers that the kernel does not tell from the table's images of them.
-func (d *UnitDetails) fromImage(image *described) {
-	if d.Kind != KindAMDVi || !image.efrUsable {
-		return
-	}
-	if d.EFR == nil {
-		d.EFR = &image.efr
-	}
-	if d.EFR2 == nil {
-		d.EFR2 = &image.efr2
-	}
-	d.amdMeaning(image)
-}
-
 // amdFeatures decodes the attribute "features". Linux has one word there up to 5.19, then two, first EFR2 and EFR, and
-// from 6.7 on EFR and EFR2 (drivers/iommu/amd/init.c, amd_iommu_show_features). The image is the table's, 0 if there is
+// from 6.7 on EFR and EFR2 (drivers/iommu/amd/init.c, amd_iommu_show_features). The image is the table's, 0 if there
+// is
 // none.
 func amdFeatures(text string, image acpi.EFR, release string) (efr acpi.EFR, efr2 *acpi.EFR2, ok bool) {
 	one, two, both := strings.Cut(text, ":")
@@ -338,12 +324,23 @@ func olderThan(release string, major, minor int) bool {
 	return a < major || a == major && b < minor
 }
 
-// amdMeaning says what an AMD IOMMU's registers mean. Interrupts can always be remapped; whether they are is the
-// host's: see Topology.
+// amdMeaning says what an AMD IOMMU's registers mean, or where the kernel does not tell them the table's images of
+// them. Interrupts can always be remapped; whether they are is the host's: see Topology.
 func (d *UnitDetails) amdMeaning(image *described) {
+	if image != nil && image.efrUsable {
+		if d.EFR == nil {
+			d.EFR = &image.efr
+		}
+		if d.EFR2 == nil {
+			d.EFR2 = &image.efr2
+		}
+	}
 	f := &d.Features
 	f.InterruptRemapping = new(true)
 	const iotlb, npCache = 1 << 24, 1 << 26
+	if image != nil {
+		f.ATS = &image.iotlb
+	}
 	if d.Capability != nil {
 		f.ATS, f.Emulated = new(*d.Capability&iotlb != 0), new(*d.Capability&npCache != 0)
 	}
@@ -395,7 +392,8 @@ func (d *UnitDetails) intel(h *Host, dir string) error {
 	if ecap != nil {
 		e := acpi.VTdECap(*ecap)
 		d.ECap = &e
-		f.InterruptRemapping, f.X2APIC, f.DirtyTracking = new(e.InterruptRemapping()), new(e.X2APIC()), new(e.DirtyTracking())
+		f.InterruptRemapping, f.X2APIC, f.DirtyTracking = new(e.InterruptRemapping()), new(e.X2APIC()),
+			new(e.DirtyTracking())
 		f.ATS, f.PRI, f.PASIDBits = new(e.DeviceTLB()), new(e.PageRequests()), new(e.PASIDBits())
 		f.Nested, f.SnoopControl = new(e.Nested()), new(e.SnoopControl())
 	}

@@ -19,10 +19,11 @@ func iommuCommand(e *env) *cli.Command {
 	return command(&cli.Command{
 		Name:  "iommu",
 		Usage: "show the IOMMUs, and the firmware's tables about them",
-		Description: "Show which devices each IOMMU covers, what it can do and what that means for\n" +
-			"passthrough, and what the firmware reserves for which device. An IOMMU that the\n" +
-			"firmware describes and the kernel does not use is shown too. The tables (IVRS,\n" +
-			"DMAR, IORT, VIOT) take root to read; --json has each of their blocks and fields.\n\n" +
+		Description: "Show which devices each IOMMU covers, what it can do and what that means\n" +
+			"for passthrough, and what the firmware reserves for which device. An IOMMU\n" +
+			"that the firmware describes and the kernel does not use is shown too. The\n" +
+			"tables (IVRS, DMAR, IORT, VIOT) take root to read; --json has each of their\n" +
+			"blocks and fields.\n\n" +
 			"Examples:\n  viaduct iommu\n  viaduct iommu --json | jq '.tables[].blocks[] | {type, offset, length}'",
 		Flags: []cli.Flag{e.jsonFlag()},
 		Action: func(c *cli.Context) error {
@@ -109,11 +110,19 @@ type directView struct {
 }
 
 func runIOMMU(e *env) error {
-	h, t, err := e.look()
+	h, err := e.open()
 	if err != nil {
 		return err
 	}
 	defer h.Close()
+	t, err := iommu.Scan(h)
+	if errors.Is(err, fs.ErrNotExist) && !h.Live() {
+		// A capture of the tables alone is enough.
+		t, err = &iommu.Topology{}, nil
+	}
+	if err != nil {
+		return err
+	}
 	tables := iommu.ReadFirmware(h)
 	units, err := iommu.ReadUnits(h, t, tables)
 	if err != nil {

@@ -172,6 +172,6 @@ func TestFault(t *testing.T) {
 		}
 	}
 	judge("doctor", "--json")
-	do(t, "snapshot", "/tmp/fault.tar.gz")
-	judge("--host", "/tmp/fault.tar.gz", "doctor", "--json")
+	do(t, "snapshot", "/out/host.tar.gz")
+	judge("--host", "/out/host.tar.gz", "doctor", "--json")
 }

@@ -25,7 +25,8 @@ type kind struct {
 	Loader
 }
 
-// kinds are in the order in which they are looked for: what a distribution adds of its own comes before what it adds to.
+// kinds are in the order in which they are looked for: what a distribution adds of its own comes before what it adds
+// to.
 var kinds = []kind{
 	{[]string{"run/ostree-booted"}, Loader{
 		Name: "rpm-ostree", add: "rpm-ostree kargs --append=PARAMETER", remove: "rpm-ostree kargs --delete=PARAMETER",
@@ -133,7 +134,8 @@ func (l Loader) Add(parameter string) string {
 	case l.add != "":
 		return "run `" + strings.ReplaceAll(l.add, "PARAMETER", parameter) + "` and reboot"
 	case l.file == "":
-		return "add " + parameter + " to the kernel's command line, in the settings of this host's boot loader, and reboot"
+		return "add " + parameter + " to the kernel's command line, in the settings of this host's boot loader, and " +
+			"reboot"
 	}
 	return "add " + parameter + " to " + l.place(l.file) + l.inForce()
 }
@@ -144,7 +146,8 @@ func (l Loader) Remove(parameter string) string {
 	case l.remove != "":
 		return "run `" + strings.ReplaceAll(l.remove, "PARAMETER", parameter) + "` and reboot"
 	case l.file == "":
-		return "remove " + parameter + " from the kernel's command line, in the settings of this host's boot loader, and reboot"
+		return "remove " + parameter + " from the kernel's command line, in the settings of this host's boot " +
+			"loader, and reboot"
 	}
 	file := l.file
 	var names []string

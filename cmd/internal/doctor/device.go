@@ -20,7 +20,8 @@ func memlock(f *Facts) Check {
 		c.set(Passed, "this user may lock all memory")
 	case *f.LockLimit < small:
 		c.see(file, fmt.Sprintf("Max locked memory %d bytes", *f.LockLimit))
-		c.set(Warned, "this user may lock %d MiB, less than a guest has; libvirt raises the limit by itself", *f.LockLimit>>20)
+		c.set(Warned, "this user may lock %d MiB, less than a guest has; libvirt raises the limit by itself",
+			*f.LockLimit>>20)
 		c.Cure = "for VMMs of this user: a line `USER - memlock unlimited` in /etc/security/limits.d/vfio.conf, or " +
 			"LimitMEMLOCK=infinity in their service; viaduct assign does it for a service with --unit"
 	default:
@@ -68,7 +69,8 @@ func nodes(f *Facts) Check {
 func sriovRoom(f *Facts) Check {
 	c := Check{Name: "sriov_room", Title: "room for VFs"}
 	asked := func(name string) bool {
-		return f.Selected == nil || slices.ContainsFunc(f.Selected, func(d *iommu.Device) bool { return d.Name == name })
+		return f.Selected == nil || slices.ContainsFunc(f.Selected,
+			func(d *iommu.Device) bool { return d.Name == name })
 	}
 	var memory, buses []string
 	count := 0
@@ -90,10 +92,12 @@ func sriovRoom(f *Facts) Check {
 	switch {
 	case len(memory) > 0:
 		c.set(Warned, "the firmware left no memory for the VFs of %s", some(memory))
-		c.Cure = "turn on \"SR-IOV support\" and \"Above 4G decoding\" in the firmware's menu; else " + f.Loader.Add("pci=realloc")
+		c.Cure = "turn on \"SR-IOV support\" and \"Above 4G decoding\" in the firmware's menu; else " +
+			f.Loader.Add("pci=realloc")
 	case len(buses) > 0:
 		c.set(Warned, "the VFs of %s are on buses that the port above does not have", some(buses))
-		c.Cure = "turn on \"SR-IOV support\" and \"ARI\" in the firmware's menu; else " + f.Loader.Add("pci=assign-busses")
+		c.Cure = "turn on \"SR-IOV support\" and \"ARI\" in the firmware's menu; else " +
+			f.Loader.Add("pci=assign-busses")
 	case count == 0:
 		c.set(Passed, "no device that can have VFs is meant")
 	default:
@@ -117,7 +121,8 @@ func resets(f *Facts) Check {
 		}
 		unknown = unknown || r.Way == iommu.ResetUnknown
 		has := func(o *iommu.Device) bool {
-			return slices.ContainsFunc(f.Wanted, func(w *iommu.Device) bool { return w.Name == o.Name }) || o.Together(d)
+			return slices.ContainsFunc(f.Wanted, func(w *iommu.Device) bool { return w.Name == o.Name }) ||
+				o.Together(d)
 		}
 		if problem := r.Problem(has); problem != "" {
 			problems = append(problems, d.Name+": "+problem)
@@ -128,8 +133,8 @@ func resets(f *Facts) Check {
 	switch {
 	case len(problems) > 0:
 		c.set(Warned, "%s", strings.Join(problems, "; "))
-		c.Cure = "give away all functions that are reset together, or another device; what a guest leaves in one that is not " +
-			"reset, the next one finds"
+		c.Cure = "give away all functions that are reset together, or another device; what a guest leaves in one " +
+			"that is not reset, the next one finds"
 	case unknown:
 		c.set(Unknown, "not known of every device")
 	case len(f.Wanted) == 0:
@@ -155,8 +160,8 @@ func power(f *Facts) Check {
 		return c
 	}
 	c.set(Warned, "%s in D3cold: some devices do not come back from that", some(c.Devices))
-	c.Cure = "`echo 0 > /sys/bus/pci/devices/" + c.Devices[0] + "/d3cold_allowed` before it is bound, and `options vfio-pci " +
-		"disable_idle_d3=1` in /etc/modprobe.d"
+	c.Cure = "`echo 0 > /sys/bus/pci/devices/" + c.Devices[0] + "/d3cold_allowed` before it is bound, and " +
+		"`options vfio-pci disable_idle_d3=1` in /etc/modprobe.d"
 	if v, is := f.Params[idle]; is {
 		c.see(idle, v)
 	}
@@ -184,7 +189,8 @@ func bootDisplay(f *Facts) Check {
 	}
 	c.set(Warned, "%s", strings.Join(text, "; "))
 	c.see("sys/bus/pci/devices/"+c.Devices[0]+"/boot_vga", "")
-	c.Cure = "let the firmware start on another card (\"primary display\"); else " + f.Loader.Add("initcall_blacklist=sysfb_init")
+	c.Cure = "let the firmware start on another card (\"primary display\"); else " +
+		f.Loader.Add("initcall_blacklist=sysfb_init")
 	return c
 }
 
@@ -204,7 +210,8 @@ func hugePages(f *Facts) Check {
 	}
 	if len(text) == 0 {
 		c.see("sys/kernel/mm/hugepages/*/nr_hugepages", "0")
-		c.set(Passed, "none are set aside; a guest that is to have some needs them (vm.nr_hugepages, or hugepages= at boot)")
+		c.set(Passed, "none are set aside; a guest that is to have some needs them (vm.nr_hugepages, or hugepages= "+
+			"at boot)")
 	}
 	return c
 }

@@ -46,7 +46,8 @@ type Facts struct {
 	// those that a vfio driver has.
 	Selected, Wanted []*iommu.Device
 
-	// Whole is set of a running host, and of a capture of all that is read of one: what is not there then is not there.
+	// Whole is set of a running host, and of a capture of all that is read of one: what is not there then is not
+	// there.
 	Whole, Live   bool
 	Arch, Release string            // of the kernel; "" if not known
 	Words         []string          // of its command line; nil if not known
@@ -131,7 +132,8 @@ type Display struct{ Device, What string }
 // Examine makes all checks, in the order in which one depends on those before it.
 func Examine(f *Facts) []Check {
 	checks := []func(f *Facts) Check{
-		table, active, coverage, groups, remapping, modules, blacklist, directRanges, lockdown, unsafeModes, acsOverride,
+		table, active, coverage, groups, remapping, modules, blacklist, directRanges, lockdown, unsafeModes,
+		acsOverride,
 		defaultDomain, memlock, nodes, sriovRoom, resets, power, bootDisplay, hugePages, numa, kernelVersion, kvm,
 		vendorModules,
 	}

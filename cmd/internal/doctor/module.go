@@ -44,8 +44,8 @@ func modules(f *Facts) Check {
 	c.set(Failed, "this kernel has no %s", strings.Join(missing, " and no "))
 	c.see(dir+"/modules.dep", "")
 	c.see(dir+"/modules.builtin", "")
-	c.Cure = "install the package with the rest of the kernel's modules (linux-modules-extra, kernel-modules), or boot a " +
-		"kernel with CONFIG_VFIO_PCI"
+	c.Cure = "install the package with the rest of the kernel's modules (linux-modules-extra, kernel-modules), or " +
+		"boot a kernel with CONFIG_VFIO_PCI"
 	if f.Config != nil && f.Config["CONFIG_VFIO_PCI"] == "" {
 		c.see("boot/config-"+f.Release, "# CONFIG_VFIO_PCI is not set")
 		c.Cure = "boot a kernel with CONFIG_VFIO_PCI"
@@ -82,8 +82,8 @@ func blacklist(f *Facts) Check {
 		c.set(Warned, "%s is there, and may not be loaded again: /%s has %q", name, r.File, r.Line)
 	}
 
-	c.Cure = fmt.Sprintf("remove that line from /%s, make the initramfs anew if it is in it, and run `modprobe %s`", r.File,
-		name)
+	c.Cure = fmt.Sprintf("remove that line from /%s, make the initramfs anew if it is in it, and run `modprobe %s`",
+		r.File, name)
 	if r.File == "proc/cmdline" {
 		c.Cure = f.Loader.Remove(r.Line)
 	}
@@ -106,7 +106,7 @@ func lockdown(f *Facts) Check {
 		c.see(file, f.Lockdown)
 	default:
 		c.see(file, f.Lockdown)
-		c.set(Warned, "%s: VFIO works; setpci, unsigned modules, and other access to devices past their drivers do not",
+		c.set(Warned, "%s: VFIO works; setpci, unsigned modules, and other ways past the devices' drivers do not",
 			f.Lockdown)
 		c.Cure = "nothing to do for passthrough; it goes with Secure Boot, or lockdown= on the kernel's command line"
 	}
@@ -125,7 +125,7 @@ func unsafeModes(f *Facts) Check {
 			on = append(on, p.name)
 			c.see(p.file, v)
 			if c.Cure == "" {
-				c.Cure = "`echo N > /" + p.file + "`, and remove it from /etc/modprobe.d and from the kernel's command line"
+				c.Cure = "`echo N > /" + p.file + "`, and remove it from /etc/modprobe.d and the kernel's command line"
 			}
 		}
 	}
@@ -134,11 +134,14 @@ func unsafeModes(f *Facts) Check {
 		return f.unseen(c, "sys/module/vfio/parameters")
 	case len(on) == 0:
 		c.set(Passed, "off")
-		c.see("sys/module/vfio/parameters/enable_unsafe_noiommu_mode", f.Params["sys/module/vfio/parameters/enable_unsafe_noiommu_mode"])
+		c.see("sys/module/vfio/parameters/enable_unsafe_noiommu_mode",
+			f.Params["sys/module/vfio/parameters/enable_unsafe_noiommu_mode"])
 	case f.present():
-		c.set(Warned, "%s is on: a guest may reach the host's memory or forge its interrupts", strings.Join(on, " and "))
+		c.set(Warned, "%s is on: a guest may reach the host's memory or forge its interrupts",
+			strings.Join(on, " and "))
 	default:
-		c.set(Failed, "%s is on, and no IOMMU is active: a guest reaches all of the host's memory", strings.Join(on, " and "))
+		c.set(Failed, "%s is on, and no IOMMU is active: a guest reaches all of the host's memory",
+			strings.Join(on, " and "))
 	}
 	return c
 }
@@ -155,7 +158,8 @@ func acsOverride(f *Facts) Check {
 		c.set(Passed, "not in use")
 		return c
 	}
-	c.set(Warned, "pcie_acs_override=%s is on the kernel's command line: devices in different groups may reach each other's "+
+	c.set(Warned, "pcie_acs_override=%s is on the kernel's command line: devices in different groups may reach each "+
+		"other's "+
 		"memory", v)
 	c.Cure = f.Loader.Remove("pcie_acs_override=" + v)
 	return c
@@ -187,7 +191,7 @@ func defaultDomain(f *Facts) Check {
 	c.set(Passed, "%s", strings.Join(text, ", "))
 	c.see("sys/kernel/iommu_groups/*/type", c.Text)
 	if kinds["identity"] > 0 {
-		c.Text += "; identity (passthrough mode) leaves the host's own devices untranslated, which does not matter to guests"
+		c.Text += "; identity (passthrough mode) leaves the host's own devices untranslated, which guests do not mind"
 	}
 	for _, name := range []string{"iommu", "iommu.passthrough"} {
 		if v, is := f.parameter(name); is {
@@ -271,8 +275,10 @@ func vendorModules(f *Facts) Check {
 		for _, file := range f.Unsigned {
 			c.see(file, "no signature")
 		}
-		c.set(Warned, "Secure Boot is on, and these modules are not signed, so they cannot be loaded: %s", some(f.Unsigned))
-		c.Cure = "sign them with a key of this machine's (`mokutil --import`; DKMS does it by itself), or turn Secure Boot off"
+		c.set(Warned, "Secure Boot is on, and these modules are not signed, so they cannot be loaded: %s",
+			some(f.Unsigned))
+		c.Cure = "sign them with a key of this machine's (`mokutil --import`; DKMS does it by itself), or turn " +
+			"Secure Boot off"
 	}
 	return c
 }

@@ -129,13 +129,16 @@ func coverage(f *Facts) Check {
 	}
 	var bare []*iommu.Device
 	f.each(func(d *iommu.Device) {
-		// Where groups come late, a device without a driver has none yet.
-		if d.PCI && d.Group == nil && !d.IsBridge() && !f.unitsOwn(d) && (d.Driver != "" || !f.Topology.LateGroups()) {
+		// The host's own machinery needs none; where groups come late, a device without a driver has none yet.
+		meant := d.Role() == iommu.RoleGuest || f.Selected != nil && d.Role() != iommu.RolePort
+		if meant && d.PCI && d.Group == nil && (d.Driver != "" || !f.Topology.LateGroups()) {
 			bare = append(bare, d)
 		}
 	})
 	if len(bare) == 0 {
-		c.set(Passed, "an IOMMU covers %s", map[bool]string{true: "each device", false: "what was asked about"}[f.Selected == nil])
+		if c.set(Passed, "an IOMMU covers each device"); f.Selected != nil {
+			c.set(Passed, "an IOMMU covers what was asked about")
+		}
 		return c
 	}
 	c.Devices = namesOf(bare)
@@ -148,17 +151,10 @@ func coverage(f *Facts) Check {
 	}
 	c.Cure = "put the device into another slot, or update the firmware, whose table leaves it out"
 	if v, is := f.parameter("intel_iommu"); is && strings.Contains(v, "igfx_off") {
-		c.Cure = f.Loader.Remove("intel_iommu=" + v)
+		c.Cure = f.Loader.Remove("igfx_off") + "; it is part of intel_iommu=" + v
 		f.seeLine(&c)
 	}
 	return c
-}
-
-// unitsOwn reports whether a device is an IOMMU's own function.
-func (f *Facts) unitsOwn(d *iommu.Device) bool {
-	return d.Class>>8 == 0x0806 || slices.ContainsFunc(f.Units, func(u iommu.UnitDetails) bool {
-		return u.Function != nil && *u.Function == d.Address
-	})
 }
 
 // each calls do for the devices that a check is about: those that were asked about, or all.
@@ -271,7 +267,8 @@ func (f *Facts) remappingCure(c *Check) {
 	case f.Config != nil && f.Config["CONFIG_IRQ_REMAP"] == "":
 		c.Cure = "boot a kernel with CONFIG_IRQ_REMAP"
 	default:
-		c.Cure = "turn on interrupt remapping, or x2APIC, in the firmware's menu, and update the firmware; the kernel's " +
+		c.Cure = "turn on interrupt remapping, or x2APIC, in the firmware's menu, and update the firmware; the " +
+			"kernel's " +
 			"log says why it is off (`dmesg | grep -i -e remapping -e AMD-Vi -e DMAR`)"
 	}
 }
@@ -306,12 +303,14 @@ func directRanges(f *Facts) Check {
 		}
 		c.see("sys/kernel/iommu_groups/"+itoa(r.Group)+"/reserved_regions", hexRange(r.Region)+" direct")
 	}
-	c.set(Warned, "the firmware wants memory of %s left where it is (%s), and VFIO refuses such a device", some(c.Devices),
+	c.set(Warned, "the firmware wants memory of %s left where it is (%s), and VFIO refuses such a device",
+		some(c.Devices),
 		f.rangeKind())
 	if f.Selected != nil {
 		c.Status = Failed
 	}
-	c.Cure = "turn off what uses it in the firmware's menu (shared memory of a management controller, USB legacy support, " +
+	c.Cure = "turn off what uses it in the firmware's menu (shared memory of a management controller, USB legacy " +
+		"support, " +
 		"Intel graphics), or update the firmware; such a device cannot be given to a guest"
 	return c
 }

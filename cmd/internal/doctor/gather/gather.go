@@ -19,7 +19,8 @@ import (
 func Facts(h *iommu.Host, t *iommu.Topology, selected []*iommu.Device) (*doctor.Facts, error) {
 	g := gatherer{Host: h}
 	f := &doctor.Facts{
-		Topology: t, Selected: selected, Wanted: selected, Live: h.Live(), Whole: h.Live() || h.Exists("proc/self/status"),
+		Topology: t, Selected: selected, Wanted: selected, Live: h.Live(), Whole: h.Live() ||
+			h.Exists("proc/self/status"),
 		Arch: g.text("proc/sys/kernel/arch"), Release: g.text("proc/sys/kernel/osrelease"),
 		Words: iommu.CommandLine(h), Config: iommu.KernelConfig(h), Log: iommu.KernelLines(h),
 		Loader: bootloader.Find(h.Host), Tables: iommu.ReadFirmware(h),
@@ -95,7 +96,8 @@ func pfs(h *iommu.Host, t *iommu.Topology) ([]doctor.PF, error) {
 		if !d.PCI || d.SRIOV == nil || d.SRIOV.Total == 0 {
 			return true
 		}
-		pf := doctor.PF{Name: d.Name, Total: d.SRIOV.Total, LastBus: int(d.Address.Bus), Port: parents[d.Name], Buses: -1}
+		pf := doctor.PF{Name: d.Name, Total: d.SRIOV.Total, LastBus: int(d.Address.Bus), Port: parents[d.Name],
+			Buses: -1}
 		var all []iommu.Address
 		if all, err = iommu.VFAddresses(h, d.Address); err != nil {
 			return false
@@ -115,7 +117,8 @@ func pfs(h *iommu.Host, t *iommu.Topology) ([]doctor.PF, error) {
 	return out, err
 }
 
-// vfsUnmapped reports whether a PF's resources for its VFs, which follow the six BARs and the ROM, were left without an
+// vfsUnmapped reports whether a PF's resources for its VFs, which follow the six BARs and the ROM, were left without
+// an
 // address (IORESOURCE_UNSET, include/linux/ioport.h).
 func vfsUnmapped(resource string) bool {
 	const first, last, unset = 7, 12, 0x20000000
@@ -209,7 +212,8 @@ func count(list string) int {
 	return n
 }
 
-// lockLimit is how much memory who runs this may lock: nil if there is no limit for him. A capture has that of who made
+// lockLimit is how much memory who runs this may lock: nil if there is no limit for him. A capture has that of who
+// made
 // it.
 func (g *gatherer) lockLimit() (*uint64, bool) {
 	status, err := g.String("proc/self/status")

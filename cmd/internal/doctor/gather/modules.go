@@ -125,7 +125,8 @@ func modprobeRules(file, text string) []doctor.ModuleRule {
 		case "blacklist":
 			out = append(out, r)
 		case "install":
-			if len(f) > 2 && slices.Contains([]string{"/bin/false", "/bin/true", "/usr/bin/false", "/usr/bin/true", ":", "true", "false"}, f[2]) {
+			if len(f) > 2 && slices.Contains([]string{"/bin/false", "/bin/true", "/usr/bin/false", "/usr/bin/true",
+				":", "true", "false"}, f[2]) {
 				r.Hard = true
 				out = append(out, r)
 			}

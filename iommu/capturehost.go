@@ -56,6 +56,12 @@ func (c *capture) system() {
 	}
 
 	c.kernel()
+	// How much memory who makes this may lock.
+	for file, line := range map[string]string{"status": "CapEff", "limits": "Max locked memory"} {
+		if b, err := c.h.Read(path.Join("proc/self", file)); err == nil {
+			c.add(path.Join("proc/self", file), keptLines(string(b), line))
+		}
+	}
 	if lines := KernelLines(c.h); len(lines) > 0 {
 		c.add(kernelLines, []byte(strings.Join(lines, "\n")+"\n"))
 	}
@@ -102,6 +108,10 @@ func (c *capture) kernel() {
 			if b, err := c.h.Read(at); err == nil {
 				c.add(at, keptLines(string(b), "vfio", "iommufd", "/kvm"))
 			}
+		}
+		if c.h.Exists(path.Join(dir, release)) {
+			// The other folder is the same one.
+			break
 		}
 	}
 }

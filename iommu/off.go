@@ -27,11 +27,9 @@ func (o Off) String() string { return o.Why + "; " + o.Cure }
 
 // WhyOff says why a host has no active IOMMU, and what to do, by the firmware's tables, the kernel's command line and
 // configuration, and where the host runs. It is only for a host that has none: it does not look whether one is active.
-func WhyOff(h *Host) Off {
+func WhyOff(h *Host, t *Topology) Off {
 	s := readSetting(h)
-	if t, err := Scan(h); err == nil {
-		s.faults = CheckFirmware(h, t, slices.Collect(maps.Values(s.tables)))
-	}
+	s.faults = CheckFirmware(h, t, slices.Collect(maps.Values(s.tables)))
 	return s.whyOff()
 }
 

@@ -90,7 +90,11 @@ func TestWhyOff(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		off := WhyOff(h)
+		topology, err := Scan(h)
+		if err != nil {
+			t.Fatal(err)
+		}
+		off := WhyOff(h, topology)
 		got := off.String()
 		h.Close()
 		for _, part := range c.want {
@@ -122,7 +126,11 @@ func TestNoParameterForAMD(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			got := WhyOff(h).String()
+			topology, err := Scan(h)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := WhyOff(h, topology).String()
 			h.Close()
 			if strings.Contains(got, "iommu=on") || strings.Contains(got, "add ") || strings.Contains(got, "iommu=pt") {
 				t.Errorf("%s: %s", line, got)

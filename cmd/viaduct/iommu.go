@@ -142,7 +142,7 @@ func runIOMMU(e *env) error {
 	}
 
 	if len(t.Groups) == 0 && len(t.Units) == 0 && !e.json {
-		e.note("no IOMMU is active on this host: %s", iommu.WhyOff(h))
+		e.note("no IOMMU is active on this host: %s", iommu.WhyOff(h, t))
 	}
 	return nil
 }

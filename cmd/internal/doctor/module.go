@@ -113,13 +113,16 @@ func lockdown(f *Facts) Check {
 	return c
 }
 
+// unsafeInterrupts is the parameter by which VFIO takes devices that can forge interrupts.
+const unsafeInterrupts = "sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"
+
 // unsafeModes checks that VFIO's ways around an IOMMU are off.
 func unsafeModes(f *Facts) Check {
 	c := Check{Name: "unsafe_modes", Title: "unsafe modes"}
 	var on []string
 	for _, p := range []struct{ file, name string }{
 		{"sys/module/vfio/parameters/enable_unsafe_noiommu_mode", "VFIO's noiommu mode"},
-		{"sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts", "allow_unsafe_interrupts"},
+		{unsafeInterrupts, "allow_unsafe_interrupts"},
 	} {
 		if v := f.Params[p.file]; v == "Y" || v == "1" {
 			on = append(on, p.name)

@@ -73,7 +73,7 @@ func table(f *Facts) Check {
 	case f.present():
 		c.set(Passed, "there is none, and an IOMMU is active without it (by device tree, or the hypervisor)")
 	default:
-		c.set(Failed, "the firmware describes no IOMMU: there is none of %s", strings.Join(acpi.Signatures, ", "))
+		c.set(Failed, "there is none of %s: %s", strings.Join(acpi.Signatures, ", "), f.Off.Why)
 		c.see(tablesDir, "")
 		c.Cure = f.Off.Cure
 	}
@@ -214,6 +214,9 @@ func remapping(f *Facts) Check {
 		return c
 	}
 	c.set(Failed, "off, so VFIO refuses devices")
+	if f.Params[unsafeInterrupts] == "Y" {
+		c.set(Failed, "off, and VFIO takes devices all the same (allow_unsafe_interrupts), which can forge interrupts")
+	}
 	c.see("sys/kernel/irq/*/chip_name", "without IR- or ITS-")
 	f.remappingCure(&c)
 	return c

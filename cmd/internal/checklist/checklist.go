@@ -101,7 +101,10 @@ func (c *list) iommu() {
 	for _, u := range c.topology.Units {
 		names = append(names, u.Name)
 	}
-	l := Line{Name: "iommu", Answer: OK, Text: "an IOMMU is on", Evidence: []Evidence{{"sys/class/iommu", strings.Join(names, ", ")}}}
+	l := Line{
+		Name: "iommu", Answer: OK, Text: "an IOMMU is on",
+		Evidence: []Evidence{{"sys/class/iommu", strings.Join(names, ", ")}},
+	}
 	if len(names) == 0 {
 		off := iommu.WhyOff(c.host, c.topology)
 		l.Answer, l.Text, l.Cure = No, "no IOMMU is on: "+off.Why, off.Cure
@@ -118,8 +121,8 @@ func (c *list) interrupts() {
 	case *on:
 		l.Answer, l.Text, l.Evidence[0].Value = OK, "interrupts are remapped", "the IOMMU's chips"
 	default:
-		l.Answer, l.Text, l.Evidence[0].Value = No, "interrupts are not remapped, and VFIO opens no device", "other chips"
-		l.Cure = "viaduct doctor"
+		l.Answer, l.Text, l.Cure = No, "interrupts are not remapped, and VFIO opens no device", "viaduct doctor"
+		l.Evidence[0].Value = "other chips"
 	}
 	c.add(l)
 }

@@ -19,7 +19,9 @@ import (
 func (c *list) unit(d *iommu.Device) error {
 	file := path.Join(devicesDir, d.Name, "iommu")
 	name, err := c.host.LinkBase(file)
-	l := Line{Name: "unit", Device: d.Name, Answer: OK, Text: name + " is in front of it", Evidence: []Evidence{{file, name}}}
+	l := Line{
+		Name: "unit", Device: d.Name, Answer: OK, Text: name + " is in front of it", Evidence: []Evidence{{file, name}},
+	}
 	switch {
 	case err == nil:
 	case !host.Absent(err):
@@ -46,7 +48,8 @@ func (c *list) group(d *iommu.Device) error {
 	if err != nil {
 		return err
 	}
-	l.Evidence = []Evidence{{fmt.Sprintf("sys/kernel/iommu_groups/%d/devices", g.ID), fmt.Sprintf("%d devices", len(g.Devices))}}
+	file := fmt.Sprintf("sys/kernel/iommu_groups/%d/devices", g.ID)
+	l.Evidence = []Evidence{{file, fmt.Sprintf("%d of them", len(g.Devices))}}
 	l.Text = fmt.Sprintf("group %d can be handed over: no host driver has any of it", g.ID)
 	if blockers := g.Blockers(); len(blockers) > 0 {
 		l.Answer, l.Evidence = No, nil
@@ -59,8 +62,8 @@ func (c *list) group(d *iommu.Device) error {
 		l.Cure = "viaduct bind " + d.Name
 	}
 	if g.NoIOMMU {
-		l.Answer, l.Text = No, fmt.Sprintf("group %d is of VFIO's noiommu mode, which keeps the device from no memory", g.ID)
-		l.Cure = "viaduct doctor"
+		l.Answer, l.Cure = No, "viaduct doctor"
+		l.Text = fmt.Sprintf("group %d is of VFIO's noiommu mode, which keeps the device from no memory", g.ID)
 	}
 	c.add(l)
 	return nil
@@ -114,7 +117,8 @@ func (c *list) nodes(d *iommu.Device) error {
 	case len(names) == 0:
 		l.Answer, l.Text, l.Cure = No, "the kernel has made no node for it", "viaduct verify "+d.Name
 	case l.Answer == No:
-		l.Text, l.Cure = "a node of it is not in /dev", "udevadm trigger --subsystem-match=vfio --subsystem-match=vfio-dev"
+		l.Text = "a node of it is not in /dev"
+		l.Cure = "udevadm trigger --subsystem-match=vfio --subsystem-match=vfio-dev"
 	default:
 		l.Text = "its nodes are there, for " + owners[0]
 	}

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"viaduct/cmd/internal/declared"
 	"viaduct/cmd/internal/guest"
 	"viaduct/cmd/internal/lease"
 	"viaduct/internal/journal"
@@ -86,7 +87,8 @@ func (c *list) memlock() error {
 			l.Evidence = append(l.Evidence, Evidence{file, "unlimited"})
 			continue
 		case memory == 0:
-			l.Answer, l.Text = Unknown, fmt.Sprintf("process %d may lock %d MiB, and the guest's memory is not known", pid, limit>>20)
+			l.Answer = Unknown
+			l.Text = fmt.Sprintf("process %d may lock %d MiB, and the guest's memory is not known", pid, limit>>20)
 			l.Cure = fmt.Sprintf("viaduct why guest=%s --memory SIZE", quote(c.lease.Guest))
 		case limit < memory:
 			l.Answer = No
@@ -107,7 +109,10 @@ func (c *list) memlock() error {
 
 // phase is where the lease is in its life.
 func (c *list) phase() error {
-	l := Line{Name: "lease", Text: fmt.Sprintf("the lease is %s", c.look.State), Evidence: []Evidence{{c.record(), string(c.look.State)}}}
+	l := Line{
+		Name: "lease", Text: fmt.Sprintf("the lease is %s", c.look.State),
+		Evidence: []Evidence{{c.record(), string(c.look.State)}},
+	}
 	if c.look.Why != "" {
 		l.Text += ": " + c.look.Why
 	}
@@ -133,7 +138,10 @@ func (c *list) quarantine() error {
 	if err != nil {
 		return err
 	}
-	l := Line{Name: "quarantine", Answer: OK, Text: "none of its devices is in quarantine", Evidence: []Evidence{{"var/lib/viaduct", fmt.Sprintf("%d in quarantine", len(all))}}}
+	l := Line{
+		Name: "quarantine", Answer: OK, Text: "none of its devices is in quarantine",
+		Evidence: []Evidence{{declared.StateDir, fmt.Sprintf("%d in quarantine", len(all))}},
+	}
 	if !c.host.Live() {
 		l.Answer, l.Text, l.Evidence = Unknown, "a captured host does not tell of quarantine", nil
 	}
@@ -154,7 +162,10 @@ func (c *list) changes() error {
 	if err != nil {
 		return err
 	}
-	l := Line{Name: "change", Answer: OK, Text: "no change of its devices is under way", Evidence: []Evidence{{journal.Dir, "no record of one"}}}
+	l := Line{
+		Name: "change", Answer: OK, Text: "no change of its devices is under way",
+		Evidence: []Evidence{{journal.Dir, "no record of one"}},
+	}
 	for _, d := range c.devices {
 		for _, key := range keys {
 			name := strings.TrimPrefix(key, journal.Changing)
@@ -207,7 +218,10 @@ func (c *list) holders() error {
 }
 
 // troubles are words of what the kernel says when something is wrong with a device.
-var troubles = []string{"fail", "error", "fault", "denied", "refus", "not support", "timed out", "timeout", "event logged", "unable", "cannot"}
+var troubles = []string{
+	"fail", "error", "fault", "denied", "refus", "not support", "timed out", "timeout", "event logged", "unable",
+	"cannot",
+}
 
 // kernel is what the kernel has said of the devices.
 func (c *list) kernel() error {

@@ -40,8 +40,8 @@ func readAliases(h *Host) (aliases, error) {
 	return aliases{known: !amd}, err
 }
 
-// of is the function as which the DMA of another one comes; false if it comes as its own. Of several entries for one the
-// last counts (drivers/iommu/amd/init.c, init_iommu_from_acpi).
+// of is the function as which the DMA of another one comes; false if it comes as its own. Of several entries for one
+// the last counts (drivers/iommu/amd/init.c, init_iommu_from_acpi).
 func (a *aliases) of(at Address) (to Address, is bool) {
 	id := at.requesterID()
 	for _, b := range a.blocks {

@@ -131,7 +131,7 @@ func aliasEdge(a, b *node, why aliasKind) Edge {
 	e := Edge{From: a.at, To: &b.at, Kind: EdgeAlias, Isolated: new(false)}
 	switch why {
 	case aliasFirmware:
-		e.Reason = fmt.Sprintf("The firmware's IVRS table says that one of %s and %s does DMA as the other.", a.at, b.at)
+		e.Reason = fmt.Sprintf("By the firmware's IVRS table, one of %s and %s does DMA as the other.", a.at, b.at)
 		e.Cure = "a newer firmware may leave that alias out of its IVRS table"
 	default:
 		e.Reason = fmt.Sprintf("By the kernel's list, one of %s and %s does DMA as the other.", a.at, b.at)
@@ -154,8 +154,8 @@ func (g *Grouping) portCure(n *node, why cause) string {
 		return "boot again with the IOMMU on: the kernel then turns ACS on, before it groups"
 	case causeNoACS:
 		if t == RootPort {
-			return "use a slot whose port has ACS, as those at the processor mostly have, or a firmware that shows ACS " +
-				"(\"ACS\" or \"AER\" in its menu)"
+			return "use a slot whose port has ACS, as those at the processor mostly have, or a firmware that shows " +
+				"ACS (\"ACS\" or \"AER\" in its menu)"
 		}
 		return "use a slot that is not behind this switch"
 	case causeConventional:

@@ -11,9 +11,9 @@ import (
 	"viaduct/internal/host"
 )
 
-// Grouping computes IOMMU groups the way the kernel does (drivers/iommu/iommu.c, pci_device_group, of Linux 6.12 to 7.2),
-// from where devices are and what their config space says. It never looks at the kernel's own groups. Config space is
-// read when it is needed, and only of the devices that matter: that wakes them if they sleep.
+// Grouping computes IOMMU groups the way the kernel does (drivers/iommu/iommu.c, pci_device_group, of Linux 6.12 to
+// 7.2), from where devices are and what their config space says. It never looks at the kernel's own groups. Config
+// space is read when it is needed, and only of the devices that matter: that wakes them if they sleep.
 type Grouping struct {
 	host    *Host
 	nodes   map[Address]*node
@@ -140,8 +140,8 @@ func (g *Grouping) id(n *node) ID {
 	return *n.id
 }
 
-// managed reports whether an IOMMU is in front of a device: else it is in no group. An old kernel has no such links, and
-// some captured hosts lack them: then all are.
+// managed reports whether an IOMMU is in front of a device: else it is in no group. An old kernel has no such links,
+// and some captured hosts lack them: then all are.
 func (g *Grouping) managed(n *node) bool {
 	if g.linked(n) {
 		return true
@@ -398,7 +398,7 @@ type Computed struct {
 	Known bool
 	// Unread are the devices that are not known enough for that.
 	Unread []Address
-	// Members are the addresses of the group's devices, sorted. There are none of a device that no IOMMU is in front of.
+	// Members are the addresses of the group's devices, sorted: none of a device that no IOMMU is in front of.
 	Members []Address
 }
 

@@ -115,7 +115,7 @@ func (g *Grouping) isolates(n *node) Isolation {
 		return n.unread()
 	}
 	if !express {
-		return open(causeConventional, "does not isolate: it is conventional PCI, where all on a bus is in reach of each other")
+		return open(causeConventional, "does not isolate: it is conventional PCI, where a bus is shared")
 	}
 	if v, ok := g.vouchedAs(n, t); ok {
 		return v
@@ -168,20 +168,21 @@ func (g *Grouping) acs(n *node) Isolation {
 
 // vouched is for what the kernel knows by id alone (drivers/pci/quirks.c, pci_dev_specific_acs_enabled).
 func (g *Grouping) vouched(n *node) (v Isolation, ok bool) {
+	id := g.id(n)
 	switch {
-	case in(amdSouthbridge, g.id(n)) && n.up == nil && g.ivrs:
+	case in(amdSouthbridge, id) && n.up == nil && g.ivrs:
 		many, known := g.multifunction(n)
 		if !known {
 			return n.unread(), true
 		}
 		return isolated("isolates, by the kernel's list: AMD says so of its chipset"), many
-	case in(separateFunctions, g.id(n)):
-		return isolated("isolates, by the kernel's list: its maker says that its functions do not reach each other"), true
-	case in(separatePorts, g.id(n)):
+	case in(separateFunctions, id):
+		return isolated("isolates, by the kernel's list: its maker says that its functions are apart"), true
+	case in(separatePorts, id):
 		return isolated("isolates, by the kernel's list of ports that do so without ACS"), true
-	case in(wangxunCards, g.id(n)):
-		return isolated("isolates, by the kernel's list: its maker says that its functions do not reach each other"), true
-	case g.id(n).Vendor == vendorWangxun:
+	case in(wangxunCards, id):
+		return isolated("isolates, by the kernel's list: its maker says that its functions are apart"), true
+	case id.Vendor == vendorWangxun:
 		return open(causeVendor, "does not isolate: it is not on the kernel's list of this maker's cards that do"), true
 	}
 	return Isolation{}, false
@@ -189,14 +190,15 @@ func (g *Grouping) vouched(n *node) (v Isolation, ok bool) {
 
 // vouchedAs is for what the kernel knows by id and type.
 func (g *Grouping) vouchedAs(n *node, t PortType) (v Isolation, ok bool) {
+	id := g.id(n)
 	switch {
-	case g.id(n).Vendor == vendorIntel && t == IntegratedEndpoint:
+	case id.Vendor == vendorIntel && t == IntegratedEndpoint:
 		return isolated("isolates: it is part of the processor, where VT-d asks for that"), true
-	case in(separateRootPorts, g.id(n)) && t == RootPort, in(zhaoxinPorts, g.id(n)) && (t == RootPort || t == DownstreamPort):
+	case in(separateRootPorts, id) && t == RootPort, in(zhaoxinPorts, id) && (t == RootPort || t == DownstreamPort):
 		return isolated("isolates, by the kernel's list of ports that do so without ACS"), true
-	case g.id(n).Vendor == vendorZhaoxin && (t == RootPort || t == DownstreamPort):
+	case id.Vendor == vendorZhaoxin && (t == RootPort || t == DownstreamPort):
 		return open(causeVendor, "does not isolate: it is not on the kernel's list of this maker's ports that do"), true
-	case in(intelPCH, g.id(n)) && t == RootPort:
+	case in(intelPCH, id) && t == RootPort:
 		return g.pch(n), true
 	}
 	return Isolation{}, false

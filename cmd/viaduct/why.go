@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"errors"
 	"slices"
+	"strings"
 
 	"github.com/urfave/cli/v2"
 
@@ -12,36 +13,75 @@ import (
 )
 
 func whyCommand(e *env) *cli.Command {
-	all := false
+	var all bool
+	var memory string
 	return command(&cli.Command{
 		Name:      "why",
-		Usage:     "tell why an IOMMU group is what it is, and what would split it",
-		ArgsUsage: "SELECTOR | group=N",
+		Usage:     "tell why an IOMMU group is what it is and what would split it, or why a guest has its devices or not",
+		ArgsUsage: "SELECTOR | group=N | guest=NAME",
 		Description: "The group is computed from config space, the way the kernel does it, and compared with the kernel's own. That takes\n" +
-			"root, and wakes those devices that sleep and matter for it.\n\n" +
-			"Examples:\n  viaduct why enp1s0\n  viaduct why group=8 --json\n  viaduct why --all --json",
-		Flags: []cli.Flag{e.jsonFlag(), &cli.BoolFlag{
-			Name: "all", Usage: "tell it of every group", Destination: &all,
-		}},
-		BashComplete: e.completeSelectors,
+			"root, and wakes those devices that sleep and matter for it. Of a guest all is checked that its devices need, from the\n" +
+			"firmware to its VMM: each line is ok, no or unknown, with the file that shows it and the command that mends it.\n\n" +
+			"Examples:\n  viaduct why enp1s0\n  viaduct why group=8 --json\n  viaduct why --all --json\n  viaduct why guest=web --memory 8G",
+		Flags: []cli.Flag{
+			e.jsonFlag(),
+			&cli.BoolFlag{Name: "all", Usage: "tell it of every group", Destination: &all},
+			&cli.StringFlag{Name: "memory", Usage: "of a guest: its memory `SIZE` (e.g. 8G)", Destination: &memory},
+		},
+		BashComplete: func(c *cli.Context) {
+			e.completeSelectors(c)
+			e.guestsAs(guestKey)
+		},
 		Action: func(c *cli.Context) error {
+			size, err := parseSize(memory)
+			if err != nil {
+				return usagef("why: --memory %s: want a size, e.g. 8G", memory)
+			}
 			if all {
-				if c.Args().Present() {
-					return usagef("why: name a device, or use --all, not both")
+				if c.Args().Present() || size != 0 {
+					return usagef("why: --all takes no device, guest or memory")
 				}
 				return runWhyAll(e)
 			}
-			arg, err := oneArgument(c, "the device or the group")
+			arg, err := oneArgument(c, "the device, the group or the guest")
 			if err != nil {
 				return err
 			}
-			sel, err := iommu.ParseSelector(arg)
-			if err != nil {
-				return err
-			}
-			return runWhy(e, sel)
+			return whyArgument(e, arg, size)
 		},
 	})
+}
+
+// guestKey begins what names a guest.
+const guestKey = "guest="
+
+// whyArgument tells of what was named: a guest, if there is one of that name and no device.
+func whyArgument(e *env, arg string, memory uint64) error {
+	if name, ok := strings.CutPrefix(arg, guestKey); ok {
+		return runWhyGuest(e, name, memory)
+	}
+	sel, wrong := iommu.ParseSelector(arg)
+	guest, err := isGuest(e, arg)
+	if err != nil {
+		return err
+	}
+	if guest {
+		d, err := deviceNamed(e, sel, wrong)
+		if err != nil {
+			return err
+		}
+		if d == nil {
+			return runWhyGuest(e, arg, memory)
+		}
+		return usagef("%s is both a guest and a device: name %s%s, or the device as %s", arg, guestKey, arg, d.Name)
+	}
+	if memory != 0 {
+		return usagef("why: --memory is of a guest, and %s is none", arg)
+	}
+	if wrong != nil {
+		return wrong
+	}
+	return runWhy(e, sel)
 }
 
 // whyView is `why --json`.

@@ -206,7 +206,7 @@ func (w *why) cures() []string {
 	var order []string
 	of := map[string][]string{}
 	for _, e := range w.edges {
-		if e.Cure == "" || e.Kind != iommu.EdgePath && !(member(e.From) && e.To != nil && member(*e.To)) {
+		if e.Cure == "" || e.Kind != iommu.EdgePath && (!member(e.From) || e.To == nil || !member(*e.To)) {
 			continue
 		}
 		at := e.From.String()

@@ -176,9 +176,9 @@ func (f *function) config() string {
 	config[0x34] = 0x40
 	kind := uint32(0)
 	switch {
-	case f.kind.class == rootPort.class:
+	case f.class == rootPort.class:
 		config[0x0e], kind = 0x81, 4
-	case f.pf == "" && f.vfs == nil && f.kind.class != hostBridge.class:
+	case f.pf == "" && f.vfs == nil && f.class != hostBridge.class:
 		config[0x0e] = 0x80
 	}
 	put.PutUint32(config[0x40:], 0x00020010|kind<<20)

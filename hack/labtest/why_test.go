@@ -136,3 +136,49 @@ func TestConfig(t *testing.T) {
 	dump := filepath.Join(t.TempDir(), "dump")
 	t.Log(shell(t, "lspci -xxxx >"+dump+" && /job/lspcicheck lspci "+dump))
 }
+
+// TestWhyGuest assigns a VF, finds nothing wrong with it, breaks it, and is told of just that.
+func TestWhyGuest(t *testing.T) {
+	pf := byDriver("igb")[0]
+	do(t, "vf", "create", pf, "1")
+	t.Cleanup(func() { do(t, "vf", "destroy", pf) })
+	do(t, "assign", "web", "--from", pf+"/vf0")
+	t.Cleanup(func() { do(t, "release", "web") })
+	vf := vfs(pf)[0]
+
+	wrong := func() (out []string) {
+		var v struct {
+			Devices []string
+			Lines   []struct {
+				Name, Answer, Text string
+				Evidence           []struct{ File string }
+				Cure               *string
+			}
+		}
+		decode(t, do(t, "why", "guest=web", "--json", "--memory", "1G"), &v)
+		if !slices.Equal(v.Devices, []string{vf}) || len(v.Lines) < 12 {
+			t.Errorf("%+v", v)
+		}
+		for _, l := range v.Lines {
+			switch {
+			case l.Answer == "no" && l.Cure == nil:
+				t.Errorf("%s: %s, and nothing mends it", l.Name, l.Text)
+			case l.Answer == "no":
+				out = append(out, l.Name)
+			case l.Answer == "unknown" && l.Name != "memlock":
+				t.Errorf("%s: %s", l.Name, l.Text)
+			}
+		}
+		return out
+	}
+	if got := wrong(); len(got) > 0 {
+		t.Errorf("wrong with what was just assigned: %v", got)
+	}
+	t.Log(do(t, "why", "web"))
+
+	shell(t, "echo "+vf+" >/sys/bus/pci/drivers/vfio-pci/unbind")
+	if got := wrong(); !slices.Equal(got, []string{"driver"}) {
+		t.Errorf("wrong with what no driver has: %v", got)
+	}
+	shell(t, "echo "+vf+" >/sys/bus/pci/drivers/vfio-pci/bind")
+}

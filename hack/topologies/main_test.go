@@ -14,7 +14,7 @@ func TestShapes(t *testing.T) {
 				shapes[strings.TrimSpace(shape)] = true
 			}
 		}
-		if host("amd64", seed) != host("amd64", seed) {
+		if first, again := host("amd64", seed), host("amd64", seed); first != again {
 			t.Errorf("seed %d does not make one host", seed)
 		}
 	}

@@ -235,8 +235,7 @@ func (e *env) printFormats() error {
 	for _, f := range vmm.Formats {
 		rows = append(rows, []string{f.Name, f.Cannot})
 	}
-	writeTable(e.stdout, rows)
-	return nil
+	return e.screen.PrintRows(rows)
 }
 
 func runAssign(ctx context.Context, e *env, o *assignOptions, format *vmm.Format) error {

@@ -338,7 +338,9 @@ func (e *env) printStatus(m *declared.Manager, items []*declared.Item) error {
 	}
 
 	if len(rows) > 1 {
-		writeTable(e.stdout, rows)
+		if err := e.screen.PrintRows(rows); err != nil {
+			return err
+		}
 	}
 	return differs(slices.DeleteFunc(items, func(i *declared.Item) bool { return i.State == declared.Unmanaged }))
 }

@@ -21,6 +21,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"viaduct/cmd/internal/declared"
+	"viaduct/cmd/internal/terminal"
+	"viaduct/internal/nearest"
 	"viaduct/iommu"
 	"viaduct/vfio/bind"
 )
@@ -65,7 +67,9 @@ func untilSignal(ctx context.Context) (context.Context, context.CancelFunc) {
 // env is what every command works with.
 type env struct {
 	stdout, stderr io.Writer
-	hostName       string // --host
+	screen         terminal.Screen // stdout, for text that is laid out
+	hostName       string          // --host
+	colour         string          // --color
 	json, dryRun   bool
 	openHost       func(name string) (*iommu.Host, error) // iommu.Open, but in tests
 }
@@ -133,9 +137,15 @@ func run(args []string, stdout, stderr io.Writer) int {
 // runOn is run with hosts of another kind.
 func runOn(open func(string) (*iommu.Host, error), args []string, stdout, stderr io.Writer) int {
 	out := &checkedWriter{w: stdout}
-	text, said := &printable{w: out}, &printable{w: stderr}
+	text, said := terminal.NewPrintable(out), terminal.NewPrintable(stderr)
 	e := &env{stdout: text, stderr: said, openHost: open}
 	app := newApp(e)
+	before := app.Before
+	app.Before = func(c *cli.Context) error {
+		e.screen = terminal.Of(stdout, e.colour, os.Getenv)
+		e.screen.Writer = out
+		return before(c)
+	}
 	err := app.Run(flagsFirst(app, args))
 	defer func() { _ = said.Flush() }()
 	if e.json && err != nil && !out.wrote && exitStatus(err) != exitUsage {
@@ -226,16 +236,25 @@ func newApp(e *env) *cli.App {
 				Destination: &e.hostName,
 				TakesFile:   true,
 			},
+			&cli.StringFlag{
+				Name:        "color",
+				Usage:       "`WHEN` text is in colour: " + nearest.Or(terminal.Colours),
+				Value:       terminal.Colours[0],
+				Destination: &e.colour,
+			},
 		},
 		Before: func(c *cli.Context) error {
 			if c.IsSet("host") && e.hostName == "" {
 				return usagef("--host: which folder or snapshot?")
 			}
+			if !slices.Contains(terminal.Colours, e.colour) {
+				return usagef("--color: invalid value %q: want %s", e.colour, nearest.Or(terminal.Colours))
+			}
 			return nil
 		},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
-				return usagef("there is no command %q (viaduct --help lists them)", c.Args().First())
+				return unknownCommand(c.App.Commands, c.Args().First(), "viaduct")
 			}
 			return cli.ShowAppHelp(c)
 		},
@@ -250,7 +269,37 @@ func newApp(e *env) *cli.App {
 	}
 }
 
-func onUsageError(_ *cli.Context, err error, _ bool) error { return usageError{err} }
+// unknownCommand says that there is no such command, and which one may be meant.
+func unknownCommand(commands []*cli.Command, name, above string) error {
+	var names []string
+	for _, c := range commands {
+		if !c.Hidden {
+			names = append(names, c.Names()...)
+		}
+	}
+	return usagef("there is no command %q%s (%s --help lists them)", name, nearest.Ask(name, names), above)
+}
+
+// onUsageError says of a flag that there is none which one may be meant.
+func onUsageError(c *cli.Context, err error, _ bool) error {
+	name, unknown := strings.CutPrefix(err.Error(), "flag provided but not defined: -")
+	if !unknown {
+		return usageError{err}
+	}
+	dashes := func(name string) string { return strings.Repeat("-", min(len(name), 2)) + name }
+	var names []string
+	for _, f := range append(slices.Clone(c.Command.Flags), c.App.Flags...) {
+		for _, n := range f.Names() {
+			names = append(names, dashes(n))
+		}
+	}
+	name = dashes(strings.TrimLeft(name, "-"))
+	of := ""
+	if c.Command.Name != c.App.Name && c.Command.Name != "" {
+		of = c.Command.Name + ": "
+	}
+	return usagef("%sthere is no option %s%s", of, name, nearest.Ask(name, names))
+}
 
 // command fills in what all commands have in common.
 func command(c *cli.Command) *cli.Command {
@@ -273,30 +322,37 @@ func (e *env) dryRunFlag() cli.Flag {
 }
 
 // flagsFirst puts the flags before the arguments, within the command that they belong to: cli takes a flag after an
-// argument for another argument, and `bind 01:00.0 --dry-run` would bind.
+// argument for another argument, and `bind 01:00.0 --dry-run` would bind. The program's own flags go before the command,
+// wherever they stand.
 func flagsFirst(app *cli.App, args []string) []string {
 	if len(args) == 0 || slices.Contains(args, "--generate-bash-completion") {
 		return args
 	}
 	flags, commands := app.Flags, app.Commands
-	out, pending := args[:1:1], []string(nil)
+	var global, out, pending []string
+	all := func(more ...[]string) []string {
+		return slices.Concat(append([][]string{args[:1], global, out}, more...)...)
+	}
 	rest := args[1:]
 	for len(rest) > 0 {
 		arg := rest[0]
 		rest = rest[1:]
 		if arg == "--" {
 			// What follows are arguments, whatever they look like.
-			return append(append(append(out, arg), pending...), rest...)
+			return all([]string{arg}, pending, rest)
 		}
 		if _, err := strconv.Atoi(arg); err == nil && arg[0] == '-' {
-			return append(
-				append(append(append(out, "--"), pending...), arg),
-				rest...) // a negative number is an argument, and wrong
+			// A negative number is an argument, and wrong.
+			return all([]string{"--"}, pending, []string{arg}, rest)
 		}
 		if len(arg) > 1 && arg[0] == '-' {
-			out = append(out, arg)
-			if takesValue(flags, arg) && len(rest) > 0 {
-				out, rest = append(out, rest[0]), rest[1:]
+			to, known := &out, flags
+			if flagNamed(flags, arg) == nil && flagNamed(app.Flags, arg) != nil {
+				to, known = &global, app.Flags
+			}
+			*to = append(*to, arg)
+			if takesValue(known, arg) && len(rest) > 0 {
+				*to, rest = append(*to, rest[0]), rest[1:]
 			}
 			continue
 		}
@@ -310,20 +366,23 @@ func flagsFirst(app *cli.App, args []string) []string {
 
 		pending = append(pending, arg)
 	}
-	return append(out, pending...)
+	return all(pending)
+}
+
+// flagNamed is the flag that an argument is; nil if there is none.
+func flagNamed(flags []cli.Flag, arg string) cli.Flag {
+	name, _, _ := strings.Cut(strings.TrimLeft(arg, "-"), "=")
+	for _, f := range flags {
+		if slices.Contains(f.Names(), name) {
+			return f
+		}
+	}
+	return nil
 }
 
 func takesValue(flags []cli.Flag, arg string) bool {
-	name := strings.TrimLeft(arg, "-")
-	if strings.Contains(name, "=") {
-		return false
-	}
-	for _, f := range flags {
-		if d, ok := f.(cli.DocGenerationFlag); ok && slices.Contains(f.Names(), name) {
-			return d.TakesValue()
-		}
-	}
-	return false
+	f, ok := flagNamed(flags, arg).(cli.DocGenerationFlag)
+	return ok && f.TakesValue() && !strings.Contains(arg, "=")
 }
 
 // selectors parses the arguments of a command that needs at least one.
@@ -338,7 +397,7 @@ func parseSelectors(args []string) ([]iommu.Selector, error) {
 	out := make([]iommu.Selector, len(args))
 	for i, a := range args {
 		var err error
-		if out[i], err = iommu.ParseSelector(a); err != nil {
+		if out[i], err = iommu.ParseArgument(a); err != nil {
 			return nil, err
 		}
 	}

@@ -130,10 +130,9 @@ func runPool(e *env, only string, network bool) error {
 			},
 		)
 	}
-	if len(rows) > 1 {
-		writeTable(e.stdout, rows)
-	} else {
+	if len(rows) == 1 {
 		e.note("no pool is declared in /%s (pool: NAME in a range of VFs)", hostfile.File)
+		return nil
 	}
-	return nil
+	return e.screen.PrintRows(rows)
 }

@@ -27,7 +27,7 @@ func showCommand(e *env) *cli.Command {
 			if err != nil {
 				return err
 			}
-			if sel, err = iommu.ParseSelector(arg); err != nil {
+			if sel, err = iommu.ParseArgument(arg); err != nil {
 				return err
 			}
 			return runShow(e, sel)

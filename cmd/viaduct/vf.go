@@ -26,7 +26,7 @@ func vfCommand(e *env) *cli.Command {
 		},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
-				return usagef("vf: there is no command %q (viaduct vf --help lists them)", c.Args().First())
+				return unknownCommand(c.Command.Subcommands, c.Args().First(), "viaduct vf")
 			}
 			return cli.ShowSubcommandHelp(c)
 		},

@@ -17,10 +17,10 @@ func TestSnapshot(t *testing.T) {
 	defer do(t, "vf", "destroy", spare)
 	do(t, "snapshot", "/out/host.tar.gz")
 	lines := []string{
-		"list",
+		"list -o wide",
 		"list --json",
-		"list --tree",
-		"list class=0200",
+		"list --tree -o wide",
+		"list class=0200 -o wide",
 		"iommu",
 		"iommu --json",
 		"show " + spare + "/vf1",

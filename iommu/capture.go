@@ -69,6 +69,7 @@ var (
 		"ports/1/link_layer",
 		"ports/2/link_layer",
 	}
+	usbFiles   = []string{"idVendor", "idProduct", "manufacturer", "product"}
 	groupFiles = []string{"name", "type", "reserved_regions"}
 	unitFiles  = []string{
 		"amd-iommu/cap", "amd-iommu/features", "intel-iommu/address", "intel-iommu/cap", "intel-iommu/ecap",
@@ -300,6 +301,14 @@ func (c *capture) device(d *Device) {
 			c.files(path.Join(real, p), classFiles)
 			c.files(path.Join("proc/sys/net/ipv6/conf", path.Base(p)), []string{"addr_gen_mode"})
 		}
+	}
+	usb, err := usbDevices(dir)
+	c.keep(err)
+	for _, p := range usb {
+		for above := p; above != "."; above = path.Dir(above) {
+			c.linked(path.Join(real, above, "subsystem"))
+		}
+		c.files(path.Join(real, p), usbFiles)
 	}
 }
 

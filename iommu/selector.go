@@ -1,6 +1,7 @@
 package iommu
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -42,12 +43,13 @@ type NotFoundError struct {
 	Selector   string
 	What       string   // what was looked for
 	Candidates []string // what there is of that kind
+	Like       string   // the selector as candidates are written; "" is Selector
 }
 
 func (e *NotFoundError) Error() string {
 	s := fmt.Sprintf("%s: %s", e.Selector, e.What)
 	const few = 4
-	near := nearest.To(e.Selector, e.Candidates)
+	near := nearest.To(cmp.Or(e.Like, e.Selector), e.Candidates)
 	switch {
 	case len(e.Candidates) == 0:
 	case len(near) > 0:
@@ -268,5 +270,11 @@ func (s Selector) Resolve(h *Host, t *Topology) ([]*Device, error) {
 func (s Selector) notFound(h *Host, t *Topology) error {
 	e := &NotFoundError{Selector: s.text}
 	e.What, e.Candidates = forms[s.kind].missing(s, h, t)
+	switch s.kind {
+	case ByAddress:
+		e.Like = s.address.String()
+	case BySlot:
+		e.Like, _, _ = strings.Cut(s.address.String(), ".")
+	}
 	return e
 }

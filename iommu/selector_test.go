@@ -249,9 +249,9 @@ func TestSelectorErrorTexts(t *testing.T) {
 	for _, c := range []struct{ err, want string }{
 		{(&AmbiguousError{"x", names[:2]}).Error(), "x names 2 devices, and one is needed: a, b"},
 		{(&AmbiguousError{"x", names}).Error(), "x names 14 devices, and one is needed: a, b, c, d, e, f, g, h, i, j, k, l and 2 more"},
-		{(&NotFoundError{"x", "no such thing", names[:4]}).Error(), "x: no such thing; there is a, b, c, d"},
-		{(&NotFoundError{"x", "no such thing", names[:12]}).Error(), "x: no such thing; there are 12 others, e.g. a"},
-		{(&NotFoundError{"ens1", "no such thing", strings.Fields("a b c eth0 ens1f0")}).Error(), "ens1: no such thing; did you mean ens1f0?"},
+		{(&NotFoundError{Selector: "x", What: "no such thing", Candidates: names[:4]}).Error(), "x: no such thing; there is a, b, c, d"},
+		{(&NotFoundError{Selector: "x", What: "no such thing", Candidates: names[:12]}).Error(), "x: no such thing; there are 12 others, e.g. a"},
+		{(&NotFoundError{Selector: "ens1", What: "no such thing", Candidates: strings.Fields("a b c eth0 ens1f0")}).Error(), "ens1: no such thing; did you mean ens1f0?"},
 		{(&NotFoundError{Selector: "x", What: "no such thing"}).Error(), "x: no such thing"},
 	} {
 		if c.err != c.want {

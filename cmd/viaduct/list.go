@@ -12,13 +12,13 @@ import (
 )
 
 type listOptions struct {
-	tree, all, holders bool
-	output             string
-	selectors          []iommu.Selector
+	tree, all, holders, wide bool
+	selectors                []iommu.Selector
 }
 
 func listCommand(e *env) *cli.Command {
 	var o listOptions
+	var output string
 	return command(&cli.Command{
 		Name:      "list",
 		Aliases:   []string{"ls"},
@@ -38,23 +38,15 @@ func listCommand(e *env) *cli.Command {
 				Name: "holders", Destination: &o.holders,
 				Usage: "also the processes that have a device open, which takes a look at every process",
 			},
-			&cli.StringFlag{
-				Name: "output", Aliases: []string{"o"}, Destination: &o.output,
-				Usage: "`wide|json`: wide is every device in a line with its numbers",
-			},
-			e.jsonFlag(),
+			e.outputFlag(&output), e.jsonFlag(),
 		},
 		BashComplete: e.completeSelectors,
 		Action: func(c *cli.Context) (err error) {
 			if o.selectors, err = parseSelectors(c.Args().Slice()); err != nil {
 				return err
 			}
-			switch o.output {
-			case "", "wide":
-			case "json":
-				e.json = true
-			default:
-				return usagef("list: invalid output %q: want wide or json", o.output)
+			if o.wide, err = e.parseOutput("list", output); err != nil {
+				return err
 			}
 			if o.tree && e.json {
 				return usagef("list: --tree is a drawing for people; --json has no tree")
@@ -62,6 +54,26 @@ func listCommand(e *env) *cli.Command {
 			return runList(e, o)
 		},
 	})
+}
+
+// outputFlag is -o of a command that prints a list.
+func (e *env) outputFlag(to *string) cli.Flag {
+	return &cli.StringFlag{
+		Name: "output", Aliases: []string{"o"}, Destination: to,
+		Usage: "`wide|json`: wide is one line for each device with its numbers",
+	}
+}
+
+// parseOutput reads the value of that flag.
+func (e *env) parseOutput(command, output string) (wide bool, err error) {
+	switch output {
+	case "json":
+		e.json = true
+	case "", "wide":
+	default:
+		return false, usagef("%s: invalid output %q: want wide or json", command, output)
+	}
+	return output == "wide", nil
 }
 
 func runList(e *env, o listOptions) error {
@@ -77,8 +89,8 @@ func runList(e *env, o listOptions) error {
 	names := iommu.OpenNames(h)
 	defer names.Close()
 
-	switch wide := o.output == "wide"; {
-	case e.json || wide:
+	switch {
+	case e.json || o.wide:
 		w := bufio.NewWriterSize(e.stdout, 64<<10)
 		switch {
 		case e.json:

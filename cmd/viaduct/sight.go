@@ -129,14 +129,6 @@ func groupHeading(g *iommu.Group) (string, terminal.Style) {
 	return head + "takes no device off the host", terminal.Bold
 }
 
-// count is a number of things: 1 device, 2 devices.
-func count(n int, what string) string {
-	if n == 1 {
-		return "1 " + what
-	}
-	return strconv.Itoa(n) + " " + what + "s"
-}
-
 // add adds a heading and the rows of its devices.
 func (s *sight) add(table *terminal.Table, heading string, style terminal.Style, devices []*iommu.Device) {
 	table.Rows = append(table.Rows, terminal.Row{Line: heading, Style: style, Hang: 2})

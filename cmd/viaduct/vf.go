@@ -34,19 +34,24 @@ func vfCommand(e *env) *cli.Command {
 }
 
 func vfListCommand(e *env) *cli.Command {
+	var output string
 	return command(&cli.Command{
 		Name: "list", Aliases: []string{"ls"},
 		Usage:        "the PFs and their VFs",
 		ArgsUsage:    "[PF...]",
 		Description:  "Examples:\n  viaduct vf list\n  viaduct vf list enp1s0 --json",
-		Flags:        []cli.Flag{e.jsonFlag()},
+		Flags:        []cli.Flag{e.outputFlag(&output), e.jsonFlag()},
 		BashComplete: e.completePFs,
 		Action: func(c *cli.Context) error {
 			sel, err := parseSelectors(c.Args().Slice())
 			if err != nil {
 				return err
 			}
-			return runVFList(e, sel)
+			wide, err := e.parseOutput("vf list", output)
+			if err != nil {
+				return err
+			}
+			return runVFList(e, sel, wide)
 		},
 	})
 }

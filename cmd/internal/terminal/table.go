@@ -14,13 +14,13 @@ type Cell struct {
 	Style Style
 }
 
-// Row is a line of a table. One with a Line is that text by itself and no cells; Hang is how far in the lines begin
-// that it is broken into.
+// Row is a line of a table: cells, or a text by itself, that begins behind a Lead. Hang is how far in the lines begin
+// that it is broken into, and with a Lead the first one too.
 type Row struct {
-	Cells []Cell
-	Line  string
-	Style Style
-	Hang  int
+	Cells      []Cell
+	Lead, Line string
+	Style      Style // of Line
+	Hang       int
 }
 
 // Table is rows of cells in columns. An empty cell is "-", a row of nothing an empty line.
@@ -56,12 +56,13 @@ func (s Screen) Print(t *Table) error {
 		line = line[:0]
 		if r.Cells == nil {
 			for i, part := range s.lines(r) {
-				if i > 0 {
-					line = append(line, strings.Repeat(" ", r.Hang)...)
+				in := line
+				if i > 0 || r.Lead != "" {
+					in = pad(append(line, s.Paint(Plain, r.Lead)...), r.Hang-Width(r.Lead))
+					r.Lead = ""
 				}
-				line = append(append(line, s.Paint(r.Style, part)...), '\n')
+				w.Write(append(append(in, s.Paint(r.Style, part)...), '\n'))
 			}
-			w.Write(line)
 			continue
 		}
 
@@ -70,7 +71,7 @@ func (s Screen) Print(t *Table) error {
 		for i, c := range r.Cells {
 			text := c.Text
 			if text == "" {
-				text = "-"
+				text, c.Style = "-", Dim
 			}
 			most := widths[i]
 			if s.Width > 0 && left < 1 {
@@ -97,6 +98,9 @@ func (s Screen) Print(t *Table) error {
 func (s Screen) lines(r Row) []string {
 	if s.Width <= 0 {
 		return []string{r.Line}
+	}
+	if r.Lead != "" {
+		return Wrap(r.Line, max(s.Width-r.Hang, 1))
 	}
 	first := r.Line[:len(r.Line)-len(strings.TrimLeft(r.Line, " "))]
 	lines := Wrap(r.Line, s.Width)

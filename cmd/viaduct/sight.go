@@ -265,7 +265,10 @@ func (s *sight) vfs(d *iommu.Device) string {
 	}
 	order := slices.SortedFunc(maps.Keys(by), func(a, b string) int { return cmp.Compare(by[a][0], by[b][0]) })
 	for i, what := range order {
-		text += map[bool]string{true: ": ", false: "; "}[i == 0] + terminal.Fold("vf", by[what]) + " " + what
+		order[i] = terminal.Fold("vf", by[what]) + " " + what
+	}
+	if len(order) > 0 {
+		text += ": " + strings.Join(order, "; ")
 	}
 	return text
 }

@@ -35,9 +35,8 @@ func Displays(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 			return nil, err
 		}
 		if on != "" {
-			add("boot screen", "has the screen's framebuffer (%s) on its memory: boot with initcall_blacklist=sysfb_init, or end "+
-				"it with %s",
-				on, screens.end)
+			add("boot screen", "has the screen's framebuffer (%s) on its memory: boot with "+
+				"initcall_blacklist=sysfb_init, or end it with %s", on, screens.end)
 		}
 		if d.VFIO {
 			continue

@@ -53,45 +53,52 @@ func (s Screen) Print(t *Table) error {
 	widths := t.widths(s)
 	var line []byte
 	for _, r := range t.Rows {
-		line = line[:0]
-		if r.Cells == nil {
-			for i, part := range s.lines(r) {
-				in := line
-				if i > 0 || r.Lead != "" {
-					in = pad(append(line, s.Paint(Plain, r.Lead)...), r.Hang-Width(r.Lead))
-					r.Lead = ""
-				}
-				w.Write(append(append(in, s.Paint(r.Style, part)...), '\n'))
-			}
-			continue
+		if line = line[:0]; r.Cells == nil {
+			line = s.text(line, r)
+		} else {
+			line = s.cells(line, r, widths, t.Indent)
 		}
-
-		line = pad(line, t.Indent)
-		left := s.Width - t.Indent
-		for i, c := range r.Cells {
-			text := c.Text
-			if text == "" {
-				text, c.Style = "-", Dim
-			}
-			most := widths[i]
-			if s.Width > 0 && left < 1 {
-				break
-			}
-			if s.Width > 0 {
-				most = min(most, left)
-			}
-			if s.Width > 0 || i < len(r.Cells)-1 {
-				text = Cut(text, most)
-			}
-			line = append(line, s.Paint(c.Style, text)...)
-			if i < len(r.Cells)-1 {
-				line = pad(line, widths[i]-Width(text)+gap)
-			}
-			left -= widths[i] + gap
+		if _, err := w.Write(line); err != nil {
+			return err
 		}
-		w.Write(append(bytes.TrimRight(line, " "), '\n'))
 	}
 	return w.Flush()
+}
+
+// text appends a row without cells.
+func (s Screen) text(out []byte, r Row) []byte {
+	lead := r.Lead
+	for i, part := range s.lines(r) {
+		if i > 0 || lead != "" {
+			out = pad(append(out, s.Paint(Plain, lead)...), r.Hang-Width(lead))
+			lead = ""
+		}
+		out = append(append(out, s.Paint(r.Style, part)...), '\n')
+	}
+	return out
+}
+
+// cells appends a row of cells. What has no room is left out.
+func (s Screen) cells(out []byte, r Row, widths []int, indent int) []byte {
+	out = pad(out, indent)
+	left := s.Width - indent
+	for i, c := range r.Cells {
+		if c.Text == "" {
+			c.Text, c.Style = "-", Dim
+		}
+		if s.Width > 0 {
+			if left < 1 {
+				break
+			}
+			c.Text = Cut(c.Text, min(widths[i], left))
+		}
+		out = append(out, s.Paint(c.Style, c.Text)...)
+		if i < len(r.Cells)-1 {
+			out = pad(out, widths[i]-Width(c.Text)+gap)
+		}
+		left -= widths[i] + gap
+	}
+	return append(bytes.TrimRight(out, " "), '\n')
 }
 
 // lines are what a row without cells is broken into.

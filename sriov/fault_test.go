@@ -582,7 +582,7 @@ func TestWishes(t *testing.T) {
 	for says, wish := range map[string]Wish{
 		"is no use":     {VFs: Repeat(1, VFWish{Use: "vfoi"})},
 		"0 to 4094":     {VFs: Repeat(1, VFWish{Settings: Settings{VLAN: "5000"}})},
-		"is no setting": {VFs: Repeat(1, VFWish{Settings: Settings{"veb": on}})},
+		"unknown setting": {VFs: Repeat(1, VFWish{Settings: Settings{"veb": on}})},
 		"is no mode":    {Eswitch: Eswitch{Mode: "foo"}},
 		"is no encap":   {Eswitch: Eswitch{Encap: "foo"}},
 		"hw-tc-offload": {Offload: "maybe"},

@@ -71,6 +71,7 @@ type env struct {
 	hostName       string          // --host
 	colour         string          // --color
 	json, dryRun   bool
+	steps, verbose bool
 	openHost       func(name string) (*iommu.Host, error) // iommu.Open, but in tests
 }
 

@@ -34,7 +34,7 @@ func typed(columns int, args ...string) (stdout, stderr string, status int) {
 }
 
 // sights are the lines that are looked at on every kind of host.
-var sights = []string{"list", "list --tree", "list --all", "vf list"}
+var sights = []string{"list", "list --tree", "list --all", "vf list", "plan -f testdata/host.yaml", "status -f testdata/host.yaml"}
 
 // hostsOfKinds are the captured hosts and those of each kind that is known, unpacked, by name.
 func hostsOfKinds(t *testing.T) map[string]string {
@@ -100,9 +100,9 @@ func TestWidths(t *testing.T) {
 	}
 
 	for name, dir := range hosts {
-		lines := append([]string{"list --holders", "plan", "status"}, sights...)
+		lines := append([]string{"list --holders", "status -v -f testdata/host.yaml", "bind --dry-run --all nic"}, sights...)
 		for _, address := range addressesOf(t, dir) {
-			lines = append(lines, "show "+address)
+			lines = append(lines, "show "+address, "bind --dry-run "+address)
 		}
 		for _, line := range lines {
 			for _, columns := range []int{60, 80, 120} {

@@ -111,7 +111,7 @@ func Capture(h *Host, w io.Writer) error {
 
 	const state = "var/lib/viaduct"
 	if names, err := h.Names(state); err == nil {
-		c.files(state, slices.DeleteFunc(names, func(n string) bool { return !strings.HasPrefix(n, "known-") }))
+		c.files(state, slices.DeleteFunc(names, func(n string) bool { return !strings.HasPrefix(n, "known-") && n != "log.jsonl" }))
 	}
 
 	c.system()

@@ -362,10 +362,27 @@ func (s *Handle) Set(ctx context.Context, p *SetPlan) (unverified []Key, err err
 	}
 
 	unverified, err = s.makeOrUndo(ctx, p)
+	s.Tell(p.event(err))
 	if bind.IsStuck(err) {
 		return nil, err
 	}
 	return unverified, errors.Join(err, s.End(pf.Address))
+}
+
+// event says what came of a plan.
+func (p *SetPlan) event(err error) bind.Event {
+	from, to := Settings{}, Settings{}
+	for _, change := range p.Settings {
+		maps.Copy(from, change.From)
+		for _, k := range change.Keys {
+			if v, wanted := p.Want[k]; wanted {
+				to[k] = v
+			}
+		}
+	}
+	return bind.Event{
+		Device: p.VF.Name, Label: bind.Label(p.VF), PF: p.port.PF.Name, Subject: bind.Settings, From: from.Text(), To: to.Text(), Err: err,
+	}
 }
 
 // makeOrUndo makes the settings of a plan, reads them back and remembers them, and undoes those it made when that
@@ -540,6 +557,9 @@ func (s *Handle) setNew(ctx context.Context, pf iommu.Address, vfs []*iommu.Devi
 			return nil, err
 		}
 		plans = append(plans, p)
+		event := p.event(nil)
+		event.Part = true
+		s.Tell(event)
 	}
 
 	now, err := open.again()

@@ -20,6 +20,7 @@ import (
 	"github.com/urfave/cli/v2"
 	"golang.org/x/sys/unix"
 
+	"viaduct/cmd/internal/changelog"
 	"viaduct/cmd/internal/declared"
 	"viaduct/cmd/internal/terminal"
 	"viaduct/internal/nearest"
@@ -71,6 +72,9 @@ type env struct {
 	hostName       string          // --host
 	colour         string          // --color
 	json, dryRun   bool
+	commandLine    string
+	changes        bool // the command changes a host that runs
+	progress       *progress
 	steps, verbose bool
 	openHost       func(name string) (*iommu.Host, error) // iommu.Open, but in tests
 }
@@ -137,9 +141,14 @@ func run(args []string, stdout, stderr io.Writer) int {
 
 // runOn is run with hosts of another kind.
 func runOn(open func(string) (*iommu.Host, error), args []string, stdout, stderr io.Writer) int {
-	out := &checkedWriter{w: stdout}
-	text, said := terminal.NewPrintable(out), terminal.NewPrintable(stderr)
-	e := &env{stdout: text, stderr: said, openHost: open}
+	line := terminal.NewProgress(terminal.Of(stderr, "", os.Getenv))
+	defer line.Done()
+	out := &checkedWriter{w: line.Over(stdout)}
+	text, said := terminal.NewPrintable(out), terminal.NewPrintable(line.Over(stderr))
+	e := &env{
+		stdout: text, stderr: said, openHost: open, commandLine: changelog.Command(args),
+		progress: &progress{line: line, pfs: map[string]*pfProgress{}},
+	}
 	app := newApp(e)
 	before := app.Before
 	app.Before = func(c *cli.Context) error {
@@ -155,6 +164,7 @@ func runOn(open func(string) (*iommu.Host, error), args []string, stdout, stderr
 	if flushed := text.Flush(); err == nil {
 		err = cmp.Or(flushed, out.err)
 	}
+	line.Done()
 	if err == nil {
 		return exitDone
 	}
@@ -169,6 +179,7 @@ func runOn(open func(string) (*iommu.Host, error), args []string, stdout, stderr
 	if ran && ended.error == nil {
 		return ended.status
 	}
+	e.logFailure(err)
 	for line := range strings.SplitSeq(err.Error(), "\n") {
 		e.note("%s", line)
 	}
@@ -260,7 +271,7 @@ func newApp(e *env) *cli.App {
 			return cli.ShowAppHelp(c)
 		},
 		Commands: []*cli.Command{
-			listCommand(e), showCommand(e), whyCommand(e), iommuCommand(e), doctorCommand(e), bindCommand(e), unbindCommand(e), recoverCommand(e), verifyCommand(e), vfCommand(e),
+			listCommand(e), showCommand(e), logCommand(e), whyCommand(e), iommuCommand(e), doctorCommand(e), bindCommand(e), unbindCommand(e), recoverCommand(e), verifyCommand(e), vfCommand(e),
 			planCommand(e), applyCommand(e), statusCommand(e), undoCommand(e), adoptCommand(e), schemaCommand(e),
 			installCommand(e), uninstallCommand(e), watchCommand(e),
 			assignCommand(e), releaseCommand(e), leasesCommand(e), runCommand(e), heldCommand(), poolCommand(e),

@@ -3,9 +3,11 @@ package main
 import (
 	"cmp"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
+	"viaduct/cmd/internal/changelog"
 	"viaduct/cmd/internal/lease"
 	"viaduct/cmd/internal/terminal"
 	"viaduct/iommu"
@@ -70,6 +72,7 @@ func (e *env) printDevice(h *iommu.Host, t *iommu.Topology, d *iommu.Device, v *
 	}
 
 	f.functions(s, d, v)
+	f.changes(h, d)
 	f.identity(d, v)
 	return e.screen.Print(&terminal.Table{Rows: f.rows})
 }
@@ -162,6 +165,26 @@ func (f *facts) functions(s *sight, d *iommu.Device, v *showView) {
 		lines = append(lines, fmt.Sprintf("vf%d  %s  %s", vf.VFIndex, vf.Name, cmp.Or(vf.Driver, "no driver")))
 	}
 	f.list("", lines)
+}
+
+// changes are the last changes of it that viaduct has written down.
+func (f *facts) changes(h *iommu.Host, d *iommu.Device) {
+	const few = 3
+	all, err := changelog.Read(h)
+	if err != nil {
+		// For root alone.
+		return
+	}
+	all = slices.DeleteFunc(all, func(e changelog.Entry) bool { return ptr(e.Device) != d.Name })
+	var lines []string
+	for _, e := range slices.Backward(all[max(len(all)-few, 0):]) {
+		line := when(e.Time) + " " + e.User + ": " + e.Text()
+		if e.Result != changelog.Done {
+			line += ", " + string(e.Result)
+		}
+		lines = append(lines, line)
+	}
+	f.list("changed", lines)
 }
 
 // identity is what it is and where.

@@ -54,7 +54,7 @@ func TestWords(t *testing.T) {
 	m := newManager(t, hosttest.NewLab(t, nil), Options{})
 	items := plan(t, m, text)
 	got := strings.Join(items[0].Words(), "|")
-	if !strings.Contains(got, "2|") || !strings.HasSuffix(got, "vf0-1: mac stable, vlan 100-101, driver vfio") {
+	if !strings.HasPrefix(got, "makes 2 VFs|") || !strings.HasSuffix(got, "vf0-1: mac stable, vlan 100-101, driver vfio") {
 		t.Errorf("a PF: %q", got)
 	}
 	if got := strings.Join(items[1].Words(), "|"); got != "taken for guests|also takes: NIC" {

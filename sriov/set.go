@@ -373,10 +373,13 @@ func (s *Handle) Set(ctx context.Context, p *SetPlan) (unverified []Key, err err
 func (p *SetPlan) event(err error) bind.Event {
 	from, to := Settings{}, Settings{}
 	for _, change := range p.Settings {
-		maps.Copy(from, change.From)
 		for _, k := range change.Keys {
-			if v, wanted := p.Want[k]; wanted {
+			was, known := change.From[k]
+			if v, wanted := p.Want[k]; wanted && (!known || was != v) {
 				to[k] = v
+				if known {
+					from[k] = was
+				}
 			}
 		}
 	}

@@ -122,7 +122,7 @@ func (e *env) about(h *iommu.Host, all []changelog.Entry, words []string) ([]cha
 		}
 	}
 	return slices.DeleteFunc(all, func(entry changelog.Entry) bool {
-		named := func(field string) bool { return slices.Contains(words, field) }
+		named := func(field string) bool { return slices.Contains(words, field) || devices[field] }
 		return !devices[ptr(entry.Device)] && !slices.ContainsFunc(strings.Fields(entry.Command), named)
 	}), nil
 }

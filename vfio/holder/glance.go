@@ -71,24 +71,23 @@ func glanceDisks(h *iommu.Host, t *iommu.Topology) ([]Holder, error) {
 		return err
 	}
 
-	table, err := h.Read("proc/self/mountinfo")
-	if err != nil && !host.Absent(err) {
+	tables, err := mountsHere(h)
+	if err != nil {
 		return nil, err
 	}
 	looked := map[string]bool{}
-	for line := range strings.Lines(string(table)) {
+	for line := range strings.Lines(tables) {
 		number, where, _, source, ok := parseMount(line)
 		if !ok || looked[number] {
 			continue
 		}
 		looked[number] = true
 		dir := path.Join("sys/dev/block", number)
-		if source, ok := strings.CutPrefix(source, "/dev/"); ok && strings.HasPrefix(number, "0:") {
+		// Btrfs and others have a number of their own; their source is the device.
+		if source, ok := strings.CutPrefix(source, "/dev/"); ok && !h.Exists(dir) {
 			if dir, err = blockNamed(h, source); err != nil {
 				return nil, err
 			}
-		} else if strings.HasPrefix(number, "0:") {
-			continue
 		}
 		root := where == "/" || where == "/usr"
 		if err := add(dir, Mount, root, "mounted on "+where, "is mounted on "+where); err != nil {
@@ -112,6 +111,19 @@ func glanceDisks(h *iommu.Host, t *iommu.Topology) ([]Holder, error) {
 		if err != nil {
 			return nil, err
 		}
+	}
+	return out, nil
+}
+
+// mountsHere is what is mounted in this mount namespace and in the host's, which is that of the first process.
+func mountsHere(h *iommu.Host) (string, error) {
+	out := ""
+	for _, process := range []string{"self", "1"} {
+		table, err := h.Read(path.Join("proc", process, "mountinfo"))
+		if err = unseen("proc/"+process, err); err != nil && !errors.Is(err, ErrBlind) && !host.Absent(err) {
+			return "", err
+		}
+		out += string(table)
 	}
 	return out, nil
 }

@@ -80,7 +80,13 @@ var (
 
 // Capture writes a snapshot of the host: what every command that only looks reads, and the names of the devices it has.
 // [Open] reads it back. It holds MAC addresses and serial numbers; w stays the caller's to close.
-func Capture(h *Host, w io.Writer) error {
+func Capture(h *Host, w io.Writer) error { return captureTo(h, w, false) }
+
+// CaptureRedacted is Capture for who is not to learn which host it is: MAC addresses, GUIDs and serial numbers are
+// masked, each always in the same way, and of the kernel's command line only what is about devices is kept.
+func CaptureRedacted(h *Host, w io.Writer) error { return captureTo(h, w, true) }
+
+func captureTo(h *Host, w io.Writer, redacted bool) error {
 	t, err := Scan(h)
 	if err != nil {
 		return err
@@ -90,6 +96,9 @@ func Capture(h *Host, w io.Writer) error {
 		return err
 	}
 	c := capture{h: h, w: out}
+	if redacted {
+		c.redact = newRedactor(h, t)
+	}
 	// Scan takes its absence for an unmounted sysfs.
 	c.dir("sys/kernel")
 	c.dir(pciDevices)
@@ -165,9 +174,10 @@ func Capture(h *Host, w io.Writer) error {
 }
 
 type capture struct {
-	h   *Host
-	w   *host.SnapshotWriter
-	err error
+	h      *Host
+	w      *host.SnapshotWriter
+	redact *redactor // nil: all is as it is
+	err    error
 }
 
 func (c *capture) keep(err error) {
@@ -177,6 +187,9 @@ func (c *capture) keep(err error) {
 }
 
 func (c *capture) add(name string, data []byte) {
+	if data != nil && c.redact != nil {
+		name, data = c.redact.text(name), c.redact.file(name, data)
+	}
 	if data != nil {
 		c.keep(c.w.File(name, data))
 	}

@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -90,5 +91,27 @@ func TestUses(t *testing.T) {
 	}
 	if out, _, _ := do("show 06:00.0"); !strings.Contains(out, "guest       web") {
 		t.Errorf("show:\n%s", out)
+	}
+}
+
+// A snapshot goes to standard output too, and is a host there as it is in a file.
+func TestSnapshotToPipe(t *testing.T) {
+	dir := hosttest.Load(t, filepath.Join(machines, "amd-vi.txt")).Dir(t)
+	for _, line := range []string{"snapshot -", "snapshot --redact -"} {
+		out, said, status := typed(0, append([]string{"viaduct", "--host", dir}, strings.Fields(line)...)...)
+		if status != 0 || (said == "") != strings.Contains(line, "redact") {
+			t.Fatalf("%s: %d, %s", line, status, said)
+		}
+		file := filepath.Join(t.TempDir(), "host.vsnap")
+		if err := os.WriteFile(file, []byte(out), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		was, _, _ := typed(0, "viaduct", "--host", dir, "list")
+		if got, said, status := typed(0, "viaduct", "--host", file, "list"); got != was || status != 0 {
+			t.Errorf("%s: %d, %s\n%s", line, status, said, got)
+		}
+	}
+	if _, said, status := typed(80, "viaduct", "--host", dir, "snapshot", "-"); status != 2 || !strings.Contains(said, "terminal") {
+		t.Errorf("to a terminal: %d, %s", status, said)
 	}
 }

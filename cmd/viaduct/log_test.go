@@ -115,3 +115,23 @@ func TestSnapshotToPipe(t *testing.T) {
 		t.Errorf("to a terminal: %d, %s", status, said)
 	}
 }
+
+// A dry run of assign with a format prints what the VMM will get, and changes nothing.
+func TestAssignPreview(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	k.Log = nil
+	for format, want := range map[string]string{
+		"proxmox": "hostpci0: 0000:05:00.0\n", "qemu": "-device vfio-pci,host=0000:05:00.0", "env": "VIADUCT_NODES='/dev/vfio/vfio /dev/vfio/14'",
+	} {
+		a := mustOnKernel(t, k, "assign", "web", "--from", "0000:05:00.0", "--dry-run", "--no-reset", "--format", format)
+		if !strings.Contains(a.stdout, want) || len(k.Log) > 0 {
+			t.Errorf("%s: %s%s, wrote %q", format, a.stdout, a.stderr, k.Log)
+		}
+	}
+	if a := mustOnKernel(t, k, "assign", "web", "--from", "0000:05:00.0", "--dry-run", "--no-reset"); !strings.Contains(a.stdout, "driver_override") {
+		t.Errorf("without a format: %s", a.stdout)
+	}
+	if a := mustOnKernel(t, k, "assign", "web", "--from", "0000:02:00.0", "--mac", "stable", "--dry-run", "--format", "libvirt"); !strings.Contains(a.stdout, "<mac address=") {
+		t.Errorf("a VF: %s%s", a.stdout, a.stderr)
+	}
+}

@@ -120,7 +120,8 @@ func captureTo(h *Host, w io.Writer, redacted bool) error {
 
 	const state = "var/lib/viaduct"
 	if names, err := h.Names(state); err == nil {
-		c.files(state, slices.DeleteFunc(names, func(n string) bool { return !strings.HasPrefix(n, "known-") && n != "log.jsonl" }))
+		others := func(n string) bool { return !strings.HasPrefix(n, "known-") && n != "log.jsonl" }
+		c.files(state, slices.DeleteFunc(names, others))
 	}
 
 	c.system()

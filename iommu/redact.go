@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"path"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -77,8 +78,7 @@ func (r *redactor) config(content []byte) []byte {
 	out := bytes.Clone(content)
 	var masked uint64
 	for part := range strings.SplitSeq(r.numbers[strings.ToLower(serial)], "-") {
-		var b uint64
-		fmt.Sscanf(part, "%02x", &b)
+		b, _ := strconv.ParseUint(part, 16, 8)
 		masked = masked<<8 | b
 	}
 	binary.LittleEndian.PutUint64(out[extendedCapability(bytes.NewReader(content), 0x0003)+4:], masked)
@@ -88,8 +88,8 @@ func (r *redactor) config(content []byte) []byte {
 // kept are the beginnings of words of the kernel's command line that say something of devices.
 var kept = []string{
 	"iommu", "intel_iommu", "amd_iommu", "arm-smmu", "vfio", "pci", "pcie", "modprobe.blacklist", "module_blacklist",
-	"initcall_blacklist", "video", "nomodeset", "efi", "hugepages", "hugepagesz", "default_hugepagesz", "kvm", "rd.driver",
-	"vfio-pci", "vfio_pci", "lockdown", "noiommu", "nointremap", "intremap", "swiotlb",
+	"initcall_blacklist", "video", "nomodeset", "efi", "hugepages", "hugepagesz", "default_hugepagesz", "kvm",
+	"rd.driver", "vfio-pci", "vfio_pci", "lockdown", "noiommu", "nointremap", "intremap", "swiotlb",
 }
 
 // commandLine keeps what of a kernel's command line is about devices.
@@ -144,7 +144,7 @@ func (r *redactor) text(s string) string {
 
 // partOfWord reports whether what is from..to of a text goes on before or behind.
 func partOfWord(s string, from, to int) bool {
-	part := func(c byte) bool { return c == ':' || c >= '0' && c <= '9' || c >= 'a' && c <= 'f' || c >= 'A' && c <= 'F' }
+	part := func(c byte) bool { return strings.IndexByte(":0123456789abcdefABCDEF", c) >= 0 }
 	return from > 0 && part(s[from-1]) || to < len(s) && part(s[to])
 }
 

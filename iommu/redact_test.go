@@ -18,7 +18,7 @@ func TestRedacted(t *testing.T) {
 		"proc/cmdline": "BOOT_IMAGE=/vmlinuz root=UUID=secret intel_iommu=on vfio-pci.ids=10de:1b80 password=hunter2\n",
 		"etc/viaduct/host.yaml": "# Alice's host\npfs:\n  - {select: \"mac=" + strings.ToUpper(mac) + "\", count: 2}\n" +
 			"devices:\n  - select: serial=" + serial + "\n",
-		"var/lib/viaduct/log.jsonl": `{"user":"alice"}` + "\n",
+		"var/lib/viaduct/log.jsonl":                        `{"user":"alice"}` + "\n",
 		"var/lib/viaduct/known-serial=" + serial + ".json": `{"serial":"` + serial + `","macs":["` + mac + `"]}` + "\n",
 	})
 	h := hostOf(t, tree)
@@ -72,7 +72,7 @@ func FuzzRedact(f *testing.F) {
 	f.Add("a 52:54:00:00:00:02 b 52:54:00:00:00:02:03")
 	f.Fuzz(func(t *testing.T, text string) {
 		r := &redactor{numbers: map[string]string{}}
-				once := r.text(text)
+		once := r.text(text)
 		if again := r.file("x/config", []byte(text)); len(again) != len(text) {
 			t.Error("config space has another length")
 		}

@@ -36,8 +36,8 @@ func (s *Handle) Apply(ctx context.Context, p *Plan) (notes []string, err error)
 		return nil, err
 	}
 	event := bind.Event{
-		Device: p.PF.Name, Label: bind.Label(p.PF), Subject: bind.VFs, From: strconv.Itoa(p.Have), To: strconv.Itoa(p.Want),
-		Begins: true,
+		Device: p.PF.Name, Label: bind.Label(p.PF), Subject: bind.VFs, Begins: true,
+		From: strconv.Itoa(p.Have), To: strconv.Itoa(p.Want),
 	}
 	s.Tell(event)
 	defer func() {

@@ -384,7 +384,8 @@ func (p *SetPlan) event(err error) bind.Event {
 		}
 	}
 	return bind.Event{
-		Device: p.VF.Name, Label: bind.Label(p.VF), PF: p.port.PF.Name, Subject: bind.Settings, From: from.Text(), To: to.Text(), Err: err,
+		Device: p.VF.Name, Label: bind.Label(p.VF), PF: p.port.PF.Name, Subject: bind.Settings,
+		From: from.Text(), To: to.Text(), Err: err,
 	}
 }
 

@@ -33,7 +33,8 @@ func ParseSettings(words []string) (Settings, error) {
 		name, value, ok := strings.Cut(w, "=")
 		r := rowNamed(name)
 		if !ok || r == nil {
-			return nil, fmt.Errorf("invalid setting %q: want KEY=VALUE%s; the keys are %s", w, ask(name), keyNames(Keys()))
+			keys := keyNames(Keys())
+			return nil, fmt.Errorf("invalid setting %q: want KEY=VALUE%s; the keys are %s", w, ask(name), keys)
 		}
 		if _, twice := s[r.key]; twice {
 			return nil, fmt.Errorf("%s is given twice", r.key)

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"fmt"
 	"slices"
 	"strings"
 	"time"
@@ -169,16 +168,6 @@ func runLeases(e *env) error {
 
 // completeGuests offers the guests that have a lease, as far as they may be known.
 func (e *env) completeGuests(c *cli.Context) {
-	h, err := e.open()
-	if err != nil {
-		return
-	}
-	defer h.Close()
-	all, _ := lease.BookOf(h).All()
-	for _, l := range all {
-		if harmless(l.Guest) {
-			fmt.Fprintln(e.stdout, l.Guest)
-		}
-	}
+	e.printEach(e.guestNames())
 	cli.DefaultCompleteWithFlags(c.Command)(c)
 }

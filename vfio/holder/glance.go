@@ -117,15 +117,15 @@ func glanceDisks(h *iommu.Host, t *iommu.Topology) ([]Holder, error) {
 
 // mountsHere is what is mounted in this mount namespace and in the host's, which is that of the first process.
 func mountsHere(h *iommu.Host) (string, error) {
-	out := ""
+	var out strings.Builder
 	for _, process := range []string{"self", "1"} {
 		table, err := h.Read(path.Join("proc", process, "mountinfo"))
 		if err = unseen("proc/"+process, err); err != nil && !errors.Is(err, ErrBlind) && !host.Absent(err) {
 			return "", err
 		}
-		out += string(table)
+		out.Write(table)
 	}
-	return out, nil
+	return out.String(), nil
 }
 
 // blockNamed is the directory of what stands in /dev under source.

@@ -32,8 +32,8 @@ func (m *Manager) findPF(match hostfile.Match) (*iommu.Device, error) {
 	return d, nil
 }
 
-// pfs are the declared PFs, each in an entry of its own: what names several is one for each that is there, by its place.
-// Where none is there, the entry is kept as one that names nothing.
+// pfs are the declared PFs, each in an entry of its own: what names several is one for each that is there, by its
+// place. Where none is there, the entry is kept as one that names nothing.
 func (m *Manager) pfs(s *hostfile.Host) ([]hostfile.PF, error) {
 	var out []hostfile.PF
 	for _, pf := range s.PFs {

@@ -134,7 +134,8 @@ func countWords(p *sriov.Plan) []string {
 		out = append(out, fmt.Sprintf("raises the MTU of %s from %d to %d", mtu.Name, mtu.From, mtu.To))
 	}
 	for _, o := range p.Offload {
-		out = append(out, fmt.Sprintf("turns hw-tc-offload of %s %s", o.Name, map[bool]string{true: "on", false: "off"}[o.On]))
+		state := map[bool]string{true: "on", false: "off"}[o.On]
+		out = append(out, fmt.Sprintf("turns hw-tc-offload of %s %s", o.Name, state))
 	}
 	for _, part := range [][2]string{
 		{"mode", p.Eswitch.Mode}, {"inline-mode", p.Eswitch.Inline}, {"encap", p.Eswitch.Encap},
@@ -240,7 +241,8 @@ func follows(first, last, next vfRow) bool {
 		counts := err1 == nil && err2 == nil && b-a == next.index-first.index && last.parts[k] != from
 		// The second one says whether they count.
 		starts := last.index == first.index && err1 == nil && err2 == nil && b == a+1
-		if !known || !(to == from && last.parts[k] == from || counts || starts) {
+		same := to == from && last.parts[k] == from
+		if !known || !same && !counts && !starts {
 			return false
 		}
 	}

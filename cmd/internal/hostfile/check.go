@@ -90,8 +90,8 @@ func (d *decoder) checkPF(pf *PF) {
 	}
 }
 
-// checkAddresses tells of VFs that would have one address, of a PF or, with many, of several: seen are those of the ranges
-// before.
+// checkAddresses tells of VFs that would have one address, of a PF or, with many, of several: seen are those of the
+// ranges before.
 func (d *decoder) checkAddresses(r *VFs, indexes []int, seen map[string]bool, many bool) {
 	for _, k := range addresses {
 		value, ok := r.Settings[k]

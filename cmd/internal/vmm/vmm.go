@@ -82,8 +82,8 @@ var Formats = []Format{
 		Text:    proxmox,
 		Persist: true,
 		Moves:   true,
-		Cannot: "Proxmox VE takes pcie=1 behind the address only with machine: q35; its guest does not migrate; the lease " +
-			"ends with viaduct release, not with the guest",
+		Cannot: "Proxmox VE takes pcie=1 behind the address only with machine: q35; its guest does not migrate; the " +
+			"lease ends with viaduct release, not with the guest",
 	},
 	{
 		Name:    "xen",

@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"viaduct/internal/bootloader"
 )
 
 // redactor masks what tells one host from all others of its kind: addresses of network interfaces, serial numbers and
@@ -16,11 +18,12 @@ import (
 type redactor struct {
 	numbers map[string]string // what is masked, in lower case
 	serials []string          // the longest first
+	dropped []string          // files of boot loaders, with root devices and more on command lines
 }
 
 // newRedactor collects the serial numbers of a host, which have no form of their own to be found by.
 func newRedactor(h *Host, t *Topology) *redactor {
-	r := &redactor{numbers: map[string]string{}}
+	r := &redactor{numbers: map[string]string{}, dropped: bootloader.Files(h.Host)}
 	t.All(func(d *Device) bool {
 		if !d.PCI {
 			return true
@@ -57,13 +60,15 @@ func (r *redactor) file(name string, content []byte) []byte {
 		return r.config(content)
 	case name == "proc/cmdline":
 		return r.commandLine(content)
-	case base == "log.jsonl":
+	case base == "log.jsonl" || len(content) > 0 && slices.Contains(r.dropped, name):
 		return nil
+	case name == kernelLines:
+		content = withoutLines(content, func(line string) bool { return strings.Contains(line, "ommand line") })
 	case bytes.IndexByte(content, 0) >= 0:
 		// Tables of the firmware, which name no one host.
 		return content
 	case strings.HasSuffix(name, ".yaml"):
-		content = withoutComments(content)
+		content = withoutLines(content, func(line string) bool { return strings.HasPrefix(strings.TrimSpace(line), "#") })
 	}
 	return []byte(r.text(string(content)))
 }
@@ -81,7 +86,8 @@ func (r *redactor) config(content []byte) []byte {
 		b, _ := strconv.ParseUint(part, 16, 8)
 		masked = masked<<8 | b
 	}
-	binary.LittleEndian.PutUint64(out[extendedCapability(bytes.NewReader(content), 0x0003)+4:], masked)
+	list, _ := extendedCapabilities(bytes.NewReader(content), 0x0003)
+	binary.LittleEndian.PutUint64(out[offsetOf(list, 0x0003)+4:], masked)
 	return out
 }
 
@@ -105,10 +111,11 @@ func (r *redactor) commandLine(content []byte) []byte {
 	return []byte(strings.Join(out, " ") + "\n")
 }
 
-func withoutComments(content []byte) []byte {
+// withoutLines is a text without such lines.
+func withoutLines(content []byte, such func(string) bool) []byte {
 	var out []byte
 	for line := range bytes.Lines(content) {
-		if !bytes.HasPrefix(bytes.TrimSpace(line), []byte("#")) {
+		if !such(string(line)) {
 			out = append(out, line...)
 		}
 	}

@@ -369,26 +369,6 @@ func (s *Handle) Set(ctx context.Context, p *SetPlan) (unverified []Key, err err
 	return unverified, errors.Join(err, s.End(pf.Address))
 }
 
-// event says what came of a plan.
-func (p *SetPlan) event(err error) bind.Event {
-	from, to := Settings{}, Settings{}
-	for _, change := range p.Settings {
-		for _, k := range change.Keys {
-			was, known := change.From[k]
-			if v, wanted := p.Want[k]; wanted && (!known || was != v) {
-				to[k] = v
-				if known {
-					from[k] = was
-				}
-			}
-		}
-	}
-	return bind.Event{
-		Device: p.VF.Name, Label: bind.Label(p.VF), PF: p.port.PF.Name, Subject: bind.Settings,
-		From: from.Text(), To: to.Text(), Err: err,
-	}
-}
-
 // makeOrUndo makes the settings of a plan, reads them back and remembers them, and undoes those it made when that
 // fails.
 func (s *Handle) makeOrUndo(ctx context.Context, p *SetPlan) (unverified []Key, err error) {
@@ -561,9 +541,7 @@ func (s *Handle) setNew(ctx context.Context, pf iommu.Address, vfs []*iommu.Devi
 			return nil, err
 		}
 		plans = append(plans, p)
-		event := p.event(nil)
-		event.Part = true
-		s.Tell(event)
+		s.Tell(p.part())
 	}
 
 	now, err := open.again()

@@ -36,6 +36,8 @@ func TestGolden(t *testing.T) {
 				"list-all":        "list --all",
 				"list-word":       "list nic nvme",
 				"vf-list-wide":    "vf list -o wide",
+				"vf-list-vf":      "vf list enp2s0/vf1 enp1s0",
+				"vf-list-none":    "vf list 07:01.0",
 				"wrong-command":   "lsit",
 				"wrong-option":    "list --jsn",
 				"wrong-address":   "show 09:00.1",

@@ -26,6 +26,7 @@ import (
 	"viaduct/internal/nearest"
 	"viaduct/iommu"
 	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
 )
 
 // Exit statuses; they are documented in the README.
@@ -183,13 +184,57 @@ func runOn(open func(string) (*iommu.Host, error), args []string, stdout, stderr
 		return ended.status
 	}
 	e.logFailure(err)
-	for line := range strings.SplitSeq(err.Error(), "\n") {
+	for _, line := range linesOf(err) {
 		e.note("%s", line)
 	}
 	if ran {
 		return ended.status
 	}
 	return exitStatus(err)
+}
+
+// linesOf is an error as it is printed: each of several by itself, each reason of a refusal in a line where there are
+// several, and none twice.
+func linesOf(err error) []string {
+	var out []string
+	add := func(lines ...string) {
+		for _, line := range lines {
+			if !slices.Contains(out, line) {
+				out = append(out, line)
+			}
+		}
+	}
+	text := err.Error()
+	if all, several := err.(interface{ Unwrap() []error }); several { //nolint:errorlint // it walks the tree itself
+		var parts []string
+		for _, one := range all.Unwrap() {
+			parts = append(parts, one.Error())
+		}
+		if strings.Join(parts, "\n") == text && len(parts) > 0 {
+			for _, one := range all.Unwrap() {
+				add(linesOf(one)...)
+			}
+			return out
+		}
+	}
+
+	refused, is := errors.AsType[*holder.RefusedError](err)
+	if !is || refused.Error() != text || len(refused.Reasons) < 2 {
+		add(strings.Split(text, "\n")...)
+		return out
+	}
+	add("refused to " + refused.What + ":")
+	for _, r := range refused.Reasons {
+		line := "  " + r.Text
+		if r.Cure != "" {
+			line += " (" + r.Cure + ")"
+		}
+		add(line)
+	}
+	if refused.Cure != "" {
+		add("  " + refused.Cure)
+	}
+	return out
 }
 
 // checkedWriter remembers that writing failed, so that output lost to a full disk is not taken for success and each

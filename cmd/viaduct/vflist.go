@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -61,17 +62,20 @@ func runVFList(e *env, sel []iommu.Selector, wide bool) error {
 	names := iommu.OpenNames(h)
 	defer names.Close()
 	view := vfListView{PFs: []pfView{}}
+	of, err := pfsAndVFs(t, keep)
+	if err != nil {
+		return err
+	}
 	t.All(func(d *iommu.Device) bool {
-		if keep != nil && keep[d.Name] && d.SRIOV == nil {
-			err = &sriov.NotPFError{Device: d.Address, VFOf: d.PhysFn}
-			return false
-		}
-		if d.SRIOV == nil || (keep != nil && !keep[d.Name]) {
+		if d.SRIOV == nil || keep != nil && of[d.Name] == nil && !keep[d.Name] {
 			return true
 		}
 		var pf pfView
 		if pf, err = viewPF(h, t, names, d); err != nil {
 			return false
+		}
+		if keep != nil && !keep[d.Name] {
+			pf.VFs = slices.DeleteFunc(pf.VFs, func(v vfView) bool { return !slices.Contains(of[d.Name], v.Address) })
 		}
 		view.PFs = append(view.PFs, pf)
 		if none := sriov.CheckInterface(h, d); none != nil && d.Driver != "" {
@@ -95,6 +99,22 @@ func runVFList(e *env, sel []iommu.Selector, wide bool) error {
 		return nil
 	}
 	return e.screen.Print(tableOfVFs(view))
+}
+
+// pfsAndVFs are, of devices that were named, the VFs by their PFs. What is neither PF nor VF is an error.
+func pfsAndVFs(t *iommu.Topology, keep map[string]bool) (of map[string][]string, err error) {
+	of = map[string][]string{}
+	t.All(func(d *iommu.Device) bool {
+		switch {
+		case !keep[d.Name] || d.SRIOV != nil:
+		case d.PhysFn != nil:
+			of[d.PhysFn.String()] = append(of[d.PhysFn.String()], d.Name)
+		default:
+			err = &sriov.NotPFError{Device: d.Address}
+		}
+		return err == nil
+	})
+	return of, err
 }
 
 // tableOfVFs is the list for people, the PFs as headings.

@@ -362,6 +362,7 @@ func (s *Handle) Set(ctx context.Context, p *SetPlan) (unverified []Key, err err
 	}
 
 	unverified, err = s.makeOrUndo(ctx, p)
+	s.Tell(p.event(err))
 	if bind.IsStuck(err) {
 		return nil, err
 	}
@@ -540,6 +541,7 @@ func (s *Handle) setNew(ctx context.Context, pf iommu.Address, vfs []*iommu.Devi
 			return nil, err
 		}
 		plans = append(plans, p)
+		s.Tell(p.part())
 	}
 
 	now, err := open.again()

@@ -30,6 +30,7 @@ type assignOptions struct {
 	format  string
 	standby string
 	timeout time.Duration
+	preview bool // of a dry run what the VMM gets is printed, and not the writes
 }
 
 func (o *assignOptions) flags() []cli.Flag {
@@ -215,6 +216,7 @@ func assignCommand(e *env) *cli.Command {
 			if err := o.parse(c, format); err != nil {
 				return err
 			}
+			o.preview = e.dryRun && c.IsSet("format") && format != nil
 			if o.TTL < 0 {
 				return usagef("assign: --ttl %s: want no time below zero", o.TTL)
 			}
@@ -235,8 +237,7 @@ func (e *env) printFormats() error {
 	for _, f := range vmm.Formats {
 		rows = append(rows, []string{f.Name, f.Cannot})
 	}
-	writeTable(e.stdout, rows)
-	return nil
+	return e.screen.PrintRows(rows)
 }
 
 func runAssign(ctx context.Context, e *env, o *assignOptions, format *vmm.Format) error {
@@ -249,7 +250,7 @@ func runAssign(ctx context.Context, e *env, o *assignOptions, format *vmm.Format
 		if format == nil {
 			return writeJSON(e.stdout, viewLease(m, m.LookAt(l)))
 		}
-		g, err := guestOf(m, l, o.standby)
+		g, err := guestOf(m, l, o.standby, o.preview)
 		if err != nil {
 			return err
 		}
@@ -300,9 +301,12 @@ func (e *env) assign(ctx context.Context, o *assignOptions, then func(*lease.Man
 	}
 	defer stop()
 	if e.dryRun {
-		steps, err := m.Preview(&o.Request)
+		steps, l, err := m.PreviewLease(&o.Request)
 		if err != nil {
 			return err
+		}
+		if o.preview {
+			return then(m, l)
 		}
 		return e.printPreview(o.Guest, steps)
 	}
@@ -324,14 +328,15 @@ func (e *env) assign(ctx context.Context, o *assignOptions, then func(*lease.Man
 }
 
 // guestOf is a lease as a VMM is told of it.
-func guestOf(m *lease.Manager, l *lease.Lease, standby string) (*vmm.Guest, error) {
+// Of a preview, nodes are what they will be by the group.
+func guestOf(m *lease.Manager, l *lease.Lease, standby string, preview bool) (*vmm.Guest, error) {
 	g := &vmm.Guest{Name: l.Guest, Standby: standby}
 	for _, of := range l.Devices {
 		d, err := m.Topology.Find(of.Address)
 		if err != nil {
 			return nil, err
 		}
-		v := vmm.Device{Address: of.Address, Group: groupOr(d, -1), VF: of.PF != nil, NIC: d.Class>>16 == 0x02, MAC: of.Now[sriov.MAC], VLAN: of.Now[sriov.VLAN], QoS: of.Now[sriov.QoS], Proto: of.Now[sriov.Proto]}
+		v := vmm.Device{Address: of.Address, Group: groupOr(d, -1), VF: d.PhysFn != nil, NIC: d.Class>>16 == 0x02, MAC: of.Now[sriov.MAC], VLAN: of.Now[sriov.VLAN], QoS: of.Now[sriov.QoS], Proto: of.Now[sriov.Proto]}
 		if v.MAC == "00:00:00:00:00:00" {
 			v.MAC = ""
 		}
@@ -340,6 +345,9 @@ func guestOf(m *lease.Manager, l *lease.Lease, standby string) (*vmm.Guest, erro
 		}
 		if v.Nodes, err = vfio.Nodes(m.Host(), d); err != nil {
 			return nil, err
+		}
+		if len(v.Nodes) == 0 && preview {
+			v.Nodes = []string{fmt.Sprintf("/dev/vfio/%d", v.Group)}
 		}
 		if len(v.Nodes) == 0 && !l.Foreign {
 			return nil, fmt.Errorf("%s: it has no node of VFIO", d.Name)

@@ -141,7 +141,7 @@ func runRun(c *cli.Context, e *env, o *assignOptions, as string) error {
 		if more := needsMore(m.Host(), format, as); more != "" {
 			e.note("%s", more)
 		}
-		g, err = guestOf(m, l, o.standby)
+		g, err = guestOf(m, l, o.standby, false)
 		return err
 	})
 	release := func() error {

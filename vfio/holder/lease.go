@@ -67,7 +67,9 @@ func Leases(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 				continue
 			}
 			what := fmt.Sprintf("is assigned to guest %q", l.Guest)
-			out = append(out, Holder{Device: devices[i].Name, Kind: Lease, Guest: l.Guest, What: what})
+			out = append(out, Holder{
+				Device: devices[i].Name, Kind: Lease, Guest: l.Guest, What: what, Brief: "guest " + l.Guest,
+			})
 		}
 	}
 	return out, blind

@@ -170,8 +170,12 @@ func (m *Manager) Plan(s *hostfile.Host) ([]*Item, error) {
 	}
 
 	leased := m.Guests()
-	for k := range s.PFs {
-		add(m.planPF(&s.PFs[k], guard, leased))
+	pfs, err := m.pfs(s)
+	if err != nil {
+		return nil, err
+	}
+	for k := range pfs {
+		add(m.planPF(&pfs[k], guard, leased))
 	}
 	for _, i := range m.planDevices(s.Devices, guard) {
 		add(i)
@@ -497,11 +501,15 @@ func (m *Manager) Unmanaged(items []*Item) []*iommu.Device {
 
 // Settings are what is declared of the settings of a PF's VFs, by index; false if the PF is not declared.
 func (m *Manager) Settings(s *hostfile.Host, d *iommu.Device) (map[int]sriov.Settings, bool) {
-	for k := range s.PFs {
-		if found, err := m.findPF(s.PFs[k].Select); err != nil || found.Name != d.Name {
+	pfs, err := m.pfs(s)
+	if err != nil {
+		return nil, false
+	}
+	for k := range pfs {
+		if found, err := m.findPF(pfs[k].Select); err != nil || found.Name != d.Name {
 			continue
 		}
-		return settingsOf(&s.PFs[k]), true
+		return settingsOf(&pfs[k]), true
 	}
 	return nil, false
 }

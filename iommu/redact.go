@@ -68,7 +68,8 @@ func (r *redactor) file(name string, content []byte) []byte {
 		// Tables of the firmware, which name no one host.
 		return content
 	case strings.HasSuffix(name, ".yaml"):
-		content = withoutLines(content, func(line string) bool { return strings.HasPrefix(strings.TrimSpace(line), "#") })
+		comment := func(line string) bool { return strings.HasPrefix(strings.TrimSpace(line), "#") }
+		content = withoutLines(content, comment)
 	}
 	return []byte(r.text(string(content)))
 }

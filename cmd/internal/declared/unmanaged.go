@@ -57,7 +57,7 @@ func (m *Manager) planUnmanaged(i *Item) error {
 		i.Steps = append(i.Steps, bind.Action{Command: command})
 	}
 	if len(i.marks) > 0 && m.host.Live() && !m.hasRule() {
-		i.Notes = append(i.Notes, "network: unmanaged goes by a rule of udev's, which viaduct install writes: it is not "+
+		i.Notes = append(i.Notes, "network: unmanaged goes by a rule of udev's that viaduct install writes: it is not "+
 			"there")
 	}
 	return nil

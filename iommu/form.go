@@ -248,7 +248,7 @@ var netdevForm = form{
 	missing: func(s Selector, _ *Host, t *Topology) (string, []string) {
 		what := "no network interface of a PCI device has this name"
 		if _, word := wordNamed(s.value); s.spoken && word {
-			what = "no device is one, and no network interface has this name"
+			return "no device is one, and no network interface has this name", nil
 		}
 		t.All(func(d *Device) bool {
 			if slices.Contains(d.Ports, s.value) {

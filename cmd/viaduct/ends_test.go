@@ -32,14 +32,21 @@ func commandLines(commands []*cli.Command, above ...string) [][]string {
 func TestEndsAtTerminal(t *testing.T) {
 	dir := hosttest.Load(t, filepath.Join(machines, "amd-vi.txt")).Dir(t)
 	statuses := []int{exitDone, exitFailed, exitUsage, exitRefused, exitDiffers, exitNotRun}
+	file, err := filepath.Abs("testdata/host.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
 	forever := []string{"watch"} // until it is ended: see TestInterruptAtTerminal
 	for _, words := range commandLines(newApp(&env{}).Commands) {
 		if slices.Contains(forever, words[0]) {
 			continue
 		}
-		for _, more := range [][]string{nil, {"0000:01:00.0"}, {"-f", "testdata/host.yaml"}, {"--help"}, {"no-such-thing", "x=y"}} {
+		for _, more := range [][]string{nil, {"0000:01:00.0"}, {"-f", file}, {"--help"}, {"no-such-thing", "x=y"}} {
 			args := slices.Concat([]string{"--host", dir}, words, more)
-			p := onTerminal(t, 80, program(args...))
+			cmd := program(args...)
+			// Where a snapshot may write a file of whatever name.
+			cmd.Dir = t.TempDir()
+			p := onTerminal(t, 80, cmd)
 			before := modes(t, p)
 			said, status := p.end()
 			if !slices.Contains(statuses, status) || said == "" && status != exitDone {

@@ -70,6 +70,7 @@ func untilSignal(ctx context.Context) (context.Context, context.CancelFunc) {
 type env struct {
 	stdout, stderr io.Writer
 	screen         terminal.Screen // stdout, for text that is laid out
+	noteWidth      int             // of the terminal that notes go to, 0 if that is none
 	hostName       string          // --host
 	colour         string          // --color
 	json, dryRun   bool
@@ -133,7 +134,14 @@ func (e *env) mayChange(more ...string) error {
 }
 
 // note tells people something that is no part of the data.
-func (e *env) note(format string, a ...any) { fmt.Fprintf(e.stderr, "viaduct: "+format+"\n", a...) }
+func (e *env) note(format string, a ...any) {
+	text := "viaduct: " + fmt.Sprintf(format, a...)
+	if e.noteWidth > 0 {
+		// A terminal itself would break words.
+		text = strings.Join(terminal.Wrap(text, e.noteWidth), "\n  ")
+	}
+	fmt.Fprintln(e.stderr, text)
+}
 
 // usageError is an error in the command line.
 type usageError struct{ error }
@@ -147,12 +155,13 @@ func run(args []string, stdout, stderr io.Writer) int {
 
 // runOn is run with hosts of another kind.
 func runOn(open func(string) (*iommu.Host, error), args []string, stdout, stderr io.Writer) int {
-	line := terminal.NewProgress(terminal.Of(stderr, "", os.Getenv))
+	notes := terminal.Of(stderr, "", os.Getenv)
+	line := terminal.NewProgress(notes)
 	defer line.Done()
 	out := &checkedWriter{w: line.Over(stdout)}
 	text, said := terminal.NewPrintable(out), terminal.NewPrintable(line.Over(stderr))
 	e := &env{
-		stdout: text, stderr: said, openHost: open, commandLine: changelog.Command(args),
+		stdout: text, stderr: said, noteWidth: max(notes.Width-2, 0), openHost: open, commandLine: changelog.Command(args),
 		progress: &progress{line: line, pfs: map[string]*pfProgress{}},
 	}
 	app := newApp(e)
@@ -342,7 +351,11 @@ func unknownCommand(commands []*cli.Command, name, above string) error {
 			names = append(names, c.Names()...)
 		}
 	}
-	return usagef("there is no command %q%s (%s --help lists them)", name, nearest.Ask(name, names), above)
+	hint := nearest.Ask(name, names)
+	if hint == "" {
+		hint = " (" + above + " --help lists them)"
+	}
+	return usagef("there is no command %q%s", name, hint)
 }
 
 // onUsageError says of a flag that there is none which one may be meant.

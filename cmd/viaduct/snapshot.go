@@ -51,10 +51,13 @@ func runSnapshot(ctx context.Context, e *env, file string, redact bool) (err err
 	capture := iommu.Capture
 	if redact {
 		capture = iommu.CaptureRedacted
-	} else {
-		e.note("it holds MAC addresses, serial numbers, the kernel command line, the declared host and the log of changes: " +
-			"--redact leaves out what tells this host from others")
 	}
+	defer func() {
+		if err == nil && !redact {
+			e.note("the snapshot holds MAC addresses, serial numbers, the kernel command line, the declared host and the log " +
+				"of changes: --redact leaves out what tells this host from others")
+		}
+	}()
 	if file == "-" {
 		if e.screen.Width > 0 {
 			return usagef("snapshot: standard output is a terminal; want a file, or a pipe")

@@ -76,7 +76,8 @@ var (
 )
 
 // Capture writes a snapshot of the host: what every command that only looks reads, and the names of the devices it has.
-// [Open] reads it back. It holds MAC addresses and serial numbers; w stays the caller's to close.
+// [Open] reads it back. It holds MAC addresses, serial numbers and the names of guests; w stays
+// the caller's to close.
 func Capture(h *Host, w io.Writer) error {
 	t, err := Scan(h)
 	if err != nil {
@@ -102,8 +103,9 @@ func Capture(h *Host, w io.Writer) error {
 		c.files(bonds, names)
 	}
 	if names, err := h.Names(journal.Dir); err == nil {
-		taken := slices.DeleteFunc(names, func(n string) bool { return !strings.HasPrefix(n, journal.Taken) })
-		c.files(journal.Dir, taken)
+		c.files(journal.Dir, slices.DeleteFunc(names, func(n string) bool {
+			return !strings.HasPrefix(n, journal.Taken) && !strings.HasPrefix(n, journal.Lease)
+		}))
 	}
 
 	const state = "var/lib/viaduct"

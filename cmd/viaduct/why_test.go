@@ -223,6 +223,14 @@ func TestWhyGuest(t *testing.T) {
 			t.Errorf("with a VMM: %s: %q, want %s", what, got[what], want)
 		}
 	}
+	file := filepath.Join(t.TempDir(), "host.tar.gz")
+	mustOnKernel(t, k, "snapshot", file)
+	stdout, all := on(t, file, "why guest=web")
+	for _, want := range []string{"ok       " + vf + " driver:", "unknown  lease:", "unknown  holders:"} {
+		if !strings.Contains(stdout, want) {
+			t.Errorf("of a snapshot, it lacks %q:\n%s", want, all)
+		}
+	}
 	if a := onKernel(k, "why", "guest=db"); a.status != exitFailed || !strings.Contains(a.stderr, "web") {
 		t.Errorf("%+v", a)
 	}

@@ -120,8 +120,9 @@ func (w *why) differences(h *iommu.Host) []string {
 	if len(apart) > 0 {
 		out = append(out, "By config space these are not in one group with it: "+strings.Join(apart, ", ")+".")
 	}
-	return append(out, "The kernel's group is what counts. It may know something of this hardware (a quirk, an alias in the "+
-		"firmware's tables) that viaduct does not, or it grouped these before one of them came or was set otherwise.")
+	return append(out, "The kernel's group is what counts. It may know something of this hardware that viaduct does not (a "+
+		"quirk), have grouped these before one of them came or was set otherwise, or group by other rules: some makers' "+
+		"kernels take a whole switch without ACS for one.")
 }
 
 // writeReasons draws the tree from the root to the group, with a reason at each bridge, and then those between devices

@@ -61,8 +61,8 @@ func count(n int, what string) string {
 func (w *why) verdict() string {
 	agrees := w.agrees()
 	switch {
-	case w.group != nil && w.group.NoIOMMU:
-		return "VFIO made that group in its noiommu mode: no IOMMU is in front of it, and nothing keeps it from any memory."
+	case w.none != "":
+		return w.none
 	case w.device == nil:
 		return "It is no PCI device, and has no config space to tell why."
 	case w.group == nil && w.computed.Known && len(w.computed.Members) == 0:

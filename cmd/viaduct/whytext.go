@@ -100,15 +100,19 @@ func (w *why) unknown() string {
 
 // differences says, where the kernel's group is another one, why that may be.
 func (w *why) differences(h *iommu.Host) []string {
+	agrees := w.agrees()
+	if w.group == nil || agrees != nil && *agrees {
+		return nil
+	}
 	line, _ := h.String("proc/cmdline")
-	var out []string
 	if strings.Contains(line, "pcie_acs_override=") {
-		out = append(out, "The kernel was started with pcie_acs_override=: its groups are smaller than the isolation that the "+
-			"hardware has. Devices of different groups may reach each other.")
+		return []string{"The kernel was started with pcie_acs_override=: its groups claim more isolation than the hardware has, " +
+			"and devices of different groups may reach each other."}
 	}
-	if agrees := w.agrees(); agrees == nil || *agrees || len(out) > 0 {
-		return out
+	if agrees == nil {
+		return nil
 	}
+	var out []string
 	// What the kernel has in this group, as config space has it.
 	var apart []string
 	for i := range w.group.Devices {

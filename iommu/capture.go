@@ -77,7 +77,8 @@ var (
 )
 
 // Capture writes a snapshot of the host: what every command that only looks reads, and the names of the devices it has.
-// [Open] reads it back. It holds MAC addresses and serial numbers; w stays the caller's to close.
+// [Open] reads it back. It holds MAC addresses, serial numbers and the names of guests; w stays the
+// caller's to close.
 func Capture(h *Host, w io.Writer) error { return captureTo(h, w, false) }
 
 // CaptureRedacted is Capture for who is not to learn which host it is: MAC addresses, GUIDs and serial numbers are
@@ -112,8 +113,9 @@ func captureTo(h *Host, w io.Writer, redacted bool) error {
 		c.files(bonds, names)
 	}
 	if names, err := h.Names(journal.Dir); err == nil {
-		taken := slices.DeleteFunc(names, func(n string) bool { return !strings.HasPrefix(n, journal.Taken) })
-		c.files(journal.Dir, taken)
+		c.files(journal.Dir, slices.DeleteFunc(names, func(n string) bool {
+			return !strings.HasPrefix(n, journal.Taken) && !strings.HasPrefix(n, journal.Lease)
+		}))
 	}
 
 	const state = "var/lib/viaduct"

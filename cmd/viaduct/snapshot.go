@@ -22,9 +22,9 @@ func snapshotCommand(e *env) *cli.Command {
 		Name:      "snapshot",
 		Usage:     "write what viaduct sees of this host into one file",
 		ArgsUsage: "FILE|-",
-		Description: "With --host FILE, list, show and the other commands that only look work on it, on any machine. It holds MAC addresses and\n" +
-			"serial numbers; written by root it is complete, by others it lacks config space and firmware tables. A file that exists\n" +
-			"is never overwritten.\n\nExamples:\n  viaduct snapshot host.tar.gz\n  viaduct --host host.tar.gz list --tree\n" +
+		Description: "With --host FILE, list, show and the other commands that only look work on it, on any machine. It holds MAC addresses,\n" +
+			"serial numbers and names of guests; written by root it is complete, by others it lacks config space and firmware tables. A file\n" +
+			"that exists is never overwritten.\n\nExamples:\n  viaduct snapshot host.tar.gz\n  viaduct --host host.tar.gz list --tree\n" +
 			"  ssh host viaduct snapshot --redact - > host.tar.gz",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{

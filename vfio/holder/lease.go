@@ -15,7 +15,7 @@ import (
 )
 
 // LeasePrefix begins the keys of the journal's records of devices that are assigned to guests.
-const LeasePrefix = "lease-"
+const LeasePrefix = journal.Lease
 
 // LeaseHead is the part of a lease's record that says whose it is. The whole record embeds it.
 type LeaseHead struct {

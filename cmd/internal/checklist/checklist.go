@@ -114,15 +114,15 @@ func (c *list) iommu() {
 
 // interrupts is whether they are kept apart, without which VFIO opens no device.
 func (c *list) interrupts() {
-	l := Line{Name: "interrupts", Evidence: []Evidence{{"sys/kernel/irq", ""}}}
+	l := Line{Name: "interrupts", Evidence: []Evidence{{"sys/kernel/irq/*/chip_name", ""}}}
 	switch on := c.topology.InterruptRemapping; {
 	case on == nil:
 		l.Answer, l.Text = Unknown, "whether interrupts are remapped is not known"
 	case *on:
-		l.Answer, l.Text, l.Evidence[0].Value = OK, "interrupts are remapped", "the IOMMU's chips"
+		l.Answer, l.Text, l.Evidence[0].Value = OK, "interrupts are remapped", "IR- or ITS-"
 	default:
 		l.Answer, l.Text, l.Cure = No, "interrupts are not remapped, and VFIO opens no device", "viaduct doctor"
-		l.Evidence[0].Value = "other chips"
+		l.Evidence[0].Value = "without IR- or ITS-"
 	}
 	c.add(l)
 }

@@ -58,8 +58,8 @@ func (s *setting) whyNotRemapped(t *Topology) Off {
 
 	o := Off{
 		Why: "the kernel does not say why",
-		Cure: "turn on interrupt remapping, or x2APIC, in the firmware's menu, and update the firmware (`dmesg | grep " +
-			"-i -e remapping -e AMD-Vi -e DMAR`)",
+		Cure: "turn on interrupt remapping, or x2APIC, in the firmware's menu, and update the firmware (`dmesg | " +
+			"grep -i -e remapping -e AMD-Vi -e DMAR`)",
 	}
 	if f := s.tables["DMAR"]; f.Table != nil {
 		if d, ok := f.Table.Fields.(*acpi.DMAR); ok && !d.Flags.InterruptRemapping() {
@@ -68,8 +68,8 @@ func (s *setting) whyNotRemapped(t *Topology) Off {
 		}
 	}
 	if s.hypervisor {
-		o.Cure = "turn it on where this guest is defined (QEMU: -machine q35,kernel-irqchip=split, and intremap=on of " +
-			"its IOMMU)"
+		o.Cure = "turn it on where this guest is defined (QEMU: -machine q35,kernel-irqchip=split, and intremap=on " +
+			"of its IOMMU)"
 	}
 	return o
 }

@@ -87,6 +87,10 @@ func TestFaults(t *testing.T) {
 		"not covered":   {func(f *Facts) { f.Selected[0].Group = nil }, "coverage", Failed, "0000:01:00.0", "slot"},
 		"not covered, not asked about": {func(f *Facts) { f.Selected[0].Group = nil; f.Selected = nil }, "coverage", Warned,
 			"0000:01:00.0", ""},
+		"left out, not asked about": {func(f *Facts) {
+			f.Selected[0].Group, f.Selected = nil, nil
+			f.Units = []iommu.UnitDetails{{Active: true, Table: "IVRS", Described: []string{"0000:02:00.0"}}}
+		}, "coverage", Failed, "IVRS table leaves out 0000:01:00.0", "update the firmware"},
 		"igfx_off": {func(f *Facts) { f.Selected[0].Group = nil; f.Words = []string{"intel_iommu=on,igfx_off"} }, "coverage", Failed, "",
 			"remove igfx_off"},
 		"noiommu groups": {func(f *Facts) { f.Topology.Groups[0].NoIOMMU = true }, "groups", Failed, "noiommu", "unbind"},

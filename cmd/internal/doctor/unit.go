@@ -149,12 +149,33 @@ func coverage(f *Facts) Check {
 	for _, d := range bare[:1] {
 		c.see("sys/bus/pci/devices/"+d.Name+"/iommu_group", "")
 	}
-	c.Cure = "put the device into another slot, or update the firmware, whose table leaves it out"
+	c.Cure = "put the device into another slot, or update the firmware"
+	if signature := f.leftOut(c.Devices); signature != "" {
+		c.set(Failed, "the firmware's %s table leaves out %s, so no IOMMU covers it", signature, some(c.Devices))
+		c.see(path.Join(tablesDir, signature), "without it")
+		c.Cure = "update the firmware, or tell its maker; another slot may help"
+	}
 	if v, is := f.parameter("intel_iommu"); is && strings.Contains(v, "igfx_off") {
 		c.Cure = f.Loader.Remove("igfx_off") + "; it is part of intel_iommu=" + v
 		f.seeLine(&c)
 	}
 	return c
+}
+
+// leftOut is the signature of the table that describes the active units, and puts none of these devices behind one; ""
+// if that is not so.
+func (f *Facts) leftOut(devices []string) string {
+	signature := ""
+	for _, u := range f.Units {
+		if !u.Active || u.Described == nil {
+			continue
+		}
+		signature = u.Table
+		if slices.ContainsFunc(devices, func(d string) bool { return slices.Contains(u.Described, d) }) {
+			return ""
+		}
+	}
+	return signature
 }
 
 // each calls do for the devices that a check is about: those that were asked about, or all.

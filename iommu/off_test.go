@@ -55,7 +55,7 @@ func TestWhyOff(t *testing.T) {
 			[]string{"did not take it", "dmesg"}, []string{"add "}},
 		"Intel, on by default, refused": {hosttest.Tree{tables + "DMAR": dmar, "proc/cmdline": "quiet\n",
 			"boot/config-6.12.0":   "CONFIG_INTEL_IOMMU=y\nCONFIG_INTEL_IOMMU_DEFAULT_ON=y\n",
-			"viaduct/kernel-lines": "DMAR: DRHD: handling fault status reg 3\n"}, []string{"handling fault"}, []string{"add "}},
+			"viaduct/kernel-lines": "DMAR: dmar0: Failed to map registers\nDMAR: No RMRR found\n"}, []string{"Failed to map"}, []string{"add ", "RMRR"}},
 		"Intel, off in the firmware": {hosttest.Tree{"proc/cpuinfo": intel, "proc/cmdline": "quiet\n"},
 			[]string{"\"VT-d\"", "then add intel_iommu=on"}, []string{"AMD"}},
 		"nothing known": {hosttest.Tree{}, []string{"\"IOMMU\" (AMD-Vi) or \"VT-d\""}, nil},

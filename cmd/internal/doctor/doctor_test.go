@@ -83,6 +83,10 @@ func TestFaults(t *testing.T) {
 			off(f, "x", "y")
 			f.Log = []string{"DMAR: [Firmware Bug]: Your BIOS is broken; DMAR reported at address fed90000 returns all ones!"}
 		}, "table", Failed, "all ones", "firmware"},
+		"no IOMMU where the table has it": {func(f *Facts) {
+			off(f, "x", "y")
+			f.Log = []string{"DMAR: Host address width 39", "DMAR: dmar0: No supported address widths. Not attempting DMA translation."}
+		}, "table", Failed, "No supported address widths", "firmware"},
 		"amd_iommu=off": {func(f *Facts) { off(f, "amd_iommu=off turns it off", "remove amd_iommu=off") }, "iommu", Failed, "amd_iommu=off", "remove"},
 		"not covered":   {func(f *Facts) { f.Selected[0].Group = nil }, "coverage", Failed, "0000:01:00.0", "slot"},
 		"not covered, not asked about": {func(f *Facts) { f.Selected[0].Group = nil; f.Selected = nil }, "coverage", Warned,

@@ -50,7 +50,7 @@ func table(f *Facts) Check {
 		return c
 	}
 	if line := f.complaint(); line != "" {
-		c.set(Warned, "the kernel found fault with the firmware's table: %s", line)
+		c.set(Warned, "the kernel finds fault with the firmware's table: %s", line)
 		if !f.present() {
 			c.Status = Failed
 		}
@@ -83,14 +83,16 @@ func table(f *Facts) Check {
 // works reports whether devices are in groups of an active IOMMU.
 func (f *Facts) works() bool { return len(f.Topology.Units) > 0 && len(f.Topology.Groups) > 0 }
 
-// complaint is the line of the kernel's that calls a table wrong; "" if there is none.
+// complaint is the line of the kernel's that calls a table wrong, or found no IOMMU where one describes it; "" if there is
+// none.
 func (f *Facts) complaint() string {
 	tables := []string{"DMAR", "AMD-Vi", "IVRS", "IORT", "VIOT"}
+	wrong := []string{"BIOS is broken", "Firmware Bug", "No supported address widths", "Can't validate DRHD"}
 	for _, line := range f.Log {
-		if !strings.Contains(line, "BIOS is broken") && !strings.Contains(line, "Firmware Bug") {
-			continue
+		in := func(words []string) bool {
+			return slices.ContainsFunc(words, func(w string) bool { return strings.Contains(line, w) })
 		}
-		if slices.ContainsFunc(tables, func(t string) bool { return strings.Contains(line, t) }) {
+		if in(tables) && in(wrong) {
 			return line
 		}
 	}

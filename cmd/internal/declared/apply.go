@@ -136,7 +136,10 @@ func (m *Manager) before(i *Item) (before, error) {
 	if err != nil {
 		return b, err
 	}
-	leased := m.Guests()
+	leased, err := m.Guests()
+	if err != nil {
+		return b, err
+	}
 	places, err := iommu.VFAddresses(m.host, i.Device.Address)
 	if err != nil {
 		return b, err

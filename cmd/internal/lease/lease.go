@@ -225,10 +225,13 @@ func (b *Book) All() ([]*Lease, error) {
 	return out, nil
 }
 
-// Guests are what the devices of leases are to have, by address. One that cannot be read is told of where leases are
-// looked at.
-func (b *Book) Guests() map[iommu.Address]declared.Guest {
-	all, _ := b.All()
+// Guests are what the devices of leases are to have, by address. Where a lease cannot be read, none is known: it may be
+// any device's.
+func (b *Book) Guests() (map[iommu.Address]declared.Guest, error) {
+	all, err := b.All()
+	if err != nil {
+		return nil, err
+	}
 	out := map[iommu.Address]declared.Guest{}
 	for _, l := range all {
 		for _, d := range l.Devices {
@@ -237,7 +240,7 @@ func (b *Book) Guests() map[iommu.Address]declared.Guest {
 			}
 		}
 	}
-	return out
+	return out, nil
 }
 
 // put writes a lease down, when nobody looks at all of them to choose a device.

@@ -116,13 +116,14 @@ func (l *Lease) upgrade() {
 // began notes that it is made now.
 func (l *Lease) began(h *iommu.Host) {
 	l.Made = time.Now()
-	l.Boot, l.Since = h.Boot()
+	// What does not know its boot goes by the clock of the day, too.
+	l.Boot, l.Since, _ = h.Boot()
 }
 
 // age is how long ago it was made. What is of another boot, or of a viaduct that kept no such time, has the clock of
 // the day.
 func (l *Lease) age(h *iommu.Host) time.Duration {
-	if boot, now := h.Boot(); l.Since != 0 && l.Boot == boot {
+	if boot, now, err := h.Boot(); err == nil && l.Since != 0 && l.Boot == boot {
 		return now - l.Since
 	}
 	return time.Since(l.Made)

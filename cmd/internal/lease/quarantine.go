@@ -81,12 +81,16 @@ func (b *Book) forgetReset() error {
 	})
 }
 
-// eachQuarantine does something with each record of a quarantine, and whether that is over, as its slot was reset since.
+// eachQuarantine does something with each record of a quarantine; over says that its slot was reset since.
 func (b *Book) eachQuarantine(do func(key string, q *Quarantine, over bool) error) error {
 	if !b.host.Live() {
 		return nil
 	}
 	keys, err := b.State.Keys(quarantined)
+	if err != nil {
+		return err
+	}
+	boot, _, err := b.host.Boot()
 	if err != nil {
 		return err
 	}
@@ -100,16 +104,16 @@ func (b *Book) eachQuarantine(do func(key string, q *Quarantine, over bool) erro
 			// It has just ended.
 			continue
 		}
-		if err := do(k, &q, q.Boot != "" && q.Boot != bootID(b.host) && startedByFirmware(b.host)); err != nil {
+		if err := do(k, &q, q.Boot != "" && q.Boot != boot && startedByFirmware(b.host)); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// bootID is the kernel's name of this boot; "" if it tells none.
+// bootID is the kernel's name of this boot; "" if it tells none, and a quarantine outlives the boot.
 func bootID(h *iommu.Host) string {
-	id, _ := h.Boot()
+	id, _, _ := h.Boot()
 	return id
 }
 

@@ -286,7 +286,11 @@ func ownerRuns(e *env, o *assignOptions) error {
 		if !strings.Contains(o.Unit, ".") {
 			o.Unit += ".service"
 		}
-		if !lease.UnitRuns(h, o.Unit) {
+		runs, err := lease.UnitRuns(h, o.Unit)
+		if err != nil {
+			return err
+		}
+		if !runs {
 			return usagef("assign: --unit %s: it does not run (its control group is empty, or not there)", o.Unit)
 		}
 	}

@@ -274,7 +274,10 @@ func runVFSync(ctx context.Context, e *env, sel []iommu.Selector, timeout time.D
 	}
 
 	var errs []error
-	leased := m.Guests()
+	leased, err := m.Guests()
+	if err != nil {
+		return err
+	}
 	for _, pf := range all {
 		if pf.SRIOV == nil {
 			return usageError{&sriov.NotPFError{Device: pf.Address, VFOf: pf.PhysFn}}

@@ -53,14 +53,19 @@ type list struct {
 	lease    *lease.Lease
 	look     lease.Look
 	options  Options
+	unitPIDs []int           // of the lease's systemd unit
 	devices  []*iommu.Device // of the lease that are there
 	lines    []Line
 }
 
 // Guest goes through what a guest's lease needs.
 func Guest(m *lease.Manager, l *lease.Lease, o Options) ([]Line, error) {
+	pids, err := lease.UnitPIDs(m.Host(), l.Unit)
+	if err != nil {
+		return nil, err
+	}
 	c := &list{
-		host: m.Host(), topology: m.Topology, manager: m, lease: l, look: m.LookAt(l), options: o,
+		host: m.Host(), topology: m.Topology, manager: m, lease: l, look: m.LookAt(l), options: o, unitPIDs: pids,
 	}
 	c.iommu()
 	c.interrupts()

@@ -28,7 +28,7 @@ type Options struct {
 
 	// Leased tells what guests' devices have instead of what is declared; the drivers of all that is in it are left
 	// alone. It is asked anew for each plan. nil: there are no guests.
-	Leased func() map[iommu.Address]Guest
+	Leased func() (map[iommu.Address]Guest, error)
 }
 
 // Guest is what a guest's device has instead of what is declared.
@@ -169,7 +169,10 @@ func (m *Manager) Plan(s *hostfile.Host) ([]*Item, error) {
 		items = append(items, i)
 	}
 
-	leased := m.Guests()
+	leased, err := m.Guests()
+	if err != nil {
+		return nil, err
+	}
 	pfs, err := m.pfs(s)
 	if err != nil {
 		return nil, err
@@ -177,7 +180,7 @@ func (m *Manager) Plan(s *hostfile.Host) ([]*Item, error) {
 	for k := range pfs {
 		add(m.planPF(&pfs[k], guard, leased))
 	}
-	for _, i := range m.planDevices(s.Devices, guard) {
+	for _, i := range m.planDevices(s.Devices, guard, leased) {
 		add(i)
 	}
 	return items, nil
@@ -204,11 +207,8 @@ func (m *Manager) found(i *Item, match hostfile.Match, find func(hostfile.Match)
 		}
 	}
 	if err != nil {
-		i.State, i.Err = Missing, err
-		_, ambiguous := errors.AsType[*iommu.AmbiguousError](err)
-		_, otherPort := errors.AsType[*iommu.OtherPortError](err)
-		if ambiguous || otherPort {
-			i.State = Refused
+		if i.State, i.Err = Refused, err; errors.Is(err, iommu.ErrNotFound) {
+			i.State = Missing
 		}
 		return false
 	}
@@ -324,9 +324,9 @@ func (m *Manager) wish(pf *hostfile.PF, d *iommu.Device, waits bool,
 }
 
 // Guests are what Leased tells now.
-func (m *Manager) Guests() map[iommu.Address]Guest {
+func (m *Manager) Guests() (map[iommu.Address]Guest, error) {
 	if m.options.Leased == nil {
-		return nil
+		return nil, nil
 	}
 	return m.options.Leased()
 }

@@ -79,6 +79,11 @@ func TestLive(t *testing.T) {
 	}
 	k := hosttest.NewLab(t, nil)
 	mustOnKernel(t, k, "vf", "create", "0000:01:00.0", "2")
+	for _, vf := range []string{"0000:01:10.0", "0000:01:10.2"} {
+		if err := os.WriteFile(filepath.Join(k.Dir(), "sys/bus/pci/devices", vf, "reset"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
 	open := func(string) (*iommu.Host, error) {
 		h, err := host.Fake(k.Dir(), k)
 		return &iommu.Host{Host: h}, err
@@ -98,7 +103,7 @@ func TestInterruptAtTerminal(t *testing.T) {
 	}{
 		// It may not have begun: -1 is the signal itself.
 		"watch": {"", []int{exitDone, exitFailed, -1}},
-		"run web --from 0000:01:00.0 -- sh -c echo${IFS}begun;exec${IFS}sleep${IFS}1000": {
+		"run web --from 0000:01:00.0 --vlan 7 -- sh -c echo${IFS}begun;exec${IFS}sleep${IFS}1000": {
 			"begun", []int{128 + int(unix.SIGINT)},
 		},
 	} {

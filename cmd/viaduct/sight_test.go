@@ -88,7 +88,7 @@ func plain(s string) string {
 func TestWidths(t *testing.T) {
 	for name, tree := range hosts(t) {
 		dir := tree.Dir(t)
-		lines := append([]string{"list --holders", "status -v -f testdata/host.yaml", "bind --dry-run --all nic"}, sights...)
+		lines := append([]string{"list --holders", "status -v -f testdata/host.yaml", "bind --dry-run --all nic", "leases", "pool", "log", "assign --formats", "doctor", "iommu"}, sights...)
 		for _, address := range addressesOf(t, dir) {
 			lines = append(lines, "show "+address, "bind --dry-run "+address)
 		}

@@ -228,7 +228,7 @@ func (e *env) printGroup(h *iommu.Host, t *iommu.Topology, g *iommu.Group, v sho
 		return err
 	}
 	s := &sight{t: t, names: names, all: true, uses: uses}
-	table := &terminal.Table{Indent: 2, Shrink: listShrink}
+	table := &terminal.Table{Indent: 2, Shrink: listShrink, Wrap: true}
 	text, style := groupHeading(g)
 	var members []*iommu.Device
 	for i := range g.Devices {

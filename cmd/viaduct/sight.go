@@ -23,11 +23,11 @@ type sight struct {
 }
 
 // Where a list is too wide, names are cut first, and then the uses and drivers.
-var listShrink = []terminal.Shrink{{Column: 2, Least: 18}, {Column: 4, Least: 14}, {Column: 3, Least: 10}, {Column: 2, Least: 8}}
+var listShrink = []terminal.Shrink{{Column: 2, Least: 18}, {Column: 4, Least: 18}, {Column: 3, Least: 10}, {Column: 2, Least: 8}}
 
 // groups are the devices by their IOMMU groups.
 func (s *sight) groups() *terminal.Table {
-	table := &terminal.Table{Indent: 2, Shrink: listShrink}
+	table := &terminal.Table{Indent: 2, Shrink: listShrink, Wrap: true}
 	var hidden hidden
 	for i := range s.t.Groups {
 		g := &s.t.Groups[i]

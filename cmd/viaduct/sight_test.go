@@ -33,7 +33,8 @@ func typed(columns int, args ...string) (stdout, stderr string, status int) {
 }
 
 // sights are the lines that are looked at on every kind of host.
-var sights = []string{"list", "list --tree", "list --all", "vf list", "plan -f testdata/host.yaml", "status -f testdata/host.yaml"}
+var sights = []string{"list", "list --tree", "list --all", "vf list", "plan -f testdata/host.yaml", "status -f testdata/host.yaml",
+	"show LAST", "bind --dry-run LAST"}
 
 // hostsOfKinds are the captured hosts and those of each kind that is known, unpacked, by name.
 func hostsOfKinds(t *testing.T) map[string]string {
@@ -53,7 +54,10 @@ func hostsOfKinds(t *testing.T) map[string]string {
 func TestSights(t *testing.T) {
 	for name, dir := range hostsOfKinds(t) {
 		var all strings.Builder
+		addresses := addressesOf(t, dir)
+		last := strings.NewReplacer("LAST", addresses[len(addresses)-1])
 		for _, line := range sights {
+			line = last.Replace(line)
 			for _, columns := range []int{0, 80, 120} {
 				args := append([]string{"viaduct", "--host", dir, "--color", "never"}, strings.Fields(line)...)
 				stdout, stderr, status := typed(columns, args...)
@@ -63,9 +67,12 @@ func TestSights(t *testing.T) {
 				}
 			}
 		}
-		args := []string{"viaduct", "--host", dir, "--color", "always", "list"}
-		stdout, _, _ := typed(80, args...)
-		fmt.Fprintf(&all, "$ viaduct list    # in colour\n%s", strings.ReplaceAll(stdout, "\x1b", "ESC"))
+		for _, line := range []string{"list", "plan -f testdata/host.yaml", "show LAST"} {
+			line = last.Replace(line)
+			args := append([]string{"viaduct", "--host", dir, "--color", "always"}, strings.Fields(line)...)
+			stdout, _, _ := typed(80, args...)
+			fmt.Fprintf(&all, "$ viaduct %s    # in colour\n%s", line, strings.ReplaceAll(stdout, "\x1b", "ESC"))
+		}
 		got := strings.ReplaceAll(all.String(), dir, "HOST")
 		compareGolden(t, filepath.Join("testdata", "sight", name+".golden"), got)
 	}
@@ -88,7 +95,7 @@ func plain(s string) string {
 func TestWidths(t *testing.T) {
 	for name, tree := range hosts(t) {
 		dir := tree.Dir(t)
-		lines := append([]string{"list --holders", "status -v -f testdata/host.yaml", "bind --dry-run --all nic"}, sights...)
+		lines := append([]string{"list --holders", "status -v -f testdata/host.yaml", "bind --dry-run --all nic", "leases", "pool", "log", "assign --formats", "doctor", "iommu"}, sights[:6]...)
 		for _, address := range addressesOf(t, dir) {
 			lines = append(lines, "show "+address, "bind --dry-run "+address)
 		}

@@ -20,7 +20,7 @@ func (s *sight) tree(parents map[string]string) *terminal.Table {
 		slices.SortFunc(below, func(a, b *iommu.Device) int { return iommu.CompareDevices(*a, *b) })
 	}
 	has := s.branches(children)
-	table := &terminal.Table{Shrink: treeShrink}
+	table := &terminal.Table{Shrink: treeShrink, Wrap: true}
 	var draw func(parent, indent string)
 	draw = func(parent, indent string) {
 		below := slices.DeleteFunc(slices.Clone(children[parent]), func(d *iommu.Device) bool { return !has[d.Name] })
@@ -49,7 +49,7 @@ func (s *sight) tree(parents map[string]string) *terminal.Table {
 }
 
 // Where a tree is too wide, names are cut first, and then the uses and drivers.
-var treeShrink = []terminal.Shrink{{Column: 3, Least: 14}, {Column: 5, Least: 12}, {Column: 4, Least: 8}}
+var treeShrink = []terminal.Shrink{{Column: 3, Least: 14}, {Column: 5, Least: 16}, {Column: 4, Least: 8}}
 
 // undrawn counts what is not drawn and not told of in a PF's line.
 func (s *sight) undrawn(has map[string]bool) hidden {

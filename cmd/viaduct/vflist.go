@@ -120,7 +120,7 @@ func pfsAndVFs(t *iommu.Topology, keep map[string]bool) (of map[string][]string,
 // tableOfVFs is the list for people, the PFs as headings.
 func tableOfVFs(view vfListView) *terminal.Table {
 	table := &terminal.Table{
-		Indent: 2, Shrink: []terminal.Shrink{{Column: 4, Least: 16}, {Column: 5, Least: 12}, {Column: 4, Least: 8}},
+		Indent: 2, Wrap: true, Shrink: []terminal.Shrink{{Column: 4, Least: 16}, {Column: 5, Least: 12}, {Column: 4, Least: 8}},
 	}
 	for _, p := range view.PFs {
 		head := p.Address

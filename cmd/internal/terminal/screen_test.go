@@ -87,6 +87,19 @@ func TestTable(t *testing.T) {
 	}
 }
 
+// The last column of rows is broken at words and not cut.
+func TestPrintRows(t *testing.T) {
+	var out bytes.Buffer
+	rows := [][]string{{"FORMAT", "WHAT"}, {"qemu", "one two three four five"}, {"json", ""}}
+	if err := (Screen{Writer: &out, Width: 26}).PrintRows(rows); err != nil {
+		t.Fatal(err)
+	}
+	want := "FORMAT  WHAT\nqemu    one two three four\n        five\njson    -\n"
+	if out.String() != want {
+		t.Errorf("%q\nwant %q", out.String(), want)
+	}
+}
+
 // What a device calls itself gives no orders in a painted text either.
 func TestPaint(t *testing.T) {
 	if got := (Screen{Colour: true}).Paint(Good, "a\x1b[31m"); got != "\x1b[32ma\\u001b[31m\x1b[0m" {

@@ -27,6 +27,8 @@ type Row struct {
 type Table struct {
 	Indent int
 	Rows   []Row
+	// Wrap has the last column broken into lines, where others are cut off.
+	Wrap bool
 	// Shrink are the columns that are cut where a line is too long, in the order in which that is done, with what they
 	// keep at least. What is still too long is cut off.
 	Shrink []Shrink
@@ -56,7 +58,7 @@ func (s Screen) Print(t *Table) error {
 		if line = line[:0]; r.Cells == nil {
 			line = s.text(line, r)
 		} else {
-			line = s.cells(line, r, widths, t.Indent)
+			line = s.cells(line, r, widths, t)
 		}
 		if _, err := w.Write(line); err != nil {
 			return err
@@ -79,9 +81,9 @@ func (s Screen) text(out []byte, r Row) []byte {
 }
 
 // cells appends a row of cells. What has no room is left out.
-func (s Screen) cells(out []byte, r Row, widths []int, indent int) []byte {
-	out = pad(out, indent)
-	left := s.Width - indent
+func (s Screen) cells(out []byte, r Row, widths []int, t *Table) []byte {
+	out = pad(out, t.Indent)
+	left := s.Width - t.Indent
 	for i, c := range r.Cells {
 		if c.Text == "" {
 			c.Text, c.Style = "-", Dim
@@ -89,6 +91,14 @@ func (s Screen) cells(out []byte, r Row, widths []int, indent int) []byte {
 		if s.Width > 0 {
 			if left < 1 {
 				break
+			}
+			const narrow = 16
+			if t.Wrap && i == len(r.Cells)-1 && left >= narrow {
+				lines := Wrap(c.Text, left)
+				for _, l := range lines[:len(lines)-1] {
+					out = pad(append(append(out, s.Paint(c.Style, l)...), '\n'), s.Width-left)
+				}
+				c.Text = lines[len(lines)-1]
 			}
 			c.Text = Cut(c.Text, min(widths[i], left))
 		}
@@ -154,9 +164,9 @@ func (t *Table) widths(s Screen) []int {
 	return widths
 }
 
-// PrintRows writes a table whose first row is its header. The last column is cut where no other is named.
+// PrintRows writes a table whose first row is its header. The last column is broken into lines.
 func (s Screen) PrintRows(rows [][]string, shrink ...Shrink) error {
-	t := Table{Shrink: shrink}
+	t := Table{Shrink: shrink, Wrap: true}
 	for i, r := range rows {
 		row := Cells(r...)
 		for j := range row.Cells {
@@ -165,9 +175,6 @@ func (s Screen) PrintRows(rows [][]string, shrink ...Shrink) error {
 			}
 		}
 		t.Rows = append(t.Rows, row)
-	}
-	if shrink == nil && len(rows) > 0 {
-		t.Shrink = []Shrink{{len(rows[0]) - 1, 8}}
 	}
 	return s.Print(&t)
 }

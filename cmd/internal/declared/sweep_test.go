@@ -202,7 +202,7 @@ func TestFaultSweep(t *testing.T) {
 			after := lookAt(t, k)
 			sample := hosttest.Sample(all)
 			if first != "" {
-				sample = hosttest.Half(sample)
+				sample = hosttest.EveryNth(3, sample)
 			}
 			for _, n := range sample {
 				k, before := prepare()
@@ -259,7 +259,7 @@ func TestFaultOfUndo(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, n := range hosttest.Half(hosttest.Sample(all)) {
+	for _, n := range hosttest.EveryNth(3, hosttest.Sample(all)) {
 		k, before := prepare()
 		failed := k.FailNth(n, failures[n%3])
 		err := undoAll(k)

@@ -346,7 +346,7 @@ func TestFaultOfLook(t *testing.T) {
 				if d.name == "release" && !errors.Is(err, holder.ErrRefused) {
 					t.Fatal(err)
 				}
-				for _, n := range hosttest.Half(hosttest.Sample(all)) {
+				for _, n := range hosttest.EveryNth(2, hosttest.Sample(all)) {
 					k, v, before := used()
 					failed := k.FailNth(n, []error{unix.EIO, unix.EACCES, unix.ENOSPC}[n%3])
 					err := d.do(&s, k)

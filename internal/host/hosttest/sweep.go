@@ -55,13 +55,13 @@ func Sample(all []Operation) []int {
 	return out
 }
 
-// Half are every other number of a sample, but with VIADUCT_SWEEP=all, for what takes long to prepare.
-func Half(sample []int) []int {
+// EveryNth are some of a sample, all with VIADUCT_SWEEP=all, for what takes long to prepare.
+func EveryNth(nth int, sample []int) []int {
 	if os.Getenv("VIADUCT_SWEEP") == "all" {
 		return sample
 	}
 	var out []int
-	for i := 0; i < len(sample); i += 2 {
+	for i := 0; i < len(sample); i += nth {
 		out = append(out, sample[i])
 	}
 	return out

@@ -15,10 +15,12 @@ func showCommand(e *env) *cli.Command {
 	var sel iommu.Selector
 	return command(&cli.Command{
 		Name:      "show",
-		Usage:     "one device, or with group=N one group: everything known",
+		Usage:     "show everything known about a device, or about group=N",
 		ArgsUsage: "SELECTOR",
-		Description: "Serial numbers are read from config space, which wakes a sleeping device; nothing else of a device is.\n\n" +
-			"Examples:\n  viaduct show enp1s0\n  viaduct show 0000:01:00.0 --json\n  viaduct show group=8        # with its reserved regions",
+		Description: "Reading a serial number wakes a sleeping device; nothing else does.\n\n" +
+			"Examples:\n  viaduct show enp1s0\n" +
+			"  viaduct show 0000:01:00.0 --json\n" +
+			"  viaduct show group=8",
 		Flags:        []cli.Flag{e.jsonFlag()},
 		BashComplete: e.completeSelectors,
 		Action: func(c *cli.Context) error {

@@ -94,7 +94,7 @@ func TestHolders(t *testing.T) {
 	do(t, "unbind", spare)
 	shell(t, "udevadm settle")
 	if r := run(t, "setpriv", "--bounding-set", "-sys_ptrace", "--inh-caps", "-sys_ptrace", viaduct, "bind", nvme); r.status != 3 ||
-		!strings.Contains(r.stderr, "cannot be seen") {
+		!strings.Contains(r.stderr, "cannot see who") {
 		t.Errorf("without the right to see others' files: exit status %d, %s", r.status, r.stderr)
 	}
 	away := exec.Command("unshare", "-m", "sleep", "1000") // another mount namespace with the same root
@@ -319,7 +319,7 @@ func TestFailures(t *testing.T) {
 		}
 	}
 	if r := run(t, "setpriv", "--reuid=nobody", viaduct, "bind", vf); r.status != 1 ||
-		!strings.Contains(r.stderr, "takes root") {
+		!strings.Contains(r.stderr, "needs root") {
 		t.Errorf("not root: exit status %d, %s", r.status, r.stderr)
 	}
 	do(t, "bind", vf)

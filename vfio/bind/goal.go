@@ -54,7 +54,7 @@ func (g Goal) check() error {
 	d := g.driver
 	known := d == Auto || d == None || d == stub || iommu.IsVFIODriver(d) && !strings.Contains(d, "/")
 	if g.takes() && !known {
-		return fmt.Errorf("bind: %q is no driver to take a device with: that is %s, %s, %s or a VFIO driver", d, Auto,
+		return fmt.Errorf("bind: invalid driver %q: want %s, %s, %s or a VFIO driver", d, Auto,
 			None, stub)
 	}
 	return nil

@@ -336,7 +336,7 @@ func (m *Manager) Recover() ([]bind.Recovered, error) {
 			continue
 		}
 
-		r := bind.Recovered{Device: was.Device, What: "is as it was: viaduct apply had been interrupted"}
+		r := bind.Recovered{Device: was.Device, What: "is as it was: viaduct apply was interrupted"}
 		r.Err = errors.Join(m.back(was),
 			// Told once: a record that stays would be in the way for good.
 			m.run.Delete(key))

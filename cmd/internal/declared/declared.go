@@ -145,7 +145,7 @@ func (m *Manager) Plan(s *hostfile.Host) ([]*Item, error) {
 		}
 		for _, d := range touched {
 			if first := seen[d.Name]; first != nil && first != i.with {
-				i.Refuse(fmt.Errorf("%s: %s takes %s, which is declared at %s already", i.At, i.Name, d.Name, first.At))
+				i.Refuse(fmt.Errorf("%s: %s takes %s, which is already declared at %s", i.At, i.Name, d.Name, first.At))
 				break
 			}
 			if d.PhysFn == nil {
@@ -153,7 +153,7 @@ func (m *Manager) Plan(s *hostfile.Host) ([]*Item, error) {
 			}
 			if of := seen[d.PhysFn.String()]; of != nil && of.pf != nil {
 				i.Refuse(
-					fmt.Errorf("%s: %s is a VF of %s, which is declared in pfs: what it is to have belongs there", i.At,
+					fmt.Errorf("%s: %s is a VF of %s, which is declared in pfs: declare the VF there", i.At,
 						d.Name, d.PhysFn),
 				)
 				break
@@ -202,8 +202,8 @@ func (m *Manager) found(i *Item, match hostfile.Match, find func(hostfile.Match)
 	if errors.Is(err, iommu.ErrNotFound) && i.known != nil {
 		if d = m.byRecord(i.known); d != nil {
 			err = nil
-			i.Notes = append(i.Notes, fmt.Sprintf("%s: nothing is called %s now; it is %s by what was recorded "+
-				"when it was last applied", i.At, match.String(), d.Name))
+			i.Notes = append(i.Notes, fmt.Sprintf("%s: nothing matches %s now; it is %s by the record of "+
+				"the last apply", i.At, match.String(), d.Name))
 		}
 	}
 	if err != nil {
@@ -215,7 +215,7 @@ func (m *Manager) found(i *Item, match hostfile.Match, find func(hostfile.Match)
 	i.Device = d
 
 	if why := m.changed(i.known, match, d); why != "" && !m.options.Accept {
-		i.State, i.Err = Changed, fmt.Errorf("%s: %s (viaduct apply --accept takes it as it is now)", i.Name, why)
+		i.State, i.Err = Changed, fmt.Errorf("%s: %s (viaduct apply --accept accepts that)", i.Name, why)
 		return false
 	}
 
@@ -272,7 +272,8 @@ func (m *Manager) planPF(pf *hostfile.PF, guard *guard, leased map[iommu.Address
 	if plan.Have == plan.Want && plan.Eswitch.Mode == "" {
 		if n := len(i.Device.SRIOV.VFs); n > 0 && i.Device.SRIOV.VFs[n-1].Index != n-1 {
 			i.Refuse(
-				fmt.Errorf("%s: VFs of it are missing in between, as while they are made or removed", i.Device.Name),
+				fmt.Errorf("%s: some of its VFs are missing, e.g. because they are being made or removed",
+					i.Device.Name),
 			)
 			return i
 		}
@@ -476,7 +477,7 @@ func (m *Manager) checkSets(i *Item) error {
 	}
 
 	for _, h := range holders {
-		i.Notes = append(i.Notes, "its settings change while "+h.String())
+		i.Notes = append(i.Notes, "its settings would change while "+h.String())
 	}
 	return nil
 }

@@ -204,7 +204,7 @@ func (i *importer) driverctl() error {
 		driver := strings.TrimSpace(content[n])
 		address, isPCI := strings.CutPrefix(path.Base(n), "pci-")
 		if !isPCI || !iommu.IsVFIODriver(driver) {
-			i.note("/%s: driver %q of %s: only vfio drivers of PCI devices are declared", n, driver, path.Base(n))
+			i.note("/%s: driver %q of %s: host.yaml declares only vfio drivers of PCI devices", n, driver, path.Base(n))
 			continue
 		}
 		match, d, err := i.match(address)

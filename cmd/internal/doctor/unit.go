@@ -71,9 +71,9 @@ func table(f *Facts) Check {
 			c.see(path.Join(tablesDir, s), "there")
 		}
 	case f.present():
-		c.set(Passed, "there is none, and an IOMMU is active without it (by device tree, or the hypervisor)")
+		c.set(Passed, "there is no table, and an IOMMU is active without it (by device tree, or the hypervisor)")
 	default:
-		c.set(Failed, "there is none of %s: %s", strings.Join(acpi.Signatures, ", "), f.Off.Why)
+		c.set(Failed, "there is no table of %s: %s", strings.Join(acpi.Signatures, ", "), f.Off.Why)
 		c.see(tablesDir, "")
 		c.Cure = f.Off.Cure
 	}

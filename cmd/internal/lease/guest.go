@@ -51,11 +51,12 @@ func (m *Manager) fits(l *Lease, devices []*iommu.Device, r *Request) (notes []s
 		if bad := overlaps(r.Memory, r.Moves, regions); len(bad) > 0 {
 			cure := "give it less memory"
 			if !r.Moves && len(overlaps(r.Memory, true, regions)) == 0 {
-				cure = "give it less than 1010G of memory, or use QEMU with a CPU of AMD's, which puts memory elsewhere"
+				cure = "give it less than 1010G of memory, or use QEMU with an AMD CPU model, which places memory " +
+					"elsewhere"
 			}
 			why := holder.Reason{
 				Kind: holder.Memory, Device: d.Name,
-				Text: fmt.Sprintf("the guest's memory would lie where group %d cannot have any: %s", group,
+				Text: fmt.Sprintf("the guest's memory would lie where IOMMU group %d cannot have any: %s", group,
 					strings.Join(bad, ", ")),
 			}
 			return nil, holder.Because("assign "+d.Name+" to "+l.Guest, why, cure)

@@ -297,14 +297,13 @@ func (s *Handle) overrideVFs(p *Plan, vfs []*iommu.Device) error {
 	return nil
 }
 
-// takeAll puts VFs, which were just made, onto a VFIO driver.
-func (s *Handle) takeAll(ctx context.Context, vfs []*iommu.Device) error {
-	if len(vfs) == 0 {
-		return nil
-	}
+// takeAll puts VFs, which were just made, onto VFIO drivers.
+func (s *Handle) takeAll(ctx context.Context, vfs map[string][]*iommu.Device) error {
 	var errs []error
-	for _, r := range s.DoUnasked(ctx, bind.Singly(vfs), bind.Take(bind.Auto)) {
-		errs = append(errs, r.Err)
+	for driver, some := range vfs {
+		for _, r := range s.DoUnasked(ctx, bind.Singly(some), bind.Take(driver)) {
+			errs = append(errs, r.Err)
+		}
 	}
 	return errors.Join(errs...)
 }

@@ -131,7 +131,7 @@ func shareOut(pools map[resource]pool, all []secondary, n int) ([]action, error)
 		each := pools[r].share(n)
 		if least := map[resource]uint32{queues: 2, interrupts: 1}[r]; each < least {
 			return nil, fmt.Errorf("%d VFs would get %d %s each and need %d: the controller has %d to share, and "+
-				"%d of its own"+
+				"%d for itself"+
 				" (nvme virt-mgmt -a 1 and a reset of the controller free these)",
 				n, each, resourceNames[r], least, pools[r].Total, pools[r].Primary)
 		}

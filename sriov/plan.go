@@ -1,6 +1,7 @@
 package sriov
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -47,9 +48,8 @@ func Repeat(n int, vf VFWish) []VFWish {
 // check refuses what no PF can be.
 func (w *Wish) check() error {
 	for i, vf := range w.VFs {
-		if !slices.Contains([]Use{"", UseNone, UseVFIO, UseHome}, vf.Use) {
-			return fmt.Errorf("vf%d: invalid driver %q; want %s, %s or %s",
-				i, vf.Use, UseNone, UseVFIO, UseHome)
+		if _, err := ParseUse(string(cmp.Or(vf.Use, UseNone))); err != nil {
+			return fmt.Errorf("vf%d: driver %q: %w", i, vf.Use, err)
 		}
 		if _, err := vf.Settings.checked(); err != nil {
 			return fmt.Errorf("vf%d: %w", i, err)
@@ -75,7 +75,7 @@ func anyVF(vfs []VFWish, such func(VFWish) bool) bool { return slices.ContainsFu
 
 func forHost(vf VFWish) bool     { return vf.Use == UseHome }
 func forGuests(vf VFWish) bool   { return vf.Use != UseHome }
-func onVFIO(vf VFWish) bool      { return vf.Use == UseVFIO }
+func onVFIO(vf VFWish) bool      { return vf.Use.Driver() != "" }
 func hasSettings(vf VFWish) bool { return len(vf.Settings) > 0 }
 
 // Plan is what it takes to change a PF's number of VFs; [Plan.Steps] has its order. It comes from [Handle.PlanCount].
@@ -373,8 +373,8 @@ func (p *Plan) noteNew() {
 		p.Notes = append(p.Notes, fmt.Sprintf("%s is on %s, which gets its VFs at once", p.PF.Name, p.PF.Driver))
 	}
 	if anyVF(p.VFs, func(vf VFWish) bool { return vf.Settings[SpoofChk] == on && vf.Settings[MAC] == "" }) {
-		p.Notes = append(p.Notes, "spoofchk is on for VFs without an address: the driver may drop all that "+
-			"they send")
+		p.Notes = append(p.Notes, "spoofchk is on for VFs without an address: the driver may drop "+
+			"everything they send")
 	}
 
 	if p.nvme != "" {

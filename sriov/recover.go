@@ -175,7 +175,7 @@ func (r *countRecord) lost(h *iommu.Host, pf iommu.Address) string {
 	if err != nil || now.SRIOV == nil || len(now.SRIOV.VFs) == r.Have {
 		return ""
 	}
-	return fmt.Sprintf("%s had %d VFs before and has %d now", pf, r.Have, len(now.SRIOV.VFs))
+	return fmt.Sprintf("%s had %d VFs and has %d now", pf, r.Have, len(now.SRIOV.VFs))
 }
 
 // restoreAutoprobe puts autoprobe back.
@@ -290,12 +290,13 @@ func (s *Handle) ready(ctx context.Context, r *countRecord, pf iommu.Address,
 		}
 	}
 
-	var taken, home []*iommu.Device
+	taken, home := map[string][]*iommu.Device{}, []*iommu.Device(nil)
 	for i, vf := range vfs {
-		switch r.VFs[i].Use {
-		case UseVFIO:
-			taken = append(taken, vf)
-		case UseHome:
+		use := r.VFs[i].Use
+		if driver := use.Driver(); driver != "" {
+			taken[driver] = append(taken[driver], vf)
+		}
+		if use == UseHome {
 			home = append(home, vf)
 		}
 	}

@@ -13,16 +13,6 @@ import (
 	"viaduct/iommu"
 )
 
-// Use is what new VFs are for: the driver they get.
-type Use string
-
-// The uses of new VFs. UseNone and UseVFIO keep the host's own driver from ever seeing them.
-const (
-	UseNone Use = "none" // no driver until one is asked for: for guests
-	UseVFIO Use = "vfio" // a vfio driver at once: for guests
-	UseHome Use = "home" // the host's own driver
-)
-
 // RangeError says that a PF cannot have so many VFs.
 type RangeError struct {
 	PF          iommu.Address

@@ -12,6 +12,7 @@ import (
 	"viaduct/cmd/internal/declared"
 	"viaduct/cmd/internal/hostfile"
 	"viaduct/iommu"
+	"viaduct/sriov"
 	"viaduct/vfio/bind"
 	"viaduct/vfio/holder"
 )
@@ -109,7 +110,7 @@ func bindCommand(e *env) *cli.Command {
 			&cli.BoolFlag{Name: "save", Usage: "also declare the device, for each boot", Destination: &o.save},
 			&cli.StringFlag{
 				Name:        "driver",
-				Usage:       "bind to this driver: `vfio|NAME`; vfio chooses the device's variant driver, else vfio-pci",
+				Usage:       "bind to `vfio|none|NAME`; vfio chooses the device's variant driver, else vfio-pci",
 				Value:       bind.Auto,
 				Destination: &o.driver,
 			},
@@ -123,9 +124,12 @@ func bindCommand(e *env) *cli.Command {
 			if o.selectors, err = selectors(c); err != nil {
 				return err
 			}
-			if o.driver != bind.Auto && !iommu.IsVFIODriver(o.driver) && o.driver != "pci-stub" {
-				return usagef("bind: invalid --driver %q: want vfio, vfio-pci or the name of a variant driver",
-					o.driver)
+			if o.driver == string(sriov.UseHome) {
+				return usagef("bind: --driver home: viaduct unbind gives devices back")
+			}
+			word := o.driver
+			if o.driver, err = bind.ParseDriver(word); err != nil {
+				return usagef("bind: --driver %s: %w", word, err)
 			}
 			o.owner = c.String("node-owner")
 			return runBind(c.Context, e, o)

@@ -115,7 +115,7 @@ func vfCreateCommand(e *env) *cli.Command {
 		Flags: append([]cli.Flag{
 			&cli.StringFlag{
 				Name:        "driver",
-				Usage:       "bind the VFs to: `none|vfio|home`",
+				Usage:       "bind the VFs to `none|vfio|home|NAME`",
 				Value:       string(sriov.UseNone),
 				Destination: &driver,
 			},
@@ -143,7 +143,6 @@ func vfCreateCommand(e *env) *cli.Command {
 		}, o.countFlags(e)...),
 		BashComplete: e.completePFs,
 		Action: func(c *cli.Context) error {
-			o.vf.Use = sriov.Use(driver)
 			err := o.parse(c)
 			if err != nil {
 				return err
@@ -153,9 +152,9 @@ func vfCreateCommand(e *env) *cli.Command {
 				func(w string) bool { n, err := strconv.Atoi(w); return err == nil && n >= 0 })
 			switch {
 			case at < 0 && len(words) == 2:
-				return usagef("vf create: %q is no number of VFs", words[1])
+				return usagef("vf create: invalid number of VFs %q", words[1])
 			case at < 1:
-				return usagef("vf create: want the PF and the number of VFs it is to have")
+				return usagef("vf create: want a PF and a number of VFs, e.g. enp1s0 4")
 			}
 
 			if o.pfs, err = parseSelectors(words[:at]); err != nil {
@@ -172,8 +171,8 @@ func vfCreateCommand(e *env) *cli.Command {
 				return usagef("vf create: no VFs, and settings for them")
 			}
 
-			if o.vf.Use != sriov.UseNone && o.vf.Use != sriov.UseVFIO && o.vf.Use != sriov.UseHome {
-				return usagef("vf create: --driver is none, vfio or home, not %q", driver)
+			if o.vf.Use, err = sriov.ParseUse(driver); err != nil {
+				return usagef("vf create: --driver %s: %w", driver, err)
 			}
 			for _, f := range []struct {
 				flag, value string

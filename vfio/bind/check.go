@@ -60,7 +60,7 @@ func Takable(d *iommu.Device) error {
 	case iommu.RolePort:
 		why.Text = d.Name + " is a bridge, which a guest cannot have"
 	case iommu.RoleChild:
-		why.Text = fmt.Sprintf("%s is behind %s, whose driver makes its bus: a guest can only have all that is "+
+		why.Text = fmt.Sprintf("%s is behind %s, whose driver makes its bus: a guest can have only everything "+
 			"behind that", d.Name, d.Parent)
 		cure = "name " + d.Parent.String() + " instead"
 	default:
@@ -323,8 +323,8 @@ func (c *check) siblings(asked []*iommu.Device) {
 		c.topology.All(func(other *iommu.Device) bool {
 			if d.Sibling(other) && !other.Together(d) && !has(asked, other) && other.Class>>16 != d.Class>>16 &&
 				other.Role() == iommu.RoleGuest && !other.VFIO {
-				c.verdict.Notes = append(c.verdict.Notes, fmt.Sprintf("%s is on the same card as %s, in a "+
-					"group of its own: it stays with the host unless it is taken too", other.Name, d.Name))
+				c.verdict.Notes = append(c.verdict.Notes, fmt.Sprintf("%s is on the same card as %s, in "+
+					"another group: it stays with the host unless it is taken too", other.Name, d.Name))
 			}
 			return true
 		})

@@ -95,7 +95,8 @@ type Item struct {
 
 	count      *sriov.Plan
 	sets       []*sriov.SetPlan
-	take, none []*iommu.Device
+	take       map[string][]*iommu.Device // by driver
+	none       []*iommu.Device
 	home       []*iommu.Device
 	unit       []*iommu.Device // of a device, its group
 	with       *Item           // of a device whose group another item declares too: that, which is planned and done
@@ -122,8 +123,10 @@ func (i *Item) Devices() []*iommu.Device {
 	for _, s := range i.sets {
 		out = append(out, s.VF)
 	}
-	out = append(append(append(append(out, i.take...), i.none...), i.home...), i.unit...)
-	return out
+	for _, vfs := range i.take {
+		out = append(out, vfs...)
+	}
+	return append(append(append(out, i.none...), i.home...), i.unit...)
 }
 
 // Plan compares what is declared with the host.
@@ -357,17 +360,19 @@ func (m *Manager) planVFs(i *Item, wish []sriov.VFWish, leased map[iommu.Address
 		i.Steps = append(i.Steps, s.Steps()...)
 	}
 	none := &NoDriverError{}
+	i.take = map[string][]*iommu.Device{}
 	for _, vf := range vfs {
-		if with := m.topology.KeptWith(vf); with != nil && wish[vf.VFIndex].Use == sriov.UseVFIO {
+		if with := m.topology.KeptWith(vf); with != nil && wish[vf.VFIndex].Use.Driver() != "" {
 			i.Notes = append(i.Notes, Kept(vf, with))
 		}
 		var change bind.Change
 		var err error
-		switch use := wish[vf.VFIndex].Use; {
+		use := wish[vf.VFIndex].Use
+		switch driver := use.Driver(); {
 		case leased[vf.Address].OwnDriver:
-		case use == sriov.UseVFIO && !vf.VFIO:
-			i.take = append(i.take, vf)
-			change, err = m.handle.Plan(vf, bind.Take(bind.Auto))
+		case driver != "" && (!vf.VFIO || driver != bind.Auto && driver != vf.Driver):
+			i.take[driver] = append(i.take[driver], vf)
+			change, err = m.handle.Plan(vf, bind.Take(driver))
 		case i.Waits && vf.Driver != "":
 			// Which the bond that was there let it have.
 		case use == sriov.UseNone && (vf.Blocks() || m.exact && vf.Driver != ""):
@@ -419,17 +424,21 @@ func (m *Manager) check(i *Item) error {
 
 	// A guest's VF goes where the guest needs it.
 	guests := append(slices.Clone(m.options.Force), holder.Lease)
-	for _, s := range []struct {
+	type step struct {
 		devices []*iommu.Device
 		goal    bind.Goal
 		units   [][]*iommu.Device
 		force   []holder.Kind
-	}{
-		{i.take, bind.Take(bind.Auto), bind.Singly(i.take), guests},
+	}
+	var steps []step
+	for driver, vfs := range i.take {
+		steps = append(steps, step{vfs, bind.Take(driver), bind.Singly(vfs), guests})
+	}
+	for _, s := range append(steps, []step{
 		{i.none, bind.Take(bind.None), bind.Singly(i.none), m.options.Force},
 		{i.home, bind.Home(), bind.Singly(i.home), m.options.Force},
 		{i.unit, bind.Take(i.driver), [][]*iommu.Device{i.unit}, m.options.Force},
-	} {
+	}...) {
 		if len(s.devices) == 0 {
 			continue
 		}

@@ -189,7 +189,7 @@ func TestLeasedUndo(t *testing.T) {
 	}
 	m.exact = true
 	item := plan(t, m, mixed+"      - {range: 2, vlan: 7, trust: on}\n")[0]
-	if len(item.take) != 1 || item.take[0].Name != vf.Name {
+	if len(item.take) != 1 || item.take[bind.Auto][0].Name != vf.Name {
 		t.Errorf("the guest's VF is to be taken, and nothing else: %v", item.take)
 	}
 	leased, _ := m.Guests()

@@ -52,7 +52,7 @@ func (m *Manager) Import(from string) (*hostfile.Host, []string, error) {
 			return i.out, i.notes, err
 		}
 	}
-	return nil, nil, fmt.Errorf("%q is no tool that can be imported from: these are %s", from,
+	return nil, nil, fmt.Errorf("unknown tool %q: want one of %s", from,
 		strings.Join(Sources(), ", "))
 }
 
@@ -138,7 +138,7 @@ func (i *importer) addDevice(where string, device hostfile.Device, d *iommu.Devi
 		return nil
 	}
 	if d.Role() != iommu.RoleGuest {
-		i.note("%s: %s is no device that a guest can have", where, d.Name)
+		i.note("%s: a guest cannot have %s", where, d.Name)
 		return nil
 	}
 	i.by[unit] = where

@@ -19,9 +19,6 @@ func (d *decoder) check(h *Host) {
 	}
 	for i := range h.Devices {
 		dev := &h.Devices[i]
-		if dev.Driver != "" && dev.Driver != "auto" && !iommu.IsVFIODriver(dev.Driver) {
-			d.failAt(dev.At, dev.Driver, "invalid driver; want vfio, vfio-pci or the name of a variant driver")
-		}
 		if dev.Early && !dev.Select.Has(iommu.ByAddress, iommu.ByPath) {
 			d.failAt(
 				dev.At,

@@ -13,6 +13,7 @@ import (
 
 	"viaduct/internal/nearest"
 	"viaduct/sriov"
+	"viaduct/vfio/bind"
 )
 
 // Most errors of one file that are told, and most values a file may have, with those that aliases repeat.
@@ -186,10 +187,25 @@ func (d *decoder) decode(n *yaml.Node, v reflect.Value, f *reflect.StructField) 
 				d.fail(n, text, "want %s", strings.ReplaceAll(all, ",", " or "))
 			} else if text == "" {
 				d.fail(n, text, "want a word")
+			} else if parse := driverWords[f.Tag.Get("word")]; parse != nil {
+				driver, err := parse(text)
+				if err != nil {
+					d.fail(n, text, "%v", err)
+				}
+				text = driver
 			}
 			v.SetString(text)
 		}
 	}
+}
+
+// driverWords read what names a driver.
+var driverWords = map[string]func(string) (string, error){
+	"driver": bind.ParseDriver,
+	"use": func(word string) (string, error) {
+		use, err := sriov.ParseUse(word)
+		return string(use), err
+	},
 }
 
 // text is a scalar's.

@@ -53,7 +53,7 @@ type Matches []Match
 type VFs struct {
 	At       Pos            `yaml:"-"`
 	Range    Range          `yaml:"range"     doc:"indexes (e.g. 0-3 or 0-3,6; default: all)"`
-	Driver   sriov.Use      `yaml:"driver"    doc:"driver of the VFs (default: none)"        enum:"vfio,home,none"`
+	Driver   sriov.Use      `yaml:"driver"    doc:"driver of the VFs: vfio, home, none or the name of a vfio driver (default: none)" word:"use"`
 	Pool     string         `yaml:"pool"      doc:"name of the pool from which guests draw these VFs"`
 	Network  string         `yaml:"network"   doc:"unmanaged: NetworkManager and systemd-networkd leave its interface alone" enum:"unmanaged"`
 	Settings map[Key]Valued `yaml:",settings"`
@@ -64,7 +64,7 @@ type Device struct {
 	At       Pos    `yaml:"-"`
 	Select   Match  `yaml:"select"     required:"true" doc:"selector of the device, as for a PF"`
 	Optional bool   `yaml:"optional"                   doc:"a missing device is not an error"`
-	Driver   string `yaml:"driver"                     doc:"vfio or the name of a vfio driver (default: vfio, the device's variant driver, else vfio-pci)"`
+	Driver   string `yaml:"driver"                     doc:"vfio, none or the name of a vfio driver (default: vfio, the device's variant driver, else vfio-pci)" word:"driver"`
 	Owner    string `yaml:"node_owner"                 doc:"USER[:GROUP] that owns the device's nodes"`
 	Early    bool   `yaml:"initramfs"                  doc:"take the device in the initramfs, before the host's driver can have it"`
 }

@@ -75,8 +75,7 @@ func (m *Manager) fits(l *Lease, devices []*iommu.Device, r *Request) (notes []s
 		if !may && limit < r.Memory {
 			why := holder.Reason{
 				Kind: holder.Memlock,
-				Text: fmt.Sprintf("process %d may lock %d MiB of memory, and the guest has %d MiB, all of which VFIO "+
-					"locks", pid, limit>>20, r.Memory>>20),
+				Text: fmt.Sprintf("process %d may lock %d MiB of memory, and VFIO locks all %d MiB of the guest's", pid, limit>>20, r.Memory>>20),
 			}
 			return nil, holder.Because("assign to "+l.Guest, why,
 				"raise LimitMEMLOCK= of the unit, or ulimit -l, to infinity")
@@ -84,7 +83,7 @@ func (m *Manager) fits(l *Lease, devices []*iommu.Device, r *Request) (notes []s
 	}
 
 	if len(pids) == 0 && r.NodeOwner != "" {
-		notes = append(notes, fmt.Sprintf("the VMM of %s has to be allowed to lock all of the guest's memory, %d MiB "+
+		notes = append(notes, fmt.Sprintf("the VMM of %s must be allowed to lock all of the guest's memory, %d MiB "+
 			"and some more (ulimit -l, LimitMEMLOCK=)", r.NodeOwner, r.Memory>>20))
 	}
 	return notes, nil

@@ -580,7 +580,7 @@ func TestWishes(t *testing.T) {
 	s := open(t, small(t))
 	d := device(t, s, pf)
 	for says, wish := range map[string]Wish{
-		"want vfio, none":  {VFs: Repeat(1, VFWish{Use: "vfoi"})},
+		"want vfio, none": {VFs: Repeat(1, VFWish{Use: "vfoi"})},
 		"0 to 4094":       {VFs: Repeat(1, VFWish{Settings: Settings{VLAN: "5000"}})},
 		"unknown setting": {VFs: Repeat(1, VFWish{Settings: Settings{"veb": on}})},
 		"invalid mode":    {Eswitch: Eswitch{Mode: "foo"}},

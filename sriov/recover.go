@@ -175,7 +175,7 @@ func (r *countRecord) lost(h *iommu.Host, pf iommu.Address) string {
 	if err != nil || now.SRIOV == nil || len(now.SRIOV.VFs) == r.Have {
 		return ""
 	}
-	return fmt.Sprintf("%s had %d VFs and has %d now", pf, r.Have, len(now.SRIOV.VFs))
+	return fmt.Sprintf("%s had %d VFs before and has %d now", pf, r.Have, len(now.SRIOV.VFs))
 }
 
 // restoreAutoprobe puts autoprobe back.

@@ -21,6 +21,7 @@ import (
 func installCommand(e *env) *cli.Command {
 	var o install.Options
 	var initramfs bool
+	var pkg packageOptions
 	return command(&cli.Command{
 		Name:  "install",
 		Usage: "apply the declared configuration at each boot",
@@ -50,6 +51,24 @@ func installCommand(e *env) *cli.Command {
 				Usage:       "add a hook that keeps devices with `initramfs:` true from the host's drivers from the start",
 				Destination: &initramfs,
 			},
+			&cli.StringFlag{
+				Name:        "root",
+				Usage:       "write the files of a package below `DIR`, and change nothing of this host",
+				Destination: &pkg.root,
+				TakesFile:   true,
+			},
+			&cli.StringFlag{
+				Name:        "unit-dir",
+				Usage:       "with --root: put the units into `DIR`",
+				Value:       install.DefaultUnits,
+				Destination: &pkg.units,
+			},
+			&cli.StringFlag{
+				Name:        "program",
+				Usage:       "with --root: have the units run `FILE`",
+				Value:       "/usr/sbin/viaduct",
+				Destination: &pkg.program,
+			},
 			&cli.BoolFlag{
 				Name:        "dry-run",
 				Aliases:     []string{"n"},
@@ -60,6 +79,12 @@ func installCommand(e *env) *cli.Command {
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
 				return usagef("install takes no arguments")
+			}
+			if c.IsSet("root") {
+				return runPackage(e, c.App, &pkg)
+			}
+			if c.IsSet("unit-dir") || c.IsSet("program") {
+				return usagef("install: --unit-dir and --program need --root")
 			}
 			return runInstall(c.Context, e, o, initramfs)
 		},
@@ -86,6 +111,7 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 	if err := install.Trusted(o.Program); err != nil && !e.dryRun {
 		return err
 	}
+	o.Units = install.PackageUnits("/", o.Program)
 	m, err := e.declared(b, declared.Options{})
 	if err != nil {
 		return err
@@ -115,13 +141,7 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 		return err
 	}
 	if e.dryRun {
-		for _, f := range files {
-			if f.Link != "" {
-				fmt.Fprintf(e.stdout, "ln -s %s %s\n", f.Link, f.Path)
-			} else {
-				fmt.Fprintf(e.stdout, "cat > %s <<'END'\n%sEND\n", f.Path, f.Content)
-			}
-		}
+		e.printFiles(files)
 		return nil
 	}
 

@@ -126,7 +126,7 @@ func runVerify(ctx context.Context, e *env, o verifyOptions, vo verify.Options) 
 func (e *env) offer(ctx context.Context, d *iommu.Device, o verifyOptions) error {
 	reason := "it has no driver"
 	if d.Driver != "" {
-		reason = "it is on " + d.Driver + ", which is no vfio driver"
+		reason = "it is on " + d.Driver + ", which is not a vfio driver"
 	}
 	asJSON := e.json
 	e.dryRun, e.json = true, true // nothing is printed

@@ -47,7 +47,7 @@ func vfSetCommand(e *env) *cli.Command {
 		BashComplete: e.completeVFs,
 		Action: func(c *cli.Context) (err error) {
 			if c.NArg() < 2 {
-				return usagef("vf set: want a VF and a setting, as enp1s0/vf0 mac=52:54:00:12:34:56")
+				return usagef("vf set: want a VF and a setting, e.g. enp1s0/vf0 mac=52:54:00:12:34:56")
 			}
 			if err := checkTimeout(o.timeout); err != nil {
 				return err

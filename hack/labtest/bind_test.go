@@ -309,7 +309,7 @@ func TestFailures(t *testing.T) {
 	}{
 		{"a driver that does not exist", "vfio_nonesuch", 1, []string{"bind", vf, "--driver", "vfio-nonesuch"}},
 		{"a kind that does not exist", "the kinds of holders are", 2, []string{"bind", vf, "--force=magic"}},
-		{"an owner that does not exist", "no user", 2, []string{"bind", vf, "--node-owner", "nobody-of-that-name"}},
+		{"an owner that does not exist", "unknown user", 2, []string{"bind", vf, "--node-owner", "nobody-of-that-name"}},
 		{"no time at all", "--timeout", 2, []string{"bind", vf, "--timeout", "0s"}},
 	} {
 		before := fingerprint()

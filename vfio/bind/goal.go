@@ -63,7 +63,7 @@ func (g Goal) check() error {
 	return nil
 }
 
-// moduleDrivers names the VFIO driver of each module whose driver has another name (the .name of their struct pci_driver;
+// moduleDrivers names the VFIO driver of each module whose driver has another name (the .name of its struct pci_driver;
 // most have KBUILD_MODNAME there).
 var moduleDrivers = map[string]string{"vfio_pci": generic, "hisi_acc_vfio_pci": "hisi-acc-vfio-pci"}
 

@@ -93,19 +93,19 @@ type Item struct {
 	Notes    []string // what the user should know
 	Waits    bool     // what it takes is done when the bond is there
 
-	count      *sriov.Plan
-	sets       []*sriov.SetPlan
-	take       map[string][]*iommu.Device // by driver
-	none       []*iommu.Device
-	home       []*iommu.Device
-	unit       []*iommu.Device // of a device, its group
-	with       *Item           // of a device whose group another item declares too: that, which is planned and done
-	driver     string          // to take it with
-	owner      *bind.NodeOwner
-	known      *known
-	pf         *hostfile.PF // that is declared
-	homes      []int        // indexes of the VFs that are the host's
-	marks      []mark       // of VFs whose interfaces are to be left alone, or no more
+	count  *sriov.Plan
+	sets   []*sriov.SetPlan
+	take   map[string][]*iommu.Device // by driver
+	none   []*iommu.Device
+	home   []*iommu.Device
+	unit   []*iommu.Device // of a device, its group
+	with   *Item           // of a device whose group another item declares too: that, which is planned and done
+	driver string          // to take it with
+	owner  *bind.NodeOwner
+	known  *known
+	pf     *hostfile.PF // that is declared
+	homes  []int        // indexes of the VFs that are the host's
+	marks  []mark       // of VFs whose interfaces are to be left alone, or no more
 }
 
 // Wrong reports whether the item is not as declared. That one is missing which may be is not wrong.

@@ -75,7 +75,8 @@ func (m *Manager) fits(l *Lease, devices []*iommu.Device, r *Request) (notes []s
 		if !may && limit < r.Memory {
 			why := holder.Reason{
 				Kind: holder.Memlock,
-				Text: fmt.Sprintf("process %d may lock %d MiB of memory, and VFIO locks all %d MiB of the guest's", pid, limit>>20, r.Memory>>20),
+				Text: fmt.Sprintf("process %d may lock %d MiB of memory, and VFIO locks all %d MiB of the guest's",
+					pid, limit>>20, r.Memory>>20),
 			}
 			return nil, holder.Because("assign to "+l.Guest, why,
 				"raise LimitMEMLOCK= of the unit, or ulimit -l, to infinity")

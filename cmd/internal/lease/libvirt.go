@@ -138,7 +138,7 @@ func (d *Domain) mismatch(l *Lease, all []*Lease, quarantined func(iommu.Address
 				),
 			)
 		case x.Managed:
-			out = append(out, fmt.Sprintf("%s has managed='yes', with which libvirt changes its driver: it has to be "+
+			out = append(out, fmt.Sprintf("%s has managed='yes', so libvirt would change its driver: set "+
 				"managed='no'", dev.Address))
 		case x.MAC != "" && dev.Wanted[sriov.MAC] != "" && want != "" && x.MAC != want:
 			out = append(out,

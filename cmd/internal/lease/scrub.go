@@ -123,7 +123,7 @@ func (m *Manager) certify(l *Lease, s *scrubbing) (failed, unwritten error) {
 		failed = fmt.Errorf("%s could not be cleaned, and is in quarantine: %w", s.d.Name, s.err)
 		unwritten = m.Book.State.Put(quarantineKey(s.c.Place), q)
 		if pool := m.poolOf(s.d.Address); pool != "" {
-			s.c.note("a libvirt network that was made of pool %s has to be made anew without it: viaduct pool %s "+
+			s.c.note("a libvirt network that was made of pool %s must be made again without it: viaduct pool %s "+
 				"--format libvirt-network", pool, pool)
 		}
 	}

@@ -3,7 +3,7 @@
 //
 // A topic consists of headings (# and ##), paragraphs, items (- ) and, indented by four spaces, what is typed or read as
 // it stands. `Code` stands between backquotes. A line {{NAME}} is replaced by text that the program makes of its own
-// tables, so that the manual lists what there is.
+// tables, so that the manual lists what there is. A line <!-- host: NAME --> is for the tests that run its commands.
 package docs
 
 import (
@@ -32,7 +32,12 @@ type Page struct {
 
 // Pages are the manual pages.
 var Pages = []Page{
-	{"viaduct", "8", "device passthrough and SR-IOV on Linux", []string{"overview"}},
+	{"viaduct", "8", "device passthrough and SR-IOV on Linux", []string{
+		"overview", "commands", "selectors", "safety", "groups", "bind", "vfs", "guests", "formats", "files", "needs",
+		"limits",
+	}},
+	{"host.yaml", "5", "the PFs, VFs and passthrough devices of a host, for viaduct", []string{"host.yaml", "boot"}},
+	{"viaduct-json", "5", "what viaduct prints with --json", []string{"json"}},
 }
 
 // Topics are all topics by name, with the made texts put in.

@@ -44,6 +44,8 @@ func parse(text string) (out []block) {
 				b.text += "\n"
 			}
 			open = false
+		case strings.HasPrefix(line, "<!--"):
+			open = false
 		case strings.HasPrefix(line, "# "):
 			out, open = append(out, block{heading, line[2:]}), false
 		case strings.HasPrefix(line, "## "):
@@ -193,4 +195,27 @@ func roff(s string) string {
 		}
 	}
 	return strings.Join(lines, "\n")
+}
+
+// Piece is what a text has to be typed or read as it stands.
+type Piece struct {
+	Host string // the last <!-- host: NAME --> above it: what its lines are tried on
+	Text string
+}
+
+// Pieces returns what a text has to be typed or read as it stands.
+func Pieces(text string) []Piece {
+	var out []Piece
+	name := ""
+	for i, part := range strings.Split(text, "<!-- host: ") {
+		if i > 0 {
+			name, part, _ = strings.Cut(part, " -->")
+		}
+		for _, b := range parse(part) {
+			if b.kind == verbatim {
+				out = append(out, Piece{name, b.text})
+			}
+		}
+	}
+	return out
 }

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"errors"
 	"slices"
+	"strings"
 
 	"github.com/urfave/cli/v2"
 
@@ -165,10 +166,9 @@ func (e *env) printList(h *iommu.Host, t *iommu.Topology, names *iommu.Names, ke
 func (e *env) usesOf(h *iommu.Host, t *iommu.Topology, keep map[string]bool, processes bool) (map[string][]holder.Holder,
 	error) {
 	found, err := holder.Glance(h, t)
-	if errors.Is(err, holder.ErrBlind) {
-		e.note("some uses are not shown: %v", err)
-	} else if err != nil {
-		return nil, err
+	if err != nil {
+		// A broken file of another tool keeps nobody from seeing the devices.
+		e.note("some uses are not shown: %s", strings.ReplaceAll(err.Error(), "\n", "; "))
 	}
 	if processes {
 		var devices []*iommu.Device

@@ -60,10 +60,11 @@ type showView struct {
 	Link            *linkView           `json:"link"`
 	BARs            []barView           `json:"bars"`
 	VFs             *vfsView            `json:"vfs"`
-	Holders         []holderView        `json:"holders"` // null where nobody can be asked, or not all can be seen
-	Guest           *string             `json:"guest"`
-	USB             []usbView           `json:"usb_devices"`
-	Warnings        []warningView       `json:"warnings"`
+	// Holders are those who were seen; null where nobody can be asked, or where none was seen and not all could be.
+	Holders  []holderView  `json:"holders"`
+	Guest    *string       `json:"guest"`
+	USB      []usbView     `json:"usb_devices"`
+	Warnings []warningView `json:"warnings"`
 
 	uses []holder.Holder
 }
@@ -244,9 +245,7 @@ func (v *showView) look(e *env, h *iommu.Host, t *iommu.Topology, d *iommu.Devic
 	}
 	if !h.Live() {
 		// Which has files that tell of some, and nobody to ask.
-		if found, err = holder.Glance(h, t); err != nil && !errors.Is(err, holder.ErrBlind) {
-			return err
-		}
+		found, err = holder.Glance(h, t)
 	}
 	if h.Live() && err == nil {
 		v.Holders = []holderView{}

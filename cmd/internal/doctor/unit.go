@@ -83,8 +83,8 @@ func table(f *Facts) Check {
 // works reports whether devices are in groups of an active IOMMU.
 func (f *Facts) works() bool { return len(f.Topology.Units) > 0 && len(f.Topology.Groups) > 0 }
 
-// complaint is the line of the kernel's that calls a table wrong, or found no IOMMU where one describes it; "" if there is
-// none.
+// complaint is the line of the kernel's that calls a table wrong, or found no IOMMU where one describes it; "" if there
+// is none.
 func (f *Facts) complaint() string {
 	tables := []string{"DMAR", "AMD-Vi", "IVRS", "IORT", "VIOT"}
 	wrong := []string{"BIOS is broken", "Firmware Bug", "No supported address widths", "Can't validate DRHD"}

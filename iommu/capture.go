@@ -44,6 +44,8 @@ var (
 		"operstate",
 		"flags",
 		"mtu",
+		"carrier",
+		"speed",
 		"phys_port_name",
 		"phys_switch_id",
 		"addr_assign_type",
@@ -139,6 +141,7 @@ func Capture(h *Host, w io.Writer) error {
 		c.device(d)
 		return c.err == nil
 	})
+	c.migration()
 	names := OpenNames(h)
 	defer names.Close()
 	c.add(idFiles[0], excerpt(names, t))

@@ -238,6 +238,7 @@ func newApp(e *env) *cli.App {
 			planCommand(e), applyCommand(e), statusCommand(e), undoCommand(e), adoptCommand(e), schemaCommand(e),
 			installCommand(e), uninstallCommand(e), watchCommand(e),
 			assignCommand(e), releaseCommand(e), leasesCommand(e), runCommand(e), heldCommand(), poolCommand(e),
+			migrateCommand(e),
 			libvirtHookCommand(e),
 			snapshotCommand(e), completionCommand(e), manCommand(e), versionCommand(e),
 		},

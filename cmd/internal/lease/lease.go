@@ -13,6 +13,7 @@ import (
 	"unicode/utf8"
 
 	"viaduct/cmd/internal/declared"
+	"viaduct/cmd/internal/vmm"
 	"viaduct/internal/journal"
 	"viaduct/iommu"
 	"viaduct/sriov"
@@ -38,8 +39,9 @@ type Lease struct {
 	Unit    string       `json:"unit,omitempty"`   // a systemd unit
 	Persist bool         `json:"persist"`          // it outlives all that, and the boot
 
-	NodeOwner string `json:"node_owner,omitempty"`
-	Drawn     bool   `json:"drawn,omitempty"` // by libvirt, from a network: it ends with the domain
+	VM        *vmm.Machine `json:"vm,omitempty"` // what is known of it; nil of leases made before it was kept
+	NodeOwner string       `json:"node_owner,omitempty"`
+	Drawn     bool         `json:"drawn,omitempty"` // by libvirt, from a network: it ends with the domain
 
 	NoReset bool `json:"no_reset,omitempty"` // what nothing can reset goes to the next as it is
 	Foreign bool `json:"foreign,omitempty"`  // its VMM takes it to a driver of its own, as Xen's

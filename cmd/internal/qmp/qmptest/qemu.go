@@ -32,7 +32,8 @@ func Command(tb testing.TB) []string {
 		tb.Skipf("the lab's QEMU is not built (hack/lab build): %v", err)
 	}
 	return []string{
-		filepath.Join(usr, "lib64", "ld-linux-x86-64.so.2"), "--library-path", filepath.Join(usr, "lib", "x86_64-linux-gnu"),
+		filepath.Join(usr, "lib64", "ld-linux-x86-64.so.2"), "--library-path", filepath.Join(usr, "lib",
+			"x86_64-linux-gnu"),
 		program, "-L", filepath.Join(usr, "share", "qemu"), "-L", filepath.Join(usr, "share", "seabios"),
 	}
 }

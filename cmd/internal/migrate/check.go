@@ -181,8 +181,7 @@ func checkKernel(m *move) Line {
 		return unknown(inRelease, "the kernels' releases are not known")
 	case slices.Compare(b, a) < 0:
 		return warn(inRelease, "%s has an older kernel, %s, than %s, %s: KVM's older one may not know all of the "+
-			"guest's "+
-			"state", m.to.Host, m.to.Kernel, m.from.Host, m.from.Kernel)
+			"guest's state", m.to.Host, m.to.Kernel, m.from.Host, m.from.Kernel)
 	}
 	return ok(inRelease, "Linux %s to %s", m.from.Kernel, m.to.Kernel)
 }
@@ -223,8 +222,7 @@ func checkMachine(m *move) Line {
 		return unknown(where, "the guest's machine type is not known")
 	case asked == nil && (kind == "q35" || kind == "pc" || kind == "virt"):
 		return unknown(where, "the guest's machine type is %s, which is another one in each version of QEMU: asking "+
-			"its "+
-			"QEMU tells which", kind)
+			"its QEMU tells which", kind)
 	case qemu == nil:
 		return unknown(where, "the machine types of QEMU on %s are not known; the guest's is %s", m.to.Host, kind)
 	case !slices.Contains(qemu.Machines, kind):
@@ -268,8 +266,7 @@ func checkVirtio(m *move) Line {
 		return unknown(inRelease, "what the kernels' taps can do is not known")
 	case atLeast(a, 6, 2) && !atLeast(b, 6, 2):
 		return refuse(inRelease, "%s has no UDP segmentation in its taps (Linux 6.2), which the guest's virtio NIC "+
-			"may use: "+
-			"start the guest with host_uso=off,guest_uso4=off,guest_uso6=off at the NIC", m.to.Host)
+			"may use: start the guest with host_uso=off,guest_uso4=off,guest_uso6=off at the NIC", m.to.Host)
 	}
 	return ok(inRelease, "taps on %s can do what those on %s can", m.to.Host, m.from.Host)
 }

@@ -130,8 +130,7 @@ func checkModel(m *move) Line {
 			"itself"))
 	case a.Vendor == b.Vendor && a.Family == b.Family && a.Model == b.Model:
 		return warn(inWords, "the guest's CPU is the host's; both are %s, but microcode and KVM decide what it has: "+
-			"choose "+
-			"-cpu %s when it is started next", a.Name, baseline(a, b))
+			"choose -cpu %s when it is started next", a.Name, baseline(a, b))
 	}
 	return refuse(inWords+", "+inCPUInfo, "the guest's CPU is the host's, and %s is not %s: choose -cpu %s when it is "+
 		"started next", cmp.Or(b.Name, "the other"), cmp.Or(a.Name, "this"), baseline(a, b))
@@ -192,12 +191,10 @@ func checkMitigations(m *move) Line {
 	}
 	if m.vendor(a) == "AuthenticAMD" && b.Vendor == "GenuineIntel" {
 		return warn(inCPUInfo, "the guest's kernel chose its mitigations for an AMD CPU (no page table isolation, "+
-			"against "+
-			"Meltdown), and keeps them on an Intel one until it is booted again")
+			"against Meltdown), and keeps them on an Intel one until it is booted again")
 	}
 	return warn(inCPUInfo, "the guest's kernel chose its mitigations for the other maker's CPU, and keeps them until "+
-		"it "+
-		"is booted again")
+		"it is booted again")
 }
 
 // scales reports whether KVM can give guests another TSC frequency than the host's.
@@ -215,8 +212,7 @@ func checkTSC(m *move) Line {
 	switch {
 	case invariant && !fixed:
 		return refuse(inWords, "the guest was promised an invariant TSC (invtsc) without tsc-frequency=, which QEMU "+
-			"does "+
-			"not move")
+			"does not move")
 	case b.scales():
 		return ok(inCPUInfo, "%s can give the guest the TSC frequency it has", m.to.Host)
 	case invariant:
@@ -226,8 +222,7 @@ func checkTSC(m *move) Line {
 		return ok(inCPUInfo, "%s cannot scale the TSC, and both CPUs are %s", m.to.Host, a.Name)
 	}
 	return warn(inCPUInfo, "%s cannot scale the TSC: where its frequency is another one, the guest's clock may go "+
-		"wrong "+
-		"if it is its clock source", m.to.Host)
+		"wrong if it is its clock source", m.to.Host)
 }
 
 func checkNested(m *move) Line {

@@ -25,8 +25,7 @@ func checkWay(m *move) Line {
 	}
 	if len(others) > 0 {
 		return refuse(inLease, "there is no way for %s: a failover pair takes one VF, vfio takes devices whose state "+
-			"can be "+
-			"read, replug takes VFs", strings.Join(others, ", "))
+			"can be read, replug takes VFs", strings.Join(others, ", "))
 	}
 	if m.by == ByReplug {
 		return warn(inLease, "the guest is without its device from before it moves until after (a failover pair, "+
@@ -50,8 +49,7 @@ func checkPair(m *move) Line {
 			"virtio-net-pci,id=viaduct-standby,...)")
 	case !*asked.Primary:
 		return warn(inQMP, "the guest has never taken its VF, and works on the virtio NIC: it has no failover "+
-			"driver, or has "+
-			"not come so far")
+			"driver, or has not come so far")
 	}
 	return ok(inQMP, "the guest has its VF, and the virtio NIC to stand in")
 }
@@ -67,8 +65,7 @@ func checkState(m *move) Line {
 				d.Address)
 		case !*d.Moves:
 			return refuse("VFIO_DEVICE_FEATURE_MIGRATION", "%s has no state that can be read: driver %s has no "+
-				"migration "+
-				"protocol for it", d.Address, d.Driver)
+				"migration protocol for it", d.Address, d.Driver)
 		}
 	}
 	return ok("VFIO_DEVICE_FEATURE_MIGRATION", "the state of every device can be read")

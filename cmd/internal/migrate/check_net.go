@@ -236,12 +236,10 @@ func checkVLAN(m *move) Line {
 	}
 	if want == 0 {
 		return refuse(where, "bridge %s of %s tags what the guest sends, and the VF does not: on the virtio NIC the "+
-			"guest "+
-			"would be in another network", name, m.to.Host)
+			"guest would be in another network", name, m.to.Host)
 	}
 	return refuse(where, "the VF is in VLAN %d, and bridge %s of %s does not lead there: on the virtio NIC the guest "+
-		"would "+
-		"be in another network (give the bridge %s.%d as a port, or VLAN filtering with that PVID)", want, name,
+		"would be in another network (give the bridge %s.%d as a port, or VLAN filtering with that PVID)", want, name,
 		m.to.Host,
 		c.pf.Netdev, want)
 }
@@ -301,6 +299,5 @@ func checkSameNetwork(m *move) Line {
 		return ok(where, "%s hears the guest, on %s", m.to.Host, on)
 	}
 	return warn(where, "%s has not heard the guest: that both hosts are in one network is not sure (it is no proof "+
-		"of the "+
-		"contrary, as what is silent is forgotten)", m.to.Host)
+		"of the contrary, as what is silent is forgotten)", m.to.Host)
 }

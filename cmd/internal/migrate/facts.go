@@ -27,6 +27,7 @@ type Facts struct {
 	VLANs     []iommu.VLANInterface `json:"vlan_interfaces"`
 	Used      []Used                `json:"addresses"` // MAC addresses that something here has
 	// by MAC address, the interface that it was learned on; nil: nobody was asked
+	// Heard has, by MAC address, the interface that it was learned on; nil: nobody was asked.
 	Heard  map[string]string `json:"heard"`
 	Guests []string          `json:"guests"` // that have leases
 	QEMU   *QEMU             `json:"qemu"`
@@ -93,7 +94,7 @@ type Used struct {
 type QEMU struct {
 	Version  string   `json:"version"`
 	Machines []string `json:"machines"` // their names and aliases
-	Refused  string   `json:"refused"`  // what it said instead of taking the guest's CPU and machine; "" if it took them
+	Refused  string   `json:"refused"`  // why it did not take the guest's CPU and machine; "" if it did
 }
 
 // Guest is a guest that is to move, with what is known of it on its host.

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"time"
 
+	"viaduct/cmd/internal/vmm"
 	"viaduct/internal/shell"
 	"viaduct/iommu"
 	"viaduct/sriov"
@@ -31,8 +32,10 @@ type Request struct {
 	Persist     bool
 	Foreign     bool            // its VMM takes the devices to a driver of its own
 	NoReset     bool            // give out also what nothing can reset afterwards
+	VM          *vmm.Machine    // what is known of its virtual machine
 	Alone       bool            // refuse what another process, or a VMM that runs, has already
 	exactly     []iommu.Address // these, whoever drew them
+	moving      State           // the lease is made for this
 }
 
 // Assign gives a guest devices: draws them, under the lock of the books, and then configures and takes them. Asked
@@ -120,6 +123,11 @@ func (m *Manager) reserve(ctx context.Context, r *Request, units [][]*iommu.Devi
 	}
 	if i := slices.IndexFunc(all, func(l *Lease) bool { return l.Guest == r.Guest }); i >= 0 {
 		l := all[i]
+		if r.moving == "" {
+			if err := l.moves("assign to"); err != nil {
+				return nil, false, err
+			}
+		}
 		if why := l.differs(r); why != "" {
 			reason := holder.Reason{Kind: holder.Guest, Text: "it has a lease already, " + why}
 			return nil, false, holder.Because("assign to "+r.Guest, reason, "viaduct release "+shell.Quote(r.Guest))
@@ -144,6 +152,7 @@ func (m *Manager) reserve(ctx context.Context, r *Request, units [][]*iommu.Devi
 		Drawn:     r.exactly != nil,
 		Foreign:   r.Foreign,
 		NoReset:   r.NoReset,
+		Moving:    r.moving,
 		Holders:   []Holder{},
 	}
 	l.renew(m, r)
@@ -165,6 +174,9 @@ func (l *Lease) renew(m *Manager, r *Request) {
 	l.TTL, l.Maker, l.Persist = r.TTL, m.self(), l.Persist || r.Persist
 	l.Unit, l.Owner, l.Ending, l.Unmade = r.Unit, nil, false, false
 	l.used()
+	if r.VM != nil {
+		l.VM = r.VM
+	}
 	if r.NodeOwner != "" {
 		l.NodeOwner = r.NodeOwner
 	}

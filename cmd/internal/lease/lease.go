@@ -39,7 +39,8 @@ type Lease struct {
 	Unit    string       `json:"unit,omitempty"`   // a systemd unit
 	Persist bool         `json:"persist"`          // it outlives all that, and the boot
 
-	VM        *vmm.Machine `json:"vm,omitempty"` // what is known of it; nil of leases made before it was kept
+	Moving    State        `json:"moving,omitempty"` // incoming or leaving: what its guest does; "" if it stays
+	VM        *vmm.Machine `json:"vm,omitempty"`     // what is known of it; nil of leases made before it was kept
 	NodeOwner string       `json:"node_owner,omitempty"`
 	Drawn     bool         `json:"drawn,omitempty"` // by libvirt, from a network: it ends with the domain
 

@@ -48,8 +48,8 @@ func checkPair(m *move) Line {
 		return refuse(inQMP, "the guest's QEMU has no pair of viaduct's (-device "+
 			"virtio-net-pci,id=viaduct-standby,...)")
 	case !*asked.Primary:
-		return warn(inQMP, "the guest has never taken its VF, and works on the virtio NIC: it has no failover "+
-			"driver, or has not come so far")
+		return refuse(inQMP, "the guest has not taken its VF: wait until its kernel has, or, if it has no failover driver, "+
+			"move it with --by replug")
 	}
 	return ok(inQMP, "the guest has its VF, and the virtio NIC to stand in")
 }

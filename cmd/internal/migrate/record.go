@@ -1,5 +1,7 @@
 package migrate
 
+import "time"
+
 // Phase is how far a move has come on one side. It is written down before what it allows is done: after a crash the
 // phase says what may have happened.
 type Phase string
@@ -73,3 +75,17 @@ const (
 	Back     Wants = "back"
 	TakeBack Wants = "take-back" // back, on the user's word that the destination does not run the guest
 )
+
+// Record is what one side has written down of a move, before what its phase allows is done. It outlives the boot.
+type Record struct {
+	ID      string    `json:"id"`
+	Guest   string    `json:"guest"`
+	Phase   Phase     `json:"phase"`
+	Source  bool      `json:"source"` // this side had the guest first
+	Peer    string    `json:"peer"`   // of the source: how the other side is reached; else its name
+	Began   time.Time `json:"began"`
+	Asked   bool      `json:"asked,omitempty"`  // the guest may have been asked to let go of its device
+	Socket  string    `json:"socket,omitempty"` // of the machine protocol of this side's QEMU
+	Process int       `json:"process,omitempty"`
+	Order   Order     `json:"order"`
+}

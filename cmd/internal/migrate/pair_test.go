@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -220,6 +219,7 @@ type remote struct {
 	mu    sync.Mutex
 	off   bool // the other host does not answer
 	open  []net.Conn
+	last  *Server // the last that served
 	serve sync.WaitGroup
 	lock  chan struct{}
 }
@@ -260,6 +260,9 @@ func (r *remote) Connect(ctx context.Context) (*Pipe, error) {
 			locked = true
 			return nil
 		}}
+		r.mu.Lock()
+		r.last = s
+		r.mu.Unlock()
 		_ = s.Serve(context.Background(), ends[1], ends[1])
 		if locked {
 			<-r.lock
@@ -380,5 +383,3 @@ func TestMove(t *testing.T) {
 	}
 	t.Logf("%q", steps)
 }
-
-var _ = syscall.SIGKILL

@@ -137,7 +137,7 @@ func runRun(c *cli.Context, e *env, o *assignOptions) error {
 		return err
 	}
 
-	cmd, gate, err := held(program, append(command[:1], substitute(command[1:], format, g)...))
+	cmd, gate, err := held(program, append(command[:1], format.Substitute(command[1:], g)...))
 	if err != nil {
 		return errors.Join(err, release())
 	}
@@ -174,33 +174,6 @@ func formatOf(program string) string {
 		return "qemu"
 	}
 	return "env"
-}
-
-// substitute puts a guest's devices into the words of a command.
-func substitute(words []string, format *vmm.Format, g *vmm.Guest) []string {
-	var devices []string
-	if format.Args != nil {
-		devices = format.Args(g)
-	}
-	first := g.Devices[0]
-	values := strings.NewReplacer("{address}", first.Address.String(), "{group}", fmt.Sprint(first.Group), "{mac}",
-		first.MAC, "{vlan}", first.VLAN)
-	var out []string
-	placed := false
-	for _, w := range words {
-		if w == "{devices}" {
-			out, placed = append(out, devices...), true
-			continue
-		}
-		replaced := values.Replace(w)
-		placed = placed || strings.Contains(w, "{address}") || strings.Contains(w, "{group}")
-		out = append(out, replaced)
-	}
-
-	if !placed {
-		out = append(out, devices...)
-	}
-	return out
 }
 
 // held is a command that runs this program, which becomes the other one once gate is called, and ends if this process

@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"time"
+
+	"viaduct/cmd/internal/vmm"
 )
 
 // Home is what a move does on the source beside QEMU: to leases, devices and what is written down.
@@ -204,7 +206,7 @@ func (d *Driver) connect(ctx context.Context) (err error) {
 }
 
 // device is the name of the guest's device that moves.
-func (d *Driver) device() string { return Primary }
+func (d *Driver) device() string { return vmm.PrimaryID }
 
 // ask asks the destination; one that does not answer is asked over a new pipe, once.
 func (d *Driver) ask(ctx context.Context, do string, body, out any) (a *Answer, err error) {

@@ -15,6 +15,7 @@ import (
 
 	"viaduct/cmd/internal/qmp"
 	"viaduct/cmd/internal/qmp/qmptest"
+	"viaduct/cmd/internal/vmm"
 )
 
 const theAddress = "52:54:00:aa:00:01"
@@ -56,7 +57,7 @@ func newPair(t *testing.T) *hostPair {
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	p := &hostPair{t: t, dir: dir}
-	p.from.qemu = qmptest.Start(t, filepath.Join(dir, "from"), words("-device", "usb-mouse,bus=bus.0,id="+Primary)...)
+	p.from.qemu = qmptest.Start(t, filepath.Join(dir, "from"), words("-device", "usb-mouse,bus=bus.0,id="+vmm.PrimaryID)...)
 	p.from.lease, p.from.address = true, theAddress
 	return p
 }
@@ -99,7 +100,7 @@ func (s source) SetAddress(_ context.Context, _, mac string) error {
 }
 
 func (s source) Device(*Record) (map[string]any, error) {
-	return map[string]any{"driver": "usb-mouse", "bus": "bus.0", "id": Primary}, nil
+	return map[string]any{"driver": "usb-mouse", "bus": "bus.0", "id": vmm.PrimaryID}, nil
 }
 
 func (s source) Release(context.Context, string) error {
@@ -329,7 +330,7 @@ func plugged(t *testing.T, q *qmptest.QEMU) bool {
 	}
 	m := &machine{c}
 	defer m.Close()
-	there, err := m.has(Primary)
+	there, err := m.has(vmm.PrimaryID)
 	if err != nil {
 		t.Fatal(err)
 	}

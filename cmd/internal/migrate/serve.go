@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"viaduct/cmd/internal/vmm"
 	"viaduct/vfio/holder"
 )
 
@@ -232,7 +233,7 @@ func (s *Server) view(ctx context.Context, r *Record) (*DestinationView, error) 
 		// It has nothing of the guest, and never will.
 		v.Guest = Gone
 	}
-	v.Plugged, err = s.vm.has(Primary)
+	v.Plugged, err = s.vm.has(vmm.PrimaryID)
 	return v, err
 }
 
@@ -304,7 +305,7 @@ func (s *Server) plug(ctx context.Context, r *Record) error {
 	if err != nil {
 		return err
 	}
-	if err := s.vm.plug(ctx, Primary, args); err != nil {
+	if err := s.vm.plug(ctx, vmm.PrimaryID, args); err != nil {
 		return err
 	}
 	s.times.Plugged = time.Now()

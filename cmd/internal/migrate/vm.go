@@ -12,12 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"viaduct/cmd/internal/qmp"
-)
-
-// The names that viaduct's words give devices: see the formats of package vmm.
-const (
-	Standby = "viaduct-standby"
-	Primary = "viaduct-primary"
+	"viaduct/cmd/internal/vmm"
 )
 
 // machine is a guest's QEMU. It is nil of one that has ended.
@@ -201,12 +196,12 @@ func (m *machine) plug(ctx context.Context, device string, args map[string]any) 
 
 // announce has the guest's address announced to the network, over its virtio NIC if it is there.
 func (m *machine) announce() error {
-	there, err := m.has(Standby)
+	there, err := m.has(vmm.StandbyID)
 	if err != nil || !there {
 		return err
 	}
 	return m.do("announce-self", map[string]any{
-		"initial": 50, "max": 550, "rounds": 5, "step": 100, "interfaces": []string{Standby},
+		"initial": 50, "max": 550, "rounds": 5, "step": 100, "interfaces": []string{vmm.StandbyID},
 	}, nil)
 }
 

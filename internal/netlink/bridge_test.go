@@ -6,6 +6,8 @@ import (
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"viaduct/internal/host"
 )
 
 func vlanInfo(flags, id uint16) *nl.RtAttr {
@@ -39,4 +41,46 @@ func FuzzDecodePortVLANs(f *testing.F) {
 			t.Errorf("%d VLANs", len(vlans))
 		}
 	})
+}
+
+// An entry of a bridge's forwarding table.
+func TestDecodeNeighbor(t *testing.T) {
+	b := neighborMessage{index: 4}.Serialize()
+	for _, a := range []*nl.RtAttr{
+		nl.NewRtAttr(unix.NDA_LLADDR, []byte{0x52, 0x54, 0, 0xaa, 0, 1}), nl.NewRtAttr(unix.NDA_MASTER, nl.Uint32Attr(3)),
+		nl.NewRtAttr(unix.NDA_VLAN, nl.Uint16Attr(100)),
+	} {
+		b = append(b, a.Serialize()...)
+	}
+	n, ok := decodeNeighbor(b)
+	if !ok || n.Index != 4 || n.Bridge != 3 || n.VLAN != 100 || n.Address.String() != "52:54:00:aa:00:01" || n.Own {
+		t.Errorf("%+v, %v", n, ok)
+	}
+	native.PutUint16(b[8:], unix.NUD_PERMANENT)
+	if n, _ := decodeNeighbor(b); !n.Own {
+		t.Errorf("%+v", n)
+	}
+	if _, ok := decodeNeighbor(b[:8]); ok {
+		t.Error("a cut one is taken")
+	}
+}
+
+// The kernel's own tables are read without an error, whatever is in them.
+func TestNeighborsOfKernel(t *testing.T) {
+	h, err := host.Open("/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	c, err := Dial(h, unix.NETLINK_ROUTE)
+	if err != nil {
+		t.Skipf("no socket to ask by: %v", err)
+	}
+	defer c.Close()
+	if _, err := c.Neighbors(); err != nil {
+		t.Error(err)
+	}
+	if _, err := c.BridgeVLANs(); err != nil {
+		t.Error(err)
+	}
 }

@@ -18,14 +18,17 @@ func checkWay(m *move) Line {
 	for i, d := range m.guest.Devices {
 		moves := d.Moves != nil && *d.Moves
 		switch {
-		case m.by == ByReplug && d.PF != "", m.by == ByFailover && i == 0 && d.PF != "", m.by == ByVFIO && moves:
+		case m.by == ByReplug && i == 0 && d.PF != "", m.by == ByFailover && i == 0 && d.PF != "", m.by == ByVFIO && moves:
 		default:
 			others = append(others, d.Address)
 		}
 	}
 	if len(others) > 0 {
 		return refuse(inLease, "there is no way for %s: a failover pair takes one VF, vfio takes devices whose state "+
-			"can be read, replug takes VFs", strings.Join(others, ", "))
+			"can be read, replug takes one VF", strings.Join(others, ", "))
+	}
+	if m.by == ByReplug && m.guest.Asked != nil && !m.guest.Asked.Pluggable {
+		return refuse(inQMP, "the guest's device is not where viaduct can unplug it (assign or run it with --movable)")
 	}
 	if m.by == ByReplug {
 		return warn(inLease, "the guest is without its device from before it moves until after (a failover pair, "+

@@ -123,8 +123,9 @@ type Asked struct {
 	Status    string   `json:"status"`
 	Migration string   `json:"migration"` // of one that is, or was last; "" for none
 	Blocked   []string `json:"blocked"`
-	Machine   string   `json:"machine"` // the versioned type
-	Primary   *bool    `json:"primary"` // of a failover pair: the guest has it; nil: there is no pair
+	Machine   string   `json:"machine"`   // the versioned type
+	Primary   *bool    `json:"primary"`   // of a failover pair: the guest has it; nil: there is no pair
+	Pluggable bool     `json:"pluggable"` // its first device can be unplugged by the name that viaduct gives it
 	Jobs      int      `json:"jobs"`
 	Disks     []Disk   `json:"disks"`
 }

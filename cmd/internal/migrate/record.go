@@ -1,6 +1,10 @@
 package migrate
 
-import "time"
+import (
+	"time"
+
+	"viaduct/vfio/holder"
+)
 
 // Phase is how far a move has come on one side. It is written down before what it allows is done: after a crash the
 // phase says what may have happened.
@@ -78,14 +82,14 @@ const (
 
 // Record is what one side has written down of a move, before what its phase allows is done. It outlives the boot.
 type Record struct {
-	ID      string    `json:"id"`
-	Guest   string    `json:"guest"`
-	Phase   Phase     `json:"phase"`
-	Source  bool      `json:"source"` // this side had the guest first
-	Peer    string    `json:"peer"`   // of the source: how the other side is reached; else its name
-	Began   time.Time `json:"began"`
-	Asked   bool      `json:"asked,omitempty"`  // the guest may have been asked to let go of its device
-	Socket  string    `json:"socket,omitempty"` // of the machine protocol of this side's QEMU
-	Process int       `json:"process,omitempty"`
-	Order   Order     `json:"order"`
+	ID      string      `json:"id"`
+	Guest   string      `json:"guest"`
+	Phase   Phase       `json:"phase"`
+	Source  bool        `json:"source"`         // this side had the guest first
+	Peer    string      `json:"peer,omitempty"` // of the source: how the other side is reached
+	Began   time.Time   `json:"began"`
+	Asked   bool        `json:"asked,omitempty"`  // the guest may have been asked to let go of its device
+	Socket  string      `json:"socket,omitempty"` // of the machine protocol of this side's QEMU
+	Started holder.Proc `json:"qemu"`             // which is this process, if it is known
+	Order   Order       `json:"order"`
 }

@@ -31,7 +31,7 @@ type Guesthouse interface {
 	// Socket is where the guest's QEMU is going to speak its machine protocol.
 	Socket(r *Record) string
 	// Start starts the guest's QEMU, to wait for its memory, in a scope of its own, and returns when its socket is there.
-	// It fills in the record's process.
+	// It fills in which process it is.
 	Start(ctx context.Context, r *Record) error
 	// End ends the guest's QEMU, however it is, and waits until it has gone.
 	End(ctx context.Context, r *Record) error

@@ -12,6 +12,8 @@ import (
 	"strconv"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -42,6 +44,9 @@ type Event struct {
 
 // Client is a connection to one QEMU. Its methods may be called at once.
 type Client struct {
+	// PID is the process that listens at the socket: QEMU; 0 if it is not known.
+	PID int
+
 	conn net.Conn
 
 	writing sync.Mutex
@@ -86,7 +91,27 @@ func Dial(ctx context.Context, socket string) (*Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", socket, err)
 	}
+	c.PID = listener(conn)
 	return c, nil
+}
+
+// listener is the process that listens at the other end of a unix socket (unix(7), SO_PEERCRED); 0 if nobody tells.
+func listener(conn net.Conn) int {
+	u, ok := conn.(*net.UnixConn)
+	if !ok {
+		return 0
+	}
+	raw, err := u.SyscallConn()
+	if err != nil {
+		return 0
+	}
+	pid := 0
+	_ = raw.Control(func(fd uintptr) {
+		if cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
+			pid = int(cred.Pid)
+		}
+	})
+	return pid
 }
 
 // New begins to speak with the QEMU at the other end of a connection, which is the client's from then on.

@@ -15,6 +15,9 @@ import (
 func TestReal(t *testing.T) {
 	q := qmptest.Start(t, filepath.Join(t.TempDir(), "qmp"), "-machine", "q35,accel=tcg", "-m", "64M", "-S")
 	c := q.Dial(t)
+	if c.PID != q.Cmd.Process.Pid {
+		t.Errorf("it is process %d, not %d", c.PID, q.Cmd.Process.Pid)
+	}
 	var schema []struct{ Name string }
 	if err := c.Do(t.Context(), "query-qmp-schema", nil, &schema); err != nil || len(schema) < 500 {
 		t.Fatalf("%d entries, %v", len(schema), err)

@@ -23,11 +23,13 @@ func bridged() hosttest.Tree {
 		"sys/devices/virtual/net/br0/brif/enp1s0":           "-> ../../../../pci0000:00/enp1s0/brport",
 		"viaduct/bridge-vlans":                              "enp1s0 1 pvid untagged\nenp1s0 100\n",
 		"viaduct/firmware-versions":                         "enp1s0 1.2.3, 0x8000\n",
-		"proc/net/vlan/config":                              "VLAN Dev name\t | VLAN ID\nName-Type: VLAN_NAME_TYPE_RAW_PLUS_VID_NO_PAD\nenp1s0.7       | 7  | enp1s0\n",
-		"proc/cpuinfo":                                      "processor\t: 0\nvendor_id\t: GenuineIntel\n\nprocessor\t: 1\nvendor_id\t: GenuineIntel\n\n",
-		"proc/meminfo":                                      "MemTotal:  16 kB\n",
-		"run/viaduct/lease-web.json":                        "{\"guest\": \"web\"}\n",
-		"run/viaduct/command-web.json":                      "{\"secret\": 1}\n",
+		"proc/net/vlan/config": "VLAN Dev name\t | VLAN ID\nName-Type: " +
+			"VLAN_NAME_TYPE_RAW_PLUS_VID_NO_PAD\nenp1s0.7       | 7  | enp1s0\n",
+		"proc/cpuinfo": "processor\t: 0\nvendor_id\t: " +
+			"GenuineIntel\n\nprocessor\t: 1\nvendor_id\t: GenuineIntel\n\n",
+		"proc/meminfo":                 "MemTotal:  16 kB\n",
+		"run/viaduct/lease-web.json":   "{\"guest\": \"web\"}\n",
+		"run/viaduct/command-web.json": "{\"secret\": 1}\n",
 	})
 }
 
@@ -53,7 +55,8 @@ func TestBridges(t *testing.T) {
 		if got, err := Bridges(h); err != nil || !reflect.DeepEqual(got, want) {
 			t.Errorf("%s: %+v, %v", what, got, err)
 		}
-		if got, err := VLANInterfaces(h); err != nil || !reflect.DeepEqual(got, []VLANInterface{{"enp1s0.7", 7, "enp1s0"}}) {
+		if got, err := VLANInterfaces(h); err != nil || !reflect.DeepEqual(got, []VLANInterface{{"enp1s0.7", 7,
+			"enp1s0"}}) {
 			t.Errorf("%s: %+v, %v", what, got, err)
 		}
 		if got, err := Firmware(h, "enp1s0"); err != nil || got != "1.2.3, 0x8000" {

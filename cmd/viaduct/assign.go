@@ -12,6 +12,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"viaduct/cmd/internal/lease"
+	"viaduct/cmd/internal/migrate"
 	"viaduct/cmd/internal/vmm"
 	"viaduct/iommu"
 	"viaduct/sriov"
@@ -29,6 +30,7 @@ type assignOptions struct {
 	memory  string
 	format  string
 	standby string
+	movable bool
 	timeout time.Duration
 }
 
@@ -44,6 +46,7 @@ func (o *assignOptions) flags() []cli.Flag {
 		&cli.StringFlag{Name: "node-owner", Usage: "who is to own the devices' nodes: `USER[:GROUP]`", Destination: &o.NodeOwner},
 		&cli.BoolFlag{Name: "no-reset", Usage: "assign also what nothing can reset afterwards: the next guest finds what this one leaves in it", Destination: &o.NoReset},
 		&cli.StringFlag{Name: "failover", Usage: "for migration: a virtio NIC on this `BRIDGE` with the first VF's MAC stands in for it", Destination: &o.standby},
+		&cli.BoolFlag{Name: "movable", Usage: "for migration without a virtio NIC: the first device can be unplugged", Destination: &o.movable},
 		&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", Value: bind.DefaultTimeout, Destination: &o.timeout},
 	}
 }
@@ -94,6 +97,10 @@ func (o *assignOptions) parse(c *cli.Context, format *vmm.Format) error {
 	if o.standby != "" && o.Settings[sriov.MAC] == "" {
 		return usagef("%s: --failover needs --mac: both NICs have the same address", c.Command.Name)
 	}
+	if o.movable && (format == nil || !format.Standby || format.Args == nil) {
+		return usagef("%s: --movable is for the formats qemu and qemu-iommufd", c.Command.Name)
+	}
+	o.VM = &vmm.Machine{Format: o.format, Memory: o.Memory, Standby: o.standby}
 	o.Moves, o.Foreign = format != nil && format.Moves, format != nil && format.Foreign
 	return checkTimeout(o.timeout)
 }
@@ -190,7 +197,7 @@ func runAssign(ctx context.Context, e *env, o *assignOptions, format *vmm.Format
 		if format == nil {
 			return writeJSON(e.stdout, viewLease(m, m.LookAt(l)))
 		}
-		g, err := guestOf(m, l, o.standby)
+		g, err := guestOf(m, l, o)
 		if err != nil {
 			return err
 		}
@@ -234,6 +241,9 @@ func (e *env) assign(ctx context.Context, o *assignOptions, then func(*lease.Man
 		return err
 	}
 	defer stop()
+	if o.standby != "" || o.movable {
+		o.socket(m.Host())
+	}
 	if e.dryRun {
 		steps, err := m.Preview(&o.Request)
 		if err != nil {
@@ -258,9 +268,17 @@ func (e *env) assign(ctx context.Context, o *assignOptions, then func(*lease.Man
 	return err
 }
 
+// socket gives a guest's QEMU a socket of viaduct's own, by which it moves. One that is not root's cannot make it, and
+// libvirt has its own.
+func (o *assignOptions) socket(h *iommu.Host) {
+	if format, known := vmm.Find(o.VM.Format); known && format.Args != nil && o.NodeOwner == "" {
+		o.VM.Socket = migrate.SocketOf(h, o.Guest)
+	}
+}
+
 // guestOf is a lease as a VMM is told of it.
-func guestOf(m *lease.Manager, l *lease.Lease, standby string) (*vmm.Guest, error) {
-	g := &vmm.Guest{Name: l.Guest, Standby: standby}
+func guestOf(m *lease.Manager, l *lease.Lease, o *assignOptions) (*vmm.Guest, error) {
+	g := &vmm.Guest{Name: l.Guest, Standby: o.standby, Movable: o.movable, Socket: o.VM.Socket}
 	for _, of := range l.Devices {
 		d, err := m.Topology.Find(of.Address)
 		if err != nil {
@@ -281,7 +299,7 @@ func guestOf(m *lease.Manager, l *lease.Lease, standby string) (*vmm.Guest, erro
 		}
 		g.Devices = append(g.Devices, v)
 	}
-	if standby != "" && g.Devices[0].MAC == "" {
+	if o.standby != "" && g.Devices[0].MAC == "" {
 		return nil, usagef("--failover: the first device has no MAC address for both NICs to have")
 	}
 	return g, nil

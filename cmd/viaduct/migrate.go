@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/urfave/cli/v2"
 
@@ -15,15 +16,21 @@ import (
 	"viaduct/cmd/internal/lease"
 	"viaduct/cmd/internal/migrate"
 	"viaduct/iommu"
+	"viaduct/vfio/bind"
 	"viaduct/vfio/holder"
 )
 
 // migrateOptions are what migrate is asked for.
 type migrateOptions struct {
-	guest, to string
-	by        string
-	wish      migrate.Wish
-	check     bool
+	guest, to, by, bandwidth string
+	wish                     migrate.Wish
+	check, cancel, resume    bool
+	takeBack, peer           bool
+	force, data              string
+	limits                   migrate.Limits
+	timeout                  time.Duration
+	command                  []string // of --peer: what starts QEMU, whatever the other side says
+	version                  string
 }
 
 func migrateCommand(e *env) *cli.Command {
@@ -32,25 +39,54 @@ func migrateCommand(e *env) *cli.Command {
 		Name:      "migrate",
 		Usage:     "move a running guest with its devices to another host",
 		ArgsUsage: "GUEST --to HOST",
-		Description: "With --check, report whether the guest is ready for that host: each line says ok, warn, refuse or unknown, and what was read.\n" +
-			"HOST may then be a snapshot, and --host another one. Exit status: 0 when nothing refuses, 3 when something does.\n\n" +
-			"Examples:\n  viaduct --host a.snapshot migrate web --to b.snapshot --check",
+		Description: "Runs viaduct migrate --peer on HOST (by ssh, or by any command: --to exec:COMMAND), checks whether the guest is ready, keeps a VF\n" +
+			"for it there, takes its own VF from it, sends its memory over the same way, and gives it the VF there. With a failover pair\n" +
+			"(assign or run --failover BRIDGE) the guest keeps its connections; with --movable it is without a NIC meanwhile. Whatever\n" +
+			"fails before the guest is the other host's takes it back to where it was. What was interrupted is finished by --resume, or\n" +
+			"taken back by --cancel, also there.\n\n" +
+			"With --check, only report whether the guest is ready: each line says ok, warn, refuse or unknown, and what was read. HOST may\n" +
+			"then be a snapshot, and --host another one. Exit status: 0 when nothing refuses, 3 when something does.\n\n" +
+			"Examples:\n  viaduct migrate web --to host2 --check\n  viaduct migrate web --to host2 --from net\n  viaduct migrate web --resume\n" +
+			"  viaduct --host a.snapshot migrate web --to b.snapshot --check",
 		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "to", Usage: "the other `HOST`; with --check also a snapshot", Destination: &o.to},
+			&cli.StringFlag{Name: "to", Usage: "the other `HOST`, as ssh knows it, or exec:COMMAND; with --check also a snapshot", Destination: &o.to},
 			&cli.BoolFlag{Name: "check", Usage: "only report whether the guest is ready", Destination: &o.check},
 			&cli.StringFlag{Name: "from", Usage: "draw from this `POOL` of the other host (default: the name of the one here)", Destination: &o.wish.Pool},
-			&cli.StringFlag{Name: "by", Usage: "how the devices move: `failover|vfio|replug` (default: what costs the guest least)", Destination: &o.by},
+			&cli.StringFlag{Name: "by", Usage: "how the device moves: `failover|replug` (default: failover, where there is a pair)", Destination: &o.by},
+			&cli.DurationFlag{Name: "downtime", Usage: "how long QEMU may stop the guest (default: QEMU's own)", Destination: &o.limits.Downtime},
+			&cli.StringFlag{Name: "bandwidth", Usage: "how much memory is sent in a second at most, as `100M`", Destination: &o.bandwidth},
+			&cli.DurationFlag{Name: "unplug-wait", Usage: "how long the guest may take to let go of its device", Value: 30 * time.Second, Destination: &o.limits.Unplug},
+			&cli.DurationFlag{Name: "copy-timeout", Usage: "how long sending its memory may take; 0 is for ever", Value: 10 * time.Minute, Destination: &o.limits.Whole},
+			&cli.BoolFlag{Name: "cancel", Usage: "take an interrupted move back", Destination: &o.cancel},
+			&cli.BoolFlag{Name: "resume", Usage: "finish an interrupted move", Destination: &o.resume},
+			&cli.BoolFlag{Name: "take-back", Usage: "take a move back that the other host has, and cannot finish, as it is off", Destination: &o.takeBack},
+			&cli.StringFlag{Name: "force", Usage: "with --take-back, `split-brain`: your word that the other host does not run the guest", Destination: &o.force},
+			&cli.BoolFlag{Name: "peer", Usage: "be the other side of a move, on standard input and output", Destination: &o.peer},
+			&cli.StringFlag{Name: "data", Usage: "with --peer, take the memory of the move of this `ID`", Destination: &o.data},
+			&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", Value: bind.DefaultTimeout, Destination: &o.timeout},
+			e.dryRunFlag(),
 			e.jsonFlag(),
 		},
 		BashComplete: e.completeGuests,
 		Action: func(c *cli.Context) (err error) {
+			o.version = versionText()
+			if o.peer {
+				o.command = c.Args().Slice()
+				return runMigratePeer(c.Context, e, &o)
+			}
 			if o.guest, err = oneArgument(c, "the guest's name"); err != nil {
 				return err
 			}
 			if err := o.parse(); err != nil {
 				return err
 			}
-			return runMigrateCheck(e, &o)
+			switch {
+			case o.cancel || o.resume || o.takeBack:
+				return runMigrateMend(c.Context, e, &o)
+			case o.check && isSnapshot(o.to):
+				return runMigrateSnapshots(e, &o)
+			}
+			return runMigrate(c.Context, e, &o)
 		},
 	})
 }
@@ -61,21 +97,46 @@ func (o *migrateOptions) parse() error {
 		return usageError{err}
 	}
 	switch o.wish.By = migrate.Way(o.by); o.wish.By {
-	case "", migrate.ByFailover, migrate.ByVFIO, migrate.ByReplug:
+	case "", migrate.ByFailover, migrate.ByReplug, migrate.ByVFIO:
 	default:
 		return usagef("migrate: --by %q: want failover, vfio or replug", o.by)
 	}
-	if o.to == "" {
+	mends := 0
+	for _, set := range []bool{o.cancel, o.resume, o.takeBack} {
+		if set {
+			mends++
+		}
+	}
+	switch {
+	case mends > 1:
+		return usagef("migrate: --cancel, --resume or --take-back: one of them")
+	case mends == 0 && o.to == "":
 		return usagef("migrate: to which host? (--to)")
+	case mends == 1 && o.check:
+		return usagef("migrate: --check is of a move that has not begun")
+	case o.takeBack && o.force != "split-brain":
+		return usagef("migrate: --take-back runs the guest here although it may run there: if you know that the other host is " +
+			"off, say so (--take-back --force=split-brain)")
+	case o.force != "" && !o.takeBack:
+		return usagef("migrate: --force is for --take-back")
+	case o.wish.By == migrate.ByVFIO && !o.check && mends == 0:
+		return usagef("migrate: --by vfio can only be checked so far")
 	}
-	if !o.check {
-		return usagef("migrate: only --check is there so far")
+	var err error
+	if o.limits.Bandwidth, err = parseSize(o.bandwidth); err != nil {
+		return usagef("migrate: --bandwidth %q: want a size, as 100M", o.bandwidth)
 	}
-	return nil
+	return checkTimeout(o.timeout)
 }
 
-// runMigrateCheck reports whether a guest is ready for another host.
-func runMigrateCheck(e *env, o *migrateOptions) error {
+// isSnapshot reports whether a name is that of a captured host's file or folder.
+func isSnapshot(name string) bool {
+	_, err := os.Stat(name)
+	return err == nil || strings.ContainsRune(name, '/') && !strings.HasPrefix(name, "exec:")
+}
+
+// runMigrateSnapshots reports whether a guest is ready for another host that was captured.
+func runMigrateSnapshots(e *env, o *migrateOptions) error {
 	g, here, err := e.guestFacts(o.guest)
 	if err != nil {
 		return err

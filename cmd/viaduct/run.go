@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,7 +19,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"viaduct/cmd/internal/lease"
+	"viaduct/cmd/internal/migrate"
 	"viaduct/cmd/internal/vmm"
+	"viaduct/internal/shell"
 )
 
 // exitNotRun is what run ends with when viaduct itself failed before the VMM was started.
@@ -94,6 +97,7 @@ func runRun(c *cli.Context, e *env, o *assignOptions) error {
 		return usagef("run: where do the arguments for the devices stand? Put {devices} into the command, as %s takes "+
 			"them only there", format.Name)
 	}
+	o.keepWords(command)
 	// Before anything is touched.
 	program, err := exec.LookPath(command[0])
 	if err != nil {
@@ -120,10 +124,13 @@ func runRun(c *cli.Context, e *env, o *assignOptions) error {
 		) // the system call's way to tell it (getpriority(2)); the command has what viaduct was started with
 		// The command's, too.
 		signal.Reset(unix.SIGPIPE)
-		g, err = guestOf(m, l, o.standby)
+		g, err = guestOf(m, l, o)
 		return err
 	})
 	release := func() error {
+		if moved, err := e.moved(c.Context, o.Guest); moved || err != nil {
+			return err
+		}
 		return runRelease(
 			context.WithoutCancel(c.Context),
 			&env{stdout: e.stderr, stderr: e.stderr, openHost: e.openHost},
@@ -137,6 +144,9 @@ func runRun(c *cli.Context, e *env, o *assignOptions) error {
 		return err
 	}
 
+	if err := e.keepCommand(o.Guest, command, format); err != nil {
+		return errors.Join(err, release())
+	}
 	cmd, gate, err := held(program, append(command[:1], format.Substitute(command[1:], g)...))
 	if err != nil {
 		return errors.Join(err, release())
@@ -160,6 +170,72 @@ func runRun(c *cli.Context, e *env, o *assignOptions) error {
 		return nil
 	}
 	return &vmmEnded{status: ended}
+}
+
+// keepWords reads of the command what a move of the guest has to know.
+func (o *assignOptions) keepWords(command []string) {
+	if !strings.HasPrefix(o.VM.Format, "qemu") {
+		return
+	}
+	vm := vmm.ReadMachine(command[1:])
+	vm.Format, vm.Standby = o.VM.Format, o.VM.Standby
+	vm.Memory = cmp.Or(o.Memory, vm.Memory)
+	o.VM = &vm
+}
+
+// keepCommand writes down the command of a guest that can move, for the host that it moves to.
+func (e *env) keepCommand(guest string, command []string, format *vmm.Format) error {
+	if !format.Standby {
+		return nil
+	}
+	h, err := e.open()
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	words := slices.Clone(command)
+	if !slices.ContainsFunc(words, func(w string) bool {
+		return w == vmm.Devices || strings.Contains(w, "{address}") || strings.Contains(w, "{group}")
+	}) {
+		words = append(words, vmm.Devices)
+	}
+	return lease.BookOf(h).KeepWords(guest, words)
+}
+
+// moved waits, if a guest moves, until that is over, and reports whether it is on another host: its devices are
+// released by who moves it.
+func (e *env) moved(ctx context.Context, guest string) (bool, error) {
+	h, err := e.open()
+	if err != nil {
+		return false, err
+	}
+	defer h.Close()
+	side := &migrate.Side{Host: h}
+	r, err := side.Record(guest)
+	if r == nil || !r.Source || err != nil {
+		return false, err
+	}
+	const mostEnd = 10 * time.Minute
+	held, err := lease.BookOf(h).LockMove(context.WithoutCancel(ctx), guest, mostEnd)
+	if err != nil {
+		return false, err
+	}
+	defer held.Close()
+	l, err1 := lease.BookOf(h).Get(guest)
+	now, err2 := side.Record(guest)
+	if err := errors.Join(err1, err2); err != nil {
+		return false, err
+	}
+	switch {
+	case l == nil && now == nil:
+		e.note("%s is on %s now", guest, r.Peer)
+		return true, nil
+	case now != nil:
+		e.note("%s has ended while it moved, and its devices are kept until that is over (viaduct migrate %s --resume, or "+
+			"--cancel)", guest, shell.Quote(guest))
+		return true, nil
+	}
+	return false, nil
 }
 
 // formatOf is the format of a VMM by its program's name.

@@ -26,7 +26,8 @@ func TestDecodePortVLANs(t *testing.T) {
 	} {
 		spec.AddChild(v)
 	}
-	b := append(nl.NewIfInfomsg(unix.AF_BRIDGE).Serialize(), nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated("eth0")).Serialize()...)
+	b := append(nl.NewIfInfomsg(unix.AF_BRIDGE).Serialize(), nl.NewRtAttr(unix.IFLA_IFNAME,
+		nl.ZeroTerminated("eth0")).Serialize()...)
 	name, vlans := decodePortVLANs(append(b, spec.Serialize()...))
 	want := []PortVLAN{{ID: 1, PVID: true, Untagged: true}, {ID: 10}, {ID: 11}, {ID: 12}, {ID: 20}}
 	if name != "eth0" || !reflect.DeepEqual(vlans, want) {
@@ -47,7 +48,8 @@ func FuzzDecodePortVLANs(f *testing.F) {
 func TestDecodeNeighbor(t *testing.T) {
 	b := neighborMessage{index: 4}.Serialize()
 	for _, a := range []*nl.RtAttr{
-		nl.NewRtAttr(unix.NDA_LLADDR, []byte{0x52, 0x54, 0, 0xaa, 0, 1}), nl.NewRtAttr(unix.NDA_MASTER, nl.Uint32Attr(3)),
+		nl.NewRtAttr(unix.NDA_LLADDR, []byte{0x52, 0x54, 0, 0xaa, 0, 1}), nl.NewRtAttr(unix.NDA_MASTER,
+			nl.Uint32Attr(3)),
 		nl.NewRtAttr(unix.NDA_VLAN, nl.Uint16Attr(100)),
 	} {
 		b = append(b, a.Serialize()...)

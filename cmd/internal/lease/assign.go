@@ -174,7 +174,8 @@ func (l *Lease) renew(m *Manager, r *Request) {
 	l.TTL, l.Maker, l.Persist = r.TTL, m.self(), l.Persist || r.Persist
 	l.Unit, l.Owner, l.Ending, l.Unmade = r.Unit, nil, false, false
 	l.used()
-	if r.VM != nil {
+	if r.VM != nil && (l.VM == nil || r.VM.Words || !l.VM.Words) {
+		// Who only asks again does not know the words of who runs it.
 		l.VM = r.VM
 	}
 	if r.NodeOwner != "" {

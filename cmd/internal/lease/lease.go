@@ -4,6 +4,7 @@ package lease
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/url"
 	"slices"
@@ -243,7 +244,7 @@ func (b *Book) putLocked(l *Lease) error {
 // drop ends a lease. What outlives a boot goes first: power may be cut in between.
 func (b *Book) drop(l *Lease) error {
 	return b.alone(func() error {
-		if err := b.State.Delete(key(l.Guest)); err != nil {
+		if err := errors.Join(b.State.Delete(key(l.Guest)), b.Run.Delete(wordsKey(l.Guest))); err != nil {
 			return err
 		}
 		return b.Run.Delete(key(l.Guest))

@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/url"
 	"time"
 
+	"viaduct/internal/filelock"
 	"viaduct/internal/journal"
 	"viaduct/internal/shell"
 	"viaduct/iommu"
@@ -42,6 +44,36 @@ func (b *Book) Recorded() ([]*Lease, error) {
 		}
 	}
 	return out, nil
+}
+
+// commands begins the keys of the records of the words that guests' VMMs were started with.
+const commands = "command-"
+
+func wordsKey(guest string) string { return commands + url.PathEscape(guest) }
+
+// KeepWords writes down the words that a guest's VMM is started with, with {devices} where those of viaduct stand,
+// until
+// its lease ends. They may hold secrets, as its process shows them: no snapshot has them.
+func (b *Book) KeepWords(guest string, words []string) error {
+	return b.Run.Put(wordsKey(guest), words)
+}
+
+// Words are what KeepWords has written down; none of a guest that viaduct did not run.
+func (b *Book) Words(guest string) ([]string, error) {
+	var out []string
+	_, err := b.Run.Get(wordsKey(guest), &out)
+	return out, err
+}
+
+// LockMove keeps others from a guest's move, and from ending what it has here; the caller closes the file.
+func (b *Book) LockMove(ctx context.Context, guest string, wait time.Duration) (*filelock.File, error) {
+	ctx, cancel := context.WithTimeout(ctx, wait)
+	defer cancel()
+	f, err := b.lock(ctx, byteOf("move of "+guest+"\x00"))
+	if errors.Is(err, context.DeadlineExceeded) {
+		return nil, fmt.Errorf("%s: another viaduct has been at work on its move for %s", guest, wait)
+	}
+	return f, err
 }
 
 // moves refuses what a guest's move forbids: to do something else with its lease.

@@ -36,7 +36,8 @@ func TestExpect(t *testing.T) {
 	if err != nil || !l.Ready || l.Moving != Incoming {
 		t.Fatalf("%+v, %v", l, err)
 	}
-	if again, _, err := m.Expect(ctx, &Request{Guest: "web", From: "net", Count: 1, Settings: sriov.Settings{sriov.VLAN: "7"}}); err != nil ||
+	if again, _, err := m.Expect(ctx, &Request{Guest: "web", From: "net", Count: 1,
+		Settings: sriov.Settings{sriov.VLAN: "7"}}); err != nil ||
 		again.Devices[0].Address != l.Devices[0].Address {
 		t.Errorf("again: %+v, %v", again, err)
 	}
@@ -49,7 +50,8 @@ func TestExpect(t *testing.T) {
 	if _, err := m.Release(ctx, "web", 0); !errors.Is(err, holder.ErrRefused) {
 		t.Errorf("release: %v", err)
 	}
-	if _, _, _, err := m.Assign(ctx, &Request{Guest: "web", From: "net", Count: 1}); !errors.Is(err, holder.ErrRefused) {
+	if _, _, _, err := m.Assign(ctx, &Request{Guest: "web", From: "net", Count: 1}); !errors.Is(err,
+		holder.ErrRefused) {
 		t.Errorf("assign: %v", err)
 	}
 	if gone, err := m.Reclaim(ctx); len(gone) > 0 || err != nil {
@@ -66,7 +68,8 @@ func TestExpect(t *testing.T) {
 		t.Fatal(err)
 	}
 	now, err := m.Book.Get("web")
-	if err != nil || now.Moving != "" || now.Devices[0].Wanted[sriov.MAC] != guestMAC || now.Devices[0].Now[sriov.VLAN] != "7" {
+	if err != nil || now.Moving != "" || now.Devices[0].Wanted[sriov.MAC] != guestMAC ||
+		now.Devices[0].Now[sriov.VLAN] != "7" {
 		t.Errorf("%+v, %v", now, err)
 	}
 	out, err := m.Release(ctx, "web", 0)

@@ -1,12 +1,15 @@
 package migrate
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"strings"
 
 	"viaduct/cmd/internal/vmm"
+	"viaduct/iommu"
+	"viaduct/vfio/holder"
 )
 
 // version reads the version of a QEMU.
@@ -90,4 +93,59 @@ func (m *machine) asked(vm *vmm.Machine) (*Asked, error) {
 		}
 	}
 	return a, errors.Join(err1, err2, err3, err4)
+}
+
+// ProcessOf is the process that answers at a QEMU's socket.
+func ProcessOf(ctx context.Context, h *iommu.Host, socket string) (holder.Proc, error) {
+	m, err := dial(ctx, socket)
+	if err != nil {
+		return holder.Proc{}, err
+	}
+	if m == nil {
+		return holder.Proc{}, fmt.Errorf("nobody answers at %s: the guest does not run, or was not started with it",
+			socket)
+	}
+	defer m.Close()
+	if m.PID == 0 {
+		return holder.Proc{}, fmt.Errorf("nobody tells which process answers at %s", socket)
+	}
+	return holder.NameProcess(h, m.PID), nil
+}
+
+// AskHost asks the viaduct of another host for its facts, and completes what is known of the guest by them. Name is
+// what
+// the user calls the host.
+func AskHost(ctx context.Context, r Remote, g *Guest, name string) (*Facts, error) {
+	p, err := r.Connect(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	defer p.Close()
+	w := &FactsWish{Program: "qemu-system-x86_64"}
+	if g.VM != nil {
+		w.VM = *g.VM
+	}
+	if g.Asked != nil {
+		w.VM.Machine = cmp.Or(g.Asked.Machine, w.VM.Machine)
+		for _, d := range g.Asked.Disks {
+			w.Disks = append(w.Disks, d.Path)
+		}
+	}
+	var a FactsAnswer
+	if _, err := p.Ask(ctx, &Question{Do: askFacts}, w, &a); err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	if a.Facts == nil {
+		return nil, fmt.Errorf("%s: the other side told nothing of its host", name)
+	}
+	if g.Asked != nil {
+		for i, d := range g.Asked.Disks {
+			if there, known := a.Disks[d.Path]; known {
+				g.Asked.Disks[i].There = &there
+			}
+		}
+	}
+	a.Facts.Host = name
+	a.Facts.Live = true
+	return a.Facts, nil
 }

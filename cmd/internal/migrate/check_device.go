@@ -18,7 +18,8 @@ func checkWay(m *move) Line {
 	for i, d := range m.guest.Devices {
 		moves := d.Moves != nil && *d.Moves
 		switch {
-		case m.by == ByReplug && i == 0 && d.PF != "", m.by == ByFailover && i == 0 && d.PF != "", m.by == ByVFIO && moves:
+		case m.by == ByReplug && i == 0 && d.PF != "", m.by == ByFailover && i == 0 && d.PF != "", m.by == ByVFIO &&
+			moves:
 		default:
 			others = append(others, d.Address)
 		}
@@ -51,8 +52,8 @@ func checkPair(m *move) Line {
 		return refuse(inQMP, "the guest's QEMU has no pair of viaduct's (-device "+
 			"virtio-net-pci,id=viaduct-standby,...)")
 	case !*asked.Primary:
-		return refuse(inQMP, "the guest has not taken its VF: wait until its kernel has, or, if it has no failover driver, "+
-			"move it with --by replug")
+		return refuse(inQMP, "the guest has not taken its VF: wait until its kernel has, or, if it has no failover "+
+			"driver, move it with --by replug")
 	}
 	return ok(inQMP, "the guest has its VF, and the virtio NIC to stand in")
 }

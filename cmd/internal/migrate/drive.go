@@ -349,7 +349,8 @@ func (d *Driver) send(ctx context.Context) error {
 func (d *Driver) await(ctx context.Context) error {
 	if d.Limits.Whole > 0 {
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeoutCause(ctx, d.Limits.Whole, fmt.Errorf("it took longer than %s", d.Limits.Whole))
+		ctx, cancel = context.WithTimeoutCause(ctx, d.Limits.Whole, fmt.Errorf("it took longer than %s",
+			d.Limits.Whole))
 		defer cancel()
 	}
 	p, err := d.vm.settled(ctx, func(p progress) {

@@ -12,18 +12,21 @@ import (
 // The points of a move at which something may go wrong: before an action of the source, or a task of the destination.
 var (
 	actions = []Action{
-		AskReserve, AskStart, RecordUnplugging, Unplug, Park, RecordCopying, AskLoad, Send, Await, RecordCommitted, AskTake,
+		AskReserve, AskStart, RecordUnplugging, Unplug, Park, RecordCopying, AskLoad, Send, Await, RecordCommitted,
+		AskTake,
 		AskArrive, RecordQuitting, Quit, AskForget, End,
 	}
 	back = []Action{RecordReturning, Resume, AskRefuse, Unpark, Plug, Keep}
 	work = []Task{
-		NoteReserved, Reserve, NoteWaiting, Start, NoteLoading, Load, NoteMine, Go, GiveAddress, PlugHere, NoteArrived, Forget,
+		NoteReserved, Reserve, NoteWaiting, Start, NoteLoading, Load, NoteMine, Go, GiveAddress, PlugHere,
+		NoteArrived, Forget,
 	}
 )
 
 // wrong is something that goes wrong at a point of a move.
 type wrong struct {
-	what   string // kill, cut, turn: the viaduct here, the pipe, the user; here, there: a QEMU; serve: the viaduct there
+	// kill, cut, turn: the viaduct here, the pipe, the user; here, there: a QEMU; serve: the viaduct there
+	what   string
 	action Action
 	task   Task
 	after  Action // the point is on the way back from here
@@ -99,7 +102,8 @@ func (x *trial) action(a Action) error {
 		// Which is not done: the user turns round.
 		x.turn()
 	}
-	if !x.done && x.w.task == "" && x.w.action == a && (x.w.after == "" || x.d.Record.Phase == Returning || a == RecordReturning) {
+	if !x.done && x.w.task == "" && x.w.action == a && (x.w.after == "" || x.d.Record.Phase == Returning ||
+		a == RecordReturning) {
 		return x.happens()
 	}
 	return nil
@@ -174,7 +178,8 @@ func cmpErr(err error) error {
 }
 
 // TestFaults: whatever goes wrong at whatever point of a move, the guest never runs twice, and a user mends it with
-// --resume or --cancel: it is on one host then, with its device and its address, and nothing of it is on the other. A few
+// --resume or --cancel: it is on one host then, with its device and its address, and nothing of it is on the other. A
+// few
 // points are tried, by a seed that is told, or with VIADUCT_SWEEP=all each of them.
 func TestFaults(t *testing.T) {
 	all := faults()

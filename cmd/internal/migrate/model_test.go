@@ -51,7 +51,8 @@ func (w *world) view() *SourceView {
 }
 
 func (e *end) view(way Way) *DestinationView {
-	return &DestinationView{Way: way, Phase: e.phase, Leased: e.lease, Guest: e.guest, Loaded: e.loaded, Address: e.address, Plugged: e.plugged}
+	return &DestinationView{Way: way, Phase: e.phase, Leased: e.lease, Guest: e.guest, Loaded: e.loaded,
+		Address: e.address, Plugged: e.plugged}
 }
 
 // work does the next thing of the destination's tasks.
@@ -360,8 +361,9 @@ func mended(w world) error {
 // could mend it, and no device is lost.
 func TestModel(t *testing.T) {
 	for _, way := range []Way{ByFailover, ByReplug, ByVFIO} {
-		first := world{way: way, phase: Checked, guest: Running, plugged: true, address: true, lease: true, record: true,
-			want: Forward, driver: true, there: end{guest: Gone, open: true}}
+		first := world{way: way, phase: Checked, guest: Running, plugged: true, address: true, lease: true,
+			record: true,
+			want:   Forward, driver: true, there: end{guest: Gone, open: true}}
 		seen := map[world]world{first: {}}
 		for todo := []world{first}; len(todo) > 0; {
 			w := todo[0]

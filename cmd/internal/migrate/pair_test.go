@@ -57,14 +57,16 @@ func newPair(t *testing.T) *hostPair {
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	p := &hostPair{t: t, dir: dir}
-	p.from.qemu = qmptest.Start(t, filepath.Join(dir, "from"), words("-device", "usb-mouse,bus=bus.0,id="+vmm.PrimaryID)...)
+	p.from.qemu = qmptest.Start(t, filepath.Join(dir, "from"), words("-device",
+		"usb-mouse,bus=bus.0,id="+vmm.PrimaryID)...)
 	p.from.lease, p.from.address = true, theAddress
 	return p
 }
 
 func (p *hostPair) record() *Record {
-	return &Record{ID: NewID(), Guest: "web", Phase: Checked, Source: true, Peer: "the other", Socket: p.from.qemu.Socket,
-		Order: Order{Way: ByReplug, From: "net", Count: 1, Address: theAddress}}
+	return &Record{ID: NewID(), Guest: "web", Phase: Checked, Source: true, Peer: "the other",
+		Socket: p.from.qemu.Socket,
+		Order:  Order{Way: ByReplug, From: "net", Count: 1, Address: theAddress}}
 }
 
 // source and destination are the hosts' sides of it.
@@ -340,7 +342,8 @@ func plugged(t *testing.T, q *qmptest.QEMU) bool {
 // here checks that the guest is where it was, with all it had, and nothing of it is on the other host.
 func (p *hostPair) here(t *testing.T) {
 	t.Helper()
-	if !running(t, p.from.qemu) || !plugged(t, p.from.qemu) || !p.from.lease || p.from.address != theAddress || p.from.record != nil {
+	if !running(t, p.from.qemu) || !plugged(t, p.from.qemu) || !p.from.lease || p.from.address != theAddress ||
+		p.from.record != nil {
 		t.Errorf("the guest is not as it was: %+v", p.from)
 	}
 	if p.to.lease || p.to.qemu != nil && !p.to.qemu.Ended() {
@@ -351,7 +354,8 @@ func (p *hostPair) here(t *testing.T) {
 // moved checks that the guest is on the other host, with all it had, and nothing of it is here.
 func (p *hostPair) moved(t *testing.T) {
 	t.Helper()
-	if !running(t, p.to.qemu) || !plugged(t, p.to.qemu) || !p.to.lease || p.to.address != theAddress || p.to.record != nil {
+	if !running(t, p.to.qemu) || !plugged(t, p.to.qemu) || !p.to.lease || p.to.address != theAddress ||
+		p.to.record != nil {
 		t.Errorf("the guest has not come as it was: %+v", p.to)
 	}
 	if p.from.lease || !p.from.qemu.Ended() || p.from.record != nil {
@@ -360,7 +364,8 @@ func (p *hostPair) moved(t *testing.T) {
 }
 
 func (p *hostPair) driver(r *remote, record *Record, tell func(Action) error) *Driver {
-	return &Driver{Home: source{p}, Remote: r, Record: record, Tell: tell, Limits: Limits{Unplug: 5 * time.Second, Whole: time.Minute}}
+	return &Driver{Home: source{p}, Remote: r, Record: record, Tell: tell, Limits: Limits{Unplug: 5 * time.Second,
+		Whole: time.Minute}}
 }
 
 // A guest moves, and what that took is told.
@@ -378,7 +383,8 @@ func TestMove(t *testing.T) {
 	r.serve.Wait()
 	p.moved(t)
 	o := d.Outcome
-	if !o.Moved || o.Downtime == nil || o.Memory == 0 || o.Stopped.IsZero() || o.Resumed.Before(o.Stopped) || !o.Clock.Known ||
+	if !o.Moved || o.Downtime == nil || o.Memory == 0 || o.Stopped.IsZero() || o.Resumed.Before(o.Stopped) ||
+		!o.Clock.Known ||
 		o.Unplug.IsZero() || o.Plugged.Before(o.Resumed) {
 		t.Errorf("%+v", o)
 	}

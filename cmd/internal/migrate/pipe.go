@@ -65,7 +65,8 @@ func (p *Pipe) Close() { _ = p.stream.Close() }
 // mostAnswer is how long the destination may take for a step; to reserve a device, or to release it, is the longest.
 const mostAnswer = 3 * time.Minute
 
-// Ask asks a question and waits for its answer, whose body is read into out. An answer that says that it was not done is
+// Ask asks a question and waits for its answer, whose body is read into out. An answer that says that it was not done
+// is
 // an error, with the answer; without one the conversation has ended.
 func (p *Pipe) Ask(ctx context.Context, q *Question, body, out any) (*Answer, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, mostAnswer, fmt.Errorf("no answer within %s", mostAnswer))

@@ -30,7 +30,8 @@ type Guesthouse interface {
 	Leased(guest string) (bool, error)
 	// Socket is where the guest's QEMU is going to speak its machine protocol.
 	Socket(r *Record) string
-	// Start starts the guest's QEMU, to wait for its memory, in a scope of its own, and returns when its socket is there.
+	// Start starts the guest's QEMU, to wait for its memory, in a scope of its own, and returns when its socket is
+	// there.
 	// It fills in which process it is.
 	Start(ctx context.Context, r *Record) error
 	// End ends the guest's QEMU, however it is, and waits until it has gone.
@@ -189,7 +190,8 @@ func (s *Server) look(ctx context.Context, q *Question) (*Record, *DestinationVi
 	}
 	if r != nil && r.ID != q.Move {
 		if r.Source || r.Phase != Refused && r.Phase != Arrived {
-			return nil, nil, fmt.Errorf("another move of %s is not over here: viaduct migrate %s --cancel, or --resume", q.Guest,
+			return nil, nil, fmt.Errorf("another move of %s is not over here: viaduct migrate %s --cancel, or "+
+				"--resume", q.Guest,
 				q.Guest)
 		}
 		r = nil
@@ -348,6 +350,27 @@ func (s *Server) LetGo(ctx context.Context, r *Record) error {
 		return fmt.Errorf("%s is this host's by now: %w", r.Guest, ErrGoesOn)
 	}
 	return s.work(ctx, r, []Task{NoteRefused, EndQEMU, Release})
+}
+
+// Finish is for a user on the destination: it gives a guest that is its own by now its device, if the source did not
+// come
+// to that.
+func (s *Server) Finish(ctx context.Context, r *Record) error {
+	defer s.close()
+	v, err := s.view(ctx, r)
+	if err != nil {
+		return err
+	}
+	switch v.Peer() {
+	case PeerMine, PeerArrived:
+		tasks, err := v.Tasks(AskArrive)
+		if err != nil {
+			return err
+		}
+		return s.work(ctx, r, tasks)
+	}
+	return fmt.Errorf("%s is %s here: what is to be done next, the host knows that it comes from (viaduct migrate %s "+
+		"--resume there)", r.Guest, v.Peer(), r.Guest)
 }
 
 // dataSocket is where QEMU waits for a guest's memory.

@@ -39,37 +39,19 @@ type Side struct {
 	Note func(format string, a ...any)
 }
 
-const (
-	moves    = "move-"    // and the guest: what is written down of its move
-	commands = "command-" // and the guest: the words that its VMM was started with
-)
-
-func keyOf(prefix, guest string) string { return prefix + url.PathEscape(guest) }
+// moveKey is the key of what is written down of a guest's move.
+func moveKey(guest string) string { return "move-" + url.PathEscape(guest) }
 
 func (s *Side) state() *journal.Journal { return journal.In(s.Host.Host, declared.StateDir) }
-func (s *Side) run() *journal.Journal   { return journal.In(s.Host.Host, journal.Dir) }
 
 // Record is what is written down of a guest's move; nil if nothing is.
 func (s *Side) Record(guest string) (*Record, error) {
 	var r Record
-	known, err := s.state().Get(keyOf(moves, guest), &r)
+	known, err := s.state().Get(moveKey(guest), &r)
 	if err != nil || !known {
 		return nil, err
 	}
 	return &r, nil
-}
-
-// KeepCommand writes down the words that a guest's VMM is started with, with {devices} where those of viaduct stand. They
-// may hold secrets: only root reads them, and no snapshot has them.
-func KeepCommand(h *iommu.Host, guest string, words []string) error {
-	return journal.In(h.Host, journal.Dir).Put(keyOf(commands, guest), words)
-}
-
-// Words are what KeepCommand has written down; none of a guest that viaduct did not run.
-func (s *Side) Words(guest string) ([]string, error) {
-	var out []string
-	_, err := s.run().Get(keyOf(commands, guest), &out)
-	return out, err
 }
 
 // SocketOf is where a guest's QEMU has its machine protocol, for viaduct. A socket's name has no more than 107 bytes.
@@ -96,7 +78,7 @@ func (s *Side) House() Guesthouse { return destinationSide{s} }
 type sourceSide struct{ *Side }
 
 func (s sourceSide) Save(ctx context.Context, r *Record) error {
-	if err := s.state().Put(keyOf(moves, r.Guest), r); err != nil {
+	if err := s.state().Put(moveKey(r.Guest), r); err != nil {
 		return err
 	}
 	return s.setMoving(ctx, r.Guest, lease.Leaving)
@@ -107,10 +89,8 @@ func (s sourceSide) Drop(ctx context.Context, r *Record, stays bool) error {
 		if err := s.setMoving(ctx, r.Guest, ""); err != nil {
 			return err
 		}
-	} else if err := s.run().Delete(keyOf(commands, r.Guest)); err != nil {
-		return err
 	}
-	return s.state().Delete(keyOf(moves, r.Guest))
+	return s.state().Delete(moveKey(r.Guest))
 }
 
 // setMoving says in the lease what its guest does. A lease that has ended has nothing to say.
@@ -125,6 +105,36 @@ func (s *Side) setMoving(ctx context.Context, guest string, moving lease.State) 
 	}
 	defer stop()
 	return m.SetMoving(ctx, guest, moving)
+}
+
+// Unmark takes from a lease the mark of a move of which nothing is written down: it was interrupted at its very end.
+func (s *Side) Unmark(ctx context.Context, guest string) error {
+	l, err := lease.BookOf(s.Host).Get(guest)
+	if err != nil {
+		return err
+	}
+	if l == nil || l.Moving == "" {
+		return fmt.Errorf("%s does not move", guest)
+	}
+	return s.setMoving(ctx, guest, "")
+}
+
+// DataSocket is where the memory of a move is to be sent here, by its id.
+func (s *Side) DataSocket(id string) (string, error) {
+	keys, err := s.state().Keys(moveKey(""))
+	if err != nil {
+		return "", err
+	}
+	for _, k := range keys {
+		var r Record
+		if known, err := s.state().Get(k, &r); err != nil || !known {
+			continue
+		}
+		if socket, err := DataSocket(&r, id); err == nil {
+			return socket, nil
+		}
+	}
+	return DataSocket(nil, id)
 }
 
 // Address is the MAC address that a guest's device has.
@@ -300,9 +310,9 @@ func (s *Side) heard() (map[string]string, error) {
 	return out, nil
 }
 
-func (d destinationSide) Save(r *Record) error { return d.state().Put(keyOf(moves, r.Guest), r) }
+func (d destinationSide) Save(r *Record) error { return d.state().Put(moveKey(r.Guest), r) }
 
-func (d destinationSide) Drop(guest string) error { return d.state().Delete(keyOf(moves, guest)) }
+func (d destinationSide) Drop(guest string) error { return d.state().Delete(moveKey(guest)) }
 
 func (d destinationSide) Reserve(ctx context.Context, r *Record) error {
 	ctx, stop, m, err := d.Leases(ctx)
@@ -313,7 +323,8 @@ func (d destinationSide) Reserve(ctx context.Context, r *Record) error {
 	vm := r.Order.VM
 	vm.Socket = d.Socket(r)
 	request := &lease.Request{
-		Guest: r.Guest, From: r.Order.From, Count: r.Order.Count, Settings: r.Order.Settings, Memory: vm.Memory, VM: &vm,
+		Guest: r.Guest, From: r.Order.From, Count: r.Order.Count, Settings: r.Order.Settings, Memory: vm.Memory,
+		VM: &vm,
 	}
 	if request.Settings == nil {
 		request.Settings = sriov.Settings{}
@@ -337,7 +348,7 @@ func (d destinationSide) Stay(ctx context.Context, r *Record) error {
 			d.Note("bridges may send what is for %s to its virtio NIC for a while: %v", r.Guest, err)
 		}
 	}
-	if err := KeepCommand(d.Host, r.Guest, r.Order.Words); err != nil {
+	if err := lease.BookOf(d.Host).KeepWords(r.Guest, r.Order.Words); err != nil {
 		return err
 	}
 	return d.setMoving(ctx, r.Guest, "")
@@ -359,7 +370,8 @@ func (d destinationSide) guest(r *Record) (*vmm.Guest, *vmm.Format, error) {
 	}
 	format, known := vmm.Find(r.Order.VM.Format)
 	if !known || format.Args == nil || !format.Standby {
-		return nil, nil, fmt.Errorf("guests of format %q cannot be started to wait for one that comes", r.Order.VM.Format)
+		return nil, nil, fmt.Errorf("guests of format %q cannot be started to wait for one that comes",
+			r.Order.VM.Format)
 	}
 	g := &vmm.Guest{Name: r.Guest, Standby: r.Order.VM.Standby, Movable: true, Absent: r.Order.Way != ByVFIO,
 		Socket: r.Socket}
@@ -387,8 +399,8 @@ func (d destinationSide) Start(ctx context.Context, r *Record) error {
 		words = r.Order.Words
 	}
 	if len(words) == 0 {
-		return errors.New("the command that starts the guest's VMM is not known: viaduct run keeps it, or give the other " +
-			"side one (viaduct migrate --peer -- COMMAND)")
+		return errors.New("the command that starts the guest's VMM is not known: viaduct run keeps it, or give the " +
+			"other side one (viaduct migrate --peer -- COMMAND)")
 	}
 	program, err := findProgram(words[0], len(d.Command) > 0)
 	if err != nil {

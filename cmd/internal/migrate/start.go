@@ -32,8 +32,8 @@ func findProgram(name string, own bool) (string, error) {
 	}
 	base := filepath.Base(name)
 	if !strings.HasPrefix(base, "qemu-system-") && base != "kvm" && base != "qemu-kvm" {
-		return "", fmt.Errorf("%q is no QEMU: viaduct starts nothing else for another host (viaduct migrate --peer -- COMMAND "+
-			"says what is to be started)", base)
+		return "", fmt.Errorf("%q is no QEMU: viaduct starts nothing else for another host (viaduct migrate --peer "+
+			"-- COMMAND says what is to be started)", base)
 	}
 	found, err := exec.LookPath(base)
 	if err != nil && base == "qemu-kvm" {
@@ -86,7 +86,8 @@ func startQEMU(ctx context.Context, s *Side, r *Record, program string, words []
 		case <-time.After(20 * time.Millisecond):
 		}
 		if time.Now().After(end) {
-			return 0, errors.Join(fmt.Errorf("QEMU does not answer within %s: %s", mostStart, lastLines(file)), cmd.Process.Kill())
+			return 0, errors.Join(fmt.Errorf("QEMU does not answer within %s: %s", mostStart, lastLines(file)),
+				cmd.Process.Kill())
 		}
 	}
 }

@@ -51,7 +51,8 @@ type Answer struct {
 
 // The names of questions on the wire, beside those that are no steps of a move.
 var names = map[Action]string{
-	AskReserve: "reserve", AskStart: "start", AskLoad: "load", AskTake: "take", AskArrive: "arrive", AskRefuse: "refuse",
+	AskReserve: "reserve", AskStart: "start", AskLoad: "load", AskTake: "take", AskArrive: "arrive",
+	AskRefuse: "refuse",
 	AskGiveUp: "give-up", AskForget: "forget",
 }
 
@@ -158,8 +159,8 @@ func (l *line) greet(version string) error {
 		return fmt.Errorf("the other side does not greet: %w", err)
 	}
 	if g.Protocol != Protocol {
-		return fmt.Errorf("the other side's viaduct, %q, speaks version %d of the protocol, and this one %d: they have to "+
-			"be of like versions", g.Version, g.Protocol, Protocol)
+		return fmt.Errorf("the other side's viaduct, %q, speaks version %d of the protocol, and this one %d: they "+
+			"have to be of like versions", g.Version, g.Protocol, Protocol)
 	}
 	return <-sent
 }
@@ -217,7 +218,10 @@ func (o *Order) check() error {
 
 // printable reports whether a name has no signs that could be taken for something else.
 func printable(s string) bool {
-	return len(s) < 4096 && !strings.ContainsFunc(s, func(r rune) bool { return unicode.IsControl(r) || r == unicode.ReplacementChar })
+	return len(s) < 4096 && !strings.ContainsFunc(s, func(r rune) bool {
+		return unicode.IsControl(r) ||
+			r == unicode.ReplacementChar
+	})
 }
 
 // check refuses a question that no viaduct asks.

@@ -83,18 +83,25 @@ func TestDistrust(t *testing.T) {
 		"no devices":          question("reserve", anID, "web", order(func(o *Order) { o.Count = 0 })),
 		"many devices":        question("reserve", anID, "web", order(func(o *Order) { o.Count = 1 << 30 })),
 		"a pool of control":   question("reserve", anID, "web", order(func(o *Order) { o.From = "net\x1b[2J" })),
-		"a setting":           question("reserve", anID, "web", order(func(o *Order) { o.Settings = sriov.Settings{"vlan": "9999"} })),
-		"an early address":    question("reserve", anID, "web", order(func(o *Order) { o.Settings = sriov.Settings{"mac": theAddress} })),
-		"an address of many":  question("reserve", anID, "web", order(func(o *Order) { o.Address = "ff:ff:ff:ff:ff:ff" })),
-		"an address of none":  question("reserve", anID, "web", order(func(o *Order) { o.Address = "00:00:00:00:00:00" })),
-		"many words":          question("reserve", anID, "web", order(func(o *Order) { o.Words = make([]string, 1<<16) })),
-		"a word that ends":    question("reserve", anID, "web", order(func(o *Order) { o.Words = []string{"a\x00b"} })),
-		"out of order":        question("take", anID, "web", nil),
-		"plug first":          question("arrive", anID, "web", nil),
-		"no JSON":             hello + "help\n",
-		"no greeting":         "help\n",
-		"another version":     `{"viaduct_migrate":2}` + "\n" + question("reserve", anID, "web", good),
-		"the end":             hello + `{"number":1,"do":"reser`,
+		"a setting": question("reserve", anID, "web",
+			order(func(o *Order) { o.Settings = sriov.Settings{"vlan": "9999"} })),
+		"an early address": question("reserve", anID, "web",
+			order(func(o *Order) { o.Settings = sriov.Settings{"mac": theAddress} })),
+		"an address of many": question("reserve", anID, "web",
+			order(func(o *Order) { o.Address = "ff:ff:ff:ff:ff:ff" })),
+		"an address of none": question("reserve", anID, "web",
+			order(func(o *Order) { o.Address = "00:00:00:00:00:00" })),
+		"many words": question("reserve", anID, "web", order(func(o *Order) {
+			o.Words = make([]string,
+				1<<16)
+		})),
+		"a word that ends": question("reserve", anID, "web", order(func(o *Order) { o.Words = []string{"a\x00b"} })),
+		"out of order":     question("take", anID, "web", nil),
+		"plug first":       question("arrive", anID, "web", nil),
+		"no JSON":          hello + "help\n",
+		"no greeting":      "help\n",
+		"another version":  `{"viaduct_migrate":2}` + "\n" + question("reserve", anID, "web", good),
+		"the end":          hello + `{"number":1,"do":"reser`,
 	} {
 		e := &empty{}
 		answers, err := said(t, e, text)
@@ -133,8 +140,10 @@ func (endless) Read(b []byte) (int, error) {
 
 // Whatever comes from the other side, nobody panics or hangs.
 func FuzzServe(f *testing.F) {
-	order, _ := json.Marshal(Order{Way: ByVFIO, From: "net", Count: 1, Words: []string{"qemu"}, VM: vmm.Machine{CPU: "host"}})
-	f.Add([]byte(hello + `{"number":1,"do":"reserve","move":"` + anID + `","guest":"web","body":` + string(order) + "}\n"))
+	order, _ := json.Marshal(Order{Way: ByVFIO, From: "net", Count: 1, Words: []string{"qemu"},
+		VM: vmm.Machine{CPU: "host"}})
+	f.Add([]byte(hello + `{"number":1,"do":"reserve","move":"` + anID + `","guest":"web","body":` + string(order) +
+		"}\n"))
 	f.Add([]byte(hello + `{"number":1,"do":"facts","body":{}}` + "\n" + `{"number":2,"do":"clock"}` + "\n"))
 	f.Fuzz(func(t *testing.T, text []byte) {
 		_ = (&Server{House: &empty{}, Version: "test"}).Serve(t.Context(), bytes.NewReader(text), io.Discard)

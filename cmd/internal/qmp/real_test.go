@@ -31,7 +31,8 @@ func TestReal(t *testing.T) {
 	if err := c.Do(t.Context(), "cont", nil, nil); err != nil {
 		t.Fatal(err)
 	}
-	if e, err := c.Await(t.Context(), mark, func(e qmp.Event) bool { return e.Name == "RESUME" }); err != nil || e.Time.IsZero() {
+	if e, err := c.Await(t.Context(), mark, func(e qmp.Event) bool { return e.Name == "RESUME" }); err != nil ||
+		e.Time.IsZero() {
 		t.Errorf("%+v, %v", e, err)
 	}
 

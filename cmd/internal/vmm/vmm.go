@@ -157,7 +157,8 @@ func qemuDevices(g *Guest, more string) []string {
 			out = append(out, "-netdev", "bridge,id=viaduct-net,br="+comma(g.Standby))
 			port(standbyAt, "240")
 			port(primaryAt, "241")
-			out = append(out, "-device", "virtio-net-pci,netdev=viaduct-net,id="+StandbyID+",bus="+standbyAt+",mac="+d.MAC+
+			out = append(out, "-device",
+				"virtio-net-pci,netdev=viaduct-net,id="+StandbyID+",bus="+standbyAt+",mac="+d.MAC+
 				",failover=on")
 			pair = ",id=" + PrimaryID + ",bus=" + primaryAt + ",failover_pair_id=" + StandbyID
 		} else if i == 0 && g.Movable {

@@ -84,7 +84,8 @@ func TestWellFormed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, x := range []string{"<devices>" + text + "</devices>", LibvirtNetwork(g.Name, []iommu.Address{g.Devices[0].Address})} {
+	for _, x := range []string{"<devices>" + text + "</devices>", LibvirtNetwork(g.Name,
+		[]iommu.Address{g.Devices[0].Address})} {
 		for d := xml.NewDecoder(strings.NewReader(x)); ; {
 			if _, err := d.Token(); err != nil {
 				if err.Error() != "EOF" {

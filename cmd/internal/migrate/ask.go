@@ -45,7 +45,7 @@ func AskGuest(ctx context.Context, vm *vmm.Machine) (*Asked, error) {
 	if err != nil || m == nil {
 		return nil, err
 	}
-	defer m.Close()
+	defer func() { _ = m.Close() }()
 	return m.asked(vm)
 }
 
@@ -105,7 +105,7 @@ func ProcessOf(ctx context.Context, h *iommu.Host, socket string) (holder.Proc, 
 		return holder.Proc{}, fmt.Errorf("nobody answers at %s: the guest does not run, or was not started with it",
 			socket)
 	}
-	defer m.Close()
+	defer func() { _ = m.Close() }()
 	if m.PID == 0 {
 		return holder.Proc{}, fmt.Errorf("nobody tells which process answers at %s", socket)
 	}

@@ -54,6 +54,8 @@ type Driver struct {
 	pipe   *Pipe
 	relay  *relay
 	copied progress
+	// loading is why the destination's QEMU could not load what came.
+	loading string
 }
 
 // Outcome is what a move took, as far as this run saw it. What is not known is zero.
@@ -138,6 +140,8 @@ func (d *Driver) why(v *SourceView) error {
 	switch {
 	case v.Guest == Gone:
 		return errors.New("the guest's QEMU has ended")
+	case d.loading != "":
+		return fmt.Errorf("the destination's QEMU could not load the guest: %s", d.loading)
 	case v.Copy == Failed && d.copied.Why != "":
 		return fmt.Errorf("QEMU could not send the guest: %s", d.copied.Why)
 	case v.Copy == Failed:
@@ -172,8 +176,8 @@ func (d *Driver) look(ctx context.Context) (*SourceView, error) {
 		}
 		d.copied = p
 		v.Guest, v.Copy = runsAs(status), copied(p.Status)
-		if v.Guest == Running && v.Copy == Completed {
-			// Of the move that brought it here.
+		if stale := !r.Sent || v.Guest == Running && v.Copy == Completed; stale && v.Copy != Underway {
+			// Of the move that brought it here, or of one that was taken back.
 			v.Copy = NoCopy
 		}
 		if v.Plugged, err = d.vm.has(d.device()); err != nil {
@@ -191,7 +195,7 @@ func (d *Driver) look(ctx context.Context) (*SourceView, error) {
 		v.Address = v.Plugged || r.Phase == Returning
 	}
 	if a, err := d.ask(ctx, askLook, nil, nil); err == nil {
-		v.Peer = a.Peer
+		v.Peer, d.loading = a.Peer, a.Why
 	}
 	return v, nil
 }
@@ -337,6 +341,12 @@ func (d *Driver) send(ctx context.Context) error {
 	if d.Limits.Bandwidth > 0 {
 		limits["max-bandwidth"] = d.Limits.Bandwidth
 	}
+	next := *d.Record
+	next.Sent = true
+	if err := d.Home.Save(ctx, &next); err != nil {
+		return err
+	}
+	*d.Record = next
 	relay, err := newRelay(d.Remote, d.Record)
 	if err != nil {
 		return err

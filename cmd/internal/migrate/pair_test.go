@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -28,7 +29,13 @@ type hostPair struct {
 	mu   sync.Mutex
 	from place // the source's
 	to   place
-	went []string // in order: what happened to addresses
+
+	way    Way
+	words  []string       // of both QEMUs
+	first  []string       // and of the source's, with which the guest has its device
+	device map[string]any // as device_add takes it
+
+	consoles [2]string // of the guest here, and there; "" if it has none
 }
 
 // place is what one host has, as it is written down there.
@@ -44,11 +51,27 @@ func (p *place) save(r *Record) {
 	p.record = &now
 }
 
-func words(extra ...string) []string {
-	return append([]string{"-machine", "q35,accel=tcg", "-m", "32M", "-device", "qemu-xhci,id=bus"}, extra...)
+func newPair(t *testing.T) *hostPair {
+	t.Helper()
+	p := &hostPair{
+		way: ByReplug, words: []string{"-machine", "q35,accel=tcg", "-m", "32M", "-device", "qemu-xhci,id=bus"},
+		first:  []string{"-device", "usb-mouse,bus=bus.0,id=" + vmm.PrimaryID},
+		device: map[string]any{"driver": "usb-mouse", "bus": "bus.0", "id": vmm.PrimaryID},
+	}
+	p.start(t)
+	return p
 }
 
-func newPair(t *testing.T) *hostPair {
+// console are the words for the guest's console on a host.
+func (p *hostPair) console(host int) []string {
+	if p.consoles[host] == "" {
+		return nil
+	}
+	return []string{"-serial", "file:" + p.consoles[host]}
+}
+
+// start starts the guest on the source.
+func (p *hostPair) start(t *testing.T) {
 	t.Helper()
 	// Of a short name: a socket's has at most 107 bytes.
 	dir, err := os.MkdirTemp("", "m")
@@ -56,11 +79,9 @@ func newPair(t *testing.T) *hostPair {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	p := &hostPair{t: t, dir: dir}
-	p.from.qemu = qmptest.Start(t, filepath.Join(dir, "from"), words("-device",
-		"usb-mouse,bus=bus.0,id="+vmm.PrimaryID)...)
+	p.t, p.dir = t, dir
+	p.from.qemu = qmptest.Start(t, filepath.Join(dir, "from"), slices.Concat(p.words, p.first, p.console(0))...)
 	p.from.lease, p.from.address = true, theAddress
-	return p
 }
 
 func (p *hostPair) record() *Record {
@@ -102,7 +123,7 @@ func (s source) SetAddress(_ context.Context, _, mac string) error {
 }
 
 func (s source) Device(*Record) (map[string]any, error) {
-	return map[string]any{"driver": "usb-mouse", "bus": "bus.0", "id": vmm.PrimaryID}, nil
+	return s.device, nil
 }
 
 func (s source) Release(context.Context, string) error {
@@ -163,7 +184,7 @@ func (d destination) Leased(string) (bool, error) {
 func (d destination) Socket(*Record) string { return filepath.Join(d.dir, "to") }
 
 func (d destination) Start(_ context.Context, r *Record) error {
-	q := qmptest.Start(d.t, r.Socket, words("-S", "-incoming", "defer")...)
+	q := qmptest.Start(d.t, r.Socket, slices.Concat(d.words, d.console(1), []string{"-S", "-incoming", "defer"})...)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.to.qemu = q
@@ -389,4 +410,29 @@ func TestMove(t *testing.T) {
 		t.Errorf("%+v", o)
 	}
 	t.Logf("%q", steps)
+}
+
+// A guest whose move was taken back moves the next time: what QEMU remembers of the first is not taken for the second.
+func TestMoveAgain(t *testing.T) {
+	p := newPair(t)
+	r := newRemote(p, nil)
+	ctx, cancel := context.WithCancel(t.Context())
+	first := p.driver(r, p.record(), func(a Action) error {
+		if a == Send {
+			cancel()
+		}
+		return nil
+	})
+	if err := first.Run(ctx, Forward); !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	r.serve.Wait()
+	p.here(t)
+	p.to = place{}
+	r = newRemote(p, nil)
+	if err := p.driver(r, p.record(), nil).Run(t.Context(), Forward); err != nil {
+		t.Fatal(err)
+	}
+	r.serve.Wait()
+	p.moved(t)
 }

@@ -129,7 +129,7 @@ func newRelay(remote Remote, r *Record) (*relay, error) {
 		if err != nil {
 			return
 		}
-		defer conn.Close()
+		defer func() { _ = conn.Close() }()
 		stream, err := remote.Data(ctx, r.ID)
 		if err != nil {
 			return

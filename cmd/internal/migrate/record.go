@@ -89,6 +89,7 @@ type Record struct {
 	Peer    string      `json:"peer,omitempty"` // of the source: how the other side is reached
 	Began   time.Time   `json:"began"`
 	Asked   bool        `json:"asked,omitempty"`  // the guest may have been asked to let go of its device
+	Sent    bool        `json:"sent,omitempty"`   // QEMU may have been told to send the guest, for this move
 	Socket  string      `json:"socket,omitempty"` // of the machine protocol of this side's QEMU
 	Started holder.Proc `json:"qemu"`             // which is this process, if it is known
 	Order   Order       `json:"order"`

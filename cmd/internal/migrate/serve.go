@@ -62,6 +62,7 @@ type Server struct {
 	guest string
 	move  string
 	vm    *machine
+	why   string // QEMU could not load what came
 	times Times
 }
 
@@ -142,7 +143,7 @@ func (s *Server) do(ctx context.Context, q *Question, a *Answer) (body any, err 
 		return nil, err
 	}
 	if q.Do == askLook {
-		a.Peer = v.Peer()
+		a.Peer, a.Why = v.Peer(), s.why
 		return nil, nil
 	}
 	ask, known := actionOf(q.Do)
@@ -233,7 +234,7 @@ func (s *Server) view(ctx context.Context, r *Record) (*DestinationView, error) 
 	v.Guest, v.Loaded = runsAs(status), copied(p.Status) == Completed
 	if copied(p.Status) == Failed {
 		// It has nothing of the guest, and never will.
-		v.Guest = Gone
+		v.Guest, s.why = Gone, p.Why
 	}
 	v.Plugged, err = s.vm.has(vmm.PrimaryID)
 	return v, err

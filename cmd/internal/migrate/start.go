@@ -130,7 +130,7 @@ func TryQEMU(ctx context.Context, h *iommu.Host, program string, vm *vmm.Machine
 	if err != nil {
 		return nil, err
 	}
-	defer os.RemoveAll(dir)
+	defer func() { _ = os.RemoveAll(dir) }()
 	socket := filepath.Join(dir, "qmp")
 	args := []string{"-nodefaults", "-display", "none", "-S", "-qmp", "unix:" + socket + ",server=on,wait=off"}
 	if kind := vm.Machine; kind != "" {

@@ -44,6 +44,7 @@ type Question struct {
 type Answer struct {
 	Number  int             `json:"number"`
 	Peer    Peer            `json:"peer,omitempty"`
+	Why     string          `json:"why,omitempty"`     // its QEMU could not load what came
 	Error   string          `json:"error,omitempty"`   // why it was not done
 	Refused bool            `json:"refused,omitempty"` // by a check, and nothing was touched
 	Body    json.RawMessage `json:"body,omitempty"`

@@ -159,7 +159,7 @@ func qemuDevices(g *Guest, more string) []string {
 			port(primaryAt, "241")
 			out = append(out, "-device",
 				"virtio-net-pci,netdev=viaduct-net,id="+StandbyID+",bus="+standbyAt+",mac="+d.MAC+
-				",failover=on")
+					",failover=on")
 			pair = ",id=" + PrimaryID + ",bus=" + primaryAt + ",failover_pair_id=" + StandbyID
 		} else if i == 0 && g.Movable {
 			port(primaryAt, "241")

@@ -18,15 +18,7 @@ import (
 // is skipped where that is not built.
 func Command(tb testing.TB) []string {
 	tb.Helper()
-	cache := os.Getenv("VIADUCT_LAB_CACHE")
-	if cache == "" {
-		dir, err := os.UserCacheDir()
-		if err != nil {
-			tb.Skipf("no lab: %v", err)
-		}
-		cache = filepath.Join(dir, "viaduct")
-	}
-	usr := filepath.Join(cache, "root", "usr")
+	usr := filepath.Join(Cache(tb), "root", "usr")
 	program := filepath.Join(usr, "bin", "qemu-system-x86_64")
 	if _, err := os.Stat(program); err != nil {
 		tb.Skipf("the lab's QEMU is not built (hack/lab build): %v", err)
@@ -36,6 +28,19 @@ func Command(tb testing.TB) []string {
 			"x86_64-linux-gnu"),
 		program, "-L", filepath.Join(usr, "share", "qemu"), "-L", filepath.Join(usr, "share", "seabios"),
 	}
+}
+
+// Cache is where the lab keeps what it has built (hack/lab path).
+func Cache(tb testing.TB) string {
+	tb.Helper()
+	if cache := os.Getenv("VIADUCT_LAB_CACHE"); cache != "" {
+		return cache
+	}
+	dir, err := os.UserCacheDir()
+	if err != nil {
+		tb.Skipf("no lab: %v", err)
+	}
+	return filepath.Join(dir, "viaduct")
 }
 
 // QEMU is one that runs.

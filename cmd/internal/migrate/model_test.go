@@ -284,7 +284,7 @@ func (w *world) wrong() string {
 		return "the guest is there without a lease"
 	case e.lease && e.phase == "" && !e.took && !e.busy():
 		return "the device there is reserved, and nobody knows for what"
-	case w.lease && !w.record && w.guest == Running && !(w.address && w.plugged):
+	case w.lease && !w.record && w.guest == Running && (!w.address || !w.plugged):
 		return "the guest is kept here without its device"
 	}
 	return ""

@@ -25,10 +25,22 @@ var (
 		"sys/firmware/acpi/tables/DMAR",
 		"sys/firmware/acpi/tables/IORT",
 		"sys/firmware/acpi/tables/VIOT",
+		"sys/firmware/acpi/tables/IVRS1",
+		"sys/firmware/acpi/tables/DMAR1",
+		"sys/firmware/acpi/tables/IORT1",
+		"sys/firmware/acpi/tables/VIOT1",
 		"proc/sys/kernel/arch",
-		"sys/module/vfio/parameters/enable_unsafe_noiommu_mode",
-		"sys/module/vfio_pci/parameters/enable_sriov",
 		"etc/viaduct/host.yaml",
+
+		"proc/iomem",
+		"proc/xen/capabilities",
+		"run/systemd/container",
+		"sys/class/dmi/id/product_name",
+		"sys/class/dmi/id/sys_vendor",
+		"sys/devices/system/node/online",
+		"sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c",
+		"sys/hypervisor/type",
+		"sys/kernel/security/lockdown",
 	}
 	deviceFiles = []string{
 		"modalias", "vendor", "device", "subsystem_vendor", "subsystem_device", "class", "revision", "numa_node",
@@ -101,6 +113,7 @@ func Capture(h *Host, w io.Writer) error {
 		c.files(state, slices.DeleteFunc(names, func(n string) bool { return !strings.HasPrefix(n, "known-") }))
 	}
 
+	c.system()
 	c.interrupts()
 	for _, u := range t.Units {
 		real := c.linked(path.Join(unitsDir, u.Name))

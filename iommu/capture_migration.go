@@ -1,21 +1,15 @@
 package iommu
 
 import (
-	"bytes"
 	"slices"
 	"strings"
 
 	"viaduct/internal/journal"
 )
 
-// migration adds what tells whether a guest can come here, or leave: the CPU, the memory, KVM, bridges, the firmware of
+// migration adds what tells whether a guest can come here, or leave, beside the CPU: the memory, KVM, bridges, the firmware of
 // network cards, and whose devices are whose.
 func (c *capture) migration() {
-	if text, err := c.h.Read("proc/cpuinfo"); err == nil {
-		// All CPUs say the same, each at length.
-		first, _, _ := bytes.Cut(text, []byte("\n\n"))
-		c.add("proc/cpuinfo", append(bytes.TrimSuffix(first, []byte("\n")), '\n'))
-	}
 	c.files("", []string{
 		"proc/meminfo", "sys/module/kvm_amd/parameters/nested", "sys/module/kvm_intel/parameters/nested",
 		"sys/devices/system/cpu/online",

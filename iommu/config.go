@@ -15,7 +15,7 @@ import (
 // its driver tells; "" if it has none. It reads config space, which wakes a sleeping device and, past its first 64
 // bytes, needs CAP_SYS_ADMIN.
 func ReadSerial(h *Host, a Address) (string, error) {
-	f, err := h.File(path.Join(pciDevices, a.String(), "config"))
+	f, err := h.File(configOf(a))
 	if host.Absent(err) {
 		return nvmeSerial(h, a)
 	}
@@ -28,6 +28,8 @@ func ReadSerial(h *Host, a Address) (string, error) {
 	}
 	return nvmeSerial(h, a)
 }
+
+func configOf(a Address) string { return path.Join(pciDevices, a.String(), "config") }
 
 func nvmeSerial(h *Host, a Address) (string, error) {
 	dir := path.Join(pciDevices, a.String(), "nvme")
@@ -43,7 +45,7 @@ func nvmeSerial(h *Host, a Address) (string, error) {
 // that is read of it is ones. A PF or other device has to tell its own vendor and device id. A VF has none of its own,
 // but its class (SR-IOV 1.1, 3.4.1.1 and 3.4.1.6). It wakes a sleeping device. It is an error if that cannot be read.
 func Answers(h *Host, d *Device) (bool, error) {
-	f, err := h.File(path.Join(pciDevices, d.Address.String(), "config"))
+	f, err := h.File(configOf(d.Address))
 	if err != nil {
 		return false, err
 	}
@@ -62,7 +64,8 @@ func Answers(h *Host, d *Device) (bool, error) {
 
 // serialNumber decodes the Device Serial Number capability (PCIe base specification 7.9.3: id 3, lower dword first).
 func serialNumber(config io.ReaderAt) string {
-	at := extendedCapability(config, 0x0003)
+	list, _ := extendedCapabilities(config, 0x0003)
+	at := offsetOf(list, 0x0003)
 	if at == 0 {
 		return ""
 	}
@@ -74,29 +77,80 @@ func serialNumber(config io.ReaderAt) string {
 	return strings.ReplaceAll(fmt.Sprintf("% x", b), " ", "-")
 }
 
-// extendedCapability finds an extended capability's offset in config space, 0 if it is not there. The list begins at
-// 100h; each header is id, version and the next offset (PCIe base specification 7.6.3). Only the headers are read: each
-// four bytes are a transaction with the device.
-func extendedCapability(config io.ReaderAt, id uint16) int {
-	const first, size = 0x100, 0x1000
-	at := first
-	for range (size - first) / 8 {
+// Capability is an entry of one of the two lists of a function's config space.
+type Capability struct {
+	ID     uint16
+	Offset int
+}
+
+// offsetOf is where the first capability of that id is, as the kernel takes it; 0 if there is none.
+func offsetOf(list []Capability, id uint16) int {
+	for _, c := range list {
+		if c.ID == id {
+			return c.Offset
+		}
+	}
+	return 0
+}
+
+// Where the two parts of config space begin and end (PCIe base specification 7.2).
+const (
+	standardStart = 0x40
+	extendedStart = 0x100
+	configEnd     = 0x1000
+)
+
+// allCapabilities is for who looks for none in particular.
+const allCapabilities = -1
+
+// extendedCapabilities reads the list that begins at 100h, up to a capability of the id that is looked for; each header
+// is id, version and the next offset (PCIe base specification 7.6.3). Only the headers are read: each four bytes are a
+// transaction with the device. The list is whole unless config space ends before it does.
+func extendedCapabilities(config io.ReaderAt, last int) (list []Capability, whole bool) {
+	at := extendedStart
+	for range (configEnd - extendedStart) / 8 {
 		// No longer list fits, so a loop ends here.
-		var b [4]byte
-		if at < first || at+4 > size {
-			return 0
+		if at < extendedStart || at+4 > configEnd {
+			return list, true
 		}
-		if n, _ := config.ReadAt(b[:], int64(at)); n < len(b) {
-			return 0
+		header, ok := dword(config, at)
+		if !ok {
+			return list, false
 		}
-		header := binary.LittleEndian.Uint32(b[:])
-		if header == 0 || header == 0xffffffff {
-			return 0
+		if header == 0 || header == math.MaxUint32 {
+			return list, true
 		}
-		if uint16(header) == id {
-			return at
+
+		list = append(list, Capability{uint16(header), at})
+		if int(uint16(header)) == last {
+			return list, true
 		}
 		at = int(header >> 20 &^ 3)
 	}
-	return 0
+	return list, true
+}
+
+// standardCapabilities reads the list that begins where the header says (PCI Local Bus Specification 3.0, 6.7).
+func standardCapabilities(config io.ReaderAt, at int) (list []Capability, whole bool) {
+	for range (extendedStart - standardStart) / 4 {
+		if at &^= 3; at < standardStart {
+			return list, true
+		}
+		header, ok := dword(config, at)
+		if !ok {
+			return list, false
+		}
+		if uint8(header) == math.MaxUint8 {
+			return list, true
+		}
+		list = append(list, Capability{uint16(uint8(header)), at})
+		at = int(uint8(header >> 8))
+	}
+	return list, true
+}
+
+func dword(config io.ReaderAt, at int) (uint32, bool) {
+	var b [4]byte
+	n, _ := config.ReadAt(b[:], int64(at))
+	return binary.LittleEndian.Uint32(b[:]), n == len(b)
 }

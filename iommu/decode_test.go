@@ -171,10 +171,15 @@ func TestExtendedCapability(t *testing.T) {
 		"low bits of the next":  {chain(4096, map[int][2]int{0x100: {1, 0x14b}, 0x148: {3, 0}}), 3, 0x148},
 		"list as long as it is": {chain(4096, longest()), 3, 0xff8},
 	} {
-		if got := extendedCapability(bytes.NewReader(c.config), c.id); got != c.want {
+		if got := findExtended(c.config, c.id); got != c.want {
 			t.Errorf("%s: %#x, want %#x", name, got, c.want)
 		}
 	}
+}
+
+func findExtended(config []byte, id uint16) int {
+	list, _ := extendedCapabilities(bytes.NewReader(config), int(id))
+	return offsetOf(list, id)
 }
 
 // longest has a capability every 8 bytes.
@@ -205,7 +210,7 @@ func FuzzConfig(f *testing.F) {
 	f.Add(chain(4096, map[int][2]int{0x100: {1, 0x140}, 0x140: {3, 0}}), uint16(3))
 	f.Add(chain(0x200, map[int][2]int{0x100: {1, 0x104}, 0x104: {1, 0x100}}), uint16(0xb))
 	f.Fuzz(func(t *testing.T, b []byte, id uint16) {
-		if at := extendedCapability(bytes.NewReader(b), id); at != 0 &&
+		if at := findExtended(b, id); at != 0 &&
 			(at < 0x100 || at+4 > len(b) || binary.LittleEndian.Uint16(b[at:]) != id) {
 			t.Errorf("%#x of %#x", at, len(b))
 		}

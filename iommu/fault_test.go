@@ -1,6 +1,7 @@
 package iommu
 
 import (
+	"errors"
 	"testing"
 
 	"viaduct/internal/host/hosttest"
@@ -25,6 +26,21 @@ func TestLooksThatFail(t *testing.T) {
 			d := Device{Address: pf}
 			err := ReadNetdevs(h, &d)
 			return d.Interfaces(), err
+		},
+		"ScanSome": func() (any, error) {
+			t, err := ScanSome(h, []Address{pf, {Bus: 7, Device: 1}})
+			return groupsOf(t), err
+		},
+		"Grouping": func() (any, error) {
+			g, err := NewGrouping(h)
+			if err != nil {
+				return nil, err
+			}
+			c := g.Of(Address{Bus: 7, Device: 1})
+			if !c.Known {
+				return nil, errors.New("not known")
+			}
+			return []any{c.Members, g.Edges(c.Members)}, nil
 		},
 		"ClassDevices": func() (any, error) { return ClassDevices(h, pf) },
 		"PathOf": func() (any, error) {

@@ -171,6 +171,11 @@ func Scan(h *Host) (*Topology, error) {
 	if err != nil && !host.Absent(err) {
 		return nil, err
 	}
+	return scan(h, names, func() ([]string, error) { return h.Names(groupsDir) })
+}
+
+// scan reads these PCI devices and IOMMU groups. A group has those of its devices alone that are among them.
+func scan(h *Host, names []string, groups func() ([]string, error)) (*Topology, error) {
 	if err := checkCaptured(h, names); err != nil {
 		return nil, err
 	}
@@ -204,7 +209,7 @@ func Scan(h *Host) (*Topology, error) {
 	if err := readParents(h, devices); err != nil {
 		return nil, err
 	}
-	if t.Groups, err = readGroups(h, devices); err == nil {
+	if t.Groups, err = readGroups(h, devices, groups); err == nil {
 		err = cardsOwn(h, t.Groups)
 	}
 	if err != nil {
@@ -382,8 +387,8 @@ type rawGroup struct {
 
 // readGroups reads the groups and sorts the devices into them. Members that are no PCI devices are read where they are
 // found.
-func readGroups(h *Host, devices []Device) ([]Group, error) {
-	ids, err := h.Names(groupsDir)
+func readGroups(h *Host, devices []Device, list func() ([]string, error)) ([]Group, error) {
+	ids, err := list()
 	if host.Absent(err) {
 		return nil, nil
 	}

@@ -112,6 +112,9 @@ func (s Selector) Value() string { return s.value }
 // Group is the number of a group=N selector.
 func (s Selector) Group() (int, bool) { return s.number, s.kind == ByGroup }
 
+// Address is the address that a selector is.
+func (s Selector) Address() (Address, bool) { return s.address, s.kind == ByAddress }
+
 // One resolves a selector to the one device it names; *NotFoundError or *AmbiguousError if it names none or several.
 func (s Selector) One(h *Host, t *Topology) (*Device, error) {
 	all, err := s.Resolve(h, t)

@@ -66,44 +66,41 @@ func (t *Topology) LateGroups() bool {
 	return slices.ContainsFunc(t.Units, func(u Unit) bool { return u.Kind != KindAMDVi && u.Kind != KindVTd })
 }
 
-// TurnOn says how to turn on the IOMMU of a host that has none active.
-func TurnOn(h *Host) string {
-	const firmware = "sys/firmware/acpi/tables/"
-	arch, _ := h.String("proc/sys/kernel/arch")
-	switch {
-	case strings.HasPrefix(arch, "aarch64"), strings.HasPrefix(arch, "arm"), h.Exists(firmware + "IORT"):
-		return "turn on the SMMU in the firmware, or give the guest that this is a virtual one"
-	case h.Exists(firmware + "VIOT"):
-		return "load the module virtio_iommu before the drivers of the devices"
-	}
-	return "turn on AMD-Vi or VT-d (\"IOMMU\") in the firmware; an Intel host may need intel_iommu=on on the kernel " +
-		"command line"
-}
-
 const irqDir = "sys/kernel/irq"
 
-// readInterruptRemapping tells by the name of an interrupt's controller: both x86 drivers put "IR-" before the names of
-// the IO-APIC and of MSI when they remap interrupts (drivers/iommu/amd/iommu.c, intel/irq_remapping.c). On ARM an
-// interrupt translation service tells devices apart, and GICv2m does not (drivers/irqchip/irq-gic-v3-its.c,
-// irq-gic-v2m.c). The first interrupt that decides does for all. Nil if none does.
+// readInterruptRemapping tells whether interrupts are remapped. Nil if no interrupt tells.
 func readInterruptRemapping(h *Host) (*bool, error) {
-	names, err := h.Names(irqDir)
-	if host.Absent(err) {
-		return nil, nil
-	}
-	if err != nil {
+	_, chip, err := InterruptController(h)
+	if err != nil || chip == "" {
 		return nil, err
 	}
+	on, _ := remaps(chip)
+	return &on, nil
+}
+
+// InterruptController is the first interrupt controller, by the file that names it, that tells whether interrupts are
+// remapped; "" if none does. Both x86 drivers put "IR-" before the names of the IO-APIC and of MSI when they remap
+// interrupts (drivers/iommu/amd/iommu.c, intel/irq_remapping.c). On ARM an interrupt translation service tells devices
+// apart, and GICv2m does not (drivers/irqchip/irq-gic-v3-its.c, irq-gic-v2m.c).
+func InterruptController(h *Host) (file, chip string, err error) {
+	names, err := h.Names(irqDir)
+	if host.Absent(err) {
+		return "", "", nil
+	}
+	if err != nil {
+		return "", "", err
+	}
 	for _, n := range names {
-		chip, err := h.String(path.Join(irqDir, n, "chip_name"))
+		file := path.Join(irqDir, n, "chip_name")
+		chip, err := h.String(file)
 		if err != nil {
 			continue
 		}
-		if on, known := remaps(chip); known {
-			return &on, nil
+		if _, known := remaps(chip); known {
+			return file, chip, nil
 		}
 	}
-	return nil, nil
+	return "", "", nil
 }
 
 func remaps(chip string) (on, known bool) {

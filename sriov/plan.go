@@ -466,7 +466,7 @@ func forVFIO(h *iommu.Host, t *iommu.Topology) error {
 		return holder.Because("make VFs on a vfio driver", holder.Reason{Kind: holder.IOMMU, Text: why}, cure)
 	}
 	if len(t.Groups)+len(t.Units) == 0 {
-		return refuse(iommu.TurnOn(h), "no IOMMU is active on this host")
+		return refuse(iommu.WhyOff(h, t).String(), "no IOMMU is active on this host")
 	}
 	unsafe, err := vfio.NoIOMMU(h)
 	if err != nil {

@@ -36,7 +36,7 @@ type assignOptions struct {
 
 func (o *assignOptions) flags() []cli.Flag {
 	return []cli.Flag{
-		&cli.StringFlag{Name: "from", Usage: "what the devices are drawn from: a pool of host.yaml, a PF, or any `SELECTOR`", Destination: &o.From},
+		&cli.StringSliceFlag{Name: "from", Usage: "draw from this pool of host.yaml, PF, or any `SELECTOR`[,count=N][,KEY=VALUE]..., where the keys are those of --set; may be repeated"},
 		&cli.IntFlag{Name: "count", Usage: "how many VFs, or groups of other devices", Value: 1, Destination: &o.count},
 		&cli.StringFlag{Name: "mac", Usage: "of the VF: an address, or stable for one that is made of the PF's and the index", Destination: &o.mac},
 		&cli.StringFlag{Name: "vlan", Usage: "that the PF tags the VF with: `0-4094`", Destination: &o.vlan},
@@ -56,29 +56,10 @@ func (o *assignOptions) parse(c *cli.Context, format *vmm.Format) error {
 	if err := lease.CheckGuest(o.Guest); err != nil {
 		return usageError{err}
 	}
-	if o.From == "" {
-		return usagef("%s: from which pool, PF or device? (--from)", c.Command.Name)
-	}
-	if o.Count = o.count; o.Count < 1 {
-		return usagef("%s: --count %d: want one or more", c.Command.Name, o.count)
-	}
-	words := c.StringSlice("set")
-	if o.mac != "" {
-		words = append(words, "mac="+o.mac)
-	}
-	if o.vlan != "" {
-		words = append(words, "vlan="+o.vlan)
+	if err := o.parseSources(c); err != nil {
+		return err
 	}
 	var err error
-	if o.Settings, err = sriov.ParseSettings(words); err != nil && len(words) > 0 {
-		return usageError{err}
-	}
-	if _, vectors := o.Settings[sriov.MSIX]; vectors {
-		return usagef("%s: msix is no guest's: set it before (viaduct vf set, or host.yaml)", c.Command.Name)
-	}
-	if mac := o.Settings[sriov.MAC]; o.Count > 1 && mac != "" && mac != sriov.StableMAC {
-		return usagef("%s: --mac %s for %d VFs: each needs one of its own (--mac stable makes them)", c.Command.Name, mac, o.Count)
-	}
 	if o.Memory, err = parseSize(o.memory); err != nil {
 		return usagef("%s: --memory %q: want a size, as 512M or 8G", c.Command.Name, o.memory)
 	}
@@ -94,7 +75,7 @@ func (o *assignOptions) parse(c *cli.Context, format *vmm.Format) error {
 	if o.standby != "" && (format == nil || !format.Standby) {
 		return usagef("%s: --failover is for the formats qemu, qemu-iommufd and libvirt", c.Command.Name)
 	}
-	if o.standby != "" && o.Settings[sriov.MAC] == "" {
+	if o.standby != "" && o.Sources[0].Settings[sriov.MAC] == "" {
 		return usagef("%s: --failover needs --mac: both NICs have the same address", c.Command.Name)
 	}
 	if o.movable && (format == nil || !format.Standby || format.Args == nil) {
@@ -103,6 +84,83 @@ func (o *assignOptions) parse(c *cli.Context, format *vmm.Format) error {
 	o.VM = &vmm.Machine{Format: o.format, Memory: o.Memory, Standby: o.standby}
 	o.Moves, o.Foreign = format != nil && format.Moves, format != nil && format.Foreign
 	return checkTimeout(o.timeout)
+}
+
+// parseSources reads what is drawn, each with the settings of its VFs; what one does not say, the other flags say.
+func (o *assignOptions) parseSources(c *cli.Context) error {
+	all := c.StringSlice("from")
+	if len(all) == 0 {
+		return usagef("%s: from which pool, PF or device? (--from)", c.Command.Name)
+	}
+	common := c.StringSlice("set")
+	if o.mac != "" {
+		common = append(common, "mac="+o.mac)
+	}
+	if o.vlan != "" {
+		common = append(common, "vlan="+o.vlan)
+	}
+
+	o.Sources = nil
+	macs := map[string]int{}
+	for _, text := range all {
+		s, err := parseSource(text, o.count, common)
+		if err != nil {
+			return usagef("%s: --from %s: %w", c.Command.Name, text, err)
+		}
+		if mac := s.Settings[sriov.MAC]; mac != "" && mac != sriov.StableMAC {
+			macs[mac] += s.Count
+		}
+		o.Sources = append(o.Sources, s)
+	}
+	for mac, n := range macs {
+		if n > 1 {
+			return usagef("%s: MAC address %s for %d VFs: each needs one of its own (stable makes them)", c.Command.Name, mac,
+				n)
+		}
+	}
+	return nil
+}
+
+// parseSource reads FROM[,count=N][,KEY=VALUE]..., with so many, and these settings, unless it says otherwise.
+func parseSource(text string, count int, common []string) (lease.Source, error) {
+	words := strings.Split(text, ",")
+	s := lease.Source{From: words[0], Count: count}
+	own := map[string]bool{}
+	var settings []string
+	for _, w := range words[1:] {
+		key, value, _ := strings.Cut(w, "=")
+		if key != "count" {
+			settings, own[key] = append(settings, w), true
+			continue
+		}
+		n, err := strconv.Atoi(value)
+		if err != nil {
+			return s, fmt.Errorf("count %q is no number", value)
+		}
+		s.Count = n
+	}
+	for _, w := range common {
+		if key, _, _ := strings.Cut(w, "="); !own[key] {
+			settings = append(settings, w)
+		}
+	}
+
+	var err error
+	if len(settings) > 0 {
+		s.Settings, err = sriov.ParseSettings(settings)
+	}
+	_, vectors := s.Settings[sriov.MSIX]
+	switch {
+	case err != nil:
+		return s, err
+	case s.From == "":
+		return s, errors.New("it names nothing")
+	case s.Count < 1:
+		return s, fmt.Errorf("count %d: want one or more", s.Count)
+	case vectors:
+		return s, errors.New("msix is no guest's: set it before (viaduct vf set, or host.yaml)")
+	}
+	return s, nil
 }
 
 // parseSize reads a size; "" is 0.
@@ -125,13 +183,14 @@ func assignCommand(e *env) *cli.Command {
 	return command(&cli.Command{
 		Name:      "assign",
 		Usage:     "give a guest devices, and print what its VMM needs",
-		ArgsUsage: "GUEST --from POOL|PF|SELECTOR",
+		ArgsUsage: "GUEST --from POOL|PF|SELECTOR...",
 		Description: "Draws devices that nobody has, configures and takes them, and writes down whose they are (a lease), until viaduct release.\n" +
 			"Asked again for the same guest, the same lease is printed. Safe to be run any number of times at once. A lease is reserved until\n" +
 			"a process opens its devices, then active; when that is gone, or nobody came within --ttl, it is dead, which\n" +
 			"viaduct release --dead reclaims.\n\n" +
 			"Formats: " + strings.Join(vmm.Names(), ", ") + ".\n\n" +
 			"Examples:\n  viaduct assign web --from net --vlan 100 --mac stable\n  viaduct assign web --from enp1s0 --format libvirt\n" +
+			"  viaduct assign web --from front,vlan=100,mac=stable --from back,count=2\n" +
 			"  qemu-system-x86_64 ... $(viaduct assign web --from net --owner-pid $$)\n  viaduct assign db --from 0000:03:00.0 --memory 64G --format json",
 		Flags: append(o.flags(),
 			&cli.StringFlag{Name: "format", Usage: "what is printed: `qemu|json|...`", Value: "qemu", Destination: &o.format},
@@ -207,6 +266,12 @@ func runAssign(ctx context.Context, e *env, o *assignOptions, format *vmm.Format
 		}
 		if format.Cannot != "" {
 			e.note("%s", format.Cannot)
+		}
+		if format.Groups && l.Persist {
+			e.note("the lease outlives a boot, and the numbers of IOMMU groups in this may not: print it again after one")
+		}
+		if more := needsMore(m.Host(), format, o.NodeOwner); more != "" {
+			e.note("%s", more)
 		}
 		_, err = io.WriteString(e.stdout, text)
 		return err

@@ -247,6 +247,11 @@ type changeView struct {
 func (e *env) change(ctx context.Context, sel []iommu.Selector, goal bind.Goal, o changeOptions, lasts string,
 	afterwards func(*declared.Manager, []*iommu.Device) error,
 ) ([]changeView, error) {
+	if o.save {
+		if err := e.mayChange("etc"); err != nil {
+			return nil, err
+		}
+	}
 	ctx, stop, on, err := e.beginChange(ctx, o.timeout)
 	if err != nil {
 		return nil, err
@@ -291,7 +296,10 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, goal bind.Goal, 
 		if err == nil {
 			err = afterwards(m, arrived)
 		}
-		errs = append(errs, err)
+		if errs = append(errs, err); err != nil {
+			// It cannot be said.
+			lasts = ""
+		}
 	}
 
 	on.tellClaimed(results)

@@ -40,6 +40,11 @@ func TestGolden(t *testing.T) {
 				"show-mac":        "show mac=52:54:00:00:00:01",
 				"show-group":      "show group=7",
 				"show-group.json": "show group=7 --json",
+				"iommu":           "iommu",
+				"iommu.json":      "iommu --json",
+				"doctor":          "doctor",
+				"doctor.json":     "doctor --json",
+				"doctor-pf":       "doctor 02:00.0",
 				"vf-list":         "vf list",
 				"vf-list.json":    "vf list --json",
 				"bind-dry":        "bind --dry-run 07:02.0",
@@ -58,7 +63,7 @@ func TestGolden(t *testing.T) {
 					var stdout, stderr bytes.Buffer
 					args := append([]string{"viaduct", "--host", dir}, strings.Fields(line)...)
 					status := run(args, &stdout, &stderr)
-					if strings.HasSuffix(name, ".json") && status == 0 && !json.Valid(stdout.Bytes()) {
+					if strings.HasSuffix(name, ".json") && stdout.Len() > 0 && !json.Valid(stdout.Bytes()) {
 						t.Errorf("no valid JSON:\n%s", stdout.String())
 					}
 					got := fmt.Sprintf("%s== stderr\n%s== exit status %d\n", stdout.String(), stderr.String(), status)

@@ -61,7 +61,7 @@ func installCommand(e *env) *cli.Command {
 }
 
 func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) error {
-	if err := e.mayChange(); err != nil {
+	if err := e.mayChange("etc"); err != nil {
 		return err
 	}
 	stop, b, err := e.openLook()
@@ -138,6 +138,9 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 		e.note("now make the initramfs anew: %s", generator.Rebuild())
 	}
 
+	if why := install.Confined("/", o.Program); o.Libvirt && why != "" {
+		e.note("%s", why)
+	}
 	if slices.Contains(changed, install.LibvirtHook) {
 		e.note(
 			"libvirt looks for hooks when it starts: systemctl restart libvirtd (or virtqemud); running domains are not touched",
@@ -153,7 +156,7 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 			o.Program)
 		return nil
 	}
-	start := []string{}
+	start := []string{install.HotplugPath}
 	if o.Watch {
 		start = append(start, "viaduct-watch.service")
 	} else if watched {
@@ -173,13 +176,15 @@ func uninstallCommand(e *env) *cli.Command {
 			if c.Args().Present() {
 				return usagef("uninstall takes no arguments")
 			}
-			if err := e.mayChange(); err != nil {
+			if err := e.mayChange("etc"); err != nil {
 				return err
 			}
 			if systemd() {
 				if err := systemctl(c.Context, "stop", "viaduct-watch.service"); err != nil && install.Watches() {
 					return err
 				}
+				// What was never installed cannot be stopped, and what is left of it looks for a mark that nobody makes.
+				_ = systemctl(c.Context, "stop", install.HotplugPath)
 			}
 
 			changed, err := install.Remove("/")

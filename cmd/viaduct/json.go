@@ -57,9 +57,8 @@ func writeList(w *bufio.Writer, t *iommu.Topology, names *iommu.Names, keep map[
 	// Which ends each value with a newline.
 	e := json.NewEncoder(w)
 	e.SetEscapeHTML(false)
-	real := func(g iommu.Group) bool { return !g.NoIOMMU }
 	v := iommuView{
-		Present:            len(t.Units) > 0 || slices.ContainsFunc(t.Groups, real),
+		Present:            present(t),
 		Units:              []unitView{},
 		InterruptRemapping: t.InterruptRemapping,
 	}
@@ -98,6 +97,12 @@ func writeList(w *bufio.Writer, t *iommu.Topology, names *iommu.Names, keep map[
 
 	_, err := w.WriteString("]}\n")
 	return err
+}
+
+// present reports whether an IOMMU is in use.
+func present(t *iommu.Topology) bool {
+	real := func(g iommu.Group) bool { return !g.NoIOMMU }
+	return len(t.Units) > 0 || slices.ContainsFunc(t.Groups, real)
 }
 
 func groupOf(g *iommu.Group, names *iommu.Names, keep map[string]bool) groupView {

@@ -20,6 +20,7 @@ type leaseView struct {
 	State   lease.State       `json:"state"`
 	Why     *string           `json:"why"`
 	From    string            `json:"from"`
+	Sources []lease.Source    `json:"sources"`
 	Made    time.Time         `json:"made"`
 	TTL     *float64          `json:"ttl_seconds"`
 	Persist bool              `json:"persist"`
@@ -42,7 +43,7 @@ type leaseDeviceView struct {
 
 func viewLease(m *lease.Manager, look lease.Look) leaseView {
 	l := look.Lease
-	v := leaseView{Guest: l.Guest, State: look.State, Why: known(look.Why), From: l.From, Made: l.Made, Persist: l.Persist, Unit: known(l.Unit), Holders: []string{}, Devices: []leaseDeviceView{}}
+	v := leaseView{Guest: l.Guest, State: look.State, Why: known(look.Why), From: l.DrawnFrom(), Sources: l.Sources, Made: l.Made, Persist: l.Persist, Unit: known(l.Unit), Holders: []string{}, Devices: []leaseDeviceView{}}
 	if l.TTL > 0 && !l.Persist {
 		seconds := l.TTL.Seconds()
 		v.TTL = &seconds

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"time"
 
 	"github.com/urfave/cli/v2"
 
@@ -21,11 +22,18 @@ func libvirtHookCommand(e *env) *cli.Command {
 		ArgsUsage: "DOMAIN OPERATION SUBOPERATION [EXTRA] < XML",
 		Description: "prepare begin: fails the start of a domain that does not have exactly what is assigned to it, or has what is another's; else\n" +
 			"configures and takes it. start begin: writes down what the domain drew from a network made of a pool. release end: scrubs.\n" +
-			"It never calls libvirt, and always succeeds at reconnect.",
+			"It never calls libvirt, and always succeeds at reconnect. With --network, of a network: port-created gives a domain the lease of\n" +
+			"what it drew, also while it runs, and port-deleted scrubs that.",
 		Hidden: true,
+		Flags: []cli.Flag{
+			&cli.BoolFlag{Name: "network", Usage: "be the hook of a network, and not of a domain"},
+		},
 		Action: func(c *cli.Context) error {
 			if c.NArg() < 3 {
 				return usagef("libvirt-hook: want a domain, an operation and its part, as libvirt calls it")
+			}
+			if c.Bool("network") {
+				return runNetworkHook(c.Context, e, c.Args().Get(1))
 			}
 			err := runLibvirtHook(c.Context, e, c.Args().Get(0), c.Args().Get(1), c.Args().Get(2))
 			if op := c.Args().Get(1); err != nil && (op == "reconnect" || op == "started") {
@@ -38,10 +46,51 @@ func libvirtHookCommand(e *env) *cli.Command {
 	})
 }
 
-func runLibvirtHook(ctx context.Context, e *env, name, op, sub string) error {
+// handedOver is what libvirt hands over to a hook.
+func handedOver() ([]byte, error) {
 	// More than any domain.
 	const most = 16 << 20
-	text, err := io.ReadAll(io.LimitReader(os.Stdin, most))
+	return io.ReadAll(io.LimitReader(os.Stdin, most))
+}
+
+// runNetworkHook is the hook of a network: of what it gives to domains, and gets back.
+func runNetworkHook(ctx context.Context, e *env, op string) error {
+	text, err := handedOver()
+	if err != nil || op != "port-created" && op != "port-deleted" {
+		return err
+	}
+	port, err := lease.ParsePort(text)
+	if err != nil || port == nil {
+		return err
+	}
+	does := endsLeases
+	if op == "port-created" {
+		does = checksLease
+	}
+	ctx, stop, m, err := e.beginLeases(ctx, bind.DefaultTimeout, does)
+	if err != nil {
+		return err
+	}
+	defer stop()
+	if op == "port-created" {
+		return m.Plug(ctx, port)
+	}
+	certificates, err := m.Unplug(ctx, port, 20*time.Second)
+	e.tellQuarantined(certificates)
+	return err
+}
+
+// tellQuarantined tells libvirt's log what nobody gets any more.
+func (e *env) tellQuarantined(certificates []lease.Certificate) {
+	for _, c := range certificates {
+		if c.Result == lease.Fouled {
+			e.note("%s of %s is in quarantine: %s", c.Address, c.Guest, c.Why)
+		}
+	}
+}
+
+func runLibvirtHook(ctx context.Context, e *env, name, op, sub string) error {
+	text, err := handedOver()
 	if err != nil {
 		return err
 	}
@@ -88,21 +137,22 @@ func runLibvirtHook(ctx context.Context, e *env, name, op, sub string) error {
 	}
 	defer stop()
 	certificates, err := m.Hook(ctx, d, op, sub)
-	for _, c := range certificates {
-		if c.Result == lease.Fouled {
-			e.note("%s of %s is in quarantine: %s", c.Address, c.Guest, c.Why)
-		}
-	}
+	e.tellQuarantined(certificates)
 	return err
 }
 
-// restoreLeases makes the leases again that outlive a boot, when the VFs are there, and nothing else is locked.
+// restoreLeases makes the leases again that outlive a boot, when the VFs are there, and nothing else is locked, and
+// resets what was gone when its lease ended and is back.
 func restoreLeases(ctx context.Context, e *env) error {
 	ctx, stop, m, err := e.beginLeases(ctx, bind.DefaultTimeout, endsLeases)
 	if err != nil {
 		return err
 	}
 	defer stop()
+	back, lifting := m.LiftReturned(ctx)
+	for _, c := range back {
+		e.note("%s, which was gone when its lease ended, is back: %s", c.Address, c.Result)
+	}
 	done, err := m.Restore(ctx)
 	for _, guest := range done {
 		e.note("%s has its devices again", guest)
@@ -110,5 +160,5 @@ func restoreLeases(ctx context.Context, e *env) error {
 	if err != nil {
 		err = fmt.Errorf("leases that outlive the boot: %w", err)
 	}
-	return err
+	return errors.Join(lifting, err)
 }

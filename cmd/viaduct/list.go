@@ -76,7 +76,7 @@ func runList(e *env, o listOptions) error {
 	}
 	if len(t.Groups) == 0 && !e.json {
 		e.note(
-			"no IOMMU is active on this host, so no device is in a group: %s", iommu.TurnOn(h),
+			"no IOMMU is active on this host, so no device is in a group: %s", iommu.WhyOff(h, t),
 		)
 	}
 	return nil

@@ -79,36 +79,47 @@ func (e *env) look() (*iommu.Host, *iommu.Topology, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	t, err := iommu.Scan(h)
-	if err == nil {
-		err = declared.Roles(h, t)
-	}
+	t, err := look(h)
 	if err != nil {
 		return nil, nil, errors.Join(err, h.Close())
 	}
 	return h, t, nil
 }
 
-// mayChange is asked first by every command that changes the host, or, with --dry-run, would.
-func (e *env) mayChange() error {
-	live := e.hostName == "" || e.hostName == "/"
-	switch {
-	case !live && !e.dryRun:
-		return usagef("%s is a captured host: it can be looked at, not changed", e.hostName)
-	case live && !e.dryRun && e.isMachine() && os.Geteuid() != 0:
-		return fmt.Errorf("changing drivers and VFs takes root: %w", fs.ErrPermission)
+// look scans a host, and gives its devices the roles that are declared.
+func look(h *iommu.Host) (*iommu.Topology, error) {
+	t, err := iommu.Scan(h)
+	if err == nil {
+		err = declared.Roles(h, t)
 	}
-	return nil
+	return t, err
 }
 
-// isMachine reports whether it is this machine that is changed, and not a test's host.
-func (e *env) isMachine() bool {
+// mayChange is asked first by every command that changes the host, or, with --dry-run, would; more are the folders that
+// it writes to beside /sys and /run.
+func (e *env) mayChange(more ...string) error {
+	live := e.hostName == "" || e.hostName == "/"
+	switch {
+	case e.dryRun:
+		return nil
+	case !live:
+		return usagef("%s is a captured host: it can be looked at, not changed", e.hostName)
+	}
 	h, err := e.open()
 	if err != nil {
-		return true
+		return err
 	}
 	defer h.Close()
-	return h.Real()
+	if h.Real() && os.Geteuid() != 0 {
+		return fmt.Errorf("changing drivers and VFs takes root: %w", fs.ErrPermission)
+	}
+	for _, dir := range append([]string{"sys", "run"}, more...) {
+		if err := h.Writable(dir); errors.Is(err, unix.EROFS) {
+			return fmt.Errorf("/%s is mounted read-only here, and nothing was changed (mount -o remount,rw /%s; of a "+
+				"container, run viaduct on the host itself)", dir, dir)
+		}
+	}
+	return nil
 }
 
 // note tells people something that is no part of the data.
@@ -234,7 +245,7 @@ func newApp(e *env) *cli.App {
 			return cli.ShowAppHelp(c)
 		},
 		Commands: []*cli.Command{
-			listCommand(e), showCommand(e), bindCommand(e), unbindCommand(e), recoverCommand(e), verifyCommand(e), vfCommand(e),
+			listCommand(e), showCommand(e), whyCommand(e), iommuCommand(e), doctorCommand(e), bindCommand(e), unbindCommand(e), recoverCommand(e), verifyCommand(e), vfCommand(e),
 			planCommand(e), applyCommand(e), statusCommand(e), undoCommand(e), adoptCommand(e), schemaCommand(e),
 			installCommand(e), uninstallCommand(e), watchCommand(e),
 			assignCommand(e), releaseCommand(e), leasesCommand(e), runCommand(e), heldCommand(), poolCommand(e),

@@ -57,10 +57,13 @@ func TestMatrix(t *testing.T) {
 				return stdout.String(), status
 			}
 
-			for _, line := range []string{"list", "list --json", "list --tree", "vf list", "vf list --json", "pool"} {
+			for _, line := range []string{"list", "list --json", "list --tree", "vf list", "vf list --json", "pool", "iommu", "iommu --json", "why --all", "why --all --json"} {
 				if out, status := do(strings.Fields(line)...); status != 0 {
 					t.Errorf("%s: exit status %d: %s", line, status, out)
 				}
+			}
+			if out, status := do("doctor", "--json"); status > 1 || !json.Valid([]byte(out)) {
+				t.Errorf("doctor: exit status %d: %s", status, out)
 			}
 			h, err := iommu.Open(dir)
 			if err != nil {

@@ -150,7 +150,7 @@ func (e *env) newRecord(ctx context.Context, h *iommu.Host, o *migrateOptions, r
 	}
 	pool := o.wish.Pool
 	if pool == "" {
-		pool = l.From
+		pool = g.From
 	}
 	r := &migrate.Record{
 		ID: migrate.NewID(), Guest: o.guest, Phase: migrate.Checked, Source: true, Peer: o.to, Began: time.Now(),

@@ -35,6 +35,7 @@ type vmmEnded struct {
 
 func runCommand(e *env) *cli.Command {
 	var o assignOptions
+	var as string
 	run := command(&cli.Command{
 		Name:      "run",
 		Usage:     "give a guest devices, start its VMM, and get the devices back clean when it ends",
@@ -43,7 +44,7 @@ func runCommand(e *env) *cli.Command {
 			"(or --format); without it they are put at the end. {address}, {group}, {mac} and {vlan} in any word become the first device's.\n" +
 			"The command also has the variables of viaduct assign --format env. Signals and the terminal are the command's. Exit status:\n" +
 			"the command's, 128 and the signal that ended it, or 125 when viaduct failed before it was started.\n\n" +
-			"Examples:\n  viaduct run web --from net --vlan 100 -- qemu-system-x86_64 -m 4G -nographic disk.img\n" +
+			"Examples:\n  viaduct run web --from net --vlan 100 --user qemu -- qemu-system-x86_64 -m 4G -nographic disk.img\n" +
 			"  viaduct run web --from enp1s0 -- crosvm run {devices} vmlinux",
 		Flags: append(
 			o.flags(),
@@ -52,6 +53,11 @@ func runCommand(e *env) *cli.Command {
 				Usage:       "how the command is told of the devices: `qemu|qemu-iommufd|cloud-hypervisor|crosvm|kata|env`",
 				Destination: &o.format,
 			},
+			&cli.StringFlag{
+				Name:        "user",
+				Usage:       "start the command as `USER[:GROUP]`, who gets the devices' nodes and may lock memory without limit",
+				Destination: &as,
+			},
 			&cli.DurationFlag{
 				Name:  "wait",
 				Usage: "how long after the command's end its devices may still be open",
@@ -59,7 +65,7 @@ func runCommand(e *env) *cli.Command {
 			},
 		),
 		Action: func(c *cli.Context) error {
-			err := runRun(c, e, &o)
+			err := runRun(c, e, &o, as)
 			if _, ended := errors.AsType[*vmmEnded](err); err != nil && !ended {
 				err = &vmmEnded{exitNotRun, err}
 			}
@@ -71,7 +77,7 @@ func runCommand(e *env) *cli.Command {
 	return run
 }
 
-func runRun(c *cli.Context, e *env, o *assignOptions) error {
+func runRun(c *cli.Context, e *env, o *assignOptions, as string) error {
 	args := c.Args().Slice()
 	if len(args) < 2 {
 		return usagef("run: want a guest's name, and after -- the command that starts it (viaduct run --help)")
@@ -103,6 +109,18 @@ func runRun(c *cli.Context, e *env, o *assignOptions) error {
 	if err != nil {
 		return err
 	}
+	var other *runAs
+	if as != "" {
+		if other, err = parseRunAs(as); err != nil {
+			return usagef("run: --user: %w", err)
+		}
+		if err := mayRunAs(); err != nil {
+			return err
+		}
+		if o.NodeOwner == "" {
+			o.NodeOwner = other.name
+		}
+	}
 	o.OwnerPID, o.Alone = os.Getpid(), true
 	// From now on: none may end viaduct between the lease and its end.
 	signals := make(chan os.Signal, 16)
@@ -124,6 +142,9 @@ func runRun(c *cli.Context, e *env, o *assignOptions) error {
 		) // the system call's way to tell it (getpriority(2)); the command has what viaduct was started with
 		// The command's, too.
 		signal.Reset(unix.SIGPIPE)
+		if more := needsMore(m.Host(), format, as); more != "" {
+			e.note("%s", more)
+		}
 		g, err = guestOf(m, l, o)
 		return err
 	})
@@ -153,7 +174,16 @@ func runRun(c *cli.Context, e *env, o *assignOptions) error {
 	}
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.Env = append(os.Environ(), vmm.Environment(g)...)
+	if other != nil {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: other.credential()}
+		cmd.Env = other.environment(cmd.Env)
+	}
 	ended, err := stay(cmd, signals, func(pid int) error {
+		if other != nil {
+			if err := letLock(pid); err != nil {
+				return err
+			}
+		}
 		if err := e.started(c.Context, l, pid, filepath.Base(program)); err != nil {
 			return err
 		}

@@ -109,6 +109,10 @@ type regionView struct {
 	Type  string `json:"type"`
 }
 
+func regionOf(r iommu.Region) regionView {
+	return regionView{fmt.Sprintf("%#x", r.Start), fmt.Sprintf("%#x", r.End), r.Type}
+}
+
 func runShow(e *env, sel iommu.Selector) error {
 	h, t, err := e.look()
 	if err != nil {
@@ -144,8 +148,7 @@ func showGroup(e *env, w io.Writer, h *iommu.Host, t *iommu.Topology, names *iom
 	}
 	v := showGroupView{groupView: groupOf(g, names, nil), ReservedRegions: []regionView{}}
 	for _, r := range regions {
-		v.ReservedRegions = append(v.ReservedRegions,
-			regionView{fmt.Sprintf("%#x", r.Start), fmt.Sprintf("%#x", r.End), r.Type})
+		v.ReservedRegions = append(v.ReservedRegions, regionOf(r))
 	}
 	if e.json {
 		return writeJSON(w, v)

@@ -288,7 +288,7 @@ func runVFSync(ctx context.Context, e *env, sel []iommu.Selector, timeout time.D
 		}
 		for i, a := range places {
 			// What a guest has goes before.
-			if own := leased[a]; len(own) > 0 {
+			if own := leased[a].Settings; len(own) > 0 {
 				if asked[i] == nil {
 					asked[i] = sriov.Settings{}
 				}

@@ -8,6 +8,7 @@
 package main
 
 import (
+	"encoding/binary"
 	"flag"
 	"fmt"
 	"log"
@@ -15,6 +16,8 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+
+	"viaduct/internal/host/hosttest"
 )
 
 // kind is a model of a device.
@@ -111,12 +114,10 @@ func (t *tree) complex(n int) {
 	domain, first := n/16, n%16*16
 	root := fmt.Sprintf("pci%04x:%02x", domain, first)
 	t.add(function{kind: hostBridge, domain: domain, bus: first, path: []string{root}, group: t.nextGroup()})
-	// Ports that are functions of one device without ACS share a group.
+	// Ports that are functions of one device, each with ACS.
 	ports := make([]string, 16)
 	for i := 1; i < 16; i++ {
-		if i == 1 || i == 9 {
-			t.nextGroup()
-		}
+		t.nextGroup()
 		ports[i] = address(domain, first, 8+i-1)
 		t.add(
 			function{
@@ -161,6 +162,31 @@ func (t *tree) complex(n int) {
 			)
 		}
 	}
+}
+
+// config is config space, as far as IOMMU groups hang on it: all is PCI Express, and all but the two functions that share
+// a group has ACS, which is on.
+func (f *function) config() string {
+	config := make([]byte, 0x1000)
+	put := binary.LittleEndian
+	put.PutUint16(config[0x00:], f.vendor)
+	put.PutUint16(config[0x02:], f.device)
+	put.PutUint32(config[0x04:], 0x00100406)
+	put.PutUint32(config[0x08:], f.class<<8|1)
+	config[0x34] = 0x40
+	kind := uint32(0)
+	switch {
+	case f.class == rootPort.class:
+		config[0x0e], kind = 0x81, 4
+	case f.pf == "" && f.vfs == nil && f.class != hostBridge.class:
+		config[0x0e] = 0x80
+	}
+	put.PutUint32(config[0x40:], 0x00020010|kind<<20)
+	if together := f.pf == "" && f.vfs == nil && kind == 0 && (f.devfn == 4 || f.devfn == 5); !together {
+		put.PutUint32(config[0x100:], 0x0001000d)
+		put.PutUint32(config[0x104:], 0x001d001d)
+	}
+	return string(config)
 }
 
 func (t *tree) add(f function) {
@@ -214,10 +240,7 @@ func (t *tree) add(f function) {
 	start := 0x200000000000 + (f.domain<<16|f.bus<<8|f.devfn)<<20
 	lines[0] = fmt.Sprintf("0x%016x 0x%016x 0x%016x", start, start+0xfffff, 0x14220c)
 	attribute("resource", "%s", strings.Join(lines, "\n"))
-	config := make([]byte, 256)
-	copy(config, []byte{byte(f.vendor), byte(f.vendor >> 8), byte(f.device), byte(f.device >> 8), 6, 4, 0x10, 0,
-		1, byte(f.class), byte(f.class >> 8), byte(f.class >> 16)})
-	t.file(filepath.Join(at, "config"), string(config))
+	t.file(filepath.Join(at, "config"), f.config())
 
 	link("subsystem", "sys/bus/pci")
 	t.link("sys/bus/pci/devices/"+name, at)
@@ -264,6 +287,7 @@ func (t *tree) add(f function) {
 	}
 	t.link(group+"/devices/"+name, at)
 	link("iommu_group", group)
+	link("iommu", "sys/devices/virtual/iommu/ivhd0")
 	if f.driver != "" {
 		t.interrupt("IR-PCI-MSIX-" + name)
 	}
@@ -297,6 +321,19 @@ func (t *tree) interrupt(chip string) {
 	t.dir(at)
 	t.file(at+"/chip_name", chip+"\n")
 	t.irq++
+}
+
+// host makes what is of the whole host: its firmware's table, and what its kernel came with.
+func (t *tree) host() {
+	for _, d := range []string{"sys/firmware/acpi/tables", "lib/modules/6.12.0", "proc/sys/kernel", "etc/modprobe.d"} {
+		t.dir(d)
+	}
+	// The IOMMU is the first function, and covers all.
+	t.file("sys/firmware/acpi/tables/IVRS", string(hosttest.ACPITable("IVRS", 2, "43302000 0000000000000000",
+		hosttest.IVRSBlock("11 30", "0000 4000 0000f0fd00000000 0000 0000 00000000 fa4a25a2ef776524 0000000000000000 01000000"))))
+	t.file("proc/cmdline", "quiet\n")
+	t.file("proc/sys/kernel/osrelease", "6.12.0\n")
+	t.file("lib/modules/6.12.0/modules.dep", "kernel/drivers/vfio/pci/vfio-pci.ko:\nkernel/drivers/vfio/vfio_iommu_type1.ko:\n")
 }
 
 const madeUpIDs = `# stands in for pci.ids, which this machine does not have
@@ -340,6 +377,7 @@ func main() {
 	for range 24 {
 		t.interrupt("IR-IO-APIC")
 	}
+	t.host()
 	for n := 0; t.left > 0; n++ {
 		t.complex(n)
 	}

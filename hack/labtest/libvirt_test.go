@@ -49,7 +49,8 @@ func domain(t *testing.T, name, devices string) string {
 func TestLibvirt(t *testing.T) {
 	pf := ports()[1]
 	pool(t, pf)
-	fresh := shown(t, pf, 0)
+	const last = 6 // assign draws from the end of a pool, libvirt from its head
+	fresh := shown(t, pf, last)
 	shell(
 		t,
 		"cp "+viaduct+" /usr/local/sbin/viaduct; /usr/local/sbin/viaduct install --libvirt; test -x /etc/libvirt/hooks/qemu.d/viaduct",
@@ -74,7 +75,7 @@ func TestLibvirt(t *testing.T) {
 	if l := leases(t)["dom"]; l.State != "active" || !strings.Contains(strings.Join(l.Holders, ""), `guest "dom"`) {
 		t.Errorf("with its domain running, the lease is %+v", l)
 	}
-	if line := shown(t, pf, 0); !strings.Contains(line, "vlan 100") || !strings.Contains(line, "52:54:00:aa:00:01") {
+	if line := shown(t, pf, last); !strings.Contains(line, "vlan 100") || !strings.Contains(line, "52:54:00:aa:00:01") {
 		t.Errorf("the domain's VF is %s", line)
 	}
 	shell(t, stopLibvirtd)
@@ -88,10 +89,10 @@ func TestLibvirt(t *testing.T) {
 		t.Errorf("a domain with another's VF: %d, %s", r.status, r.stderr)
 	}
 	shell(t, "virsh destroy dom")
-	if now := shown(t, pf, 0); now != fresh {
+	if now := shown(t, pf, last); now != fresh {
 		t.Errorf("after the domain the VF is\n%s, a new one is\n%s", now, fresh)
 	}
-	if text := attr("/run/viaduct/scrubbed-" + vfs(pf)[0] + ".json"); !strings.Contains(text, `"result":"clean"`) {
+	if text := attr("/run/viaduct/scrubbed-" + vfs(pf)[last] + ".json"); !strings.Contains(text, `"result":"clean"`) {
 		t.Errorf("its certificate: %s", text)
 	}
 	if l := leases(t)["dom"]; l.State != "reserved" {
@@ -101,10 +102,10 @@ func TestLibvirt(t *testing.T) {
 	// it outlives a boot: what /run held is gone, and so are the VFs
 	shell(t, "rm -rf /run/viaduct; echo 0 > "+filepath.Join(devicesDir, pf, "sriov_numvfs"))
 	do(t, "apply", "--boot")
-	if line := shown(t, pf, 0); !strings.Contains(line, "vlan 100") || leases(t)["dom"].State != "reserved" {
+	if line := shown(t, pf, last); !strings.Contains(line, "vlan 100") || leases(t)["dom"].State != "reserved" {
 		t.Errorf("after a boot the VF is %s, the lease %+v", line, leases(t)["dom"])
 	}
-	if other := do(t, "assign", "other", "--from", "net"); strings.Contains(other, vfs(pf)[0]) {
+	if other := do(t, "assign", "other", "--from", "net"); strings.Contains(other, vfs(pf)[last]) {
 		t.Errorf("another guest is given %s", other)
 	}
 	do(t, "release", "other")
@@ -135,15 +136,65 @@ func TestLibvirt(t *testing.T) {
 			"basename $(find "+filepath.Join(devicesDir, pf)+"/ -lname '*"+l.Devices[0].Address+"' -name 'virtfn*')"),
 		"virtfn",
 	)
+	if l.Devices[0].Address != vfs(pf)[0] {
+		t.Errorf("the domain drew %s", l.Devices[0].Address)
+	}
+
+	// plugged while it runs: in its lease before it has it, scrubbed alone when it gives it back
+	more := filepath.Join(t.TempDir(), "more.xml")
+	if err := os.WriteFile(more, []byte("<interface type='network'><source network='net'/>"+
+		"<mac address='52:54:00:aa:00:08'/></interface>"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	shell(t, "virsh attach-device drawn "+more+" --live")
+	if l := leases(t)["drawn"]; l.State != "active" || len(l.Devices) != 2 || l.Devices[1].Address != vfs(pf)[1] {
+		t.Errorf("with a second VF plugged, the lease is %+v", l)
+	}
+	if r := run(t, viaduct, "unbind", vfs(pf)[1]); r.status != 3 {
+		t.Errorf("unbind of what was plugged: %d, %s", r.status, r.stderr)
+	}
 	shell(t, "virsh destroy drawn")
 	if left := leases(t); len(left) != 0 {
 		t.Errorf("after it, leases %v", left)
+	}
+	if text := attr("/run/viaduct/scrubbed-" + vfs(pf)[1] + ".json"); !strings.Contains(text, `"result":"clean"`) {
+		t.Errorf("the certificate of what was plugged: %s", text)
 	}
 	var n int
 	_, _ = fmt.Sscan(index, &n)
 	if now := shown(t, pf, n); strings.Contains(now, "52:54:00:aa:00:07") {
 		t.Errorf("after the drawn domain the VF is %s", now)
 	}
+
+	quarantinedHead(t, pf)
+}
+
+// quarantinedHead: a VF in quarantine at the head of a pool stops the domains of a network that was made before, with
+// the reason, and no more those of one that is made anew.
+func quarantinedHead(t *testing.T, pf string) {
+	t.Helper()
+	head := vfs(pf)[0]
+	do(t, "assign", "foul", "--from", head)
+	shell(t, "echo > "+filepath.Join(devicesDir, head, "reset_method"))
+	if r := status(t, 1, "release", "foul"); !strings.Contains(r.stderr, "quarantine") {
+		t.Errorf("release of what cannot be reset: %s", r.stderr)
+	}
+	if r := run(t, "virsh", "start", "drawn"); r.status == 0 || !strings.Contains(r.stderr, "quarantine") {
+		t.Errorf("a domain that draws what is in quarantine: %d, %s", r.status, r.stderr)
+	}
+	network := filepath.Join(t.TempDir(), "net.xml")
+	text := do(t, "pool", "net", "--format", "libvirt-network")
+	if err := os.WriteFile(network, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	shell(t, "virsh net-destroy net; virsh net-undefine net; virsh net-define "+network+"; virsh net-start net")
+	shell(t, "virsh start drawn")
+	if l := leases(t)["drawn"]; len(l.Devices) != 1 || l.Devices[0].Address != vfs(pf)[1] {
+		t.Errorf("from the network that was made anew it drew %+v", l)
+	}
+	shell(t, "virsh destroy drawn")
+	shell(t, "echo default > "+filepath.Join(devicesDir, head, "reset_method"))
+	do(t, "release", "--quarantined", head)
 }
 
 // TestTwoGuests runs what two guests at once see of each other, and what the next gets; it tells as it goes.

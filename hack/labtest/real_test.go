@@ -80,11 +80,11 @@ func TestPlainUser(t *testing.T) {
 	pf := ports()[0]
 	pool(t, pf)
 	do(t, "assign", "web", "--from", "net")
-	free := vfs(pf)[5]
+	free := vfs(pf)[4]
 	before := fingerprint()
 	for _, args := range [][]string{
 		{"assign", "db", "--from", "net", "--dry-run"}, {"bind", free, "--dry-run"}, {"unbind", free, "--dry-run"},
-		{"vf", "set", pf + "/vf5", "vlan=7", "--dry-run"}, {"list"}, {"show", free}, {"plan"},
+		{"vf", "set", pf + "/vf4", "vlan=7", "--dry-run"}, {"list"}, {"show", free}, {"plan"},
 	} {
 		if r := run(t, "runuser", append([]string{"-u", "nobody", "--", viaduct}, args...)...); r.status != 0 {
 			t.Errorf("as a plain user: viaduct %s: exit status %d\n%s%s", args, r.status, r.stdout, r.stderr)

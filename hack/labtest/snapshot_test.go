@@ -21,6 +21,8 @@ func TestSnapshot(t *testing.T) {
 		"list --json",
 		"list --tree",
 		"list class=0200",
+		"iommu",
+		"iommu --json",
 		"show " + spare + "/vf1",
 		"show group=0 --json",
 		"vf create --dry-run --json " + uplink + " 7",

@@ -56,6 +56,18 @@ func (h *Host) Boot() (id string, since time.Duration) {
 	return id, time.Duration(t.Nano())
 }
 
+// Writable is an error that matches EROFS where a folder is on a file system that is mounted read-only, as those of a
+// container are; nothing else is asked.
+func (h *Host) Writable(dir string) error {
+	if err := h.ask("access", dir); err != nil {
+		return err
+	}
+	if err := unix.Access(h.Path(dir), unix.W_OK); errors.Is(err, unix.EROFS) {
+		return h.fail("write to", dir, err)
+	}
+	return nil
+}
+
 // ask asks the system whether an operation may be, and refuses all on a captured host.
 func (h *Host) ask(op, name string) error {
 	if h.system == nil {

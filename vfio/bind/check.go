@@ -245,7 +245,7 @@ func (c *check) canBeTaken(asked []*iommu.Device) {
 		case d.Group == nil && c.topology.LateGroups() && d.Driver == "":
 			c.getsGroup(d)
 		case d.Group == nil && len(c.topology.Groups) == 0 && len(c.topology.Units) == 0:
-			c.add(holder.IOMMU, d.Name, iommu.TurnOn(c.b.host),
+			c.add(holder.IOMMU, d.Name, iommu.WhyOff(c.b.host, c.topology).String(),
 				"%s is in no IOMMU group, because no IOMMU is active on this host", d.Name)
 		case d.Group == nil:
 			c.add(holder.IOMMU, d.Name, "", "%s is in no IOMMU group: the IOMMU does not cover it", d.Name)

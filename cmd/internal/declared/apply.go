@@ -173,6 +173,9 @@ func (m *Manager) applyOne(ctx context.Context, i *Item, was before) error {
 		// What is left of it is the engines'.
 		return errors.Join(err, m.run.Delete(key))
 	}
+	if none, _ := errors.AsType[*NoDriverError](err); none != nil {
+		return errors.Join(err, m.run.Delete(key))
+	}
 	if err != nil {
 		if undone := m.back(was); undone != nil {
 			err = errors.Join(err, fmt.Errorf("and it could not be put back as it was: %w", undone))
@@ -183,6 +186,9 @@ func (m *Manager) applyOne(ctx context.Context, i *Item, was before) error {
 
 // do does what an item takes.
 func (m *Manager) do(ctx context.Context, i *Item) error {
+	if err := m.setMarks(i); err != nil {
+		return err
+	}
 	if i.count != nil {
 		notes, err := m.handle.Apply(ctx, i.count)
 		i.Notes = append(i.Notes, notes...)
@@ -218,7 +224,10 @@ func (m *Manager) do(ctx context.Context, i *Item) error {
 	for _, r := range all {
 		errs = append(errs, r.Err)
 	}
-	return errors.Join(errs...)
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	return m.bringHome(ctx, i)
 }
 
 // units are the group of a device; none of a PF.

@@ -26,9 +26,16 @@ type Options struct {
 	Accept bool          // what changed since is as it is to be
 	Late   bool          // also what waits for a bond
 
-	// Leased tells the settings that guests' VFs have instead of what is declared; the drivers of all that is in it are
-	// left alone. It is asked anew for each plan. nil: there are no guests.
-	Leased func() map[iommu.Address]sriov.Settings
+	// Leased tells what guests' devices have instead of what is declared; the drivers of all that is in it are left
+	// alone. It is asked anew for each plan. nil: there are no guests.
+	Leased func() map[iommu.Address]Guest
+}
+
+// Guest is what a guest's device has instead of what is declared.
+type Guest struct {
+	Settings sriov.Settings // of a VF
+	// OwnDriver: its VMM has it on a driver of its own, as Xen's pciback, and no VFIO driver is to take it.
+	OwnDriver bool
 }
 
 // Manager is what the declared host is planned and applied with. It changes nothing that its Handle has not locked.
@@ -96,6 +103,8 @@ type Item struct {
 	owner      *bind.NodeOwner
 	known      *known
 	pf         *hostfile.PF // that is declared
+	homes      []int        // indexes of the VFs that are the host's
+	marks      []mark       // of VFs whose interfaces are to be left alone, or no more
 }
 
 // Wrong reports whether the item is not as declared. That one is missing which may be is not wrong.
@@ -216,7 +225,7 @@ func (m *Manager) found(i *Item, match hostfile.Match, find func(hostfile.Match)
 	return true
 }
 
-func (m *Manager) planPF(pf *hostfile.PF, guard *guard, leased map[iommu.Address]sriov.Settings) *Item {
+func (m *Manager) planPF(pf *hostfile.PF, guard *guard, leased map[iommu.Address]Guest) *Item {
 	i := &Item{Name: pf.Select.String(), At: pf.At, Optional: pf.Optional, State: OK, pf: pf}
 	if !m.found(i, pf.Select, m.findPF) {
 		return i
@@ -232,6 +241,7 @@ func (m *Manager) planPF(pf *hostfile.PF, guard *guard, leased map[iommu.Address
 		i.Refuse(err)
 		return i
 	}
+	i.homes = homes(wish.VFs)
 	plan, err := m.handle.PlanCount(i.Device, wish)
 	if err != nil {
 		i.Refuse(err)
@@ -251,6 +261,10 @@ func (m *Manager) planPF(pf *hostfile.PF, guard *guard, leased map[iommu.Address
 		i.Notes = append(i.Notes, plan.Notes...)
 	}
 
+	if err := m.planUnmanaged(i); err != nil {
+		i.Refuse(err)
+		return i
+	}
 	if plan.Have == plan.Want && plan.Eswitch.Mode == "" {
 		if n := len(i.Device.SRIOV.VFs); n > 0 && i.Device.SRIOV.VFs[n-1].Index != n-1 {
 			i.Refuse(
@@ -272,7 +286,7 @@ func (m *Manager) planPF(pf *hostfile.PF, guard *guard, leased map[iommu.Address
 
 // wish is what a PF is declared to have, but for what guests' VFs have instead.
 func (m *Manager) wish(pf *hostfile.PF, d *iommu.Device, waits bool,
-	leased map[iommu.Address]sriov.Settings) (sriov.Wish, error) {
+	leased map[iommu.Address]Guest) (sriov.Wish, error) {
 	wish := sriov.Wish{
 		Eswitch: sriov.Eswitch{Mode: pf.Eswitch, Inline: pf.Inline, Encap: pf.Encap}, Offload: pf.Offload, MTU: pf.MTU,
 	}
@@ -290,12 +304,14 @@ func (m *Manager) wish(pf *hostfile.PF, d *iommu.Device, waits bool,
 		}
 		if n < len(places) {
 			if own, ours := leased[places[n]]; ours {
-				use = sriov.UseVFIO
+				if use = sriov.UseVFIO; own.OwnDriver {
+					use = sriov.UseNone
+				}
 				if m.exact {
 					// What it had before is no business of the guest's.
 					clear(vf.Settings)
 				}
-				maps.Copy(vf.Settings, own)
+				maps.Copy(vf.Settings, own.Settings)
 			}
 		}
 		wish.VFs = append(wish.VFs, sriov.VFWish{Use: use, Settings: vf.Settings})
@@ -303,8 +319,8 @@ func (m *Manager) wish(pf *hostfile.PF, d *iommu.Device, waits bool,
 	return wish, nil
 }
 
-// Guests are the settings that Leased tells now.
-func (m *Manager) Guests() map[iommu.Address]sriov.Settings {
+// Guests are what Leased tells now.
+func (m *Manager) Guests() map[iommu.Address]Guest {
 	if m.options.Leased == nil {
 		return nil
 	}
@@ -318,7 +334,7 @@ func (m *Manager) bonded(d *iommu.Device) bool {
 }
 
 // planVFs is what VFs that are there lack.
-func (m *Manager) planVFs(i *Item, wish []sriov.VFWish, leased map[iommu.Address]sriov.Settings) error {
+func (m *Manager) planVFs(i *Item, wish []sriov.VFWish, leased map[iommu.Address]Guest) error {
 	vfs := m.topology.VFs(i.Device)
 	if len(vfs) != len(i.Device.SRIOV.VFs) {
 		return fmt.Errorf("%s: VFs of it were made or removed just now", i.Device.Name)
@@ -335,6 +351,7 @@ func (m *Manager) planVFs(i *Item, wish []sriov.VFWish, leased map[iommu.Address
 	for _, s := range i.sets {
 		i.Steps = append(i.Steps, s.Steps()...)
 	}
+	none := &NoDriverError{}
 	for _, vf := range vfs {
 		if with := m.topology.KeptWith(vf); with != nil && wish[vf.VFIndex].Use == sriov.UseVFIO {
 			i.Notes = append(i.Notes, Kept(vf, with))
@@ -342,6 +359,7 @@ func (m *Manager) planVFs(i *Item, wish []sriov.VFWish, leased map[iommu.Address
 		var change bind.Change
 		var err error
 		switch use := wish[vf.VFIndex].Use; {
+		case leased[vf.Address].OwnDriver:
 		case use == sriov.UseVFIO && !vf.VFIO:
 			i.take = append(i.take, vf)
 			change, err = m.handle.Plan(vf, bind.Take(bind.Auto))
@@ -352,14 +370,21 @@ func (m *Manager) planVFs(i *Item, wish []sriov.VFWish, leased map[iommu.Address
 			i.none = append(i.none, vf)
 			change, err = m.handle.Plan(vf, bind.Take(bind.None))
 		case use == sriov.UseHome && !vf.Blocks():
-			i.home = append(i.home, vf)
 			change, err = m.handle.Plan(vf, bind.Home())
+			if err == nil && homeless(vf, &change) {
+				none.VFs, change.Steps = append(none.VFs, vf.Name), nil
+			} else {
+				i.home = append(i.home, vf)
+			}
 		}
 
 		if err != nil {
 			return err
 		}
 		i.Steps = append(i.Steps, bind.Actions(change.Steps)...)
+	}
+	if len(none.VFs) > 0 && len(i.Steps) == 0 {
+		return none
 	}
 	return nil
 }

@@ -184,7 +184,7 @@ func TestLeasedUndo(t *testing.T) {
 	m = again(t, m)
 	vf := m.topology.VFs(found(t, m))[2]
 	own := sriov.Settings{sriov.VLAN: "100"}
-	m.options.Leased = func() map[iommu.Address]sriov.Settings { return map[iommu.Address]sriov.Settings{vf.Address: own} }
+	m.options.Leased = func() map[iommu.Address]Guest { return map[iommu.Address]Guest{vf.Address: {Settings: own}} }
 	m.exact = true
 	item := plan(t, m, mixed+"      - {range: 2, vlan: 7, trust: on}\n")[0]
 	if len(item.take) != 1 || item.take[0].Name != vf.Name {

@@ -2,6 +2,7 @@ package declared
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"viaduct/cmd/internal/hostfile"
@@ -118,6 +119,10 @@ func (m *Manager) findDevice(dev *hostfile.Device) *Item {
 
 // planUnit plans a device and what goes along with it.
 func (m *Manager) planUnit(i *Item, guard *guard) {
+	leased := m.Guests()
+	if slices.ContainsFunc(i.unit, func(d *iommu.Device) bool { return d.PCI && leased[d.Address].OwnDriver }) {
+		return
+	}
 	for _, d := range i.unit {
 		change, err := m.handle.Plan(d, bind.Take(i.driver))
 		if err != nil {

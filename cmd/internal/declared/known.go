@@ -136,7 +136,7 @@ func (m *Manager) joined(i *Item) string {
 
 // dropped adds to a wish what was declared of VFs when that was last applied, and is not any more: it goes back to what
 // VFs begin with. A MAC address stays, as there is none to go back to.
-func (i *Item) dropped(vfs []*iommu.Device, wish []sriov.VFWish, leased map[iommu.Address]sriov.Settings) {
+func (i *Item) dropped(vfs []*iommu.Device, wish []sriov.VFWish, leased map[iommu.Address]Guest) {
 	if i.known == nil {
 		return
 	}

@@ -3,6 +3,7 @@ package declared
 import (
 	"context"
 	"fmt"
+	"path"
 	"time"
 
 	"viaduct/cmd/internal/hostfile"
@@ -69,8 +70,9 @@ func Settle(ctx context.Context, h *iommu.Host, look func()) error {
 	return nil
 }
 
-// Early are the places of the devices that the initramfs is to keep from their drivers. Nothing there can ask what they
-// are for: one that must not be taken, or that the host uses now, is refused, with all that would be taken along.
+// Early are the folders in sysfs of the devices that the initramfs is to keep from their drivers. Nothing there can ask
+// what they are for: one that must not be taken, or that the host uses now, is refused, with all that would be taken
+// along.
 func (m *Manager) Early(s *hostfile.Host) ([]string, error) {
 	boot := *m
 	boot.options.Boot = true
@@ -94,11 +96,12 @@ func (m *Manager) Early(s *hostfile.Host) ([]string, error) {
 			return nil, fmt.Errorf("%s: %w", dev.At, i.Err)
 		}
 
-		place, err := iommu.PathOf(m.host, i.Device)
+		link := "sys/bus/pci/devices/" + i.Device.Name
+		target, err := m.host.Link(link)
 		if err != nil {
 			return nil, err
 		}
-		out = append(out, place)
+		out = append(out, "/"+path.Join(path.Dir(link), target))
 	}
 	return out, nil
 }

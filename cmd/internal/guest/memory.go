@@ -38,7 +38,9 @@ func Layout(arch string, memory uint64, moves bool) []vfio.Range {
 	return []vfio.Range{{First: 0, Last: lowSplit - 1}, {First: from, Last: from + memory - lowSplit - 1}}
 }
 
-// LockLimit is how much memory a process, and what it starts, may lock; may is true if there is no limit for it.
+// LockLimit is how much memory a process, and what it starts, may lock; may is true if there is no limit for it. The
+// kernel asks for CAP_IPC_LOCK in the host's own user namespace (account_locked_vm, mm/util.c); of another, as a
+// container's, it does not count.
 func LockLimit(h *iommu.Host, pid int) (limit uint64, may bool) {
 	dir := path.Join("proc", strconv.Itoa(pid))
 	status, _ := h.String(path.Join(dir, "status"))
@@ -47,7 +49,7 @@ func LockLimit(h *iommu.Host, pid int) (limit uint64, may bool) {
 			caps, err := strconv.ParseUint(strings.TrimSpace(hex), 16, 64)
 			// CAP_IPC_LOCK (include/uapi/linux/capability.h)
 			const ipcLock = 14
-			if err == nil && caps>>ipcLock&1 == 1 {
+			if err == nil && caps>>ipcLock&1 == 1 && inFirstNamespace(h, dir) {
 				return 0, true
 			}
 		}
@@ -64,4 +66,15 @@ func LockLimit(h *iommu.Host, pid int) (limit uint64, may bool) {
 		}
 	}
 	return 0, true
+}
+
+// inFirstNamespace reports whether a process is in the first user namespace, whose number is always the same
+// (PROC_USER_INIT_INO, include/linux/proc_ns.h). Where that may not be read, it is if all users are mapped to
+// themselves.
+func inFirstNamespace(h *iommu.Host, dir string) bool {
+	if ns, err := h.LinkBase(path.Join(dir, "ns/user")); err == nil {
+		return ns == "user:[4026531837]"
+	}
+	users, err := h.String(path.Join(dir, "uid_map"))
+	return err != nil || strings.Join(strings.Fields(users), " ") == "0 0 4294967295"
 }

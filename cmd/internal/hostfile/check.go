@@ -78,6 +78,9 @@ func (d *decoder) checkPF(pf *PF) {
 		if _, vlan := r.Settings[sriov.VLAN]; !vlan && (qos || proto) {
 			d.failAt(r.At, "", "qos and proto are a VLAN's: the key vlan is missing")
 		}
+		if r.Driver != sriov.UseHome && r.Network != "" {
+			d.failAt(r.At, r.Network, "only VFs on the host's driver have an interface here (network is for driver: home)")
+		}
 		if r.Driver == sriov.UseHome && r.Pool != "" {
 			d.failAt(r.At, r.Pool, "guests draw from a pool, and cannot have what the host's driver has (driver: home)")
 		}

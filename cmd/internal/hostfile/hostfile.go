@@ -51,6 +51,7 @@ type VFs struct {
 	Range    Range          `yaml:"range"     doc:"indexes, as 0-3 or 0-3,6; all if left out"`
 	Driver   sriov.Use      `yaml:"driver"    doc:"what drives them; none if left out"        enum:"vfio,home,none"`
 	Pool     string         `yaml:"pool"      doc:"name that guests draw from"`
+	Network  string         `yaml:"network"   doc:"unmanaged: NetworkManager and systemd-networkd leave its interface alone" enum:"unmanaged"`
 	Settings map[Key]Valued `yaml:",settings"`
 }
 
@@ -96,10 +97,11 @@ func (e *Error) Error() string {
 
 // VF is what one VF of a PF is to be.
 type VF struct {
-	At       Pos
-	Use      sriov.Use
-	Pool     string
-	Settings sriov.Settings
+	At        Pos
+	Use       sriov.Use
+	Pool      string
+	Unmanaged bool // its interface is left alone by what configures the host's network
+	Settings  sriov.Settings
 }
 
 // Each are a PF's VFs by index, templates filled in.
@@ -114,7 +116,7 @@ func (p *PF) Each() []VF {
 			use = sriov.UseNone
 		}
 		for _, i := range r.Range.Indexes(p.Count) {
-			vf := VF{r.At, use, r.Pool, sriov.Settings{}}
+			vf := VF{At: r.At, Use: use, Pool: r.Pool, Unmanaged: r.Network != "", Settings: sriov.Settings{}}
 			for k, v := range r.Settings {
 				vf.Settings[k] = v.Of(i)
 			}

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 
+	"viaduct/cmd/internal/declared"
 	"viaduct/internal/host"
 	"viaduct/internal/shell"
 )
@@ -20,7 +21,7 @@ type Options struct {
 	Watch     bool     // a service that keeps the host as declared
 	Late      bool     // a second unit, when the network is up, for what waits for a bond
 	Libvirt   bool     // a hook that checks, takes and scrubs what domains have
-	Initramfs []string // places of what the initramfs keeps for passthrough; nil for no hook
+	Initramfs []string // folders in sysfs of what the initramfs keeps for passthrough; nil for no hook
 }
 
 // Where a host keeps such things.
@@ -30,9 +31,15 @@ const (
 
 	initramfsTools = "/etc/initramfs-tools"
 	dracutModule   = "/usr/lib/dracut/modules.d/91viaduct"
+	mkinitcpio     = "/etc/initcpio"
+
+	// HotplugPath is the unit that looks for devices that came later.
+	HotplugPath = "viaduct-hotplug.path"
 
 	// LibvirtHook is the hook that libvirt runs for each QEMU domain.
 	LibvirtHook = "/etc/libvirt/hooks/qemu.d/viaduct"
+	// What it runs for each network, which says what a domain draws and gives back, also while it runs.
+	networkHook = "/etc/libvirt/hooks/network.d/viaduct"
 )
 
 const marker = "Written by viaduct install; viaduct uninstall removes it."
@@ -44,8 +51,8 @@ const early = `# ` + marker + `
 Description=SR-IOV virtual functions and passthrough devices as declared
 Documentation=man:viaduct(8)
 DefaultDependencies=no
-RequiresMountsFor=/etc/viaduct /var/lib/viaduct %s
-After=systemd-udevd.service systemd-udev-trigger.service systemd-modules-load.service systemd-remount-fs.service
+RequiresMountsFor=/etc/viaduct %s
+After=local-fs.target systemd-udevd.service systemd-udev-trigger.service systemd-modules-load.service systemd-remount-fs.service
 Wants=network-pre.target
 Before=network-pre.target libvirtd.service virtqemud.service libvirt-guests.service machines.target kubelet.service podman.service
 Conflicts=shutdown.target
@@ -54,6 +61,7 @@ Before=shutdown.target
 [Service]
 Type=oneshot
 RemainAfterExit=yes
+ExecStartPre=-/bin/rm -f ` + mark + `
 ExecStart=%s apply --boot
 TimeoutStartSec=30min
 
@@ -95,10 +103,33 @@ RestartSec=5
 WantedBy=multi-user.target
 `
 
-// A card that comes later has the unit run that brings it to what is declared. Nothing is run by the rule itself: udev
-// waits for what a rule runs, and kills it.
-const rule = `# ` + marker + `
-ACTION=="add", SUBSYSTEM=="net|nvme", ATTRS{sriov_totalvfs}=="?*", TAG+="systemd", ENV{SYSTEMD_WANTS}+="viaduct-hotplug.service"
+// A device that comes later leaves a mark, by which the unit runs that brings it to what is declared: any that is neither
+// a VF nor a bridge, and a PF again when it has its interface. More than the mark the rule does not make, as udev waits
+// for what a rule runs, and kills it. The mark is there until a run that begins later takes it away, so that none is lost
+// while one ends (systemd.path(5)).
+const (
+	mark = "/run/viaduct-hotplug"
+	rule = `# ` + marker + `
+ACTION!="add", GOTO="viaduct_end"
+SUBSYSTEM=="pci", ATTR{class}!="0x06*", TEST!="physfn", RUN+="/bin/sh -c '>>` + mark + `'"
+SUBSYSTEM=="net|nvme", ATTRS{sriov_totalvfs}=="?*", RUN+="/bin/sh -c '>>` + mark + `'"
+LABEL="viaduct_end"
+` + declared.UnmanagedRule
+	networkd = "# " + marker + "\n" + declared.UnmanagedNetwork
+)
+
+const hotplugPath = `# ` + marker + `
+[Unit]
+Description=looks for devices that came later
+Documentation=man:viaduct(8)
+After=viaduct.service
+
+[Path]
+PathExists=` + mark + `
+TriggerLimitIntervalSec=0
+
+[Install]
+WantedBy=multi-user.target
 `
 
 const hotplug = `# ` + marker + `
@@ -106,11 +137,11 @@ const hotplug = `# ` + marker + `
 Description=brings a device that came later to what is declared
 Documentation=man:viaduct(8)
 After=viaduct.service
-ConditionPathExists=/run/systemd/system
 StartLimitIntervalSec=0
 
 [Service]
 Type=oneshot
+ExecStartPre=/bin/rm -f ` + mark + `
 ExecStart=%s watch --once
 TimeoutStartSec=30min
 `
@@ -119,7 +150,7 @@ TimeoutStartSec=30min
 // program's.
 const libvirtHook = `#!/bin/sh
 # ` + marker + `
-exec %s libvirt-hook -- "$@"
+exec %s libvirt-hook%s -- "$@"
 `
 
 // File is one file of the host, or a link.
@@ -142,8 +173,10 @@ func (o *Options) Files(initramfs Generator) ([]File, error) {
 		return out
 	}
 	all := unit("viaduct.service", early, true)
+	all = append(all, unit(HotplugPath, hotplugPath, true)...)
 	all = append(all, unit("viaduct-hotplug.service", hotplug, false)...)
 	all = append(all, File{Path: "/etc/udev/rules.d/72-viaduct.rules", Content: rule, Mode: 0o644})
+	all = append(all, File{Path: "/etc/systemd/network/05-viaduct.network", Content: networkd, Mode: 0o644})
 	if o.Late {
 		all = append(all, unit("viaduct-late.service", late, true)...)
 	}
@@ -152,7 +185,10 @@ func (o *Options) Files(initramfs Generator) ([]File, error) {
 		all = append(all, unit("viaduct-watch.service", watch, true)...)
 	}
 	if o.Libvirt {
-		all = append(all, File{Path: LibvirtHook, Content: fmt.Sprintf(libvirtHook, shell.Quote(o.Program)), Mode: 0o755})
+		for _, hook := range [][2]string{{LibvirtHook, ""}, {networkHook, " --network"}} {
+			content := fmt.Sprintf(libvirtHook, shell.Quote(o.Program), hook[1])
+			all = append(all, File{Path: hook[0], Content: content, Mode: 0o755})
+		}
 	}
 	if o.Initramfs != nil {
 		more, err := initramfs.files(o)
@@ -168,7 +204,7 @@ func (o *Options) Files(initramfs Generator) ([]File, error) {
 func everything() []File {
 	o := Options{Program: "/", Watch: true, Late: true, Libvirt: true, Initramfs: []string{}}
 	var all []File
-	for _, g := range []Generator{InitramfsTools, Dracut} {
+	for _, g := range []Generator{InitramfsTools, Dracut, Mkinitcpio} {
 		files, _ := o.Files(g)
 		all = append(all, files...)
 	}

@@ -12,30 +12,28 @@ import (
 	"viaduct/cmd/internal/vmm"
 	"viaduct/internal/shell"
 	"viaduct/iommu"
-	"viaduct/sriov"
 	"viaduct/vfio/bind"
 	"viaduct/vfio/holder"
 )
 
 // Request is what a guest asks for.
 type Request struct {
-	Guest, From string
-	Count       int
-	Settings    sriov.Settings
-	Memory      uint64 // the guest's, in bytes; 0: not known
-	Moves       bool   // its VMM keeps guest memory off the range that AMD's IOMMUs reserve
-	NUMA        *int
-	NodeOwner   string
-	TTL         time.Duration
-	OwnerPID    int
-	Unit        string
-	Persist     bool
-	Foreign     bool            // its VMM takes the devices to a driver of its own
-	NoReset     bool            // give out also what nothing can reset afterwards
-	VM          *vmm.Machine    // what is known of its virtual machine
-	Alone       bool            // refuse what another process, or a VMM that runs, has already
-	exactly     []iommu.Address // these, whoever drew them
-	moving      State           // the lease is made for this
+	Guest     string
+	Sources   []Source
+	Memory    uint64 // the guest's, in bytes; 0: not known
+	Moves     bool   // its VMM keeps guest memory off the range that AMD's IOMMUs reserve
+	NUMA      *int
+	NodeOwner string
+	TTL       time.Duration
+	OwnerPID  int
+	Unit      string
+	Persist   bool
+	Foreign   bool         // its VMM takes the devices to a driver of its own
+	NoReset   bool         // give out also what nothing can reset afterwards
+	VM        *vmm.Machine // what is known of its virtual machine
+	Alone     bool         // refuse what another process, or a VMM that runs, has already
+
+	moving State // the lease is made for this
 }
 
 // Assign gives a guest devices: draws them, under the lock of the books, and then configures and takes them. Asked
@@ -50,10 +48,10 @@ func (m *Manager) Assign(ctx context.Context, r *Request) (l *Lease, fresh bool,
 		return nil, false, nil, err
 	}
 	defer mine.Close()
-	units, err := m.units(r)
+	units, err := m.choices(r)
 	if err != nil {
 		old, _ := m.Book.Get(r.Guest)
-		if old == nil || old.From != r.From {
+		if old == nil || !sameSources(old.Sources, r.Sources) {
 			// What it was drawn from may be gone from the declaration.
 			return nil, false, nil, err
 		}
@@ -87,19 +85,38 @@ func (m *Manager) Assign(ctx context.Context, r *Request) (l *Lease, fresh bool,
 			// By what keeps no books: the next one, then.
 			skip[d.Name] = true
 		}
-		if len(units) == r.Count || r.exactly != nil {
+		if !slices.ContainsFunc(units, func(u choice) bool { return len(u.units) > u.Count && u.exactly == nil }) {
 			return nil, false, notes, used.error
 		}
 	}
 }
 
-// units are what a request may be given.
-func (m *Manager) units(r *Request) ([][]*iommu.Device, error) {
-	if r.exactly == nil {
-		return m.source(r.From)
+// choice is a source with the units that may be drawn from it.
+type choice struct {
+	Source
+	units [][]*iommu.Device
+}
+
+// choices are what a request may be given.
+func (m *Manager) choices(r *Request) ([]choice, error) {
+	var out []choice
+	for _, s := range r.Sources {
+		units, err := m.unitsOf(&s)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, choice{s, units})
+	}
+	return out, nil
+}
+
+// unitsOf are the units of a source.
+func (m *Manager) unitsOf(s *Source) ([][]*iommu.Device, error) {
+	if s.exactly == nil {
+		return m.source(s.From)
 	}
 	var devices []*iommu.Device
-	for _, a := range r.exactly {
+	for _, a := range s.exactly {
 		d, err := m.Topology.Find(a)
 		if err != nil {
 			return nil, err
@@ -110,7 +127,7 @@ func (m *Manager) units(r *Request) ([][]*iommu.Device, error) {
 }
 
 // reserve draws devices for a guest and writes that down; fresh is false if it has some already.
-func (m *Manager) reserve(ctx context.Context, r *Request, units [][]*iommu.Device,
+func (m *Manager) reserve(ctx context.Context, r *Request, choices []choice,
 	skip map[string]bool) (l *Lease, fresh bool, err error) {
 	held, err := m.Book.lockAll(ctx, m.handle.Timeout())
 	if err != nil {
@@ -128,44 +145,52 @@ func (m *Manager) reserve(ctx context.Context, r *Request, units [][]*iommu.Devi
 				return nil, false, err
 			}
 		}
-		if why := l.differs(r); why != "" {
-			reason := holder.Reason{Kind: holder.Guest, Text: "it has a lease already, " + why}
-			return nil, false, holder.Because("assign to "+r.Guest, reason, "viaduct release "+shell.Quote(r.Guest))
+		if err := l.same(r); err != nil {
+			return nil, false, err
 		}
 		l.renew(m, r)
 		return l, false, m.Book.putLocked(l)
 	}
 
-	drawn, err := m.free(all, r, units, skip)
+	drawn, err := m.draw(all, r, choices, skip)
 	if err != nil {
-		return nil, false, err
-	}
-	devices := handed(drawn)
-	if err := m.handle.Refresh(devices); err != nil {
-		// As it is since nobody else can draw it.
 		return nil, false, err
 	}
 	l = &Lease{
 		LeaseHead: holder.LeaseHead{Guest: r.Guest},
-		From:      r.From,
-		Count:     r.Count,
-		Drawn:     r.exactly != nil,
+		Sources:   r.Sources,
 		Foreign:   r.Foreign,
 		NoReset:   r.NoReset,
 		Moving:    r.moving,
 		Holders:   []Holder{},
 	}
 	l.renew(m, r)
-	for _, d := range devices {
-		if d.PhysFn == nil && len(r.Settings) > 0 {
-			why := holder.Reason{
-				Kind: holder.Unsuitable, Device: d.Name, Text: "it is no VF, and has no " + r.Settings.Text(),
-			}
-			return nil, false, holder.Because("assign "+d.Name, why, "")
+	for _, c := range drawn {
+		devices := handed(c.units)
+		if err := m.handle.Refresh(devices); err != nil {
+			// As it is since nobody else can draw it.
+			return nil, false, err
 		}
-		l.Devices = append(l.Devices, m.describe(d, r.Settings))
+		l.Drawn = l.Drawn || c.exactly != nil
+		for _, d := range devices {
+			if err := c.suits(d); err != nil {
+				return nil, false, err
+			}
+			l.Devices = append(l.Devices, m.describe(d, c.Settings))
+		}
 	}
 	return l, true, m.Book.putLocked(l)
+}
+
+// suits refuses a device that cannot have a source's settings.
+func (s *Source) suits(d *iommu.Device) error {
+	if d.PhysFn != nil || len(s.Settings) == 0 {
+		return nil
+	}
+	why := holder.Reason{
+		Kind: holder.Unsuitable, Device: d.Name, Text: "it is no VF, and has no " + s.Settings.Text(),
+	}
+	return holder.Because("assign "+d.Name, why, "")
 }
 
 // renew is what asking, and asking again, sets: how long the lease lives.
@@ -191,20 +216,41 @@ func (l *Lease) renew(m *Manager, r *Request) {
 	}
 }
 
+// same refuses a request for something else than a lease is.
+func (l *Lease) same(r *Request) error {
+	why := l.differs(r)
+	if why == "" {
+		return nil
+	}
+	reason := holder.Reason{Kind: holder.Guest, Text: "it has a lease already, " + why}
+	return holder.Because("assign to "+r.Guest, reason, "viaduct release "+shell.Quote(r.Guest))
+}
+
 // differs says how a lease is not what is asked for.
 func (l *Lease) differs(r *Request) string {
 	switch {
-	case l.From != r.From:
-		return fmt.Sprintf("drawn from %s", l.From)
-	case l.Count != r.Count:
-		return fmt.Sprintf("with --count %d", l.Count)
+	case !sameSources(l.Sources, r.Sources):
+		return "drawn from " + l.DrawnFrom()
+	case l.Foreign && !r.Foreign:
+		return "for a VMM that takes its devices to a driver of its own, as Xen"
+	case r.Foreign && !l.Foreign:
+		return "for a VMM that has its devices by VFIO"
 	}
-	for _, d := range l.Devices {
-		if d.PF != nil && !maps.Equal(d.Wanted, r.Settings) {
-			return "with " + cmp.Or(d.Wanted.Text(), "no settings")
+	for i := range l.Sources {
+		s := &l.Sources[i]
+		switch now := &r.Sources[i]; {
+		case s.Count != now.Count:
+			return fmt.Sprintf("with %d of %s", s.Count, s.From)
+		case !maps.Equal(s.Settings, now.Settings):
+			return "with " + cmp.Or(s.Settings.Text(), "no settings")
 		}
 	}
 	return ""
+}
+
+// sameSources reports whether two requests draw from the same, in the same order.
+func sameSources(a, b []Source) bool {
+	return slices.EqualFunc(a, b, func(a, b Source) bool { return a.From == b.From })
 }
 
 // finish makes what a lease says: settings, drivers, nodes. What is there already is not written again. A request is
@@ -250,7 +296,7 @@ func (m *Manager) finish(ctx context.Context, l *Lease, r *Request) (notes []str
 		l.Ready = true
 		l.began(m.host)
 	}
-	return notes, m.Book.put(l)
+	return notes, m.put(l)
 }
 
 // lockUnits locks what work on a lease touches, and returns its units as they are then: none is in quarantine, none

@@ -20,7 +20,7 @@ func lendVF(t *testing.T, k *hosttest.Kernel, settings sriov.Settings) {
 	t.Helper()
 	m := newManager(t, k)
 	defer m.handle.Close()
-	r := &Request{Guest: "a", From: "net", Count: 1, TTL: time.Minute, Settings: settings}
+	r := &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1, Settings: settings}}, TTL: time.Minute}
 	if _, _, _, err := m.Assign(t.Context(), r); err != nil {
 		t.Fatal(err)
 	}
@@ -110,7 +110,7 @@ func TestRest(t *testing.T) {
 	k := withReset(t)
 	for range 2 {
 		m := newManager(t, k)
-		l, _, _, err := m.Assign(t.Context(), &Request{Guest: "a", From: "net", Count: 1, Persist: true})
+		l, _, _, err := m.Assign(t.Context(), &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1}}, Persist: true})
 		if err != nil || !l.Ready {
 			t.Fatalf("%+v, %v", l, err)
 		}
@@ -134,7 +134,7 @@ func TestRest(t *testing.T) {
 func TestLookKeepsRunner(t *testing.T) {
 	k := withReset(t)
 	m := newManager(t, k)
-	l, _, _, err := m.Assign(t.Context(), &Request{Guest: "a", From: "net", Count: 1, OwnerPID: holder.NameProcess(m.host, 1).PID})
+	l, _, _, err := m.Assign(t.Context(), &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1}}, OwnerPID: holder.NameProcess(m.host, 1).PID})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -76,7 +76,7 @@ func (m *Manager) before(l *Lease) error {
 	if err != nil || !changed {
 		return err
 	}
-	return m.Book.put(l)
+	return m.put(l)
 }
 
 // noMAC is how a driver tells that a VF has no address, and makes one up.
@@ -118,6 +118,14 @@ func (m *Manager) configure(ctx context.Context, l *Lease, devices []*iommu.Devi
 
 // undo brings the devices of a lease that could not be made back to what they were, and ends it.
 func (m *Manager) undo(ctx context.Context, l *Lease) error {
+	if err := m.unmake(ctx, l); err != nil {
+		return err
+	}
+	return m.Book.drop(l)
+}
+
+// unmake brings the devices of a lease that could not be made back to what they were.
+func (m *Manager) unmake(ctx context.Context, l *Lease) error {
 	// That of the command may be over.
 	ctx = context.WithoutCancel(ctx)
 	for i := range l.Devices {
@@ -134,10 +142,7 @@ func (m *Manager) undo(ctx context.Context, l *Lease) error {
 		}
 	}
 
-	if err := m.giveBackCompanions(ctx, m.present(l)); err != nil {
-		return err
-	}
-	return m.Book.drop(l)
+	return m.giveBackCompanions(ctx, m.present(l))
 }
 
 // restore gives a VF the settings that it had before it was assigned.

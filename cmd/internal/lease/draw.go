@@ -160,10 +160,8 @@ func (m *Manager) separate(vfs []*iommu.Device) ([]*iommu.Device, error) {
 	return out, nil
 }
 
-// free are the units that nobody has, the best first: on the guest's NUMA node, on a vfio driver already, without any,
-// and by address. Those that are skipped were seen to be in use.
-func (m *Manager) free(all []*Lease, r *Request, units [][]*iommu.Device,
-	skip map[string]bool) ([][]*iommu.Device, error) {
+// draw draws what a request wants of each of its choices, which then has these as its units.
+func (m *Manager) draw(all []*Lease, r *Request, choices []choice, skip map[string]bool) ([]choice, error) {
 	leased := map[iommu.Address]bool{}
 	for _, l := range all {
 		for _, d := range l.Devices {
@@ -171,6 +169,26 @@ func (m *Manager) free(all []*Lease, r *Request, units [][]*iommu.Device,
 		}
 	}
 
+	var out []choice
+	for _, c := range choices {
+		units, err := m.free(leased, r, &c, skip)
+		if err != nil {
+			return nil, err
+		}
+		for _, d := range slices.Concat(units...) {
+			// Nobody gets it twice, whatever pools it is in.
+			leased[d.Address] = true
+		}
+		out = append(out, choice{c.Source, units})
+	}
+	return out, nil
+}
+
+// free are the units of a choice that nobody has, as many as are wanted, the best first: on the guest's NUMA node, on a
+// vfio driver already, without any, and by address. Those that are skipped were seen to be in use.
+func (m *Manager) free(leased map[iommu.Address]bool, r *Request, c *choice,
+	skip map[string]bool) ([][]*iommu.Device, error) {
+	units := c.units
 	quarantine, err1 := m.Book.Quarantined()
 	owners, err2 := holder.Owners(m.host, slices.Concat(units...))
 	if m.handle.DryRun() && errors.Is(err2, holder.ErrBlind) {
@@ -180,7 +198,7 @@ func (m *Manager) free(all []*Lease, r *Request, units [][]*iommu.Device,
 	if err := errors.Join(err1, err2); err != nil {
 		return nil, err
 	}
-	e := &ExhaustedError{From: r.From, Wanted: r.Count, Of: len(units)}
+	e := &ExhaustedError{From: c.From, Wanted: c.Count, Of: len(units)}
 	var out [][]*iommu.Device
 	for _, unit := range units {
 		has := func(what func(*iommu.Device) bool) bool { return slices.ContainsFunc(unit, what) }
@@ -200,8 +218,12 @@ func (m *Manager) free(all []*Lease, r *Request, units [][]*iommu.Device,
 		}
 	}
 
-	if len(out) < r.Count {
+	if len(out) < c.Count {
 		return nil, e
+	}
+	if slices.Contains(declared.Pools(m.declaration), c.From) {
+		// libvirt draws from the head of the network that a pool may be made into, whoever has that.
+		slices.Reverse(out)
 	}
 	rank := func(unit []*iommu.Device) int {
 		d, n := handed([][]*iommu.Device{unit})[0], 0
@@ -219,5 +241,5 @@ func (m *Manager) free(all []*Lease, r *Request, units [][]*iommu.Device,
 	}
 
 	slices.SortStableFunc(out, func(a, b []*iommu.Device) int { return rank(a) - rank(b) })
-	return out[:r.Count], nil
+	return out[:c.Count], nil
 }

@@ -117,7 +117,7 @@ func (m *Manager) ask(l *Lease, devices []*iommu.Device,
 	}
 	for _, unit := range units {
 		holders, err := holder.Find(m.host, unit)
-		if err != nil {
+		if err != nil && (!m.handle.DryRun() || !errors.Is(err, holder.ErrBlind)) {
 			return nil, nil, err
 		}
 		out = append(out, holder.Refuse("assign "+unit[0].Name, holders, guests, ""))

@@ -28,7 +28,7 @@ func TestNoGuests(t *testing.T) {
 	} {
 		k := hosttest.NewKernel(t, c.tree)
 		m := without(t, k)
-		_, _, _, err := m.Assign(t.Context(), &Request{Guest: "a", From: c.from, Count: 1, TTL: time.Minute})
+		_, _, _, err := m.Assign(t.Context(), &Request{Guest: "a", Sources: []Source{{From: c.from, Count: 1}}, TTL: time.Minute})
 		if !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), c.says) || len(k.Log) > 0 {
 			t.Errorf("%s: %v, writes %q", name, err, k.Log)
 		}
@@ -43,7 +43,7 @@ func TestNoGuests(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		steps, err := captured.Preview(&Request{Guest: "a", From: c.from, Count: 1, NoReset: true})
+		steps, err := captured.Preview(&Request{Guest: "a", Sources: []Source{{From: c.from, Count: 1}}, NoReset: true})
 		if !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), c.says) {
 			t.Errorf("%s: the dry run of a captured host: %v, %q", name, err, steps)
 		}
@@ -54,7 +54,7 @@ func TestNoGuests(t *testing.T) {
 // VFs are not drawn by the name of a port that their settings do not go over.
 func TestOtherPort(t *testing.T) {
 	m := without(t, hosttest.NewKernel(t, hosttest.TwoPorts()))
-	_, err := m.Preview(&Request{Guest: "a", From: "ens1", Count: 1})
+	_, err := m.Preview(&Request{Guest: "a", Sources: []Source{{From: "ens1", Count: 1}}})
 	if _, other := errors.AsType[*iommu.OtherPortError](err); !other {
 		t.Errorf("%v", err)
 	}
@@ -65,9 +65,9 @@ func TestNoteOfAddress(t *testing.T) {
 	for mac, note := range map[string]bool{"": true, "stable": false} {
 		k := newKernel(t, 2)
 		m := newManager(t, k)
-		r := &Request{Guest: "a", From: pf, Count: 1, TTL: time.Minute}
+		r := &Request{Guest: "a", Sources: []Source{{From: pf, Count: 1}}, TTL: time.Minute}
 		if mac != "" {
-			r.Settings = sriov.Settings{sriov.MAC: mac}
+			r.Sources[0].Settings = sriov.Settings{sriov.MAC: mac}
 		}
 		_, _, notes, err := m.Assign(t.Context(), r)
 		if said := strings.Contains(strings.Join(notes, " "), "has no MAC address"); err != nil || said != note {

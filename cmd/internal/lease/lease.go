@@ -26,10 +26,11 @@ import (
 // until the last is scrubbed.
 type Lease struct {
 	holder.LeaseHead
-	From    string        `json:"from"`  // what it was drawn from: a pool, or a selector
-	Count   int           `json:"count"` // of what was drawn: VFs, or groups of devices
+	Sources []Source      `json:"sources"`
 	Devices []Device      `json:"devices"`
 	Made    time.Time     `json:"made"`
+	From    string        `json:"from,omitempty"`  // in records of before there were several: the one source
+	Count   int           `json:"count,omitempty"` // and how many of it
 	Boot    string        `json:"boot,omitempty"`  // the boot that it was made in
 	Since   time.Duration `json:"since,omitempty"` // and when, by the boot's own clock
 	TTL     time.Duration `json:"ttl"`             // how long it waits for a holder; 0: for good
@@ -49,13 +50,31 @@ type Lease struct {
 	Foreign bool `json:"foreign,omitempty"`  // its VMM takes it to a driver of its own, as Xen's
 
 	force bool         // a reset that fails is no reason to keep it
-	save  func() error // writes down that its devices are clean; nil: the books do
+	save  func() error // writes it down, as it is part of something else; nil: the books do
 
 	Ready   bool        `json:"ready"`            // its devices are configured and taken
 	Ending  bool        `json:"ending,omitempty"` // its release has begun
 	Unmade  bool        `json:"unmade,omitempty"` // and it had not been ready: no guest was told of its devices
 	Maker   holder.Proc `json:"maker"`            // who last was at work on it
 	Holders []Holder    `json:"holders"`          // who was seen last having its devices open
+}
+
+// Source is what some of a lease's devices were drawn from.
+type Source struct {
+	From     string         `json:"from"`  // a pool, or a selector
+	Count    int            `json:"count"` // of what is drawn: VFs, or groups of devices
+	Settings sriov.Settings `json:"settings,omitempty"`
+
+	exactly []iommu.Address // these, whoever drew them
+}
+
+// DrawnFrom names what a lease's devices were drawn from.
+func (l *Lease) DrawnFrom() string {
+	var out []string
+	for _, s := range l.Sources {
+		out = append(out, s.From)
+	}
+	return strings.Join(out, ", ")
 }
 
 // Device is one device of a lease.
@@ -80,8 +99,16 @@ type Holder struct {
 	Runs bool   `json:"runs,omitempty"` // it is the runner, in records of before there was one
 }
 
-// upgrade makes a lease of viaduct before this one of today: who ran it stood among those who were seen.
+// upgrade makes a lease of viaduct before this one of today: who ran it stood among those who were seen, and it had one
+// source.
 func (l *Lease) upgrade() {
+	if l.Sources == nil {
+		s := Source{From: l.From, Count: l.Count}
+		if i := slices.IndexFunc(l.Devices, func(d Device) bool { return d.PF != nil }); i >= 0 {
+			s.Settings = l.Devices[i].Wanted
+		}
+		l.Sources, l.From, l.Count = []Source{s}, "", 0
+	}
 	if i := slices.IndexFunc(l.Holders, func(h Holder) bool { return h.Runs }); i >= 0 && l.Runner == nil {
 		l.Runner = &Holder{Proc: l.Holders[i].Proc, Name: l.Holders[i].Name}
 	}
@@ -202,15 +229,15 @@ func (b *Book) All() ([]*Lease, error) {
 	return out, nil
 }
 
-// Settings are what the VFs of leases are to have, by address. One that cannot be read is told of where leases are
+// Guests are what the devices of leases are to have, by address. One that cannot be read is told of where leases are
 // looked at.
-func (b *Book) Settings() map[iommu.Address]sriov.Settings {
+func (b *Book) Guests() map[iommu.Address]declared.Guest {
 	all, _ := b.All()
-	out := map[iommu.Address]sriov.Settings{}
+	out := map[iommu.Address]declared.Guest{}
 	for _, l := range all {
 		for _, d := range l.Devices {
-			if l.Ready && d.PF != nil {
-				out[d.Address] = d.Wanted
+			if l.Ready && (d.PF != nil || l.Foreign) {
+				out[d.Address] = declared.Guest{Settings: d.Wanted, OwnDriver: l.Foreign}
 			}
 		}
 	}
@@ -224,7 +251,8 @@ func (b *Book) put(l *Lease) error {
 
 // alone does something with the books locked.
 func (b *Book) alone(do func() error) error {
-	held, err := b.lockAll(context.Background(), bind.DefaultTimeout)
+	// What is written down then has happened already, and must not be lost for many who look.
+	held, err := b.lockAll(context.Background(), 10*bind.DefaultTimeout)
 	if err != nil {
 		return err
 	}

@@ -108,7 +108,7 @@ func assign(t *testing.T, k *hosttest.Kernel, guest, from string) (*Lease, error
 	t.Helper()
 	m := newManager(t, k)
 	defer m.handle.Close() // as a command does at its end
-	l, _, _, err := m.Assign(context.Background(), &Request{Guest: guest, From: from, Count: 1, TTL: time.Minute})
+	l, _, _, err := m.Assign(context.Background(), &Request{Guest: guest, Sources: []Source{{From: from, Count: 1}}, TTL: time.Minute})
 	return l, err
 }
 
@@ -180,7 +180,7 @@ func TestManyAtOnce(t *testing.T) {
 	for i, m := range managers {
 		wg.Go(func() {
 			guest := fmt.Sprintf("g%d", i)
-			l, _, _, err := m.Assign(context.Background(), &Request{Guest: guest, From: pf, Count: 1})
+			l, _, _, err := m.Assign(context.Background(), &Request{Guest: guest, Sources: []Source{{From: pf, Count: 1}}})
 			mu.Lock()
 			defer mu.Unlock()
 			if _, ok := errors.AsType[*ExhaustedError](err); ok {
@@ -277,7 +277,7 @@ func TestStates(t *testing.T) {
 func TestOutlivesBoot(t *testing.T) {
 	k := newKernel(t, 2)
 	m := newManager(t, k)
-	l, _, _, err := m.Assign(context.Background(), &Request{Guest: "a", From: pf, Count: 1, Persist: true})
+	l, _, _, err := m.Assign(context.Background(), &Request{Guest: "a", Sources: []Source{{From: pf, Count: 1}}, Persist: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -301,7 +301,7 @@ func TestOutlivesBoot(t *testing.T) {
 func TestBootWithoutItsVF(t *testing.T) {
 	k := newKernel(t, 1)
 	m := newManager(t, k)
-	l, _, _, err := m.Assign(context.Background(), &Request{Guest: "a", From: pf, Count: 1, Persist: true})
+	l, _, _, err := m.Assign(context.Background(), &Request{Guest: "a", Sources: []Source{{From: pf, Count: 1}}, Persist: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -345,11 +345,12 @@ func TestInterrupted(t *testing.T) {
 		t.Fatal(err)
 	}
 	m = newManager(t, k)
-	units, err := m.source(vf.Name)
+	r := &Request{Guest: "a", Sources: []Source{{From: vf.Name, Count: 1}}}
+	units, err := m.choices(r)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := m.reserve(context.Background(), &Request{Guest: "a", From: vf.Name, Count: 1}, units, nil); err != nil {
+	if _, _, err := m.reserve(context.Background(), r, units, nil); err != nil {
 		t.Fatal(err)
 	}
 	certificates, err := m.Release(context.Background(), "a", 0)
@@ -369,7 +370,7 @@ func TestSettingsOfNoVF(t *testing.T) {
 		}
 		return edu == ""
 	})
-	r := &Request{Guest: "a", From: edu, Count: 1, Settings: sriov.Settings{sriov.VLAN: "5"}}
+	r := &Request{Guest: "a", Sources: []Source{{From: edu, Count: 1, Settings: sriov.Settings{sriov.VLAN: "5"}}}}
 	if l, _, _, err := m.Assign(context.Background(), r); !errors.Is(err, holder.ErrRefused) {
 		t.Errorf("%s with a VLAN: %+v, %v", edu, l, err)
 	}
@@ -379,14 +380,14 @@ func TestSettingsOfNoVF(t *testing.T) {
 func TestNotTwice(t *testing.T) {
 	k := newKernel(t, 1)
 	m := newManager(t, k)
-	first := &Request{Guest: "a", From: pf, Count: 1, OwnerPID: os.Getpid()}
+	first := &Request{Guest: "a", Sources: []Source{{From: pf, Count: 1}}, OwnerPID: os.Getpid()}
 	_, fresh, _, err := m.Assign(context.Background(), first)
 	if err != nil || !fresh {
 		t.Fatal(fresh, err)
 	}
 	m.handle.Close()
 	m = newManager(t, k)
-	again, fresh, _, err := m.Assign(context.Background(), &Request{Guest: "a", From: pf, Count: 1, TTL: time.Hour})
+	again, fresh, _, err := m.Assign(context.Background(), &Request{Guest: "a", Sources: []Source{{From: pf, Count: 1}}, TTL: time.Hour})
 	if err != nil || fresh || again.Owner != nil || again.TTL != time.Hour {
 		t.Errorf("asked again: %+v, %v, %v", again, fresh, err)
 	}

@@ -9,7 +9,6 @@ import (
 	"strings"
 	"time"
 
-	"viaduct/cmd/internal/declared"
 	"viaduct/iommu"
 	"viaduct/sriov"
 	"viaduct/vfio/holder"
@@ -50,13 +49,30 @@ type hostdevXML struct {
 		} `xml:"tag"`
 	} `xml:"vlan"`
 	Source struct {
-		Address struct {
-			Domain   string `xml:"domain,attr"`
-			Bus      string `xml:"bus,attr"`
-			Slot     string `xml:"slot,attr"`
-			Function string `xml:"function,attr"`
-		} `xml:"address"`
+		Address pciXML `xml:"address"`
 	} `xml:"source"`
+}
+
+// pciXML is a PCI address of libvirt's (docs/formatdomain.rst): zero where it says nothing.
+type pciXML struct {
+	Domain   string `xml:"domain,attr"`
+	Bus      string `xml:"bus,attr"`
+	Slot     string `xml:"slot,attr"`
+	Function string `xml:"function,attr"`
+}
+
+// parse reads it; ok is false of what is no PCI address, as a USB device's.
+func (x *pciXML) parse() (a iommu.Address, ok bool, err error) {
+	if x.Bus == "" || x.Slot == "" {
+		return a, false, nil
+	}
+	pad := func(n string, digits int) string {
+		n = strings.TrimPrefix(n, "0x")
+		return strings.Repeat("0", max(0, digits-len(n))) + n
+	}
+	place := pad(x.Domain, 4) + ":" + pad(x.Bus, 2) + ":" + pad(x.Slot, 2) + "." + pad(x.Function, 1)
+	a, err = iommu.ParseAddress(place)
+	return a, true, err
 }
 
 // ParseDomain reads a domain, as libvirt gives it to its hooks.
@@ -67,25 +83,12 @@ func ParseDomain(text []byte) (*Domain, error) {
 	}
 	out := &Domain{Name: x.Name}
 	for _, h := range append(slices.Clone(x.Devices.Hostdevs), x.Devices.Interfaces...) {
-		s := h.Source.Address
-		if s.Bus == "" || s.Slot == "" {
-			// No PCI device of the host, as a USB one.
-			continue
-		}
-		trim := func(n string) string { return strings.TrimPrefix(n, "0x") }
-		if s.Domain == "" {
-			s.Domain = "0"
-		}
-		if s.Function == "" {
-			s.Function = "0"
-		}
-
-		pad := func(n string, digits int) string { return strings.Repeat("0", max(0, digits-len(n))) + n }
-		a, err := iommu.ParseAddress(
-			pad(trim(s.Domain), 4) + ":" + pad(trim(s.Bus), 2) + ":" + pad(trim(s.Slot), 2) + "." + trim(s.Function),
-		)
+		a, ok, err := h.Source.Address.parse()
 		if err != nil {
 			return nil, fmt.Errorf("domain %s: %w", x.Name, err)
+		}
+		if !ok {
+			continue
 		}
 		d := DomainDevice{Address: a, Managed: h.Managed == "yes", MAC: strings.ToLower(h.MAC.Address)}
 		if len(h.VLAN.Tags) == 1 {
@@ -131,15 +134,12 @@ func (d *Domain) mismatch(l *Lease, all []*Lease, quarantined func(iommu.Address
 						"what has to be there)",
 					dev.Address,
 					d.Name,
-					l.From,
+					l.DrawnFrom(),
 				),
 			)
 		case x.Managed:
-			out = append(
-				out,
-				fmt.Sprintf("%s has managed='yes', with which libvirt changes its driver: it has to be managed='no'",
-					dev.Address),
-			)
+			out = append(out, fmt.Sprintf("%s has managed='yes', with which libvirt changes its driver: it has to be "+
+				"managed='no'", dev.Address))
 		case x.MAC != "" && dev.Wanted[sriov.MAC] != "" && want != "" && x.MAC != want:
 			out = append(out,
 				fmt.Sprintf("%s has MAC address %s in the XML, and %s in its lease", dev.Address, x.MAC, want))
@@ -182,16 +182,9 @@ func (m *Manager) prepare(ctx context.Context, d *Domain) error {
 // match is the lease of a domain that has exactly what is assigned to it; nil if nothing is.
 func (m *Manager) match(d *Domain) (*Lease, error) {
 	all, err1 := m.all()
-	quarantine, err2 := m.Book.Quarantined()
+	quarantined, err2 := m.quarantinedBy()
 	if err := errors.Join(err1, err2); err != nil {
 		return nil, err
-	}
-	quarantined := func(a iommu.Address) string {
-		found, err := m.Topology.Find(a)
-		if err != nil {
-			return ""
-		}
-		return quarantine.Why(m.host, found)
 	}
 	var l *Lease
 	if i := slices.IndexFunc(all, func(l *Lease) bool { return l.Guest == d.Name }); i >= 0 {
@@ -207,40 +200,50 @@ func (m *Manager) match(d *Domain) (*Lease, error) {
 	return l, nil
 }
 
+// quarantinedBy says of a device why it is in quarantine, "" if it is not.
+func (m *Manager) quarantinedBy() (func(iommu.Address) string, error) {
+	quarantine, err := m.Book.Quarantined()
+	return func(a iommu.Address) string {
+		found, err := m.Topology.Find(a)
+		if err != nil {
+			return ""
+		}
+		return quarantine.Why(m.host, found)
+	}, err
+}
+
 // claim writes down what a domain drew from a network that was made of a pool.
 func (m *Manager) claim(ctx context.Context, d *Domain) error {
 	l, err := m.match(d)
 	if err != nil {
 		return err
 	}
-	r := &Request{Guest: d.Name}
-	for _, pool := range declared.Pools(m.declaration) {
-		vfs, err := m.declared.Pool(m.declaration, pool)
-		if err != nil {
-			// None of it is there.
-			continue
-		}
-		for _, x := range d.Devices {
-			if slices.ContainsFunc(vfs, func(vf *iommu.Device) bool { return vf.Address == x.Address }) &&
-				(l == nil || !l.Has(x.Address)) {
-				if x.Managed {
-					return d.refuse(x.Address, "%s is of pool %q and has managed='yes', with which libvirt changes "+
-						"its driver: it has to be managed='no'", x.Address, pool)
-				}
-				r.exactly, r.From = append(r.exactly, x.Address), pool
-			}
+	var drawn []Source
+	for _, x := range d.Devices {
+		pool := m.poolOf(x.Address)
+		switch {
+		case pool == "" || l != nil && l.Has(x.Address):
+		case x.Managed:
+			return d.refuse(x.Address, "%s", managedByLibvirt(x.Address, pool))
+		default:
+			drawn = append(drawn, one(pool, x.Address))
 		}
 	}
 
-	if r.Count = len(r.exactly); r.Count == 0 {
+	if len(drawn) == 0 {
 		return nil
 	}
 	if l != nil {
-		return d.refuse(r.exactly[0], "%s is of pool %q, and what is assigned to it is not all it has: it has either "+
-			"a lease or what networks give it", r.exactly[0], r.From)
+		return d.refuse(drawn[0].exactly[0], "%s is of pool %q, and what is assigned to it is not all it has: it has "+
+			"either a lease or what networks give it", drawn[0].exactly[0], drawn[0].From)
 	}
-	_, _, _, err = m.Assign(ctx, r)
+	_, _, _, err = m.Assign(ctx, &Request{Guest: d.Name, Sources: drawn})
 	return err
+}
+
+// one is a device of a pool that somebody else has drawn.
+func one(pool string, device iommu.Address) Source {
+	return Source{From: pool, Count: 1, exactly: []iommu.Address{device}}
 }
 
 // refuse refuses to start a domain for one of its devices.

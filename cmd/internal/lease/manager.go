@@ -75,6 +75,14 @@ func (m *Manager) all() ([]*Lease, error) {
 	return all, err
 }
 
+// put writes a lease down, or what it is a part of.
+func (m *Manager) put(l *Lease) error {
+	if l.save != nil {
+		return l.save()
+	}
+	return m.Book.put(l)
+}
+
 // known is a guest's lease, with the devices it has, or is going to have, in this boot.
 func (m *Manager) known(guest string) (*Lease, error) {
 	all, err := m.all()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/url"
 	"time"
 
@@ -38,6 +39,7 @@ func (b *Book) Recorded() ([]*Lease, error) {
 				return nil, err
 			}
 			if known && !seen[k] {
+				l.upgrade()
 				seen[k] = true
 				out = append(out, l)
 			}
@@ -123,6 +125,10 @@ func (m *Manager) change(ctx context.Context, guest string, do func(*Lease) erro
 // SetMoving notes that a guest's move has begun, or, with "", that it is over and the lease is as any other.
 func (m *Manager) SetMoving(ctx context.Context, guest string, moving State) error {
 	return m.change(ctx, guest, func(l *Lease) error {
+		if l.Moving == Incoming && moving == "" && len(l.Sources) > 0 && len(l.Devices) > 0 {
+			// As if it had been asked for here, with the address that it has by now.
+			l.Sources[0].Settings = maps.Clone(l.Devices[0].Wanted)
+		}
 		l.Moving = moving
 		return nil
 	})

@@ -12,6 +12,10 @@ import (
 	"viaduct/vfio/holder"
 )
 
+func fromNet(settings sriov.Settings) []Source {
+	return []Source{{From: "net", Count: 1, Settings: settings}}
+}
+
 const guestMAC = "52:54:00:aa:00:01"
 
 // movable is a host whose VFs can be reset.
@@ -32,12 +36,12 @@ func TestExpect(t *testing.T) {
 	k := movable(t)
 	m := newManager(t, k)
 	ctx := t.Context()
-	l, _, err := m.Expect(ctx, &Request{Guest: "web", From: "net", Count: 1, Settings: sriov.Settings{sriov.VLAN: "7"}})
+	l, _, err := m.Expect(ctx, &Request{Guest: "web", Sources: fromNet(sriov.Settings{sriov.VLAN: "7"})})
 	if err != nil || !l.Ready || l.Moving != Incoming {
 		t.Fatalf("%+v, %v", l, err)
 	}
-	if again, _, err := m.Expect(ctx, &Request{Guest: "web", From: "net", Count: 1,
-		Settings: sriov.Settings{sriov.VLAN: "7"}}); err != nil ||
+	if again, _, err := m.Expect(ctx, &Request{Guest: "web",
+		Sources: fromNet(sriov.Settings{sriov.VLAN: "7"})}); err != nil ||
 		again.Devices[0].Address != l.Devices[0].Address {
 		t.Errorf("again: %+v, %v", again, err)
 	}
@@ -50,7 +54,7 @@ func TestExpect(t *testing.T) {
 	if _, err := m.Release(ctx, "web", 0); !errors.Is(err, holder.ErrRefused) {
 		t.Errorf("release: %v", err)
 	}
-	if _, _, _, err := m.Assign(ctx, &Request{Guest: "web", From: "net", Count: 1}); !errors.Is(err,
+	if _, _, _, err := m.Assign(ctx, &Request{Guest: "web", Sources: fromNet(nil)}); !errors.Is(err,
 		holder.ErrRefused) {
 		t.Errorf("assign: %v", err)
 	}
@@ -83,8 +87,7 @@ func TestLeaving(t *testing.T) {
 	k := movable(t)
 	m := newManager(t, k)
 	ctx := t.Context()
-	if _, _, _, err := m.Assign(ctx, &Request{Guest: "web", From: "net", Count: 1, Persist: true,
-		Settings: sriov.Settings{sriov.MAC: guestMAC}}); err != nil {
+	if _, _, _, err := m.Assign(ctx, &Request{Guest: "web", Persist: true, Sources: fromNet(sriov.Settings{sriov.MAC: guestMAC})}); err != nil {
 		t.Fatal(err)
 	}
 	if err := m.SetMoving(ctx, "web", Leaving); err != nil {
@@ -96,12 +99,12 @@ func TestLeaving(t *testing.T) {
 	if mac, err := m.Address("web"); err != nil || mac == guestMAC {
 		t.Errorf("its VF has %q, %v", mac, err)
 	}
-	for a, s := range m.Book.Settings() {
-		if s[sriov.MAC] == guestMAC {
+	for a, s := range m.Book.Guests() {
+		if s.Settings[sriov.MAC] == guestMAC {
 			t.Errorf("what brings VFs' settings back would give %s the guest's address", a)
 		}
 	}
-	if _, _, err := m.Expect(ctx, &Request{Guest: "web", From: "net", Count: 1}); !errors.Is(err, holder.ErrRefused) {
+	if _, _, err := m.Expect(ctx, &Request{Guest: "web", Sources: fromNet(nil)}); !errors.Is(err, holder.ErrRefused) {
 		t.Errorf("a guest that is here is expected: %v", err)
 	}
 	if err := m.Again(ctx, "web"); !errors.Is(err, holder.ErrRefused) {

@@ -1,10 +1,12 @@
 package lease
 
 import (
+	"cmp"
 	"errors"
 	"slices"
 
 	"viaduct/iommu"
+	"viaduct/sriov"
 	"viaduct/vfio/bind"
 	"viaduct/vfio/holder"
 )
@@ -16,26 +18,42 @@ func (m *Manager) Preview(r *Request) ([]bind.Action, error) {
 		return nil, err
 	}
 	var devices []*iommu.Device
+	wanted := map[string]sriov.Settings{} // by device
 	if i := slices.IndexFunc(all, func(l *Lease) bool { return l.Guest == r.Guest }); i >= 0 {
+		if err := all[i].same(r); err != nil {
+			return nil, err
+		}
 		if devices, err = m.devices(all[i]); err != nil {
 			return nil, err
 		}
+		for k, d := range devices {
+			wanted[d.Name] = all[i].Devices[k].Wanted
+		}
 	} else {
-		units, err := m.source(r.From)
+		choices, err := m.choices(r)
 		if err != nil {
 			return nil, err
 		}
-		drawn, err := m.free(all, r, units, nil)
+		choices, err = m.draw(all, r, choices, nil)
 		if err != nil {
 			return nil, err
 		}
-		devices = handed(drawn)
+		var drawn [][]*iommu.Device
+		for _, c := range choices {
+			drawn = append(drawn, c.units...)
+			for _, d := range handed(c.units) {
+				if err := c.suits(d); err != nil {
+					return nil, err
+				}
+				devices, wanted[d.Name] = append(devices, d), c.Settings
+			}
+		}
 		l := &Lease{LeaseHead: holder.LeaseHead{Guest: r.Guest}}
 		for _, d := range devices {
 			l.Devices = append(l.Devices, Device{LeaseDevice: holder.LeaseDevice{Address: d.Address}})
 		}
-		verdicts, err := m.handle.Check(drawn, devices, bind.Take(bind.Auto), nil)
-		if err := errors.Join(err, bind.Refusals(verdicts)); err != nil {
+		refusals, _, err := m.ask(&Lease{Foreign: r.Foreign}, devices, drawn)
+		if err := errors.Join(append(refusals, err)...); err != nil {
 			return nil, err
 		}
 		if err := m.resettable(l, drawn); err != nil && !r.NoReset {
@@ -49,14 +67,18 @@ func (m *Manager) Preview(r *Request) ([]bind.Action, error) {
 	var out []bind.Action
 	comment := func(text string) { out = append(out, bind.Action{Command: "# " + text}) }
 	for _, d := range m.touched(devices, false) {
-		if d.PhysFn != nil && len(r.Settings) > 0 && m.host.Live() {
-			plan, err := m.planSet(d, r.Settings)
+		if d.PhysFn != nil && len(wanted[d.Name]) > 0 && m.host.Live() {
+			plan, err := m.planSet(d, wanted[d.Name])
 			if err != nil {
 				return nil, err
 			}
 			out = append(out, plan.Steps()...)
 		}
 
+		if r.Foreign {
+			comment(d.Name + " is left on " + cmp.Or(d.Driver, "no driver") + ", for the VMM to take it")
+			continue
+		}
 		change, err := m.handle.Plan(d, bind.Take(bind.Auto))
 		if err != nil {
 			return nil, err

@@ -82,7 +82,10 @@ func work(t *testing.T, h *iommu.Host, do func(*Manager) error) error {
 
 func lend(t *testing.T, h *iommu.Host, r Request) error {
 	t.Helper()
-	r.Count, r.TTL = 1, time.Minute
+	r.TTL = time.Minute
+	for i := range r.Sources {
+		r.Sources[i].Count = 1
+	}
 	return work(t, h, func(m *Manager) error {
 		_, _, _, err := m.Assign(t.Context(), &r)
 		return err
@@ -178,7 +181,7 @@ func TestHiddenHolder(t *testing.T) {
 				if how == "own node" {
 					stuckSoon(t)
 				}
-				if err := lend(t, h, Request{Guest: "a", From: plain, NodeOwner: "1000:36"}); err != nil {
+				if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: plain}}, NodeOwner: "1000:36"}); err != nil {
 					t.Fatal(err)
 				}
 				group, own := nodesOf(t, h)
@@ -195,7 +198,7 @@ func TestHiddenHolder(t *testing.T) {
 				if how != "own node" {
 					private(t, h)
 				}
-				if err := lend(t, h, Request{Guest: "b", From: plain}); err == nil {
+				if err := lend(t, h, Request{Guest: "b", Sources: []Source{{From: plain}}}); err == nil {
 					t.Error("lent to another meanwhile")
 				}
 
@@ -224,7 +227,7 @@ func TestHiddenHolder(t *testing.T) {
 // One who lets go in time is waited for.
 func TestHiddenHolderThatGoes(t *testing.T) {
 	k, h := vfioHost(t, true)
-	if err := lend(t, h, Request{Guest: "a", From: plain}); err != nil {
+	if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: plain}}}); err != nil {
 		t.Fatal(err)
 	}
 	end := hide(t, h, "group")
@@ -258,7 +261,7 @@ func TestLeftOver(t *testing.T) {
 		k.Owners[path.Join("vfio", path.Base(group))] = host.Owner{UID: 1000, Mode: 0o600}
 		k.Owners[path.Join("devices", path.Base(own))] = host.Owner{UID: 1000, Mode: 0o600}
 		end := hide(t, h, how)
-		err := lend(t, h, Request{Guest: "a", From: plain})
+		err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: plain}}})
 		if !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), "/proc does not show") {
 			t.Errorf("%s: lent: %v", how, err)
 		}
@@ -271,7 +274,7 @@ func TestLeftOver(t *testing.T) {
 		if how == "own node" {
 			killed(t, h)
 		}
-		if err := lend(t, h, Request{Guest: "a", From: plain}); err != nil {
+		if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: plain}}}); err != nil {
 			t.Errorf("%s: when it is free: %v", how, err)
 		}
 		private(t, h)
@@ -283,7 +286,7 @@ func TestLeftOver(t *testing.T) {
 func TestDead(t *testing.T) {
 	for _, how := range []string{"dead", "no reset"} {
 		k, h := vfioHost(t, true)
-		if err := lend(t, h, Request{Guest: "a", From: plain, NodeOwner: "1000"}); err != nil {
+		if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: plain}}, NodeOwner: "1000"}); err != nil {
 			t.Fatal(err)
 		}
 		dir := "sys/bus/pci/devices/" + plain
@@ -348,7 +351,7 @@ func killLease(t *testing.T, host func() (*hosttest.Kernel, []string), op string
 	k, devices := host()
 	h := &iommu.Host{Host: k.Host()}
 	home := driversOf(t, k, devices...)
-	request := Request{Guest: "a", From: devices[0], NodeOwner: "1000"}
+	request := Request{Guest: "a", Sources: []Source{{From: devices[0]}}, NodeOwner: "1000"}
 	do := func() error { return lend(t, h, request) }
 	if op == "release" {
 		if err := do(); err != nil {
@@ -397,7 +400,7 @@ func TestLetGoFails(t *testing.T) {
 		k, _, one, two := pairHost(t)
 		h := &iommu.Host{Host: k.Host()}
 		home := driversOf(t, k, one, two)
-		if err := lend(t, h, Request{Guest: "a", From: one}); err != nil {
+		if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: one}}}); err != nil {
 			t.Fatal(err)
 		}
 		failWrites(k, fails, "sys/bus/pci/drivers/vfio-pci/bind")

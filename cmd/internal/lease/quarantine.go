@@ -23,6 +23,7 @@ type Quarantine struct {
 	Device  Device        `json:"device"`
 	Boot    string        `json:"boot,omitempty"`     // the id of the boot that it was in
 	NoReset bool          `json:"no_reset,omitempty"` // its lease allowed that nothing resets it
+	Lost    bool          `json:"lost,omitempty"`     // it was not there when its lease ended
 }
 
 func quarantineKey(place string) string { return quarantined + url.PathEscape(place) }
@@ -45,7 +46,12 @@ func (q Quarantined) Why(h *iommu.Host, d *iommu.Device) string {
 		// Without asking where it is.
 		return ""
 	}
-	return q[place(h, d)].Why
+	in := q[place(h, d)]
+	if in.Lost && in.Device.ID != d.ID {
+		// Another one was put where it had been.
+		return ""
+	}
+	return in.Why
 }
 
 // Quarantined are all devices that are in quarantine. One that was in it before the machine was started again is not
@@ -150,6 +156,24 @@ func (m *Manager) Lift(ctx context.Context, asked []Quarantine, force bool) ([]C
 		}
 	}
 	return out, errors.Join(errs...)
+}
+
+// LiftReturned scrubs the devices that were not there when their leases ended, and are again.
+func (m *Manager) LiftReturned(ctx context.Context) ([]Certificate, error) {
+	all, err := m.Book.Quarantined()
+	if err != nil {
+		return nil, err
+	}
+	var back []Quarantine
+	for _, q := range all {
+		if d := m.at(q.Place); q.Lost && d != nil && d.ID == q.Device.ID {
+			back = append(back, q)
+		}
+	}
+	if len(back) == 0 {
+		return nil, nil
+	}
+	return m.Lift(ctx, back, false)
 }
 
 // inUnit is a device in quarantine that is there.

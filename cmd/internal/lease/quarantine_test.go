@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -34,7 +35,7 @@ func fouled(t *testing.T, boot string) (*hosttest.Kernel, *iommu.Host) {
 	k, h := vfioHost(t, true)
 	k.Fail["sys/bus/pci/devices/"+plain+"/reset"] = unix.EIO
 	started(t, k, boot, "")
-	if err := lend(t, h, Request{Guest: "a", From: plain}); err != nil {
+	if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: plain}}}); err != nil {
 		t.Fatal(err)
 	}
 	if certificates, err := giveBack(t, h, "a", 0); err == nil || len(certificates) != 1 || certificates[0].Result != Fouled {
@@ -109,7 +110,7 @@ func TestQuarantineForced(t *testing.T) {
 	if err != nil || len(out) != 1 || out[0].Result != Unreset || strings.Count(out[0].Why, "input/output error") != 2 {
 		t.Errorf("forced: %+v, %v", out, err)
 	}
-	if err := lend(t, h, Request{Guest: "b", From: plain}); err != nil {
+	if err := lend(t, h, Request{Guest: "b", Sources: []Source{{From: plain}}}); err != nil {
 		t.Errorf("freed by force, it cannot be lent: %v", err)
 	}
 }
@@ -152,7 +153,7 @@ func TestNoReset(t *testing.T) {
 	))
 	k.Register("vfio-pci")
 	h := &iommu.Host{Host: k.Host()}
-	err := lend(t, h, Request{Guest: "a", From: device})
+	err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: device}}})
 	if !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), "nothing resets it") ||
 		!strings.Contains(err.Error(), "--no-reset") {
 		t.Errorf("lent: %v", err)
@@ -161,7 +162,7 @@ func TestNoReset(t *testing.T) {
 		t.Errorf("refused, it is on %s", now)
 	}
 	for range 2 {
-		if err := lend(t, h, Request{Guest: "a", From: device, NoReset: true}); err != nil {
+		if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: device}}, NoReset: true}); err != nil {
 			t.Fatal(err)
 		}
 		out, err := giveBack(t, h, "a", time.Second)
@@ -171,7 +172,7 @@ func TestNoReset(t *testing.T) {
 	}
 
 	// In quarantine for another reason, it is still what nothing has to reset.
-	if err := lend(t, h, Request{Guest: "a", From: device, NoReset: true}); err != nil {
+	if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: device}}, NoReset: true}); err != nil {
 		t.Fatal(err)
 	}
 	k.Probe["e1000e"] = unix.EIO
@@ -191,11 +192,65 @@ func TestNoReset(t *testing.T) {
 // That a controller's data stays is told with each certificate.
 func TestNoteOfMedia(t *testing.T) {
 	_, h := vfioHost(t, true)
-	if err := lend(t, h, Request{Guest: "a", From: plain}); err != nil {
+	if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: plain}}}); err != nil {
 		t.Fatal(err)
 	}
 	out, err := giveBack(t, h, "a", 0)
 	if err != nil || len(out) != 1 || !strings.Contains(out[0].Note, "not erased") {
 		t.Errorf("%+v, %v", out, err)
+	}
+}
+
+// A device that was gone when its lease ended is given to nobody when it comes back, until it has been reset.
+func TestLostDeviceReturns(t *testing.T) {
+	k, h := vfioHost(t, true)
+	if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: plain}}}); err != nil {
+		t.Fatal(err)
+	}
+	link := filepath.Join(k.Dir(), "sys/bus/pci/devices", plain)
+	if err := os.Rename(link, filepath.Join(k.Dir(), "gone")); err != nil {
+		t.Fatal(err)
+	}
+	err := work(t, h, func(m *Manager) error {
+		out, err := m.Release(t.Context(), "a", 0)
+		if len(out) != 1 || out[0].Result != Missing {
+			t.Errorf("released while it is gone: %+v", out)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	returned := func() (out []Certificate) {
+		t.Helper()
+		err := work(t, h, func(m *Manager) (err error) {
+			out, err = m.LiftReturned(t.Context())
+			return err
+		})
+		if err != nil {
+			t.Error(err)
+		}
+		return out
+	}
+	if out := returned(); len(out) > 0 {
+		t.Errorf("still gone: %+v", out)
+	}
+
+	if err := os.Rename(filepath.Join(k.Dir(), "gone"), link); err != nil {
+		t.Fatal(err)
+	}
+	err = lend(t, h, Request{Guest: "b", Sources: []Source{{From: plain}}})
+	if e, ok := errors.AsType[*ExhaustedError](err); !ok || e.Quarantined != 1 {
+		t.Errorf("it is back, and not reset: %v", err)
+	}
+	resets := func() int {
+		return len(slices.DeleteFunc(slices.Clone(k.Log), func(w string) bool { return !strings.Contains(w, "/reset=") }))
+	}
+	before := resets()
+	if out := returned(); len(out) != 1 || out[0].Result != Clean || resets() != before+1 {
+		t.Errorf("it is back: %+v, reset %d times", out, resets()-before)
+	}
+	if err := lend(t, h, Request{Guest: "b", Sources: []Source{{From: plain}}}); err != nil {
+		t.Errorf("reset: %v", err)
 	}
 }

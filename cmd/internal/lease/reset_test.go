@@ -41,7 +41,7 @@ func TestResetTogether(t *testing.T) {
 	home := driversOf(t, k, one, two)
 	for round := 1; round <= 3; round++ {
 		m := without(t, k)
-		l, _, notes, err := m.Assign(t.Context(), &Request{Guest: "a", From: one, Count: 1, TTL: time.Minute})
+		l, _, notes, err := m.Assign(t.Context(), &Request{Guest: "a", Sources: []Source{{From: one, Count: 1}}, TTL: time.Minute})
 		if err != nil || len(l.Devices) != 2 {
 			t.Fatalf("%+v, %v", l, err)
 		}
@@ -87,7 +87,7 @@ func TestResetWithOthers(t *testing.T) {
 		}
 	}
 	m := without(t, k)
-	if _, _, _, err := m.Assign(t.Context(), &Request{Guest: "a", From: one, Count: 1, TTL: time.Minute}); err != nil {
+	if _, _, _, err := m.Assign(t.Context(), &Request{Guest: "a", Sources: []Source{{From: one, Count: 1}}, TTL: time.Minute}); err != nil {
 		t.Fatal(err)
 	}
 	m.handle.Close()
@@ -104,7 +104,7 @@ func TestSharedFate(t *testing.T) {
 	k, v, one, two := pairHost(t)
 	h := &iommu.Host{Host: k.Host()}
 	home := driversOf(t, k, one, two)
-	if err := lend(t, h, Request{Guest: "a", From: one}); err != nil {
+	if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: one}}}); err != nil {
 		t.Fatal(err)
 	}
 	reset := "sys/bus/pci/devices/" + one + "/reset"

@@ -51,11 +51,11 @@ func TestCompanionsOfLease(t *testing.T) {
 		k := hosttest.NewBoard(t)
 		home := driversOf(t, k, gpu, audio, smbus, isa)
 		m := without(t, k)
-		preview, err := m.Preview(&Request{Guest: "a", From: from, Count: 1})
+		preview, err := m.Preview(&Request{Guest: "a", Sources: []Source{{From: from, Count: 1}}})
 		if err != nil || !slices.Contains(bind.Commands(preview), "# "+smbus+" is only kept off the host's drivers, and is not the guest's") {
 			t.Errorf("%s: %q, %v", from, preview, err)
 		}
-		l, _, _, err := m.Assign(t.Context(), &Request{Guest: "a", From: from, Count: 1, TTL: time.Minute})
+		l, _, _, err := m.Assign(t.Context(), &Request{Guest: "a", Sources: []Source{{From: from, Count: 1}}, TTL: time.Minute})
 		if err != nil {
 			t.Fatalf("%s: %v", from, err)
 		}
@@ -100,7 +100,7 @@ func TestKeptVFs(t *testing.T) {
 	if with := m.Topology.KeptWith(vf); with == nil || with.Name != "0000:01:00.0" {
 		t.Errorf("%s is kept with %v", vf.Name, with)
 	}
-	_, _, _, err = m.Assign(t.Context(), &Request{Guest: "a", From: vf.Name, Count: 1, TTL: time.Minute})
+	_, _, _, err = m.Assign(t.Context(), &Request{Guest: "a", Sources: []Source{{From: vf.Name, Count: 1}}, TTL: time.Minute})
 	if err == nil || !strings.Contains(err.Error(), "ACS") || strings.Contains(err.Error(), "vf destroy") || len(k.Log) > 0 {
 		t.Errorf("%v, writes %q", err, k.Log)
 	}
@@ -113,7 +113,7 @@ func TestCompanionOnceMore(t *testing.T) {
 		k := hosttest.NewBoard(t)
 		h := &iommu.Host{Host: k.Host()}
 		home := driversOf(t, k, smbus)
-		if err := lend(t, h, Request{Guest: "a", From: gpu}); err != nil {
+		if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: gpu}}}); err != nil {
 			t.Fatal(err)
 		}
 		failWrites(k, fails, "sys/bus/pci/devices/"+smbus+"/driver_override")
@@ -142,7 +142,7 @@ func TestCompanionOnBus(t *testing.T) {
 	h := &iommu.Host{Host: k.Host()}
 	home := driversOf(t, k, nic, companion)
 	for round := 1; round <= 2; round++ {
-		if err := lend(t, h, Request{Guest: "a", From: nic, NodeOwner: "1000"}); err != nil {
+		if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: nic}}, NodeOwner: "1000"}); err != nil {
 			t.Fatal(err)
 		}
 		if now := driversOf(t, k, companion)[0]; !strings.HasPrefix(now, "vfio-pci/") {

@@ -102,8 +102,18 @@ func (m *Manager) clearAll(ctx context.Context, l *Lease, held *hold) (all []*sc
 	return all, done, nil
 }
 
-// certify writes down what came of a device: its certificate, and its quarantine, which must not be lost, if it failed.
+// certify writes down what came of a device: its certificate, and its quarantine, which must not be lost, if it failed,
+// or is not there: it may come back as its guest has left it. A VF comes back as a new one.
 func (m *Manager) certify(l *Lease, s *scrubbing) (failed, unwritten error) {
+	if id := s.dev.Identity; s.d == nil && !s.dev.Nowhere && s.dev.PF == nil && id != nil && id.Path != "" {
+		q := Quarantine{
+			Address: s.dev.Address, Place: id.Path, Guest: l.Guest, Since: s.c.Time, Device: *s.dev, Lost: true,
+			Boot: bootID(m.host), NoReset: l.NoReset,
+			Why: "it was not there when its lease ended, and has not been reset since",
+		}
+		q.Device.Home = true
+		unwritten = m.Book.State.Put(quarantineKey(q.Place), q)
+	}
 	if s.err != nil {
 		s.c.Result, s.c.Why = Fouled, strings.ReplaceAll(s.err.Error(), "\n", "; ")
 		q := Quarantine{
@@ -112,6 +122,10 @@ func (m *Manager) certify(l *Lease, s *scrubbing) (failed, unwritten error) {
 		}
 		failed = fmt.Errorf("%s could not be scrubbed, and is in quarantine: %w", s.d.Name, s.err)
 		unwritten = m.Book.State.Put(quarantineKey(s.c.Place), q)
+		if pool := m.poolOf(s.d.Address); pool != "" {
+			s.c.note("a libvirt network that was made of pool %s has to be made anew without it: viaduct pool %s "+
+				"--format libvirt-network", pool, pool)
+		}
 	}
 	if s.d != nil {
 		failed = errors.Join(failed, m.Book.Run.Put(scrubbed+s.d.Name, s.c))
@@ -142,13 +156,10 @@ func (m *Manager) saveClean(l *Lease, all []*scrubbing, done resetting) error {
 			s.dev.Clean, changed = true, true
 		}
 	}
-	switch {
-	case !changed:
+	if !changed {
 		return nil
-	case l.save != nil:
-		return l.save()
 	}
-	return m.Book.put(l)
+	return m.put(l)
 }
 
 // clear resets a device.

@@ -252,7 +252,7 @@ func readPort(h *iommu.Host, pf *iommu.Device) Port {
 	if n, err := h.Int(path.Join(at, "speed")); err == nil && n > 0 {
 		p.Speed = n
 	}
-	p.Firmware, _ = iommu.Firmware(h, p.Netdev)
+	p.Firmware, _ = iommu.FirmwareVersion(h, p.Netdev)
 	return p
 }
 
@@ -279,7 +279,10 @@ func ReadGuest(m *lease.Manager, name string) (*Guest, error) {
 			none.Have = append(none.Have, l.Guest)
 			continue
 		}
-		g := &Guest{Name: name, From: l.From, VM: l.VM}
+		g := &Guest{Name: name, VM: l.VM}
+		if len(l.Sources) > 0 {
+			g.From = l.Sources[0].From
+		}
 		for _, of := range l.Devices {
 			d := GuestDevice{Address: of.Address.String(), ID: of.ID, Settings: of.Now}
 			if d.Settings == nil {

@@ -322,12 +322,13 @@ func (d destinationSide) Reserve(ctx context.Context, r *Record) error {
 	defer stop()
 	vm := r.Order.VM
 	vm.Socket = d.Socket(r)
-	request := &lease.Request{
-		Guest: r.Guest, From: r.Order.From, Count: r.Order.Count, Settings: r.Order.Settings, Memory: vm.Memory,
-		VM: &vm,
+	settings := r.Order.Settings
+	if settings == nil {
+		settings = sriov.Settings{}
 	}
-	if request.Settings == nil {
-		request.Settings = sriov.Settings{}
+	request := &lease.Request{
+		Guest: r.Guest, Memory: vm.Memory, VM: &vm,
+		Sources: []lease.Source{{From: r.Order.From, Count: r.Order.Count, Settings: settings}},
 	}
 	_, notes, err := m.Expect(ctx, request)
 	for _, n := range notes {

@@ -51,13 +51,15 @@ type Format struct {
 	Standby bool   // it can have one
 	Foreign bool   // it takes devices to a driver of its own, not to VFIO's
 	Placed  bool   // its arguments stand in the middle of a command
+	IOMMUFD bool   // its VMM opens /dev/iommu
+	Groups  bool   // what is printed has numbers of IOMMU groups, which a boot may change
 	Moves   bool   // it keeps guest memory off the range that AMD's IOMMUs reserve
 }
 
 // Formats are all formats but json, which is the lease itself.
 var Formats = []Format{
 	{Name: "qemu", Args: qemu, Standby: true, Moves: true},
-	{Name: "qemu-iommufd", Args: qemuIOMMUFD, Standby: true, Moves: true,
+	{Name: "qemu-iommufd", Args: qemuIOMMUFD, Standby: true, Moves: true, IOMMUFD: true,
 		Cannot: "QEMU older than 8.2, and kernels without CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV, cannot do " +
 			"this: take qemu"},
 	{Name: "libvirt", Text: libvirt, Persist: true, Standby: true, Moves: true,
@@ -65,11 +67,11 @@ var Formats = []Format{
 			"with the domain (viaduct install --libvirt scrubs between its starts)"},
 	{
 		Name: "cdi",
-		Text: cdi,
+		Text: cdi, Groups: true,
 		Cannot: "a CDI spec hands nodes to a container; a VMM in it still needs its own arguments, and memory that " +
 			"it may lock",
 	},
-	{Name: "env", Text: env},
+	{Name: "env", Text: env, Groups: true},
 	{
 		Name:   "cloud-hypervisor",
 		Args:   cloudHypervisor,
@@ -91,7 +93,7 @@ var Formats = []Format{
 	},
 	{
 		Name: "kata",
-		Args: kata, Placed: true,
+		Args: kata, Placed: true, Groups: true,
 		Cannot: "Kata needs vfio_mode and hotplug_vfio (or cold_plug_vfio) in its configuration.toml, and hands on " +
 			"whole IOMMU groups; no failover pair",
 	},

@@ -79,6 +79,8 @@ func Parse(b []byte) (Tree, error) {
 		switch {
 		case isFile:
 			content, err = strconv.Unquote(content)
+		case strings.HasPrefix(rest, hexMark):
+			content, err = parseHex(rest)
 		case strings.HasPrefix(rest, arrow):
 			content = rest
 		case rest != "" || !strings.HasSuffix(name, "/"):
@@ -99,7 +101,8 @@ func Parse(b []byte) (Tree, error) {
 	return t, nil
 }
 
-// Format packs a tree, one line an entry, sorted: NAME = "quoted content", NAME -> TARGET, or NAME/.
+// Format packs a tree, one line an entry, sorted: NAME = "quoted content", NAME hex SIZE OFFSET:BYTES... for what is no
+// text, NAME -> TARGET, or NAME/.
 func Format(t Tree) []byte {
 	var b bytes.Buffer
 	for _, name := range slices.Sorted(maps.Keys(t)) {
@@ -108,6 +111,8 @@ func Format(t Tree) []byte {
 			fmt.Fprintln(&b, name)
 		case strings.HasPrefix(content, arrow):
 			fmt.Fprintln(&b, name, content)
+		case len(content) >= standardConfig && strings.Contains(content, "\x00"):
+			fmt.Fprintln(&b, name, formatHex(content))
 		default:
 			fmt.Fprintln(&b, name, "=", strconv.Quote(content))
 		}

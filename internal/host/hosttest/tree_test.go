@@ -31,8 +31,23 @@ func TestFormat(t *testing.T) {
 	}
 }
 
+// Binary content is packed by its rows that are not all zeros.
+func TestHex(t *testing.T) {
+	config := make([]byte, 256)
+	copy(config, "\x86\x80\x18\x29")
+	config[0xff] = 1
+	tree := Tree{"config": string(config)}
+	const want = "config hex 100 0:86801829 f0:00000000000000000000000000000001\n"
+	if got := string(Format(tree)); got != want {
+		t.Errorf("%s\nwant %s", got, want)
+	}
+	if got, err := Parse([]byte(want)); err != nil || !reflect.DeepEqual(got, tree) {
+		t.Errorf("%q, %v", got, err)
+	}
+}
+
 func TestParseErrors(t *testing.T) {
-	for _, s := range []string{"a", "a = x", `a = "x`, "a ->", "a >b", "/a = \"x\"", "../a = \"x\"", "a/../../b/", "a/\na/", "= \"\"", "a/ = "} {
+	for _, s := range []string{"a hex", "a hex 4 3:0000", "a hex 4 0:0", "a hex 4 x:00", "a hex g", "a hex 100000", "a", "a = x", `a = "x`, "a ->", "a >b", "/a = \"x\"", "../a = \"x\"", "a/../../b/", "a/\na/", "= \"\"", "a/ = "} {
 		if got, err := Parse([]byte(s)); err == nil || !strings.Contains(err.Error(), "line ") {
 			t.Errorf("%q: %q, %v", s, got, err)
 		}

@@ -1,0 +1,215 @@
+package checklist
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"path"
+	"strconv"
+	"strings"
+
+	"viaduct/cmd/internal/guest"
+	"viaduct/internal/host"
+	"viaduct/iommu"
+	"viaduct/vfio"
+	"viaduct/vfio/bind"
+)
+
+// unit is whether an IOMMU is in front of a device.
+func (c *list) unit(d *iommu.Device) error {
+	file := path.Join(devicesDir, d.Name, "iommu")
+	name, err := c.host.LinkBase(file)
+	l := Line{
+		Name: "unit", Device: d.Name, Answer: OK, Text: name + " is in front of it", Evidence: []Evidence{{file, name}},
+	}
+	switch {
+	case err == nil:
+	case !host.Absent(err):
+		return err
+	case d.Group == nil:
+		l.Answer, l.Text, l.Cure = No, "no IOMMU is in front of it", "viaduct doctor "+d.Name
+	default:
+		l.Answer, l.Text = Unknown, "which IOMMU is in front of it is not told"
+	}
+	c.add(l)
+	return nil
+}
+
+// group is whether its group can be handed over.
+func (c *list) group(d *iommu.Device) error {
+	l := Line{Name: "group", Device: d.Name, Answer: OK}
+	if d.Group == nil {
+		l.Answer, l.Text = No, "it is in no IOMMU group"
+		l.Evidence, l.Cure = []Evidence{{path.Join(devicesDir, d.Name, "iommu_group"), ""}}, "viaduct bind "+d.Name
+		c.add(l)
+		return nil
+	}
+	g, err := c.topology.Group(*d.Group)
+	if err != nil {
+		return err
+	}
+	file := fmt.Sprintf("sys/kernel/iommu_groups/%d/devices", g.ID)
+	l.Evidence = []Evidence{{file, fmt.Sprintf("%d of them", len(g.Devices))}}
+	l.Text = fmt.Sprintf("group %d can be handed over: no host driver has any of it", g.ID)
+	if blockers := g.Blockers(); len(blockers) > 0 {
+		l.Answer, l.Evidence = No, nil
+		var names []string
+		for _, b := range blockers {
+			names = append(names, b.Name)
+			l.Evidence = append(l.Evidence, Evidence{path.Join(devicesDir, b.Name, "driver"), b.Driver})
+		}
+		l.Text = fmt.Sprintf("group %d cannot be handed over: the host uses %s of it", g.ID, strings.Join(names, ", "))
+		l.Cure = "viaduct bind " + d.Name
+	}
+	if g.NoIOMMU {
+		l.Answer, l.Cure = No, "viaduct doctor"
+		l.Text = fmt.Sprintf("group %d is of VFIO's noiommu mode, which keeps the device from no memory", g.ID)
+	}
+	c.add(l)
+	return nil
+}
+
+// driver is whether a VFIO driver has it.
+func (c *list) driver(d *iommu.Device) error {
+	l := Line{
+		Name: "driver", Device: d.Name, Answer: OK, Text: d.Driver + " has it",
+		Evidence: []Evidence{{path.Join(devicesDir, d.Name, "driver"), d.Driver}},
+	}
+	switch {
+	case d.VFIO:
+	case c.lease.Foreign && !d.Blocks():
+		l.Text = "the guest's VMM takes it to a driver of its own"
+	case d.Driver == "":
+		l.Answer, l.Text, l.Cure = No, "no driver has it", "viaduct bind "+d.Name
+	default:
+		l.Answer, l.Text, l.Cure = No, d.Driver+" has it, which is no VFIO driver", "viaduct bind "+d.Name
+	}
+	c.add(l)
+	return nil
+}
+
+// nodes is whether the files that the VMM opens are there, and whose they are.
+func (c *list) nodes(d *iommu.Device) error {
+	if !d.VFIO {
+		// What a device on another driver lacks is told by that.
+		return nil
+	}
+	names, err := vfio.Nodes(c.host, d)
+	if err != nil {
+		return err
+	}
+	l := Line{Name: "nodes", Device: d.Name, Answer: OK}
+	var owners []string
+	for _, n := range names {
+		text, err := c.owner(n)
+		if err != nil {
+			return err
+		}
+		if text == "" {
+			l.Answer = No
+		}
+		owners = append(owners, text)
+		l.Evidence = append(l.Evidence, Evidence{strings.TrimPrefix(n, "/"), text})
+	}
+	switch {
+	case !c.host.Live():
+		l.Answer, l.Text = Unknown, "a captured host does not tell whose its nodes are"
+	case len(names) == 0:
+		l.Answer, l.Text, l.Cure = No, "the kernel has made no node for it", "viaduct verify "+d.Name
+	case l.Answer == No:
+		l.Text = "a node of it is not in /dev"
+		l.Cure = "udevadm trigger --subsystem-match=vfio --subsystem-match=vfio-dev"
+	default:
+		l.Text = "its nodes are there, for " + owners[0]
+	}
+	if owner := c.lease.NodeOwner; owner != "" && l.Answer == OK {
+		kept, err := bind.ParseNodeOwner(owner)
+		if err != nil || !kept.Keeps(c.host, d) {
+			l.Answer, l.Text = No, "its nodes are not kept for "+owner+", as the lease has it"
+			l.Cure = fmt.Sprintf("chown %s %s", quote(owner), strings.Join(names, " "))
+		}
+	}
+	c.add(l)
+	return nil
+}
+
+// owner says whose a node is; "" if it is not there, or on a captured host.
+func (c *list) owner(node string) (string, error) {
+	if !c.host.Live() {
+		return "", nil
+	}
+	o, err := c.host.Owner(strings.TrimPrefix(node, "/"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	}
+	if err != nil {
+		return "", err
+	}
+	text := fmt.Sprintf("user %d, group %d, mode %04o", o.UID, o.GID, o.Mode&0o7777)
+	if o.Private() {
+		text = "root alone"
+	}
+	return text, nil
+}
+
+// regions is whether the guest can have its memory where it wants it, of each group once.
+func (c *list) regions() error {
+	seen := map[int]bool{}
+	for _, d := range c.devices {
+		if d.Group == nil || seen[*d.Group] {
+			continue
+		}
+		seen[*d.Group] = true
+		all, err := iommu.ReservedRegions(c.host, *d.Group)
+		if err != nil {
+			return err
+		}
+		c.add(c.reserved(d, all))
+	}
+	return nil
+}
+
+func (c *list) reserved(d *iommu.Device, all []iommu.Region) Line {
+	l := Line{Name: "memory", Device: d.Name, Answer: OK}
+	file := path.Join("sys/kernel/iommu_groups", strconv.Itoa(*d.Group), "reserved_regions")
+	for _, r := range all {
+		text := fmt.Sprintf("%#x-%#x %s", r.Start, r.End, r.Type)
+		if r.Type == "direct" {
+			l.Answer, l.Text = No, "the firmware keeps a range of memory for it, and the kernel gives it to no guest"
+			l.Evidence, l.Cure = []Evidence{{file, text}}, "viaduct doctor "+d.Name
+			return l
+		}
+		if r.Type == "reserved" {
+			l.Evidence = append(l.Evidence, Evidence{file, text})
+		}
+	}
+	if len(l.Evidence) == 0 {
+		l.Text, l.Evidence = "no range is kept from the guest's memory", []Evidence{{file, "none that counts"}}
+		return l
+	}
+	memory := c.memory()
+	if memory == 0 {
+		l.Answer, l.Text = Unknown, "the guest's memory is not known, and some ranges are kept from it"
+		l.Cure = fmt.Sprintf("viaduct why guest=%s --memory SIZE", quote(c.lease.Guest))
+		return l
+	}
+	l.Text = "the ranges that are kept from it are not where the guest has its memory"
+	for _, r := range all {
+		for _, span := range guest.Layout(c.arch(), memory, true) {
+			if r.Type == "reserved" && span.Overlaps(vfio.Range{First: r.Start, Last: r.End}) {
+				l.Answer, l.Text = No, "the guest would have memory in a range that is kept from it"
+				l.Evidence = []Evidence{{file, fmt.Sprintf("%#x-%#x %s", r.Start, r.End, r.Type)}}
+				l.Cure = "give the guest less memory"
+			}
+		}
+	}
+	return l
+}
+
+// arch is the host's, as GOARCH.
+func (c *list) arch() string {
+	if arch, _ := c.host.String("proc/sys/kernel/arch"); strings.HasPrefix(arch, "aarch64") {
+		return "arm64"
+	}
+	return "amd64"
+}

@@ -1,0 +1,186 @@
+package doctor
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"strings"
+	"testing"
+
+	"viaduct/iommu"
+	"viaduct/iommu/acpi"
+)
+
+// healthy is a host with an AMD IOMMU on which nothing is wrong, and a NIC that was asked about.
+func healthy() *Facts {
+	group := 1
+	nic := iommu.Device{
+		Name: "0000:01:00.0", Address: iommu.Address{Bus: 1}, PCI: true, Driver: "igb", Group: &group, NUMANode: new(0),
+		ID: iommu.ID{Class: 0x020000}, SRIOV: &iommu.SRIOV{Total: 7},
+	}
+	t := &iommu.Topology{
+		Units:              []iommu.Unit{{Name: "ivhd0", Kind: iommu.KindAMDVi}},
+		Groups:             []iommu.Group{{ID: 1, Type: "DMA", Devices: []iommu.Device{nic}}},
+		InterruptRemapping: new(true),
+	}
+	d := &t.Groups[0].Devices[0]
+	modules := map[string]Module{}
+	for _, m := range []string{"vfio", "vfio_pci", "vfio_iommu_type1", "iommufd"} {
+		modules[m] = Module{Available: true}
+	}
+	return &Facts{
+		Topology: t, Selected: []*iommu.Device{d}, Wanted: []*iommu.Device{d}, Whole: true, Live: true, Arch: "x86_64",
+		Release: "6.12.1", Words: []string{"quiet"}, Config: map[string]string{"CONFIG_VFIO_PCI": "m"},
+		Tables:  []iommu.Firmware{{Signature: "IVRS", Table: &acpi.Table{Fields: &acpi.IVRS{}}}},
+		Modules: modules, Params: map[string]string{}, Lockdown: "none", Secure: new(false), LockKnown: true,
+		HugePages: []HugePages{{Size: 2 << 20}}, NUMANodes: 2, KVM: new(true),
+		PFs:    []PF{{Name: d.Name, Total: 7, LastBus: 1, Buses: 1, Port: "0000:00:01.0"}},
+		Resets: map[string]iommu.Reset{d.Name: {Way: iommu.ResetFunction, Methods: []string{"flr"}}},
+		Power:  map[string]string{d.Name: "D0"},
+	}
+}
+
+// off takes the host's IOMMU away.
+func off(f *Facts, why, cure string) {
+	f.Topology.Units, f.Topology.Ungrouped = nil, []iommu.Device{f.Topology.Groups[0].Devices[0]}
+	f.Topology.Groups = nil
+	f.Off = iommu.Off{Why: why, File: "proc/cmdline", Value: "x", Cure: cure}
+}
+
+func TestHealthy(t *testing.T) {
+	checks := Examine(healthy())
+	for _, c := range checks {
+		if c.Status != Passed || c.Text == "" {
+			t.Errorf("%+v", c)
+		}
+	}
+	if !Healthy(checks) || len(checks) != 23 {
+		t.Errorf("%d checks", len(checks))
+	}
+}
+
+// Of each fault there is one check that tells it before all others, says what shows it, and what to do.
+func TestFaults(t *testing.T) {
+	for name, c := range map[string]struct {
+		fault  func(f *Facts)
+		check  string
+		status Status
+		text   string
+		cure   string
+	}{
+		"no table": {func(f *Facts) { f.Tables = nil; off(f, "the firmware describes no IOMMU", "turn it on") },
+			"table", Failed, "describes no IOMMU", "turn it on"},
+		"unsound table": {func(f *Facts) { f.Tables[0].Err = fmt.Errorf("%w: cut", acpi.ErrTable) }, "table", Failed, "cut", "firmware"},
+		"hidden table":  {func(f *Facts) { f.Tables[0].Err = fs.ErrPermission; f.Tables[0].Table = nil }, "table", Unknown, "root", "root"},
+		"unreadable table": {func(f *Facts) { f.Tables[0].Err = errors.New("broken"); f.Tables[0].Table = nil }, "table", Unknown,
+			"broken", ""},
+		"wrong table": {func(f *Facts) {
+			off(f, "x", "y")
+			f.Faults = []iommu.Fault{{Signature: "IVRS", Offset: 48, Text: "it has an IOMMU at 00:1e.0"}}
+		}, "table", Failed, "00:1e.0", "update the firmware"},
+		"wrong table, and an IOMMU": {func(f *Facts) { f.Faults = []iommu.Fault{{Signature: "DMAR", Text: "a range"}} }, "table", Warned, "a range", ""},
+		"the kernel complains": {func(f *Facts) {
+			off(f, "x", "y")
+			f.Log = []string{"DMAR: [Firmware Bug]: Your BIOS is broken; DMAR reported at address fed90000 returns all ones!"}
+		}, "table", Failed, "all ones", "firmware"},
+		"amd_iommu=off": {func(f *Facts) { off(f, "amd_iommu=off turns it off", "remove amd_iommu=off") }, "iommu", Failed, "amd_iommu=off", "remove"},
+		"not covered":   {func(f *Facts) { f.Selected[0].Group = nil }, "coverage", Failed, "0000:01:00.0", "slot"},
+		"not covered, not asked about": {func(f *Facts) { f.Selected[0].Group = nil; f.Selected = nil }, "coverage", Warned,
+			"0000:01:00.0", ""},
+		"igfx_off": {func(f *Facts) { f.Selected[0].Group = nil; f.Words = []string{"intel_iommu=on,igfx_off"} }, "coverage", Failed, "",
+			"remove igfx_off"},
+		"noiommu groups": {func(f *Facts) { f.Topology.Groups[0].NoIOMMU = true }, "groups", Failed, "noiommu", "unbind"},
+		"intremap=off": {func(f *Facts) { f.Topology.InterruptRemapping = new(false); f.Words = []string{"intremap=off"} },
+			"interrupt_remapping", Failed, "intremap=off", "remove intremap=off"},
+		"GICv2": {func(f *Facts) { f.Topology.InterruptRemapping = new(false); f.Arch = "aarch64" }, "interrupt_remapping", Failed, "GICv2m",
+			"gic-version=3"},
+		"no southbridge": {func(f *Facts) {
+			f.Topology.InterruptRemapping = new(false)
+			f.Log = []string{"[Firmware Bug] x", "AMD-Vi: No southbridge IOAPIC found"}
+		}, "interrupt_remapping", Failed, "No southbridge IOAPIC", "firmware"},
+		"remapping unknown": {func(f *Facts) { f.Topology.InterruptRemapping = nil }, "interrupt_remapping", Unknown, "not known", ""},
+		"modules missing":   {func(f *Facts) { f.Modules["vfio_pci"] = Module{} }, "vfio_modules", Failed, "vfio-pci", "install"},
+		"kernel without":    {func(f *Facts) { f.Modules["vfio_pci"] = Module{}; f.Config = map[string]string{"CONFIG_X": "y"} }, "vfio_modules", Failed, "vfio-pci", "CONFIG_VFIO_PCI"},
+		"modules unknown":   {func(f *Facts) { f.Modules = nil }, "vfio_modules", Unknown, "not known", ""},
+		"blacklisted": {func(f *Facts) {
+			f.Rules = []ModuleRule{{Module: "vfio_pci", File: "etc/modprobe.d/x.conf", Line: "blacklist vfio-pci"}}
+		}, "blacklist", Failed, "etc/modprobe.d/x.conf", "remove that line from /etc/modprobe.d/x.conf"},
+		"blacklisted at boot": {func(f *Facts) {
+			f.Rules = []ModuleRule{{Module: "vfio_pci", File: "proc/cmdline", Line: "modprobe.blacklist=vfio_pci"}}
+		}, "blacklist", Failed, "modprobe.blacklist", "remove modprobe.blacklist=vfio_pci"},
+		"RMRR": {func(f *Facts) {
+			f.Direct = []GroupRange{{1, iommu.Region{Start: 1 << 20, End: 2<<20 - 1, Type: "direct"}, []string{"0000:01:00.0"}}}
+		}, "direct_ranges", Failed, "0000:01:00.0", "firmware"},
+		"RMRR, not asked about": {func(f *Facts) {
+			f.Selected = nil
+			f.Direct = []GroupRange{{1, iommu.Region{Start: 1 << 20, End: 2<<20 - 1, Type: "direct"}, []string{"0000:01:00.0"}}}
+		}, "direct_ranges", Warned, "0000:01:00.0", ""},
+		"lockdown":          {func(f *Facts) { f.Lockdown = "integrity" }, "lockdown", Warned, "VFIO works", ""},
+		"noiommu mode":      {func(f *Facts) { f.Params["sys/module/vfio/parameters/enable_unsafe_noiommu_mode"] = "Y" }, "unsafe_modes", Warned, "noiommu", "echo N"},
+		"unsafe interrupts": {func(f *Facts) { f.Params["sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"] = "Y" }, "unsafe_modes", Warned, "unsafe_interrupts", "echo N"},
+		"ACS override":      {func(f *Facts) { f.Words = []string{"pcie_acs_override=downstream"} }, "acs_override", Warned, "downstream", "remove pcie_acs_override=downstream"},
+		"memlock":           {func(f *Facts) { f.LockLimit = new(uint64(8 << 20)) }, "memlock", Warned, "8 MiB", "memlock unlimited"},
+		"open node":         {func(f *Facts) { f.Nodes = []Node{{"dev/vfio/vfio", 0o666}, {"dev/vfio/7", 0o666}} }, "nodes", Warned, "/dev/vfio/7", "chmod"},
+		"no room in memory": {func(f *Facts) { f.PFs[0].Unmapped = true }, "sriov_room", Failed, "memory", "pci=realloc"},
+		"no room on buses":  {func(f *Facts) { f.PFs[0].LastBus = 2 }, "sriov_room", Failed, "buses", "ARI"},
+		"no reset":          {func(f *Facts) { f.Resets["0000:01:00.0"] = iommu.Reset{Way: iommu.ResetNone} }, "reset", Warned, "nothing resets it", ""},
+		"D3cold":            {func(f *Facts) { f.Power["0000:01:00.0"] = "D3cold" }, "power", Warned, "0000:01:00.0", "d3cold_allowed"},
+		"boot display":      {func(f *Facts) { f.Displays = []Display{{"0000:01:00.0", "is the display this host started on"}} }, "boot_display", Warned, "started on", "firmware"},
+		"blind":             {func(f *Facts) { f.Blind = "cannot see" }, "boot_display", Unknown, "cannot see", "root"},
+		"no NUMA node":      {func(f *Facts) { f.Wanted[0].NUMANode = nil }, "numa", Warned, "0000:01:00.0", ""},
+		"old kernel": {func(f *Facts) {
+			f.Release = "6.1.0"
+			f.Units = []iommu.UnitDetails{{Features: iommu.Features{DirtyTracking: new(true)}}}
+		}, "kernel_version", Warned, "6.1.0 is too old", "newer"},
+		"no KVM":           {func(f *Facts) { f.KVM, f.CPUVirt = new(false), new(false) }, "kvm", Warned, "emulated", "SVM"},
+		"unsigned modules": {func(f *Facts) { f.Secure, f.Unsigned = new(true), []string{"lib/modules/x/nvidia.ko"} }, "vendor_modules", Warned, "nvidia.ko", "mokutil"},
+	} {
+		f := healthy()
+		c.fault(f)
+		checks := Examine(f)
+		var first *Check
+		for _, status := range []Status{Failed, Warned, Unknown} {
+			for i := range checks {
+				if first == nil && checks[i].Status == status {
+					first = &checks[i]
+				}
+			}
+		}
+		if first == nil {
+			t.Errorf("%s: nothing was found", name)
+			continue
+		}
+		if first.Name != c.check || first.Status != c.status || !strings.Contains(first.Text, c.text) || !strings.Contains(first.Cure, c.cure) {
+			t.Errorf("%s: %+v, want %s %s with %q and %q", name, first, c.check, c.status, c.text, c.cure)
+		}
+		if first.Status == Failed && (first.Cure == "" || len(first.Evidence) == 0) {
+			t.Errorf("%s: nothing shows it, or mends it: %+v", name, first)
+		}
+		if Healthy(checks) == (c.status == Failed) {
+			t.Errorf("%s: healthy %v", name, Healthy(checks))
+		}
+	}
+}
+
+// What is not known is never passed.
+func TestNothingKnown(t *testing.T) {
+	checks := Examine(&Facts{Topology: &iommu.Topology{}, Off: iommu.Off{Why: "x", Cure: "y"}})
+	// These say of nothing that it is so: there is no device to say it of, or no IOMMU to use.
+	about := map[string]bool{"sriov_room": true, "reset": true, "power": true, "boot_display": true}
+	for _, c := range checks {
+		if c.Status == Passed && !about[c.Name] {
+			t.Errorf("%+v", c)
+		}
+	}
+}
+
+// Each check has a name and a title of its own.
+func TestNames(t *testing.T) {
+	seen := map[string]bool{}
+	for _, c := range Examine(healthy()) {
+		if c.Name == "" || c.Title == "" || seen[c.Name] || seen[c.Title] {
+			t.Errorf("%+v", c)
+		}
+		seen[c.Name], seen[c.Title] = true, true
+	}
+}

@@ -1,0 +1,332 @@
+package doctor
+
+import (
+	"errors"
+	"io/fs"
+	"path"
+	"slices"
+	"strings"
+
+	"viaduct/iommu"
+	"viaduct/iommu/acpi"
+)
+
+const tablesDir = "sys/firmware/acpi/tables"
+
+// table checks that the firmware's table about IOMMUs is there, sound, and about this host.
+func table(f *Facts) Check {
+	c := Check{Name: "table", Title: "firmware's table"}
+	var sound, hidden []string
+	for i := range f.Tables {
+		t := &f.Tables[i]
+		file := path.Join(tablesDir, t.Signature)
+		switch {
+		case errors.Is(t.Err, acpi.ErrTable):
+			c.set(Failed, "the firmware's %s table is not sound: %v", t.Signature, t.Err)
+			c.Cure = "update the firmware, or tell its maker; the kernel refuses such a table"
+			c.see(file, t.Err.Error())
+			return c
+		case errors.Is(t.Err, fs.ErrPermission):
+			hidden = append(hidden, t.Signature)
+		case t.Err != nil:
+			c.set(Unknown, "the firmware's %s table could not be read: %v", t.Signature, t.Err)
+			c.see(file, t.Err.Error())
+			return c
+		default:
+			sound = append(sound, t.Signature)
+		}
+	}
+
+	if len(f.Faults) > 0 {
+		first := f.Faults[0]
+		c.set(Failed, "%s", first)
+		if f.works() {
+			c.Status = Warned
+		}
+		c.Cure = "update the firmware, or tell its maker"
+		for _, fault := range f.Faults {
+			c.see(path.Join(tablesDir, fault.Signature), fault.Text)
+		}
+		return c
+	}
+	if line := f.complaint(); line != "" {
+		c.set(Warned, "the kernel found fault with the firmware's table: %s", line)
+		if !f.present() {
+			c.Status = Failed
+		}
+		c.Cure = "update the firmware, or tell its maker"
+		c.see("dev/kmsg", line)
+		return c
+	}
+
+	switch {
+	case len(hidden) > 0:
+		c.set(Unknown, "there is %s, and reading it takes root", strings.Join(hidden, " and "))
+		c.see(path.Join(tablesDir, hidden[0]), "permission denied")
+		c.Cure = "run this as root"
+	case len(sound) > 0:
+		verb := map[bool]string{true: "is", false: "are"}[len(sound) == 1]
+		c.set(Passed, "%s %s there and sound", strings.Join(sound, " and "), verb)
+		for _, s := range sound {
+			c.see(path.Join(tablesDir, s), "there")
+		}
+	case f.present():
+		c.set(Passed, "there is none, and an IOMMU is active without it (by device tree, or the hypervisor)")
+	default:
+		c.set(Failed, "there is none of %s: %s", strings.Join(acpi.Signatures, ", "), f.Off.Why)
+		c.see(tablesDir, "")
+		c.Cure = f.Off.Cure
+	}
+	return c
+}
+
+// works reports whether devices are in groups of an active IOMMU.
+func (f *Facts) works() bool { return len(f.Topology.Units) > 0 && len(f.Topology.Groups) > 0 }
+
+// complaint is the line of the kernel's that calls a table wrong; "" if there is none.
+func (f *Facts) complaint() string {
+	tables := []string{"DMAR", "AMD-Vi", "IVRS", "IORT", "VIOT"}
+	for _, line := range f.Log {
+		if !strings.Contains(line, "BIOS is broken") && !strings.Contains(line, "Firmware Bug") {
+			continue
+		}
+		if slices.ContainsFunc(tables, func(t string) bool { return strings.Contains(line, t) }) {
+			return line
+		}
+	}
+	return ""
+}
+
+// active checks that an IOMMU is in use.
+func active(f *Facts) Check {
+	c := Check{Name: "iommu", Title: "IOMMU"}
+	if !f.present() {
+		c.set(Failed, "no IOMMU is active: %s", f.Off.Why)
+		c.Cure = f.Off.Cure
+		if f.Off.File != "" {
+			c.see(f.Off.File, f.Off.Value)
+		}
+		c.see("sys/class/iommu", "")
+		return c
+	}
+	var names []string
+	for _, u := range f.Topology.Units {
+		names = append(names, u.Name)
+	}
+	c.see("sys/class/iommu", strings.Join(names, " "))
+	c.set(Passed, "active: %s", some(names))
+	if len(names) == 0 {
+		c.set(Passed, "active: there are groups")
+	}
+	return c
+}
+
+// coverage checks that a unit covers the devices.
+func coverage(f *Facts) Check {
+	c := Check{Name: "coverage", Title: "coverage"}
+	if !f.present() {
+		return c.without()
+	}
+	var bare []*iommu.Device
+	f.each(func(d *iommu.Device) {
+		// The host's own machinery needs none; where groups come late, a device without a driver has none yet.
+		meant := d.Role() == iommu.RoleGuest || f.Selected != nil && d.Role() != iommu.RolePort
+		if meant && d.PCI && d.Group == nil && (d.Driver != "" || !f.Topology.LateGroups()) {
+			bare = append(bare, d)
+		}
+	})
+	if len(bare) == 0 {
+		if c.set(Passed, "an IOMMU covers each device"); f.Selected != nil {
+			c.set(Passed, "an IOMMU covers what was asked about")
+		}
+		return c
+	}
+	c.Devices = namesOf(bare)
+	c.set(Warned, "no IOMMU covers %s", some(c.Devices))
+	if f.Selected != nil {
+		c.Status = Failed
+	}
+	for _, d := range bare[:1] {
+		c.see("sys/bus/pci/devices/"+d.Name+"/iommu_group", "")
+	}
+	c.Cure = "put the device into another slot, or update the firmware, whose table leaves it out"
+	if v, is := f.parameter("intel_iommu"); is && strings.Contains(v, "igfx_off") {
+		c.Cure = f.Loader.Remove("igfx_off") + "; it is part of intel_iommu=" + v
+		f.seeLine(&c)
+	}
+	return c
+}
+
+// each calls do for the devices that a check is about: those that were asked about, or all.
+func (f *Facts) each(do func(d *iommu.Device)) {
+	if f.Selected != nil {
+		for _, d := range f.Selected {
+			do(d)
+		}
+		return
+	}
+	f.Topology.All(func(d *iommu.Device) bool {
+		do(d)
+		return true
+	})
+}
+
+// groups checks that no group is one of VFIO's noiommu mode.
+func groups(f *Facts) Check {
+	c := Check{Name: "groups", Title: "groups"}
+	if !f.present() && len(f.Topology.Groups) == 0 {
+		return c.without()
+	}
+	var unreal []string
+	for i := range f.Topology.Groups {
+		g := &f.Topology.Groups[i]
+		if g.NoIOMMU {
+			for j := range g.Devices {
+				unreal = append(unreal, g.Devices[j].Name)
+			}
+			c.see("sys/class/vfio", "noiommu-"+itoa(g.ID))
+		}
+	}
+	if len(unreal) > 0 {
+		c.Devices = unreal
+		c.set(Failed, "no IOMMU is in front of %s: VFIO made the groups in its noiommu mode", some(unreal))
+		c.Cure = "viaduct unbind them; `echo N > /sys/module/vfio/parameters/enable_unsafe_noiommu_mode`"
+		return c
+	}
+	c.set(Passed, "%d, each made by an IOMMU", len(f.Topology.Groups))
+	c.see("sys/kernel/iommu_groups", itoa(len(f.Topology.Groups)))
+	return c
+}
+
+// remapping checks that a device cannot forge the interrupts of others.
+func remapping(f *Facts) Check {
+	c := Check{Name: "interrupt_remapping", Title: "interrupt remapping"}
+	switch on := f.Topology.InterruptRemapping; {
+	case !f.present():
+		return c.without()
+	case on == nil:
+		c.set(Unknown, "not known: no interrupt's controller tells")
+		c.see("sys/kernel/irq/*/chip_name", "")
+		return c
+	case *on:
+		c.set(Passed, "on")
+		c.see(f.Interrupt.File, f.Interrupt.Value)
+		return c
+	}
+	c.set(Failed, "off, so VFIO refuses devices")
+	if f.Params[unsafeInterrupts] == "Y" {
+		c.set(Failed, "off, and VFIO takes devices all the same (allow_unsafe_interrupts), which can forge interrupts")
+	}
+	c.see(f.Interrupt.File, f.Interrupt.Value)
+	f.remappingCure(&c)
+	return c
+}
+
+func (f *Facts) remappingCure(c *Check) {
+	for _, word := range []string{"intremap=off", "nointremap", "intremap=nosid"} {
+		if slices.Contains(f.Words, word) && word != "intremap=nosid" {
+			c.Text += ": " + word + " is on the kernel's command line"
+			f.seeLine(c)
+			c.Cure = f.Loader.Remove(word)
+			return
+		}
+	}
+	if strings.HasPrefix(f.Arch, "aarch64") || f.Topology.LateGroups() && f.hasTable("IORT") {
+		c.Text += ": this machine's interrupt controller has no ITS, which tells devices apart (GICv2m)"
+		c.Cure = "there is no cure on such a machine; a QEMU guest gets one by -machine virt,gic-version=3"
+		return
+	}
+	if slices.ContainsFunc(f.Topology.Units, func(u iommu.Unit) bool { return u.Kind == iommu.KindVirtio }) {
+		c.Text += ": a virtio-iommu does not remap interrupts"
+		c.Cure = "give this guest an emulated IOMMU instead where it is defined (intel-iommu,intremap=on)"
+		return
+	}
+
+	for _, words := range [][]string{
+		{"No southbridge IOAPIC"}, {"not in IVRS"}, {"interrupt remapping", "BIOS"}, {"x2apic", "opt out"},
+		{"Interrupt remapping", "disabl"}, {"IRQ remapping", "disabl"}, {"nterrupt remapping", "rror"},
+	} {
+		for _, line := range f.Log {
+			if strings.Contains(line, words[0]) && strings.Contains(line, words[len(words)-1]) {
+				c.Text += " (the kernel says: " + line + ")"
+				c.see("dev/kmsg", line)
+				c.Cure = "update the firmware, whose table leaves out an IO-APIC or asks for it"
+				return
+			}
+		}
+	}
+	for i := range f.Tables {
+		if t := f.Tables[i].Table; t != nil {
+			if d, ok := t.Fields.(*acpi.DMAR); ok && !d.Flags.InterruptRemapping() {
+				c.Text += ": the firmware's DMAR table says that the machine has none"
+				c.see(path.Join(tablesDir, "DMAR"), "flags without INTR_REMAP")
+			}
+		}
+	}
+	switch {
+	case f.Guest:
+		c.Cure = "turn it on where this guest is defined: QEMU -machine q35,kernel-irqchip=split and intremap=on of " +
+			"its IOMMU"
+	case f.Config != nil && f.Config["CONFIG_IRQ_REMAP"] == "":
+		c.Cure = "boot a kernel with CONFIG_IRQ_REMAP"
+	default:
+		c.Cure = "turn on interrupt remapping, or x2APIC, in the firmware's menu, and update the firmware; the " +
+			"kernel's " +
+			"log says why it is off (`dmesg | grep -i -e remapping -e AMD-Vi -e DMAR`)"
+	}
+}
+
+func (f *Facts) hasTable(signature string) bool {
+	return slices.ContainsFunc(f.Tables, func(t iommu.Firmware) bool { return t.Signature == signature })
+}
+
+// directRanges checks that the firmware claims none of a device's address space: VFIO refuses those.
+func directRanges(f *Facts) Check {
+	c := Check{Name: "direct_ranges", Title: "firmware's memory ranges"}
+	if !f.present() {
+		return c.without()
+	}
+	var ranges []GroupRange
+	for _, r := range f.Direct {
+		asked := func(d *iommu.Device) bool { return d.InGroup(r.Group) }
+		if f.Selected == nil || slices.ContainsFunc(f.Selected, asked) {
+			ranges = append(ranges, r)
+		}
+	}
+	if len(ranges) == 0 {
+		c.set(Passed, "the firmware keeps no device from guests")
+		c.see("sys/kernel/iommu_groups/*/reserved_regions", "no line with direct")
+		return c
+	}
+	for _, r := range ranges {
+		for _, n := range r.Devices {
+			if !slices.Contains(c.Devices, n) {
+				c.Devices = append(c.Devices, n)
+			}
+		}
+		c.see("sys/kernel/iommu_groups/"+itoa(r.Group)+"/reserved_regions", hexRange(r.Region)+" direct")
+	}
+	c.set(Warned, "the firmware wants memory of %s left where it is (%s), and VFIO refuses such a device",
+		some(c.Devices),
+		f.rangeKind())
+	if f.Selected != nil {
+		c.Status = Failed
+	}
+	c.Cure = "turn off what uses it in the firmware's menu (shared memory of a management controller, USB legacy " +
+		"support, " +
+		"Intel graphics), or update the firmware; such a device cannot be given to a guest"
+	return c
+}
+
+// rangeKind is the word of the tables for such a range.
+func (f *Facts) rangeKind() string {
+	switch {
+	case f.hasTable("DMAR"):
+		return "RMRR"
+	case f.hasTable("IVRS"):
+		return "IVMD"
+	case f.hasTable("IORT"):
+		return "RMR"
+	}
+	return "direct"
+}

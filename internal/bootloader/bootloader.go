@@ -1,0 +1,180 @@
+// Package bootloader knows how the kernel's command line of a host is changed, by what the host boots with.
+package bootloader
+
+import (
+	"path"
+	"slices"
+	"strings"
+
+	"viaduct/internal/host"
+)
+
+// Loader is how a host's command line is changed. Its zero value is a way that is not known.
+type Loader struct {
+	Name string // e.g. "GRUB"; "" if it is not known
+	// file has the command line, in a setting of it; command then puts it in force. Where a program does both, add and
+	// remove are its command lines, in which PARAMETER stands for the parameter.
+	file, setting, command string
+	add, remove            string
+	texts                  map[string]string // of files that may have parameters, by name
+}
+
+// A kind is a way to boot that is known by the files it has: all of them have to be there.
+type kind struct {
+	signs []string
+	Loader
+}
+
+// kinds are in the order in which they are looked for: what a distribution adds of its own comes before what it adds
+// to.
+var kinds = []kind{
+	{[]string{"run/ostree-booted"}, Loader{
+		Name: "rpm-ostree", add: "rpm-ostree kargs --append=PARAMETER", remove: "rpm-ostree kargs --delete=PARAMETER",
+	}},
+	{[]string{"etc/NIXOS"}, Loader{
+		Name: "NixOS", file: "/etc/nixos/configuration.nix", setting: "boot.kernelParams",
+		command: "nixos-rebuild boot",
+	}},
+	{[]string{"usr/bin/kernelstub"}, Loader{
+		Name: "kernelstub", add: "kernelstub --add-options PARAMETER", remove: "kernelstub --delete-options PARAMETER",
+	}},
+	{[]string{"etc/kernel/proxmox-boot-uuids", "etc/kernel/cmdline"}, Loader{
+		Name: "proxmox-boot-tool", file: "/etc/kernel/cmdline", command: "proxmox-boot-tool refresh",
+	}},
+	{[]string{"usr/sbin/grubby", "etc/default/grub"}, Loader{
+		Name: "GRUB", add: "grubby --update-kernel=ALL --args=PARAMETER",
+		remove: "grubby --update-kernel=ALL --remove-args=PARAMETER",
+	}},
+	{[]string{"etc/default/grub", "usr/sbin/update-grub"}, grub("update-grub")},
+	{[]string{"etc/default/grub", "usr/sbin/grub2-mkconfig"}, grub("grub2-mkconfig -o /boot/grub2/grub.cfg")},
+	{[]string{"etc/default/grub", "usr/bin/grub-mkconfig"}, grub("grub-mkconfig -o /boot/grub/grub.cfg")},
+	{[]string{"etc/default/grub", "boot/grub/grub.cfg"}, grub("grub-mkconfig -o /boot/grub/grub.cfg")},
+	{[]string{"boot/limine.conf"}, Loader{Name: "Limine", file: "/boot/limine.conf", setting: "cmdline"}},
+	{[]string{"etc/kernel/cmdline", "usr/bin/mkinitcpio"}, Loader{
+		Name: "systemd-boot", file: "/etc/kernel/cmdline", command: "mkinitcpio -P",
+	}},
+	{[]string{"etc/kernel/cmdline", "usr/bin/kernel-install"}, Loader{
+		Name: "systemd-boot", file: "/etc/kernel/cmdline", command: "kernel-install add-all",
+	}},
+	{[]string{"boot/loader/loader.conf"}, entries("/boot")},
+	{[]string{"efi/loader/loader.conf"}, entries("/efi")},
+	{[]string{"boot/efi/loader/loader.conf"}, entries("/boot/efi")},
+	{[]string{"boot/firmware/cmdline.txt"}, Loader{Name: "the Raspberry Pi's", file: "/boot/firmware/cmdline.txt"}},
+	{[]string{"boot/refind_linux.conf"}, Loader{Name: "rEFInd", file: "/boot/refind_linux.conf"}},
+	{[]string{"boot/extlinux/extlinux.conf"}, Loader{
+		Name: "extlinux", file: "/boot/extlinux/extlinux.conf", setting: "APPEND",
+	}},
+	{[]string{"boot/syslinux/syslinux.cfg"}, Loader{
+		Name: "syslinux", file: "/boot/syslinux/syslinux.cfg", setting: "append",
+	}},
+}
+
+func grub(command string) Loader {
+	return Loader{Name: "GRUB", file: "/etc/default/grub", setting: "GRUB_CMDLINE_LINUX", command: command}
+}
+
+func entries(at string) Loader {
+	return Loader{Name: "systemd-boot", file: at + "/loader/entries/*.conf", setting: "options"}
+}
+
+// Signs are the files, other than those of [Files], by which Find goes, whatever is in them.
+func Signs() []string {
+	var out []string
+	for _, k := range kinds {
+		for _, s := range k.signs {
+			if !slices.Contains(out, s) && !slices.Contains(settings, s) {
+				out = append(out, s)
+			}
+		}
+	}
+	return out
+}
+
+// settings are files of which the content counts too.
+var settings = []string{"etc/default/grub", "etc/kernel/cmdline"}
+
+// Files are the files in which a parameter may stand that are there.
+func Files(h *host.Host) []string {
+	out := slices.Clone(settings)
+	for _, dir := range []string{"etc/default/grub.d", "boot/loader/entries", "efi/loader/entries"} {
+		names, err := h.Names(dir)
+		if err != nil {
+			continue
+		}
+		for _, n := range names {
+			if strings.HasSuffix(n, ".cfg") || strings.HasSuffix(n, ".conf") {
+				out = append(out, path.Join(dir, n))
+			}
+		}
+	}
+	return slices.DeleteFunc(out, func(name string) bool { return !h.Exists(name) })
+}
+
+// Find finds how this host's command line is changed.
+func Find(h *host.Host) Loader {
+	for _, k := range kinds {
+		if slices.ContainsFunc(k.signs, func(name string) bool { return !h.Exists(name) }) {
+			continue
+		}
+		l := k.Loader
+		l.texts = map[string]string{}
+		for _, name := range Files(h) {
+			if b, err := h.Read(name); err == nil {
+				l.texts["/"+name] = string(b)
+			}
+		}
+		return l
+	}
+	return Loader{}
+}
+
+// Add says how a parameter comes onto the command line.
+func (l Loader) Add(parameter string) string {
+	switch {
+	case l.add != "":
+		return "run `" + strings.ReplaceAll(l.add, "PARAMETER", parameter) + "` and reboot"
+	case l.file == "":
+		return "add " + parameter + " to the kernel's command line, in the settings of this host's boot loader, and " +
+			"reboot"
+	}
+	return "add " + parameter + " to " + l.place(l.file) + l.inForce()
+}
+
+// Remove says how a parameter that is on the command line goes.
+func (l Loader) Remove(parameter string) string {
+	switch {
+	case l.remove != "":
+		return "run `" + strings.ReplaceAll(l.remove, "PARAMETER", parameter) + "` and reboot"
+	case l.file == "":
+		return "remove " + parameter + " from the kernel's command line, in the settings of this host's boot " +
+			"loader, and reboot"
+	}
+	file := l.file
+	var names []string
+	for name := range l.texts {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	for _, name := range names {
+		if strings.Contains(l.texts[name], parameter) {
+			file = name
+			break
+		}
+	}
+	return "remove " + parameter + " from " + l.place(file) + l.inForce()
+}
+
+// place is where in a file the command line is.
+func (l Loader) place(file string) string {
+	if l.setting == "" || file != l.file {
+		return file
+	}
+	return l.setting + " in " + file
+}
+
+func (l Loader) inForce() string {
+	if l.command == "" {
+		return " and reboot"
+	}
+	return ", run `" + l.command + "` and reboot"
+}

@@ -85,7 +85,8 @@ func leasesCommand(e *env) *cli.Command {
 		Name:  "leases",
 		Usage: "what is assigned to whom, and what is in quarantine",
 		Description: "States: making (a viaduct is at work on it), reserved, active (a process has its devices open), dead (its holder is gone, or nobody\n" +
-			"came: viaduct release --dead reclaims it), lost (a device of it is gone).\n\nExamples:\n  viaduct leases\n  viaduct leases --json",
+			"came: viaduct release --dead reclaims it), lost (a device of it is gone), incoming and leaving\n" +
+			"(its guest is to come from another host, or on its way there: viaduct migrate).\n\nExamples:\n  viaduct leases\n  viaduct leases --json",
 		Flags: []cli.Flag{e.jsonFlag()},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {

@@ -12,6 +12,7 @@ import (
 	"viaduct/cmd/internal/lease"
 	"viaduct/internal/host"
 	"viaduct/iommu"
+	"viaduct/iommu/acpi"
 	"viaduct/sriov"
 )
 
@@ -141,31 +142,24 @@ func readUnit(h *iommu.Host, u iommu.Unit) Unit {
 	return out
 }
 
-// bitsOfVTd reads the capability register of VT-d (specification, 11.4.2): MGAW in bits 21 to 16, one less, and the
-// widths of the page tables that it walks in SAGAW, bits 12 to 8.
-func bitsOfVTd(cap string) int {
-	n, err := strconv.ParseUint(strings.TrimPrefix(cap, "0x"), 16, 64)
+// bitsOfVTd is of VT-d's capability register, in hexadecimal.
+func bitsOfVTd(register string) int {
+	n, err := strconv.ParseUint(strings.TrimPrefix(register, "0x"), 16, 64)
 	if err != nil || n == 0 {
 		return 0
 	}
-	walks := 0
-	for bit, width := range map[int]int{1: 39, 2: 48, 3: 57} {
-		if n>>(8+bit)&1 == 1 {
-			walks = max(walks, width)
-		}
-	}
-	return min(walks, int(n>>16&0x3f)+1)
+	return acpi.VTdCap(n).GuestBits()
 }
 
-// bitsOfAMD reads HATS, bits 11 and 10 of the extended features (AMD's IOMMU specification, 3.4.9): how many levels its
-// page tables may have. The file has the second register after a colon; without the first nothing is told.
+// bitsOfAMD is of AMD's extended features; the file has the second register after a colon. Without the first nothing is
+// told. Each level of its page tables has 9 bits, and pages have 12.
 func bitsOfAMD(features string) int {
 	first, _, _ := strings.Cut(features, ":")
 	n, err := strconv.ParseUint(first, 16, 64)
-	if err != nil || n == 0 {
+	if err != nil || n == 0 || acpi.EFR(n).HostLevels() == 0 {
 		return 0
 	}
-	return map[uint64]int{0: 48, 1: 57, 2: 64}[n>>10&3]
+	return min(12+9*acpi.EFR(n).HostLevels(), 64)
 }
 
 // readPorts reads the PFs that have VFs, and which VFs nobody has.

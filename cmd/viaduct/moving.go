@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -298,6 +300,9 @@ func runMigratePeer(ctx context.Context, e *env, o *migrateOptions) error {
 	defer h.Close()
 	side := e.side(h, o.timeout)
 	side.Command = o.command
+	if o.data == "" {
+		o.data = dataAsked(os.Getenv("SSH_ORIGINAL_COMMAND"))
+	}
 	if o.data != "" {
 		return e.takeData(ctx, side, o.data)
 	}
@@ -315,6 +320,16 @@ func runMigratePeer(ctx context.Context, e *env, o *migrateOptions) error {
 		held.Close()
 	}
 	return err
+}
+
+// dataAsked is the move whose memory comes, by what the other side wanted to run where sshd runs this command whatever
+// that is (sshd(8), command= in authorized_keys); "" if it is none.
+func dataAsked(original string) string {
+	words := strings.Fields(original)
+	if i := slices.Index(words, "--data"); i >= 0 && i+1 < len(words) {
+		return words[i+1]
+	}
+	return ""
 }
 
 // takeData carries a guest's memory from standard input to the QEMU that waits for it, and what that answers back.

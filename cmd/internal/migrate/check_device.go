@@ -182,7 +182,7 @@ func checkWidth(m *move) Line {
 		i = 0
 	}
 	const where = "sys/class/iommu"
-	if i < 0 || m.to.Units[i].Bits == 0 {
+	if i < 0 || m.to.Units[i].Bits <= 0 {
 		return unknown(where, "how wide addresses the IOMMU of %s can map is not known", m.to.Host)
 	}
 	top := layout[len(layout)-1].Last

@@ -132,30 +132,13 @@ func TryQEMU(ctx context.Context, h *iommu.Host, program string, vm *vmm.Machine
 	}
 	defer func() { _ = os.RemoveAll(dir) }()
 	socket := filepath.Join(dir, "qmp")
-	args := []string{"-nodefaults", "-display", "none", "-S", "-qmp", "unix:" + socket + ",server=on,wait=off"}
-	if kind := vm.Machine; kind != "" {
-		args = append(args, "-machine", kind)
-	}
-	if vm.Accel != "" {
-		for a := range strings.SplitSeq(vm.Accel, ":") {
-			args = append(args, "-accel", a)
-		}
-	}
-	if vm.CPU != "" {
-		cpu := vm.CPU
-		if strings.Contains(vm.Accel, "kvm") && !strings.Contains(cpu, "enforce") {
-			cpu += ",enforce"
-		}
-		args = append(args, "-cpu", cpu)
-	}
-
 	said := filepath.Join(dir, "said")
 	out, err := os.OpenFile(said, os.O_CREATE|os.O_WRONLY, 0o600)
 	if err != nil {
 		return nil, err
 	}
 	defer out.Close()
-	cmd := exec.Command(found, args...)
+	cmd := exec.Command(found, tryWords(vm, socket)...)
 	cmd.Stderr, cmd.Stdout = out, out
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}
 	if err := cmd.Start(); err != nil {
@@ -184,4 +167,25 @@ func TryQEMU(ctx context.Context, h *iommu.Host, program string, vm *vmm.Machine
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
+}
+
+// tryWords are the words with which QEMU is tried: a guest's machine and CPU, and nothing else of it.
+func tryWords(vm *vmm.Machine, socket string) []string {
+	args := []string{"-nodefaults", "-display", "none", "-S", "-qmp", "unix:" + socket + ",server=on,wait=off"}
+	if kind := vm.Machine; kind != "" {
+		args = append(args, "-machine", kind)
+	}
+	if vm.Accel != "" {
+		for a := range strings.SplitSeq(vm.Accel, ":") {
+			args = append(args, "-accel", a)
+		}
+	}
+	if vm.CPU != "" {
+		cpu := vm.CPU
+		if strings.Contains(vm.Accel, "kvm") && !strings.Contains(cpu, "enforce") {
+			cpu += ",enforce"
+		}
+		args = append(args, "-cpu", cpu)
+	}
+	return args
 }

@@ -12,8 +12,12 @@ import (
 	"strings"
 	"testing"
 
+	"viaduct/cmd/internal/lease"
 	"viaduct/cmd/internal/migrate"
+	"viaduct/cmd/internal/vmm"
+	"viaduct/internal/host"
 	"viaduct/internal/host/hosttest"
+	"viaduct/iommu"
 )
 
 // What hosts of the pairs are made of.
@@ -260,6 +264,60 @@ func TestMigrateText(t *testing.T) {
 	} {
 		stderr.Reset()
 		if status := run(append([]string{"viaduct", "--host", a}, strings.Fields(line)...), &stdout, &stderr); status != want {
+			t.Errorf("%s: exit status %d, want %d: %s", line, status, want, stderr.String())
+		}
+	}
+}
+
+// What assign and run keep for a move: the machine, and a socket of viaduct's own, which is printed for QEMU.
+func TestMovable(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	for _, w := range [][2]string{{"sriov_drivers_autoprobe", "0"}, {"sriov_numvfs", "2"}} {
+		if err := k.Write("sys/bus/pci/devices/0000:01:00.0/"+w[0], w[1]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	h := &iommu.Host{Host: k.Host()}
+	open := func(string) (*iommu.Host, error) {
+		h, err := host.Fake(k.Dir(), k)
+		return &iommu.Host{Host: h}, err
+	}
+	var stdout, stderr bytes.Buffer
+	line := "assign web --from 0000:01:00.0 --mac 52:54:00:aa:00:01 --memory 4G --movable --no-reset"
+	status := runOn(open, append([]string{"viaduct"}, strings.Fields(line)...), &stdout, &stderr)
+	socket := migrate.SocketOf(h, "web")
+	if status != 0 || !strings.Contains(stdout.String(), "-qmp unix:"+socket+",server=on,wait=off") ||
+		!strings.Contains(stdout.String(), "id=viaduct-primary,bus=viaduct-port1") {
+		t.Fatalf("status %d: %s%s", status, stdout.String(), stderr.String())
+	}
+	l, err := lease.BookOf(h).Get("web")
+	if err != nil || l.VM == nil || l.VM.Socket != socket || l.VM.Memory != 4<<30 || l.VM.Words || l.VM.Format != "qemu" {
+		t.Errorf("%+v, %v", l.VM, err)
+	}
+
+	o := &assignOptions{}
+	o.VM = &vmm.Machine{Format: "qemu", Standby: "br0"}
+	o.keepWords(strings.Fields("qemu-system-x86_64 -m 2G -cpu EPYC,vendor=AuthenticAMD -machine q35,accel=kvm"))
+	want := vmm.Machine{Format: "qemu", Standby: "br0", Memory: 2 << 30, CPU: "EPYC,vendor=AuthenticAMD", Machine: "q35", Accel: "kvm", Words: true}
+	if *o.VM != want {
+		t.Errorf("%+v", *o.VM)
+	}
+
+	for line, want := range map[string]int{
+		"assign db --from 0000:01:00.0 --movable --format libvirt": exitUsage,
+		"migrate web":                               exitUsage,
+		"migrate web --to -x":                       exitUsage,
+		"migrate web --to host --by ship":           exitUsage,
+		"migrate web --to host --by vfio":           exitUsage,
+		"migrate web --resume --cancel":             exitUsage,
+		"migrate web --take-back":                   exitUsage,
+		"migrate web --to host --force=split-brain": exitUsage,
+		"migrate web --to host --bandwidth fast":    exitUsage,
+		"migrate web --cancel":                      exitFailed,
+		"migrate web --to exec:false":               exitFailed,
+	} {
+		stderr.Reset()
+		if status := runOn(open, append([]string{"viaduct"}, strings.Fields(line)...), &stdout, &stderr); status != want {
 			t.Errorf("%s: exit status %d, want %d: %s", line, status, want, stderr.String())
 		}
 	}

@@ -118,7 +118,11 @@ func (e *env) readiness(ctx context.Context, o *migrateOptions,
 	if g.Asked, err = migrate.AskGuest(ctx, g.VM); err != nil {
 		return nil, nil, err
 	}
-	there, err := migrate.AskHost(ctx, way, g, o.to)
+	name := o.to
+	if strings.HasPrefix(name, "exec:") {
+		name = "the other host"
+	}
+	there, err := migrate.AskHost(ctx, way, g, name)
 	if err != nil {
 		return nil, nil, err
 	}

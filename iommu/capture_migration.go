@@ -7,8 +7,8 @@ import (
 	"viaduct/internal/journal"
 )
 
-// migration adds what tells whether a guest can come here, or leave, beside the CPU: the memory, KVM, bridges, the firmware of
-// network cards, and whose devices are whose.
+// migration adds what tells whether a guest can come here, or leave, beside the CPU: the memory, KVM, bridges, the
+// firmware of network cards, and whose devices are whose.
 func (c *capture) migration() {
 	c.files("", []string{
 		"proc/meminfo", "sys/module/kvm_amd/parameters/nested", "sys/module/kvm_intel/parameters/nested",

@@ -14,8 +14,8 @@ import (
 // for each interface, with its name first.
 const firmwares = "viaduct/firmware-versions"
 
-// FirmwareVersion is the version of the firmware of the card that an interface is of, as its driver tells it; "" if it tells
-// none, or nobody can be asked.
+// FirmwareVersion is the version of the firmware of the card that an interface is of, as its driver tells it; "" if it
+// tells none, or nobody can be asked.
 func FirmwareVersion(h *Host, netdev string) (string, error) {
 	if h.Live() {
 		return askFirmware(h, netdev), nil

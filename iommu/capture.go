@@ -69,6 +69,7 @@ var (
 		"ports/1/link_layer",
 		"ports/2/link_layer",
 	}
+	usbFiles   = []string{"idVendor", "idProduct", "manufacturer", "product"}
 	groupFiles = []string{"name", "type", "reserved_regions"}
 	unitFiles  = []string{
 		"amd-iommu/cap", "amd-iommu/features", "intel-iommu/address", "intel-iommu/cap", "intel-iommu/ecap",
@@ -78,8 +79,15 @@ var (
 )
 
 // Capture writes a snapshot of the host: what every command that only looks reads, and the names of the devices it has.
-// [Open] reads it back. It holds MAC addresses and serial numbers; w stays the caller's to close.
-func Capture(h *Host, w io.Writer) error {
+// [Open] reads it back. It holds MAC addresses, serial numbers and the names of guests; w stays the
+// caller's to close.
+func Capture(h *Host, w io.Writer) error { return captureTo(h, w, false) }
+
+// CaptureRedacted is Capture for who is not to learn which host it is: MAC addresses, GUIDs and serial numbers are
+// masked, each always in the same way, and of the kernel's command line only what is about devices is kept.
+func CaptureRedacted(h *Host, w io.Writer) error { return captureTo(h, w, true) }
+
+func captureTo(h *Host, w io.Writer, redacted bool) error {
 	t, err := Scan(h)
 	if err != nil {
 		return err
@@ -89,6 +97,9 @@ func Capture(h *Host, w io.Writer) error {
 		return err
 	}
 	c := capture{h: h, w: out}
+	if redacted {
+		c.redact = newRedactor(h, t)
+	}
 	// Scan takes its absence for an unmounted sysfs.
 	c.dir("sys/kernel")
 	c.dir(pciDevices)
@@ -104,13 +115,15 @@ func Capture(h *Host, w io.Writer) error {
 		c.files(bonds, names)
 	}
 	if names, err := h.Names(journal.Dir); err == nil {
-		taken := slices.DeleteFunc(names, func(n string) bool { return !strings.HasPrefix(n, journal.Taken) })
-		c.files(journal.Dir, taken)
+		c.files(journal.Dir, slices.DeleteFunc(names, func(n string) bool {
+			return !strings.HasPrefix(n, journal.Taken) && !strings.HasPrefix(n, journal.Lease)
+		}))
 	}
 
 	const state = "var/lib/viaduct"
 	if names, err := h.Names(state); err == nil {
-		c.files(state, slices.DeleteFunc(names, func(n string) bool { return !strings.HasPrefix(n, "known-") }))
+		others := func(n string) bool { return !strings.HasPrefix(n, "known-") && n != "log.jsonl" }
+		c.files(state, slices.DeleteFunc(names, others))
 	}
 
 	c.system()
@@ -165,9 +178,10 @@ func Capture(h *Host, w io.Writer) error {
 }
 
 type capture struct {
-	h   *Host
-	w   *host.SnapshotWriter
-	err error
+	h      *Host
+	w      *host.SnapshotWriter
+	redact *redactor // nil: all is as it is
+	err    error
 }
 
 func (c *capture) keep(err error) {
@@ -177,6 +191,9 @@ func (c *capture) keep(err error) {
 }
 
 func (c *capture) add(name string, data []byte) {
+	if data != nil && c.redact != nil {
+		name, data = c.redact.text(name), c.redact.file(name, data)
+	}
 	if data != nil {
 		c.keep(c.w.File(name, data))
 	}
@@ -301,6 +318,14 @@ func (c *capture) device(d *Device) {
 			c.files(path.Join(real, p), classFiles)
 			c.files(path.Join("proc/sys/net/ipv6/conf", path.Base(p)), []string{"addr_gen_mode"})
 		}
+	}
+	usb, err := usbDevices(dir)
+	c.keep(err)
+	for _, p := range usb {
+		for above := p; above != "."; above = path.Dir(above) {
+			c.linked(path.Join(real, above, "subsystem"))
+		}
+		c.files(path.Join(real, p), usbFiles)
 	}
 }
 

@@ -21,6 +21,10 @@ func (c *capture) migration() {
 	}
 	c.add(firmwares, text)
 
+	if c.redact != nil {
+		// Guests have names.
+		return
+	}
 	// A guest's lease names its devices and addresses; the words of its VMM, which may hold secrets, are no part of it.
 	for _, dir := range []string{journal.Dir, "var/lib/viaduct"} {
 		names, err := c.h.Names(dir)

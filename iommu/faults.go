@@ -20,10 +20,10 @@ func (f Fault) String() string {
 
 // CheckFirmware compares what the tables say with the devices that the host has.
 func CheckFirmware(h *Host, t *Topology, tables []Firmware) []Fault {
-	c := faults{functions: map[Address]bool{}}
+	c := faults{functions: map[Address]uint32{}}
 	t.All(func(d *Device) bool {
 		if d.PCI {
-			c.functions[d.Address] = true
+			c.functions[d.Address] = d.Class
 		}
 		return true
 	})
@@ -43,8 +43,11 @@ func CheckFirmware(h *Host, t *Topology, tables []Firmware) []Fault {
 	return c.out
 }
 
+// classIOMMU is base class and subclass of an IOMMU (PCI Code and ID Assignment Specification).
+const classIOMMU = 0x0806
+
 type faults struct {
-	functions map[Address]bool
+	functions map[Address]uint32 // those of the host, with their classes
 	out       []Fault
 }
 
@@ -64,9 +67,11 @@ func (c *faults) blocks(t *acpi.Table) {
 		switch f := b.Fields.(type) {
 		case *acpi.IVHD:
 			own := addressOf(uint32(f.Segment), f.DeviceID)
-			switch {
-			case len(c.functions) > 0 && !c.functions[own]:
+			switch class, there := c.functions[own]; {
+			case len(c.functions) > 0 && !there:
 				c.add(t, b.Offset, "it has an IOMMU at %s, where no PCI function is", own)
+			case there && class>>8 != classIOMMU:
+				c.add(t, b.Offset, "it has an IOMMU at %s, which is none, by its class %06x", own, class)
 			case f.BaseAddress == 0:
 				c.add(t, b.Offset, "the registers of its IOMMU at %s have no address", own)
 			case len(b.Entries) == 0:
@@ -87,7 +92,8 @@ func (c *faults) blocks(t *acpi.Table) {
 				c.add(t, b.Offset, "a range of memory is from %s to %s", f.Base, f.Limit)
 			}
 		case *acpi.VirtioPCI:
-			if own := addressOf(uint32(f.Segment), f.BDF); len(c.functions) > 0 && !c.functions[own] {
+			own := addressOf(uint32(f.Segment), f.BDF)
+			if _, there := c.functions[own]; len(c.functions) > 0 && !there {
 				c.add(t, b.Offset, "it has an IOMMU at %s, where no PCI function is", own)
 			}
 		case *acpi.PCIRange:

@@ -3,11 +3,13 @@ package iommu
 import (
 	"errors"
 	"fmt"
+	"path"
 	"slices"
 	"strconv"
 	"strings"
 
 	"viaduct/internal/host"
+	"viaduct/internal/nearest"
 )
 
 // Form is what a selector names devices by.
@@ -17,6 +19,7 @@ type Form int
 const (
 	ByAddress Form = iota
 	ByVF
+	BySlot
 	ByIDs
 	ByNetdev
 	ByMAC
@@ -52,6 +55,7 @@ func init() {
 	forms = [...]form{
 		ByAddress: addressForm,
 		ByVF:      vfForm,
+		BySlot:    slotForm,
 		ByIDs:     idsForm,
 		ByNetdev:  netdevForm,
 		ByMAC:     macForm,
@@ -155,6 +159,35 @@ var addressForm = form{
 	},
 }
 
+// parseSlot reads what an address has before its function: 0a:00, 0000:0a:00.
+func parseSlot(word string) (Address, bool) {
+	if strings.Contains(word, ".") || len(word) < len("0a:00") || word[len(word)-3] != ':' {
+		return Address{}, false
+	}
+	return parseAddress(word + ".0")
+}
+
+var slotForm = form{
+	recognises: func(word string) bool { _, ok := parseSlot(word); return ok },
+	parse: func(s *Selector, value string) string {
+		s.address, _ = parseSlot(value)
+		return ""
+	},
+	matcher: func(s Selector, _ *Host, _ *Topology) (matcher, error) {
+		return always(func(d *Device) bool {
+			at := d.Address
+			at.Function = 0
+			return d.PCI && at == s.address && d.PhysFn == nil
+		})
+	},
+	missing: func(_ Selector, _ *Host, t *Topology) (string, []string) {
+		return "no device is in this slot", candidates(t, pciOnly(func(d *Device) string {
+			slot, _, _ := strings.Cut(d.Name, ".")
+			return slot
+		}))
+	},
+}
+
 var idsForm = form{
 	recognises: func(word string) bool { return strings.Contains(word, ":") },
 	parse: func(s *Selector, value string) string {
@@ -206,17 +239,28 @@ var netdevForm = form{
 		if err != nil {
 			return nil, err
 		}
+		word, spoken := wordNamed(s.value)
+		if first == "" && s.spoken && spoken && !h.Exists(path.Join(netClass, s.value)) {
+			return always(word.means)
+		}
 		return always(named(first))
 	},
 	missing: func(s Selector, _ *Host, t *Topology) (string, []string) {
 		what := "no network interface of a PCI device has this name"
+		if _, word := wordNamed(s.value); s.spoken && word {
+			return "no device is one, and no network interface has this name", nil
+		}
 		t.All(func(d *Device) bool {
 			if slices.Contains(d.Ports, s.value) {
 				what = "this network interface is made of " + d.Name + " and is not its own, which alone names it"
 			}
 			return true
 		})
-		return what, manyCandidates(t, func(d *Device) []string { return d.Netdevs })
+		names := manyCandidates(t, func(d *Device) []string { return d.Netdevs })
+		if near := nearest.To(s.value, Words()); s.spoken && len(near) > 0 && near[0] != s.value {
+			names = append(names, near...)
+		}
+		return what, names
 	},
 }
 

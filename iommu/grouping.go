@@ -190,13 +190,11 @@ func (g *Grouping) apartUp(n *node) bool {
 }
 
 // senders are the devices as which a device's DMA arrives, from itself upwards (drivers/pci/search.c,
-// pci_for_each_dma_alias).
+// pci_for_each_dma_alias). That it ends below a bridge at which the IOMMU is (ThunderX2) changes no group: such a
+// bridge does not isolate.
 func (g *Grouping) senders(n *node) []*node {
 	out := []*node{n.dma}
 	for b := n.dma.up; b != nil; b = b.up {
-		if in(translationRoots, g.id(b)) {
-			break
-		}
 		t, express, known := g.express(b)
 		if !known {
 			g.doubt(b)

@@ -316,6 +316,13 @@ func TestGroups(t *testing.T) {
 			},
 			"?00:01.0, ?01:00.0, ?01:00.1",
 		},
+		"a switch whose source validation is broken": {
+			[]part{
+				{path: port, kind: RootPort, ids: "111d:8090", acs: "1d/1c"}, {path: port + "/0000:01:00.0"},
+				{path: "0000:00:02.0", kind: RootPort, ids: "111d:8090", acs: "1d/18"}, {path: "0000:00:02.0/0000:02:00.0"},
+			},
+			"00:01.0, 00:02.0 02:00.0, 01:00.0",
+		},
 		"an event collector": {
 			[]part{{path: "0000:00:03.0", kind: IntegratedEndpoint, many: true}, {path: "0000:00:03.1", kind: EventCollector}},
 			"00:03.0 00:03.1",

@@ -17,6 +17,8 @@ type Names struct {
 	hwdb  bool // file is a hwdb.bin, not a pci.ids
 	cache map[[2]uint16]string
 
+	vendors map[uint16]string
+
 	probes []probe // looks into a pci.ids for vendors
 	buf    []byte
 }
@@ -78,14 +80,21 @@ func (n *Names) Device(vendor, device uint16) string {
 
 // Vendor returns a vendor's name, "" if it is not known.
 func (n *Names) Vendor(vendor uint16) string {
-	switch {
-	case n.file == nil:
-		return ""
-	case n.hwdb:
-		return hwdbLookup(n.file, fmt.Sprintf("pci:v0000%04X", vendor), "ID_VENDOR_FROM_DATABASE")
+	name, ok := n.vendors[vendor]
+	if ok || n.file == nil {
+		return name
 	}
-	start, _ := n.idsVendor(vendor)
-	return n.idsName(start, "", vendor)
+	if n.hwdb {
+		name = hwdbLookup(n.file, fmt.Sprintf("pci:v0000%04X", vendor), "ID_VENDOR_FROM_DATABASE")
+	} else {
+		start, _ := n.idsVendor(vendor)
+		name = n.idsName(start, "", vendor)
+	}
+	if n.vendors == nil {
+		n.vendors = map[uint16]string{}
+	}
+	n.vendors[vendor] = name
+	return name
 }
 
 // A pci.ids has a line "8086  Vendor" for each vendor, in order, and below it lines "\t10c9  Device", in order, below

@@ -187,6 +187,24 @@ func (s *setting) said(words ...string) string {
 	return ""
 }
 
+// complaint is the first line of the kernel's log that has one of these words and says that something went wrong: rather
+// one that something failed than one that only something is not so. "" if there is none.
+func (s *setting) complaint(words ...string) string {
+	for _, wrong := range [][]string{
+		{"fail", "error", "timed out", "invalid", "broken", "no supported", "unable"}, {"bug", "not ", "disabl"},
+	} {
+		for _, line := range s.log {
+			lower := strings.ToLower(line)
+			about := func(w string) bool { return strings.Contains(line, w) && !strings.HasPrefix(line, "ACPI: ") }
+			if slices.ContainsFunc(words, about) &&
+				slices.ContainsFunc(wrong, func(w string) bool { return strings.Contains(lower, w) }) {
+				return line
+			}
+		}
+	}
+	return ""
+}
+
 func (s *setting) whyOff() Off {
 	if o, elsewhere := s.elsewhere(); elsewhere {
 		return o
@@ -288,7 +306,7 @@ func (s *setting) refused(table, name, option string, words ...string) Off {
 	o.Why = fmt.Sprintf("the firmware describes %s (%s), and the kernel did not take it", name, table)
 	o.Cure = fmt.Sprintf("see why in the kernel's log (`dmesg | grep -e %s`); often newer firmware helps",
 		strings.Join(words, " -e "))
-	if line := s.said(words...); line != "" {
+	if line := s.complaint(words...); line != "" {
 		o.File, o.Value = "dev/kmsg", line
 		o.Why += fmt.Sprintf(" (it says: %s)", line)
 	}

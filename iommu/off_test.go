@@ -55,7 +55,7 @@ func TestWhyOff(t *testing.T) {
 			[]string{"did not take it", "dmesg"}, []string{"add "}},
 		"Intel, on by default, refused": {hosttest.Tree{tables + "DMAR": dmar, "proc/cmdline": "quiet\n",
 			"boot/config-6.12.0":   "CONFIG_INTEL_IOMMU=y\nCONFIG_INTEL_IOMMU_DEFAULT_ON=y\n",
-			"viaduct/kernel-lines": "DMAR: DRHD: handling fault status reg 3\n"}, []string{"handling fault"}, []string{"add "}},
+			"viaduct/kernel-lines": "DMAR: dmar0: Failed to map registers\nDMAR: No RMRR found\n"}, []string{"Failed to map"}, []string{"add ", "RMRR"}},
 		"Intel, off in the firmware": {hosttest.Tree{"proc/cpuinfo": intel, "proc/cmdline": "quiet\n"},
 			[]string{"\"VT-d\"", "then add intel_iommu=on"}, []string{"AMD"}},
 		"nothing known": {hosttest.Tree{}, []string{"\"IOMMU\" (AMD-Vi) or \"VT-d\""}, nil},
@@ -135,6 +135,39 @@ func TestNoParameterForAMD(t *testing.T) {
 			if strings.Contains(got, "iommu=on") || strings.Contains(got, "add ") || strings.Contains(got, "iommu=pt") {
 				t.Errorf("%s: %s", line, got)
 			}
+		}
+	}
+}
+
+// Why interrupts are not remapped, and what helps, is told by the same means.
+func TestWhyNotRemapped(t *testing.T) {
+	amd, arm, virtio := []Unit{{"ivhd0", KindAMDVi}}, []Unit{{"smmu3.0x1", KindSMMU}}, []Unit{{"0000:00:03.0", KindVirtio}}
+	noRemapping := string(hosttest.ACPITable("DMAR", 1, "2604 00000000000000000000", hosttest.DMARBlock(0, "01 00 0000 0010d9fe00000000")))
+	for name, c := range map[string]struct {
+		tree  hosttest.Tree
+		units []Unit
+		want  string
+	}{
+		"intremap=off": {hosttest.Tree{"proc/cmdline": "intremap=off\n"}, amd, "remove intremap=off"},
+		"nointremap":   {hosttest.Tree{"proc/cmdline": "nointremap\n"}, amd, "remove nointremap"},
+		"GICv2":        {hosttest.Tree{}, arm, "gic-version=3"},
+		"virtio-iommu": {hosttest.Tree{}, virtio, "another IOMMU"},
+		"no IRQ_REMAP": {hosttest.Tree{"boot/config-6.12.0": "CONFIG_AMD_IOMMU=y\n"}, amd, "CONFIG_IRQ_REMAP"},
+		"no southbridge": {hosttest.Tree{"viaduct/kernel-lines": "AMD-Vi: [Firmware Bug]: : No southbridge IOAPIC found\nAMD-Vi: Disabling interrupt remapping\n"},
+			amd, "leaves out an IO-APIC"},
+		"erratum":      {hosttest.Tree{"viaduct/kernel-lines": "DMAR-IR: This system BIOS has enabled interrupt remapping on a chipset that contains an erratum\n"}, amd, "no cure"},
+		"DMAR":         {hosttest.Tree{"sys/firmware/acpi/tables/DMAR": noRemapping}, []Unit{{"dmar0", KindVTd}}, "says that the machine has none"},
+		"a guest":      {hosttest.Tree{"proc/cpuinfo": "flags\t: hypervisor\n"}, amd, "intremap=on"},
+		"nobody knows": {hosttest.Tree{}, amd, "firmware's menu"},
+	} {
+		h, err := Open(hosttest.Tree{"sys/kernel/": "", "proc/sys/kernel/osrelease": "6.12.0\n"}.With(c.tree).Dir(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := WhyNotRemapped(h, &Topology{Units: c.units}).String()
+		h.Close()
+		if !strings.Contains(got, c.want) {
+			t.Errorf("%s: %q does not have %q", name, got, c.want)
 		}
 	}
 }

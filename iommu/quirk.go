@@ -110,9 +110,6 @@ var intelDwords = []idRange{
 // noSourceValidation are switches whose source validation is broken; newer kernels do without it.
 var noSourceValidation = one(0x111d, 0x80b5, 0x8090)
 
-// translationRoots are bridges at which the IOMMU is (quirk_bridge_cavm_thrx2_pcie_root).
-var translationRoots = one(0x14e4, 0x9000, 0x9084)
-
 // Devices whose DMA comes from other functions than their own: from function 0 or function 1 of the same device
 // (quirk_dma_func0_alias, quirk_dma_func1_alias), or from any function of the bus.
 var (

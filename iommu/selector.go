@@ -1,16 +1,18 @@
 package iommu
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
 
 	"viaduct/internal/host"
+	"viaduct/internal/nearest"
 )
 
-// Selector names devices the way a user does. The forms: an address (0000:01:00.0, 01:00.0), a network interface
-// (enp1s0), a VF of a PF (enp1s0/vf3), ids (8086:10c9), mac=, path= (see [PhysicalPath]), serial=, guid=, group=,
-// class=. [ParseSelector] makes one.
+// Selector names devices the way a user does. The forms: an address (0000:01:00.0, 01:00.0), a slot (0a:00), a network
+// interface (enp1s0), a VF of a PF (enp1s0/vf3), ids (8086:10c9), mac=, path= (see [PhysicalPath]), serial=, guid=,
+// group=, class=. [ParseSelector] makes one, and [ParseArgument] one that may be a word such as gpu.
 type Selector struct {
 	text    string
 	kind    Form
@@ -19,6 +21,7 @@ type Selector struct {
 	number  int // vf: index; group: id
 	ids     [2]uint16
 	pf      *Selector
+	spoken  bool // a word such as gpu counts, where no interface has that name
 }
 
 // ErrSyntax is wrapped by errors about a selector that no host could resolve.
@@ -40,12 +43,21 @@ type NotFoundError struct {
 	Selector   string
 	What       string   // what was looked for
 	Candidates []string // what there is of that kind
+	Like       string   // the selector as candidates are written; "" is Selector
 }
 
 func (e *NotFoundError) Error() string {
 	s := fmt.Sprintf("%s: %s", e.Selector, e.What)
-	if len(e.Candidates) > 0 {
-		s += "; there is " + abbreviate(e.Candidates)
+	const few = 4
+	near := nearest.To(cmp.Or(e.Like, e.Selector), e.Candidates)
+	switch {
+	case len(e.Candidates) == 0:
+	case len(near) > 0:
+		s += "; did you mean " + nearest.Or(near) + "?"
+	case len(e.Candidates) <= few:
+		s += "; there is " + strings.Join(e.Candidates, ", ")
+	default:
+		s += fmt.Sprintf("; there are %d others, e.g. %s", len(e.Candidates), e.Candidates[0])
 	}
 	return s
 }
@@ -78,6 +90,15 @@ func ParseSelector(s string) (Selector, error) {
 	return sel, nil
 }
 
+// ParseArgument is ParseSelector for a command line, where also one of [Words] may stand: it names devices by their
+// class or vendor, unless a network interface has that name. A file may not have words, which mean other devices once a
+// card is added.
+func ParseArgument(s string) (Selector, error) {
+	sel, err := ParseSelector(s)
+	sel.spoken = err == nil && sel.kind == ByNetdev
+	return sel, err
+}
+
 // parseKey reads KEY=VALUE. It returns what is wanted instead, "" if all is well.
 func (s *Selector) parseKey(key, value string) (want string) {
 	for kind, form := range forms {
@@ -86,7 +107,13 @@ func (s *Selector) parseKey(key, value string) (want string) {
 			return form.parse(s, value)
 		}
 	}
-	return "the keys are mac, path, serial, group and class"
+	var keys []string
+	for _, form := range forms {
+		if form.key != "" {
+			keys = append(keys, form.key)
+		}
+	}
+	return "the keys are " + strings.Join(keys, ", ") + nearest.Ask(key, keys)
 }
 
 // parsePlain reads a selector without a key: the first form that recognises it.
@@ -243,5 +270,11 @@ func (s Selector) Resolve(h *Host, t *Topology) ([]*Device, error) {
 func (s Selector) notFound(h *Host, t *Topology) error {
 	e := &NotFoundError{Selector: s.text}
 	e.What, e.Candidates = forms[s.kind].missing(s, h, t)
+	switch s.kind {
+	case ByAddress:
+		e.Like = s.address.String()
+	case BySlot:
+		e.Like, _, _ = strings.Cut(s.address.String(), ".")
+	}
 	return e
 }

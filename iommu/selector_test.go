@@ -2,9 +2,12 @@ package iommu
 
 import (
 	"errors"
+	"maps"
 	"reflect"
 	"strings"
 	"testing"
+
+	"viaduct/internal/host/hosttest"
 )
 
 func TestParseSelector(t *testing.T) {
@@ -13,6 +16,8 @@ func TestParseSelector(t *testing.T) {
 		"0000:01:00.0":           {kind: ByAddress, address: nicAddress},
 		"01:00.0":                {kind: ByAddress, address: nicAddress},
 		"10000:e1:00.0":          {kind: ByAddress, address: Address{0x10000, 0xe1, 0, 0}},
+		"0000:01:00":             {kind: BySlot, address: nicAddress},
+		"01:00":                  {kind: BySlot, address: nicAddress},
 		"enp1s0":                 {kind: ByNetdev, value: "enp1s0"},
 		"eth0.5@x":               {kind: ByNetdev, value: "eth0.5@x"},
 		"fifteencharslon":        {kind: ByNetdev, value: "fifteencharslon"},
@@ -39,7 +44,7 @@ func TestParseSelector(t *testing.T) {
 		}
 	}
 	for _, text := range []string{
-		"", ".", "..", "-x", "--dry-run", "a b", strings.Repeat("x", 128), "a\tb", "0000:01:00", "0000:01:20.0", "8086:", ":10c9", "8086:10c", "8086:10c9:0",
+		"", ".", "..", "-x", "--dry-run", "a b", strings.Repeat("x", 128), "a\tb", "01:2", "000:01:00", "01:20", "0000:01:20.0", "8086:", ":10c9", "8086:10c", "8086:10c9:0",
 		"808g:10c9", "8086:*", "enp1s0/", "enp1s0/vf", "enp1s0/vf-1", "enp1s0/vf+1", "enp1s0/vf65536", "enp1s0/3", "enp1s0/VF3", "/vf1", "8086:10c9/vf1",
 		"enp1s0/vf1/vf2", "a/vf1/x", "group=8/vf1", "=", "=x", "key=value", "mac=", "mac=52:54:00:ab:cd", "mac=52:54:00:ab:cd:ef:01",
 		"mac=52:54:00:ab:cd:e", "mac=52-54-00-ab-cd-ef", "mac=52:54:00:ab:cd:eg", "path=", "path=00.0", "path=eth0/00.0", "serial=", "group=", "group=x",
@@ -149,8 +154,11 @@ func TestResolve(t *testing.T) {
 				t.Fatal(err)
 			}
 			_, err = sel.One(h, top)
-			if got, ok := errors.AsType[*NotFoundError](err); !ok || !reflect.DeepEqual(got, want) ||
-				!errors.Is(err, ErrNotFound) {
+			got, ok := errors.AsType[*NotFoundError](err)
+			if ok && sel.kind == ByAddress {
+				want.Like = sel.address.String()
+			}
+			if !ok || !reflect.DeepEqual(got, want) || !errors.Is(err, ErrNotFound) {
 				t.Errorf("%s: %s: %#v, want %#v", kind, text, err, want)
 			}
 		}
@@ -178,12 +186,75 @@ func TestResolveWithout(t *testing.T) {
 	}
 }
 
+// A word names devices by what they are on a command line alone, and an interface of that name wins.
+func TestWords(t *testing.T) {
+	for name, h := range map[string]*Host{"captured": hostOf(t, rich())} {
+		top, err := Scan(h)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for text, want := range map[string]string{
+			"nic": "0000:01:10.0 0000:01:00.0 0000:00:03.0 0000:01:10.2", "nvme": "10000:e1:00.0", "virtio": "0000:00:03.0",
+			"samsung": "10000:e1:00.0", "eth0b": "0000:01:00.0", "01:00": "0000:01:00.0",
+		} {
+			sel, err := ParseArgument(text)
+			if err != nil {
+				t.Fatal(err)
+			}
+			devices, err := sel.Resolve(h, top)
+			if got := strings.Join(deviceNames(devices), " "); got != want || err != nil {
+				t.Errorf("%s: %s: %q, %v; want %q", name, text, got, err, want)
+			}
+		}
+		for text, says := range map[string]string{
+			"gpu": "no device is one", "nvida": "did you mean nvidia?", "eth9": "did you mean eth0?",
+		} {
+			sel, err := ParseArgument(text)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := sel.Resolve(h, top); !errors.Is(err, ErrNotFound) || !strings.Contains(err.Error(), says) {
+				t.Errorf("%s: %v, want %q", text, err, says)
+			}
+		}
+		if sel, err := ParseSelector("nic"); err != nil {
+			t.Fatal(err)
+		} else if _, err := sel.Resolve(h, top); !errors.Is(err, ErrNotFound) {
+			t.Errorf("a file's nic: %v", err)
+		}
+	}
+	tree := rich()
+	maps.Copy(tree, hosttest.Tree{"sys/class/net/nic": "-> ../../devices/virtual/net/nic"})
+	h := hostOf(t, tree)
+	top, err := Scan(h)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if sel, err := ParseArgument("nic"); err != nil {
+		t.Fatal(err)
+	} else if _, err := sel.Resolve(h, top); !errors.Is(err, ErrNotFound) {
+		t.Errorf("a bridge called nic: %v", err)
+	}
+}
+
+func TestClassName(t *testing.T) {
+	for class, want := range map[uint32]string{
+		0x010802: "nvme", 0x020000: "ethernet", 0x030200: "3d", 0x038000: "display", 0x060400: "bridge", 0x0c0330: "usb", 0x160000: "1600",
+	} {
+		if got := ClassName(class); got != want {
+			t.Errorf("%06x: %q, want %q", class, got, want)
+		}
+	}
+}
+
 func TestSelectorErrorTexts(t *testing.T) {
 	names := strings.Fields("a b c d e f g h i j k l m n")
 	for _, c := range []struct{ err, want string }{
 		{(&AmbiguousError{"x", names[:2]}).Error(), "x names 2 devices, and one is needed: a, b"},
 		{(&AmbiguousError{"x", names}).Error(), "x names 14 devices, and one is needed: a, b, c, d, e, f, g, h, i, j, k, l and 2 more"},
-		{(&NotFoundError{"x", "no such thing", names[:12]}).Error(), "x: no such thing; there is " + strings.Join(names[:12], ", ")},
+		{(&NotFoundError{Selector: "x", What: "no such thing", Candidates: names[:4]}).Error(), "x: no such thing; there is a, b, c, d"},
+		{(&NotFoundError{Selector: "x", What: "no such thing", Candidates: names[:12]}).Error(), "x: no such thing; there are 12 others, e.g. a"},
+		{(&NotFoundError{Selector: "ens1", What: "no such thing", Candidates: strings.Fields("a b c eth0 ens1f0")}).Error(), "ens1: no such thing; did you mean ens1f0?"},
 		{(&NotFoundError{Selector: "x", What: "no such thing"}).Error(), "x: no such thing"},
 	} {
 		if c.err != c.want {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -34,9 +35,21 @@ func (s *Handle) Apply(ctx context.Context, p *Plan) (notes []string, err error)
 	if err := s.Begin(opCount, p.PF, p.Victims, r); err != nil {
 		return nil, err
 	}
+	event := bind.Event{
+		Device: p.PF.Name, Label: bind.Label(p.PF), Subject: bind.VFs, Begins: true,
+		From: strconv.Itoa(p.Have), To: strconv.Itoa(p.Want),
+	}
+	s.Tell(event)
+	defer func() {
+		event.Begins, event.Err = false, err
+		s.Tell(event)
+	}()
 
 	vfs, err := s.makeVFs(ctx, p, &r)
 	if err == nil {
+		made := event
+		made.Begins, made.Part = false, true
+		s.Tell(made)
 		notes, err = s.ready(ctx, &r, p.PF.Address, vfs)
 	}
 	if bind.IsStuck(err) {

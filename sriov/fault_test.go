@@ -580,13 +580,13 @@ func TestWishes(t *testing.T) {
 	s := open(t, small(t))
 	d := device(t, s, pf)
 	for says, wish := range map[string]Wish{
-		"is no use":     {VFs: Repeat(1, VFWish{Use: "vfoi"})},
-		"0 to 4094":     {VFs: Repeat(1, VFWish{Settings: Settings{VLAN: "5000"}})},
-		"is no setting": {VFs: Repeat(1, VFWish{Settings: Settings{"veb": on}})},
-		"is no mode":    {Eswitch: Eswitch{Mode: "foo"}},
-		"is no encap":   {Eswitch: Eswitch{Encap: "foo"}},
-		"hw-tc-offload": {Offload: "maybe"},
-		"is no MTU":     {MTU: -5},
+		"is no use":       {VFs: Repeat(1, VFWish{Use: "vfoi"})},
+		"0 to 4094":       {VFs: Repeat(1, VFWish{Settings: Settings{VLAN: "5000"}})},
+		"unknown setting": {VFs: Repeat(1, VFWish{Settings: Settings{"veb": on}})},
+		"is no mode":      {Eswitch: Eswitch{Mode: "foo"}},
+		"is no encap":     {Eswitch: Eswitch{Encap: "foo"}},
+		"hw-tc-offload":   {Offload: "maybe"},
+		"is no MTU":       {MTU: -5},
 	} {
 		if _, err := s.PlanCount(d, wish); err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%v, want %q", err, says)

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"viaduct/internal/host"
 	"viaduct/iommu"
 	"viaduct/vfio/bind"
 )
@@ -40,6 +41,9 @@ func (e *SettingError) Error() string {
 }
 
 func (e *SettingError) Unwrap() error { return e.Err }
+
+// ErrIgnored is matched by the error of a setting that a driver did not make although it reported success.
+const ErrIgnored = host.Error("reported success")
 
 // SetPlan is what it takes to set a VF. It comes from [Handle.PlanSet].
 type SetPlan struct {
@@ -362,6 +366,7 @@ func (s *Handle) Set(ctx context.Context, p *SetPlan) (unverified []Key, err err
 	}
 
 	unverified, err = s.makeOrUndo(ctx, p)
+	s.Tell(p.event(err))
 	if bind.IsStuck(err) {
 		return nil, err
 	}
@@ -476,7 +481,7 @@ func (p *SetPlan) verify(port *Port) (unverified []Key, err error) {
 	}
 	wrong, unknown := compare(now.Settings, changed)
 	if len(wrong) > 0 {
-		return nil, fmt.Errorf("%s: driver %s reported success, but %s", p.VF.Name, p.port.PF.Driver,
+		return nil, fmt.Errorf("%s: driver %s %w, but %s", p.VF.Name, p.port.PF.Driver, ErrIgnored,
 			strings.Join(wrong, "; "))
 	}
 	return unknown, nil
@@ -540,6 +545,7 @@ func (s *Handle) setNew(ctx context.Context, pf iommu.Address, vfs []*iommu.Devi
 			return nil, err
 		}
 		plans = append(plans, p)
+		s.Tell(p.part())
 	}
 
 	now, err := open.again()

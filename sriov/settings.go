@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 
+	"viaduct/internal/nearest"
 	"viaduct/internal/shell"
 	"viaduct/iommu"
 	"viaduct/vfio/bind"
@@ -32,7 +33,8 @@ func ParseSettings(words []string) (Settings, error) {
 		name, value, ok := strings.Cut(w, "=")
 		r := rowNamed(name)
 		if !ok || r == nil {
-			return nil, fmt.Errorf("%q is no setting; want KEY=VALUE, the keys are %s", w, keyNames(Keys()))
+			keys := keyNames(Keys())
+			return nil, fmt.Errorf("invalid setting %q: want KEY=VALUE%s; the keys are %s", w, ask(name), keys)
 		}
 		if _, twice := s[r.key]; twice {
 			return nil, fmt.Errorf("%s is given twice", r.key)
@@ -52,7 +54,7 @@ func (s Settings) checked() (Settings, error) {
 	for k, v := range s {
 		r := rowNamed(string(k))
 		if r == nil || r.key != k {
-			return nil, fmt.Errorf("%q is no setting; the keys are %s", k, keyNames(Keys()))
+			return nil, fmt.Errorf("unknown setting %q%s; the keys are %s", k, ask(string(k)), keyNames(Keys()))
 		}
 		text, err := r.parse(v)
 		if err != nil {
@@ -61,6 +63,18 @@ func (s Settings) checked() (Settings, error) {
 		out[k] = text
 	}
 	return out, nil
+}
+
+// ask is the question which key may be meant by one that is none.
+func ask(name string) string {
+	var names []string
+	for _, k := range Keys() {
+		names = append(names, string(k))
+	}
+	if rowNamed(name) != nil {
+		return ""
+	}
+	return nearest.Ask(name, names)
 }
 
 func keyNames(keys []Key) string {

@@ -45,7 +45,7 @@ func TestParseSettings(t *testing.T) {
 		t.Errorf("%v, %v, want %v", got, err, want)
 	}
 	for word, says := range map[string]string{
-		"mac": "is no setting", "speed=1": "is no setting", "mac=": "want a MAC", "mac=01:00:5e:00:00:01": "multicast",
+		"mac": "invalid setting", "speed=1": "invalid setting", "spoof=on": "did you mean spoofchk?", "mac=": "want a MAC", "mac=01:00:5e:00:00:01": "multicast",
 		"mac=00:11:22:33:44:55:66:77": "want a MAC", "vlan=4095": "0 to 4094", "vlan=-1": "0 to 4094", "qos=8": "0 to 7",
 		"trust=yes": "want on or off", "link=up": "auto or enable or disable", "max_tx_rate=4294967296": "4294967295",
 		"node_guid=00:00:00:00:00:00:00:00": "not all zero", "port_guid=1": "eight bytes", "proto=802.3": "802.1q", "msix=x": "0 to 2048",

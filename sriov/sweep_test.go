@@ -5,13 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"path"
-	"runtime"
 	"slices"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -343,31 +340,17 @@ func (h hostState) String() string {
 	return fmt.Sprintf("\n%s%s\nchanges %v, taken %v", h.devices, h.settings, h.changes, h.taken)
 }
 
-// operation is one that a command asks of the host: the calls that led to it; none of one that is asked for elsewhere, by
-// the child that writes or at the other end of a socket.
-type operation []uintptr
-
 // operations are what a command asks of the host, in order.
-func (c *command) operations(t *testing.T) (all []operation, before, after hostState) {
+func (c *command) operations(t *testing.T) (all []hosttest.Operation, before, after hostState) {
 	t.Helper()
 	k := c.prepare(t)
 	before = look(t, k)
-	var mu sync.Mutex
-	k.SetFault(func(op, _ string) error {
-		var calls operation
-		if op != "message" && op != "write" {
-			calls = make(operation, 100)
-			calls = calls[:runtime.Callers(2, calls)]
-		}
-		mu.Lock()
-		defer mu.Unlock()
-		all = append(all, calls)
-		return nil
+	var err error
+	all = k.Operations(func() {
+		s := open(t, k)
+		err = c.run(context.Background(), s)
+		s.Close()
 	})
-	s := open(t, k)
-	err := c.run(context.Background(), s)
-	s.Close()
-	k.Revive()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -388,29 +371,6 @@ func (c *command) prepare(t *testing.T) *hosttest.Kernel {
 	return host
 }
 
-// sample are the numbers of some of a command's operations, such that each call that leads to any leads to one of them,
-// and each error is returned at each place once. With VIADUCT_SWEEP=short it is a few of these, seeded, and with
-// VIADUCT_SWEEP=all it is all operations.
-func sample(all []operation) []int {
-	var out []int
-	led := map[uintptr]bool{}
-	for n, calls := range all {
-		fresh := len(calls) == 0 || slices.ContainsFunc(calls, func(call uintptr) bool { return !led[call] })
-		for _, call := range calls {
-			led[call] = true
-		}
-		if fresh || os.Getenv("VIADUCT_SWEEP") == "all" {
-			out = append(out, n)
-		}
-	}
-	if os.Getenv("VIADUCT_SWEEP") == "short" {
-		seeded := rand.New(rand.NewPCG(uint64(len(all)), 0))
-		seeded.Shuffle(len(out), func(i, j int) { out[i], out[j] = out[j], out[i] })
-		out = out[:min(len(out), 16)]
-	}
-	return out
-}
-
 // failures are what operations fail with. The last is what one of a device says that has gone.
 var failures = []error{unix.EIO, unix.EACCES, unix.ENOSPC, unix.ENOENT}
 
@@ -421,7 +381,7 @@ func TestFaultSweep(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			all, before, after := c.operations(t)
-			for _, n := range sample(all) {
+			for _, n := range hosttest.Sample(all) {
 				for i, fail := range failures {
 					if os.Getenv("VIADUCT_SWEEP") == "all" || i == n%3 {
 						t.Run(fmt.Sprint(n), func(t *testing.T) { c.fault(t, n, fail, before, after) })
@@ -539,7 +499,7 @@ func TestFaultOfLook(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			all, before, _ := c.operations(t)
-			for _, n := range sample(all) {
+			for _, n := range hosttest.Sample(all) {
 				t.Run(fmt.Sprint(n), func(t *testing.T) { c.faultOfLook(t, n, before) })
 			}
 		})
@@ -601,7 +561,7 @@ func TestInterruptSweep(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			all, before, after := c.operations(t)
-			for _, n := range sample(all) {
+			for _, n := range hosttest.Sample(all) {
 				t.Run(fmt.Sprint(n), func(t *testing.T) { c.interrupt(t, n, before, after) })
 			}
 		})

@@ -36,7 +36,7 @@ func applyCommand(e *env) *cli.Command {
 			&cli.DurationFlag{Name: "wait", Usage: "with --boot: how long devices are waited for", Value: 30 * time.Second, Destination: &o.wait},
 			forceFlag("what is changed"),
 			&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", DefaultText: "30s, and 1s for each VF", Destination: &o.timeout},
-			e.dryRunFlag(),
+			e.dryRunFlag(), e.stepsFlag("of a --dry-run"),
 		),
 		Action: func(c *cli.Context) (err error) {
 			if c.Args().Present() {

@@ -32,6 +32,7 @@ type assignOptions struct {
 	standby string
 	movable bool
 	timeout time.Duration
+	preview bool // of a dry run what the VMM gets is printed, and not the writes
 }
 
 func (o *assignOptions) flags() []cli.Flag {
@@ -222,6 +223,7 @@ func assignCommand(e *env) *cli.Command {
 			if err := o.parse(c, format); err != nil {
 				return err
 			}
+			o.preview = e.dryRun && c.IsSet("format") && format != nil
 			if o.TTL < 0 {
 				return usagef("assign: --ttl %s: want no time below zero", o.TTL)
 			}
@@ -242,8 +244,7 @@ func (e *env) printFormats() error {
 	for _, f := range vmm.Formats {
 		rows = append(rows, []string{f.Name, f.Cannot})
 	}
-	writeTable(e.stdout, rows)
-	return nil
+	return e.screen.PrintRows(rows)
 }
 
 func runAssign(ctx context.Context, e *env, o *assignOptions, format *vmm.Format) error {
@@ -292,7 +293,11 @@ func ownerRuns(e *env, o *assignOptions) error {
 		if !strings.Contains(o.Unit, ".") {
 			o.Unit += ".service"
 		}
-		if !lease.UnitRuns(h, o.Unit) {
+		runs, err := lease.UnitRuns(h, o.Unit)
+		if err != nil {
+			return err
+		}
+		if !runs {
 			return usagef("assign: --unit %s: it does not run (its control group is empty, or not there)", o.Unit)
 		}
 	}
@@ -310,9 +315,12 @@ func (e *env) assign(ctx context.Context, o *assignOptions, then func(*lease.Man
 		o.socket(m.Host())
 	}
 	if e.dryRun {
-		steps, err := m.Preview(&o.Request)
+		steps, l, err := m.PreviewLease(&o.Request)
 		if err != nil {
 			return err
+		}
+		if o.preview {
+			return then(m, l)
 		}
 		return e.printPreview(o.Guest, steps)
 	}
@@ -342,6 +350,7 @@ func (o *assignOptions) socket(h *iommu.Host) {
 }
 
 // guestOf is a lease as a VMM is told of it.
+// Of a preview, nodes are what they will be by the group.
 func guestOf(m *lease.Manager, l *lease.Lease, o *assignOptions) (*vmm.Guest, error) {
 	g := &vmm.Guest{Name: l.Guest, Standby: o.standby, Movable: o.movable, Socket: o.VM.Socket}
 	for _, of := range l.Devices {
@@ -349,7 +358,7 @@ func guestOf(m *lease.Manager, l *lease.Lease, o *assignOptions) (*vmm.Guest, er
 		if err != nil {
 			return nil, err
 		}
-		v := vmm.Device{Address: of.Address, Group: groupOr(d, -1), VF: of.PF != nil, NIC: d.Class>>16 == 0x02, MAC: of.Now[sriov.MAC], VLAN: of.Now[sriov.VLAN], QoS: of.Now[sriov.QoS], Proto: of.Now[sriov.Proto]}
+		v := vmm.Device{Address: of.Address, Group: groupOr(d, -1), VF: d.PhysFn != nil, NIC: d.Class>>16 == 0x02, MAC: of.Now[sriov.MAC], VLAN: of.Now[sriov.VLAN], QoS: of.Now[sriov.QoS], Proto: of.Now[sriov.Proto]}
 		if v.MAC == "00:00:00:00:00:00" {
 			v.MAC = ""
 		}
@@ -358,6 +367,9 @@ func guestOf(m *lease.Manager, l *lease.Lease, o *assignOptions) (*vmm.Guest, er
 		}
 		if v.Nodes, err = vfio.Nodes(m.Host(), d); err != nil {
 			return nil, err
+		}
+		if len(v.Nodes) == 0 && o.preview {
+			v.Nodes = []string{fmt.Sprintf("/dev/vfio/%d", v.Group)}
 		}
 		if len(v.Nodes) == 0 && !l.Foreign {
 			return nil, fmt.Errorf("%s: it has no node of VFIO", d.Name)

@@ -28,6 +28,7 @@ type changeOptions struct {
 	force     []holder.Kind
 	keepGoing bool
 	save      bool
+	all       bool // that a selector names
 	timeout   time.Duration
 }
 
@@ -39,13 +40,18 @@ func (o *changeOptions) flags(e *env) []cli.Flag {
 			Usage:       "of several devices, leave out those that are refused",
 			Destination: &o.keepGoing,
 		},
+		&cli.BoolFlag{
+			Name:        "all",
+			Usage:       "all devices that a SELECTOR names, where it names several",
+			Destination: &o.all,
+		},
 		&cli.DurationFlag{
 			Name:        "timeout",
 			Usage:       "how long one write, or another viaduct, is waited for",
 			Value:       bind.DefaultTimeout,
 			Destination: &o.timeout,
 		},
-		e.dryRunFlag(), e.jsonFlag(),
+		e.dryRunFlag(), e.stepsFlag("of a --dry-run"), e.jsonFlag(),
 	}
 }
 
@@ -261,7 +267,7 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, goal bind.Goal, 
 		// Which may say what is no guest's.
 		return nil, usageError{err}
 	}
-	job, asked, err := on.prepare(ctx, sel, goal, o.force)
+	job, asked, err := on.prepare(ctx, sel, goal, o)
 	if err != nil {
 		return nil, err
 	}
@@ -303,25 +309,29 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, goal bind.Goal, 
 	}
 
 	on.tellClaimed(results)
-	if !e.json {
+	switch {
+	case e.json:
+	case e.dryRun && !e.steps:
+		errs = append(errs, e.moveWords(job, results, asked))
+	default:
 		e.printChanges(views, lasts)
 	}
 	return views, mixed(errors.Join(errs...), len(results) > 0 && !e.dryRun)
 }
 
 // prepare finds what the selectors name, finishes what interrupted runs left, and asks whether it may go to its goal.
-func (c *changing) prepare(ctx context.Context, sel []iommu.Selector, goal bind.Goal, force []holder.Kind,
+func (c *changing) prepare(ctx context.Context, sel []iommu.Selector, goal bind.Goal, o changeOptions,
 ) (*bind.Job, []*iommu.Device, error) {
 	if c.live() {
 		if err := c.recover(ctx); err != nil {
 			return nil, nil, err
 		}
 	}
-	asked, err := resolveAsked(c.handle.Host(), c.topology, sel, goal)
+	asked, err := resolveAsked(c.handle.Host(), c.topology, sel, goal, o.all)
 	if err != nil {
 		return nil, nil, err
 	}
-	job, err := c.handle.Prepare(ctx, bind.Request{Devices: asked, Goal: goal, Force: force})
+	job, err := c.handle.Prepare(ctx, bind.Request{Devices: asked, Goal: goal, Force: o.force})
 	if job != nil {
 		c.env.tellRecovered(job.Recovered)
 	}
@@ -390,9 +400,9 @@ func mixed(err error, touched bool) error {
 	return err
 }
 
-// resolveAsked finds the devices that selectors name: one each, or all of a group.
-func resolveAsked(h *iommu.Host, t *iommu.Topology, sel []iommu.Selector,
-	goal bind.Goal) ([]*iommu.Device, error) {
+// resolveAsked finds the devices that selectors name: one each, or all of a group, of a slot or, with many, of any.
+func resolveAsked(h *iommu.Host, t *iommu.Topology, sel []iommu.Selector, goal bind.Goal,
+	many bool) ([]*iommu.Device, error) {
 	var asked []*iommu.Device
 	for _, s := range sel {
 		devices, err := s.Resolve(h, t)
@@ -413,12 +423,16 @@ func resolveAsked(h *iommu.Host, t *iommu.Topology, sel []iommu.Selector,
 				}
 				return nil, holder.Because("take "+s.String(), why, "name what is meant by itself")
 			}
-		case len(devices) > 1:
+		case len(devices) > 1 && !many && s.Form() != iommu.BySlot:
 			_, err := s.One(h, t)
 			// Several where one was meant: too easily too many.
-			return nil, err
+			return nil, fmt.Errorf("%w (--all takes all of them)", err)
 		}
-		asked = append(asked, devices...)
+		for _, d := range devices {
+			if !slices.Contains(asked, d) {
+				asked = append(asked, d)
+			}
+		}
 	}
 	return asked, nil
 }

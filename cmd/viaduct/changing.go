@@ -27,6 +27,7 @@ type changing struct {
 // openHandle opens a host for a command, with the recoverers of all that viaduct changes; its owner closes the handle.
 func (e *env) openHandle(h *iommu.Host, timeout time.Duration) (*sriov.Handle, error) {
 	return sriov.Open(h, bind.Options{
+		Tell:    e.told(h),
 		Timeout: timeout, DryRun: e.dryRun, Recoverers: lease.Recoverers(),
 		Roles: func(t *iommu.Topology) error { return declared.Roles(h, t) },
 	})
@@ -86,6 +87,7 @@ func (e *env) begin(ctx context.Context, timeout time.Duration,
 		h.Close()
 	}
 	if c.live() {
+		e.changes = true
 		takePrecedence(h)
 		if writes {
 			s.Start()

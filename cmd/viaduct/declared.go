@@ -94,7 +94,7 @@ func planCommand(e *env) *cli.Command {
 		Description: "Compares /etc/viaduct/host.yaml and the files of /etc/viaduct/host.d with the host, and prints the writes in their order.\n" +
 			"Nothing is changed. Exit status 0: nothing is to be done; 4: something is, or cannot be done.\n\n" +
 			"Examples:\n  viaduct plan\n  viaduct plan -f host.yaml --json",
-		Flags: o.flags(e),
+		Flags: append(o.flags(e), e.stepsFlag("of the plan")),
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
 				return usagef("plan takes no arguments: it looks at all that is declared")
@@ -113,7 +113,9 @@ func statusCommand(e *env) *cli.Command {
 			"refused; and for each that has VFs or is on a vfio driver without being declared: unmanaged. Exit status 0: all is as\n" +
 			"declared; 4: something is not.\n\n" +
 			"Examples:\n  viaduct status\n  viaduct status --json",
-		Flags: o.flags(e),
+		Flags: append(o.flags(e), &cli.BoolFlag{
+			Name: "verbose", Aliases: []string{"v"}, Usage: "also what is different", Destination: &e.verbose,
+		}),
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
 				return usagef("status takes no arguments: it looks at all that is declared")
@@ -267,6 +269,21 @@ func (e *env) printPlan(_ *declared.Manager, items []*declared.Item) error {
 	if e.json {
 		return e.printItems(items)
 	}
+	show := e.planWords
+	if e.steps {
+		show = e.planSteps
+	}
+	if err := show(items); err != nil {
+		return err
+	}
+	if len(items) == 0 {
+		e.note("nothing is declared in /%s or /%s (viaduct adopt describes this host)", hostfile.File, hostfile.Dir)
+	}
+	return differs(items)
+}
+
+// planSteps prints the writes of a plan.
+func (e *env) planSteps(items []*declared.Item) error {
 	w := bufio.NewWriter(e.stdout)
 	if files := filesOf(items); len(files) > 0 {
 		fmt.Fprintf(w, "# declared in %s\n", strings.Join(files, ", "))
@@ -287,14 +304,7 @@ func (e *env) printPlan(_ *declared.Manager, items []*declared.Item) error {
 			fmt.Fprintf(w, "  # %s\n", n)
 		}
 	}
-
-	if err := w.Flush(); err != nil {
-		return err
-	}
-	if len(items) == 0 {
-		e.note("nothing is declared in /%s or /%s (viaduct adopt describes this host)", hostfile.File, hostfile.Dir)
-	}
-	return differs(items)
+	return w.Flush()
 }
 
 // filesOf are the files that items are declared in, in their order.
@@ -315,30 +325,8 @@ func (e *env) printStatus(m *declared.Manager, items []*declared.Item) error {
 	if e.json {
 		return e.printItems(items)
 	}
-	rows := [][]string{{"STATE", "DEVICE", "DECLARED AS", "WHAT"}}
-	for _, i := range items {
-		row := []string{string(i.State), "", i.Name, ""}
-		if i.Device != nil {
-			row[1] = i.Device.Name
-		}
-		switch {
-		case i.Err != nil:
-			row[3] = i.Err.Error()
-		case len(i.Steps) == 1:
-			row[3] = "1 step (viaduct plan)"
-		case len(i.Steps) > 1:
-			row[3] = fmt.Sprintf("%d steps (viaduct plan)", len(i.Steps))
-		case i.State == declared.Unmanaged:
-			row[2] = ""
-		case i.State == declared.OK:
-			// plan says nothing of these.
-			row[3] = strings.Join(i.Notes, "; ")
-		}
-		rows = append(rows, row)
-	}
-
-	if len(rows) > 1 {
-		writeTable(e.stdout, rows)
+	if err := e.statusWords(items, e.verbose); err != nil {
+		return err
 	}
 	return differs(slices.DeleteFunc(items, func(i *declared.Item) bool { return i.State == declared.Unmanaged }))
 }

@@ -16,6 +16,7 @@ func TestDoctorFaults(t *testing.T) {
 		"amd-off":     {"iommu", "remove amd_iommu=off"},
 		"intel-off":   {"iommu", "remove intel_iommu=off"},
 		"table":       {"table", "update the firmware"},
+		"dmar":        {"table", "update the firmware"},
 		"modules":     {"vfio_modules", "install the package"},
 		"blacklist":   {"blacklist", "/etc/modprobe.d/keep.conf"},
 		"no-intremap": {"interrupt_remapping", "remove intremap=off"},

@@ -1,8 +1,6 @@
 package main
 
 import (
-	"bufio"
-	"fmt"
 	"slices"
 	"strings"
 	"time"
@@ -147,7 +145,6 @@ func runLeases(e *env) error {
 	if e.json {
 		return writeJSON(e.stdout, view)
 	}
-	w := bufio.NewWriter(e.stdout)
 	rows := [][]string{{"GUEST", "STATE", "DEVICES", "FROM", "AGE", "WHAT"}}
 	for _, v := range view.Leases {
 		var devices []string
@@ -163,24 +160,15 @@ func runLeases(e *env) error {
 	for _, q := range view.Quarantine {
 		rows = append(rows, []string{q.Guest, "quarantine", q.Address, "", time.Since(q.Since).Round(time.Second).String(), q.Why})
 	}
-	if len(rows) > 1 {
-		writeTable(w, rows)
+	if len(rows) == 1 {
+		e.note("no guest has a device, and nothing is in quarantine")
+		return nil
 	}
-	return w.Flush()
+	return e.screen.PrintRows(rows)
 }
 
 // completeGuests offers the guests that have a lease, as far as they may be known.
 func (e *env) completeGuests(c *cli.Context) {
-	h, err := e.open()
-	if err != nil {
-		return
-	}
-	defer h.Close()
-	all, _ := lease.BookOf(h).All()
-	for _, l := range all {
-		if harmless(l.Guest) {
-			fmt.Fprintln(e.stdout, l.Guest)
-		}
-	}
+	e.printEach(e.guestNames())
 	cli.DefaultCompleteWithFlags(c.Command)(c)
 }

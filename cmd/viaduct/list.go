@@ -2,40 +2,50 @@ package main
 
 import (
 	"bufio"
-	"fmt"
-	"io"
-	"maps"
+	"errors"
 	"slices"
-	"strconv"
-	"strings"
 
 	"github.com/urfave/cli/v2"
 
 	"viaduct/iommu"
+	"viaduct/vfio/holder"
 )
 
 type listOptions struct {
-	tree      bool
-	selectors []iommu.Selector
+	tree, all, holders, wide bool
+	selectors                []iommu.Selector
 }
 
 func listCommand(e *env) *cli.Command {
 	var o listOptions
+	var output string
 	return command(&cli.Command{
 		Name:      "list",
 		Aliases:   []string{"ls"},
 		Usage:     "the IOMMU groups and their devices",
 		ArgsUsage: "[SELECTOR...]",
-		Description: "A group is what can be given to one guest. It is viable when no driver of the host uses a member; `*` marks the\n" +
-			"devices whose driver keeps it from being so, which is no fault: `bind` takes them along.\n\n" +
-			"Examples:\n  viaduct list\n  viaduct list class=0200\n  viaduct list --tree\n  viaduct list --json | jq '.groups[] | select(.viable)'",
+		Description: "A group is what can be given to one guest. Its heading says how many devices `bind` takes off the host's drivers with it,\n" +
+			"which is no fault. USED BY is what a quick look finds: guests, file systems, routes and addresses, the display.\n\n" +
+			"Examples:\n  viaduct list\n  viaduct list gpu\n  viaduct list class=0200 -o wide\n  viaduct list --tree\n" +
+			"  viaduct list --json | jq '.groups[] | select(.viable)'",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "tree", Usage: "by PCI topology instead of by group", Destination: &o.tree},
-			e.jsonFlag(),
+			&cli.BoolFlag{
+				Name: "all", Aliases: []string{"a"}, Destination: &o.all,
+				Usage: "also bridges and the host's own devices, and each VF by itself",
+			},
+			&cli.BoolFlag{
+				Name: "holders", Destination: &o.holders,
+				Usage: "also the processes that have a device open, which takes a look at every process",
+			},
+			e.outputFlag(&output), e.jsonFlag(),
 		},
 		BashComplete: e.completeSelectors,
 		Action: func(c *cli.Context) (err error) {
 			if o.selectors, err = parseSelectors(c.Args().Slice()); err != nil {
+				return err
+			}
+			if o.wide, err = e.parseOutput("list", output); err != nil {
 				return err
 			}
 			if o.tree && e.json {
@@ -44,6 +54,26 @@ func listCommand(e *env) *cli.Command {
 			return runList(e, o)
 		},
 	})
+}
+
+// outputFlag is -o of a command that prints a list.
+func (e *env) outputFlag(to *string) cli.Flag {
+	return &cli.StringFlag{
+		Name: "output", Aliases: []string{"o"}, Destination: to,
+		Usage: "`wide|json`: wide is one line for each device with its numbers",
+	}
+}
+
+// parseOutput reads the value of that flag.
+func (e *env) parseOutput(command, output string) (wide bool, err error) {
+	switch output {
+	case "json":
+		e.json = true
+	case "", "wide":
+	default:
+		return false, usagef("%s: invalid output %q: want wide or json", command, output)
+	}
+	return output == "wide", nil
 }
 
 func runList(e *env, o listOptions) error {
@@ -56,30 +86,39 @@ func runList(e *env, o listOptions) error {
 	if err != nil {
 		return err
 	}
-	w := bufio.NewWriterSize(e.stdout, 64<<10)
 	names := iommu.OpenNames(h)
 	defer names.Close()
-	switch {
-	case e.json:
-		err = writeList(w, t, names, keep)
-	case o.tree:
-		err = writeTree(w, h, t, names, keep)
-	default:
-		writeTable(w, listRows(t, names, keep))
-	}
 
-	if err != nil {
+	switch {
+	case e.json || o.wide:
+		w := bufio.NewWriterSize(e.stdout, 64<<10)
+		switch {
+		case e.json:
+			err = writeList(w, t, names, keep)
+		case o.tree:
+			err = writeTree(w, h, t, names, keep)
+		default:
+			writeTable(w, listRows(t, names, keep))
+		}
+		err = errors.Join(err, w.Flush())
+	default:
+		err = e.printList(h, t, names, keep, o)
+	}
+	if err != nil || e.json {
 		return err
 	}
-	if err := w.Flush(); err != nil {
-		return err
-	}
-	if len(t.Groups) == 0 && !e.json {
-		e.note(
-			"no IOMMU is active on this host, so no device is in a group: %s", iommu.WhyOff(h, t),
-		)
-	}
+	e.tellEmpty(h, t)
 	return nil
+}
+
+// tellEmpty says why a list shows no groups, or nothing.
+func (e *env) tellEmpty(h *iommu.Host, t *iommu.Topology) {
+	switch {
+	case len(t.Groups)+len(t.Ungrouped) == 0:
+		e.note("this host has no PCI devices")
+	case len(t.Groups) == 0:
+		e.note("no IOMMU is active on this host, so no device is in a group: %s", iommu.WhyOff(h, t))
+	}
 }
 
 // selection is the set of devices the selectors name; nil without selectors, which means all.
@@ -100,142 +139,56 @@ func selection(h *iommu.Host, t *iommu.Topology, sel []iommu.Selector) (map[stri
 	return keep, nil
 }
 
-func listRows(t *iommu.Topology, names *iommu.Names, keep map[string]bool) [][]string {
-	rows := [][]string{{"GROUP", "TYPE", "ADDRESS", "ID", "CLASS", "DRIVER", "NETDEV", "VF", "NAME"}}
-	add := func(group, kind string, d *iommu.Device) {
-		if keep != nil && !keep[d.Name] {
-			return
-		}
-		driver := d.Driver
-		if d.Blocks() && d.Group != nil {
-			driver += " *"
-		}
-		id, class, name := "", "", ""
-		if d.PCI {
-			id, class, name = idText(d), (*hex(6, d.Class))[:4], deviceName(names, d)
-		}
-		rows = append(rows,
-			[]string{group, kind, d.Name, id, class, driver, strings.Join(d.Netdevs, ","), vfText(d), name})
+// printList is the list for people.
+func (e *env) printList(h *iommu.Host, t *iommu.Topology, names *iommu.Names, keep map[string]bool,
+	o listOptions) error {
+	uses, err := e.usesOf(h, t, keep, o.holders)
+	if err != nil {
+		return err
 	}
-
-	for i := range t.Groups {
-		g := &t.Groups[i]
-		for j := range g.Devices {
-			add(strconv.Itoa(g.ID), g.Type, &g.Devices[j])
-		}
+	s := &sight{t: t, names: names, keep: keep, all: o.all, uses: uses}
+	if !o.tree {
+		return e.screen.Print(s.groups())
 	}
-
-	for i := range t.Ungrouped {
-		add("", "", &t.Ungrouped[i])
-	}
-	return rows
-}
-
-func idText(d *iommu.Device) string {
-	return *hex(4, uint32(d.Vendor)) + ":" + *hex(4, uint32(d.Device))
-}
-
-func deviceName(names *iommu.Names, d *iommu.Device) string {
-	if !d.PCI {
-		return ""
-	}
-	return names.Device(d.Vendor, d.Device)
-}
-
-// vfText is "3/7" on a PF with 3 of 7 VFs enabled, and "vf2" on a VF.
-func vfText(d *iommu.Device) string {
-	switch {
-	case d.SRIOV != nil:
-		return fmt.Sprintf("%d/%d", len(d.SRIOV.VFs), d.SRIOV.Total)
-	case d.PhysFn != nil:
-		return "vf" + strconv.Itoa(d.VFIndex)
-	}
-	return ""
-}
-
-// writeTable aligns columns; an empty cell is "-". The last column is not padded.
-func writeTable(w io.Writer, rows [][]string) {
-	widths := make([]int, len(rows[0]))
-	for _, r := range rows {
-		for i, c := range r {
-			widths[i] = max(widths[i], len(c), 1)
-		}
-	}
-	var line []byte
-	for _, r := range rows {
-		line = line[:0]
-		for i, c := range r {
-			if c == "" {
-				c = "-"
-			}
-			line = append(line, c...)
-			for n := len(c); i < len(r)-1 && n < widths[i]+2; n++ {
-				line = append(line, ' ')
-			}
-		}
-		w.Write(append(line, '\n'))
-	}
-}
-
-// writeTree draws the devices as they hang together; a device's line is its own, bridges above a selected device are
-// kept.
-func writeTree(w io.Writer, h *iommu.Host, t *iommu.Topology, names *iommu.Names, keep map[string]bool) error {
 	parents, err := iommu.Parents(h, t)
 	if err != nil {
 		return err
 	}
-	children := map[string][]*iommu.Device{}
-	t.All(func(d *iommu.Device) bool {
-		children[parents[d.Name]] = append(children[parents[d.Name]], d)
-		return true
-	})
-	for _, name := range slices.Collect(maps.Keys(keep)) {
-		for up := parents[name]; up != ""; up = parents[up] {
-			keep[up] = true
-		}
-	}
-
-	var draw func(parent, indent string)
-	draw = func(parent, indent string) {
-		below := slices.DeleteFunc(slices.Clone(children[parent]),
-			func(d *iommu.Device) bool { return keep != nil && !keep[d.Name] })
-		slices.SortFunc(below, func(a, b *iommu.Device) int { return iommu.CompareDevices(*a, *b) })
-		for i, d := range below {
-			branch, next := "├─ ", "│  "
-			if i == len(below)-1 {
-				branch, next = "└─ ", "   "
-			}
-			if parent == "" {
-				branch, next = "", ""
-			}
-			fmt.Fprintf(w, "%s%s%s\n", indent, branch, treeLine(d, names))
-			draw(d.Name, indent+next)
-		}
-	}
-
-	draw("", "")
-	return nil
+	return e.screen.Print(s.tree(parents))
 }
 
-func treeLine(d *iommu.Device, names *iommu.Names) string {
-	s := d.Name
-	if d.Group != nil {
-		s += fmt.Sprintf("  group %d", *d.Group)
+// usesOf are the uses of devices that a list shows, by the devices' names. That some may not be seen is told.
+func (e *env) usesOf(h *iommu.Host, t *iommu.Topology, keep map[string]bool, processes bool) (map[string][]holder.Holder,
+	error) {
+	found, err := holder.Glance(h, t)
+	if errors.Is(err, holder.ErrBlind) {
+		e.note("some uses are not shown: %v", err)
+	} else if err != nil {
+		return nil, err
 	}
-	if d.PCI {
-		s += "  " + idText(d)
+	if processes {
+		var devices []*iommu.Device
+		t.All(func(d *iommu.Device) bool {
+			if keep == nil || keep[d.Name] {
+				devices = append(devices, d)
+			}
+			return true
+		})
+		open, err := holder.Processes(h, devices)
+		if errors.Is(err, holder.ErrBlind) {
+			e.note("some processes are not shown: %v", err)
+		} else if err != nil {
+			return nil, err
+		}
+		found = append(found, open...)
 	}
-	if d.Driver != "" {
-		s += "  " + d.Driver
+
+	uses := map[string][]holder.Holder{}
+	for _, u := range found {
+		same := func(other holder.Holder) bool { return other.Kind == u.Kind && other.Brief == u.Brief }
+		if !slices.ContainsFunc(uses[u.Device], same) {
+			uses[u.Device] = append(uses[u.Device], u)
+		}
 	}
-	if v := vfText(d); v != "" {
-		s += "  " + v
-	}
-	if len(d.Netdevs) > 0 {
-		s += "  " + strings.Join(d.Netdevs, ",")
-	}
-	if n := deviceName(names, d); n != "" {
-		s += "  (" + n + ")"
-	}
-	return s
+	return uses, nil
 }

@@ -20,9 +20,13 @@ import (
 	"github.com/urfave/cli/v2"
 	"golang.org/x/sys/unix"
 
+	"viaduct/cmd/internal/changelog"
 	"viaduct/cmd/internal/declared"
+	"viaduct/cmd/internal/terminal"
+	"viaduct/internal/nearest"
 	"viaduct/iommu"
 	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
 )
 
 // Exit statuses; they are documented in the README.
@@ -65,8 +69,15 @@ func untilSignal(ctx context.Context) (context.Context, context.CancelFunc) {
 // env is what every command works with.
 type env struct {
 	stdout, stderr io.Writer
-	hostName       string // --host
+	screen         terminal.Screen // stdout, for text that is laid out
+	noteWidth      int             // of the terminal that notes go to, 0 if that is none
+	hostName       string          // --host
+	colour         string          // --color
 	json, dryRun   bool
+	commandLine    string
+	changes        bool // the command changes a host that runs
+	progress       *progress
+	steps, verbose bool
 	openHost       func(name string) (*iommu.Host, error) // iommu.Open, but in tests
 }
 
@@ -123,7 +134,14 @@ func (e *env) mayChange(more ...string) error {
 }
 
 // note tells people something that is no part of the data.
-func (e *env) note(format string, a ...any) { fmt.Fprintf(e.stderr, "viaduct: "+format+"\n", a...) }
+func (e *env) note(format string, a ...any) {
+	text := "viaduct: " + fmt.Sprintf(format, a...)
+	if e.noteWidth > 0 {
+		// A terminal itself would break words.
+		text = strings.Join(terminal.Wrap(text, e.noteWidth), "\n  ")
+	}
+	fmt.Fprintln(e.stderr, text)
+}
 
 // usageError is an error in the command line.
 type usageError struct{ error }
@@ -137,10 +155,25 @@ func run(args []string, stdout, stderr io.Writer) int {
 
 // runOn is run with hosts of another kind.
 func runOn(open func(string) (*iommu.Host, error), args []string, stdout, stderr io.Writer) int {
-	out := &checkedWriter{w: stdout}
-	text, said := &printable{w: out}, &printable{w: stderr}
-	e := &env{stdout: text, stderr: said, openHost: open}
+	notes := terminal.Of(stderr, "", os.Getenv)
+	line := terminal.NewProgress(notes)
+	defer line.Done()
+	out := &checkedWriter{w: line.Over(stdout)}
+	text, said := terminal.NewPrintable(out), terminal.NewPrintable(line.Over(stderr))
+	e := &env{
+		stdout: text, stderr: said, noteWidth: max(notes.Width-2, 0), openHost: open, commandLine: changelog.Command(args),
+		progress: &progress{line: line, pfs: map[string]*pfProgress{}},
+	}
 	app := newApp(e)
+	before := app.Before
+	app.Before = func(c *cli.Context) error {
+		e.screen = terminal.Of(stdout, e.colour, os.Getenv)
+		e.screen.Writer = out
+		return before(c)
+	}
+	if e.completeValue(app, args) {
+		return exitDone
+	}
 	err := app.Run(flagsFirst(app, args))
 	defer func() { _ = said.Flush() }()
 	if e.json && err != nil && !out.wrote && exitStatus(err) != exitUsage {
@@ -149,6 +182,7 @@ func runOn(open func(string) (*iommu.Host, error), args []string, stdout, stderr
 	if flushed := text.Flush(); err == nil {
 		err = cmp.Or(flushed, out.err)
 	}
+	line.Done()
 	if err == nil {
 		return exitDone
 	}
@@ -163,13 +197,58 @@ func runOn(open func(string) (*iommu.Host, error), args []string, stdout, stderr
 	if ran && ended.error == nil {
 		return ended.status
 	}
-	for line := range strings.SplitSeq(err.Error(), "\n") {
+	e.logFailure(err)
+	for _, line := range linesOf(err) {
 		e.note("%s", line)
 	}
 	if ran {
 		return ended.status
 	}
 	return exitStatus(err)
+}
+
+// linesOf is an error as it is printed: each of several by itself, each reason of a refusal in a line where there are
+// several, and none twice.
+func linesOf(err error) []string {
+	var out []string
+	add := func(lines ...string) {
+		for _, line := range lines {
+			if !slices.Contains(out, line) {
+				out = append(out, line)
+			}
+		}
+	}
+	text := err.Error()
+	if all, several := err.(interface{ Unwrap() []error }); several { //nolint:errorlint // it walks the tree itself
+		var parts []string
+		for _, one := range all.Unwrap() {
+			parts = append(parts, one.Error())
+		}
+		if strings.Join(parts, "\n") == text && len(parts) > 0 {
+			for _, one := range all.Unwrap() {
+				add(linesOf(one)...)
+			}
+			return out
+		}
+	}
+
+	refused, is := errors.AsType[*holder.RefusedError](err)
+	if !is || refused.Error() != text || len(refused.Reasons) < 2 {
+		add(strings.Split(text, "\n")...)
+		return out
+	}
+	add("refused to " + refused.What + ":")
+	for _, r := range refused.Reasons {
+		line := "  " + r.Text
+		if r.Cure != "" {
+			line += " (" + r.Cure + ")"
+		}
+		add(line)
+	}
+	if refused.Cure != "" {
+		add("  " + refused.Cure)
+	}
+	return out
 }
 
 // checkedWriter remembers that writing failed, so that output lost to a full disk is not taken for success and each
@@ -231,21 +310,30 @@ func newApp(e *env) *cli.App {
 				Destination: &e.hostName,
 				TakesFile:   true,
 			},
+			&cli.StringFlag{
+				Name:        "color",
+				Usage:       "`WHEN` text is in colour: " + nearest.Or(terminal.Colours),
+				Value:       terminal.Colours[0],
+				Destination: &e.colour,
+			},
 		},
 		Before: func(c *cli.Context) error {
 			if c.IsSet("host") && e.hostName == "" {
 				return usagef("--host: which folder or snapshot?")
 			}
+			if !slices.Contains(terminal.Colours, e.colour) {
+				return usagef("--color: invalid value %q: want %s", e.colour, nearest.Or(terminal.Colours))
+			}
 			return nil
 		},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
-				return usagef("there is no command %q (viaduct --help lists them)", c.Args().First())
+				return unknownCommand(c.App.Commands, c.Args().First(), "viaduct")
 			}
 			return cli.ShowAppHelp(c)
 		},
 		Commands: []*cli.Command{
-			listCommand(e), showCommand(e), whyCommand(e), iommuCommand(e), doctorCommand(e), bindCommand(e), unbindCommand(e), recoverCommand(e), verifyCommand(e), vfCommand(e),
+			listCommand(e), showCommand(e), logCommand(e), whyCommand(e), iommuCommand(e), doctorCommand(e), bindCommand(e), unbindCommand(e), recoverCommand(e), verifyCommand(e), vfCommand(e),
 			planCommand(e), applyCommand(e), statusCommand(e), undoCommand(e), adoptCommand(e), schemaCommand(e),
 			installCommand(e), uninstallCommand(e), watchCommand(e),
 			assignCommand(e), releaseCommand(e), leasesCommand(e), runCommand(e), heldCommand(), poolCommand(e),
@@ -256,7 +344,41 @@ func newApp(e *env) *cli.App {
 	}
 }
 
-func onUsageError(_ *cli.Context, err error, _ bool) error { return usageError{err} }
+// unknownCommand says that there is no such command, and which one may be meant.
+func unknownCommand(commands []*cli.Command, name, above string) error {
+	var names []string
+	for _, c := range commands {
+		if !c.Hidden {
+			names = append(names, c.Names()...)
+		}
+	}
+	hint := nearest.Ask(name, names)
+	if hint == "" {
+		hint = " (" + above + " --help lists them)"
+	}
+	return usagef("there is no command %q%s", name, hint)
+}
+
+// onUsageError says of a flag that there is none which one may be meant.
+func onUsageError(c *cli.Context, err error, _ bool) error {
+	name, unknown := strings.CutPrefix(err.Error(), "flag provided but not defined: -")
+	if !unknown {
+		return usageError{err}
+	}
+	dashes := func(name string) string { return strings.Repeat("-", min(len(name), 2)) + name }
+	var names []string
+	for _, f := range append(slices.Clone(c.Command.Flags), c.App.Flags...) {
+		for _, n := range f.Names() {
+			names = append(names, dashes(n))
+		}
+	}
+	name = dashes(strings.TrimLeft(name, "-"))
+	of := ""
+	if c.Command.Name != c.App.Name && c.Command.Name != "" {
+		of = c.Command.Name + ": "
+	}
+	return usagef("%sthere is no option %s%s", of, name, nearest.Ask(name, names))
+}
 
 // command fills in what all commands have in common.
 func command(c *cli.Command) *cli.Command {
@@ -279,30 +401,37 @@ func (e *env) dryRunFlag() cli.Flag {
 }
 
 // flagsFirst puts the flags before the arguments, within the command that they belong to: cli takes a flag after an
-// argument for another argument, and `bind 01:00.0 --dry-run` would bind.
+// argument for another argument, and `bind 01:00.0 --dry-run` would bind. The program's own flags go before the command,
+// wherever they stand.
 func flagsFirst(app *cli.App, args []string) []string {
-	if len(args) == 0 || slices.Contains(args, "--generate-bash-completion") {
+	if len(args) == 0 || slices.Contains(args, generate) {
 		return args
 	}
 	flags, commands := app.Flags, app.Commands
-	out, pending := args[:1:1], []string(nil)
+	var global, out, pending []string
+	all := func(more ...[]string) []string {
+		return slices.Concat(append([][]string{args[:1], global, out}, more...)...)
+	}
 	rest := args[1:]
 	for len(rest) > 0 {
 		arg := rest[0]
 		rest = rest[1:]
 		if arg == "--" {
 			// What follows are arguments, whatever they look like.
-			return append(append(append(out, arg), pending...), rest...)
+			return all([]string{arg}, pending, rest)
 		}
 		if _, err := strconv.Atoi(arg); err == nil && arg[0] == '-' {
-			return append(
-				append(append(append(out, "--"), pending...), arg),
-				rest...) // a negative number is an argument, and wrong
+			// A negative number is an argument, and wrong.
+			return all([]string{"--"}, pending, []string{arg}, rest)
 		}
 		if len(arg) > 1 && arg[0] == '-' {
-			out = append(out, arg)
-			if takesValue(flags, arg) && len(rest) > 0 {
-				out, rest = append(out, rest[0]), rest[1:]
+			to, known := &out, flags
+			if flagNamed(flags, arg) == nil && flagNamed(app.Flags, arg) != nil {
+				to, known = &global, app.Flags
+			}
+			*to = append(*to, arg)
+			if takesValue(known, arg) && len(rest) > 0 {
+				*to, rest = append(*to, rest[0]), rest[1:]
 			}
 			continue
 		}
@@ -316,20 +445,23 @@ func flagsFirst(app *cli.App, args []string) []string {
 
 		pending = append(pending, arg)
 	}
-	return append(out, pending...)
+	return all(pending)
+}
+
+// flagNamed is the flag that an argument is; nil if there is none.
+func flagNamed(flags []cli.Flag, arg string) cli.Flag {
+	name, _, _ := strings.Cut(strings.TrimLeft(arg, "-"), "=")
+	for _, f := range flags {
+		if slices.Contains(f.Names(), name) {
+			return f
+		}
+	}
+	return nil
 }
 
 func takesValue(flags []cli.Flag, arg string) bool {
-	name := strings.TrimLeft(arg, "-")
-	if strings.Contains(name, "=") {
-		return false
-	}
-	for _, f := range flags {
-		if d, ok := f.(cli.DocGenerationFlag); ok && slices.Contains(f.Names(), name) {
-			return d.TakesValue()
-		}
-	}
-	return false
+	f, ok := flagNamed(flags, arg).(cli.DocGenerationFlag)
+	return ok && f.TakesValue() && !strings.Contains(arg, "=")
 }
 
 // selectors parses the arguments of a command that needs at least one.
@@ -344,7 +476,7 @@ func parseSelectors(args []string) ([]iommu.Selector, error) {
 	out := make([]iommu.Selector, len(args))
 	for i, a := range args {
 		var err error
-		if out[i], err = iommu.ParseSelector(a); err != nil {
+		if out[i], err = iommu.ParseArgument(a); err != nil {
 			return nil, err
 		}
 	}

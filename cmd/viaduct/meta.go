@@ -49,7 +49,8 @@ const (
   while IFS= read -r line; do
     [[ $line == "$cur"* ]] && COMPREPLY+=("$line")
   done < <("${words[@]}" --generate-bash-completion 2>/dev/null)
-  [[ $cur == *:* ]] && COMPREPLY=("${COMPREPLY[@]#"${cur%"${cur##*:}"}"}")
+  [[ $cur == *[:=]* ]] && COMPREPLY=("${COMPREPLY[@]#"${cur%"${cur##*[:=]}"}"}")
+  [[ ${COMPREPLY[*]} == *= ]] && compopt -o nospace
 }
 complete -o default -F _viaduct viaduct
 `
@@ -96,30 +97,14 @@ func (e *env) complete(c *cli.Context, f func(*iommu.Device) []string) {
 	for _, flag := range c.Command.Flags {
 		fmt.Fprintln(e.stdout, "--"+flag.Names()[0])
 	}
-	h, err := e.open()
-	if err != nil {
-		return
-	}
-	defer h.Close()
-	t, err := iommu.Scan(h)
-	if err != nil {
-		return
-	}
-	t.All(func(d *iommu.Device) bool {
-		for _, s := range f(d) {
-			if harmless(s) {
-				fmt.Fprintln(e.stdout, s)
-			}
-		}
-		return true
-	})
+	e.printEach(e.selectorsOf(f))
 }
 
 // harmless reports whether a name, which may come from a stranger's snapshot, means nothing to a shell.
 func harmless(s string) bool {
 	for _, c := range []byte(s) {
 		if (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && (c < '0' || c > '9') &&
-			!strings.ContainsRune("._:/@-", rune(c)) {
+			!strings.ContainsRune("._:/@=-", rune(c)) {
 			return false
 		}
 	}
@@ -128,12 +113,13 @@ func harmless(s string) bool {
 
 func (e *env) completeSelectors(c *cli.Context) {
 	e.complete(c, func(d *iommu.Device) []string {
-		out := append([]string{d.Name}, d.Netdevs...)
+		out := append(ownWords(d), keyedWords(d)...)
 		if d.PhysFn != nil {
 			out = append(out, vfSelector(d))
 		}
 		return out
 	})
+	e.printEach(iommu.Words())
 }
 
 func (e *env) completePFs(c *cli.Context) {
@@ -141,7 +127,7 @@ func (e *env) completePFs(c *cli.Context) {
 		if d.SRIOV == nil {
 			return nil
 		}
-		return append([]string{d.Name}, d.Netdevs...)
+		return ownWords(d)
 	})
 }
 

@@ -27,6 +27,10 @@ func poolCommand(e *env) *cli.Command {
 			&cli.StringFlag{Name: "format", Usage: "print the pool as `libvirt-network`", Destination: &format},
 			e.jsonFlag(),
 		},
+		BashComplete: func(c *cli.Context) {
+			e.printEach(e.pools())
+			cli.DefaultCompleteWithFlags(c.Command)(c)
+		},
 		Action: func(c *cli.Context) error {
 			if c.NArg() > 1 {
 				return usagef("pool: want one name, or none for all")
@@ -130,10 +134,9 @@ func runPool(e *env, only string, network bool) error {
 			},
 		)
 	}
-	if len(rows) > 1 {
-		writeTable(e.stdout, rows)
-	} else {
+	if len(rows) == 1 {
 		e.note("no pool is declared in /%s (pool: NAME in a range of VFs)", hostfile.File)
+		return nil
 	}
-	return nil
+	return e.screen.PrintRows(rows)
 }

@@ -2,10 +2,13 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
+	"fmt"
 	"strings"
 	"testing"
 
 	"viaduct/internal/host/hosttest"
+	"viaduct/vfio/holder"
 )
 
 // A refusal is data: each command says with --json who has what, what would override it and what to do, on a dry run
@@ -81,6 +84,28 @@ func TestRefusals(t *testing.T) {
 	for _, v := range views {
 		if refused := strings.HasPrefix(v.Address, "0000:07"); refused != (len(v.Refusals) > 0) || refused != (len(v.Writes) == 0) {
 			t.Errorf("with --keep-going: %+v", v)
+		}
+	}
+}
+
+// Each reason of a refusal has a line, and none is told twice.
+func TestLinesOf(t *testing.T) {
+	refused := &holder.RefusedError{What: "take it", Cure: "do else", Reasons: []holder.Reason{
+		{Text: "one"}, {Text: "two", Cure: "mend"}, {Text: "one"},
+	}}
+	single := holder.Because("take it", holder.Reason{Text: "one"}, "do else")
+	for _, c := range []struct {
+		err  error
+		want string
+	}{
+		{refused, "refused to take it:|  one|  two (mend)|  do else"},
+		{single, "refused to take it: one (do else)"},
+		{errors.Join(single, errors.New("x"), single), "refused to take it: one (do else)|x"},
+		{fmt.Errorf("a: %w and %w", single, refused), fmt.Sprintf("a: %v and %v", single, refused)},
+		{fmt.Errorf("a: %w", refused), "a: " + refused.Error()},
+	} {
+		if got := strings.Join(linesOf(c.err), "|"); got != c.want {
+			t.Errorf("%q\nwant %q", got, c.want)
 		}
 	}
 }

@@ -152,9 +152,12 @@ func runRun(c *cli.Context, e *env, o *assignOptions, as string) error {
 		if moved, err := e.moved(c.Context, o.Guest); moved || err != nil {
 			return err
 		}
+		// Standard output is the command's.
+		own := *e
+		own.stdout = e.stderr
 		return runRelease(
 			context.WithoutCancel(c.Context),
-			&env{stdout: e.stderr, stderr: e.stderr, openHost: e.openHost},
+			&own,
 			o.timeout,
 			func(ctx context.Context, m *lease.Manager) ([]lease.Certificate, error) {
 				return m.Rest(ctx, o.Guest, c.Duration("wait"))

@@ -1,15 +1,14 @@
 package main
 
 import (
-	"bufio"
+	"errors"
 	"fmt"
-	"io"
 	"slices"
-	"strings"
 
 	"github.com/urfave/cli/v2"
 
 	"viaduct/iommu"
+	"viaduct/vfio/holder"
 )
 
 func showCommand(e *env) *cli.Command {
@@ -27,7 +26,7 @@ func showCommand(e *env) *cli.Command {
 			if err != nil {
 				return err
 			}
-			if sel, err = iommu.ParseSelector(arg); err != nil {
+			if sel, err = iommu.ParseArgument(arg); err != nil {
 				return err
 			}
 			return runShow(e, sel)
@@ -59,6 +58,42 @@ type showView struct {
 	Link            *linkView           `json:"link"`
 	BARs            []barView           `json:"bars"`
 	VFs             *vfsView            `json:"vfs"`
+	Holders         []holderView        `json:"holders"` // null where nobody can be asked, or not all can be seen
+	Guest           *string             `json:"guest"`
+	USB             []usbView           `json:"usb_devices"`
+	Warnings        []warningView       `json:"warnings"`
+
+	uses []holder.Holder
+}
+
+// holderView is who uses a device, and how.
+type holderView struct {
+	Kind  holder.Kind `json:"kind"`
+	What  string      `json:"what"`
+	PID   *int        `json:"pid"`
+	Guest *string     `json:"guest"`
+}
+
+func viewHolder(h holder.Holder) holderView {
+	v := holderView{Kind: h.Kind, What: h.What, Guest: known(h.Guest)}
+	if h.PID != 0 {
+		v.PID = &h.PID
+	}
+	return v
+}
+
+// usbView is a device on a USB controller's bus.
+type usbView struct {
+	Port    string  `json:"port"`
+	Vendor  string  `json:"vendor"`
+	Product string  `json:"product"`
+	Name    *string `json:"name"`
+}
+
+// warningView is what will go wrong when a guest gets the device, with what to do.
+type warningView struct {
+	What string  `json:"what"`
+	Cure *string `json:"cure"`
 }
 
 type groupBrief struct {
@@ -121,19 +156,15 @@ func runShow(e *env, sel iommu.Selector) error {
 	defer h.Close()
 	names := iommu.OpenNames(h)
 	defer names.Close()
-	w := bufio.NewWriter(e.stdout)
 	if id, ok := sel.Group(); ok {
-		err = showGroup(e, w, h, t, names, sel, id)
+		err = showGroup(e, h, t, names, sel, id)
 	} else {
-		err = showDevice(e, w, h, t, names, sel)
+		err = showDevice(e, h, t, names, sel)
 	}
-	if err != nil {
-		return err
-	}
-	return w.Flush()
+	return err
 }
 
-func showGroup(e *env, w io.Writer, h *iommu.Host, t *iommu.Topology, names *iommu.Names, sel iommu.Selector,
+func showGroup(e *env, h *iommu.Host, t *iommu.Topology, names *iommu.Names, sel iommu.Selector,
 	id int) error {
 	g, err := t.Group(id)
 	if err != nil {
@@ -146,48 +177,14 @@ func showGroup(e *env, w io.Writer, h *iommu.Host, t *iommu.Topology, names *iom
 	if err != nil {
 		return err
 	}
-	v := showGroupView{groupView: groupOf(g, names, nil), ReservedRegions: []regionView{}}
-	for _, r := range regions {
-		v.ReservedRegions = append(v.ReservedRegions, regionOf(r))
-	}
+	v := showGroupView{groupView: groupOf(g, names, nil), ReservedRegions: viewRegions(regions)}
 	if e.json {
-		return writeJSON(w, v)
+		return writeJSON(e.stdout, v)
 	}
-
-	f := fields{w}
-	f.add("group", "%d", id)
-	f.text("type", known(g.Type))
-	f.add("viable", "%s", viability(v.Viable, v.Blockers))
-	for i := range g.Devices {
-		d := &g.Devices[i]
-		f.add(roleText(d.Role()), "%s", treeLine(d, names))
-	}
-
-	for _, r := range v.ReservedRegions {
-		f.add("reserved", "%s - %s %s", r.Start, r.End, r.Type)
-	}
-	return nil
+	return e.printGroup(h, t, g, v, names)
 }
 
-// roleText is a device's role as the word before it.
-func roleText(r iommu.Role) string {
-	if r == iommu.RoleGuest {
-		return "guest's"
-	}
-	return string(r)
-}
-
-func viability(viable bool, blockers []string) string {
-	switch {
-	case viable:
-		return "yes"
-	case len(blockers) == 0:
-		return "no: VFIO made it in its noiommu mode, and no IOMMU is in front of it"
-	}
-	return "no: the host uses " + strings.Join(blockers, ", ")
-}
-
-func showDevice(e *env, w io.Writer, h *iommu.Host, t *iommu.Topology, names *iommu.Names, sel iommu.Selector) error {
+func showDevice(e *env, h *iommu.Host, t *iommu.Topology, names *iommu.Names, sel iommu.Selector) error {
 	d, err := sel.One(h, t)
 	if err != nil {
 		return err
@@ -197,6 +194,8 @@ func showDevice(e *env, w io.Writer, h *iommu.Host, t *iommu.Topology, names *io
 		Parents:      []iommu.Address{},
 		ResetMethods: []string{},
 		BARs:         []barView{},
+		USB:          []usbView{},
+		Warnings:     []warningView{},
 	}
 	if d.Group != nil {
 		g, err := t.Group(*d.Group)
@@ -224,11 +223,56 @@ func showDevice(e *env, w io.Writer, h *iommu.Host, t *iommu.Topology, names *io
 		}
 	}
 
-	if e.json {
-		return writeJSON(w, v)
+	if err := v.look(e, h, t, d, reset); err != nil {
+		return err
 	}
-	v.print(w, d, reset)
-	return nil
+	if e.json {
+		return writeJSON(e.stdout, v)
+	}
+	return e.printDevice(h, t, d, &v, reset, names)
+}
+
+// look fills in who uses the device, and what whoever gives it to a guest should know.
+func (v *showView) look(e *env, h *iommu.Host, t *iommu.Topology, d *iommu.Device, reset iommu.Reset) error {
+	found, err := holder.Find(h, []*iommu.Device{d})
+	if errors.Is(err, holder.ErrBlind) {
+		e.note("not all uses are shown: %v", err)
+	} else if err != nil {
+		return err
+	}
+	if !h.Live() {
+		// Which has files that tell of some, and nobody to ask.
+		if found, err = holder.Glance(h, t); err != nil && !errors.Is(err, holder.ErrBlind) {
+			return err
+		}
+	}
+	if h.Live() && err == nil {
+		v.Holders = []holderView{}
+	}
+	for _, u := range found {
+		if u.Device != d.Name {
+			continue
+		}
+		v.uses = append(v.uses, u)
+		if v.Holders != nil || h.Live() {
+			v.Holders = append(v.Holders, viewHolder(u))
+		}
+		if u.Kind == holder.Lease {
+			v.Guest = known(u.Guest)
+		}
+	}
+
+	if d.PCI {
+		usb, err := iommu.USBDevices(h, d.Address)
+		if err != nil {
+			return err
+		}
+		for _, u := range usb {
+			v.USB = append(v.USB, usbView{u.Port, *hex(4, uint32(u.Vendor)), *hex(4, uint32(u.Product)), known(u.Name)})
+		}
+	}
+	v.Warnings, err = warnings(h, t, d, v, reset)
+	return err
 }
 
 func (v *showView) fill(h *iommu.Host, d *iommu.Device, names *iommu.Names) error {
@@ -278,97 +322,6 @@ func (v *showView) fill(h *iommu.Host, d *iommu.Device, names *iommu.Names) erro
 		}
 	}
 	return nil
-}
-
-// fields writes "name   value" lines.
-type fields struct{ w io.Writer }
-
-// fieldWidth is where the values begin.
-const fieldWidth = 14
-
-func (f fields) add(name, format string, a ...any) {
-	fmt.Fprintf(f.w, "%-*s%s\n", fieldWidth, name, fmt.Sprintf(format, a...))
-}
-
-// text adds a line unless it is not known.
-func (f fields) text(name string, value *string) {
-	if value != nil {
-		f.add(name, "%s", *value)
-	}
-}
-
-func (v *showView) print(w io.Writer, d *iommu.Device, reset iommu.Reset) {
-	f := fields{w}
-	f.add("address", "%s", v.Address)
-	f.text("name", v.Name)
-	f.text("vendor", v.VendorName)
-	if d.PCI {
-		f.add("ids", "%s subsystem %s:%s class %s revision %s", idText(d), v.SubsystemVendor, v.SubsystemDevice,
-			*v.Class, v.Revision)
-	}
-	driver := "none"
-	if d.Driver != "" {
-		driver = d.Driver
-	}
-
-	f.add("driver", "%s", driver)
-	f.text("override", v.DriverOverride)
-	if g := v.Group; g == nil {
-		f.add("group", "none")
-	} else {
-		f.add("role", "%s", roleText(v.Role))
-		f.add("group", "%s, viable: %s", strings.TrimSpace(fmt.Sprint(g.ID, " ", ptr(g.Type))),
-			viability(g.Viable, g.Blockers))
-		f.add("members", "%s", strings.Join(g.Devices, ", "))
-	}
-
-	f.text("iommu", v.Unit)
-	if v.Path != "" {
-		f.add("path", "%s", v.Path)
-	}
-	f.text("serial", v.Serial)
-	if v.NUMANode != nil {
-		f.add("numa node", "%d", *v.NUMANode)
-	}
-	if v.PhysFn != nil {
-		f.add("vf", "%d of %s", *v.VFIndex, v.PhysFn)
-	}
-
-	if v.SRIOV != nil {
-		f.add("sr-iov", "%d of %d VFs", v.SRIOV.Enabled, v.SRIOV.Total)
-	}
-	if v.VFs != nil {
-		for _, vf := range d.SRIOV.VFs {
-			f.add("", "vf%d %s", vf.Index, vf.Address)
-		}
-	}
-
-	for _, class := range sortedKeys(v.ClassDevices) {
-		var names []string
-		for _, n := range v.ClassDevices[class] {
-			if mac := v.MACs[n]; class == "net" && mac != "" {
-				n += " (" + mac + ")"
-			}
-			names = append(names, n)
-		}
-		f.add(class, "%s", strings.Join(names, ", "))
-	}
-
-	f.text("power", v.PowerState)
-	if d.PCI {
-		f.add("reset", "%s", reset)
-	}
-
-	if v.Link != nil {
-		f.add("link", "%s x%d (at most %s x%d)", v.Link.Speed, v.Link.Width, v.Link.MaxSpeed, v.Link.MaxWidth)
-	}
-	for _, b := range v.BARs {
-		f.add(fmt.Sprintf("bar %d", b.Index), "%s %s%s", size(b.Size), b.Kind,
-			map[bool]string{true: " prefetchable"}[b.Prefetchable])
-	}
-	if v.BootVGA {
-		f.add("boot vga", "yes: the console is on it")
-	}
 }
 
 func ptr(s *string) string {

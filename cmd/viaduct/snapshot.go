@@ -17,29 +17,54 @@ import (
 )
 
 func snapshotCommand(e *env) *cli.Command {
+	var redact bool
 	return command(&cli.Command{
 		Name:      "snapshot",
 		Usage:     "write what viaduct sees of this host into one file",
-		ArgsUsage: "FILE",
-		Description: "With --host FILE, list, show and the other commands that only look work on it, on any machine. It holds MAC addresses and\n" +
-			"serial numbers; written by root it is complete, by others it lacks config space and firmware tables. A file that exists\n" +
-			"is never overwritten.\n\nExamples:\n  viaduct snapshot host.tar.gz\n  viaduct --host host.tar.gz list --tree",
+		ArgsUsage: "FILE|-",
+		Description: "With --host FILE, list, show and the other commands that only look work on it, on any machine. It holds MAC addresses,\n" +
+			"serial numbers and names of guests; written by root it is complete, by others it lacks config space and firmware tables. A file\n" +
+			"that exists is never overwritten.\n\nExamples:\n  viaduct snapshot host.tar.gz\n  viaduct --host host.tar.gz list --tree\n" +
+			"  ssh host viaduct snapshot --redact - > host.tar.gz",
+		Flags: []cli.Flag{
+			&cli.BoolFlag{
+				Name: "redact", Destination: &redact,
+				Usage: "mask MAC addresses, GUIDs and serial numbers, and keep of the kernel command line only what is about devices",
+			},
+		},
 		Action: func(c *cli.Context) error {
 			file, err := oneArgument(c, "the file to write")
 			if err != nil {
 				return err
 			}
-			return runSnapshot(c.Context, e, file)
+			return runSnapshot(c.Context, e, file, redact)
 		},
 	})
 }
 
-func runSnapshot(ctx context.Context, e *env, file string) (err error) {
+func runSnapshot(ctx context.Context, e *env, file string, redact bool) (err error) {
 	h, err := e.open()
 	if err != nil {
 		return err
 	}
 	defer h.Close()
+	capture := iommu.Capture
+	if redact {
+		capture = iommu.CaptureRedacted
+	}
+	defer func() {
+		if err == nil && !redact {
+			e.note("the snapshot holds MAC addresses, serial numbers, the kernel command line, the declared host and the log " +
+				"of changes: --redact leaves out what tells this host from others")
+		}
+	}()
+	if file == "-" {
+		if e.screen.Width > 0 {
+			return usagef("snapshot: standard output is a terminal; want a file, or a pipe")
+		}
+		w := bufio.NewWriter(e.screen)
+		return errors.Join(capture(h, w), w.Flush())
+	}
 	if _, err := os.Lstat(file); err == nil {
 		return &fs.PathError{Op: "snapshot", Path: file, Err: fs.ErrExist}
 	}
@@ -56,7 +81,7 @@ func runSnapshot(ctx context.Context, e *env, file string) (err error) {
 	ctx, stop := untilSignal(ctx)
 	defer stop()
 	w := bufio.NewWriter(untilDone{ctx, tmp})
-	if err := errors.Join(iommu.Capture(h, w), w.Flush(), tmp.Sync(), tmp.Close()); err != nil {
+	if err := errors.Join(capture(h, w), w.Flush(), tmp.Sync(), tmp.Close()); err != nil {
 		return fmt.Errorf("snapshot %s: %w", file, err)
 	}
 

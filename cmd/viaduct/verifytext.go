@@ -40,6 +40,16 @@ func printVerified(w io.Writer, r *verify.Report) {
 	}
 }
 
+// fields writes "name   value" lines.
+type fields struct{ w io.Writer }
+
+// fieldWidth is where the values begin.
+const fieldWidth = 14
+
+func (f fields) add(name, format string, a ...any) {
+	fmt.Fprintf(f.w, "%-*s%s\n", fieldWidth, name, fmt.Sprintf(format, a...))
+}
+
 func printWay(w io.Writer, way vfio.Way, r *verify.Way, usable bool) {
 	switch {
 	case r.OK:

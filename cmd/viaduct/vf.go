@@ -11,6 +11,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/iommu"
 	"viaduct/sriov"
 	"viaduct/vfio/holder"
@@ -26,7 +27,7 @@ func vfCommand(e *env) *cli.Command {
 		},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
-				return usagef("vf: there is no command %q (viaduct vf --help lists them)", c.Args().First())
+				return unknownCommand(c.Command.Subcommands, c.Args().First(), "viaduct vf")
 			}
 			return cli.ShowSubcommandHelp(c)
 		},
@@ -34,19 +35,24 @@ func vfCommand(e *env) *cli.Command {
 }
 
 func vfListCommand(e *env) *cli.Command {
+	var output string
 	return command(&cli.Command{
 		Name: "list", Aliases: []string{"ls"},
 		Usage:        "the PFs and their VFs",
 		ArgsUsage:    "[PF...]",
 		Description:  "Examples:\n  viaduct vf list\n  viaduct vf list enp1s0 --json",
-		Flags:        []cli.Flag{e.jsonFlag()},
+		Flags:        []cli.Flag{e.outputFlag(&output), e.jsonFlag()},
 		BashComplete: e.completePFs,
 		Action: func(c *cli.Context) error {
 			sel, err := parseSelectors(c.Args().Slice())
 			if err != nil {
 				return err
 			}
-			return runVFList(e, sel)
+			wide, err := e.parseOutput("vf list", output)
+			if err != nil {
+				return err
+			}
+			return runVFList(e, sel, wide)
 		},
 	})
 }
@@ -152,10 +158,11 @@ func vfCreateCommand(e *env) *cli.Command {
 			if o.count, _ = strconv.Atoi(words[at]); o.count > 65535 {
 				return usagef("vf create: %s VFs are more than any PF can have (65535)", words[at])
 			}
-			if o.vf.Settings, err = sriov.ParseSettings(words[at+1:]); err != nil {
+			settings, err := hostfile.ParseValues(words[at+1:])
+			if err != nil {
 				return usagef("vf create: %w", err)
 			}
-			if o.count == 0 && len(o.vf.Settings) > 0 {
+			if o.count == 0 && len(settings) > 0 {
 				return usagef("vf create: no VFs, and settings for them")
 			}
 
@@ -177,9 +184,24 @@ func vfCreateCommand(e *env) *cli.Command {
 			if c.IsSet("mtu") && (o.wish.MTU < 68 || o.wish.MTU > 65535) {
 				return usagef("vf create: --mtu is a number from 68 to 65535, not %d", o.wish.MTU)
 			}
+			if o.wish.VFs, err = wishes(o.count, o.vf, settings); err != nil {
+				return usagef("vf create: %w", err)
+			}
 			return runVFCount(c.Context, e, o)
 		},
 	})
+}
+
+// wishes are what each of so many VFs is to be.
+func wishes(count int, vf sriov.VFWish, settings hostfile.Values) ([]sriov.VFWish, error) {
+	out := sriov.Repeat(count, vf)
+	for i := range out {
+		var err error
+		if out[i].Settings, err = settings.Of(i); err != nil {
+			return nil, err
+		}
+	}
+	return out, nil
 }
 
 func vfDestroyCommand(e *env) *cli.Command {
@@ -220,7 +242,6 @@ type countView struct {
 // runVFCount is create and destroy: both set the number of VFs. All PFs are planned and asked for before the first is
 // changed.
 func runVFCount(ctx context.Context, e *env, o createOptions) error {
-	o.wish.VFs = sriov.Repeat(o.count, o.vf)
 	ctx, stop, c, err := e.beginChange(ctx, o.timeout)
 	if err != nil {
 		return err

@@ -5,8 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"strconv"
 	"strings"
+
+	"viaduct/cmd/internal/terminal"
 
 	"viaduct/iommu"
 	"viaduct/sriov"
@@ -46,7 +49,7 @@ type vfView struct {
 	KeptWith       *string        `json:"kept_with"` // what the host keeps of its group, so that no guest can have it
 }
 
-func runVFList(e *env, sel []iommu.Selector) error {
+func runVFList(e *env, sel []iommu.Selector, wide bool) error {
 	h, t, err := e.look()
 	if err != nil {
 		return err
@@ -59,17 +62,20 @@ func runVFList(e *env, sel []iommu.Selector) error {
 	names := iommu.OpenNames(h)
 	defer names.Close()
 	view := vfListView{PFs: []pfView{}}
+	of, err := pfsAndVFs(t, keep)
+	if err != nil {
+		return err
+	}
 	t.All(func(d *iommu.Device) bool {
-		if keep != nil && keep[d.Name] && d.SRIOV == nil {
-			err = &sriov.NotPFError{Device: d.Address, VFOf: d.PhysFn}
-			return false
-		}
-		if d.SRIOV == nil || (keep != nil && !keep[d.Name]) {
+		if d.SRIOV == nil || keep != nil && of[d.Name] == nil && !keep[d.Name] {
 			return true
 		}
 		var pf pfView
 		if pf, err = viewPF(h, t, names, d); err != nil {
 			return false
+		}
+		if keep != nil && !keep[d.Name] {
+			pf.VFs = slices.DeleteFunc(pf.VFs, func(v vfView) bool { return !slices.Contains(of[d.Name], v.Address) })
 		}
 		view.PFs = append(view.PFs, pf)
 		if none := sriov.CheckInterface(h, d); none != nil && d.Driver != "" {
@@ -81,32 +87,94 @@ func runVFList(e *env, sel []iommu.Selector) error {
 	if err != nil {
 		return err
 	}
-	w := bufio.NewWriter(e.stdout)
-	if e.json {
-		err = writeJSON(w, view)
-	} else {
-		rows := [][]string{{"PF", "VF", "ADDRESS", "GROUP", "DRIVER", "OVERRIDE", "MAC", "SETTINGS", "LEASE", "HELD"}}
-		for _, p := range view.PFs {
-			label := p.Address
-			if len(p.Netdevs) > 0 {
-				label = p.Netdevs[0]
-			}
-			rows = append(rows, []string{label, fmt.Sprintf("%d/%d", p.Enabled, p.Total), p.Address, "", ptr(p.Driver), "", "", eswitchText(p), "", ""})
-			for _, v := range p.VFs {
-				group := ""
-				if v.Group != nil {
-					group = strconv.Itoa(*v.Group)
-				}
-				rows = append(rows, []string{label, "vf" + strconv.Itoa(v.Index), v.Address, group, ptr(v.Driver), ptr(v.DriverOverride), ptr(v.MAC), unusual(v), ptr(v.Lease), heldText(v)})
-			}
-		}
-		writeTable(w, rows)
+	switch {
+	case e.json:
+		return writeJSON(e.stdout, view)
+	case wide:
+		w := bufio.NewWriter(e.stdout)
+		writeTable(w, wideVFs(view))
+		return w.Flush()
+	case len(view.PFs) == 0:
+		e.note("no device of this host can have VFs (none has the SR-IOV capability)")
+		return nil
 	}
+	return e.screen.Print(tableOfVFs(view))
+}
 
-	if err != nil {
-		return err
+// pfsAndVFs are, of devices that were named, the VFs by their PFs. What is neither PF nor VF is an error.
+func pfsAndVFs(t *iommu.Topology, keep map[string]bool) (of map[string][]string, err error) {
+	of = map[string][]string{}
+	t.All(func(d *iommu.Device) bool {
+		switch {
+		case !keep[d.Name] || d.SRIOV != nil:
+		case d.PhysFn != nil:
+			of[d.PhysFn.String()] = append(of[d.PhysFn.String()], d.Name)
+		default:
+			err = &sriov.NotPFError{Device: d.Address}
+		}
+		return err == nil
+	})
+	return of, err
+}
+
+// tableOfVFs is the list for people, the PFs as headings.
+func tableOfVFs(view vfListView) *terminal.Table {
+	table := &terminal.Table{
+		Indent: 2, Wrap: true, Shrink: []terminal.Shrink{{Column: 4, Least: 16}, {Column: 5, Least: 12}, {Column: 4, Least: 8}},
 	}
-	return w.Flush()
+	for _, p := range view.PFs {
+		head := p.Address
+		if len(p.Netdevs) > 0 {
+			head = p.Netdevs[0] + " (" + p.Address + ")"
+		}
+		head += fmt.Sprintf(": %d of %d VFs", p.Enabled, p.Total)
+		if p.Driver == nil {
+			head += ", no driver"
+		}
+		if text := eswitchText(p); text != "" {
+			head += ", " + text
+		}
+		table.Rows = append(table.Rows, terminal.Row{Line: head, Style: terminal.Bold, Hang: 2})
+		for _, v := range p.VFs {
+			use, style := heldText(v), terminal.Warn
+			if v.Lease != nil {
+				use, style = strings.TrimSuffix("guest "+*v.Lease+", "+use, ", "), terminal.Good
+			}
+			driver := ptr(v.Driver)
+			if len(v.Netdevs) > 0 {
+				driver += " " + strings.Join(v.Netdevs, ",")
+			}
+			r := terminal.Cells("vf"+strconv.Itoa(v.Index), v.Address, driver, ptr(v.MAC), unusual(v), use)
+			r.Cells[5].Style = style
+			table.Rows = append(table.Rows, r)
+		}
+	}
+	return finish(table, hidden{}, "VF", "ADDRESS", "DRIVER", "MAC", "SETTINGS", "USED BY")
+}
+
+// wideVFs are the rows of -o wide.
+func wideVFs(view vfListView) [][]string {
+	rows := [][]string{{"PF", "VF", "ADDRESS", "GROUP", "DRIVER", "OVERRIDE", "MAC", "SETTINGS", "LEASE", "HELD"}}
+	for _, p := range view.PFs {
+		label := p.Address
+		if len(p.Netdevs) > 0 {
+			label = p.Netdevs[0]
+		}
+		rows = append(rows, []string{
+			label, fmt.Sprintf("%d/%d", p.Enabled, p.Total), p.Address, "", ptr(p.Driver), "", "", eswitchText(p), "", "",
+		})
+		for _, v := range p.VFs {
+			group := ""
+			if v.Group != nil {
+				group = strconv.Itoa(*v.Group)
+			}
+			rows = append(rows, []string{
+				label, "vf" + strconv.Itoa(v.Index), v.Address, group, ptr(v.Driver), ptr(v.DriverOverride), ptr(v.MAC),
+				unusual(v), ptr(v.Lease), heldText(v),
+			})
+		}
+	}
+	return rows
 }
 
 func viewPF(h *iommu.Host, t *iommu.Topology, names *iommu.Names, d *iommu.Device) (pfView, error) {

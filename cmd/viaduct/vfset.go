@@ -19,7 +19,7 @@ import (
 
 type setOptions struct {
 	vf      iommu.Selector
-	want    sriov.Settings
+	want    hostfile.Values
 	timeout time.Duration
 }
 
@@ -50,10 +50,10 @@ func vfSetCommand(e *env) *cli.Command {
 			if err := checkTimeout(o.timeout); err != nil {
 				return err
 			}
-			if o.vf, err = iommu.ParseSelector(c.Args().First()); err != nil {
+			if o.vf, err = iommu.ParseArgument(c.Args().First()); err != nil {
 				return err
 			}
-			if o.want, err = sriov.ParseSettings(c.Args().Tail()); err != nil {
+			if o.want, err = hostfile.ParseValues(c.Args().Tail()); err != nil {
 				return usagef("vf set: %w", err)
 			}
 			return runVFSet(c.Context, e, o)
@@ -92,7 +92,11 @@ func runVFSet(ctx context.Context, e *env, o setOptions) error {
 	if err != nil {
 		return err
 	}
-	view, err := c.set(ctx, pf, vf, o.want)
+	want, err := o.want.Of(vf.VFIndex)
+	if err != nil {
+		return usagef("vf set: %w", err)
+	}
+	view, err := c.set(ctx, pf, vf, want)
 	if err != nil {
 		return err
 	}
@@ -164,7 +168,7 @@ func vfGetCommand(e *env) *cli.Command {
 			if err != nil {
 				return err
 			}
-			sel, err := iommu.ParseSelector(arg)
+			sel, err := iommu.ParseArgument(arg)
 			if err != nil {
 				return err
 			}
@@ -270,7 +274,10 @@ func runVFSync(ctx context.Context, e *env, sel []iommu.Selector, timeout time.D
 	}
 
 	var errs []error
-	leased := m.Guests()
+	leased, err := m.Guests()
+	if err != nil {
+		return err
+	}
 	for _, pf := range all {
 		if pf.SRIOV == nil {
 			return usageError{&sriov.NotPFError{Device: pf.Address, VFOf: pf.PhysFn}}

@@ -109,11 +109,12 @@ type why struct {
 	group    *iommu.Group  // nil: in none
 	computed iommu.Computed
 	edges    []iommu.Edge
+	none     string // why nothing can be said of its group, as a sentence
 }
 
 // agrees compares the computed group with the kernel's; nil if that cannot be known.
 func (w *why) agrees() *bool {
-	if w.group == nil || w.group.NoIOMMU || w.device == nil || !w.computed.Known {
+	if w.group == nil || w.device == nil || !w.computed.Known {
 		return nil
 	}
 	return new(slices.Equal(w.members(), w.ours()))
@@ -161,16 +162,28 @@ func explain(g *iommu.Grouping, a iommu.Address, group []iommu.Address) *why {
 // complete adds what the host's devices are.
 func (w *why) complete(t *iommu.Topology) error {
 	d, err := t.Find(w.at)
-	if err != nil || d.Group == nil {
-		w.device = d
+	if err != nil {
 		return err
 	}
 	w.device = d
-	w.group, err = t.Group(*d.Group)
-	if err == nil && w.group.NoIOMMU {
-		w.computed, w.edges = iommu.Computed{}, nil
+	switch {
+	case d.Group != nil:
+		if w.group, err = t.Group(*d.Group); err != nil {
+			return err
+		}
+		if w.group.NoIOMMU {
+			w.none = "VFIO made that group in its noiommu mode: no IOMMU is in front of it, and nothing keeps it from any memory."
+			w.edges = nil
+		}
+	case len(t.Units) == 0:
+		w.none = "No IOMMU is on, without which there are no groups, and the kernel leaves ACS off (viaduct doctor)."
+	case t.LateGroups():
+		w.none = "With this kernel and IOMMU a device gets its group when a driver is first bound to it (viaduct bind)."
 	}
-	return err
+	if w.none != "" {
+		w.computed = iommu.Computed{}
+	}
+	return nil
 }
 
 func runWhy(e *env, sel iommu.Selector) error {

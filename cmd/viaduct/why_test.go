@@ -58,10 +58,17 @@ func override(t *testing.T, tree hosttest.Tree) hosttest.Tree {
 // groups that config space does not give.
 func TestGoldenWhy(t *testing.T) {
 	whole := hosttest.Load(t, filepath.Join(machines, "why.txt"))
+	bare := hosttest.Load(t, filepath.Join(machines, "bare.txt"))
+	late := whole.With(hosttest.Tree{
+		"sys/class/iommu/ivhd0": hosttest.Gone, "sys/class/iommu/smmu3.0x9050000": whole["sys/class/iommu/ivhd0"],
+	})
 	for name, c := range map[string]struct {
 		tree hosttest.Tree
 		line string
 	}{
+		"bare":           {bare, "why 00:01.0"},
+		"bare.json":      {bare, "why 00:01.0 --json"},
+		"late":           {late, "why 00:04.0"},
 		"port":           {whole, "why 00:06.0"},
 		"alone":          {whole, "why 01:00.0"},
 		"vf":             {whole, "why 05:00.0/vf1"},
@@ -221,6 +228,14 @@ func TestWhyGuest(t *testing.T) {
 	} {
 		if !strings.HasPrefix(got[what], want) {
 			t.Errorf("with a VMM: %s: %q, want %s", what, got[what], want)
+		}
+	}
+	file := filepath.Join(t.TempDir(), "host.tar.gz")
+	mustOnKernel(t, k, "snapshot", file)
+	stdout, all := on(t, file, "why guest=web")
+	for _, want := range []string{"ok       " + vf + " driver:", "unknown  lease:", "unknown  holders:"} {
+		if !strings.Contains(stdout, want) {
+			t.Errorf("of a snapshot, it lacks %q:\n%s", want, all)
 		}
 	}
 	if a := onKernel(k, "why", "guest=db"); a.status != exitFailed || !strings.Contains(a.stderr, "web") {

@@ -61,8 +61,8 @@ func count(n int, what string) string {
 func (w *why) verdict() string {
 	agrees := w.agrees()
 	switch {
-	case w.group != nil && w.group.NoIOMMU:
-		return "VFIO made that group in its noiommu mode: no IOMMU is in front of it, and nothing keeps it from any memory."
+	case w.none != "":
+		return w.none
 	case w.device == nil:
 		return "It is no PCI device, and has no config space to tell why."
 	case w.group == nil && w.computed.Known && len(w.computed.Members) == 0:
@@ -100,15 +100,19 @@ func (w *why) unknown() string {
 
 // differences says, where the kernel's group is another one, why that may be.
 func (w *why) differences(h *iommu.Host) []string {
+	agrees := w.agrees()
+	if w.group == nil || agrees != nil && *agrees {
+		return nil
+	}
 	line, _ := h.String("proc/cmdline")
-	var out []string
 	if strings.Contains(line, "pcie_acs_override=") {
-		out = append(out, "The kernel was started with pcie_acs_override=: its groups are smaller than the isolation that the "+
-			"hardware has. Devices of different groups may reach each other.")
+		return []string{"The kernel was started with pcie_acs_override=: its groups claim more isolation than the hardware has, " +
+			"and devices of different groups may reach each other."}
 	}
-	if agrees := w.agrees(); agrees == nil || *agrees || len(out) > 0 {
-		return out
+	if agrees == nil {
+		return nil
 	}
+	var out []string
 	// What the kernel has in this group, as config space has it.
 	var apart []string
 	for i := range w.group.Devices {
@@ -120,8 +124,9 @@ func (w *why) differences(h *iommu.Host) []string {
 	if len(apart) > 0 {
 		out = append(out, "By config space these are not in one group with it: "+strings.Join(apart, ", ")+".")
 	}
-	return append(out, "The kernel's group is what counts. It may know something of this hardware (a quirk, an alias in the "+
-		"firmware's tables) that viaduct does not, or it grouped these before one of them came or was set otherwise.")
+	return append(out, "The kernel's group is what counts. It may know something of this hardware that viaduct does not (a "+
+		"quirk), have grouped these before one of them came or was set otherwise, or group by other rules: some makers' "+
+		"kernels take a whole switch without ACS for one.")
 }
 
 // writeReasons draws the tree from the root to the group, with a reason at each bridge, and then those between devices

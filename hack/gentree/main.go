@@ -3,7 +3,8 @@
 //
 //	gentree [-ids PCI.IDS] [-vfs] DIR COUNT
 //
-// 256 devices are one root complex: a root bus with a host bridge and 15 root ports, and 15 buses of 16 functions.
+// 256 devices are one root complex: a root bus with a host bridge, in the first one an IOMMU, and 15 root ports, and 15
+// buses of 16 functions.
 // Every fourth of these is one PF with 15 VFs; with -vfs, each is. 16 root complexes are a PCI domain.
 package main
 
@@ -31,6 +32,7 @@ type kind struct {
 
 var (
 	hostBridge = kind{vendor: 0x1022, device: 0x14a4, class: 0x060000}
+	unit       = kind{vendor: 0x1022, device: 0x1481, class: 0x080600}
 	rootPort   = kind{vendor: 0x1022, device: 0x14a5, class: 0x060400, driver: "pcieport"}
 	plain      = []kind{
 		{vendor: 0x144d, device: 0xa80a, class: 0x010802, driver: "nvme"},
@@ -114,6 +116,9 @@ func (t *tree) complex(n int) {
 	domain, first := n/16, n%16*16
 	root := fmt.Sprintf("pci%04x:%02x", domain, first)
 	t.add(function{kind: hostBridge, domain: domain, bus: first, path: []string{root}, group: t.nextGroup()})
+	if n == 0 {
+		t.add(function{kind: unit, domain: domain, bus: first, devfn: 2, path: []string{root}, group: t.nextGroup()})
+	}
 	// Ports that are functions of one device, each with ACS.
 	ports := make([]string, 16)
 	for i := 1; i < 16; i++ {
@@ -328,9 +333,9 @@ func (t *tree) host() {
 	for _, d := range []string{"sys/firmware/acpi/tables", "lib/modules/6.12.0", "proc/sys/kernel", "etc/modprobe.d"} {
 		t.dir(d)
 	}
-	// The IOMMU is the first function, and covers all.
+	// The IOMMU is at 00:00.2, and covers all.
 	t.file("sys/firmware/acpi/tables/IVRS", string(hosttest.ACPITable("IVRS", 2, "43302000 0000000000000000",
-		hosttest.IVRSBlock("11 30", "0000 4000 0000f0fd00000000 0000 0000 00000000 fa4a25a2ef776524 0000000000000000 01000000"))))
+		hosttest.IVRSBlock("11 30", "0200 4000 0000f0fd00000000 0000 0000 00000000 fa4a25a2ef776524 0000000000000000 01000000"))))
 	t.file("proc/cmdline", "quiet\n")
 	t.file("proc/sys/kernel/osrelease", "6.12.0\n")
 	t.file("lib/modules/6.12.0/modules.dep", "kernel/drivers/vfio/pci/vfio-pci.ko:\nkernel/drivers/vfio/vfio_iommu_type1.ko:\n")

@@ -100,7 +100,7 @@ func TestDeclared(t *testing.T) {
 	was, mtu := fingerprint(), attr("/sys/class/net", pf, "mtu")
 	file := declare(t, declaration)
 
-	plan := status(t, 4, "plan", "-f", file)
+	plan := status(t, 4, "plan", "--steps", "-f", file)
 	if fingerprint() != was || !strings.Contains(plan.stdout, "echo 7 > /sys/bus/pci/devices/"+spare+"/sriov_numvfs") {
 		t.Errorf("plan changed the host, or does not say what is to be done:\n%s", plan.stdout)
 	}
@@ -155,7 +155,7 @@ func TestDeclared(t *testing.T) {
 
 	do(t, "vf", "set", spare+"/vf1", "vlan=7")
 	do(t, "unbind", spare+"/vf2")
-	if r := status(t, 4, "plan", "-f", file); !strings.Contains(r.stdout, "vlan 101") ||
+	if r := status(t, 4, "plan", "--steps", "-f", file); !strings.Contains(r.stdout, "vlan 101") ||
 		!strings.Contains(r.stdout, all[2]+"/driver_override") ||
 		strings.Contains(r.stdout, "numvfs") {
 		t.Errorf("after a VF lost its VLAN, and one its driver: %s", r.stdout)

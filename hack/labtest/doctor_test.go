@@ -147,6 +147,7 @@ func TestFault(t *testing.T) {
 		"amd-off":     {"", "iommu", "remove amd_iommu=off", nil},
 		"intel-off":   {"", "iommu", "remove intel_iommu=off", nil},
 		"table":       {"", "table", "update the firmware", []string{"iommu"}},
+		"dmar":        {"", "table", "update the firmware", []string{"iommu"}},
 		"modules": {"rm -rf /lib/modules/" + release + "/kernel/drivers/vfio; depmod", "vfio_modules",
 			"install the package", nil},
 		"blacklist": {"echo 'blacklist vfio-pci' > /etc/modprobe.d/keep.conf", "blacklist", "/etc/modprobe.d/keep.conf", nil},

@@ -125,7 +125,7 @@ func TestListLikeLspci(t *testing.T) {
 		want = append(want, d)
 	}
 	var got []device
-	text := do(t, "list")
+	text := do(t, "list", "-o", "wide")
 	for line := range strings.Lines(text) {
 		f := strings.Fields(line)
 		if f[0] == "GROUP" {
@@ -148,7 +148,7 @@ func TestListLikeLspci(t *testing.T) {
 func TestTree(t *testing.T) {
 	var path []string // the device at each depth
 	seen := 0
-	for line := range strings.Lines(do(t, "list", "--tree")) {
+	for line := range strings.Lines(do(t, "list", "--tree", "-o", "wide")) {
 		indent := strings.IndexFunc(line, func(r rune) bool { return strings.ContainsRune("0123456789abcdef", r) })
 		depth := len([]rune(line[:indent])) / 3
 		name := strings.Fields(line[indent:])[0]

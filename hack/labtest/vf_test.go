@@ -328,7 +328,7 @@ func TestDisk(t *testing.T) {
 func TestUnit(t *testing.T) {
 	const e1000, edu = "0000:07:01.0", "0000:07:02.0"
 	bridge := filepath.Base(filepath.Dir(shell(t, "readlink -f "+devicesDir+"/"+e1000)))
-	dry := do(t, "bind", edu, "--dry-run")
+	dry := do(t, "bind", edu, "--dry-run", "--steps")
 	if bound(edu) != "" || bound(e1000) != "e1000" || !strings.Contains(dry, "/sys/bus/pci/drivers/e1000/unbind") {
 		t.Errorf("a dry run: %s is on %q, %s on %q\n%s", edu, bound(edu), e1000, bound(e1000), dry)
 	}

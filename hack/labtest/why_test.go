@@ -182,3 +182,18 @@ func TestWhyGuest(t *testing.T) {
 	}
 	shell(t, "echo "+vf+" >/sys/bus/pci/drivers/vfio-pci/bind")
 }
+
+// TestWhyPlainUser has no capability, so that config space ends after 64 bytes: what hangs on the rest is not known, and
+// nothing is said to lack ACS.
+func TestWhyPlainUser(t *testing.T) {
+	nic := byDriver("igb")[0]
+	r := run(t, "setpriv", "--reuid=nobody", "--clear-groups", viaduct, "why", nic, "--json")
+	if r.status != 0 {
+		t.Fatalf("exit status %d: %s", r.status, r.stderr)
+	}
+	var g group
+	decode(t, r.stdout, &g)
+	if g.Group == nil || len(g.Members) == 0 || g.Computed != nil || g.Agrees != nil || strings.Contains(r.stdout, "no ACS") {
+		t.Error(r.stdout)
+	}
+}

@@ -49,11 +49,13 @@ func (h *Host) Real() bool {
 
 // Boot is the kernel's name of this boot, "" if it tells none, and the time since it began, sleep included, which no
 // change of the clock of the day moves.
-func (h *Host) Boot() (id string, since time.Duration) {
-	id, _ = h.String("proc/sys/kernel/random/boot_id")
+func (h *Host) Boot() (id string, since time.Duration, err error) {
+	if id, err = h.String("proc/sys/kernel/random/boot_id"); Absent(err) {
+		err = nil
+	}
 	var t unix.Timespec
 	_ = unix.ClockGettime(unix.CLOCK_BOOTTIME, &t)
-	return id, time.Duration(t.Nano())
+	return id, time.Duration(t.Nano()), err
 }
 
 // Writable is an error that matches EROFS where a folder is on a file system that is mounted read-only, as those of a

@@ -24,6 +24,9 @@ const Changing = "change-"
 // Taken begins the keys of the records of devices that are taken, by device.
 const Taken = "taken-"
 
+// Lease begins the keys of the records of devices that are assigned to guests, by guest.
+const Lease = "lease-"
+
 // Journal is a directory of records. That of a captured host can be read, and every write is an error.
 type Journal struct {
 	host *host.Host

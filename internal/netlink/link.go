@@ -27,6 +27,7 @@ type Link struct {
 	SwitchID     string           // of its e-switch, hexadecimal; "" if it is none's port
 	PortName     string
 	Over         int    // index of the interface it goes over, 0 if none
+	Master       int    // index of the bond or bridge it is in, 0 if none
 	Elsewhere    *int   // id of the namespace that Over is in, nil if that is this interface's own
 	Bus, Device  string // that it is of, by the kernel's name; "" before Linux 5.14 too
 	GenMode      *int   // how it makes its IPv6 addresses; nil without IPv6
@@ -151,6 +152,8 @@ func (l *Link) decode(kind uint16, value []byte) {
 		l.MTU = word()
 	case unix.IFLA_LINK:
 		l.Over = word()
+	case unix.IFLA_MASTER:
+		l.Master = word()
 	case unix.IFLA_LINK_NETNSID:
 		id := word()
 		l.Elsewhere = &id

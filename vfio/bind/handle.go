@@ -27,6 +27,8 @@ type Options struct {
 	Roles func(*iommu.Topology) error
 	// Recoverers finish or undo the changes that other packages began with [Handle.Begin], by their names.
 	Recoverers map[string]Recoverer
+	// Tell is called with each change that is begun or over, side by side: it returns at once. nil: nobody is told.
+	Tell func(Event)
 }
 
 // ErrDryRun is matched by errors of calls that would change the host, on a Handle that was opened for a dry run.

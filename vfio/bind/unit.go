@@ -94,7 +94,12 @@ func (b *Handle) DoUnasked(ctx context.Context, units [][]*iommu.Device, g Goal)
 	defer context.AfterFunc(ctx, func() { b.child.drop(batch) })()
 
 	sideBySide(all, func(u *unit) { u.begin(ctx, batch) })
-	sideBySide(all, func(u *unit) { u.end(ctx, log) })
+	sideBySide(all, func(u *unit) {
+		written := u.state == written
+		if u.end(ctx, log); written {
+			u.tell()
+		}
+	})
 	return results(out)
 }
 

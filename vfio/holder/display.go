@@ -27,17 +27,16 @@ func Displays(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 		if !d.PCI || d.PhysFn != nil {
 			continue
 		}
-		add := func(format string, a ...any) {
-			out = append(out, Holder{Device: d.Name, Kind: Display, What: fmt.Sprintf(format, a...)})
+		add := func(brief, format string, a ...any) {
+			out = append(out, Holder{Device: d.Name, Kind: Display, What: fmt.Sprintf(format, a...), Brief: brief})
 		}
 		on, err := screens.on(h, d)
 		if err != nil {
 			return nil, err
 		}
 		if on != "" {
-			add("has the screen's framebuffer (%s) on its memory: boot with initcall_blacklist=sysfb_init, or end "+
-				"it with %s",
-				on, screens.end)
+			add("boot screen", "has the screen's framebuffer (%s) on its memory: boot with "+
+				"initcall_blacklist=sysfb_init, or end it with %s", on, screens.end)
 		}
 		if d.VFIO {
 			continue
@@ -49,7 +48,7 @@ func Displays(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 		}
 		// Also of a display on USB, which is below a controller.
 		if fb := frames[d.Name]; fb != "" && !d.IsBridge() {
-			add("has the active framebuffer %s", fb)
+			add("console", "has the active framebuffer %s", fb)
 		}
 		if d.Class>>16 != 3 {
 			continue
@@ -61,7 +60,7 @@ func Displays(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 				return nil, err
 			}
 			if boot == "1" {
-				add("is the display this host started on")
+				add("boot display", "is the display this host started on")
 				break
 			}
 		}

@@ -29,6 +29,7 @@ type Holder struct {
 	Device string // the device's name
 	Kind   Kind
 	What   string // as in "(enp1s0) carries the default route"
+	Brief  string // the same for a list, as in "default route"; [Glance] alone has it of all kinds
 	PID    int    // of a process, else 0
 	Guest  string // whose the device is, or which a process runs, where that is known
 	Root   bool   // the host's root file system is on it

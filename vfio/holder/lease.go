@@ -15,7 +15,7 @@ import (
 )
 
 // LeasePrefix begins the keys of the journal's records of devices that are assigned to guests.
-const LeasePrefix = "lease-"
+const LeasePrefix = journal.Lease
 
 // LeaseHead is the part of a lease's record that says whose it is. The whole record embeds it.
 type LeaseHead struct {
@@ -67,7 +67,9 @@ func Leases(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 				continue
 			}
 			what := fmt.Sprintf("is assigned to guest %q", l.Guest)
-			out = append(out, Holder{Device: devices[i].Name, Kind: Lease, Guest: l.Guest, What: what})
+			out = append(out, Holder{
+				Device: devices[i].Name, Kind: Lease, Guest: l.Guest, What: what, Brief: "guest " + l.Guest,
+			})
 		}
 	}
 	return out, blind

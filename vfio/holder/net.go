@@ -235,6 +235,25 @@ func readInterfaces(h *iommu.Host) (*interfaces, error) {
 	n := &interfaces{
 		links: map[int]*netlink.Link{}, addrs: map[int][]string{}, routes: map[int][]string{}, ssh: map[int][]string{},
 	}
+	addrs, err := n.readHere(c)
+	if err != nil {
+		return nil, err
+	}
+
+	var blind error
+	if err := n.readPeers(h, c, addrs); errors.Is(err, ErrBlind) {
+		blind = err
+	} else if err != nil {
+		return nil, err
+	}
+	if n.others, err = linksElsewhere(h); err == nil || errors.Is(err, ErrBlind) {
+		return n, errors.Join(blind, err)
+	}
+	return nil, err
+}
+
+// readHere asks for the links, addresses and routes of this network namespace.
+func (n *interfaces) readHere(c *netlink.Conn) ([]netlink.Address, error) {
 	links, err := c.Links()
 	if err != nil {
 		return nil, err
@@ -253,21 +272,11 @@ func readInterfaces(h *iommu.Host) (*interfaces, error) {
 			n.addrs[a.Index] = append(n.addrs[a.Index], a.String())
 		}
 	}
-	if err := n.readRoutes(c); err != nil {
-		return nil, err
-	}
-
-	var blind error
-	if err := n.readPeers(h, c, addrs); errors.Is(err, ErrBlind) {
-		blind = err
-	} else if err != nil {
-		return nil, err
-	}
-	if n.others, err = linksElsewhere(h); err == nil || errors.Is(err, ErrBlind) {
-		return n, errors.Join(blind, err)
-	}
-	return nil, err
+	return addrs, n.readRoutes(c)
 }
+
+// defaultRoute is what the route to everywhere is called.
+const defaultRoute = "the default route"
 
 // readRoutes adds the routes that somebody made: not those that come with an address, or with every link that is up.
 func (n *interfaces) readRoutes(c *netlink.Conn) error {
@@ -280,7 +289,7 @@ func (n *interfaces) readRoutes(c *netlink.Conn) error {
 		if r.Protocol == unix.RTPROT_KERNEL || r.Kind != unix.RTN_UNICAST {
 			continue
 		}
-		text := "the default route"
+		text := defaultRoute
 		if !r.Default() {
 			text = "the route to " + r.To.String()
 		}

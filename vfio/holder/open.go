@@ -111,7 +111,9 @@ func openIn(h *iommu.Host, devices []*iommu.Device, nodes map[Node]*iommu.Device
 		guest := guestName(h, pid, name)
 		for _, d := range held {
 			what := "is open in " + describe(pid, name, guest)
-			out = append(out, Holder{Device: d.Name, Kind: Process, PID: number, Guest: guest, What: what})
+			out = append(out, Holder{
+				Device: d.Name, Kind: Process, PID: number, Guest: guest, What: what, Brief: name + " " + pid,
+			})
 		}
 	}
 	return out, blind

@@ -26,8 +26,8 @@ func Owners(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 
 	var out []Holder
 	for _, d := range devices {
-		add := func(format string, a ...any) {
-			out = append(out, Holder{Device: d.Name, Kind: Owner, What: fmt.Sprintf(format, a...)})
+		add := func(brief, format string, a ...any) {
+			out = append(out, Holder{Device: d.Name, Kind: Owner, What: fmt.Sprintf(format, a...), Brief: brief})
 		}
 		if slices.Contains(overridden, "pci-"+d.Name) {
 			driver, err := present(h.String(path.Join(driverctl, "pci-"+d.Name)))
@@ -35,20 +35,20 @@ func Owners(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 				return nil, err
 			}
 			if driver != "" && iommu.IsVFIODriver(driver) == d.VFIO {
-				add("is set to driver %s by driverctl", strings.TrimSpace(driver))
+				add("driverctl", "is set to driver %s by driverctl", strings.TrimSpace(driver))
 			}
 		}
 		if slices.Contains(managed, d.Name) {
-			add("is managed by the SR-IOV network operator")
+			add("SR-IOV operator", "is managed by the SR-IOV network operator")
 		}
 		for line := range strings.Lines(string(reserved)) {
 			if f := strings.Fields(line); len(f) > 1 && f[0] == d.Name {
-				add("is reserved for Proxmox guest %s", f[1])
+				add("Proxmox guest "+f[1], "is reserved for Proxmox guest %s", f[1])
 			}
 		}
 		for name, given := range domains {
 			if slices.Contains(given, d.Address) {
-				add("is given to libvirt domain %s", name)
+				add("libvirt domain "+name, "is given to libvirt domain %s", name)
 			}
 		}
 	}

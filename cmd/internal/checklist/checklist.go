@@ -53,14 +53,19 @@ type list struct {
 	lease    *lease.Lease
 	look     lease.Look
 	options  Options
+	unitPIDs []int           // of the lease's systemd unit
 	devices  []*iommu.Device // of the lease that are there
 	lines    []Line
 }
 
 // Guest goes through what a guest's lease needs.
 func Guest(m *lease.Manager, l *lease.Lease, o Options) ([]Line, error) {
+	pids, err := lease.UnitPIDs(m.Host(), l.Unit)
+	if err != nil {
+		return nil, err
+	}
 	c := &list{
-		host: m.Host(), topology: m.Topology, manager: m, lease: l, look: m.LookAt(l), options: o,
+		host: m.Host(), topology: m.Topology, manager: m, lease: l, look: m.LookAt(l), options: o, unitPIDs: pids,
 	}
 	c.iommu()
 	c.interrupts()
@@ -114,15 +119,15 @@ func (c *list) iommu() {
 
 // interrupts is whether they are kept apart, without which VFIO opens no device.
 func (c *list) interrupts() {
-	l := Line{Name: "interrupts", Evidence: []Evidence{{"sys/kernel/irq", ""}}}
+	l := Line{Name: "interrupts", Evidence: []Evidence{{"sys/kernel/irq/*/chip_name", ""}}}
 	switch on := c.topology.InterruptRemapping; {
 	case on == nil:
 		l.Answer, l.Text = Unknown, "whether interrupts are remapped is not known"
 	case *on:
-		l.Answer, l.Text, l.Evidence[0].Value = OK, "interrupts are remapped", "the IOMMU's chips"
+		l.Answer, l.Text, l.Evidence[0].Value = OK, "interrupts are remapped", "IR- or ITS-"
 	default:
 		l.Answer, l.Text, l.Cure = No, "interrupts are not remapped, and VFIO opens no device", "viaduct doctor"
-		l.Evidence[0].Value = "other chips"
+		l.Evidence[0].Value = "without IR- or ITS-"
 	}
 	c.add(l)
 }

@@ -28,7 +28,7 @@ func (c *list) own() []int {
 	if o := c.lease.Owner; o != nil && o.Alive(c.host) {
 		out = append(out, o.PID)
 	}
-	return append(out, lease.UnitPIDs(c.host, c.lease.Unit)...)
+	return append(out, c.unitPIDs...)
 }
 
 // processes are those that run the guest, as far as that is known: else those that have its devices open.

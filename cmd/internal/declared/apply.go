@@ -48,8 +48,11 @@ func (m *Manager) Apply(ctx context.Context, items []*Item, tell func(*Item, err
 
 	// Those that go with others are as these are in the end.
 	defer follow(items)
+	if len(todo) == 0 && len(failed) == 0 {
+		return m.Clean()
+	}
 	if len(todo) == 0 {
-		return errors.Join(append(failed, m.Clean())...)
+		return errors.Join(failed...)
 	}
 	if err := m.record(all); err != nil {
 		// Before they are touched: undo may find some as they are.
@@ -136,7 +139,10 @@ func (m *Manager) before(i *Item) (before, error) {
 	if err != nil {
 		return b, err
 	}
-	leased := m.Guests()
+	leased, err := m.Guests()
+	if err != nil {
+		return b, err
+	}
 	places, err := iommu.VFAddresses(m.host, i.Device.Address)
 	if err != nil {
 		return b, err

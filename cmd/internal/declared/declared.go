@@ -28,7 +28,7 @@ type Options struct {
 
 	// Leased tells what guests' devices have instead of what is declared; the drivers of all that is in it are left
 	// alone. It is asked anew for each plan. nil: there are no guests.
-	Leased func() map[iommu.Address]Guest
+	Leased func() (map[iommu.Address]Guest, error)
 }
 
 // Guest is what a guest's device has instead of what is declared.
@@ -169,11 +169,18 @@ func (m *Manager) Plan(s *hostfile.Host) ([]*Item, error) {
 		items = append(items, i)
 	}
 
-	leased := m.Guests()
-	for k := range s.PFs {
-		add(m.planPF(&s.PFs[k], guard, leased))
+	leased, err := m.Guests()
+	if err != nil {
+		return nil, err
 	}
-	for _, i := range m.planDevices(s.Devices, guard) {
+	pfs, err := m.pfs(s)
+	if err != nil {
+		return nil, err
+	}
+	for k := range pfs {
+		add(m.planPF(&pfs[k], guard, leased))
+	}
+	for _, i := range m.planDevices(s.Devices, guard, leased) {
 		add(i)
 	}
 	return items, nil
@@ -200,11 +207,8 @@ func (m *Manager) found(i *Item, match hostfile.Match, find func(hostfile.Match)
 		}
 	}
 	if err != nil {
-		i.State, i.Err = Missing, err
-		_, ambiguous := errors.AsType[*iommu.AmbiguousError](err)
-		_, otherPort := errors.AsType[*iommu.OtherPortError](err)
-		if ambiguous || otherPort {
-			i.State = Refused
+		if i.State, i.Err = Refused, err; errors.Is(err, iommu.ErrNotFound) {
+			i.State = Missing
 		}
 		return false
 	}
@@ -320,9 +324,9 @@ func (m *Manager) wish(pf *hostfile.PF, d *iommu.Device, waits bool,
 }
 
 // Guests are what Leased tells now.
-func (m *Manager) Guests() map[iommu.Address]Guest {
+func (m *Manager) Guests() (map[iommu.Address]Guest, error) {
 	if m.options.Leased == nil {
-		return nil
+		return nil, nil
 	}
 	return m.options.Leased()
 }
@@ -497,11 +501,15 @@ func (m *Manager) Unmanaged(items []*Item) []*iommu.Device {
 
 // Settings are what is declared of the settings of a PF's VFs, by index; false if the PF is not declared.
 func (m *Manager) Settings(s *hostfile.Host, d *iommu.Device) (map[int]sriov.Settings, bool) {
-	for k := range s.PFs {
-		if found, err := m.findPF(s.PFs[k].Select); err != nil || found.Name != d.Name {
+	pfs, err := m.pfs(s)
+	if err != nil {
+		return nil, false
+	}
+	for k := range pfs {
+		if found, err := m.findPF(pfs[k].Select); err != nil || found.Name != d.Name {
 			continue
 		}
-		return settingsOf(&s.PFs[k]), true
+		return settingsOf(&pfs[k]), true
 	}
 	return nil, false
 }

@@ -184,18 +184,21 @@ func TestLeasedUndo(t *testing.T) {
 	m = again(t, m)
 	vf := m.topology.VFs(found(t, m))[2]
 	own := sriov.Settings{sriov.VLAN: "100"}
-	m.options.Leased = func() map[iommu.Address]Guest { return map[iommu.Address]Guest{vf.Address: {Settings: own}} }
+	m.options.Leased = func() (map[iommu.Address]Guest, error) {
+		return map[iommu.Address]Guest{vf.Address: {Settings: own}}, nil
+	}
 	m.exact = true
 	item := plan(t, m, mixed+"      - {range: 2, vlan: 7, trust: on}\n")[0]
 	if len(item.take) != 1 || item.take[0].Name != vf.Name {
 		t.Errorf("the guest's VF is to be taken, and nothing else: %v", item.take)
 	}
-	wish, _ := m.wish(&parse(t, mixed+"      - {range: 2, vlan: 7, trust: on}\n").PFs[0], found(t, m), false, m.Guests())
+	leased, _ := m.Guests()
+	wish, _ := m.wish(&parse(t, mixed+"      - {range: 2, vlan: 7, trust: on}\n").PFs[0], found(t, m), false, leased)
 	if got := wish.VFs[2].Settings; !maps.Equal(got, own) {
 		t.Errorf("an undo gives the guest's VF %v, want %v", got, own)
 	}
 	m.exact = false
-	wish, _ = m.wish(&parse(t, mixed+"      - {range: 2, vlan: 7, trust: on}\n").PFs[0], found(t, m), false, m.Guests())
+	wish, _ = m.wish(&parse(t, mixed+"      - {range: 2, vlan: 7, trust: on}\n").PFs[0], found(t, m), false, leased)
 	if got := wish.VFs[2].Settings; got[sriov.VLAN] != "100" || got[sriov.Trust] != "on" {
 		t.Errorf("an apply gives the guest's VF %v", got)
 	}

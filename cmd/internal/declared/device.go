@@ -13,7 +13,7 @@ import (
 
 // planDevices plans the declared devices. Those that share an IOMMU group go together: the first is planned and done
 // for all of them.
-func (m *Manager) planDevices(devices []hostfile.Device, guard *guard) []*Item {
+func (m *Manager) planDevices(devices []hostfile.Device, guard *guard, leased map[iommu.Address]Guest) []*Item {
 	var items []*Item
 	first := map[string]*Item{}
 	for k := range devices {
@@ -33,7 +33,7 @@ func (m *Manager) planDevices(devices []hostfile.Device, guard *guard) []*Item {
 
 	for _, i := range items {
 		if i.unit != nil && i.State == OK {
-			m.planUnit(i, guard)
+			m.planUnit(i, guard, leased)
 		}
 	}
 	follow(items)
@@ -78,10 +78,10 @@ func follow(items []*Item) {
 	}
 }
 
-func (m *Manager) planDevice(dev *hostfile.Device, guard *guard) *Item {
+func (m *Manager) planDevice(dev *hostfile.Device, guard *guard, leased map[iommu.Address]Guest) *Item {
 	i := m.findDevice(dev)
 	if i.unit != nil {
-		m.planUnit(i, guard)
+		m.planUnit(i, guard, leased)
 	}
 	return i
 }
@@ -118,8 +118,7 @@ func (m *Manager) findDevice(dev *hostfile.Device) *Item {
 }
 
 // planUnit plans a device and what goes along with it.
-func (m *Manager) planUnit(i *Item, guard *guard) {
-	leased := m.Guests()
+func (m *Manager) planUnit(i *Item, guard *guard, leased map[iommu.Address]Guest) {
 	if slices.ContainsFunc(i.unit, func(d *iommu.Device) bool { return d.PCI && leased[d.Address].OwnDriver }) {
 		return
 	}

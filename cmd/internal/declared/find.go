@@ -3,6 +3,7 @@ package declared
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"viaduct/cmd/internal/hostfile"
@@ -29,6 +30,43 @@ func (m *Manager) findPF(match hostfile.Match) (*iommu.Device, error) {
 		}
 	}
 	return d, nil
+}
+
+// pfs are the declared PFs, each in an entry of its own: what names several is one for each that is there, by its
+// place. Where none is there, the entry is kept as one that names nothing.
+func (m *Manager) pfs(s *hostfile.Host) ([]hostfile.PF, error) {
+	var out []hostfile.PF
+	for _, pf := range s.PFs {
+		if len(pf.All) == 0 {
+			out = append(out, pf)
+			continue
+		}
+		each := pf.All
+		pf.All = nil
+		seen := map[string]bool{}
+		for _, match := range each {
+			all, err := m.all(match)
+			if err != nil && !errors.Is(err, iommu.ErrNotFound) {
+				return nil, fmt.Errorf("%s: %w", pf.At, err)
+			}
+			all = slices.DeleteFunc(slices.Clone(all), func(d *iommu.Device) bool { return d.SRIOV == nil })
+			if len(all) == 0 {
+				pf.Select = match
+				out = append(out, pf)
+			}
+			for _, d := range all {
+				if seen[d.Name] {
+					continue
+				}
+				seen[d.Name] = true
+				if pf.Select, err = at(m.host, d); err != nil {
+					return nil, err
+				}
+				out = append(out, pf)
+			}
+		}
+	}
+	return out, nil
 }
 
 func one(match hostfile.Match, all []*iommu.Device, err error) (*iommu.Device, error) {

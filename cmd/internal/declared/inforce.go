@@ -149,25 +149,25 @@ func (r *inForce) undone(at moment) {
 // waits to be confirmed or was not confirmed, or they cannot be read, which is the error that is given. It is that
 // error where nothing else ever was in force.
 func (m *Manager) InForce(file *hostfile.Host, unreadable error) (*Use, error) {
-	r, err := m.inForce()
+	r, at, err := m.now()
 	if err != nil {
 		return nil, err
 	}
-	return r.use(file, unreadable, m.moment())
+	return r.use(file, unreadable, at)
 }
 
 // Starts says that an apply begins which is not to be confirmed: what it applies is in force from now on, whatever
 // becomes of it. Another file than the host's own holds the host as it is until the next apply.
 func (m *Manager) Starts(other bool) error {
-	return m.change(func(r *inForce) error {
-		r.starts(other, m.moment())
+	return m.change(func(r *inForce, at moment) error {
+		r.starts(other, at)
 		return nil
 	})
 }
 
 // Ended says that an apply of the host's own files, which was not to be confirmed, did all that they declare.
 func (m *Manager) Ended(s *hostfile.Host) error {
-	return m.change(func(r *inForce) error {
+	return m.change(func(r *inForce, _ moment) error {
 		r.ended(s)
 		return nil
 	})
@@ -179,13 +179,13 @@ func (m *Manager) Tries(s *hostfile.Host, within time.Duration, other bool) (tok
 	err error) {
 	token = rand.Text()
 	var was inForce
-	err = m.change(func(r *inForce) error {
+	err = m.change(func(r *inForce, at moment) error {
 		was = *r
-		r.tries(trial{Declared: s, Other: other, Token: token, Force: m.options.Force}, within, m.moment())
+		r.tries(trial{Declared: s, Other: other, Token: token, Force: m.options.Force}, within, at)
 		return nil
 	})
 	withdraw = func() error {
-		return m.change(func(r *inForce) error {
+		return m.change(func(r *inForce, _ moment) error {
 			if r.Trial != nil && r.Trial.Token == token {
 				*r = was
 			}
@@ -198,8 +198,8 @@ func (m *Manager) Tries(s *hostfile.Host, within time.Duration, other bool) (tok
 // Extend counts the time to confirm from now, and reports whether the trial still waits: it may have been confirmed, or
 // its time have come, while the apply was at work.
 func (m *Manager) Extend(token string, within time.Duration) (waits bool, err error) {
-	err = m.change(func(r *inForce) error {
-		waits = r.extend(token, within, m.moment())
+	err = m.change(func(r *inForce, at moment) error {
+		waits = r.extend(token, within, at)
 		return nil
 	})
 	return waits, err
@@ -208,8 +208,8 @@ func (m *Manager) Extend(token string, within time.Duration) (waits bool, err er
 // Confirm makes the trial the confirmed declaration, which a boot uses too, unless it was of another file than the
 // host's own.
 func (m *Manager) Confirm() (booted bool, err error) {
-	err = m.change(func(r *inForce) (err error) {
-		booted, err = r.confirm(m.moment())
+	err = m.change(func(r *inForce, at moment) (err error) {
+		booted, err = r.confirm(at)
 		return err
 	})
 	return booted, err
@@ -217,13 +217,13 @@ func (m *Manager) Confirm() (booted bool, err error) {
 
 // Due reports whether a trial waits to be confirmed, and its time is over.
 func (m *Manager) Due(token string) (bool, error) {
-	r, err := m.inForce()
-	return err == nil && r.Trial.late(m.moment()) && r.Trial.Token == token, err
+	r, at, err := m.now()
+	return err == nil && r.Trial.late(at) && r.Trial.Token == token, err
 }
 
 // RolledBack says that a trial is over. The watch service has what was confirmed, then.
 func (m *Manager) RolledBack(token string) error {
-	return m.change(func(r *inForce) error {
+	return m.change(func(r *inForce, _ moment) error {
 		r.rolledBack(token)
 		return nil
 	})
@@ -231,16 +231,16 @@ func (m *Manager) RolledBack(token string) error {
 
 // Undone says that what was applied was undone on purpose: a trial is over, and the host is left alone.
 func (m *Manager) Undone() error {
-	return m.change(func(r *inForce) error {
-		r.undone(m.moment())
+	return m.change(func(r *inForce, at moment) error {
+		r.undone(at)
 		return nil
 	})
 }
 
 // Held reports whether the host is not as declared on purpose.
 func (m *Manager) Held() (bool, error) {
-	r, err := m.inForce()
-	return err == nil && r.held(m.moment()), err
+	r, at, err := m.now()
+	return err == nil && r.held(at), err
 }
 
 // AwaitConfirmed waits until the trial is confirmed, and reports whether that has not come by its time, which trial it
@@ -258,8 +258,7 @@ func (m *Manager) AwaitConfirmed() (late bool, token string, force []holder.Kind
 		watch, most = -1, time.Second
 	}
 	for {
-		r, err := m.inForce()
-		at := m.moment()
+		r, at, err := m.now()
 		if err != nil || !r.Trial.waiting(at) {
 			return false, "", nil, err
 		}
@@ -277,13 +276,8 @@ func (m *Manager) AwaitConfirmed() (late bool, token string, force []holder.Kind
 
 // waits reports whether something that was applied in this boot waits to be confirmed.
 func (m *Manager) waits() (bool, error) {
-	r, err := m.inForce()
-	return err == nil && r.Trial.waiting(m.moment()), err
-}
-
-func (m *Manager) moment() moment {
-	id, since := m.host.Boot()
-	return moment{id, since}
+	r, at, err := m.now()
+	return err == nil && r.Trial.waiting(at), err
 }
 
 // equal reports whether two hosts declare the same, wherever that was written.
@@ -296,18 +290,24 @@ func equal(a, b *hostfile.Host) (bool, error) {
 	return string(one) == string(two), errors.Join(err1, err2)
 }
 
-// inForce reads the record.
-func (m *Manager) inForce() (*inForce, error) {
+// now is the record, and the moment that it is read at.
+func (m *Manager) now() (*inForce, moment, error) {
+	id, since, err := m.host.Boot()
+	at := moment{id, since}
+	if err != nil {
+		return nil, at, err
+	}
 	var r inForce
 	known, err := m.state.Get(inForceKey, &r)
 	if err == nil && !known {
-		return m.formerInForce()
+		former, err := m.formerInForce(at)
+		return former, at, err
 	}
-	return &r, err
+	return &r, at, err
 }
 
-// change changes the record, when nobody else does, unless that is an error.
-func (m *Manager) change(how func(*inForce) error) error {
+// change changes the record as of now, when nobody else does, unless that is an error.
+func (m *Manager) change(how func(*inForce, moment) error) error {
 	locks, err := filelock.Open(m.run.Dir() + "/lock-in-force")
 	if err != nil {
 		return err
@@ -319,11 +319,11 @@ func (m *Manager) change(how func(*inForce) error) error {
 		return fmt.Errorf("which declaration is in force is locked: %w", err)
 	}
 
-	r, err := m.inForce()
+	r, at, err := m.now()
 	if err != nil {
 		return err
 	}
-	if err := how(r); err != nil {
+	if err := how(r, at); err != nil {
 		return err
 	}
 	if err := m.state.Put(inForceKey, r); err != nil {
@@ -342,7 +342,7 @@ const (
 
 // formerInForce makes the record of those that were there before: one of what is unconfirmed, a file of what was
 // confirmed, and, in /run, that the host is left alone.
-func (m *Manager) formerInForce() (*inForce, error) {
+func (m *Manager) formerInForce(at moment) (*inForce, error) {
 	r := &inForce{}
 	content, err := m.host.Read(formerConfirmed)
 	if err == nil {
@@ -374,7 +374,7 @@ func (m *Manager) formerInForce() (*inForce, error) {
 	}
 	var held bool
 	if known, err = m.run.Get(formerHold, &held); known && held {
-		r.hold(true, m.moment())
+		r.hold(true, at)
 	}
 	return r, err
 }

@@ -282,7 +282,7 @@ func TestInForceFormer(t *testing.T) {
 			if err != nil || versionOf(use.Host) != c.want || use.Held != c.held {
 				t.Errorf("%s: %+v, %v, want version %d", name, use, err, c.want)
 			}
-			if err := m.change(func(*inForce) error { return nil }); err != nil {
+			if err := m.change(func(*inForce, moment) error { return nil }); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -291,7 +291,7 @@ func TestInForceFormer(t *testing.T) {
 				t.Errorf("%s: %s is left", name, file)
 			}
 		}
-		r, err := m.inForce()
+		r, _, err := m.now()
 		if err != nil || versionOf(r.Confirmed) != 1 || c.trial != "" && !reflect.DeepEqual(r.Trial.Force, []holder.Kind{holder.Route}) {
 			t.Errorf("%s: %+v, %v", name, r, err)
 		}

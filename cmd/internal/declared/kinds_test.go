@@ -145,3 +145,47 @@ func TestAdoptWithoutIOMMU(t *testing.T) {
 		t.Errorf("%+v, %v", s, err)
 	}
 }
+
+// An entry for each of several PFs is one for each that is there, by its place; where none is, it is missing.
+func TestEach(t *testing.T) {
+	const text = "pfs:\n  - {each: \"8086:10c9\", count: 2, vfs: [{driver: vfio, pool: net, mac: stable, vlan: 100+index}]}\n"
+	m := newManager(t, hosttest.NewLab(t, nil), Options{})
+	items := plan(t, m, text)
+	if len(items) != 2 || items[0].Device.Name != "0000:01:00.0" || items[1].Name != "path=0000:00:06.0/00.0" {
+		t.Fatalf("%d items", len(items))
+	}
+	if err := apply(t, m, text); err != nil {
+		t.Fatal(err)
+	}
+	m = again(t, m)
+	for _, i := range plan(t, m, text) {
+		if i.State != OK {
+			t.Errorf("%s: %s, %v, %v", i.Name, i.State, i.Steps, i.Err)
+		}
+	}
+	if vfs, err := m.Pool(parse(t, text), "net"); err != nil || len(vfs) != 4 {
+		t.Errorf("the pool has %v, %v", vfs, err)
+	}
+	second, err := m.topology.Find(mustParse(t, "0000:02:00.0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s, declared := m.Settings(parse(t, text), second); !declared || s[1]["vlan"] != "101" {
+		t.Errorf("settings %v, %v", s, declared)
+	}
+
+	for text, want := range map[string]State{
+		"pfs:\n  - {each: [path=0000:00:05.0/00.0, path=0000:00:06.0/00.0], count: 2}\n": OK,
+		"pfs:\n  - {each: \"1234:5678\", count: 2}\n":                                    Missing,
+	} {
+		for _, i := range plan(t, m, text) {
+			if i.State != want && i.State != Differs {
+				t.Errorf("%s: %s, %v", text, i.State, i.Err)
+			}
+		}
+	}
+	twice := "pfs:\n  - {each: \"8086:10c9\", count: 2}\n  - {select: \"0000:02:00.0\", count: 1}\n"
+	if items := plan(t, m, twice); len(items) != 3 || items[2].State != Refused {
+		t.Errorf("declared twice: %d items", len(items))
+	}
+}

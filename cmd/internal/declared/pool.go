@@ -26,8 +26,12 @@ func Pools(s *hostfile.Host) []string {
 func (m *Manager) Pool(s *hostfile.Host, name string) ([]*iommu.Device, error) {
 	var out []*iommu.Device
 	var last error
-	for k := range s.PFs {
-		pf := &s.PFs[k]
+	pfs, err := m.pfs(s)
+	if err != nil {
+		return nil, err
+	}
+	for k := range pfs {
+		pf := &pfs[k]
 		if !slices.ContainsFunc(pf.VFs, func(r hostfile.VFs) bool { return r.Pool == name }) {
 			continue
 		}

@@ -13,8 +13,8 @@ import (
 	"viaduct/vfio/bind"
 )
 
-// unmanagedKey begins the mark of a VF whose interface NetworkManager and systemd-networkd are to leave alone. A rule of
-// udev's, which install writes, looks for the mark when the interface comes: see [UnmanagedRule].
+// unmanagedKey begins the mark of a VF whose interface NetworkManager and systemd-networkd are to leave alone. A rule
+// of udev's, which install writes, looks for the mark when the interface comes: see [UnmanagedRule].
 const unmanagedKey = "unmanaged-"
 
 // UnmanagedRule is the line of a file of udev's rules by which NetworkManager (NetworkManager(8)) and systemd-networkd
@@ -57,8 +57,8 @@ func (m *Manager) planUnmanaged(i *Item) error {
 		i.Steps = append(i.Steps, bind.Action{Command: command})
 	}
 	if len(i.marks) > 0 && m.host.Live() && !m.hasRule() {
-		i.Notes = append(i.Notes, "network: unmanaged goes by a rule of udev's that viaduct install writes, and that is "+
-			"not there")
+		i.Notes = append(i.Notes, "network: unmanaged goes by a rule of udev's that viaduct install writes: it is not "+
+			"there")
 	}
 	return nil
 }

@@ -32,7 +32,11 @@ func (m *Manager) Wait(ctx context.Context, s *hostfile.Host) error {
 }
 
 func (m *Manager) allThere(s *hostfile.Host) bool {
-	for _, pf := range s.PFs {
+	pfs, err := m.pfs(s)
+	if err != nil {
+		return false
+	}
+	for _, pf := range pfs {
 		d, err := m.findPF(pf.Select)
 		if !pf.Optional && (err != nil || d.Driver == "" || d.Class>>16 == 0x02 && len(d.Netdevs) == 0) ||
 			err == nil && !m.named(d) {

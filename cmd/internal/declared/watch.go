@@ -80,13 +80,17 @@ func (m *Manager) Early(s *hostfile.Host) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
+	leased, err := m.Guests()
+	if err != nil {
+		return nil, err
+	}
 	out := []string{}
 	for k := range s.Devices {
 		dev := &s.Devices[k]
 		if !dev.Early {
 			continue
 		}
-		i := boot.planDevice(dev, guard)
+		i := boot.planDevice(dev, guard, leased)
 		boot.Check([]*Item{i})
 		if i.Err == nil {
 			// Also of what is taken already.

@@ -23,7 +23,7 @@ func memlock(f *Facts) Check {
 		c.set(Warned, "this user may lock %d MiB, less than a guest has; libvirt raises the limit by itself",
 			*f.LockLimit>>20)
 		c.Cure = "for VMMs of this user: a line `USER - memlock unlimited` in /etc/security/limits.d/vfio.conf, or " +
-			"LimitMEMLOCK=infinity in their service; viaduct assign does it for a service with --unit"
+			"LimitMEMLOCK=infinity in their service"
 	default:
 		c.see(file, fmt.Sprintf("Max locked memory %d bytes", *f.LockLimit))
 		c.set(Passed, "this user may lock %d MiB", *f.LockLimit>>20)

@@ -63,6 +63,8 @@ type Facts struct {
 	Faults []iommu.Fault // of the tables
 	Units  []iommu.UnitDetails
 	Off    iommu.Off // why no IOMMU is active; of a host that has one it says nothing
+	// NotRemapped is why interrupts are not remapped; of a host that remaps them it says nothing.
+	NotRemapped iommu.Off
 
 	Modules   map[string]Module // by name, with underscores; nil if it is not known which there are
 	Rules     []ModuleRule

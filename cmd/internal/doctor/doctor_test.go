@@ -30,7 +30,7 @@ func healthy() *Facts {
 	}
 	return &Facts{
 		Topology: t, Selected: []*iommu.Device{d}, Wanted: []*iommu.Device{d}, Whole: true, Live: true, Arch: "x86_64",
-		Release: "6.12.1", Words: []string{"quiet"}, Config: map[string]string{"CONFIG_VFIO_PCI": "m"},
+		Interrupt: Evidence{"sys/kernel/irq/0/chip_name", "IR-IO-APIC"}, Release: "6.12.1", Words: []string{"quiet"}, Config: map[string]string{"CONFIG_VFIO_PCI": "m"},
 		Tables:  []iommu.Firmware{{Signature: "IVRS", Table: &acpi.Table{Fields: &acpi.IVRS{}}}},
 		Modules: modules, Params: map[string]string{}, Lockdown: "none", Secure: new(false), LockKnown: true,
 		HugePages: []HugePages{{Size: 2 << 20}}, NUMANodes: 2, KVM: new(true),
@@ -83,21 +83,25 @@ func TestFaults(t *testing.T) {
 			off(f, "x", "y")
 			f.Log = []string{"DMAR: [Firmware Bug]: Your BIOS is broken; DMAR reported at address fed90000 returns all ones!"}
 		}, "table", Failed, "all ones", "firmware"},
+		"no IOMMU where the table has it": {func(f *Facts) {
+			off(f, "x", "y")
+			f.Log = []string{"DMAR: Host address width 39", "DMAR: dmar0: No supported address widths. Not attempting DMA translation."}
+		}, "table", Failed, "No supported address widths", "firmware"},
 		"amd_iommu=off": {func(f *Facts) { off(f, "amd_iommu=off turns it off", "remove amd_iommu=off") }, "iommu", Failed, "amd_iommu=off", "remove"},
 		"not covered":   {func(f *Facts) { f.Selected[0].Group = nil }, "coverage", Failed, "0000:01:00.0", "slot"},
 		"not covered, not asked about": {func(f *Facts) { f.Selected[0].Group = nil; f.Selected = nil }, "coverage", Warned,
 			"0000:01:00.0", ""},
+		"left out, not asked about": {func(f *Facts) {
+			f.Selected[0].Group, f.Selected = nil, nil
+			f.Units = []iommu.UnitDetails{{Active: true, Table: "IVRS", Described: []string{"0000:02:00.0"}}}
+		}, "coverage", Failed, "IVRS table leaves out 0000:01:00.0", "update the firmware"},
 		"igfx_off": {func(f *Facts) { f.Selected[0].Group = nil; f.Words = []string{"intel_iommu=on,igfx_off"} }, "coverage", Failed, "",
 			"remove igfx_off"},
 		"noiommu groups": {func(f *Facts) { f.Topology.Groups[0].NoIOMMU = true }, "groups", Failed, "noiommu", "unbind"},
-		"intremap=off": {func(f *Facts) { f.Topology.InterruptRemapping = new(false); f.Words = []string{"intremap=off"} },
-			"interrupt_remapping", Failed, "intremap=off", "remove intremap=off"},
-		"GICv2": {func(f *Facts) { f.Topology.InterruptRemapping = new(false); f.Arch = "aarch64" }, "interrupt_remapping", Failed, "GICv2m",
-			"gic-version=3"},
-		"no southbridge": {func(f *Facts) {
+		"intremap=off": {func(f *Facts) {
 			f.Topology.InterruptRemapping = new(false)
-			f.Log = []string{"[Firmware Bug] x", "AMD-Vi: No southbridge IOAPIC found"}
-		}, "interrupt_remapping", Failed, "No southbridge IOAPIC", "firmware"},
+			f.NotRemapped = iommu.Off{Why: "intremap=off turns it off", Cure: "remove intremap=off"}
+		}, "interrupt_remapping", Failed, "intremap=off", "remove intremap=off"},
 		"remapping unknown": {func(f *Facts) { f.Topology.InterruptRemapping = nil }, "interrupt_remapping", Unknown, "not known", ""},
 		"modules missing":   {func(f *Facts) { f.Modules["vfio_pci"] = Module{} }, "vfio_modules", Failed, "vfio-pci", "install"},
 		"kernel without":    {func(f *Facts) { f.Modules["vfio_pci"] = Module{}; f.Config = map[string]string{"CONFIG_X": "y"} }, "vfio_modules", Failed, "vfio-pci", "CONFIG_VFIO_PCI"},

@@ -50,7 +50,7 @@ func table(f *Facts) Check {
 		return c
 	}
 	if line := f.complaint(); line != "" {
-		c.set(Warned, "the kernel found fault with the firmware's table: %s", line)
+		c.set(Warned, "the kernel finds fault with the firmware's table: %s", line)
 		if !f.present() {
 			c.Status = Failed
 		}
@@ -83,14 +83,16 @@ func table(f *Facts) Check {
 // works reports whether devices are in groups of an active IOMMU.
 func (f *Facts) works() bool { return len(f.Topology.Units) > 0 && len(f.Topology.Groups) > 0 }
 
-// complaint is the line of the kernel's that calls a table wrong; "" if there is none.
+// complaint is the line of the kernel's that calls a table wrong, or found no IOMMU where one describes it; "" if there is
+// none.
 func (f *Facts) complaint() string {
 	tables := []string{"DMAR", "AMD-Vi", "IVRS", "IORT", "VIOT"}
+	wrong := []string{"BIOS is broken", "Firmware Bug", "No supported address widths", "Can't validate DRHD"}
 	for _, line := range f.Log {
-		if !strings.Contains(line, "BIOS is broken") && !strings.Contains(line, "Firmware Bug") {
-			continue
+		in := func(words []string) bool {
+			return slices.ContainsFunc(words, func(w string) bool { return strings.Contains(line, w) })
 		}
-		if slices.ContainsFunc(tables, func(t string) bool { return strings.Contains(line, t) }) {
+		if in(tables) && in(wrong) {
 			return line
 		}
 	}
@@ -149,12 +151,33 @@ func coverage(f *Facts) Check {
 	for _, d := range bare[:1] {
 		c.see("sys/bus/pci/devices/"+d.Name+"/iommu_group", "")
 	}
-	c.Cure = "put the device into another slot, or update the firmware, whose table leaves it out"
+	c.Cure = "put the device into another slot, or update the firmware"
+	if signature := f.leftOut(c.Devices); signature != "" {
+		c.set(Failed, "the firmware's %s table leaves out %s, so no IOMMU covers it", signature, some(c.Devices))
+		c.see(path.Join(tablesDir, signature), "without it")
+		c.Cure = "update the firmware, or tell its maker; another slot may help"
+	}
 	if v, is := f.parameter("intel_iommu"); is && strings.Contains(v, "igfx_off") {
 		c.Cure = f.Loader.Remove("igfx_off") + "; it is part of intel_iommu=" + v
 		f.seeLine(&c)
 	}
 	return c
+}
+
+// leftOut is the signature of the table that describes the active units, and puts none of these devices behind one; ""
+// if that is not so.
+func (f *Facts) leftOut(devices []string) string {
+	signature := ""
+	for _, u := range f.Units {
+		if !u.Active || u.Described == nil {
+			continue
+		}
+		signature = u.Table
+		if slices.ContainsFunc(devices, func(d string) bool { return slices.Contains(u.Described, d) }) {
+			return ""
+		}
+	}
+	return signature
 }
 
 // each calls do for the devices that a check is about: those that were asked about, or all.
@@ -213,67 +236,17 @@ func remapping(f *Facts) Check {
 		c.see(f.Interrupt.File, f.Interrupt.Value)
 		return c
 	}
-	c.set(Failed, "off, so VFIO refuses devices")
+	c.set(Failed, "off, so VFIO refuses devices: %s", f.NotRemapped.Why)
 	if f.Params[unsafeInterrupts] == "Y" {
-		c.set(Failed, "off, and VFIO takes devices all the same (allow_unsafe_interrupts), which can forge interrupts")
+		c.set(Failed, "off, and VFIO takes devices all the same (allow_unsafe_interrupts), which can forge others': %s",
+			f.NotRemapped.Why)
 	}
+	c.Cure = f.NotRemapped.Cure
 	c.see(f.Interrupt.File, f.Interrupt.Value)
-	f.remappingCure(&c)
+	if f.NotRemapped.File != "" {
+		c.see(f.NotRemapped.File, f.NotRemapped.Value)
+	}
 	return c
-}
-
-func (f *Facts) remappingCure(c *Check) {
-	for _, word := range []string{"intremap=off", "nointremap", "intremap=nosid"} {
-		if slices.Contains(f.Words, word) && word != "intremap=nosid" {
-			c.Text += ": " + word + " is on the kernel's command line"
-			f.seeLine(c)
-			c.Cure = f.Loader.Remove(word)
-			return
-		}
-	}
-	if strings.HasPrefix(f.Arch, "aarch64") || f.Topology.LateGroups() && f.hasTable("IORT") {
-		c.Text += ": this machine's interrupt controller has no ITS, which tells devices apart (GICv2m)"
-		c.Cure = "there is no cure on such a machine; a QEMU guest gets one by -machine virt,gic-version=3"
-		return
-	}
-	if slices.ContainsFunc(f.Topology.Units, func(u iommu.Unit) bool { return u.Kind == iommu.KindVirtio }) {
-		c.Text += ": a virtio-iommu does not remap interrupts"
-		c.Cure = "give this guest an emulated IOMMU instead where it is defined (intel-iommu,intremap=on)"
-		return
-	}
-
-	for _, words := range [][]string{
-		{"No southbridge IOAPIC"}, {"not in IVRS"}, {"interrupt remapping", "BIOS"}, {"x2apic", "opt out"},
-		{"Interrupt remapping", "disabl"}, {"IRQ remapping", "disabl"}, {"nterrupt remapping", "rror"},
-	} {
-		for _, line := range f.Log {
-			if strings.Contains(line, words[0]) && strings.Contains(line, words[len(words)-1]) {
-				c.Text += " (the kernel says: " + line + ")"
-				c.see("dev/kmsg", line)
-				c.Cure = "update the firmware, whose table leaves out an IO-APIC or asks for it"
-				return
-			}
-		}
-	}
-	for i := range f.Tables {
-		if t := f.Tables[i].Table; t != nil {
-			if d, ok := t.Fields.(*acpi.DMAR); ok && !d.Flags.InterruptRemapping() {
-				c.Text += ": the firmware's DMAR table says that the machine has none"
-				c.see(path.Join(tablesDir, "DMAR"), "flags without INTR_REMAP")
-			}
-		}
-	}
-	switch {
-	case f.Guest:
-		c.Cure = "turn it on where this guest is defined: QEMU -machine q35,kernel-irqchip=split and intremap=on of " +
-			"its IOMMU"
-	case f.Config != nil && f.Config["CONFIG_IRQ_REMAP"] == "":
-		c.Cure = "boot a kernel with CONFIG_IRQ_REMAP"
-	default:
-		c.Cure = "turn on interrupt remapping, or x2APIC, in the firmware's menu, and update the firmware; the " +
-			"kernel's " +
-			"log says why it is off (`dmesg | grep -i -e remapping -e AMD-Vi -e DMAR`)"
-	}
 }
 
 func (f *Facts) hasTable(signature string) bool {

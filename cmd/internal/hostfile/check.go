@@ -37,8 +37,10 @@ func (d *decoder) check(h *Host) {
 }
 
 func (d *decoder) checkPF(pf *PF) {
-	if pf.Select.Has(iommu.ByClass) {
-		d.failAt(pf.At, pf.Select.String(), "a class is no PF; want mac=, path=, serial= or ids with the place")
+	for _, m := range pf.matches() {
+		if m.Has(iommu.ByClass) {
+			d.failAt(pf.At, m.String(), "a class is no PF; want mac=, path=, serial= or ids with the place")
+		}
 	}
 	if pf.Count == 0 && len(pf.VFs) > 0 {
 		d.failAt(pf.VFs[0].At, "", "there are no VFs (count is 0), so there is nothing to say of them")
@@ -61,7 +63,7 @@ func (d *decoder) checkPF(pf *PF) {
 			owner[n] = r
 		}
 
-		d.checkAddresses(r, indexes, seen)
+		d.checkAddresses(r, indexes, seen, len(pf.All) > 0)
 		if len(indexes) > 0 {
 			for k, v := range r.Settings {
 				// With the greatest index, as for the least it was looked at already.
@@ -79,7 +81,7 @@ func (d *decoder) checkPF(pf *PF) {
 			d.failAt(r.At, "", "qos and proto are a VLAN's: the key vlan is missing")
 		}
 		if r.Driver != sriov.UseHome && r.Network != "" {
-			d.failAt(r.At, r.Network, "only VFs on the host's driver have an interface here (network is for driver: home)")
+			d.failAt(r.At, r.Network, "only VFs on the host's driver have an interface here: it is for driver: home")
 		}
 		if r.Driver == sriov.UseHome && r.Pool != "" {
 			d.failAt(r.At, r.Pool, "guests draw from a pool, and cannot have what the host's driver has (driver: home)")
@@ -91,12 +93,13 @@ func (d *decoder) checkPF(pf *PF) {
 	}
 }
 
-// checkAddresses tells of VFs of a PF that would have one address; seen are those of the ranges before.
-func (d *decoder) checkAddresses(r *VFs, indexes []int, seen map[string]bool) {
+// checkAddresses tells of VFs that would have one address, of a PF or, with many, of several: seen are those of the
+// ranges before.
+func (d *decoder) checkAddresses(r *VFs, indexes []int, seen map[string]bool, many bool) {
 	for _, k := range addresses {
 		value, ok := r.Settings[k]
 		same := !value.plus && value.word != sriov.StableMAC
-		if ok && same && (len(indexes) > 1 || seen[string(k)+value.word]) {
+		if ok && same && (len(indexes) > 1 || many || seen[string(k)+value.word]) {
 			d.failAt(r.At, value.word, "each VF needs a %s of its own (%s: %s makes them)", names[k], k,
 				sriov.StableMAC)
 		}
@@ -113,6 +116,14 @@ var (
 		sriov.MAC: "MAC address", sriov.NodeGUID: "node GUID", sriov.PortGUID: "port GUID",
 	}
 )
+
+// matches are what names an entry's PFs.
+func (pf *PF) matches() []Match {
+	if len(pf.All) > 0 {
+		return pf.All
+	}
+	return []Match{pf.Select}
+}
 
 // twice finds what is declared more than once in the same words, and addresses that VFs of several PFs are to have.
 func (h *Host) twice() error {
@@ -133,7 +144,9 @@ func (h *Host) twice() error {
 	}
 	owners := map[string]owner{}
 	for i, pf := range h.PFs {
-		see(pf.Select, pf.At)
+		for _, m := range pf.matches() {
+			see(m, pf.At)
+		}
 		for _, r := range pf.VFs {
 			for _, k := range addresses {
 				for _, n := range r.Range.Indexes(pf.Count) {

@@ -11,6 +11,7 @@ import (
 
 	"go.yaml.in/yaml/v4"
 
+	"viaduct/internal/nearest"
 	"viaduct/sriov"
 )
 
@@ -150,6 +151,9 @@ func (d *decoder) decode(n *yaml.Node, v reflect.Value, f *reflect.StructField) 
 		if isNull(n) {
 			return
 		}
+		if n.Kind == yaml.ScalarNode && v.Type() == reflect.TypeFor[Matches]() {
+			n = &yaml.Node{Kind: yaml.SequenceNode, Content: []*yaml.Node{n}}
+		}
 		if n.Kind != yaml.SequenceNode {
 			d.fail(n, n.Value, "want a list, not %s", kindOf(n))
 			return
@@ -223,16 +227,27 @@ func (d *decoder) mapping(n *yaml.Node, v reflect.Value) {
 			d.setting(value, settings, Key(key.Value))
 		} else {
 			keys := keysOf(v.Type())
-			d.fail(key, key.Value, "there is no such key here%s; the keys are %s", meant(key.Value, keys),
+			d.fail(key, key.Value, "there is no such key here%s; the keys are %s", nearest.Ask(key.Value, keys),
 				strings.Join(keys, ", "))
 		}
 	}
 
+	either := map[bool][]string{}
 	for i := range v.NumField() {
 		f := v.Type().Field(i)
-		if name := f.Tag.Get("yaml"); f.Tag.Get("required") != "" && seen[name] == nil {
+		name := f.Tag.Get("yaml")
+		if f.Tag.Get("required") != "" && seen[name] == nil {
 			d.fail(n, "", "the key %s is missing", name)
 		}
+		if f.Tag.Get("either") != "" {
+			either[seen[name] != nil] = append(either[seen[name] != nil], name)
+		}
+	}
+	switch {
+	case len(either[true]) > 1:
+		d.fail(n, "", "want one of the keys %s, not both", strings.Join(either[true], " and "))
+	case len(either[false]) > 1:
+		d.fail(n, "", "the key %s is missing", strings.Join(either[false], " or "))
 	}
 }
 
@@ -296,41 +311,4 @@ func keysOf(t reflect.Type) []string {
 		}
 	}
 	return out
-}
-
-// meant names the key that was probably meant.
-func meant(word string, keys []string) string {
-	best, least := "", 3
-	for _, k := range keys {
-		if n := distance(strings.ToLower(word), k); n < least {
-			best, least = k, n
-		}
-	}
-	if best == "" {
-		return ""
-	}
-	return " (is " + best + " meant?)"
-}
-
-// distance is how many letters have to be changed, added or left out to get from one word to another.
-func distance(a, b string) int {
-	if len(a) > 40 {
-		return len(a)
-	}
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			next := diagonal
-			if a[i] != b[j] {
-				next = min(diagonal, row[j], row[j+1]) + 1
-			}
-			diagonal, row[j+1] = row[j+1], next
-		}
-	}
-	return row[len(b)]
 }

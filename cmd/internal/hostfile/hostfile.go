@@ -32,18 +32,22 @@ type Protect struct {
 
 // PF is a physical function with its VFs. What is left out is left as it is.
 type PF struct {
-	At       Pos    `yaml:"-"`
-	Select   Match  `yaml:"select"        required:"true" doc:"the PF: mac=, path=, serial=, ids, an address, an interface; several words must all hold"`
-	Optional bool   `yaml:"optional"                      doc:"its absence is no failure"`
-	Count    int    `yaml:"count"         required:"true" doc:"number of VFs"                                                                                             min:"0"  max:"65535"`
-	MTU      int    `yaml:"mtu"                           doc:"that VFs are to be able to have: the PF's is raised to it, never lowered"                                  min:"68" max:"65535"`
-	Eswitch  string `yaml:"eswitch"                       doc:"mode of the e-switch"                                                                                                           enum:"legacy,switchdev"`
-	Inline   string `yaml:"inline_mode"                   doc:"of the e-switch"                                                                                                                enum:"none,link,network,transport"`
-	Encap    string `yaml:"encap"                         doc:"of the e-switch"                                                                                                                enum:"none,basic"`
-	Offload  string `yaml:"hw_tc_offload"                 doc:"whether the NIC carries out the e-switch's rules"                                                                               enum:"on,off"`
-	AfterLAG bool   `yaml:"after_bond"                    doc:"its VFs get their drivers only when the PF is in a bond, which others make: for switchdev PFs of one bond"`
-	VFs      []VFs  `yaml:"vfs"                           doc:"what the VFs are, by ranges; those in no range have no driver and no settings"`
+	At       Pos     `yaml:"-"`
+	Select   Match   `yaml:"select"        either:"pf" doc:"the PF: mac=, path=, serial=, ids, an address, an interface; several words must all hold"`
+	All      Matches `yaml:"each"         either:"pf" doc:"instead of select, all PFs that one of these selectors names: each gets VFs like these"`
+	Optional bool    `yaml:"optional"                      doc:"its absence is no failure"`
+	Count    int     `yaml:"count"         required:"true" doc:"number of VFs"                                                                                             min:"0"  max:"65535"`
+	MTU      int     `yaml:"mtu"                           doc:"that VFs are to be able to have: the PF's is raised to it, never lowered"                                  min:"68" max:"65535"`
+	Eswitch  string  `yaml:"eswitch"                       doc:"mode of the e-switch"                                                                                                           enum:"legacy,switchdev"`
+	Inline   string  `yaml:"inline_mode"                   doc:"of the e-switch"                                                                                                                enum:"none,link,network,transport"`
+	Encap    string  `yaml:"encap"                         doc:"of the e-switch"                                                                                                                enum:"none,basic"`
+	Offload  string  `yaml:"hw_tc_offload"                 doc:"whether the NIC carries out the e-switch's rules"                                                                               enum:"on,off"`
+	AfterLAG bool    `yaml:"after_bond"                    doc:"its VFs get their drivers only when the PF is in a bond, which others make: for switchdev PFs of one bond"`
+	VFs      []VFs   `yaml:"vfs"                           doc:"what the VFs are, by ranges; those in no range have no driver and no settings"`
 }
+
+// Matches names devices: each that one of them does. One may be written without a list.
+type Matches []Match
 
 // VFs is a range of a PF's VFs.
 type VFs struct {

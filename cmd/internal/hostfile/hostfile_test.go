@@ -161,7 +161,7 @@ func TestSchema(t *testing.T) {
 	}
 	pf := s.Properties["pfs"].Items
 	if s.AdditionalProperties || len(s.Properties) != 4 ||
-		!reflect.DeepEqual(pf.Required, []string{"select", "count"}) ||
+		!reflect.DeepEqual(pf.Required, []string{"count"}) ||
 		s.Properties["protect"].Items.Type != "string" {
 		t.Errorf("%s", text)
 	}

@@ -30,6 +30,8 @@ func (m *Match) parse(text string) error {
 		switch s.Form() {
 		case iommu.ByGroup:
 			return errors.New("a group's number is another one at the next boot; name the device")
+		case iommu.BySlot:
+			return errors.New("a slot is all of its functions; name each device, as " + word + ".0")
 		case iommu.ByVF:
 			return errors.New("a VF is declared below its PF, in pfs")
 		}

@@ -31,6 +31,7 @@ func schemaOf(t reflect.Type, f *reflect.StructField) map[string]any {
 			return schemaOf(field.Type, f)
 		}
 		properties, required := map[string]any{}, []string{}
+		var either []map[string]any
 		for field := range t.Fields() {
 			name := field.Tag.Get("yaml")
 			switch name {
@@ -49,12 +50,21 @@ func schemaOf(t reflect.Type, f *reflect.StructField) map[string]any {
 			if field.Tag.Get("required") != "" {
 				required = append(required, name)
 			}
+			if field.Tag.Get("either") != "" {
+				either = append(either, map[string]any{"required": []string{name}})
+			}
 		}
 
 		out["type"], out["properties"], out["additionalProperties"] = "object", properties, false
 		if len(required) > 0 {
 			out["required"] = required
 		}
+		if len(either) > 0 {
+			out["oneOf"] = either
+		}
+	case t == reflect.TypeFor[Matches]():
+		list := map[string]any{"type": "array", "items": schemaOf(t.Elem(), nil)}
+		out["oneOf"] = []any{schemaOf(t.Elem(), nil), list}
 	case t.Kind() == reflect.Slice:
 		out["type"], out["items"] = "array", schemaOf(t.Elem(), nil)
 	case t.Kind() == reflect.Bool:

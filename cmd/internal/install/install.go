@@ -245,7 +245,11 @@ func (f *File) write(root string, changed *[]string) error {
 	old, err := os.ReadFile(file)
 	switch {
 	case err == nil && string(old) == f.Content:
-		return nil
+		if st, err := os.Stat(file); err != nil || st.Mode().Perm() == f.Mode {
+			return err
+		}
+		*changed = append(*changed, f.Path)
+		return os.Chmod(file, f.Mode)
 	case err == nil && !strings.Contains(string(old), marker):
 		return fmt.Errorf("%s is there, and is not by viaduct install: it is left alone (move it away first)", f.Path)
 	}

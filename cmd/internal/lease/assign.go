@@ -134,6 +134,9 @@ func (m *Manager) reserve(ctx context.Context, r *Request, choices []choice,
 		return nil, false, err
 	}
 	defer held.Close()
+	if err := m.Book.forgetReset(); err != nil {
+		return nil, false, err
+	}
 	all, err := m.all()
 	if err != nil {
 		return nil, false, err

@@ -177,11 +177,9 @@ func (m *Manager) giveBack(ctx context.Context, dev *Device, d *iommu.Device) er
 	if !dev.Home {
 		return nil
 	}
-	now, err := iommu.ReadDevice(m.host, d.Address)
-	if err != nil || !now.VFIO {
+	if err := m.handle.Refresh([]*iommu.Device{d}); err != nil || !d.VFIO {
 		return err
 	}
-	d.Driver, d.DriverOverride = now.Driver, now.DriverOverride
 	return m.home(ctx, d)
 }
 

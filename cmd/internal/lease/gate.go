@@ -25,26 +25,35 @@ func (m *Manager) mayRun(r *Request) error {
 		}
 		return err
 	}
-	if why := m.busy(l); why != "" {
+	why, err := m.busy(l)
+	if err != nil {
+		return err
+	}
+	if why != "" {
 		return holder.Because("run "+r.Guest, holder.Reason{Kind: holder.Guest, Text: why}, "")
 	}
 	return nil
 }
 
 // busy says whose a lease is at this moment; "" if nobody's who lives.
-func (m *Manager) busy(l *Lease) string {
+func (m *Manager) busy(l *Lease) (string, error) {
 	if l.Owner != nil && l.Owner.Alive(m.host) {
-		return fmt.Sprintf("process %d has its lease", l.Owner.PID)
+		return fmt.Sprintf("process %d has its lease", l.Owner.PID), nil
 	}
 	for _, h := range l.known() {
 		if h.Alive(m.host) {
-			return "it runs: " + h.Name
+			return "it runs: " + h.Name, nil
 		}
 	}
-	if holders, err := holder.Processes(m.host, m.present(l)); err == nil && len(holders) > 0 {
-		return holders[0].String()
+	holders, err := holder.Processes(m.host, m.present(l))
+	if len(holders) > 0 {
+		return holders[0].String(), nil
 	}
-	return ""
+	if errors.Is(err, holder.ErrTooMany) {
+		// Of those that could not be looked at, the VMM is told by the kernel.
+		err = nil
+	}
+	return "", err
 }
 
 // inUseError is why a device that was drawn cannot be had: something that keeps no books uses it.

@@ -62,7 +62,10 @@ func (m *Manager) fits(l *Lease, devices []*iommu.Device, r *Request) (notes []s
 		}
 	}
 
-	pids := UnitPIDs(m.host, r.Unit)
+	pids, err := UnitPIDs(m.host, r.Unit)
+	if err != nil {
+		return nil, err
+	}
 	if r.OwnerPID != 0 {
 		pids = append(pids, r.OwnerPID)
 	}

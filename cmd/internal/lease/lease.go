@@ -120,13 +120,14 @@ func (l *Lease) upgrade() {
 // began notes that it is made now.
 func (l *Lease) began(h *iommu.Host) {
 	l.Made = time.Now()
-	l.Boot, l.Since = h.Boot()
+	// What does not know its boot goes by the clock of the day, too.
+	l.Boot, l.Since, _ = h.Boot()
 }
 
 // age is how long ago it was made. What is of another boot, or of a viaduct that kept no such time, has the clock of
 // the day.
 func (l *Lease) age(h *iommu.Host) time.Duration {
-	if boot, now := h.Boot(); l.Since != 0 && l.Boot == boot {
+	if boot, now, err := h.Boot(); err == nil && l.Since != 0 && l.Boot == boot {
 		return now - l.Since
 	}
 	return time.Since(l.Made)
@@ -229,10 +230,13 @@ func (b *Book) All() ([]*Lease, error) {
 	return out, nil
 }
 
-// Guests are what the devices of leases are to have, by address. One that cannot be read is told of where leases are
-// looked at.
-func (b *Book) Guests() map[iommu.Address]declared.Guest {
-	all, _ := b.All()
+// Guests are what the devices of leases are to have, by address. Where a lease cannot be read, none is known: it may be
+// any device's.
+func (b *Book) Guests() (map[iommu.Address]declared.Guest, error) {
+	all, err := b.All()
+	if err != nil {
+		return nil, err
+	}
 	out := map[iommu.Address]declared.Guest{}
 	for _, l := range all {
 		for _, d := range l.Devices {
@@ -241,7 +245,7 @@ func (b *Book) Guests() map[iommu.Address]declared.Guest {
 			}
 		}
 	}
-	return out
+	return out, nil
 }
 
 // put writes a lease down, when nobody looks at all of them to choose a device.

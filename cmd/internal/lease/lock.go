@@ -61,17 +61,13 @@ func (b *Book) lockGuest(ctx context.Context, guest string, most time.Duration) 
 }
 
 // tryGuest is lockGuest without waiting; nil if somebody else has it.
-func (b *Book) tryGuest(guest string) *filelock.File {
-	if !b.host.Live() {
-		return nil
-	}
+func (b *Book) tryGuest(guest string) (*filelock.File, error) {
 	f, err := b.lockFile()
 	if err != nil {
-		return nil
+		return nil, err
 	}
 	if ok, err := f.Try(byteOf(guest)); !ok || err != nil {
-		_ = f.Close()
-		return nil
+		return nil, errors.Join(err, f.Close())
 	}
-	return f
+	return f, nil
 }

@@ -99,7 +99,11 @@ func TestLeaving(t *testing.T) {
 	if mac, err := m.Address("web"); err != nil || mac == guestMAC {
 		t.Errorf("its VF has %q, %v", mac, err)
 	}
-	for a, s := range m.Book.Guests() {
+	all, err := m.Book.Guests()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for a, s := range all {
 		if s.Settings[sriov.MAC] == guestMAC {
 			t.Errorf("what brings VFs' settings back would give %s the guest's address", a)
 		}

@@ -13,6 +13,19 @@ import (
 
 // Preview is what Assign would do, with comments among the commands.
 func (m *Manager) Preview(r *Request) ([]bind.Action, error) {
+	steps, _, err := m.PreviewLease(r)
+	return steps, err
+}
+
+// PreviewLease is Preview with the lease that Assign would make, which nobody has.
+func (m *Manager) PreviewLease(r *Request) (steps []bind.Action, l *Lease, err error) {
+	l = &Lease{LeaseHead: holder.LeaseHead{Guest: r.Guest}, Foreign: r.Foreign}
+	steps, err = m.preview(r, l)
+	return steps, l, err
+}
+
+// preview fills in the lease's devices.
+func (m *Manager) preview(r *Request, l *Lease) ([]bind.Action, error) {
 	all, err := m.all()
 	if err != nil {
 		return nil, err
@@ -29,6 +42,7 @@ func (m *Manager) Preview(r *Request) ([]bind.Action, error) {
 		for k, d := range devices {
 			wanted[d.Name] = all[i].Devices[k].Wanted
 		}
+		l.Devices = slices.Clone(all[i].Devices)
 	} else {
 		choices, err := m.choices(r)
 		if err != nil {
@@ -48,7 +62,6 @@ func (m *Manager) Preview(r *Request) ([]bind.Action, error) {
 				devices, wanted[d.Name] = append(devices, d), c.Settings
 			}
 		}
-		l := &Lease{LeaseHead: holder.LeaseHead{Guest: r.Guest}}
 		for _, d := range devices {
 			l.Devices = append(l.Devices, Device{LeaseDevice: holder.LeaseDevice{Address: d.Address}})
 		}
@@ -73,6 +86,11 @@ func (m *Manager) Preview(r *Request) ([]bind.Action, error) {
 				return nil, err
 			}
 			out = append(out, plan.Steps()...)
+			for k := range l.Devices {
+				if l.Devices[k].Address == d.Address {
+					l.Devices[k].Now = plan.Want
+				}
+			}
 		}
 
 		if r.Foreign {

@@ -55,34 +55,65 @@ func (q Quarantined) Why(h *iommu.Host, d *iommu.Device) string {
 }
 
 // Quarantined are all devices that are in quarantine. One that was in it before the machine was started again is not
-// any more, as its slot was reset; that is forgotten here, by who may.
+// any more, as its slot was reset.
 func (b *Book) Quarantined() (Quarantined, error) {
 	out := Quarantined{}
-	if !b.host.Live() {
-		return out, nil
-	}
-	keys, err := b.State.Keys(quarantined)
+	err := b.eachQuarantine(func(_ string, q *Quarantine, over bool) error {
+		if !over {
+			out[q.Place] = *q
+		}
+		return nil
+	})
 	if err != nil {
 		return nil, err
-	}
-	for _, k := range keys {
-		var q Quarantine
-		if _, err := b.State.Get(k, &q); err != nil {
-			return nil, err
-		}
-		if q.Boot != "" && q.Boot != bootID(b.host) && startedByFirmware(b.host) {
-			// A later boot by kexec, which resets no slot, would bring it back. Who may not write leaves it.
-			_ = b.State.Delete(k)
-			continue
-		}
-		out[q.Place] = q
 	}
 	return out, nil
 }
 
-// bootID is the kernel's name of this boot; "" if it tells none.
+// forgetReset forgets the quarantines that a boot has ended: a later one by kexec, which resets no slot, would bring
+// them back.
+func (b *Book) forgetReset() error {
+	return b.eachQuarantine(func(key string, _ *Quarantine, over bool) error {
+		if !over {
+			return nil
+		}
+		return b.State.Delete(key)
+	})
+}
+
+// eachQuarantine does something with each record of a quarantine; over says that its slot was reset since.
+func (b *Book) eachQuarantine(do func(key string, q *Quarantine, over bool) error) error {
+	if !b.host.Live() {
+		return nil
+	}
+	keys, err := b.State.Keys(quarantined)
+	if err != nil {
+		return err
+	}
+	boot, _, err := b.host.Boot()
+	if err != nil {
+		return err
+	}
+	for _, k := range keys {
+		var q Quarantine
+		known, err := b.State.Get(k, &q)
+		if err != nil {
+			return err
+		}
+		if !known {
+			// It has just ended.
+			continue
+		}
+		if err := do(k, &q, q.Boot != "" && q.Boot != boot && startedByFirmware(b.host)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// bootID is the kernel's name of this boot; "" if it tells none, and a quarantine outlives the boot.
 func bootID(h *iommu.Host) string {
-	id, _ := h.Boot()
+	id, _, _ := h.Boot()
 	return id
 }
 
@@ -160,6 +191,9 @@ func (m *Manager) Lift(ctx context.Context, asked []Quarantine, force bool) ([]C
 
 // LiftReturned scrubs the devices that were not there when their leases ended, and are again.
 func (m *Manager) LiftReturned(ctx context.Context) ([]Certificate, error) {
+	if err := m.Book.forgetReset(); err != nil {
+		return nil, err
+	}
 	all, err := m.Book.Quarantined()
 	if err != nil {
 		return nil, err

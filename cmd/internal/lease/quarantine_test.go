@@ -79,6 +79,9 @@ func TestQuarantineUntilBoot(t *testing.T) {
 		if err != nil || (len(all) == 0) != c.ends {
 			t.Errorf("%s: %v, %v", c.name, all, err)
 		}
+		if err := BookOf(h).forgetReset(); err != nil {
+			t.Error(err)
+		}
 		started(t, k, "three", kexec)
 		if all, err = BookOf(h).Quarantined(); err != nil || (len(all) == 0) != c.ends {
 			t.Errorf("%s, and then kexec: %v, %v", c.name, all, err)

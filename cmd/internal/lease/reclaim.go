@@ -24,7 +24,10 @@ func (m *Manager) Reclaim(ctx context.Context) ([]Certificate, error) {
 		if look.State != Dead {
 			continue
 		}
-		mine := m.Book.tryGuest(look.Guest)
+		mine, err := m.Book.tryGuest(look.Guest)
+		if err != nil {
+			return nil, err
+		}
 		if mine == nil {
 			// Somebody is at work on it.
 			continue

@@ -108,7 +108,14 @@ func (m *Manager) resetTogether(l *Lease, d *iommu.Device,
 		}
 	}
 	how = "bus, together: " + strings.Join(names, " ")
-	return how, functions, m.recorded(d, device.HotReset)
+	return how, functions, m.recorded(d, func() error {
+		err := device.HotReset()
+		if errors.Is(err, vfio.ErrNotOwned) {
+			// One of them is on no VFIO driver any more, as it has gone home since they were reset together.
+			err = errOthers{err}
+		}
+		return err
+	})
 }
 
 // resettable refuses, before a guest has them, devices that nothing could reset after it: an inUseError.

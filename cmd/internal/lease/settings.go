@@ -9,7 +9,6 @@ import (
 
 	"viaduct/iommu"
 	"viaduct/sriov"
-	"viaduct/vfio/bind"
 )
 
 // settings gives a lease's VFs what the guest is to have, and writes down first what they had.
@@ -90,7 +89,7 @@ func (m *Manager) giveSettings(ctx context.Context, d *iommu.Device, want sriov.
 		return plan.Want, err
 	}
 	given, err := give()
-	if err == nil || bind.IsStuck(err) || want[sriov.MAC] != noMAC {
+	if err == nil || want[sriov.MAC] != noMAC || !keepsMAC(err) {
 		return given, err
 	}
 	delete(want, sriov.MAC)
@@ -99,6 +98,12 @@ func (m *Manager) giveSettings(ctx context.Context, d *iommu.Device, want sriov.
 		return given, nil
 	}
 	return nil, err
+}
+
+// keepsMAC reports whether a VF could not be set because its driver does not take an address from it.
+func keepsMAC(err error) bool {
+	refused, ok := errors.AsType[*sriov.SettingError](err)
+	return ok && refused.Keys == string(sriov.MAC) || errors.Is(err, sriov.ErrIgnored)
 }
 
 // fresh is what a VF is to have that libvirt configured before it was seen: what is declared of it, and else what VFs

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"viaduct/internal/host"
 	"viaduct/iommu"
 	"viaduct/vfio/bind"
 	"viaduct/vfio/holder"
@@ -87,9 +88,9 @@ func (m *Manager) saw(l *Lease, now []holder.Holder) {
 	if slices.Equal(holders, l.Holders) {
 		return
 	}
-	mine := m.Book.tryGuest(l.Guest)
-	if mine == nil {
-		// Somebody else is at work on it, or looks.
+	mine, err := m.Book.tryGuest(l.Guest)
+	if mine == nil || err != nil {
+		// Somebody else is at work on it, or looks; or who looks may write nothing.
 		return
 	}
 	defer mine.Close()
@@ -160,7 +161,9 @@ func (m *Manager) keptAlive(l *Lease) (kept bool, why string) {
 		why = fmt.Sprintf("process %d, which it was to end with, is gone", l.Owner.PID)
 	}
 	if l.Unit != "" {
-		kept = kept || UnitRuns(m.host, l.Unit)
+		runs, err := UnitRuns(m.host, l.Unit)
+		// What cannot be looked at may run.
+		kept = kept || runs || err != nil
 		why = fmt.Sprintf("unit %s, which it was to end with, does not run", l.Unit)
 	}
 	return kept, why
@@ -175,16 +178,19 @@ func (l *Lease) known() []Holder {
 }
 
 // unitProcesses is where a systemd unit's processes are listed: its control group has its name; "" if there is none.
-func unitProcesses(h *iommu.Host, unit string) string {
+func unitProcesses(h *iommu.Host, unit string) (string, error) {
 	for _, root := range []string{"sys/fs/cgroup", "sys/fs/cgroup/systemd"} {
 		for dirs, depth := []string{root}, 0; len(dirs) > 0 && depth < 6; depth++ {
 			var next []string
 			for _, dir := range dirs {
-				names, _ := h.Names(dir)
+				names, err := h.Names(dir)
+				if err != nil && !host.Absent(err) {
+					return "", err
+				}
 				for _, n := range names {
 					switch below := path.Join(dir, n); {
 					case n == unit:
-						return path.Join(below, "cgroup.procs")
+						return path.Join(below, "cgroup.procs"), nil
 					case strings.HasSuffix(n, ".slice"),
 						strings.HasSuffix(n, ".service") && strings.HasPrefix(n, "user@"):
 						next = append(next, below)
@@ -194,38 +200,49 @@ func unitProcesses(h *iommu.Host, unit string) string {
 			dirs = next
 		}
 	}
-	return ""
+	return "", nil
 }
 
 // UnitPIDs are the processes of a systemd unit; none of one that does not run.
-func UnitPIDs(h *iommu.Host, unit string) []int {
+func UnitPIDs(h *iommu.Host, unit string) ([]int, error) {
 	if unit == "" {
-		return nil
+		return nil, nil
 	}
+	file, err := unitProcesses(h, unit)
+	if file == "" || err != nil {
+		return nil, err
+	}
+	return pidsIn(h, file)
+}
+
+// pidsIn are the processes that a file of a control group lists; none of one that has just gone.
+func pidsIn(h *iommu.Host, file string) ([]int, error) {
 	var out []int
-	file := unitProcesses(h, unit)
-	if file == "" {
-		return nil
-	}
-	text, _ := h.String(file)
+	text, err := h.String(file)
 	for line := range strings.FieldsSeq(text) {
 		if pid, err := strconv.Atoi(line); err == nil {
 			out = append(out, pid)
 		}
 	}
-	return out
+	if host.Absent(err) {
+		err = nil
+	}
+	return out, err
 }
 
 // UnitRuns reports whether a unit, or what it has put into groups below its own, has processes.
-func UnitRuns(h *iommu.Host, unit string) bool {
-	file := unitProcesses(h, unit)
-	if file == "" {
-		return false
+func UnitRuns(h *iommu.Host, unit string) (bool, error) {
+	file, err := unitProcesses(h, unit)
+	if file == "" || err != nil {
+		return false, err
 	}
-	if text, err := h.String(path.Join(path.Dir(file), "cgroup.events")); err == nil {
-		return strings.Contains(text, "populated 1")
+	text, err := h.String(path.Join(path.Dir(file), "cgroup.events"))
+	if !host.Absent(err) {
+		return strings.Contains(text, "populated 1"), err
 	}
-	return len(UnitPIDs(h, unit)) > 0
+	// Groups of the first version have no such file.
+	pids, err := pidsIn(h, file)
+	return len(pids) > 0, err
 }
 
 // Started writes down who is going to hold a lease's devices: the VMM that was started with them. It fails if the lease

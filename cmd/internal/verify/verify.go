@@ -366,10 +366,7 @@ func (v *verification) inUse(ways []vfio.Way) error {
 func (v *verification) judgeWays(ways []vfio.Way) error {
 	works := slices.ContainsFunc(ways, func(w vfio.Way) bool { return v.report.Ways[w].OK })
 	if note := bind.InterruptNote(v.topology); note != "" && !works {
-		if !v.topology.LateGroups() {
-			note += ": turn it on in the firmware, and leave intremap=off from the kernel's command line"
-		}
-		v.reason("%s", note)
+		v.reason("%s: %s", note, iommu.WhyNotRemapped(v.host, v.topology))
 	}
 	for _, way := range ways {
 		w := v.report.Ways[way]

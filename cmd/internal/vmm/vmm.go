@@ -85,6 +85,14 @@ var Formats = []Format{
 			"the lease; containers cannot have it; no live migration",
 	},
 	{
+		Name:    "proxmox",
+		Text:    proxmox,
+		Persist: true,
+		Moves:   true,
+		Cannot: "Proxmox VE takes pcie=1 behind the address only with machine: q35; its guest does not migrate; the " +
+			"lease ends with viaduct release, not with the guest",
+	},
+	{
 		Name:    "xen",
 		Text:    xen,
 		Foreign: true,
@@ -420,6 +428,15 @@ func incus(g *Guest) (string, error) {
 	var b strings.Builder
 	for i, d := range g.Devices {
 		fmt.Fprintf(&b, "incus config device add %s viaduct%d pci address=%s\n", shell.Quote(g.Name), i, d.Address)
+	}
+	return b.String(), nil
+}
+
+// proxmox are lines of a guest's /etc/pve/qemu-server/VMID.conf (qm.conf(5), hostpci[n]).
+func proxmox(g *Guest) (string, error) {
+	var b strings.Builder
+	for i, d := range g.Devices {
+		fmt.Fprintf(&b, "hostpci%d: %s\n", i, d.Address)
 	}
 	return b.String(), nil
 }

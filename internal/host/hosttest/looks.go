@@ -2,7 +2,6 @@ package hosttest
 
 import (
 	"reflect"
-	"sync/atomic"
 	"syscall"
 	"testing"
 )
@@ -16,26 +15,15 @@ func EachFailure(tb testing.TB, k *Kernel, what string, look func() (any, error)
 		tb.Errorf("%s: %v", what, err)
 		return
 	}
-	for n := int64(0); ; n++ {
-		failed := atomic.Pointer[string]{}
-		var left atomic.Int64
-		left.Store(n)
-		k.SetFault(func(op, name string) error {
-			if left.Add(-1) == -1 {
-				at := op + " " + name
-				failed.Store(&at)
-				return syscall.EIO
-			}
-			return nil
-		})
+	for n := 0; ; n++ {
+		failed := k.FailNth(n, syscall.EIO)
 		got, err := look()
 		k.Revive()
-		at := failed.Load()
-		if at == nil {
+		if failed() == "" {
 			return
 		}
 		if err == nil && !reflect.DeepEqual(got, want) {
-			tb.Errorf("%s: %s fails, and it finds without an error %+v, not %+v", what, *at, got, want)
+			tb.Errorf("%s: %s fails, and it finds without an error %+v, not %+v", what, failed(), got, want)
 		}
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unsafe"
 
@@ -35,7 +36,6 @@ type VFIO struct {
 
 	k     *Kernel
 	mu    sync.Mutex
-	next  int
 	files map[string]*vfioFile // by the name of their memory
 	byFD  map[int]string
 }
@@ -128,10 +128,12 @@ func (v *VFIO) has(address string) bool {
 	return len(v.opened("device", address)) > 0
 }
 
+// numbered are the open files of all kernels of a process, none of which is taken for another's.
+var numbered atomic.Int64
+
 // file makes memory for an open file.
 func (v *VFIO) file(f *vfioFile) (int, error) {
-	v.next++
-	name := "vfio-" + strconv.Itoa(v.next)
+	name := "vfio-" + strconv.FormatInt(numbered.Add(1), 10)
 	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC)
 	if err != nil {
 		return -1, err

@@ -41,6 +41,9 @@ func Facts(h *iommu.Host, t *iommu.Topology, selected []*iommu.Device) (*doctor.
 	if f.Faults = iommu.CheckFirmware(h, t, f.Tables); len(t.Units) == 0 && len(t.Groups) == 0 {
 		f.Off = iommu.WhyOff(h, t)
 	}
+	if on := t.InterruptRemapping; on != nil && !*on {
+		f.NotRemapped = iommu.WhyNotRemapped(h, t)
+	}
 	if f.Units, err = iommu.ReadUnits(h, t, f.Tables); err != nil {
 		return nil, err
 	}

@@ -1,4 +1,4 @@
-package main
+package terminal
 
 import (
 	"bytes"
@@ -9,16 +9,19 @@ import (
 	"unicode/utf8"
 )
 
-// printable writes text without what a terminal would take for orders, or show out of its place: control and format
+// Printable writes text without what a terminal would take for orders, or show out of its place: control and format
 // characters other than ends of lines and tabs, and bytes that are no UTF-8, become \u001b and the like. What a device,
 // a snapshot, a file or a process calls itself may hold any of them. In JSON, where these stand in strings alone, they
 // are the same characters.
-type printable struct {
+type Printable struct {
 	w    io.Writer
 	rest []byte // of a character whose end has not come yet
 }
 
-func (p *printable) Write(b []byte) (int, error) {
+// NewPrintable makes one.
+func NewPrintable(w io.Writer) *Printable { return &Printable{w: w} }
+
+func (p *Printable) Write(b []byte) (int, error) {
 	text := b
 	if len(p.rest) > 0 {
 		text = append(p.rest, b...)
@@ -35,7 +38,7 @@ func (p *printable) Write(b []byte) (int, error) {
 	}
 	p.rest = append([]byte(nil), text[whole:]...)
 	if text = text[:whole]; len(text) > 0 {
-		if _, err := p.w.Write(clean(text)); err != nil {
+		if _, err := p.w.Write(Clean(text)); err != nil {
 			return 0, err
 		}
 	}
@@ -43,18 +46,18 @@ func (p *printable) Write(b []byte) (int, error) {
 }
 
 // Flush writes what is left of a character that was never ended.
-func (p *printable) Flush() error {
+func (p *Printable) Flush() error {
 	rest := p.rest
 	p.rest = nil
 	if len(rest) == 0 {
 		return nil
 	}
-	_, err := p.w.Write(clean(rest))
+	_, err := p.w.Write(Clean(rest))
 	return err
 }
 
-// clean is text with such characters spelt out.
-func clean(text []byte) []byte {
+// Clean is text with such characters spelt out.
+func Clean(text []byte) []byte {
 	if utf8.Valid(text) && bytes.IndexFunc(text, order) < 0 {
 		return text
 	}

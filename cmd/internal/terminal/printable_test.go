@@ -1,4 +1,4 @@
-package main
+package terminal
 
 import (
 	"bytes"
@@ -19,7 +19,7 @@ func TestPrintable(t *testing.T) {
 	} {
 		for size := 1; size <= len(text); size++ {
 			var out bytes.Buffer
-			p := &printable{w: &out}
+			p := NewPrintable(&out)
 			for b := []byte(text); len(b) > 0; {
 				n := min(size, len(b))
 				if written, err := p.Write(b[:n]); written != n || err != nil {
@@ -38,7 +38,9 @@ func TestPrintable(t *testing.T) {
 func TestPrintableJSON(t *testing.T) {
 	const name = "a\x1b\u202e\u009b\U000e0041z"
 	var out bytes.Buffer
-	if err := writeJSON(&printable{w: &out}, map[string]string{"name": name}); err != nil {
+	e := json.NewEncoder(NewPrintable(&out))
+	e.SetEscapeHTML(false)
+	if err := e.Encode(map[string]string{"name": name}); err != nil {
 		t.Fatal(err)
 	}
 	var back map[string]string

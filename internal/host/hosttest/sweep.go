@@ -1,0 +1,90 @@
+package hosttest
+
+import (
+	"math/rand/v2"
+	"os"
+	"runtime"
+	"slices"
+	"sync"
+	"sync/atomic"
+)
+
+// Operation is one that a program asks of the host: the calls that led to it; none of one that is asked for elsewhere,
+// by the child that writes or at the other end of a socket.
+type Operation []uintptr
+
+// Operations are what a program asks of the host, in order.
+func (k *Kernel) Operations(run func()) []Operation {
+	var mu sync.Mutex
+	var all []Operation
+	k.SetFault(func(op, _ string) error {
+		var calls Operation
+		if op != "message" && op != "write" {
+			calls = make(Operation, 100)
+			calls = calls[:runtime.Callers(2, calls)]
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		all = append(all, calls)
+		return nil
+	})
+	run()
+	k.Revive()
+	return all
+}
+
+// Sample are the numbers of some operations, such that each call that leads to any leads to one of them. With
+// VIADUCT_SWEEP=short it is a few of these, seeded, and with VIADUCT_SWEEP=all it is all operations.
+func Sample(all []Operation) []int {
+	var out []int
+	led := map[uintptr]bool{}
+	for n, calls := range all {
+		fresh := len(calls) == 0 || slices.ContainsFunc(calls, func(call uintptr) bool { return !led[call] })
+		for _, call := range calls {
+			led[call] = true
+		}
+		if fresh || os.Getenv("VIADUCT_SWEEP") == "all" {
+			out = append(out, n)
+		}
+	}
+	if os.Getenv("VIADUCT_SWEEP") == "short" {
+		seeded := rand.New(rand.NewPCG(uint64(len(all)), 0))
+		seeded.Shuffle(len(out), func(i, j int) { out[i], out[j] = out[j], out[i] })
+		out = out[:min(len(out), 16)]
+	}
+	return out
+}
+
+// EveryNth are some of a sample, all with VIADUCT_SWEEP=all, for what takes long to prepare.
+func EveryNth(nth int, sample []int) []int {
+	if os.Getenv("VIADUCT_SWEEP") == "all" {
+		return sample
+	}
+	var out []int
+	for i := 0; i < len(sample); i += nth {
+		out = append(out, sample[i])
+	}
+	return out
+}
+
+// FailNth has the n-th operation fail, counted from 0, and no other; failed names it, "" if there were not so many.
+// Revive ends that.
+func (k *Kernel) FailNth(n int, err error) (failed func() string) {
+	var at atomic.Pointer[string]
+	var left atomic.Int64
+	left.Store(int64(n))
+	k.SetFault(func(op, name string) error {
+		if left.Add(-1) != -1 {
+			return nil
+		}
+		what := op + " " + name
+		at.Store(&what)
+		return err
+	})
+	return func() string {
+		if what := at.Load(); what != nil {
+			return *what
+		}
+		return ""
+	}
+}

@@ -193,6 +193,13 @@ func (e *env) drive(ctx context.Context, o *migrateOptions, side *migrate.Side, 
 	if d.Outcome.Moved || err == nil {
 		return errors.Join(err, e.tellOutcome(r, &d.Outcome))
 	}
+	switch left, unread := side.Record(r.Guest); {
+	case unread != nil:
+	case left == nil:
+		e.note("%s is here, as it was", r.Guest)
+	default:
+		e.note("the move of %s is not over: viaduct migrate %s --resume, or --cancel", r.Guest, shell.Quote(r.Guest))
+	}
 	return err
 }
 

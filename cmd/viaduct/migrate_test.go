@@ -39,7 +39,7 @@ const (
 
 	br0  = "sys/devices/virtual/net/br0/"
 	port = "sys/devices/pci0000:00/0000:00:01.0/0000:01:00.0/net/enp1s0/"
-	vm   = `"memory": 8589934592, "standby": "br0", "machine": "pc-q35-9.1", "words": true, "format": "qemu"`
+	vm   = `"memory": 8589934592, "standby": "br0", "machine": "pc-q35-9.1", "words": true, "format": "qemu", "socket": "/run/viaduct/qmp-web"`
 )
 
 // pairHost is a host with a NIC that has two VFs in pool net, in a bridge that guests' virtual NICs are on.
@@ -177,6 +177,10 @@ var pairs = map[string]pair{
 	"other firmware, by the device's state": {args: "--by vfio", to: hosttest.Tree{"viaduct/firmware-versions": "enp1s0 3.30\n"}, lines: map[string]string{
 		"firmware": "refuse 3.30", "device-state": "unknown", "way": "refuse", "device-driver": "ok",
 		"virtio": "", "pair": "", "bridge": "", "vlan": "", "same-network": ""}},
+	"libvirt's guest": {vm: strings.Replace(vm, `"format": "qemu"`, `"format": "libvirt"`, 1), lines: map[string]string{
+		"vmm": "refuse for libvirt"}},
+	"no socket": {vm: strings.Replace(vm, `, "socket": "/run/viaduct/qmp-web"`, "", 1), lines: map[string]string{
+		"vmm": "refuse --movable"}},
 	"no virtio NIC": {vm: strings.Replace(vm, `"standby": "br0", `, "", 1), lines: map[string]string{
 		"way": "warn the guest is without its device", "virtio": "", "pair": "", "bridge": "", "vlan": ""}},
 }

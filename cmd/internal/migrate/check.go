@@ -79,6 +79,7 @@ var checks = []check{
 	{"tsc", checkTSC},
 	{"nested", checkNested},
 	{"pkru", checkPKRU},
+	{"vmm", checkVMM},
 	{"machine", checkMachine},
 	{"qemu-version", checkVersion},
 	{"qemu-start", checkStart},
@@ -207,6 +208,21 @@ func checkName(m *move) Line {
 		return refuse(inLease, "%s has a guest %q already (viaduct leases there)", m.to.Host, m.guest.Name)
 	}
 	return ok(inLease, "%s has no guest of this name", m.to.Host)
+}
+
+// checkVMM asks whether viaduct can speak with the guest's VMM.
+func checkVMM(m *move) Line {
+	vm := m.guest.VM
+	switch {
+	case vm == nil:
+		return unknown(inLease, "what VMM the guest has is not known: its lease was made by an older viaduct")
+	case !strings.HasPrefix(vm.Format, "qemu"):
+		return refuse(inLease, "the guest's devices were assigned for %s: only guests that QEMU runs by itself can move",
+			cmp.Or(vm.Format, "another VMM"))
+	case vm.Socket == "":
+		return refuse(inLease, "the guest's QEMU has no socket of viaduct's (assign or run it with --failover or --movable)")
+	}
+	return ok(inLease, "the guest's QEMU has a socket of viaduct's")
 }
 
 func checkMachine(m *move) Line {

@@ -56,6 +56,8 @@ var (
 		"operstate",
 		"flags",
 		"mtu",
+		"carrier",
+		"speed",
 		"phys_port_name",
 		"phys_switch_id",
 		"addr_assign_type",
@@ -165,6 +167,7 @@ func captureTo(h *Host, w io.Writer, redacted bool) error {
 		c.device(d)
 		return c.err == nil
 	})
+	c.migration()
 	names := OpenNames(h)
 	defer names.Close()
 	c.add(idFiles[0], excerpt(names, t))

@@ -69,7 +69,7 @@ func (c *capture) system() {
 	cpu, _ := c.h.Read("proc/cpuinfo")
 	first, _, _ := strings.Cut(string(cpu), "\n\n")
 	if first != "" {
-		c.add("proc/cpuinfo", keptLines(first, "vendor_id", "model name", "flags"))
+		c.add("proc/cpuinfo", keptLines(first, "vendor_id", "cpu family", "model", "model name", "flags", "vmx flags"))
 	}
 	const misc = "sys/class/misc"
 	c.dir(misc)

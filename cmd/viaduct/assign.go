@@ -12,6 +12,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"viaduct/cmd/internal/lease"
+	"viaduct/cmd/internal/migrate"
 	"viaduct/cmd/internal/vmm"
 	"viaduct/iommu"
 	"viaduct/sriov"
@@ -29,6 +30,7 @@ type assignOptions struct {
 	memory  string
 	format  string
 	standby string
+	movable bool
 	timeout time.Duration
 	preview bool // of a dry run what the VMM gets is printed, and not the writes
 }
@@ -45,6 +47,7 @@ func (o *assignOptions) flags() []cli.Flag {
 		&cli.StringFlag{Name: "node-owner", Usage: "let `USER[:GROUP]` own the devices' nodes", Destination: &o.NodeOwner},
 		&cli.BoolFlag{Name: "no-reset", Usage: "assign a device even if nothing can reset it: the next guest finds what this one leaves in it", Destination: &o.NoReset},
 		&cli.StringFlag{Name: "failover", Usage: "for migration: add a virtio NIC on `BRIDGE` that has the first VF's MAC address and replaces it", Destination: &o.standby},
+		&cli.BoolFlag{Name: "movable", Usage: "for migration without a virtio NIC: let the first device be unplugged", Destination: &o.movable},
 		&cli.DurationFlag{Name: "timeout", Usage: "wait this long for one write, and for another viaduct", Value: bind.DefaultTimeout, Destination: &o.timeout},
 	}
 }
@@ -76,6 +79,10 @@ func (o *assignOptions) parse(c *cli.Context, format *vmm.Format) error {
 	if o.standby != "" && o.Sources[0].Settings[sriov.MAC] == "" {
 		return usagef("%s: --failover needs --mac, because both NICs have the same address", c.Command.Name)
 	}
+	if o.movable && (format == nil || !format.Standby || format.Args == nil) {
+		return usagef("%s: --movable is for the formats qemu and qemu-iommufd", c.Command.Name)
+	}
+	o.VM = &vmm.Machine{Format: o.format, Memory: o.Memory, Standby: o.standby}
 	o.Moves, o.Foreign = format != nil && format.Moves, format != nil && format.Foreign
 	return checkTimeout(o.timeout)
 }
@@ -253,7 +260,7 @@ func runAssign(ctx context.Context, e *env, o *assignOptions, format *vmm.Format
 		if format == nil {
 			return writeJSON(e.stdout, viewLease(m, m.LookAt(l)))
 		}
-		g, err := guestOf(m, l, o.standby, o.preview)
+		g, err := guestOf(m, l, o)
 		if err != nil {
 			return err
 		}
@@ -307,6 +314,9 @@ func (e *env) assign(ctx context.Context, o *assignOptions, then func(*lease.Man
 		return err
 	}
 	defer stop()
+	if o.standby != "" || o.movable {
+		o.socket(m.Host())
+	}
 	if e.dryRun {
 		steps, l, err := m.PreviewLease(&o.Request)
 		if err != nil {
@@ -334,10 +344,18 @@ func (e *env) assign(ctx context.Context, o *assignOptions, then func(*lease.Man
 	return err
 }
 
+// socket gives a guest's QEMU a socket of viaduct's own, by which it moves. One that is not root's cannot make it, and
+// libvirt has its own.
+func (o *assignOptions) socket(h *iommu.Host) {
+	if format, known := vmm.Find(o.VM.Format); known && format.Args != nil && o.NodeOwner == "" {
+		o.VM.Socket = migrate.SocketOf(h, o.Guest)
+	}
+}
+
 // guestOf is a lease as a VMM is told of it.
 // Of a preview, nodes are what they will be by the group.
-func guestOf(m *lease.Manager, l *lease.Lease, standby string, preview bool) (*vmm.Guest, error) {
-	g := &vmm.Guest{Name: l.Guest, Standby: standby}
+func guestOf(m *lease.Manager, l *lease.Lease, o *assignOptions) (*vmm.Guest, error) {
+	g := &vmm.Guest{Name: l.Guest, Standby: o.standby, Movable: o.movable, Socket: o.VM.Socket}
 	for _, of := range l.Devices {
 		d, err := m.Topology.Find(of.Address)
 		if err != nil {
@@ -353,7 +371,7 @@ func guestOf(m *lease.Manager, l *lease.Lease, standby string, preview bool) (*v
 		if v.Nodes, err = vfio.Nodes(m.Host(), d); err != nil {
 			return nil, err
 		}
-		if len(v.Nodes) == 0 && preview {
+		if len(v.Nodes) == 0 && o.preview {
 			v.Nodes = []string{fmt.Sprintf("/dev/vfio/%d", v.Group)}
 		}
 		if len(v.Nodes) == 0 && !l.Foreign {
@@ -361,7 +379,7 @@ func guestOf(m *lease.Manager, l *lease.Lease, standby string, preview bool) (*v
 		}
 		g.Devices = append(g.Devices, v)
 	}
-	if standby != "" && g.Devices[0].MAC == "" {
+	if o.standby != "" && g.Devices[0].MAC == "" {
 		return nil, usagef("--failover: the first device has no MAC address")
 	}
 	return g, nil

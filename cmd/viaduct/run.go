@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,7 +19,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"viaduct/cmd/internal/lease"
+	"viaduct/cmd/internal/migrate"
 	"viaduct/cmd/internal/vmm"
+	"viaduct/internal/shell"
 )
 
 // exitNotRun is what run ends with when viaduct itself failed before the VMM was started.
@@ -102,6 +105,7 @@ func runRun(c *cli.Context, e *env, o *assignOptions, as string) error {
 		return usagef("run: put {devices} into the command where the arguments belong, because %s takes "+
 			"them only there", format.Name)
 	}
+	o.keepWords(command)
 	// Before anything is touched.
 	program, err := exec.LookPath(command[0])
 	if err != nil {
@@ -143,10 +147,13 @@ func runRun(c *cli.Context, e *env, o *assignOptions, as string) error {
 		if more := needsMore(m.Host(), format, as); more != "" {
 			e.note("%s", more)
 		}
-		g, err = guestOf(m, l, o.standby, false)
+		g, err = guestOf(m, l, o)
 		return err
 	})
 	release := func() error {
+		if moved, err := e.moved(c.Context, o.Guest); moved || err != nil {
+			return err
+		}
 		// Standard output is the command's.
 		own := *e
 		own.stdout = e.stderr
@@ -163,7 +170,10 @@ func runRun(c *cli.Context, e *env, o *assignOptions, as string) error {
 		return err
 	}
 
-	cmd, gate, err := held(program, append(command[:1], substitute(command[1:], format, g)...))
+	if err := e.keepCommand(o.Guest, command, format); err != nil {
+		return errors.Join(err, release())
+	}
+	cmd, gate, err := held(program, append(command[:1], format.Substitute(command[1:], g)...))
 	if err != nil {
 		return errors.Join(err, release())
 	}
@@ -197,6 +207,72 @@ func runRun(c *cli.Context, e *env, o *assignOptions, as string) error {
 	return &vmmEnded{status: ended}
 }
 
+// keepWords reads of the command what a move of the guest has to know.
+func (o *assignOptions) keepWords(command []string) {
+	if !strings.HasPrefix(o.VM.Format, "qemu") {
+		return
+	}
+	vm := vmm.ReadMachine(command[1:])
+	vm.Format, vm.Standby = o.VM.Format, o.VM.Standby
+	vm.Memory = cmp.Or(o.Memory, vm.Memory)
+	o.VM = &vm
+}
+
+// keepCommand writes down the command of a guest that can move, for the host that it moves to.
+func (e *env) keepCommand(guest string, command []string, format *vmm.Format) error {
+	if !format.Standby {
+		return nil
+	}
+	h, err := e.open()
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	words := slices.Clone(command)
+	if !slices.ContainsFunc(words, func(w string) bool {
+		return w == vmm.Devices || strings.Contains(w, "{address}") || strings.Contains(w, "{group}")
+	}) {
+		words = append(words, vmm.Devices)
+	}
+	return lease.BookOf(h).KeepWords(guest, words)
+}
+
+// moved waits, if a guest moves, until that is over, and reports whether it is on another host: its devices are
+// released by who moves it.
+func (e *env) moved(ctx context.Context, guest string) (bool, error) {
+	h, err := e.open()
+	if err != nil {
+		return false, err
+	}
+	defer h.Close()
+	side := &migrate.Side{Host: h}
+	r, err := side.Record(guest)
+	if r == nil || !r.Source || err != nil {
+		return false, err
+	}
+	const mostEnd = 10 * time.Minute
+	held, err := lease.BookOf(h).LockMove(context.WithoutCancel(ctx), guest, mostEnd)
+	if err != nil {
+		return false, err
+	}
+	defer held.Close()
+	l, err1 := lease.BookOf(h).Get(guest)
+	now, err2 := side.Record(guest)
+	if err := errors.Join(err1, err2); err != nil {
+		return false, err
+	}
+	switch {
+	case l == nil && now == nil:
+		e.note("%s is on %s now", guest, r.Peer)
+		return true, nil
+	case now != nil:
+		e.note("%s has ended while it moved, and its devices are kept until that is over (viaduct migrate %s --resume, or "+
+			"--cancel)", guest, shell.Quote(guest))
+		return true, nil
+	}
+	return false, nil
+}
+
 // formatOf is the format of a VMM by its program's name.
 func formatOf(program string) string {
 	name := filepath.Base(program)
@@ -209,33 +285,6 @@ func formatOf(program string) string {
 		return "qemu"
 	}
 	return "env"
-}
-
-// substitute puts a guest's devices into the words of a command.
-func substitute(words []string, format *vmm.Format, g *vmm.Guest) []string {
-	var devices []string
-	if format.Args != nil {
-		devices = format.Args(g)
-	}
-	first := g.Devices[0]
-	values := strings.NewReplacer("{address}", first.Address.String(), "{group}", fmt.Sprint(first.Group), "{mac}",
-		first.MAC, "{vlan}", first.VLAN)
-	var out []string
-	placed := false
-	for _, w := range words {
-		if w == "{devices}" {
-			out, placed = append(out, devices...), true
-			continue
-		}
-		replaced := values.Replace(w)
-		placed = placed || strings.Contains(w, "{address}") || strings.Contains(w, "{group}")
-		out = append(out, replaced)
-	}
-
-	if !placed {
-		out = append(out, devices...)
-	}
-	return out
 }
 
 // held is a command that runs this program, which becomes the other one once gate is called, and ends if this process

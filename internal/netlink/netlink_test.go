@@ -40,12 +40,14 @@ func dial(t *testing.T, k *hosttest.Kernel, family int) *Conn {
 func makeVFs(t *testing.T, k *hosttest.Kernel, n int) {
 	t.Helper()
 	dir := "sys/bus/pci/devices/" + pf
-	for file, value := range map[string]string{"sriov_totalvfs": fmt.Sprintln(n), "sriov_offset": "32768\n", "sriov_stride": "1\n"} {
+	for file, value := range map[string]string{"sriov_totalvfs": fmt.Sprintln(n), "sriov_offset": "32768\n",
+		"sriov_stride": "1\n"} {
 		if err := os.WriteFile(k.Dir()+"/"+dir+"/"+file, []byte(value), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := errors.Join(k.Write(dir+"/sriov_drivers_autoprobe", "0"), k.Write(dir+"/sriov_numvfs", fmt.Sprint(n))); err != nil {
+	if err := errors.Join(k.Write(dir+"/sriov_drivers_autoprobe", "0"), k.Write(dir+"/sriov_numvfs",
+		fmt.Sprint(n))); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -714,7 +716,8 @@ func isBoundary(b []byte, at int) bool {
 // A route leads to everywhere if it names no network, or the one that all addresses are in.
 func TestDefault(t *testing.T) {
 	for text, want := range map[string]bool{
-		"": true, "0.0.0.0/0": true, "::/0": true, "0.0.0.0/1": false, "128.0.0.0/1": false, "::/1": false, "10.0.0.0/8": false,
+		"": true, "0.0.0.0/0": true, "::/0": true, "0.0.0.0/1": false, "128.0.0.0/1": false, "::/1": false,
+		"10.0.0.0/8": false,
 	} {
 		r := Route{}
 		if text != "" {

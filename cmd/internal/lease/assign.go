@@ -9,6 +9,7 @@ import (
 	"slices"
 	"time"
 
+	"viaduct/cmd/internal/vmm"
 	"viaduct/internal/shell"
 	"viaduct/iommu"
 	"viaduct/vfio/bind"
@@ -27,9 +28,12 @@ type Request struct {
 	OwnerPID  int
 	Unit      string
 	Persist   bool
-	Foreign   bool // its VMM takes the devices to a driver of its own
-	NoReset   bool // give out also what nothing can reset afterwards
-	Alone     bool // refuse what another process, or a VMM that runs, has already
+	Foreign   bool         // its VMM takes the devices to a driver of its own
+	NoReset   bool         // give out also what nothing can reset afterwards
+	VM        *vmm.Machine // what is known of its virtual machine
+	Alone     bool         // refuse what another process, or a VMM that runs, has already
+
+	moving State // the lease is made for this
 }
 
 // Assign gives a guest devices: draws them, under the lock of the books, and then configures and takes them. Asked
@@ -139,6 +143,11 @@ func (m *Manager) reserve(ctx context.Context, r *Request, choices []choice,
 	}
 	if i := slices.IndexFunc(all, func(l *Lease) bool { return l.Guest == r.Guest }); i >= 0 {
 		l := all[i]
+		if r.moving == "" {
+			if err := l.moves("assign to"); err != nil {
+				return nil, false, err
+			}
+		}
 		if err := l.same(r); err != nil {
 			return nil, false, err
 		}
@@ -155,6 +164,7 @@ func (m *Manager) reserve(ctx context.Context, r *Request, choices []choice,
 		Sources:   r.Sources,
 		Foreign:   r.Foreign,
 		NoReset:   r.NoReset,
+		Moving:    r.moving,
 		Holders:   []Holder{},
 	}
 	l.renew(m, r)
@@ -192,6 +202,10 @@ func (l *Lease) renew(m *Manager, r *Request) {
 	l.TTL, l.Maker, l.Persist = r.TTL, m.self(), l.Persist || r.Persist
 	l.Unit, l.Owner, l.Ending, l.Unmade = r.Unit, nil, false, false
 	l.used()
+	if r.VM != nil && (l.VM == nil || r.VM.Words || !l.VM.Words) {
+		// Who only asks again does not know the words of who runs it.
+		l.VM = r.VM
+	}
 	if r.NodeOwner != "" {
 		l.NodeOwner = r.NodeOwner
 	}

@@ -107,7 +107,8 @@ func (m *Manager) configure(ctx context.Context, l *Lease, devices []*iommu.Devi
 			if now.Settings != nil {
 				d.Now = now.Settings
 			}
-			if mac := d.Now[sriov.MAC]; mac != "" && strings.Trim(mac, "0:") == "" && len(mac) == len(noMAC) {
+			mac := d.Now[sriov.MAC]
+			if l.Moving == "" && mac != "" && strings.Trim(mac, "0:") == "" && len(mac) == len(noMAC) {
 				notes = append(notes, fmt.Sprintf("%s (vf%d) has no MAC address, so the guest gets another one "+
 					"at each start: use --mac stable", d.Address, d.Index))
 			}

@@ -4,6 +4,7 @@ package lease
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/url"
 	"slices"
@@ -13,6 +14,7 @@ import (
 	"unicode/utf8"
 
 	"viaduct/cmd/internal/declared"
+	"viaduct/cmd/internal/vmm"
 	"viaduct/internal/journal"
 	"viaduct/iommu"
 	"viaduct/sriov"
@@ -39,8 +41,10 @@ type Lease struct {
 	Unit    string       `json:"unit,omitempty"`   // a systemd unit
 	Persist bool         `json:"persist"`          // it outlives all that, and the boot
 
-	NodeOwner string `json:"node_owner,omitempty"`
-	Drawn     bool   `json:"drawn,omitempty"` // by libvirt, from a network: it ends with the domain
+	Moving    State        `json:"moving,omitempty"` // incoming or leaving: what its guest does; "" if it stays
+	VM        *vmm.Machine `json:"vm,omitempty"`     // what is known of it; nil of leases made before it was kept
+	NodeOwner string       `json:"node_owner,omitempty"`
+	Drawn     bool         `json:"drawn,omitempty"` // by libvirt, from a network: it ends with the domain
 
 	NoReset bool `json:"no_reset,omitempty"` // what nothing can reset goes to the next as it is
 	Foreign bool `json:"foreign,omitempty"`  // its VMM takes it to a driver of its own, as Xen's
@@ -272,7 +276,7 @@ func (b *Book) putLocked(l *Lease) error {
 // drop ends a lease. What outlives a boot goes first: power may be cut in between.
 func (b *Book) drop(l *Lease) error {
 	return b.alone(func() error {
-		if err := b.State.Delete(key(l.Guest)); err != nil {
+		if err := errors.Join(b.State.Delete(key(l.Guest)), b.Run.Delete(wordsKey(l.Guest))); err != nil {
 			return err
 		}
 		return b.Run.Delete(key(l.Guest))

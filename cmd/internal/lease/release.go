@@ -35,7 +35,7 @@ func (e *NoLeaseError) Error() string {
 // Release ends a guest's lease: it waits, at most for the given time, until nobody has its devices open, and scrubs
 // them. One that cannot be scrubbed goes into quarantine, and the error says why.
 func (m *Manager) Release(ctx context.Context, guest string, wait time.Duration) ([]Certificate, error) {
-	return m.alone(ctx, guest, wait, m.end)
+	return m.alone(ctx, guest, wait, unlessMoving("release", m.end))
 }
 
 // Rest ends what a guest has of a lease that outlives it, and leaves the lease for the guest's next start; any other it
@@ -48,13 +48,12 @@ func (m *Manager) Rest(ctx context.Context, guest string, wait time.Duration) ([
 	if l == nil || !l.Persist {
 		return m.Release(ctx, guest, wait)
 	}
-	return m.alone(ctx, guest, wait, m.rest)
+	return m.alone(ctx, guest, wait, unlessMoving("release", m.rest))
 }
 
 // alone does something with a guest's lease, and locks it and its devices for that once nobody has them open. Who still
 // has one is waited for, at most for the given time, until which do may wait, too.
-func (m *Manager) alone(ctx context.Context, guest string, wait time.Duration,
-	do func(context.Context, *Lease, time.Time) ([]Certificate, error)) ([]Certificate, error) {
+func (m *Manager) alone(ctx context.Context, guest string, wait time.Duration, do ending) ([]Certificate, error) {
 	mine, err := m.Book.lockGuest(ctx, guest, m.handle.Timeout())
 	if err != nil {
 		return nil, err

@@ -27,6 +27,10 @@ func (m *Manager) Restore(ctx context.Context) (done []string, err error) {
 			errs = append(errs, err)
 			continue
 		}
+		if l.Moving != "" {
+			// Where its guest is, the move says.
+			continue
+		}
 		if err := m.Again(ctx, l.Guest); err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", l.Guest, err))
 			continue
@@ -46,6 +50,9 @@ func (m *Manager) Again(ctx context.Context, guest string) error {
 	l, err := m.known(guest)
 	if err != nil {
 		return err
+	}
+	if l.Moving == Leaving {
+		return l.moves("start")
 	}
 	if _, err := m.devices(l); err != nil {
 		return err

@@ -111,7 +111,12 @@ func (m *Manager) state(l *Lease, now []holder.Holder, age time.Duration) (State
 		}
 	}
 
-	if len(now) > 0 {
+	switch {
+	case l.Moving == Incoming:
+		return Incoming, "its guest is to come from another host"
+	case l.Moving == Leaving:
+		return Leaving, "its guest is on its way to another host"
+	case len(now) > 0:
 		return Active, ""
 	}
 	alive := slices.ContainsFunc(l.known(), func(h Holder) bool { return h.Alive(m.host) })

@@ -20,6 +20,12 @@ type Guest struct {
 	// Standby is the bridge that a virtio NIC is on, which stands in for the first VF while the guest migrates; "" for
 	// none.
 	Standby string
+	// Movable says that the first device is where it can be unplugged from, as it is with a standby.
+	Movable bool
+	// Absent says that the first device is plugged later, by the machine protocol.
+	Absent bool
+	// Socket is of QEMU's machine protocol, for viaduct alone; "" for none.
+	Socket string
 }
 
 // Device is one device of a guest.
@@ -140,20 +146,81 @@ func qemuIOMMUFD(g *Guest) []string {
 	return append([]string{"-object", "iommufd,id=viaduct"}, qemuDevices(g, ",iommufd=viaduct")...)
 }
 
+// The names that QEMU has for what a guest that can move has.
+const (
+	StandbyID = "viaduct-standby"
+	PrimaryID = "viaduct-primary"
+	standbyAt = "viaduct-port0"
+	primaryAt = "viaduct-port1"
+)
+
 // qemuDevices are the devices; with a standby, the first is a failover pair with it, which needs a port that it can be
 // unplugged from (docs/system/virtio-net-failover.rst).
 func qemuDevices(g *Guest, more string) []string {
 	var out []string
+	port := func(id, number string) {
+		out = append(out, "-device", "pcie-root-port,id="+id+",chassis="+number+",slot="+number)
+	}
 	for i, d := range g.Devices {
 		pair := ""
 		if i == 0 && g.Standby != "" {
-			out = append(out, "-netdev", "bridge,id=viaduct-net,br="+comma(g.Standby), "-device",
-				"pcie-root-port,id=viaduct-port0,chassis=240,slot=240", "-device",
-				"pcie-root-port,id=viaduct-port1,chassis=241,slot=241", "-device",
-				"virtio-net-pci,netdev=viaduct-net,id=viaduct-standby,bus=viaduct-port0,mac="+d.MAC+",failover=on")
-			pair = ",id=viaduct-primary,bus=viaduct-port1,failover_pair_id=viaduct-standby"
+			out = append(out, "-netdev", "bridge,id=viaduct-net,br="+comma(g.Standby))
+			port(standbyAt, "240")
+			port(primaryAt, "241")
+			out = append(out, "-device",
+				"virtio-net-pci,netdev=viaduct-net,id="+StandbyID+",bus="+standbyAt+",mac="+d.MAC+
+					",failover=on")
+			pair = ",id=" + PrimaryID + ",bus=" + primaryAt + ",failover_pair_id=" + StandbyID
+		} else if i == 0 && g.Movable {
+			port(primaryAt, "241")
+			pair = ",id=" + PrimaryID + ",bus=" + primaryAt
 		}
-		out = append(out, "-device", "vfio-pci,host="+d.Address.String()+more+pair)
+		if i > 0 || !g.Absent {
+			out = append(out, "-device", "vfio-pci,host="+d.Address.String()+more+pair)
+		}
+	}
+	if g.Socket != "" {
+		out = append(out, "-qmp", "unix:"+comma(g.Socket)+",server=on,wait=off")
+	}
+	return out
+}
+
+// Plugged are the words of device_add for the first device of a guest that can move.
+func (f *Format) Plugged(a iommu.Address, standby bool) map[string]any {
+	out := map[string]any{"driver": "vfio-pci", "host": a.String(), "id": PrimaryID, "bus": primaryAt}
+	if standby {
+		out["failover_pair_id"] = StandbyID
+	}
+	if f.Name == "qemu-iommufd" {
+		out["iommufd"] = "viaduct"
+	}
+	return out
+}
+
+// Devices is the word of a command that stands for the devices' arguments.
+const Devices = "{devices}"
+
+// Substitute puts a guest's devices into the words of a command.
+func (f *Format) Substitute(words []string, g *Guest) []string {
+	var devices []string
+	if f.Args != nil {
+		devices = f.Args(g)
+	}
+	first := g.Devices[0]
+	values := strings.NewReplacer("{address}", first.Address.String(), "{group}", fmt.Sprint(first.Group), "{mac}",
+		first.MAC, "{vlan}", first.VLAN)
+	var out []string
+	placed := false
+	for _, w := range words {
+		if w == Devices {
+			out, placed = append(out, devices...), true
+			continue
+		}
+		placed = placed || strings.Contains(w, "{address}") || strings.Contains(w, "{group}")
+		out = append(out, values.Replace(w))
+	}
+	if !placed {
+		out = append(out, devices...)
 	}
 	return out
 }

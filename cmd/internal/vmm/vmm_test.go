@@ -44,14 +44,19 @@ func web(t *testing.T) *Guest {
 func TestFormats(t *testing.T) {
 	for i := range Formats {
 		f := &Formats[i]
-		for _, standby := range []string{"", "br,0"} {
-			if standby != "" && !f.Standby {
+		for _, kind := range []string{"", "-failover", "-movable", "-incoming"} {
+			if kind != "" && !f.Standby || f.Text != nil && (kind == "-movable" || kind == "-incoming") {
 				continue
 			}
-			name := f.Name
+			name := f.Name + kind
 			g := web(t)
-			if g.Standby = standby; standby != "" {
-				name += "-failover"
+			switch kind {
+			case "-failover":
+				g.Standby = "br,0"
+			case "-movable":
+				g.Movable, g.Socket = true, "/run/viaduct/qmp-web.sock"
+			case "-incoming":
+				g.Standby, g.Socket, g.Absent = "br,0", "/run/viaduct/qmp-web.sock", true
 			}
 			got, err := f.Print(g)
 			if err != nil {
@@ -79,7 +84,8 @@ func TestWellFormed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, x := range []string{"<devices>" + text + "</devices>", LibvirtNetwork(g.Name, []iommu.Address{g.Devices[0].Address})} {
+	for _, x := range []string{"<devices>" + text + "</devices>", LibvirtNetwork(g.Name,
+		[]iommu.Address{g.Devices[0].Address})} {
 		for d := xml.NewDecoder(strings.NewReader(x)); ; {
 			if _, err := d.Token(); err != nil {
 				if err.Error() != "EOF" {

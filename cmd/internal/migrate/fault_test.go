@@ -1,0 +1,234 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"testing"
+)
+
+// The points of a move at which something may go wrong: before an action of the source, or a task of the destination.
+var (
+	actions = []Action{
+		AskReserve, AskStart, RecordUnplugging, Unplug, Park, RecordCopying, AskLoad, Send, Await, RecordCommitted,
+		AskTake,
+		AskArrive, RecordQuitting, Quit, AskForget, End,
+	}
+	back = []Action{RecordReturning, Resume, AskRefuse, Unpark, Plug, Keep}
+	work = []Task{
+		NoteReserved, Reserve, NoteWaiting, Start, NoteLoading, Load, NoteMine, Go, GiveAddress, PlugHere,
+		NoteArrived, Forget,
+	}
+)
+
+// wrong is something that goes wrong at a point of a move.
+type wrong struct {
+	// kill, cut, turn: the viaduct here, the pipe, the user; here, there: a QEMU; serve: the viaduct there
+	what   string
+	action Action
+	task   Task
+	after  Action // the point is on the way back from here
+	want   Wants  // with which the user mends it
+}
+
+func (w *wrong) String() string {
+	return fmt.Sprintf("%s before %s%s, back from %q, then %s", w.what, w.action, w.task, w.after, w.want)
+}
+
+func faults() (out []wrong) {
+	for _, want := range []Wants{Forward, Back} {
+		for _, a := range actions {
+			for _, what := range []string{"kill", "cut", "turn", "here", "there"} {
+				out = append(out, wrong{what: what, action: a, want: want})
+			}
+		}
+		for _, a := range back {
+			for _, after := range []Action{Park, Await} {
+				for _, what := range []string{"kill", "here", "there"} {
+					out = append(out, wrong{what: what, action: a, after: after, want: want})
+				}
+			}
+		}
+		for _, t := range work {
+			for _, what := range []string{"serve", "here", "there"} {
+				out = append(out, wrong{what: what, task: t, want: want})
+			}
+		}
+	}
+	return out
+}
+
+var errKilled = errors.New("killed")
+
+// trial is a move at which something goes wrong once.
+type trial struct {
+	t    *testing.T
+	p    *hostPair
+	w    wrong
+	r    *remote
+	d    *Driver
+	done bool // it went wrong
+	ends bool // a QEMU was ended
+	turn context.CancelFunc
+}
+
+// happens does what goes wrong.
+func (x *trial) happens() error {
+	x.done = true
+	switch x.w.what {
+	case "kill", "serve":
+		return errKilled
+	case "cut":
+		x.r.cut()
+	case "turn":
+		x.turn()
+	case "here":
+		x.ends = true
+		x.p.from.qemu.Kill()
+	case "there":
+		if q := x.p.there(); q != nil {
+			x.ends = true
+			q.Kill()
+		}
+	}
+	return nil
+}
+
+func (x *trial) action(a Action) error {
+	x.neverTwice(string(a), a == Resume)
+	if x.w.after == a && x.d.Record.Phase != Returning {
+		// Which is not done: the user turns round.
+		x.turn()
+	}
+	if !x.done && x.w.task == "" && x.w.action == a && (x.w.after == "" || x.d.Record.Phase == Returning ||
+		a == RecordReturning) {
+		return x.happens()
+	}
+	return nil
+}
+
+func (x *trial) task(t Task) error {
+	if t == Go && x.d.vm != nil && x.d.vm.Ended() == nil {
+		if status, _, err := x.d.vm.look(); err == nil && status == "running" {
+			x.t.Errorf("%s: the guest is let go on there, and runs here", &x.w)
+		}
+	}
+	if !x.done && x.w.task == t {
+		return x.happens()
+	}
+	return nil
+}
+
+// neverTwice checks, before the guest goes on here, that it does not run there.
+func (x *trial) neverTwice(what string, goesOn bool) {
+	x.r.mu.Lock()
+	s := x.r.last
+	x.r.mu.Unlock()
+	if !goesOn || s == nil || s.vm == nil || s.vm.Ended() != nil {
+		return
+	}
+	if status, _, err := s.vm.look(); err == nil && status == "running" {
+		x.t.Errorf("%s: %s, and it runs there", &x.w, what)
+	}
+}
+
+// run drives the move once.
+func (x *trial) run(record *Record, want Wants) error {
+	ctx, cancel := context.WithCancel(x.t.Context())
+	defer cancel()
+	x.turn = cancel
+	x.d = x.p.driver(x.r, record, x.action)
+	err := x.d.Run(ctx, want)
+	x.r.cut()
+	x.r.serve.Wait()
+	return err
+}
+
+// mend does what a user does until the move is over.
+func (x *trial) mend() (tried []error) {
+	for _, want := range []Wants{x.w.want, Forward, Back, TakeBack} {
+		if x.p.from.record == nil {
+			break
+		}
+		if want == TakeBack && !x.ends {
+			break
+		}
+		record := *x.p.from.record
+		tried = append(tried, fmt.Errorf("%s: %w", want, cmpErr(x.run(&record, want))))
+	}
+	if r := x.p.to.record; r != nil && x.p.from.record == nil {
+		// The source could not tell the other host: its user does.
+		s := &Server{House: destination{x.p}}
+		if err := s.LetGo(x.t.Context(), r); err != nil && !errors.Is(err, ErrGoesOn) {
+			tried = append(tried, fmt.Errorf("let go: %w", err))
+		} else if err == nil {
+			x.p.to.record = nil
+		}
+	}
+	return tried
+}
+
+func cmpErr(err error) error {
+	if err == nil {
+		return errors.New("done")
+	}
+	return err
+}
+
+// TestFaults: whatever goes wrong at whatever point of a move, the guest never runs twice, and a user mends it with
+// --resume or --cancel: it is on one host then, with its device and its address, and nothing of it is on the other. A
+// few
+// points are tried, by a seed that is told, or with VIADUCT_SWEEP=all each of them.
+func TestFaults(t *testing.T) {
+	all := faults()
+	if os.Getenv("VIADUCT_SWEEP") != "all" {
+		seed := rand.Uint64()
+		t.Logf("%d points, of which 8 are tried, by seed %d", len(all), seed)
+		rand.New(rand.NewPCG(seed, 0)).Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+		all = all[:8]
+	}
+	for _, w := range all {
+		t.Run(w.String(), func(t *testing.T) {
+			x := &trial{t: t, p: newPair(t), w: w}
+			x.r = newRemote(x.p, x.task)
+			record := x.p.record()
+			x.p.from.save(record)
+			err := x.run(record, Forward)
+			tried := append([]error{cmpErr(err)}, x.mend()...)
+			if x.p.from.record != nil {
+				t.Fatalf("nobody can mend it: %+v, %+v: %v", x.p.from, x.p.to, errors.Join(tried...))
+			}
+			x.ended(t)
+			if !x.done {
+				t.Log("the move did not come to this point")
+			}
+			if t.Failed() {
+				t.Logf("what was tried: %v", errors.Join(tried...))
+			}
+		})
+	}
+}
+
+// ended checks how it has ended.
+func (x *trial) ended(t *testing.T) {
+	here, there := running(t, x.p.from.qemu), running(t, x.p.there())
+	switch {
+	case here && there:
+		t.Error("the guest runs twice")
+	case here:
+		if dead := x.p.to.record != nil && x.ends; dead {
+			// It has ended there after it was taken: its lease is released as any other.
+			x.p.to.lease, x.p.to.record = false, nil
+		}
+		x.p.here(t)
+	case there:
+		if x.p.to.record != nil && x.p.to.record.Phase == Arrived {
+			x.p.to.record = nil
+		}
+		x.p.moved(t)
+	case !x.ends:
+		t.Error("the guest runs nowhere")
+	}
+}

@@ -1,0 +1,52 @@
+package migrate
+
+import (
+	"encoding/json"
+	"fmt"
+
+	"viaduct/cmd/internal/vmm"
+)
+
+// Plan is what a move would do on both hosts, in order: here and there, and what QEMU is told.
+func Plan(r *Record) []string {
+	o := &r.Order
+	var out []string
+	step := func(where, format string, a ...any) {
+		out = append(out, fmt.Sprintf("%-6s", where)+fmt.Sprintf(format, a...))
+	}
+	qmp := func(where, command string, args any) {
+		b, _ := json.Marshal(args)
+		step(where, "qmp   %s %s", command, b)
+	}
+	socket := "unix:" + dataSocket(r)
+
+	step("there", "keep %d of %s for %s, without its address", o.Count, o.From, r.Guest)
+	step("there", "start QEMU with -S -incoming defer, and without the device")
+	if o.Way != ByVFIO {
+		step("here", "write %q", Unplugging)
+		qmp("here", "device_del", map[string]string{"id": vmm.PrimaryID})
+		step("here", "wait for DEVICE_DELETED")
+		if o.Address != "" {
+			step("here", "take %s off the VF", o.Address)
+		}
+		if o.VM.Standby != "" {
+			qmp("here", "announce-self", map[string]any{"interfaces": []string{vmm.StandbyID}})
+		}
+	}
+	step("here", "write %q", Copying)
+	qmp("there", "migrate-incoming", map[string]any{"uri": socket, "exit-on-error": false})
+	qmp("here", "migrate", map[string]string{"uri": socket})
+	step("here", "wait until it is completed, and write %q", Committed)
+	step("there", "write %q", Mine)
+	qmp("there", "cont", struct{}{})
+	if o.Way != ByVFIO {
+		if o.Address != "" {
+			step("there", "give the VF %s", o.Address)
+		}
+		qmp("there", "device_add", map[string]string{"driver": "vfio-pci", "id": vmm.PrimaryID})
+	}
+	step("here", "write %q", Quitting)
+	qmp("here", "quit", struct{}{})
+	step("here", "reset the VF, give it the settings it had, and end the lease")
+	return out
+}

@@ -3,7 +3,7 @@ package main
 import (
 	"bufio"
 	"encoding/json"
-	"fmt"
+	"errors"
 	"io"
 	"os"
 	"os/exec"
@@ -343,12 +343,12 @@ func TestStay(t *testing.T) {
 		t.Error("a program that is not there was started")
 	}
 	var pid int
-	failed := fmt.Errorf("no room")
+	failed := errors.New("no room")
 	_, err := stay(exec.Command("/bin/sleep", "1000"), signals, func(p int) error {
 		pid = p
 		return failed
 	})
-	if err != failed || unix.Kill(pid, 0) != unix.ESRCH {
+	if !errors.Is(err, failed) || !errors.Is(unix.Kill(pid, 0), unix.ESRCH) {
 		t.Errorf("%v, and process %d is there", err, pid)
 	}
 	go func() { signals <- unix.SIGTERM }()

@@ -208,7 +208,7 @@ func TestExhausted(t *testing.T) {
 			t.Errorf("%s\nwant %s", got, want)
 		}
 	}
-	if got := (&NoLeaseError{Guest: "a"}).Error(); got != "a has no lease, and nobody else has" {
+	if got := (&NoLeaseError{Guest: "a"}).Error(); got != "a has no lease, and there are no others" {
 		t.Error(got)
 	}
 }

@@ -140,7 +140,7 @@ func TestHookOfDrawn(t *testing.T) {
 	}
 	k.Fail["sys/bus/pci/devices/"+vf0+"/reset"] = unix.EIO
 	if out, err := hook(k, "web", "release", "end", vf0); err == nil || len(out) != 1 || out[0].Result != Fouled ||
-		!strings.Contains(out[0].Note, "pool net has to be made anew") {
+		!strings.Contains(out[0].Note, "pool net must be made again") {
 		t.Errorf("stopped, and not reset: %+v, %v", out, err)
 	}
 	for _, op := range []string{"prepare", "start"} {
@@ -233,7 +233,7 @@ func TestReclaimSeveral(t *testing.T) {
 		t.Fatal(err)
 	}
 	if f, err := m.Book.lockGuest(t.Context(), "b", time.Millisecond); err == nil ||
-		!strings.Contains(err.Error(), "another viaduct has been at work") {
+		!strings.Contains(err.Error(), "another viaduct has been working") {
 		t.Errorf("locked twice: %v, %v", f, err)
 	}
 	out, err := m.Reclaim(t.Context())
@@ -257,7 +257,7 @@ func TestReclaimSeveral(t *testing.T) {
 	if _, has := guests[all[0].Devices[0].Address]; err != nil || len(guests) != 1 || !has {
 		t.Errorf("guests' devices: %v, %v", guests, err)
 	}
-	if _, err := newManager(t, k).Release(t.Context(), "b", 0); err == nil || !strings.Contains(err.Error(), "these have: c") {
+	if _, err := newManager(t, k).Release(t.Context(), "b", 0); err == nil || !strings.Contains(err.Error(), "these guests have one: c") {
 		t.Errorf("released again: %v", err)
 	}
 }

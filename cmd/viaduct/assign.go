@@ -76,7 +76,7 @@ func (o *assignOptions) parse(c *cli.Context, format *vmm.Format) error {
 	if o.standby != "" && o.Sources[0].Settings[sriov.MAC] == "" {
 		return usagef("%s: --failover needs --mac, because both NICs have the same address", c.Command.Name)
 	}
-	o.Moves, o.Foreign = format != nil && format.Moves, format != nil && format.Foreign
+	o.AvoidsReservedRange, o.OwnDriver = format != nil && format.AvoidsReservedRange, format != nil && format.OwnDriver
 	return checkTimeout(o.timeout)
 }
 
@@ -356,7 +356,7 @@ func guestOf(m *lease.Manager, l *lease.Lease, standby string, preview bool) (*v
 		if len(v.Nodes) == 0 && preview {
 			v.Nodes = []string{fmt.Sprintf("/dev/vfio/%d", v.Group)}
 		}
-		if len(v.Nodes) == 0 && !l.Foreign {
+		if len(v.Nodes) == 0 && !l.OwnDriver {
 			return nil, fmt.Errorf("%s has no VFIO node", d.Name)
 		}
 		g.Devices = append(g.Devices, v)

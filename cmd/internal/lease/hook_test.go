@@ -139,7 +139,7 @@ func TestHookOfDrawn(t *testing.T) {
 		t.Fatal(err)
 	}
 	k.Fail["sys/bus/pci/devices/"+vf0+"/reset"] = unix.EIO
-	if out, err := hook(k, "web", "release", "end", vf0); err == nil || len(out) != 1 || out[0].Result != Fouled ||
+	if out, err := hook(k, "web", "release", "end", vf0); err == nil || len(out) != 1 || out[0].Result != InQuarantine ||
 		!strings.Contains(out[0].Note, "pool net must be made again") {
 		t.Errorf("stopped, and not reset: %+v, %v", out, err)
 	}
@@ -298,7 +298,7 @@ func TestStarted(t *testing.T) {
 
 	alone := func() error {
 		return on(k, func(ctx context.Context, m *Manager) error {
-			r := &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1}}, OwnerPID: os.Getpid(), Alone: true}
+			r := &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1}}, OwnerPID: os.Getpid(), Exclusive: true}
 			_, _, _, err := m.Assign(ctx, r)
 			return err
 		})
@@ -335,7 +335,7 @@ func TestRunWhileOpen(t *testing.T) {
 	k.End(keeperOfLease)
 	alone := func() error {
 		return on(k, func(ctx context.Context, m *Manager) error {
-			r := &Request{Guest: "a", Sources: []Source{s.from}, OwnerPID: os.Getpid(), Alone: true}
+			r := &Request{Guest: "a", Sources: []Source{s.from}, OwnerPID: os.Getpid(), Exclusive: true}
 			_, _, _, err := m.Assign(ctx, r)
 			return err
 		})

@@ -83,7 +83,7 @@ func (o *assignOptions) parse(c *cli.Context, format *vmm.Format) error {
 		return usagef("%s: --movable is for the formats qemu and qemu-iommufd", c.Command.Name)
 	}
 	o.VM = &vmm.Machine{Format: o.format, Memory: o.Memory, Standby: o.standby}
-	o.Moves, o.Foreign = format != nil && format.Moves, format != nil && format.Foreign
+	o.AvoidsReservedRange, o.OwnDriver = format != nil && format.AvoidsReservedRange, format != nil && format.OwnDriver
 	return checkTimeout(o.timeout)
 }
 
@@ -374,7 +374,7 @@ func guestOf(m *lease.Manager, l *lease.Lease, o *assignOptions) (*vmm.Guest, er
 		if len(v.Nodes) == 0 && o.preview {
 			v.Nodes = []string{fmt.Sprintf("/dev/vfio/%d", v.Group)}
 		}
-		if len(v.Nodes) == 0 && !l.Foreign {
+		if len(v.Nodes) == 0 && !l.OwnDriver {
 			return nil, fmt.Errorf("%s has no VFIO node", d.Name)
 		}
 		g.Devices = append(g.Devices, v)

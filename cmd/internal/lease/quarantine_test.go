@@ -38,7 +38,7 @@ func fouled(t *testing.T, boot string) (*hosttest.Kernel, *iommu.Host) {
 	if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: plain}}}); err != nil {
 		t.Fatal(err)
 	}
-	if certificates, err := giveBack(t, h, "a", 0); err == nil || len(certificates) != 1 || certificates[0].Result != Fouled {
+	if certificates, err := giveBack(t, h, "a", 0); err == nil || len(certificates) != 1 || certificates[0].Result != InQuarantine {
 		t.Fatalf("%+v, %v", certificates, err)
 	}
 	return k, h
@@ -99,7 +99,7 @@ func TestQuarantineForced(t *testing.T) {
 		})
 		return out, err
 	}
-	if out, err := lift(false); err == nil || len(out) != 1 || out[0].Result != Fouled {
+	if out, err := lift(false); err == nil || len(out) != 1 || out[0].Result != InQuarantine {
 		t.Errorf("not forced: %+v, %v", out, err)
 	}
 	end := hide(t, h, "group")
@@ -179,7 +179,7 @@ func TestNoReset(t *testing.T) {
 		t.Fatal(err)
 	}
 	k.Probe["e1000e"] = unix.EIO
-	if out, err := giveBack(t, h, "a", 0); err == nil || len(out) != 1 || out[0].Result != Fouled {
+	if out, err := giveBack(t, h, "a", 0); err == nil || len(out) != 1 || out[0].Result != InQuarantine {
 		t.Errorf("%+v, %v", out, err)
 	}
 	delete(k.Probe, "e1000e")

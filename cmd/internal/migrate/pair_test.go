@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -32,6 +33,7 @@ type hostPair struct {
 
 	way    Way
 	words  []string       // of both QEMUs
+	other  []string       // and of the destination's
 	first  []string       // and of the source's, with which the guest has its device
 	device map[string]any // as device_add takes it
 
@@ -184,7 +186,7 @@ func (d destination) Leased(string) (bool, error) {
 func (d destination) Socket(*Record) string { return filepath.Join(d.dir, "to") }
 
 func (d destination) Start(_ context.Context, r *Record) error {
-	q := qmptest.Start(d.t, r.Socket, slices.Concat(d.words, d.console(1), []string{"-S", "-incoming", "defer"})...)
+	q := qmptest.Start(d.t, r.Socket, slices.Concat(d.words, d.other, d.console(1), []string{"-S", "-incoming", "defer"})...)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.to.qemu = q
@@ -435,4 +437,59 @@ func TestMoveAgain(t *testing.T) {
 	}
 	r.serve.Wait()
 	p.moved(t)
+}
+
+// A guest that the destination's QEMU cannot load, as its machine is another one, stays here and goes on, and the error
+// says what QEMU there said.
+func TestCannotLoad(t *testing.T) {
+	p := newPair(t)
+	p.other = []string{"-m", "64M"}
+	r := newRemote(p, nil)
+	err := p.driver(r, p.record(), nil).Run(t.Context(), Forward)
+	if err == nil || !strings.Contains(err.Error(), "could not load the guest") {
+		t.Errorf("%v", err)
+	}
+	r.serve.Wait()
+	p.here(t)
+}
+
+// A destination that does not answer any more, after the guest was told to be its, leaves the guest to nobody: neither is
+// it resumed, nor taken back, until the user gives his word.
+func TestInDoubt(t *testing.T) {
+	p := newPair(t)
+	r := newRemote(p, func(t Task) error {
+		if t == NoteMine {
+			return errKilled
+		}
+		return nil
+	})
+	record := p.record()
+	p.from.save(record)
+	d := p.driver(r, record, func(a Action) error {
+		if a == AskTake {
+			r.mu.Lock()
+			r.off = true
+			r.mu.Unlock()
+		}
+		return nil
+	})
+	if err := d.Run(t.Context(), Forward); !errors.Is(err, ErrInDoubt) {
+		t.Errorf("%v", err)
+	}
+	r.cut()
+	r.serve.Wait()
+	for _, want := range []Wants{Forward, Back} {
+		again := *p.from.record
+		if err := p.driver(r, &again, nil).Run(t.Context(), want); !errors.Is(err, ErrInDoubt) || running(t, p.from.qemu) {
+			t.Errorf("%s: %v", want, err)
+		}
+	}
+	p.there().Kill() // who fences it
+	again := *p.from.record
+	if err := p.driver(r, &again, nil).Run(t.Context(), TakeBack); err != nil || !running(t, p.from.qemu) {
+		t.Errorf("taken back: %v", err)
+	}
+	if !plugged(t, p.from.qemu) || p.from.address != theAddress || p.from.record != nil {
+		t.Errorf("it is not as it was: %+v", p.from)
+	}
 }

@@ -217,10 +217,11 @@ func checkVMM(m *move) Line {
 	case vm == nil:
 		return unknown(inLease, "what VMM the guest has is not known: its lease was made by an older viaduct")
 	case !strings.HasPrefix(vm.Format, "qemu"):
-		return refuse(inLease, "the guest's devices were assigned for %s: only guests that QEMU runs by itself can move",
-			cmp.Or(vm.Format, "another VMM"))
+		return refuse(inLease, "the guest's devices were assigned for %s: only guests that QEMU runs by itself can "+
+			"move", cmp.Or(vm.Format, "another VMM"))
 	case vm.Socket == "":
-		return refuse(inLease, "the guest's QEMU has no socket of viaduct's (assign or run it with --failover or --movable)")
+		return refuse(inLease, "the guest's QEMU has no socket of viaduct's (assign or run it with --failover or "+
+			"--movable)")
 	}
 	return ok(inLease, "the guest's QEMU has a socket of viaduct's")
 }

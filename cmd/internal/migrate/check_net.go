@@ -298,6 +298,6 @@ func checkSameNetwork(m *move) Line {
 	case heard:
 		return ok(where, "%s hears the guest, on %s", m.to.Host, on)
 	}
-	return warn(where, "%s has not heard the guest: whether both hosts are in one network is unknown (a bridge forgets "+
-		"silent guests)", m.to.Host)
+	return warn(where, "%s has not heard the guest: whether both hosts are in one network is unknown (a bridge "+
+		"forgets silent guests)", m.to.Host)
 }

@@ -60,8 +60,8 @@ type Format struct {
 var Formats = []Format{
 	{Name: "qemu", Args: qemu, Standby: true, AvoidsReservedRange: true},
 	{Name: "qemu-iommufd", Args: qemuIOMMUFD, Standby: true, AvoidsReservedRange: true, IOMMUFD: true,
-		Cannot: "this needs QEMU 8.2 or newer, and a kernel with CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV; otherwise " +
-			"use the format qemu"},
+		Cannot: "this needs QEMU 8.2 or newer, and a kernel with CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV; " +
+			"otherwise use the format qemu"},
 	{Name: "libvirt", Text: libvirt, Persist: true, Standby: true, AvoidsReservedRange: true,
 		Cannot: "libvirt opens the IOMMU group, not iommufd; the lease ends with viaduct release, not " +
 			"with the domain (viaduct install --libvirt scrubs between its starts)"},
@@ -81,8 +81,8 @@ var Formats = []Format{
 	{
 		Name: "incus",
 		Text: incus,
-		Cannot: "Incus binds the device to vfio-pci itself, and gives it back when the instance stops; viaduct release ends " +
-			"the lease; containers cannot have the device; no live migration",
+		Cannot: "Incus binds the device to vfio-pci itself, and gives it back when the instance stops; viaduct " +
+			"release ends the lease; containers cannot have the device; no live migration",
 	},
 	{
 		Name:                "proxmox",

@@ -32,7 +32,7 @@ func Layout(arch string, memory uint64, moves bool) []vfio.Range {
 		return []vfio.Range{{First: 0, Last: memory - 1}}
 	}
 	from := uint64(high)
-	if moves && from+memory-lowSplit > amdHole {
+	if avoids && from+memory-lowSplit > amdHole {
 		from = moved
 	}
 	return []vfio.Range{{First: 0, Last: lowSplit - 1}, {First: from, Last: from + memory - lowSplit - 1}}

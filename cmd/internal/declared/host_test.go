@@ -62,7 +62,7 @@ func TestProtect(t *testing.T) {
 	boot := newManager(t, k, Options{Boot: true})
 	for _, name := range []string{nic, pf} {
 		i := plan(t, boot, "devices:\n  - select: "+name+"\n")[0]
-		if i.State != Refused || !errors.Is(i.Err, holder.ErrRefused) || !strings.Contains(i.Err.Error(), "it carried this host") {
+		if i.State != Refused || !errors.Is(i.Err, holder.ErrRefused) || !strings.Contains(i.Err.Error(), "when it last ran") {
 			t.Errorf("a boot takes %s: %s, %v", name, i.State, i.Err)
 		}
 	}

@@ -401,3 +401,25 @@ func TestReleaseWaits(t *testing.T) {
 		t.Errorf("%v, on %q", err, driversOf(t, k, vf1))
 	}
 }
+
+// Who is asked for again may have been used since: what an interrupted release has reset is reset again.
+func TestAskedAgainIsUsed(t *testing.T) {
+	s := &sites[1]
+	k, _ := s.host(t)
+	k.Process(keeperOfLease, "keeper")
+	if err := s.assign(k); err != nil {
+		t.Fatal(err)
+	}
+	l := leaseOf(t, k, "a")
+	for i := range l.Devices {
+		l.Devices[i].Clean = true
+	}
+	l.Ending = true
+	if err := errors.Join(BookOf(&iommu.Host{Host: k.Host()}).put(l), s.assign(k)); err != nil {
+		t.Fatal(err)
+	}
+	l = leaseOf(t, k, "a")
+	if l.Ending || slices.ContainsFunc(l.Devices, func(d Device) bool { return d.Clean }) {
+		t.Errorf("asked for again, it is %+v", l)
+	}
+}

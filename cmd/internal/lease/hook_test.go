@@ -236,6 +236,11 @@ func TestReclaimSeveral(t *testing.T) {
 		!strings.Contains(err.Error(), "another viaduct has been working") {
 		t.Errorf("locked twice: %v, %v", f, err)
 	}
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := m.Book.lockGuest(over, "b", time.Hour); !errors.Is(err, context.Canceled) {
+		t.Errorf("locked by who was interrupted: %v", err)
+	}
 	out, err := m.Reclaim(t.Context())
 	m.handle.Close()
 	if err != nil || len(out) != 1 || out[0].Guest != "a" || out[0].Result != Clean {

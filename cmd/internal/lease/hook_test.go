@@ -236,6 +236,11 @@ func TestReclaimSeveral(t *testing.T) {
 		!strings.Contains(err.Error(), "another viaduct has been working") {
 		t.Errorf("locked twice: %v, %v", f, err)
 	}
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := m.Book.lockGuest(over, "b", time.Hour); !errors.Is(err, context.Canceled) {
+		t.Errorf("locked by who was interrupted: %v", err)
+	}
 	out, err := m.Reclaim(t.Context())
 	m.handle.Close()
 	if err != nil || len(out) != 1 || out[0].Guest != "a" || out[0].Result != Clean {
@@ -399,5 +404,27 @@ func TestReleaseWaits(t *testing.T) {
 	})
 	if err != nil || slices.Contains(driversOf(t, k, vf1), "vfio-pci/vfio-pci") {
 		t.Errorf("%v, on %q", err, driversOf(t, k, vf1))
+	}
+}
+
+// Who is asked for again may have been used since: what an interrupted release has reset is reset again.
+func TestAskedAgainIsUsed(t *testing.T) {
+	s := &sites[1]
+	k, _ := s.host(t)
+	k.Process(keeperOfLease, "keeper")
+	if err := s.assign(k); err != nil {
+		t.Fatal(err)
+	}
+	l := leaseOf(t, k, "a")
+	for i := range l.Devices {
+		l.Devices[i].Clean = true
+	}
+	l.Ending = true
+	if err := errors.Join(BookOf(&iommu.Host{Host: k.Host()}).put(l), s.assign(k)); err != nil {
+		t.Fatal(err)
+	}
+	l = leaseOf(t, k, "a")
+	if l.Ending || slices.ContainsFunc(l.Devices, func(d Device) bool { return d.Clean }) {
+		t.Errorf("asked for again, it is %+v", l)
 	}
 }

@@ -70,9 +70,9 @@ func Settle(ctx context.Context, h *iommu.Host, look func()) error {
 	return nil
 }
 
-// Initramfs are the folders in sysfs of the devices that the initramfs is to keep from their drivers. Nothing there can
-// ask what they are for: one that must not be taken, or that the host uses now, is refused, with all that would be taken
-// along.
+// Initramfs are the folders in sysfs of the devices that the initramfs is to keep from their drivers. Nothing there
+// can ask what they are for: one that must not be taken, or that the host uses now, is refused, with all that would be
+// taken along.
 func (m *Manager) Initramfs(s *hostfile.Host) ([]string, error) {
 	boot := *m
 	boot.options.Boot = true

@@ -34,10 +34,10 @@ func TestBadInput(t *testing.T) {
 		{"bind 0000:01:00.8", 2, "PCI address"},
 		{"bind colour=red", 2, "mac, path, serial, guid, group, class"},
 		{"bind mac=12", 2, "six pairs"},
-		{"bind", 2, "which device"},
+		{"bind", 2, "name a device"},
 		{"bind 8086:10c9", 2, "0000:01:00.0, 0000:02:00.0"},
 		{"bind class=0200", 2, "name one of them"},
-		{"bind " + spare + " --driver e1000", 2, "no vfio driver"},
+		{"bind " + spare + " --driver e1000", 2, "a vfio driver"},
 		{"bind " + spare + " --dryrun", 2, "dryrun"},
 		{"show", 2, "one argument"},
 		{"show class=0200", 2, "name one of them"},
@@ -55,8 +55,8 @@ func TestBadInput(t *testing.T) {
 		{"vf set " + pf + "/vf0 mac=hello", 2, "want a MAC address"},
 		{"vf set " + pf + "/vf0 mac=01:00:5e:00:00:01", 2, "multicast"},
 		{"vf set " + pf + "/vf0 colour=red", 2, "invalid setting"},
-		{"frobnicate", 2, "unknown command"},
-		{"vf frobnicate", 2, "unknown command"},
+		{"frobnicate", 2, "there is no command"},
+		{"vf frobnicate", 2, "there is no command"},
 		{"list --frobnicate", 2, "frobnicate"},
 		{"completion tcsh", 2, "tcsh"},
 		{"snapshot " + existing, 1, "exists"},
@@ -96,7 +96,7 @@ func TestFlagAfterArgument(t *testing.T) {
 func TestSurroundings(t *testing.T) {
 	for _, c := range []struct{ name, line, says string }{
 		{"not root", "runuser -u nobody -- " + viaduct + " bind " + spare, "root"},
-		{"read-only sysfs", "unshare -m sh -c 'mount -o remount,ro,bind /sys && exec " + viaduct + " bind " + spare + "'", "read-only file system"},
+		{"read-only sysfs", "unshare -m sh -c 'mount -o remount,ro,bind /sys && exec " + viaduct + " bind " + spare + "'", "is mounted read-only"},
 		{"no sysfs", "unshare -m sh -c 'umount -l /sys && exec " + viaduct + " list'", "is sysfs mounted?"},
 		{"no sysfs, bind", "unshare -m sh -c 'umount -l /sys && exec " + viaduct + " bind " + spare + "'", "is sysfs mounted?"},
 	} {

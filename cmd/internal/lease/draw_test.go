@@ -243,3 +243,18 @@ func TestDrawPassesOver(t *testing.T) {
 		t.Errorf("when nobody uses it: %v", err)
 	}
 }
+
+// Asked again while its guest has the devices open, whom nobody has seen yet, a lease is what it was.
+func TestAskedAgainWhileOpen(t *testing.T) {
+	k, _ := poolHost(t)
+	if _, err := ask(k, Request{}, false); err != nil {
+		t.Fatal(err)
+	}
+	device := leaseOf(t, k, "a").Devices[0].Address.String()
+	nodes, _ := filepath.Glob(filepath.Join(k.Dir(), "sys/bus/pci/devices", device, "vfio-dev/*"))
+	k.Process(700, "qemu", "/dev/vfio/devices/"+filepath.Base(nodes[0]))
+	k.Log = nil
+	if _, err := ask(k, Request{}, false); err != nil || len(k.Log) > 0 || leaseOf(t, k, "a").Devices[0].Address.String() != device {
+		t.Errorf("%v, written %q", err, k.Log)
+	}
+}

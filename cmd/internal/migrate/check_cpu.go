@@ -265,7 +265,8 @@ func checkPKRU(m *move) Line {
 		return ok(inRelease+", "+inCPUInfo, "the guest has protection keys, and %s has them", m.to.Host)
 	case atLeast(m.to.Kernel, 5, 17) || !slices.Contains(b.Flags, "pku"):
 		return warn(inRelease+", "+inCPUInfo, "Linux %s lets state of protection keys into guests that have none, "+
-			"with which a guest may spin or stop on %s (5.17 fixes it, unless that was backported)", m.from.Kernel, m.to.Host)
+			"with which a guest may spin or stop on %s (5.17 fixes it, unless that was backported)",
+			m.from.Kernel, m.to.Host)
 	}
 	return ok(inRelease+", "+inCPUInfo, "both hosts treat protection keys alike")
 }

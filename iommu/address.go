@@ -23,7 +23,7 @@ type Address struct {
 func ParseAddress(s string) (Address, error) {
 	a, ok := parseAddress(s)
 	if !ok {
-		return Address{}, fmt.Errorf("%q is no PCI address (want [domain:]bus:device.function, as 0000:01:00.0)", s)
+		return Address{}, fmt.Errorf("invalid PCI address %q (want [domain:]bus:device.function, e.g. 0000:01:00.0)", s)
 	}
 	return a, nil
 }

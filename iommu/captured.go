@@ -12,7 +12,7 @@ import (
 
 // ErrNotWhole is matched by errors that say that a captured tree lacks what its own files lead to, or has folders where
 // the kernel has links: nothing can be told of such a host.
-const ErrNotWhole = host.Error("the captured tree is not whole (viaduct snapshot makes one that is)")
+const ErrNotWhole = host.Error("the captured tree is incomplete (viaduct snapshot makes a complete one)")
 
 // checkCaptured refuses a captured tree whose devices cannot be read as the kernel shows them.
 func checkCaptured(h *Host, devices []string) error {
@@ -24,7 +24,7 @@ func checkCaptured(h *Host, devices []string) error {
 		return err
 	}
 	if inGroups && !h.Exists(groupsDir) {
-		return fmt.Errorf("%w: its devices are in groups, and it has no /%s", ErrNotWhole, groupsDir)
+		return fmt.Errorf("%w: its devices are in groups, and /%s is missing", ErrNotWhole, groupsDir)
 	}
 	interfaces, err := h.Names(netClass)
 	if err != nil && !host.Absent(err) {
@@ -59,7 +59,7 @@ func checkDevices(h *Host, devices []string) (inGroups bool, err error) {
 		dir, err := all.Open(n)
 		if host.Absent(err) || err == nil && !dir.Exists("modalias") {
 			target, _ := all.Link(n)
-			err = fmt.Errorf("%w: /%s leads to %s, of which it has no modalias", ErrNotWhole, at, target)
+			err = fmt.Errorf("%w: /%s leads to %s, whose modalias is missing", ErrNotWhole, at, target)
 		}
 		if err == nil {
 			var in bool

@@ -49,9 +49,9 @@ func (c *capture) system() {
 	c.dir("sys/firmware/efi")
 	c.dir("sys/devices/system/node")
 	c.files("", bootloader.Files(c.h.Host))
-	for _, name := range bootloader.Signs() {
+	for _, name := range append(bootloader.Signs(), bootloader.Files(c.h.Host)...) {
 		if c.h.Exists(name) {
-			// That it is there is all that counts.
+			// That it is there counts, also of what was left out just now.
 			c.add(name, []byte{})
 		}
 	}

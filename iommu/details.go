@@ -257,7 +257,7 @@ func readPath(h *Host, a Address) ([]Address, string, error) {
 	index := pfDevice.SRIOV.index(a)
 	if index < 0 {
 		// It goes away just now.
-		return nil, "", fmt.Errorf("%s: no VF of %s: %w", a, pfAddress, fs.ErrNotExist)
+		return nil, "", fmt.Errorf("%s is not a VF of %s: %w", a, pfAddress, fs.ErrNotExist)
 	}
 	return chain[:len(chain)-1], PhysicalPath(pathAddresses(target)) + "/vf" + strconv.Itoa(index), nil
 }

@@ -41,7 +41,7 @@ type Device struct {
 	// Netdevs are the function's own network interfaces. Ports are the others that are made of it: the representors of
 	// its VFs, its subfunctions' interfaces, and those of USB devices below a controller.
 	Netdevs, Ports []string
-	// PhysFn is a VF's PF, and VFIndex the VF's index there. PhysFn is nil if this is no VF.
+	// PhysFn is a VF's PF, and VFIndex the VF's index there. PhysFn is nil if this is not a VF.
 	PhysFn  *Address
 	VFIndex int
 	// SRIOV is nil if this is no PF.
@@ -146,17 +146,17 @@ func ParseModalias(s string) (ID, error) {
 			rest, ok = strings.CutPrefix(rest, f.key)
 		}
 		if !ok || len(rest) < f.digits {
-			return ID{}, fmt.Errorf("%q is no PCI modalias", s)
+			return ID{}, fmt.Errorf("invalid PCI modalias %q", s)
 		}
 		v, err := strconv.ParseUint(rest[:f.digits], 16, 32)
 		if err != nil {
-			return ID{}, fmt.Errorf("%q is no PCI modalias", s)
+			return ID{}, fmt.Errorf("invalid PCI modalias %q", s)
 		}
 		n[i], rest = v, rest[f.digits:]
 	}
 
 	if rest != "" {
-		return ID{}, fmt.Errorf("%q is no PCI modalias", s)
+		return ID{}, fmt.Errorf("invalid PCI modalias %q", s)
 	}
 	return ID{
 		Vendor: uint16(n[0]), Device: uint16(n[1]), Subvendor: uint16(n[2]), Subdevice: uint16(n[3]),

@@ -50,5 +50,5 @@ func ExampleParseSelector() {
 	// 01:00.0 <nil>
 	// 01:00.0/vf3 <nil>
 	// 8086:10c9 <nil>
-	//  "mac=nonsense" is not a selector: want mac= and six pairs of hexadecimal digits, as mac=52:54:00:12:34:56
+	//  "mac=nonsense" is not a selector: want mac= and six pairs of hexadecimal digits, e.g. mac=52:54:00:12:34:56
 }

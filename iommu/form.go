@@ -110,7 +110,7 @@ var vfForm = form{
 		index, isVF := strings.CutPrefix(vf, "vf")
 		n, err := strconv.ParseUint(index, 10, 16)
 		if !isVF || err != nil {
-			return "want a PF and the index of its VF, as enp1s0/vf3"
+			return "want a PF and the index of its VF, e.g. enp1s0/vf3"
 		}
 		parent, err := ParseSelector(pf)
 		if err != nil || (parent.kind != ByAddress && parent.kind != ByNetdev) {
@@ -125,7 +125,7 @@ var vfForm = form{
 			return nil, err
 		}
 		if pf.SRIOV == nil {
-			return nil, &NotFoundError{Selector: s.text, What: pf.Name + " is no PF (it has no SR-IOV capability)"}
+			return nil, &NotFoundError{Selector: s.text, What: pf.Name + " is not a PF (it has no SR-IOV capability)"}
 		}
 		return always(func(d *Device) bool {
 			return d.PhysFn != nil && *d.PhysFn == pf.Address && d.VFIndex == s.number
@@ -195,7 +195,7 @@ var idsForm = form{
 		v, err1 := strconv.ParseUint(vendor, 16, 16)
 		d, err2 := strconv.ParseUint(device, 16, 16)
 		if len(vendor) != 4 || len(device) != 4 || err1 != nil || err2 != nil {
-			return "want a PCI address, as 0000:01:00.0, or ids, as 8086:10c9"
+			return "want a PCI address, e.g. 0000:01:00.0, or ids, e.g. 8086:10c9"
 		}
 		s.ids = [2]uint16{uint16(v), uint16(d)}
 		return ""
@@ -252,7 +252,7 @@ var netdevForm = form{
 		}
 		t.All(func(d *Device) bool {
 			if slices.Contains(d.Ports, s.value) {
-				what = "this network interface is made of " + d.Name + " and is not its own, which alone names it"
+				what = "this network interface is made from " + d.Name + "; only the PF's own interface selects the PF"
 			}
 			return true
 		})
@@ -268,7 +268,7 @@ var macForm = form{
 	key: "mac",
 	parse: func(s *Selector, value string) string {
 		if s.value = strings.ToLower(value); !isMAC(s.value) {
-			return "want mac= and six pairs of hexadecimal digits, as mac=52:54:00:12:34:56"
+			return "want mac= and six pairs of hexadecimal digits, e.g. mac=52:54:00:12:34:56"
 		}
 		return ""
 	},
@@ -295,7 +295,7 @@ var pathForm = form{
 		first, rest, below := strings.Cut(strings.ToLower(value), "/")
 		root, err := ParseAddress(first)
 		if err != nil {
-			return "want path= and a physical path as `viaduct show` prints it, as path=0000:00:01.0/00.0"
+			return "want path= and a physical path as `viaduct show` prints it, e.g. path=0000:00:01.0/00.0"
 		}
 		if s.value = root.String(); below {
 			s.value += "/" + rest
@@ -336,7 +336,7 @@ var serialForm = form{
 		return []string{serial}, err
 	},
 	missing: func(_ Selector, h *Host, t *Topology) (string, []string) {
-		return "no device has this serial number (root alone can read them)", t.keyed(h, BySerial).names("serial=")
+		return "no device has this serial number (only root can read them)", t.keyed(h, BySerial).names("serial=")
 	},
 }
 
@@ -345,7 +345,7 @@ var guidForm = form{
 	parse: func(s *Selector, value string) string {
 		guid, ok := ParseGUID(value)
 		if s.value = guid.String(); !ok {
-			return "want guid= and eight pairs of hexadecimal digits, as guid=0c:42:a1:03:00:00:00:01"
+			return "want guid= and eight pairs of hexadecimal digits, e.g. guid=0c:42:a1:03:00:00:00:01"
 		}
 		return ""
 	},
@@ -367,7 +367,7 @@ var groupForm = form{
 	parse: func(s *Selector, value string) string {
 		n, err := strconv.ParseUint(value, 10, 31)
 		if err != nil {
-			return "want group= and a number, as group=8"
+			return "want group= and a number, e.g. group=8"
 		}
 		s.value, s.number = value, int(n)
 		return ""
@@ -395,7 +395,7 @@ var classForm = form{
 	parse: func(s *Selector, value string) string {
 		_, err := strconv.ParseUint(value, 16, 32)
 		if err != nil || len(value) < 2 || len(value) > 6 || len(value)%2 != 0 {
-			return "want class= and two, four or six hexadecimal digits, as class=0200"
+			return "want class= and two, four or six hexadecimal digits, e.g. class=0200"
 		}
 		s.value = strings.ToLower(value)
 		return ""

@@ -190,7 +190,7 @@ func DecodeFunction(config io.ReaderAt, size int) (*Function, error) {
 		return nil, fmt.Errorf("%d bytes: %w", n, err)
 	}
 	if binary.LittleEndian.Uint32(b[8:]) == 0xffffffff {
-		return nil, errors.New("the device does not answer (all that is read of it is ones)")
+		return nil, errors.New("the device does not answer (it reads as all ones)")
 	}
 
 	f := &Function{

@@ -33,7 +33,7 @@ func Identify(h *Host, d *Device) Identity {
 // Differs says how a device is not the one that was identified, wherever it is now; "" if nothing tells them apart.
 func (was *Identity) Differs(h *Host, d *Device) string {
 	if d.ID != was.ID {
-		return fmt.Sprintf("it is a %04x:%04x, which was a %04x:%04x", d.Vendor, d.Device, was.ID.Vendor, was.ID.Device)
+		return fmt.Sprintf("it is a %04x:%04x, and was a %04x:%04x", d.Vendor, d.Device, was.ID.Vendor, was.ID.Device)
 	}
 	if d.PhysFn != nil {
 		// It has no serial number of its own, and may have any MAC address.

@@ -186,7 +186,7 @@ func ByName(h *Host, d *Device, look func(now *Device) error) error {
 		case !renamed:
 			return err
 		case try == renames && err == nil:
-			return fmt.Errorf("%s: its network interfaces get other names all the time", d.Name)
+			return fmt.Errorf("%s: its network interfaces keep changing their names", d.Name)
 		case try == renames:
 			return err
 		}

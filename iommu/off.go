@@ -187,8 +187,8 @@ func (s *setting) said(words ...string) string {
 	return ""
 }
 
-// complaint is the first line of the kernel's log that has one of these words and says that something went wrong: rather
-// one that something failed than one that only something is not so. "" if there is none.
+// complaint is the first line of the kernel's log that has one of these words and says that something went wrong:
+// rather one that something failed than one that only something is not so. "" if there is none.
 func (s *setting) complaint(words ...string) string {
 	for _, wrong := range [][]string{
 		{"fail", "error", "timed out", "invalid", "broken", "no supported", "unable"}, {"bug", "not ", "disabl"},

@@ -94,7 +94,8 @@ func (r *redactor) config(content []byte) []byte {
 
 // kept are the beginnings of words of the kernel's command line that say something of devices.
 var kept = []string{
-	"iommu", "intel_iommu", "amd_iommu", "arm-smmu", "vfio", "pci", "pcie", "modprobe.blacklist", "module_blacklist",
+	"acpi", "iommu", "intel_iommu", "amd_iommu", "arm-smmu", "vfio", "pci", "pcie", "pcie_acs_override",
+	"modprobe.blacklist", "module_blacklist",
 	"initcall_blacklist", "video", "nomodeset", "efi", "hugepages", "hugepagesz", "default_hugepagesz", "kvm",
 	"rd.driver", "vfio-pci", "vfio_pci", "lockdown", "noiommu", "nointremap", "intremap", "swiotlb",
 }

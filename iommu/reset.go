@@ -95,7 +95,7 @@ func (t *Topology) onBusOf(d *Device) []*Device {
 // if that is not known.
 func (r Reset) Problem(has func(*Device) bool) string {
 	if r.Way == ResetNone {
-		return "nothing resets it: the kernel knows no way, and it is on a root bus"
+		return "nothing can reset it: the kernel has no way, and it is on a root bus"
 	}
 	var others []string
 	for _, o := range r.With {
@@ -106,7 +106,7 @@ func (r Reset) Problem(has func(*Device) bool) string {
 	if len(others) == 0 {
 		return ""
 	}
-	return fmt.Sprintf("it is reset only together with %s, which %s with the host", strings.Join(others, ", "),
+	return fmt.Sprintf("it can be reset only together with %s, which %s with the host", strings.Join(others, ", "),
 		map[bool]string{true: "stays", false: "stay"}[len(others) == 1])
 }
 
@@ -116,9 +116,9 @@ func (r Reset) String() string {
 	case r.Way == ResetFunction && len(r.Methods) > 0:
 		return "by itself: " + strings.Join(r.Methods, " ")
 	case r.Way == ResetFunction:
-		return "by itself (a kernel before 5.15 does not say how)"
+		return "by itself (a kernel older than 5.15 does not say how)"
 	case r.Way == ResetBus && len(r.With) == 0:
-		return "with its bus, on which nothing else is"
+		return "with its bus, which has nothing else on it"
 	case r.Way == ResetBus:
 		var names []string
 		for _, o := range r.With {
@@ -126,7 +126,7 @@ func (r Reset) String() string {
 		}
 		return "only together with " + strings.Join(names, ", ")
 	case r.Way == ResetNone:
-		return "not at all: the kernel knows no way, and it is on a root bus"
+		return "not at all: the kernel has no way, and it is on a root bus"
 	}
 	return "not known"
 }

@@ -28,12 +28,12 @@ func TestResetOf(t *testing.T) {
 		words string
 	}{
 		{"its own", one, hosttest.Tree{"reset": "", "reset_method": "flr bus\n"}, iommu.ResetFunction, "", "by itself: flr bus"},
-		{"before Linux 5.15", one, hosttest.Tree{"reset": ""}, iommu.ResetFunction, "", "a kernel before 5.15"},
+		{"before Linux 5.15", one, hosttest.Tree{"reset": ""}, iommu.ResetFunction, "", "a kernel older than 5.15"},
 		{"said to be by its bus", one, hosttest.Tree{"reset": "", "reset_method": "bus\n"}, iommu.ResetBus, "0000:02:00.1",
 			"only together with 0000:02:00.1"},
 		{"by its bus", single, hosttest.Tree{"reset": "", "reset_method": "bus\n"}, iommu.ResetFunction, "", "by itself: bus"},
-		{"methods turned off", single, hosttest.Tree{"reset": "", "reset_method": "\n"}, iommu.ResetBus, "", "on which nothing else is"},
-		{"none, alone on its bus", single, without, iommu.ResetBus, "", "on which nothing else is"},
+		{"methods turned off", single, hosttest.Tree{"reset": "", "reset_method": "\n"}, iommu.ResetBus, "", "which has nothing else on it"},
+		{"none, alone on its bus", single, without, iommu.ResetBus, "", "which has nothing else on it"},
 		{"none, with another", two, without, iommu.ResetBus, "0000:02:00.0", "only together with"},
 		{"none, on a root bus", root, without, iommu.ResetNone, "", "not at all"},
 	} {

@@ -162,7 +162,7 @@ func (t *Topology) KeptWith(vf *Device) *Device {
 // Scan reads all PCI devices and IOMMU groups in one pass. A device that vanishes meanwhile is left out.
 func Scan(h *Host) (*Topology, error) {
 	if h == nil || h.Host == nil {
-		return nil, errors.New("iommu: there is no host (Open gives one)")
+		return nil, errors.New("iommu: no host given (Open returns one)")
 	}
 	names, err := h.Names(pciDevices)
 	if errors.Is(err, fs.ErrNotExist) && !h.Exists("sys/kernel") {

@@ -281,11 +281,11 @@ func TestNotWhole(t *testing.T) {
 	}{
 		"whole":               {whole, ""},
 		"links followed":      {whole.With(hosttest.Tree{link: hosttest.Gone, link + "/modalias": "x\n"}), link + " is a folder"},
-		"no devices behind":   {whole.With(hosttest.Tree{own: hosttest.Gone}), "of which it has no modalias"},
+		"no devices behind":   {whole.With(hosttest.Tree{own: hosttest.Gone}), "whose modalias is missing"},
 		"an empty folder":     {hosttest.Tree{link + "/": "", "sys/kernel/": ""}, link + " is a folder"},
 		"driver followed":     {whole.With(hosttest.Tree{own + "/driver": hosttest.Gone, own + "/driver/": ""}), "/driver is a folder"},
 		"group followed":      {whole.With(hosttest.Tree{own + "/iommu_group": hosttest.Gone, own + "/iommu_group/": ""}), "/iommu_group is a folder"},
-		"groups left out":     {whole.With(hosttest.Tree{"sys/kernel/iommu_groups": hosttest.Gone}), "it has no /sys/kernel/iommu_groups"},
+		"groups left out":     {whole.With(hosttest.Tree{"sys/kernel/iommu_groups": hosttest.Gone}), "/sys/kernel/iommu_groups is missing"},
 		"no groups, no IOMMU": {whole.With(hosttest.Tree{"sys/kernel/iommu_groups": hosttest.Gone, own + "/iommu_group": hosttest.Gone}), ""},
 		"interfaces followed": {whole.With(hosttest.Tree{
 			"sys/class/net/eth0/address": "52:54:00:00:00:01\n", "sys/class/net/bonding_masters": "bond0\n",

@@ -34,7 +34,7 @@ type AmbiguousError struct {
 }
 
 func (e *AmbiguousError) Error() string {
-	return fmt.Sprintf("%s names %d devices, and one is needed: %s", e.Selector, len(e.Candidates),
+	return fmt.Sprintf("%s matches %d devices; name one of them: %s", e.Selector, len(e.Candidates),
 		abbreviate(e.Candidates))
 }
 
@@ -179,7 +179,7 @@ func (s Selector) PF(h *Host, t *Topology) (*Device, error) {
 type OtherPortError struct{ Selector, PF, Port string }
 
 func (e *OtherPortError) Error() string {
-	return fmt.Sprintf("%s is another port of %s than %s, over which the settings of its VFs go: name %s or %s",
+	return fmt.Sprintf("%s is another port of %s than %s, which makes the settings of its VFs: name %s or %s",
 		e.Selector, e.PF, e.Port, e.Port, e.PF)
 }
 

@@ -137,10 +137,10 @@ func TestResolve(t *testing.T) {
 			"0000:0000":             {What: "no device has these ids", Candidates: ids}, // the mdev has none
 			"eth0/vf2":              {What: "no such VF", Candidates: vfs},
 			"eth9/vf0":              {Selector: "eth9", What: "no network interface of a PCI device has this name", Candidates: []string{"ens3", "eth0", "eth0b"}},
-			"ens3/vf0":              {What: "0000:00:03.0 is no PF (it has no SR-IOV capability)"},
+			"ens3/vf0":              {What: "0000:00:03.0 is not a PF (it has no SR-IOV capability)"},
 			"mac=52:54:00:00:00:09": {What: "no device has this permanent MAC address (one on a vfio driver that viaduct did not take shows none)", Candidates: []string{"mac=52:54:00:00:00:01", "mac=52:54:00:00:00:02", "mac=52:54:00:00:00:03"}},
 			"path=0000:00:09.0":     {What: "no device is at this place", Candidates: []string{"path=0000:00:01.0", "path=0000:00:01.0/00.0", "path=0000:00:01.0/00.0/vf0", "path=0000:00:01.0/00.0/vf1", "path=0000:00:03.0", "path=10000:e1:00.0"}},
-			"serial=ff":             {What: "no device has this serial number (root alone can read them)", Candidates: []string{"serial=01-02-03-04-05-06-07-08"}},
+			"serial=ff":             {What: "no device has this serial number (only root can read them)", Candidates: []string{"serial=01-02-03-04-05-06-07-08"}},
 			"class=0300":            {What: "no device is of this class", Candidates: classes},
 			"class=00":              {What: "no device is of this class", Candidates: classes}, // nor a class
 			"group=0":               {What: "no such IOMMU group", Candidates: []string{"group=1", "group=2", "group=11", "group=30", "group=40"}},
@@ -250,8 +250,8 @@ func TestClassName(t *testing.T) {
 func TestSelectorErrorTexts(t *testing.T) {
 	names := strings.Fields("a b c d e f g h i j k l m n")
 	for _, c := range []struct{ err, want string }{
-		{(&AmbiguousError{"x", names[:2]}).Error(), "x names 2 devices, and one is needed: a, b"},
-		{(&AmbiguousError{"x", names}).Error(), "x names 14 devices, and one is needed: a, b, c, d, e, f, g, h, i, j, k, l and 2 more"},
+		{(&AmbiguousError{"x", names[:2]}).Error(), "x matches 2 devices; name one of them: a, b"},
+		{(&AmbiguousError{"x", names}).Error(), "x matches 14 devices; name one of them: a, b, c, d, e, f, g, h, i, j, k, l and 2 more"},
 		{(&NotFoundError{Selector: "x", What: "no such thing", Candidates: names[:4]}).Error(), "x: no such thing; there is a, b, c, d"},
 		{(&NotFoundError{Selector: "x", What: "no such thing", Candidates: names[:12]}).Error(), "x: no such thing; there are 12 others, e.g. a"},
 		{(&NotFoundError{Selector: "ens1", What: "no such thing", Candidates: strings.Fields("a b c eth0 ens1f0")}).Error(), "ens1: no such thing; did you mean ens1f0?"},

@@ -80,11 +80,11 @@ func (o owners) unused(want Settings, port *Port, vf *iommu.Device) error {
 		for _, l := range o {
 			its := l.Address.String() == address || k != MAC && strings.HasSuffix(l.Address.String(), ":"+address)
 			if its && l.device != vf.Name {
-				return fmt.Errorf("%s %s is that of %s already", addressNames[k], address, l.Name)
+				return fmt.Errorf("%s %s already belongs to %s", addressNames[k], address, l.Name)
 			}
 			for _, other := range l.vfs {
 				if other.Settings[k] == address && (l.Index != port.index || other.Index != vf.VFIndex) {
-					return fmt.Errorf("%s %s is that of vf%d of %s already", addressNames[k], address, other.Index,
+					return fmt.Errorf("%s %s already belongs to vf%d of %s", addressNames[k], address, other.Index,
 						l.Name)
 				}
 			}

@@ -17,7 +17,7 @@ import (
 
 // ErrUnchecked is matched by errors of a plan that [Handle.CheckCount] did not let pass, or not when all that it
 // changes was locked.
-const ErrUnchecked = host.Error("the plan has to be checked first, when the PF and the VFs that go are locked")
+const ErrUnchecked = host.Error("check the plan first, when the PF and the VFs that are removed are locked")
 
 // ErrChanged is matched by errors of a plan whose PF has other VFs by now.
 const ErrChanged = host.Error("its VFs have changed since that was planned")
@@ -242,8 +242,8 @@ func (p *Plan) counted(h *iommu.Host, vfs []*iommu.Device) error {
 		return err
 	}
 	if len(vfs) != p.Want || number != p.Want {
-		return fmt.Errorf("%s: %d VFs were asked for, and its driver %s made %d without an error%s",
-			p.PF.Name, p.Want, p.PF.Driver, number, silentCause(p.PF))
+		return fmt.Errorf("%s: its driver %s made %d VFs instead of %d, without an error%s",
+			p.PF.Name, p.PF.Driver, number, p.Want, silentCause(p.PF))
 	}
 
 	for i, vf := range vfs {
@@ -255,7 +255,7 @@ func (p *Plan) counted(h *iommu.Host, vfs []*iommu.Device) error {
 		}
 		// One that a VFIO driver has never met the host's own.
 		if vf.Driver != "" && !vf.VFIO {
-			return fmt.Errorf("VF %s was to have no driver and is on %s", vf.Name, vf.Driver)
+			return fmt.Errorf("VF %s is on %s, and must have no driver", vf.Name, vf.Driver)
 		}
 	}
 	return nil
@@ -297,14 +297,13 @@ func (s *Handle) overrideVFs(p *Plan, vfs []*iommu.Device) error {
 	return nil
 }
 
-// takeAll puts VFs, which were just made, onto a VFIO driver.
-func (s *Handle) takeAll(ctx context.Context, vfs []*iommu.Device) error {
-	if len(vfs) == 0 {
-		return nil
-	}
+// takeAll puts VFs, which were just made, onto VFIO drivers.
+func (s *Handle) takeAll(ctx context.Context, vfs map[string][]*iommu.Device) error {
 	var errs []error
-	for _, r := range s.DoUnasked(ctx, bind.Singly(vfs), bind.Take(bind.Auto)) {
-		errs = append(errs, r.Err)
+	for driver, some := range vfs {
+		for _, r := range s.DoUnasked(ctx, bind.Singly(some), bind.Take(driver)) {
+			errs = append(errs, r.Err)
+		}
 	}
 	return errors.Join(errs...)
 }
@@ -324,7 +323,7 @@ func sharedGroups(pf *iommu.Device, vfs []*iommu.Device) []string {
 		if with, shared := first[*vf.Group]; shared {
 			notes = append(
 				notes,
-				fmt.Sprintf("%s shares IOMMU group %d with %s: they can only be taken together", vf.Name, *vf.Group,
+				fmt.Sprintf("%s shares IOMMU group %d with %s: they can be taken only together", vf.Name, *vf.Group,
 					with),
 			)
 		} else {

@@ -192,11 +192,11 @@ func TestFailure(t *testing.T) {
 		says   string
 	}{
 		"no room":                   {func(k *hosttest.Kernel) { k.Fail[pfDir+"/sriov_numvfs"] = unix.ENOMEM }, "pci=realloc"},
-		"fewer than asked":          {func(k *hosttest.Kernel) { k.Partial = 1 }, "3 VFs were asked for, and its driver igb made 1 without an error"},
+		"fewer than asked":          {func(k *hosttest.Kernel) { k.Partial = 1 }, "its driver igb made 1 VFs instead of 3, without an error"},
 		"override refused":          {func(k *hosttest.Kernel) { k.Fail[pfDir+"/virtfn1/driver_override"] = unix.EACCES }, "virtfn1/driver_override"},
 		"autoprobe refused":         {func(k *hosttest.Kernel) { k.Fail[pfDir+"/sriov_drivers_autoprobe"] = unix.EACCES }, "sriov_drivers_autoprobe"},
 		"a VF cannot be taken":      {func(k *hosttest.Kernel) { k.Probe["vfio-pci"] = unix.EINVAL }, "did not bind it to vfio-pci"},
-		"somebody takes a VF first": {func(k *hosttest.Kernel) { k.After = thief(k) }, "was to have no driver"},
+		"somebody takes a VF first": {func(k *hosttest.Kernel) { k.After = thief(k) }, "must have no driver"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			k := hosttest.NewLab(t, nil)
@@ -358,7 +358,7 @@ func TestPartialAfterOthers(t *testing.T) {
 	}
 	k.Partial = 2
 	_, err := setCount(t, context.Background(), k, alike(4, UseNone))
-	if err == nil || !strings.Contains(err.Error(), "made 2 without an error") ||
+	if err == nil || !strings.Contains(err.Error(), "made 2 VFs instead of 4, without an error") ||
 		!strings.Contains(err.Error(), "had 2 VFs before and has 0 now") {
 		t.Errorf("error %v", err)
 	}
@@ -389,8 +389,8 @@ func TestRightCount(t *testing.T) {
 	}
 	s := open(t, k)
 	p, err := s.PlanCount(device(t, s, pf), Wish{VFs: Repeat(2, VFWish{UseVFIO, Settings{VLAN: "7"}})})
-	if err != nil || p.Changes() || len(p.Notes) != 2 || !strings.Contains(p.Notes[0], "settings are left") ||
-		!strings.Contains(p.Notes[1], "not all on a vfio driver") {
+	if err != nil || p.Changes() || len(p.Notes) != 2 || !strings.Contains(p.Notes[0], "keep their settings") ||
+		!strings.Contains(p.Notes[1], "not all are on a vfio driver") {
 		t.Errorf("%+v, %v", p, err)
 	}
 }

@@ -153,7 +153,7 @@ func setEswitch(h *iommu.Host, bus, device string, want Eswitch) error {
 
 	now, err := readEswitch(h, bus, device)
 	if err == nil && now == nil {
-		err = fmt.Errorf("%s/%s has no e-switch any more", bus, device)
+		err = fmt.Errorf("%s/%s no longer has an e-switch", bus, device)
 	}
 	if err != nil {
 		return err

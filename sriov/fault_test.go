@@ -60,12 +60,12 @@ func TestSetVF(t *testing.T) {
 		"taken":        {nil, Settings{MAC: "52:54:00:aa:00:07", VLAN: "7", MaxRate: "100"}, "", nil},
 		"nothing new":  {nil, Settings{VLAN: "0", Trust: off}, "", nil},
 		"refused":      {func(n *hosttest.Network) { n.Refuse = map[int]unix.Errno{nl.IFLA_VF_TRUST: unix.EPERM} }, Settings{VLAN: "7", Trust: on}, "driver igb refused trust", nil},
-		"unknown":      {func(n *hosttest.Network) { n.Refuse = map[int]unix.Errno{nl.IFLA_VF_RSS_QUERY_EN: unix.EOPNOTSUPP} }, Settings{VLAN: "7", RSSQuery: on}, "driver igb has no setting rss_query", nil},
-		"no 802.1ad":   {func(n *hosttest.Network) { n.Refuse = map[int]unix.Errno{nl.IFLA_VF_VLAN_LIST: unix.EPROTONOSUPPORT} }, Settings{VLAN: "7", Proto: dot1ad}, "no VLAN protocol but 802.1q", nil},
+		"unknown":      {func(n *hosttest.Network) { n.Refuse = map[int]unix.Errno{nl.IFLA_VF_RSS_QUERY_EN: unix.EOPNOTSUPP} }, Settings{VLAN: "7", RSSQuery: on}, "driver igb does not support the VF setting rss_query", nil},
+		"no 802.1ad":   {func(n *hosttest.Network) { n.Refuse = map[int]unix.Errno{nl.IFLA_VF_VLAN_LIST: unix.EPROTONOSUPPORT} }, Settings{VLAN: "7", Proto: dot1ad}, "only the VLAN protocol 802.1q", nil},
 		"rates":        {func(n *hosttest.Network) { n.Refuse = map[int]unix.Errno{nl.IFLA_VF_RATE: unix.EINVAL} }, Settings{MaxRate: "7"}, "rates need the PF's link to be up", nil},
 		"not done":     {func(n *hosttest.Network) { n.Ignore = map[int]bool{nl.IFLA_VF_TRUST: true} }, Settings{VLAN: "7", Trust: on}, "reported success, but trust was set to on and is off", nil},
 		"not reported": {func(n *hosttest.Network) { n.Unreported = map[int]bool{nl.IFLA_VF_TRUST: true} }, Settings{VLAN: "7", Trust: on}, "", []Key{Trust}},
-		"vectors":      {nil, Settings{MSIX: "4"}, "no setting msix", nil},
+		"vectors":      {nil, Settings{MSIX: "4"}, "setting msix", nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			k := hosttest.NewLab(t, nil)
@@ -106,7 +106,7 @@ func TestUnknownBefore(t *testing.T) {
 
 	s := open(t, k)
 	all, err := s.Recover(t.Context())
-	if err != nil || len(all) != 1 || all[0].Err != nil || !strings.Contains(all[0].What, "but for msix, which") {
+	if err != nil || len(all) != 1 || all[0].Err != nil || !strings.Contains(all[0].What, "except msix, which") {
 		t.Errorf("%+v, %v", all, err)
 	}
 	if vf := vfSettings(t, k, 1); vf[VLAN] != "0" {
@@ -145,8 +145,8 @@ func TestConflicts(t *testing.T) {
 	wish.VFs[1].Settings = Settings{MAC: "52:54:00:aa:00:01"}
 	quiet(t, k, makeVFs(wish)) // the others have a zero address
 	for mac, says := range map[string]string{
-		"00:00:00:00:00:00": "", "52:54:00:aa:00:09": "", "52:54:00:aa:00:01": "is that of vf1 of enp1s0 already",
-		"52:54:00:00:00:03": "is that of ens1 already",
+		"00:00:00:00:00:00": "", "52:54:00:aa:00:09": "", "52:54:00:aa:00:01": "already belongs to vf1 of enp1s0",
+		"52:54:00:00:00:03": "already belongs to ens1",
 	} {
 		if _, err := setVF(t, k, Settings{MAC: mac}); (err == nil) != (says == "") ||
 			err != nil && !strings.Contains(err.Error(), says) {
@@ -250,7 +250,7 @@ func TestPFOnVFIO(t *testing.T) {
 	quiet(t, k, func(ctx context.Context, s *Handle) error { return move(ctx, s, pf, bind.Take(bind.Auto)) })
 	k.Log = nil
 	if _, err := setCount(t, context.Background(), k, alike(2, UseNone)); err == nil || len(k.Log) > 0 ||
-		!strings.Contains(err.Error(), "is on vfio-pci, which makes no VFs") {
+		!strings.Contains(err.Error(), "is on vfio-pci, which cannot make VFs") {
 		t.Errorf("%v, writes %q", err, k.Log)
 	}
 	if err := os.WriteFile(k.Dir()+"/"+may, []byte("Y\n"), 0o600); err != nil {
@@ -293,8 +293,8 @@ func TestHomeOnVFIO(t *testing.T) {
 		k := hosttest.NewLab(t, hosttest.Tree{"proc/cmdline": "quiet vfio-pci.ids=8086:10ca\n"})
 		k.IDs["vfio-pci"], k.IDs["igbvf"] = []string{"8086:10ca"}, nil
 		_, err := setCount(t, context.Background(), k, Wish{VFs: Repeat(2, VFWish{UseHome, settings})})
-		if err == nil || !strings.Contains(err.Error(), "was for the host") ||
-			!strings.Contains(err.Error(), "as vfio-pci.ids= in ") || state(t, k) != "1" {
+		if err == nil || !strings.Contains(err.Error(), "is for the host") ||
+			!strings.Contains(err.Error(), "because vfio-pci.ids= in ") || state(t, k) != "1" {
 			t.Errorf("%v: %v, left %s", settings, err, state(t, k))
 		}
 	}
@@ -580,13 +580,13 @@ func TestWishes(t *testing.T) {
 	s := open(t, small(t))
 	d := device(t, s, pf)
 	for says, wish := range map[string]Wish{
-		"is no use":       {VFs: Repeat(1, VFWish{Use: "vfoi"})},
+		"want vfio, none": {VFs: Repeat(1, VFWish{Use: "vfoi"})},
 		"0 to 4094":       {VFs: Repeat(1, VFWish{Settings: Settings{VLAN: "5000"}})},
 		"unknown setting": {VFs: Repeat(1, VFWish{Settings: Settings{"veb": on}})},
-		"is no mode":      {Eswitch: Eswitch{Mode: "foo"}},
-		"is no encap":     {Eswitch: Eswitch{Encap: "foo"}},
+		"invalid mode":    {Eswitch: Eswitch{Mode: "foo"}},
+		"invalid encap":   {Eswitch: Eswitch{Encap: "foo"}},
 		"hw-tc-offload":   {Offload: "maybe"},
-		"is no MTU":       {MTU: -5},
+		"invalid MTU":     {MTU: -5},
 	} {
 		if _, err := s.PlanCount(d, wish); err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%v, want %q", err, says)

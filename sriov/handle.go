@@ -23,7 +23,7 @@ func Open(h *iommu.Host, o bind.Options) (*Handle, error) {
 	own := map[string]bind.Recoverer{opCount: recoverCount, opSet: recoverSet}
 	for name := range own {
 		if _, taken := o.Recoverers[name]; taken {
-			return nil, fmt.Errorf("sriov: the Recoverer %q is its own, and no other is taken", name)
+			return nil, fmt.Errorf("sriov: the name %q belongs to its own Recoverer", name)
 		}
 	}
 	maps.Copy(own, o.Recoverers)

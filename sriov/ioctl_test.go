@@ -72,8 +72,8 @@ func TestOffload(t *testing.T) {
 		"on":       {nic{}, on, 1, ""},
 		"off":      {nic{on: true}, off, 1, ""},
 		"as it is": {nic{on: true}, on, 0, ""},
-		"fixed":    {nic{fixed: true}, on, 0, "does not let hw-tc-offload be changed"},
-		"none":     {nic{without: true}, on, 0, "does not let hw-tc-offload be changed"},
+		"fixed":    {nic{fixed: true}, on, 0, "does not allow a change of hw-tc-offload"},
+		"none":     {nic{without: true}, on, 0, "does not allow a change of hw-tc-offload"},
 		"ignored":  {nic{ignores: true}, on, 1, "reported success and did not"},
 	} {
 		k := hosttest.NewLab(t, nil)
@@ -281,8 +281,8 @@ func TestWords(t *testing.T) {
 		"bnxt":       {firmwareHint(h, &iommu.Device{ID: iommu.ID{Vendor: 0x14e4}}), "bnxtnvm"},
 		"other":      {firmwareHint(h, &iommu.Device{ID: iommu.ID{Vendor: 0x8086}}) + "-", "-"},
 		"down":       {silentCause(&iommu.Device{Driver: "bnxt_en", Netdevs: []string{"p0"}}), "ip link set dev p0 up"},
-		"no VF":      {(&NotVFError{a}).Error(), pf + " is no VF"},
-		"unverified": {strings.Join(Unverified(&iommu.Device{Name: "x"}, []Key{Trust}), ""), "not verifiable"},
+		"no VF":      {(&NotVFError{a}).Error(), pf + " is not a VF"},
+		"unverified": {strings.Join(Unverified(&iommu.Device{Name: "x"}, []Key{Trust}), ""), "not verified"},
 		"verified":   {strings.Join(Unverified(&iommu.Device{Name: "x"}, nil), "") + "-", "-"},
 	} {
 		if !strings.Contains(c.got, c.want) {

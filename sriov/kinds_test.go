@@ -20,7 +20,7 @@ func TestSpoofCheckOfNoAddress(t *testing.T) {
 		{Settings{SpoofChk: off}, false},
 	} {
 		p, err := s.PlanCount(device(t, s, pf), Wish{VFs: []VFWish{{Settings: c.settings}}})
-		if err != nil || strings.Contains(strings.Join(p.Notes, " "), "given no address") != c.note {
+		if err != nil || strings.Contains(strings.Join(p.Notes, " "), "without an address") != c.note {
 			t.Errorf("%v: %v, notes %q", c.settings, err, p.Notes)
 		}
 	}
@@ -52,7 +52,7 @@ func TestRoCEWithoutInterface(t *testing.T) {
 	s := open(t, hosttest.NewKernel(t, roce))
 	wish := Wish{VFs: make([]VFWish, 2)}
 	p, err := s.PlanCount(device(t, s, pf), wish)
-	if err == nil || !strings.Contains(err.Error(), "has made none so far") {
+	if err == nil || !strings.Contains(err.Error(), "has not made one") {
 		t.Errorf("none: %v, %+v", err, p)
 	}
 
@@ -86,7 +86,7 @@ func TestInterfacesNotCaptured(t *testing.T) {
 	}
 	defer s.Close()
 	p, err := s.PlanCount(device(t, s, pf), Wish{VFs: make([]VFWish, 2)})
-	if err != nil || !strings.Contains(strings.Join(p.Notes, " "), "nothing was captured") {
+	if err != nil || !strings.Contains(strings.Join(p.Notes, " "), "has no network interfaces of this host") {
 		t.Errorf("%v, %+v", err, p)
 	}
 }

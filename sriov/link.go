@@ -206,7 +206,7 @@ func mtusBelow(h *iommu.Host, pf *iommu.Device, mtu int) ([]MTU, error) {
 	err := iommu.ByName(h, pf, func(now *iommu.Device) error {
 		out = nil
 		if len(now.Netdevs) == 0 {
-			return fmt.Errorf("%w, and so it has no MTU", noInterface(h, pf))
+			return fmt.Errorf("%w, so it has no MTU", noInterface(h, pf))
 		}
 		for _, n := range now.Netdevs {
 			now, err := h.Int(path.Join(netClass, n, "mtu"))

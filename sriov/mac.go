@@ -11,7 +11,7 @@ import (
 // number folds to. An error says that the address has not six bytes, or that there is no such index.
 func DeriveMAC(pf net.HardwareAddr, index int) (net.HardwareAddr, error) {
 	if len(pf) != 6 {
-		return nil, fmt.Errorf("%s is no MAC address of six bytes", pf)
+		return nil, fmt.Errorf("%s is not a MAC address of six bytes", pf)
 	}
 	if index < 0 || index > 0xfff {
 		return nil, fmt.Errorf("VF %d has no derived MAC address: they go up to 4095", index)
@@ -27,7 +27,7 @@ func DeriveMAC(pf net.HardwareAddr, index int) (net.HardwareAddr, error) {
 // is no such index.
 func DeriveGUID(pf net.HardwareAddr, index int) (net.HardwareAddr, error) {
 	if len(pf) != 8 {
-		return nil, fmt.Errorf("%s is no GUID of eight bytes", pf)
+		return nil, fmt.Errorf("%s is not a GUID of eight bytes", pf)
 	}
 	if index < 0 || index >= 0xffff {
 		return nil, fmt.Errorf("VF %d has no derived GUID: they go up to 65534", index)

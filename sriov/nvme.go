@@ -130,7 +130,8 @@ func shareOut(pools map[resource]pool, all []secondary, n int) ([]action, error)
 		}
 		each := pools[r].share(n)
 		if least := map[resource]uint32{queues: 2, interrupts: 1}[r]; each < least {
-			return nil, fmt.Errorf("%d VFs would get %d %s each, and need %d: it has %d to share, and %d are its own"+
+			return nil, fmt.Errorf("%d VFs would get %d %s each and need %d: the controller has %d to share, and "+
+				"%d for itself"+
 				" (nvme virt-mgmt -a 1 and a reset of the controller free these)",
 				n, each, resourceNames[r], least, pools[r].Total, pools[r].Primary)
 		}
@@ -177,7 +178,7 @@ func openNVMe(h *iommu.Host, pf *iommu.Device) (*nvmePF, error) {
 	}
 	names, err := h.Names(path.Join("sys/bus/pci/devices", pf.Name, "nvme"))
 	if host.Absent(err) || err == nil && len(names) == 0 {
-		return nil, fmt.Errorf("%s: its controller is not ready: its driver nvme has made no device of it", pf.Name)
+		return nil, fmt.Errorf("%s: its controller is not ready: the driver nvme has made no device for it", pf.Name)
 	}
 	if err != nil {
 		return nil, err

@@ -131,7 +131,7 @@ func setNamedTCOffload(h *iommu.Host, name string, want bool) error {
 		return fail(err)
 	}
 	if f, err = readTCOffload(h, name); err == nil && f.on != want {
-		err = errors.New("the driver reported success and did not")
+		err = errors.New("the driver reported success and did nothinghinghinghinghinghing")
 	}
 	if err != nil {
 		return fail(err)
@@ -171,7 +171,7 @@ func offloadsBut(h *iommu.Host, pf *iommu.Device, want string) ([]Offload, error
 				continue
 			}
 			if !f.changeable {
-				return fmt.Errorf("interface %s: driver %s does not let %s be changed", n, pf.Driver, tcFeature)
+				return fmt.Errorf("interface %s: driver %s does not allow a change of %s", n, pf.Driver, tcFeature)
 			}
 			out = append(out, Offload{n, want == on})
 		}

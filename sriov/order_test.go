@@ -149,10 +149,10 @@ func TestCallOrderOfSet(t *testing.T) {
 
 	var not *NotVFError
 	if _, err := s.PlanSet(device(t, s, pf), device(t, s, e1000), Settings{VLAN: "7"}); !errors.As(err, &not) {
-		t.Errorf("a plan for what is no VF of it: %v", err)
+		t.Errorf("a plan for what is not a VF of it: %v", err)
 	}
 	if _, err := s.SetVF(ctx, parse(e1000), Settings{VLAN: "7"}); !errors.As(err, &not) {
-		t.Errorf("what is no VF is set: %v", err)
+		t.Errorf("what is not a VF is set: %v", err)
 	}
 }
 

@@ -88,8 +88,8 @@ func TestInfiniBand(t *testing.T) {
 		says string
 	}{
 		"a MAC address":      {[]Settings{{MAC: StableMAC}}, "is InfiniBand, and its VFs have no MAC address: give them node_guid=stable"},
-		"twice the same":     {[]Settings{same, same}, "port_guid=00:11:22:33:44:55:66:77 for several VFs"},
-		"that of the PF":     {[]Settings{{PortGUID: "0c:42:a1:03:00:00:00:02"}}, "port GUID 0c:42:a1:03:00:00:00:02 is that of ibp1s0 already"},
+		"twice the same":     {[]Settings{same, same}, "port_guid=00:11:22:33:44:55:66:77 is one value for several VFs"},
+		"that of the PF":     {[]Settings{{PortGUID: "0c:42:a1:03:00:00:00:02"}}, "port GUID 0c:42:a1:03:00:00:00:02 already belongs to ibp1s0"},
 		"no GUID":            {[]Settings{{PortGUID: "00:11:22:33:44:55:66"}}, "want eight bytes"},
 		"of none to be made": {[]Settings{{PortGUID: "0000:0000:0000:0000"}}, "that are not all zero"},
 	} {
@@ -163,7 +163,7 @@ func TestNoInterface(t *testing.T) {
 	k, s := gone(t, nil)
 	for what, wish := range wishes {
 		_, err := s.Make(context.Background(), parse(pf), wish)
-		if e, ok := errors.AsType[*NoInterfaceError](err); !ok || !strings.Contains(e.Why, "driver igb has made none so far") || len(k.Log) > 0 {
+		if e, ok := errors.AsType[*NoInterfaceError](err); !ok || !strings.Contains(e.Why, "driver igb has not made one") || len(k.Log) > 0 {
 			t.Errorf("%s: %v, writes %q", what, err, k.Log)
 		}
 	}
@@ -193,8 +193,8 @@ func TestLegacyOnly(t *testing.T) {
 		settings Settings
 		says     string
 	}{
-		"mlx5_core": {Settings{MAC: StableMAC, VLAN: "7", Trust: on, SpoofChk: on, MaxRate: "7"}, "takes no vlan, trust, spoofchk of a VF"},
-		"ice":       {Settings{MAC: StableMAC, VLAN: "7", Trust: on}, "takes no trust of a VF"},
+		"mlx5_core": {Settings{MAC: StableMAC, VLAN: "7", Trust: on, SpoofChk: on, MaxRate: "7"}, "does not support vlan, trust, spoofchk for VFs"},
+		"ice":       {Settings{MAC: StableMAC, VLAN: "7", Trust: on}, "does not support trust for VFs"},
 		"igb":       {Settings{VLAN: "7", Trust: on}, ""},
 	} {
 		for _, mode := range []string{switchdev, "legacy"} {
@@ -221,7 +221,7 @@ func TestLegacyOnly(t *testing.T) {
 		"as it is":    {VFs: []VFWish{{Settings: Settings{Trust: on}}}},
 		"as it is to": {VFs: []VFWish{{Settings: Settings{Trust: on}}}, Eswitch: Eswitch{Mode: switchdev}},
 	} {
-		if _, err := s.Make(t.Context(), parse(pf), wish); err == nil || !strings.Contains(err.Error(), "takes no trust") || len(k.Log) > 0 {
+		if _, err := s.Make(t.Context(), parse(pf), wish); err == nil || !strings.Contains(err.Error(), "does not support trust") || len(k.Log) > 0 {
 			t.Errorf("%s: %v, writes %q", what, err, k.Log)
 		}
 	}
@@ -231,7 +231,7 @@ func TestLegacyOnly(t *testing.T) {
 	if _, err := s.Make(t.Context(), parse(pf), Wish{VFs: []VFWish{{}}, Eswitch: Eswitch{Mode: switchdev}}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.SetVF(t.Context(), parse(vf0), Settings{Trust: on}); err == nil || !strings.Contains(err.Error(), "takes no trust") {
+	if _, err := s.SetVF(t.Context(), parse(vf0), Settings{Trust: on}); err == nil || !strings.Contains(err.Error(), "does not support trust") {
 		t.Errorf("of a VF that is there: %v", err)
 	}
 }

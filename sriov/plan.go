@@ -1,6 +1,7 @@
 package sriov
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -47,9 +48,8 @@ func Repeat(n int, vf VFWish) []VFWish {
 // check refuses what no PF can be.
 func (w *Wish) check() error {
 	for i, vf := range w.VFs {
-		if !slices.Contains([]Use{"", UseNone, UseVFIO, UseHome}, vf.Use) {
-			return fmt.Errorf("vf%d: %q is no use of a VF; there are %s, %s and %s",
-				i, vf.Use, UseNone, UseVFIO, UseHome)
+		if _, err := ParseUse(string(cmp.Or(vf.Use, UseNone))); err != nil {
+			return fmt.Errorf("vf%d: driver %q: %w", i, vf.Use, err)
 		}
 		if _, err := vf.Settings.checked(); err != nil {
 			return fmt.Errorf("vf%d: %w", i, err)
@@ -57,14 +57,15 @@ func (w *Wish) check() error {
 	}
 	for _, c := range choices {
 		if value := *c.of(&w.Eswitch); value != "" && !slices.Contains(c.values, value) {
-			return fmt.Errorf("%q is no %s of an e-switch; there are %s", value, c.name, strings.Join(c.values, ", "))
+			return fmt.Errorf("invalid %[2]s %[1]q of the e-switch; want %[3]s", value, c.name,
+				strings.Join(c.values, ", "))
 		}
 	}
 	if !slices.Contains([]string{"", on, off}, w.Offload) {
-		return fmt.Errorf("%q is no state of hw-tc-offload; there are on and off", w.Offload)
+		return fmt.Errorf("invalid hw-tc-offload %q; want on or off", w.Offload)
 	}
 	if w.MTU < 0 {
-		return fmt.Errorf("%d is no MTU", w.MTU)
+		return fmt.Errorf("invalid MTU %d", w.MTU)
 	}
 	return nil
 }
@@ -74,7 +75,7 @@ func anyVF(vfs []VFWish, such func(VFWish) bool) bool { return slices.ContainsFu
 
 func forHost(vf VFWish) bool     { return vf.Use == UseHome }
 func forGuests(vf VFWish) bool   { return vf.Use != UseHome }
-func onVFIO(vf VFWish) bool      { return vf.Use == UseVFIO }
+func onVFIO(vf VFWish) bool      { return vf.Use.Driver() != "" }
 func hasSettings(vf VFWish) bool { return len(vf.Settings) > 0 }
 
 // Plan is what it takes to change a PF's number of VFs; [Plan.Steps] has its order. It comes from [Handle.PlanCount].
@@ -218,12 +219,12 @@ func (s *Handle) PlanCount(pf *iommu.Device, wish Wish) (*Plan, error) {
 		return p, err
 	}
 	if pf.Driver == "" {
-		return nil, fmt.Errorf("%s has no driver, and VFs are made by the PF's driver", pf.Address)
+		return nil, fmt.Errorf("%s has no driver, and only the PF's driver can make VFs", pf.Address)
 	}
 
 	p.Victims = t.VFs(pf)
 	if len(p.Victims) > 0 {
-		p.Notes = append(p.Notes, "these VFs go: "+nameVFs(p.Victims))
+		p.Notes = append(p.Notes, "these VFs are removed: "+nameVFs(p.Victims))
 		p.Clear = append(p.Clear, count(pf, 0))
 	}
 	if n == 0 {
@@ -250,7 +251,7 @@ func makesVFs(h *iommu.Host, pf *iommu.Device) error {
 			return err
 		}
 	}
-	return fmt.Errorf("%s is on %s, which makes no VFs: give it back to its own driver first (viaduct unbind %s)",
+	return fmt.Errorf("%s is on %s, which cannot make VFs: give it back to its own driver first (viaduct unbind %s)",
 		pf.Name,
 		pf.Driver, pf.Name)
 }
@@ -274,7 +275,7 @@ func (p *Plan) planPF(h *iommu.Host, wish Wish) (err error) {
 			break
 		}
 		if now == nil {
-			return fmt.Errorf("%s (driver %q) has no e-switch that devlink knows of", p.PF.Name, p.PF.Driver)
+			return fmt.Errorf("%s (driver %q) has no e-switch that devlink can change", p.PF.Name, p.PF.Driver)
 		}
 		p.Eswitch, p.was = wish.Eswitch.differs(now)
 	}
@@ -295,12 +296,12 @@ func (p *Plan) planPF(h *iommu.Host, wish Wish) (err error) {
 func (p *Plan) noteAsIs(t *iommu.Topology, wish Wish) {
 	if anyVF(wish.VFs, hasSettings) {
 		p.Notes = append(p.Notes,
-			"the VFs are there already, and their settings are left as they are (vf set changes them)")
+			"the VFs exist already, and keep their settings (vf set changes them)")
 	}
 	for _, v := range p.PF.SRIOV.VFs {
 		vf, err := t.Find(v.Address)
 		if err == nil && v.Index < len(wish.VFs) && onVFIO(wish.VFs[v.Index]) && !vf.VFIO {
-			p.Notes = append(p.Notes, "the VFs are there already, and not all on a vfio driver (bind takes them)")
+			p.Notes = append(p.Notes, "the VFs exist already, and not all are on a vfio driver (bind takes them)")
 			return
 		}
 	}
@@ -319,7 +320,7 @@ func (p *Plan) planVFs(h *iommu.Host, t *iommu.Topology) (err error) {
 	}
 	p.nvme, p.shares, err = planShares(h, p.PF, p.Want)
 	if errors.Is(err, fs.ErrPermission) {
-		p.Notes = append(p.Notes, "what queues and interrupts its VFs get is told to root alone")
+		p.Notes = append(p.Notes, "only root can read the queues and interrupts that its VFs get")
 	} else if err != nil {
 		return err
 	}
@@ -345,7 +346,7 @@ func (p *Plan) planVFs(h *iommu.Host, t *iommu.Topology) (err error) {
 func (p *Plan) planWrites(h *iommu.Host) (err error) {
 	file := autoprobe(p.PF.Address)
 	if p.autoprobe, err = h.String(file); err != nil && anyVF(p.VFs, forGuests) {
-		return fmt.Errorf("VFs for guests need a kernel that can leave them without a driver: %w", err)
+		return fmt.Errorf("VFs for guests need a kernel with sriov_drivers_autoprobe: %w", err)
 	}
 	turnOff := p.autoprobe == "1" && (anyVF(p.VFs, forGuests) || p.probeLate())
 	if turnOff {
@@ -372,8 +373,8 @@ func (p *Plan) noteNew() {
 		p.Notes = append(p.Notes, fmt.Sprintf("%s is on %s, which gets its VFs at once", p.PF.Name, p.PF.Driver))
 	}
 	if anyVF(p.VFs, func(vf VFWish) bool { return vf.Settings[SpoofChk] == on && vf.Settings[MAC] == "" }) {
-		p.Notes = append(p.Notes, "spoofchk is on for VFs that are given no address: the driver may drop all that "+
-			"they send")
+		p.Notes = append(p.Notes, "spoofchk is on for VFs without an address: the driver may drop "+
+			"everything they send")
 	}
 
 	if p.nvme != "" {
@@ -383,7 +384,7 @@ func (p *Plan) noteNew() {
 		p.Notes = append(p.Notes, "then each VF"+unlessAll(p.VFs, forHost)+" is probed")
 	}
 	if anyVF(p.VFs, onVFIO) {
-		p.Notes = append(p.Notes, "then each VF"+unlessAll(p.VFs, onVFIO)+" is taken as by viaduct bind")
+		p.Notes = append(p.Notes, "then each VF"+unlessAll(p.VFs, onVFIO)+" is taken as viaduct bind does")
 	}
 	if len(p.PF.Netdevs) > 0 {
 		p.Notes = append(p.Notes, fmt.Sprintf("the link of %s may flap", p.PF.Netdevs[0]))

@@ -192,14 +192,14 @@ func noInterface(h *iommu.Host, pf *iommu.Device) error {
 	case pf.VFIO:
 		e.Why = "it is on " + pf.Driver
 	case pf.Class>>16 != 0x02:
-		e.Why = "it is no NIC"
+		e.Why = "it is not a NIC"
 	default:
 		where, err := holder.Elsewhere(h, pf)
 		if err != nil {
 			return err
 		}
 		if e.Why = "one " + where; where == "" {
-			e.Why = "its driver " + pf.Driver + " has made none so far"
+			e.Why = "its driver " + pf.Driver + " has not made one"
 		}
 		e.elsewhere = where != ""
 	}
@@ -227,12 +227,12 @@ func CheckInterface(h *iommu.Host, pf *iommu.Device) error {
 // whose interface is elsewhere can have VFs, which is a note.
 func (p *Plan) ready(h *iommu.Host) error {
 	if !h.Live() && p.PF.Class>>8 == 0x0200 && !h.Exists("sys/class/net") {
-		p.Notes = append(p.Notes, "of the network interfaces of this host nothing was captured")
+		p.Notes = append(p.Notes, "the capture has no network interfaces of this host")
 		return nil
 	}
 	none := CheckInterface(h, p.PF)
 	if e, ok := errors.AsType[*NoInterfaceError](none); ok && e.elsewhere {
-		p.Notes = append(p.Notes, e.Error()+", so it is not brought up")
+		p.Notes = append(p.Notes, e.Error()+", so viaduct does not bring it up")
 		return nil
 	}
 	return none

@@ -103,7 +103,7 @@ func (s *Handle) stillUnused(pf iommu.Address, used users) error {
 	}
 	who, err := used(vfs)
 	if who != "" {
-		return fmt.Errorf("its VFs stay, as %s", who)
+		return fmt.Errorf("its VFs stay, because %s", who)
 	}
 	return err
 }
@@ -205,13 +205,13 @@ func recoverCount(ctx context.Context, b *bind.Handle, pf iommu.Address, data js
 		return "cannot be read", err
 	}
 	if now.SRIOV == nil {
-		return "has no VFs any more, and can have none", errors.Join(s.forgetOld(&r, &now), s.restoreAutoprobe(&r, pf))
+		return "no longer has VFs, and cannot have any", errors.Join(s.forgetOld(&r, &now), s.restoreAutoprobe(&r, pf))
 	}
 	if err := s.cleared(&r, &now); err != nil {
 		return "is not done", err
 	}
 
-	change := fmt.Sprintf("its change from %d to %d VFs had been interrupted", r.Have, r.Want)
+	change := fmt.Sprintf("its change from %d to %d VFs was interrupted", r.Have, r.Want)
 	if r.Recounts && r.Cleared && len(now.SRIOV.VFs) == r.Want && (r.Eswitch == (Eswitch{}) || moved) {
 		err := s.finish(ctx, &r, pf)
 		if err == nil || bind.IsStuck(err) {
@@ -290,12 +290,13 @@ func (s *Handle) ready(ctx context.Context, r *countRecord, pf iommu.Address,
 		}
 	}
 
-	var taken, home []*iommu.Device
+	taken, home := map[string][]*iommu.Device{}, []*iommu.Device(nil)
 	for i, vf := range vfs {
-		switch r.VFs[i].Use {
-		case UseVFIO:
-			taken = append(taken, vf)
-		case UseHome:
+		use := r.VFs[i].Use
+		if driver := use.Driver(); driver != "" {
+			taken[driver] = append(taken[driver], vf)
+		}
+		if use == UseHome {
 			home = append(home, vf)
 		}
 	}
@@ -340,11 +341,11 @@ func (s *Handle) atHome(vfs []*iommu.Device) (notes []string, err error) {
 		case err != nil:
 			return nil, err
 		case now.VFIO:
-			return nil, fmt.Errorf("VF %s was for the host, and the kernel gave it to %s%s", vf.Name, now.Driver,
+			return nil, fmt.Errorf("VF %s is for the host, but the kernel bound it to %s%s", vf.Name, now.Driver,
 				claimedBy(s.Host(), now.ID))
 		case now.Driver == "":
 			notes = append(notes,
-				fmt.Sprintf("VF %s has no driver of the host yet: none that is loaded is for it", vf.Name))
+				fmt.Sprintf("VF %s has no driver of the host yet: no loaded driver supports it", vf.Name))
 		}
 	}
 	return notes, nil
@@ -353,7 +354,7 @@ func (s *Handle) atHome(vfs []*iommu.Device) (notes []string, err error) {
 // claimedBy says where vfio-pci.ids= claims a VF, "" if it does not.
 func claimedBy(h *iommu.Host, id iommu.ID) string {
 	if where := holder.ClaimedByID(h, id)[id]; where != "" {
-		return ", as vfio-pci.ids= in " + where + " claims it"
+		return ", because vfio-pci.ids= in " + where + " claims it"
 	}
 	return ""
 }

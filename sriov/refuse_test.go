@@ -91,7 +91,7 @@ func TestWithoutInterface(t *testing.T) {
 		return err
 	})
 	d := device(t, s, nvmePFAddress)
-	for want, says := range map[Key]string{VLAN: "has no network interface here: it is no NIC, so its VFs have no vlan", MAC: "so there is no MAC address to derive"} {
+	for want, says := range map[Key]string{VLAN: "has no network interface here: it is not a NIC, so viaduct cannot set vlan of its VFs", MAC: "so there is no MAC address to derive"} {
 		_, err := s.SetVF(context.Background(), d.SRIOV.VFs[0].Address, Settings{want: map[Key]string{VLAN: "7", MAC: StableMAC}[want]})
 		if err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%s: %v", want, err)
@@ -101,7 +101,7 @@ func TestWithoutInterface(t *testing.T) {
 
 // Interrupt vectors are a VF's while it has no driver.
 func TestVectorsOfVFs(t *testing.T) {
-	for use, says := range map[Use]string{UseNone: "", UseVFIO: "only while it has none"} {
+	for use, says := range map[Use]string{UseNone: "", UseVFIO: "only while it has no driver"} {
 		k := switching(t)
 		quiet(t, k, makeVFs(alike(1, use)))
 		unverified, err := setVF(t, k, Settings{MSIX: "3"})
@@ -119,8 +119,8 @@ func TestSharedGroups(t *testing.T) {
 		{Name: "a", Group: &one}, {Name: "b", Group: &two}, {Name: "c", Group: &two}, {Name: "d"},
 	})
 	want := []string{
-		"a shares IOMMU group 1 with pf: they can only be taken together",
-		"c shares IOMMU group 2 with b: they can only be taken together",
+		"a shares IOMMU group 1 with pf: they can be taken only together",
+		"c shares IOMMU group 2 with b: they can be taken only together",
 	}
 	if !slices.Equal(notes, want) {
 		t.Errorf("%q", notes)
@@ -135,7 +135,7 @@ func TestClaimedVF(t *testing.T) {
 	}
 	k.Register("vfio-pci", "8086:10ca")
 	_, err := setCount(t, context.Background(), k, alike(1, UseHome))
-	if err == nil || !strings.Contains(err.Error(), "the kernel gave it to vfio-pci, as vfio-pci.ids= in ") {
+	if err == nil || !strings.Contains(err.Error(), "the kernel bound it to vfio-pci, because vfio-pci.ids= in ") {
 		t.Error(err)
 	}
 	if got := state(t, k); got != "1" {
@@ -157,13 +157,13 @@ func TestOddRecords(t *testing.T) {
 		says string
 		err  bool
 	}{
-		"no VF any more":  {small, pf, recoverSet, string(old), "has no vf0 any more", false},
-		"no interface":    {sharing, nvmePFAddress, recoverSet, string(old), "has no interface any more", false},
+		"no VF any more":  {small, pf, recoverSet, string(old), "no longer has vf0", false},
+		"no interface":    {sharing, nvmePFAddress, recoverSet, string(old), "no longer has an interface", false},
 		"torn settings":   {small, pf, recoverSet, "{", "has a record that cannot be read", true},
 		"torn count":      {small, pf, recoverCount, "{", "has a record that cannot be read", true},
 		"no device":       {small, "0000:0f:00.0", recoverCount, "{}", "cannot be read", true},
 		"no device's VFs": {small, "0000:0f:00.0", recoverSet, string(old), "cannot be read", true},
-		"no PF any more":  {small, edu, recoverCount, `{"have":2,"want":1}`, "can have none", false},
+		"no PF any more":  {small, edu, recoverCount, `{"have":2,"want":1}`, "cannot have any", false},
 	} {
 		s := open(t, c.host(t))
 		if err := s.LockAt(context.Background(), parse(c.pf)); err != nil {

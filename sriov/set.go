@@ -29,9 +29,9 @@ type SettingError struct {
 func (e *SettingError) Error() string {
 	switch {
 	case errors.Is(e.Err, unix.EOPNOTSUPP):
-		return fmt.Sprintf("%s: driver %s has no setting %s for VFs", e.VF, e.Driver, e.Keys)
+		return fmt.Sprintf("%s: driver %s does not support the VF setting %s", e.VF, e.Driver, e.Keys)
 	case errors.Is(e.Err, unix.EPROTONOSUPPORT):
-		return fmt.Sprintf("%s: driver %s has no VLAN protocol but 802.1q", e.VF, e.Driver)
+		return fmt.Sprintf("%s: driver %s supports only the VLAN protocol 802.1q", e.VF, e.Driver)
 	}
 	hint := ""
 	if errors.Is(e.Err, unix.EINVAL) && strings.Contains(e.Keys, string(MaxRate)) {
@@ -113,7 +113,7 @@ func (s *Handle) PlanSets(pf *iommu.Device, vfs []*iommu.Device, wish []VFWish) 
 	var out []*SetPlan
 	for _, vf := range vfs {
 		if vf.VFIndex >= len(wish) {
-			return nil, fmt.Errorf("sriov: %s is vf%d, and there are wishes for %d", vf.Name, vf.VFIndex, len(wish))
+			return nil, fmt.Errorf("sriov: %s is vf%d, and the plan has %d VFs", vf.Name, vf.VFIndex, len(wish))
 		}
 		now, _ := port.Of(vf.VFIndex)
 		want := maps.Clone(wish[vf.VFIndex].Settings)
@@ -144,13 +144,14 @@ func planSet(h *iommu.Host, pf, vf *iommu.Device, want Settings, port *Port, own
 		return nil, err
 	}
 	if _, asked := want[MSIX]; asked && vf.Driver != "" {
-		return nil, fmt.Errorf("%s is on driver %s: its interrupt vectors can be set only while it has none", vf.Name,
+		return nil, fmt.Errorf("%s is on driver %s: its interrupt vectors can be set only while it has no driver",
+			vf.Name,
 			vf.Driver)
 	}
 	if port == nil {
 		for k := range want {
 			if k.row().file == "" {
-				return nil, fmt.Errorf("%w, so its VFs have no %s to set", noInterface(h, pf), k)
+				return nil, fmt.Errorf("%w, so viaduct cannot set %s of its VFs", noInterface(h, pf), k)
 			}
 		}
 		port = &Port{PF: pf, host: h}
@@ -184,7 +185,7 @@ func planNew(h *iommu.Host, pf *iommu.Device, vfs []VFWish, mode string) ([]SetP
 		for _, k := range unique {
 			value := vfs[i].Settings[k]
 			if seen[string(k)+value] {
-				return nil, fmt.Errorf("%s=%s for several VFs: each needs one of its own (%s=%s makes them)", k,
+				return nil, fmt.Errorf("%s=%s is one value for several VFs: use %s=%s to derive one for each", k,
 					value, k,
 					StableMAC)
 			}
@@ -296,7 +297,8 @@ func (p *SetPlan) possible(pf *iommu.Device, mode string) error {
 	if len(wrong) == 0 {
 		return nil
 	}
-	return fmt.Errorf("driver %s takes no %s of a VF of %s while its e-switch is in mode %s: leave them out, and "+
+	return fmt.Errorf("driver %s does not support %s for VFs of %s while its e-switch is in mode %s: leave that "+
+		"out, and "+
 		"make rules on the VFs' representors", pf.Driver, keyNames(wrong), pf.Name, switchdev)
 }
 
@@ -318,7 +320,7 @@ func Unverified(vf *iommu.Device, keys []Key) []string {
 		return nil
 	}
 	return []string{
-		fmt.Sprintf("%s: set, not verifiable, as the driver does not report it: %s", vf.Name, keyNames(keys)),
+		fmt.Sprintf("%s: set, but not verified, because the driver does not report %s", vf.Name, keyNames(keys)),
 	}
 }
 
@@ -495,7 +497,7 @@ func (s *Handle) undoSettings(port *session, p *SetPlan, done []Setting) error {
 		if len(back.To) == 0 {
 			errs = append(
 				errs,
-				fmt.Errorf("%s: %s cannot be put back, as the driver does not report it", p.VF.Name,
+				fmt.Errorf("%s: %s cannot be put back, because the driver does not report it", p.VF.Name,
 					keyNames(change.Keys)),
 			)
 			continue
@@ -574,11 +576,11 @@ func recoverSet(ctx context.Context, b *bind.Handle, pf iommu.Address, data json
 		return "cannot be read", err
 	}
 	if port == nil {
-		return "has no interface any more", nil
+		return "no longer has an interface", nil
 	}
 	now, known := port.Of(r.Index)
 	if !known {
-		return fmt.Sprintf("has no vf%d any more, whose change of settings had been interrupted", r.Index), nil
+		return fmt.Sprintf("no longer has vf%d, whose change of settings was interrupted", r.Index), nil
 	}
 
 	open, err := port.open()
@@ -598,7 +600,7 @@ func recoverSet(ctx context.Context, b *bind.Handle, pf iommu.Address, data json
 	}
 	but := ""
 	if len(r.Unknown) > 0 {
-		but = fmt.Sprintf(", but for %s, which its driver does not report and may be new", keyNames(r.Unknown))
+		but = fmt.Sprintf(", except %s, which its driver does not report and which may be new", keyNames(r.Unknown))
 	}
-	return fmt.Sprintf("has the old settings of vf%d%s: their change had been interrupted", r.Index, but), nil
+	return fmt.Sprintf("has the old settings of vf%d%s: their change was interrupted", r.Index, but), nil
 }

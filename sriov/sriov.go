@@ -13,16 +13,6 @@ import (
 	"viaduct/iommu"
 )
 
-// Use is what new VFs are for: the driver they get.
-type Use string
-
-// The uses of new VFs. UseNone and UseVFIO keep the host's own driver from ever seeing them.
-const (
-	UseNone Use = "none" // no driver until one is asked for: for guests
-	UseVFIO Use = "vfio" // a vfio driver at once: for guests
-	UseHome Use = "home" // the host's own driver
-)
-
 // RangeError says that a PF cannot have so many VFs.
 type RangeError struct {
 	PF          iommu.Address
@@ -43,9 +33,9 @@ type NotPFError struct {
 
 func (e *NotPFError) Error() string {
 	if e.VFOf != nil {
-		return fmt.Sprintf("%s is a VF of %s; VFs are made on the PF", e.Device, e.VFOf)
+		return fmt.Sprintf("%s is a VF of %s; name the PF", e.Device, e.VFOf)
 	}
-	return fmt.Sprintf("%s is no PF: it has no SR-IOV capability%s", e.Device, e.Hint)
+	return fmt.Sprintf("%s is not a PF: it has no SR-IOV capability%s", e.Device, e.Hint)
 }
 
 func notPF(h *iommu.Host, d *iommu.Device) error {
@@ -84,10 +74,10 @@ func silentCause(pf *iommu.Device) string {
 	return ""
 }
 
-// NotVFError says that a device is no VF.
+// NotVFError says that a device is not a VF.
 type NotVFError struct{ Device iommu.Address }
 
-func (e *NotVFError) Error() string { return fmt.Sprintf("%s is no VF", e.Device) }
+func (e *NotVFError) Error() string { return fmt.Sprintf("%s is not a VF", e.Device) }
 
 // ForecastError says that the kernel would refuse to make so many VFs, before anything is touched.
 type ForecastError struct {
@@ -116,7 +106,8 @@ func forecast(h *iommu.Host, pf *iommu.Device, n int) error {
 			return &ForecastError{
 				pf.Address,
 				n,
-				"the firmware left no memory range for its VFs' BAR " + strconv.Itoa(i-firstVF) + " (" + noRoom + ")",
+				"the firmware reserved no memory range for its VFs' BAR " + strconv.Itoa(i-firstVF) + " " +
+					"(" + noRoom + ")",
 			}
 		}
 	}
@@ -170,7 +161,7 @@ func vectorsLeft(h *iommu.Host, pf *iommu.Device, vfs []VFWish) error {
 		return &ForecastError{
 			pf.Address,
 			len(vfs),
-			fmt.Sprintf("they are to have %d interrupt vectors in all, and it has %d for its VFs", need, pool),
+			fmt.Sprintf("they would have %d interrupt vectors in all, and it has %d for its VFs", need, pool),
 		}
 	}
 	return nil
@@ -184,22 +175,22 @@ func hexNumber(text string) uint64 {
 // explain adds the likely cure to the errnos of a write to sriov_numvfs (drivers/pci/iov.c, sriov_numvfs_store).
 func explain(h *iommu.Host, err error, p *Plan) error {
 	refuses := "driver " + p.PF.Driver + " refuses that"
-	assigned := refuses + " to everybody: the e-switch of a SmartNIC may be its own host's"
+	assigned := refuses + ": the e-switch may belong to the SmartNIC's own host"
 	if p.Have > 0 {
-		assigned = refuses + " while it takes a VF for assigned to a guest: end the guest, and take the VF off pciback"
+		assigned = refuses + " while it regards a VF as assigned to a guest: end the guest, and take the VF off pciback"
 	}
 
 	for errno, cure := range map[unix.Errno]string{
 		unix.ENOMEM: "there is no room for the VFs' memory ranges or bus numbers: " + noRoom,
 		unix.ENOENT: "driver " + p.PF.Driver + " cannot make VFs",
 		unix.ERANGE: fmt.Sprintf("its driver now allows less than the %d VFs it did", p.Want),
-		unix.EBUSY:  "something else made VFs meanwhile: see viaduct vf list " + p.PF.Name,
+		unix.EBUSY:  "something else made VFs at the same time: see viaduct vf list " + p.PF.Name,
 		unix.EPERM:  assigned,
-		unix.EAGAIN: "the card is busy, as with a reset or its firmware: try again in a moment",
+		unix.EAGAIN: "the card is busy, e.g. with a reset: try again in a moment",
 		unix.ENOSPC: "the card has not enough queues or interrupts left for so many: make fewer, or take some from " +
 			"the PF (ethtool -L), RDMA or other functions",
-		unix.EINVAL: refuses + " in the state it is in: make fewer, or turn off what it does not do beside VFs, " +
-			"as DCB, XDP or filters",
+		unix.EINVAL: refuses + " in its present state: make fewer, or turn off what it does not support beside VFs, " +
+			"e.g. DCB, XDP or filters",
 		unix.EOPNOTSUPP: refuses + ": SR-IOV may be off in the card's firmware" + firmwareHint(h, p.PF),
 		unix.EIO:        "the card and its firmware do not agree about its VFs: boot again, or update its firmware",
 	} {

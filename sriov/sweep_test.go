@@ -546,7 +546,7 @@ func TestRecoveryOfUsed(t *testing.T) {
 		if now := look(t, k); !strings.Contains(now.devices, " 3 VFs") {
 			t.Errorf("operation %d (%s) fails: told %v\nis %s", n, failed(), err, now)
 		}
-		if n < 0 && (err == nil || !strings.Contains(err.Error(), "its VFs stay, as")) {
+		if n < 0 && (err == nil || !strings.Contains(err.Error(), "its VFs stay, because")) {
 			t.Errorf("told %v", err)
 		}
 		if n >= 0 && failed() == "" {

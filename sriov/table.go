@@ -85,14 +85,14 @@ var table = [...]row{
 		key: MAC, with: MAC, order: at(2),
 		help: [2]string{
 			"mac=52:54:00:12:34:56",
-			"or mac=stable: derived from the PF's own address and the VF's index",
+			"MAC address; `stable` derives one from the PF's address and the VF index",
 		},
 		parse:     parseMAC,
 		attribute: nl.IFLA_VF_MAC, decode: decodeMAC, encode: encodeMAC,
 	},
 	{
 		key: VLAN, with: VLAN, order: at(3), usual: "0",
-		help:      [2]string{"vlan=100 qos=3", "VLAN and priority of untagged frames; vlan=0 for none"},
+		help:      [2]string{"vlan=100 qos=3", "VLAN ID and priority of the VF's frames; vlan=0 for none"},
 		parse:     upTo(4094),
 		attribute: nl.IFLA_VF_VLAN, decode: decodeVLAN, encode: encodeVLAN,
 	},
@@ -103,13 +103,13 @@ var table = [...]row{
 	},
 	{
 		key: Proto, with: VLAN, order: at(3), usual: dot1q,
-		help:      [2]string{"proto=802.1q|802.1ad", "the VLAN's protocol"},
+		help:      [2]string{"proto=802.1q|802.1ad", "protocol of the VLAN"},
 		parse:     oneOf(dot1q, dot1ad),
 		attribute: nl.IFLA_VF_VLAN_LIST, decode: decodeProto, encode: encodeVLAN,
 	},
 	{
 		key: Trust, with: Trust, order: at(5), usual: off,
-		help:      [2]string{"trust=on|off", "whether the guest may change its address and be promiscuous"},
+		help:      [2]string{"trust=on|off", "allow the guest to change its address and to be promiscuous"},
 		parse:     oneOf(on, off),
 		attribute: nl.IFLA_VF_TRUST, decode: onOff, encode: word(nl.IFLA_VF_TRUST, off, on),
 	},
@@ -122,20 +122,20 @@ var table = [...]row{
 			}
 			return 10
 		},
-		help:      [2]string{"spoofchk=on|off", "whether frames with another address are dropped"},
+		help:      [2]string{"spoofchk=on|off", "drop frames with another source address"},
 		parse:     oneOf(on, off),
 		attribute: nl.IFLA_VF_SPOOFCHK, decode: onOff, encode: word(nl.IFLA_VF_SPOOFCHK, off, on),
 	},
 	{
 		key: LinkState, ip: "state", with: LinkState, order: at(6), usual: "auto",
-		help:      [2]string{"link=auto|enable|disable", "(or state=)"},
+		help:      [2]string{"link=auto|enable|disable", "link state of the VF (also state=)"},
 		parse:     oneOf("auto", "enable", "disable"),
 		attribute: nl.IFLA_VF_LINK_STATE, decode: oneOfWords("auto", "enable", "disable"),
 		encode: word(nl.IFLA_VF_LINK_STATE, "auto", "enable", "disable"),
 	},
 	{
 		key: MaxRate, with: MinRate, order: at(4), usual: "0",
-		help:      [2]string{"max_tx_rate=N min_tx_rate=N", "Mbit/s, 0 for no limit"},
+		help:      [2]string{"max_tx_rate=N min_tx_rate=N", "rates in Mbit/s, 0 for no limit"},
 		parse:     upTo(1<<32 - 1),
 		attribute: nl.IFLA_VF_RATE, decode: number(8), encode: encodeRate,
 	},
@@ -146,7 +146,7 @@ var table = [...]row{
 	},
 	{
 		key: RSSQuery, ip: "query_rss", with: RSSQuery, order: at(7), usual: off,
-		help:      [2]string{"rss_query=on|off", "(or query_rss=)"},
+		help:      [2]string{"rss_query=on|off", "allow the guest to read the RSS configuration (also query_rss=)"},
 		parse:     oneOf(on, off),
 		attribute: nl.IFLA_VF_RSS_QUERY_EN, decode: onOff, encode: word(nl.IFLA_VF_RSS_QUERY_EN, off, on),
 	},
@@ -154,7 +154,7 @@ var table = [...]row{
 		key: NodeGUID, with: NodeGUID, order: at(8),
 		help: [2]string{
 			"node_guid=... port_guid=...",
-			"of InfiniBand; or stable: derived from the PF's own and the VF's index",
+			"InfiniBand GUIDs; `stable` derives one from the PF's GUID and the VF index",
 		},
 		parse:     parseGUID,
 		attribute: nl.IFLA_VF_IB_NODE_GUID, decode: decodeGUID, encode: encodeGUID(NodeGUID, nl.IFLA_VF_IB_NODE_GUID),
@@ -265,7 +265,7 @@ func parseMAC(value string) (string, error) {
 	}
 	mac, err := net.ParseMAC(value)
 	if err != nil || len(mac) != 6 {
-		return "", fmt.Errorf("want a MAC address, as 52:54:00:12:34:56, or %s", StableMAC)
+		return "", fmt.Errorf("want a MAC address, e.g. 52:54:00:12:34:56, or %s", StableMAC)
 	}
 	if mac[0]&1 != 0 {
 		return "", fmt.Errorf("%s is a multicast address, which no interface can have", mac)
@@ -279,7 +279,7 @@ func parseGUID(value string) (string, error) {
 	}
 	guid, ok := iommu.ParseGUID(value)
 	if !ok || strings.Trim(value, "0x:-") == "" {
-		return "", fmt.Errorf("want eight bytes that are not all zero, as 00:11:22:33:44:55:66:77, or %s", StableGUID)
+		return "", fmt.Errorf("want eight bytes that are not all zero, e.g. 00:11:22:33:44:55:66:77, or %s", StableGUID)
 	}
 	return guid.String(), nil
 }

@@ -27,7 +27,7 @@ func (f *file) sized(op string, request uintptr, b []byte) ([]byte, error) {
 			return answer, nil
 		}
 		if need > maxInfo {
-			return nil, fmt.Errorf("vfio: %s %s: the kernel has %d bytes to say, which is too much", op, f.name, need)
+			return nil, fmt.Errorf("vfio: %s %s: the kernel's answer has %d bytes, which is too much", op, f.name, need)
 		}
 		ask = append(append([]byte(nil), b...), make([]byte, int(need)-len(b))...)
 	}
@@ -110,7 +110,7 @@ func decodeDevice(b []byte) (DeviceInfo, error) {
 func decodeRegion(b []byte) (RegionInfo, error) {
 	raw, ok := at[uapi.VfioRegionInfo](b, 0)
 	if !ok {
-		return RegionInfo{}, errShort("information on a region", b)
+		return RegionInfo{}, errShort("information about a region", b)
 	}
 	if raw.Size > 1<<62 || raw.Offset > 1<<62 {
 		return RegionInfo{}, fmt.Errorf("vfio: a region of %#x bytes at %#x of a file cannot be", raw.Size, raw.Offset)
@@ -178,7 +178,7 @@ func decodeAreas(b []byte, offset, region uint64) ([]Area, bool) {
 func decodeType1(b []byte) (Info, error) {
 	raw, ok := at[uapi.VfioIommuType1Info](b, 0)
 	if !ok {
-		return Info{}, errShort("information on an IOMMU", b)
+		return Info{}, errShort("information about an IOMMU", b)
 	}
 	var info Info
 	if raw.Flags&uapi.VFIO_IOMMU_INFO_PGSIZES != 0 && raw.IovaPgsizes != 0 {

@@ -41,7 +41,7 @@ func (c *container) check() error {
 		return err
 	}
 	if version != uapi.VFIO_API_VERSION {
-		return fmt.Errorf("vfio: %s speaks version %d of VFIO: %w", c.file.name, version, ErrUnsupported)
+		return fmt.Errorf("vfio: %s has version %d of VFIO: %w", c.file.name, version, ErrUnsupported)
 	}
 	has, err := c.file.value("VFIO_CHECK_EXTENSION", uapi.VFIO_CHECK_EXTENSION, uapi.VFIO_TYPE1v2_IOMMU, nil)
 	if err == nil && has == 0 {

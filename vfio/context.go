@@ -114,9 +114,9 @@ func NewContext(h *iommu.Host, o Options) (*Context, error) {
 	case !h.Live():
 		return nil, fmt.Errorf("vfio: devices of a captured host cannot be opened: %w", iommu.ErrReadOnly)
 	case o.Way != "" && o.Way != IOMMUFD && o.Way != Container:
-		return nil, fmt.Errorf("vfio: %q is no way into VFIO: that is %s or %s", o.Way, IOMMUFD, Container)
+		return nil, fmt.Errorf("vfio: invalid way %q: want %s or %s", o.Way, IOMMUFD, Container)
 	case o.DirtyTracking && o.Way == Container:
-		return nil, fmt.Errorf("vfio: dirty tracking by the IOMMU takes iommufd: %w", ErrUnsupported)
+		return nil, fmt.Errorf("vfio: dirty tracking by the IOMMU needs iommufd: %w", ErrUnsupported)
 	}
 	return &Context{host: h, options: o}, nil
 }

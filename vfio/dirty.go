@@ -213,7 +213,7 @@ func (s *iommufd) trackTable(table uint32, on bool) error {
 
 func (s *iommufd) dirty(b *Bitmap, keep bool) error {
 	if !s.tracks {
-		return fmt.Errorf("vfio: Dirty: nothing is noted before TrackDirty(true): %w", ErrRefused)
+		return fmt.Errorf("vfio: Dirty: call TrackDirty(true) first: %w", ErrRefused)
 	}
 	var pin runtime.Pinner
 	defer pin.Unpin()

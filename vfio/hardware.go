@@ -45,7 +45,7 @@ func (s SMMUInfo) Width() int {
 func (d *Device) Hardware() (Hardware, error) {
 	s, ok := d.context.current().(*iommufd)
 	if !ok {
-		return Hardware{}, fmt.Errorf("vfio: %s: only iommufd tells of the IOMMU: %w", d.Name(), ErrUnsupported)
+		return Hardware{}, fmt.Errorf("vfio: %s: only iommufd reports the IOMMU: %w", d.Name(), ErrUnsupported)
 	}
 	var pin runtime.Pinner
 	defer pin.Unpin()
@@ -79,7 +79,7 @@ func decodeHardware(kind uint32, capabilities uint64, data []byte) (Hardware, er
 		h.SMMU = &SMMUInfo{raw.Idr, raw.Iidr, raw.Aidr}
 	}
 	if !ok {
-		return Hardware{}, errShort(fmt.Sprintf("information of kind %d on the IOMMU", kind), data)
+		return Hardware{}, errShort(fmt.Sprintf("information of kind %d about the IOMMU", kind), data)
 	}
 	return h, nil
 }

@@ -123,7 +123,7 @@ func (m Migration) Path(from, to State) ([]State, error) {
 	for at := from; at != to; {
 		at = next[at][to]
 		if at == StateError {
-			return nil, fmt.Errorf("vfio: no way leads from %s to %s: %w", from, to, ErrRefused)
+			return nil, fmt.Errorf("vfio: there is no way from %s to %s: %w", from, to, ErrRefused)
 		}
 		if m.has(at) {
 			path = append(path, at)

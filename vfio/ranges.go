@@ -100,9 +100,9 @@ func placeOf(mappings []Mapping, m *Mapping, info Info) (int, error) {
 	i, found := find(mappings, m.IOVA)
 	switch {
 	case found || i < len(mappings) && mappings[i].span().Overlaps(m.span()):
-		return fail(ErrRange, "%s is mapped already", mappings[i].span())
+		return fail(ErrRange, "%s is already mapped", mappings[i].span())
 	case i > 0 && mappings[i-1].span().Overlaps(m.span()):
-		return fail(ErrRange, "%s is mapped already", mappings[i-1].span())
+		return fail(ErrRange, "%s is already mapped", mappings[i-1].span())
 	}
 	return i, nil
 }
@@ -114,7 +114,7 @@ func within(mappings []Mapping, iova, size uint64) (first, end int, err error) {
 	}
 	last := iova + size - 1
 	if size == 0 || last < iova {
-		return fail("that is no range")
+		return fail("invalid range")
 	}
 	first, found := find(mappings, iova)
 	if !found {

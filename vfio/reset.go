@@ -95,7 +95,7 @@ func decodeHotReset(b []byte) (flags uint32, all []uapi.VfioPciDependentDevice, 
 		all, ok = list[uapi.VfioPciDependentDevice](b, uint64(unsafe.Sizeof(head)), head.Count)
 	}
 	if !ok {
-		return 0, nil, errShort("information on a hot reset", b)
+		return 0, nil, errShort("information about a hot reset", b)
 	}
 	return head.Flags, all, nil
 }

@@ -51,7 +51,7 @@ func TestTargets(t *testing.T) {
 	for name, want := range map[string]string{
 		nic:                          "it has no driver (viaduct bind 0000:01:00.0 takes it)",
 		other:                        "it is on nvme (viaduct bind 0000:09:00.0 takes it)",
-		"/sys/bus/mdev/devices/none": "none: it has no driver: ", "0000:0f:00.0": "there is no such device",
+		"/sys/bus/mdev/devices/none": "none: it has no driver: ", "0000:0f:00.0": "no such device",
 	} {
 		_, err := findTarget(host, name)
 		there := name != "0000:0f:00.0"

@@ -139,7 +139,7 @@ func (s *Saving) Finish(ctx context.Context, w io.Writer) (int64, error) {
 	case stream != nil:
 		s.stream = stream
 	case s.stream == nil:
-		err = fmt.Errorf("vfio: %s is in the midst of a saving: %w", s.device.Name(), ErrInUse)
+		err = fmt.Errorf("vfio: %s is being saved: %w", s.device.Name(), ErrInUse)
 	}
 	if err == nil {
 		err = s.copy(ctx, w)
@@ -226,7 +226,7 @@ func (d *Device) load(ctx context.Context, r io.Reader) (err error) {
 		return err
 	}
 	if stream == nil {
-		return fmt.Errorf("vfio: %s is in the midst of a resuming: %w", d.Name(), ErrInUse)
+		return fmt.Errorf("vfio: %s is being resumed: %w", d.Name(), ErrInUse)
 	}
 	defer func() { err = errors.Join(err, stream.Close()) }()
 	end := stream.within(ctx)

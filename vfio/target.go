@@ -39,7 +39,7 @@ func findTarget(h *iommu.Host, device string) (*target, error) {
 		return nil, err
 	}
 	if !there {
-		return nil, fmt.Errorf("vfio: %s: there is no such device: %w", device, unix.ENODEV)
+		return nil, fmt.Errorf("vfio: %s: no such device: %w", device, unix.ENODEV)
 	}
 
 	group, err := h.LinkBase(path.Join(dir, "iommu_group"))

@@ -29,7 +29,7 @@ func ParseToken(s string) (Token, error) {
 			return t, nil
 		}
 	}
-	return Token{}, fmt.Errorf("vfio: %q is no UUID, as 8ce5d3a6-3e0c-4b0c-9d2e-5f1a7c1b2d3e is", s)
+	return Token{}, fmt.Errorf("vfio: invalid UUID %q (want e.g. 8ce5d3a6-3e0c-4b0c-9d2e-5f1a7c1b2d3e)", s)
 }
 
 // String is the UUID.

@@ -22,25 +22,30 @@ func applyCommand(e *env) *cli.Command {
 	var o declaredOptions
 	return command(&cli.Command{
 		Name:  "apply",
-		Usage: "make the host what is declared of it",
-		Description: "Does what viaduct plan prints, PFs side by side and then devices. All are asked for before the first write: one refusal\n" +
-			"refuses the whole command (exit status 3), unless --keep-going. One that fails is put back as it was, and the others go on.\n" +
-			"What is as declared already is not written. With --confirm, what was applied is undone after that time unless\n" +
-			"viaduct apply --confirmed is run before, also when the login is lost; and a boot uses what was confirmed last.\n\n" +
-			"Examples:\n  viaduct apply\n  viaduct apply --dry-run\n  viaduct apply --confirm 60s && viaduct apply --confirmed",
+		Usage: "apply the declared configuration",
+		Description: "viaduct does what `viaduct plan` prints: PFs side by side, then devices. It checks everything " +
+			"before the first write; one refusal refuses the whole command (exit status 3), unless " +
+			"`--keep-going` is given. An item that fails is put back as it was, and the others go on. What is " +
+			"as declared is not written.\n\n" +
+			"With `--confirm TIME`, viaduct undoes everything after that time unless `viaduct apply " +
+			"--confirmed` is run first. This works without the login that started it. A boot uses what was " +
+			"confirmed last.\n\n" +
+			"Examples:\n  viaduct apply\n" +
+			"  viaduct apply --dry-run\n" +
+			"  viaduct apply --confirm 60s && viaduct apply --confirmed",
 		Flags: append(o.flags(e),
-			&cli.BoolFlag{Name: "keep-going", Usage: "do what is not refused, although something is", Destination: &o.keepGoing},
-			&cli.DurationFlag{Name: "confirm", Usage: "undo it all after `TIME`, as 60s, unless viaduct apply --confirmed is run before", Destination: &o.confirm},
+			&cli.BoolFlag{Name: "keep-going", Usage: "apply the rest when some items are refused", Destination: &o.keepGoing},
+			&cli.DurationFlag{Name: "confirm", Usage: "undo everything after `TIME` (e.g. 60s) unless viaduct apply --confirmed is run first", Destination: &o.confirm},
 			&cli.BoolFlag{Name: "confirmed", Usage: "keep what was applied with --confirm"},
-			&cli.BoolFlag{Name: "boot", Usage: "as the boot unit does: wait for the devices, take none that carried the host when it last ran, keep going", Destination: &o.boot},
-			&cli.DurationFlag{Name: "wait", Usage: "with --boot: how long devices are waited for", Value: 30 * time.Second, Destination: &o.wait},
-			forceFlag("what is changed"),
-			&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", DefaultText: "30s, and 1s for each VF", Destination: &o.timeout},
+			&cli.BoolFlag{Name: "boot", Usage: "apply as the boot unit does: wait for devices, skip those that the host was using when it last ran, and keep going", Destination: &o.boot},
+			&cli.DurationFlag{Name: "wait", Usage: "with --boot: wait for devices this long", Value: 30 * time.Second, Destination: &o.wait},
+			forceFlag("a device that changes"),
+			&cli.DurationFlag{Name: "timeout", Usage: "wait this long for one write, and for another viaduct", DefaultText: "30s, and 1s for each VF", Destination: &o.timeout},
 			e.dryRunFlag(), e.stepsFlag("of a --dry-run"),
 		),
 		Action: func(c *cli.Context) (err error) {
 			if c.Args().Present() {
-				return usagef("apply takes no arguments: it does all that is declared")
+				return usagef("apply takes no arguments: it applies everything that is declared")
 			}
 			if o.force, err = parseKinds(c.StringSlice("force")); err != nil {
 				return err
@@ -53,16 +58,16 @@ func applyCommand(e *env) *cli.Command {
 
 			if c.Bool("confirmed") {
 				if c.NumFlags() > 1 {
-					return usagef("apply --confirmed only keeps what was applied: no other option")
+					return usagef("apply --confirmed takes no other option")
 				}
 				return runConfirmed(e)
 			}
 
 			if c.IsSet("confirm") && (o.confirm < time.Second || o.boot || e.dryRun) {
-				return usagef("apply: --confirm is a time of a second or more, as 60s, and is for neither --boot nor --dry-run")
+				return usagef("apply: --confirm needs a time of at least a second (e.g. 60s), and cannot be combined with --boot or --dry-run")
 			}
 			if o.wait < 0 {
-				return usagef("apply: --wait is no time that can be waited: %s", o.wait)
+				return usagef("apply: invalid --wait %s: want zero or more", o.wait)
 			}
 			if e.dryRun {
 				return runPlan(e, &o, e.declaredByFile, e.printPlan)
@@ -205,7 +210,7 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 	case o.confirm > 0:
 		waits, err := m.Extend(trial, o.confirm) // the time is counted from now
 		if errs = append(errs, err); waits {
-			e.note("it is undone in %s, unless viaduct apply --confirmed is run before", o.confirm)
+			e.note("viaduct undoes this in %s unless viaduct apply --confirmed is run first", o.confirm)
 		}
 	case !o.boot && o.file == "" && errors.Join(errs...) == nil:
 		errs = append(errs, m.Ended(s))
@@ -271,7 +276,7 @@ func (e *env) judge(items []*declared.Item) (errs []error, refusal error) {
 		switch {
 		case i.Err == nil:
 		case !i.Wrong():
-			e.note("%s is not there, which is optional", i.Name)
+			e.note("%s is missing and optional", i.Name)
 		default:
 			errs = append(errs, i.Err)
 			refused = refused || i.State != declared.Missing
@@ -301,9 +306,9 @@ func (e *env) printApplied(items []*declared.Item, changed int, err error) error
 		return writeJSON(e.stdout, views)
 	case err != nil || changed > 0:
 	case len(items) == 0:
-		e.note("nothing is declared in /%s or /%s (viaduct adopt describes this host)", hostfile.File, hostfile.Dir)
+		e.note("nothing is declared in /%s or /%s: viaduct adopt writes a file that describes this host", hostfile.File, hostfile.Dir)
 	default:
-		fmt.Fprintln(e.stdout, "all is as declared already")
+		fmt.Fprintln(e.stdout, "the host is already as declared")
 	}
 	return nil
 }
@@ -333,21 +338,22 @@ func undoCommand(e *env) *cli.Command {
 	var timeout time.Duration
 	return command(&cli.Command{
 		Name:  "undo",
-		Usage: "bring back what the last apply changed",
-		Description: "PFs get the VFs, settings and drivers that they had before, and devices that were taken go back to the host. What is\n" +
-			"known of that dies with the boot. A raised MTU and hw-tc-offload stay. The watch service leaves it so until the next apply.\n\n" +
+		Usage: "undo the last apply",
+		Description: "PFs get back the VFs, settings and drivers that they had before, and the host gets back the " +
+			"devices that were taken. A raised MTU and hw-tc-offload stay. The record of an apply is lost with " +
+			"the next boot. The watch service leaves the result alone until the next apply.\n\n" +
 			"Examples:\n  viaduct undo",
 		Flags: []cli.Flag{
-			&cli.BoolFlag{Name: "unless-confirmed", Usage: "wait for viaduct apply --confirmed, and undo what was applied with --confirm when its time is over (apply --confirm starts this)"},
-			forceFlag("what is changed"),
-			&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", Value: bind.DefaultTimeout, Destination: &timeout},
+			&cli.BoolFlag{Name: "unless-confirmed", Usage: "wait for viaduct apply --confirmed, and undo the apply when its time is over (apply --confirm starts this)"},
+			forceFlag("a device that changes"),
+			&cli.DurationFlag{Name: "timeout", Usage: "wait this long for one write, and for another viaduct", Value: bind.DefaultTimeout, Destination: &timeout},
 		},
 		Action: func(c *cli.Context) error {
 			if c.Bool("unless-confirmed") {
 				return runGuard(c.Context, e, timeout)
 			}
 			if c.Args().Present() {
-				return usagef("undo takes no arguments: it brings back all that the last apply changed")
+				return usagef("undo takes no arguments: it undoes the whole last apply")
 			}
 			if err := checkTimeout(timeout); err != nil {
 				return err
@@ -379,7 +385,7 @@ func runUndo(ctx context.Context, e *env, force []holder.Kind, timeout time.Dura
 	}
 
 	if !known {
-		fmt.Fprintln(e.stdout, "nothing was applied since the boot, or nothing by the last apply, or it was undone already")
+		fmt.Fprintln(e.stdout, "there is nothing to undo: since the boot no apply changed anything, or it was undone already")
 		return nil
 	}
 
@@ -416,20 +422,23 @@ func adoptCommand(e *env) *cli.Command {
 	var file, source string
 	return command(&cli.Command{
 		Name:  "adopt",
-		Usage: "describe the host as it is as a host.yaml",
-		Description: "PFs with their VFs and settings, and the devices that are on a vfio driver, named by what stays with the card. A plan\n" +
-			"against it is empty. With --import, what another tool's files declare instead.\n\n" +
-			"Examples:\n  viaduct adopt\n  viaduct adopt -o /etc/viaduct/host.yaml\n  viaduct adopt --import driverctl",
+		Usage: "write a host.yaml that describes the host as it is",
+		Description: "The file has the PFs with their VFs and settings, and the devices on a vfio driver. It names " +
+			"devices by what stays with the card, so that a plan of it is empty. With `--import`, it has what " +
+			"the files of another tool declare instead.\n\n" +
+			"Examples:\n  viaduct adopt\n" +
+			"  viaduct adopt -o /etc/viaduct/host.yaml\n" +
+			"  viaduct adopt --import driverctl",
 		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "output", Aliases: []string{"o"}, Usage: "write `FILE`, which must not be there yet, instead of standard output", Destination: &file, TakesFile: true},
-			&cli.StringFlag{Name: "import", Usage: "what the files of this tool declare, instead of the host as it is: `" + strings.Join(declared.Sources(), "|") + "`", Destination: &source},
+			&cli.StringFlag{Name: "output", Aliases: []string{"o"}, Usage: "write to `FILE`, which must not exist, instead of standard output", Destination: &file, TakesFile: true},
+			&cli.StringFlag{Name: "import", Usage: "write what the files of this tool declare: `" + strings.Join(declared.Sources(), "|") + "`", Destination: &source},
 		},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
 				return usagef("adopt takes no arguments: it describes the whole host")
 			}
 			if c.IsSet("import") && !slices.Contains(declared.Sources(), source) {
-				return usagef("adopt: --import is %s, not %q", strings.Join(declared.Sources(), " or "), source)
+				return usagef("adopt: --import needs %s, not %q", strings.Join(declared.Sources(), " or "), source)
 			}
 			return runAdopt(e, file, source)
 		},
@@ -482,7 +491,7 @@ func runAdopt(e *env, file, source string) error {
 func schemaCommand(e *env) *cli.Command {
 	return command(&cli.Command{
 		Name:        "schema",
-		Usage:       "the JSON Schema of host.yaml, for editors",
+		Usage:       "print the JSON Schema of host.yaml, for editors",
 		Description: "Examples:\n  viaduct schema > host.schema.json",
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {

@@ -38,17 +38,17 @@ type assignOptions struct {
 func (o *assignOptions) flags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringSliceFlag{Name: "from", Usage: "draw from this pool of host.yaml, PF, or any `SELECTOR`[,count=N][,KEY=VALUE]..., where the keys are those of --set; may be repeated"},
-		&cli.IntFlag{Name: "count", Usage: "how many VFs, or groups of other devices", Value: 1, Destination: &o.count},
-		&cli.StringFlag{Name: "mac", Usage: "of the VF: an address, or stable for one that is made of the PF's and the index", Destination: &o.mac},
-		&cli.StringFlag{Name: "vlan", Usage: "that the PF tags the VF with: `0-4094`", Destination: &o.vlan},
-		&cli.StringSliceFlag{Name: "set", Usage: "another setting of the VF: `KEY=VALUE` as of viaduct vf set (may be repeated)"},
-		&cli.StringFlag{Name: "memory", Usage: "the guest's, as `8G`: whether the IOMMU can map it, and its VMM lock it", Destination: &o.memory},
+		&cli.IntFlag{Name: "count", Usage: "number of VFs, or of groups of other devices", Value: 1, Destination: &o.count},
+		&cli.StringFlag{Name: "mac", Usage: "VF MAC address, or `stable` to derive one from the PF's address and the VF index", Destination: &o.mac},
+		&cli.StringFlag{Name: "vlan", Usage: "VLAN ID (`0-4094`) that the PF applies to the VF's frames", Destination: &o.vlan},
+		&cli.StringSliceFlag{Name: "set", Usage: "make another setting `KEY=VALUE` of the VF, as viaduct vf set takes it (may be repeated)"},
+		&cli.StringFlag{Name: "memory", Usage: "guest memory `SIZE` (e.g. 8G): check that the IOMMU can map it and the VMM may lock it", Destination: &o.memory},
 		&cli.IntFlag{Name: "numa", Usage: "prefer devices of this NUMA `NODE`", Value: -1},
-		&cli.StringFlag{Name: "node-owner", Usage: "who is to own the devices' nodes: `USER[:GROUP]`", Destination: &o.NodeOwner},
-		&cli.BoolFlag{Name: "no-reset", Usage: "assign also what nothing can reset afterwards: the next guest finds what this one leaves in it", Destination: &o.NoReset},
-		&cli.StringFlag{Name: "failover", Usage: "for migration: a virtio NIC on this `BRIDGE` with the first VF's MAC stands in for it", Destination: &o.standby},
-		&cli.BoolFlag{Name: "movable", Usage: "for migration without a virtio NIC: the first device can be unplugged", Destination: &o.movable},
-		&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", Value: bind.DefaultTimeout, Destination: &o.timeout},
+		&cli.StringFlag{Name: "node-owner", Usage: "let `USER[:GROUP]` own the devices' nodes", Destination: &o.NodeOwner},
+		&cli.BoolFlag{Name: "no-reset", Usage: "assign a device even if nothing can reset it: the next guest finds what this one leaves in it", Destination: &o.NoReset},
+		&cli.StringFlag{Name: "failover", Usage: "for migration: add a virtio NIC on `BRIDGE` that has the first VF's MAC address and replaces it", Destination: &o.standby},
+		&cli.BoolFlag{Name: "movable", Usage: "for migration without a virtio NIC: put the first device where it can be unplugged", Destination: &o.movable},
+		&cli.DurationFlag{Name: "timeout", Usage: "wait this long for one write, and for another viaduct", Value: bind.DefaultTimeout, Destination: &o.timeout},
 	}
 }
 
@@ -62,7 +62,7 @@ func (o *assignOptions) parse(c *cli.Context, format *vmm.Format) error {
 	}
 	var err error
 	if o.Memory, err = parseSize(o.memory); err != nil {
-		return usagef("%s: --memory %q: want a size, as 512M or 8G", c.Command.Name, o.memory)
+		return usagef("%s: invalid --memory %q: want a size, e.g. 512M or 8G", c.Command.Name, o.memory)
 	}
 	if c.IsSet("numa") {
 		node := c.Int("numa")
@@ -74,10 +74,10 @@ func (o *assignOptions) parse(c *cli.Context, format *vmm.Format) error {
 		}
 	}
 	if o.standby != "" && (format == nil || !format.Standby) {
-		return usagef("%s: --failover is for the formats qemu, qemu-iommufd and libvirt", c.Command.Name)
+		return usagef("%s: --failover needs the format qemu, qemu-iommufd or libvirt", c.Command.Name)
 	}
 	if o.standby != "" && o.Sources[0].Settings[sriov.MAC] == "" {
-		return usagef("%s: --failover needs --mac: both NICs have the same address", c.Command.Name)
+		return usagef("%s: --failover needs --mac, because both NICs have the same address", c.Command.Name)
 	}
 	if o.movable && (format == nil || !format.Standby || format.Args == nil) {
 		return usagef("%s: --movable is for the formats qemu and qemu-iommufd", c.Command.Name)
@@ -91,7 +91,7 @@ func (o *assignOptions) parse(c *cli.Context, format *vmm.Format) error {
 func (o *assignOptions) parseSources(c *cli.Context) error {
 	all := c.StringSlice("from")
 	if len(all) == 0 {
-		return usagef("%s: from which pool, PF or device? (--from)", c.Command.Name)
+		return usagef("%s: --from is missing: name a pool, a PF or a device", c.Command.Name)
 	}
 	common := c.StringSlice("set")
 	if o.mac != "" {
@@ -115,7 +115,7 @@ func (o *assignOptions) parseSources(c *cli.Context) error {
 	}
 	for mac, n := range macs {
 		if n > 1 {
-			return usagef("%s: MAC address %s for %d VFs: each needs one of its own (stable makes them)", c.Command.Name, mac,
+			return usagef("%s: MAC address %s is one address for %d VFs: use stable", c.Command.Name, mac,
 				n)
 		}
 	}
@@ -136,7 +136,7 @@ func parseSource(text string, count int, common []string) (lease.Source, error) 
 		}
 		n, err := strconv.Atoi(value)
 		if err != nil {
-			return s, fmt.Errorf("count %q is no number", value)
+			return s, fmt.Errorf("invalid count %q", value)
 		}
 		s.Count = n
 	}
@@ -159,7 +159,7 @@ func parseSource(text string, count int, common []string) (lease.Source, error) 
 	case s.Count < 1:
 		return s, fmt.Errorf("count %d: want one or more", s.Count)
 	case vectors:
-		return s, errors.New("msix is no guest's: set it before (viaduct vf set, or host.yaml)")
+		return s, errors.New("msix cannot be set for a guest: set it with viaduct vf set or in host.yaml first")
 	}
 	return s, nil
 }
@@ -183,23 +183,26 @@ func assignCommand(e *env) *cli.Command {
 	var o assignOptions
 	return command(&cli.Command{
 		Name:      "assign",
-		Usage:     "give a guest devices, and print what its VMM needs",
+		Usage:     "assign devices to a guest, and print what its VMM needs",
 		ArgsUsage: "GUEST --from POOL|PF|SELECTOR...",
-		Description: "Draws devices that nobody has, configures and takes them, and writes down whose they are (a lease), until viaduct release.\n" +
-			"Asked again for the same guest, the same lease is printed. Safe to be run any number of times at once. A lease is reserved until\n" +
-			"a process opens its devices, then active; when that is gone, or nobody came within --ttl, it is dead, which\n" +
-			"viaduct release --dead reclaims.\n\n" +
-			"Formats: " + strings.Join(vmm.Names(), ", ") + ".\n\n" +
-			"Examples:\n  viaduct assign web --from net --vlan 100 --mac stable\n  viaduct assign web --from enp1s0 --format libvirt\n" +
+		Description: "viaduct chooses devices that nobody has, configures and takes them, and records whose they are: a " +
+			"lease, which `viaduct release` ends. A second call for the same guest prints the same lease. Any " +
+			"number of calls may run at once.\n\n" +
+			"A lease is reserved until a process opens its devices, and then active. It is dead when that " +
+			"process is gone or nobody came within `--ttl`; `viaduct release --dead` ends it then.\n\n" +
+			"The formats are " + strings.Join(vmm.Names(), ", ") + ".\n\n" +
+			"Examples:\n  viaduct assign web --from net --vlan 100 --mac stable\n" +
+			"  viaduct assign web --from enp1s0 --format libvirt\n" +
 			"  viaduct assign web --from front,vlan=100,mac=stable --from back,count=2\n" +
-			"  qemu-system-x86_64 ... $(viaduct assign web --from net --owner-pid $$)\n  viaduct assign db --from 0000:03:00.0 --memory 64G --format json",
+			"  qemu-system-x86_64 ... $(viaduct assign web --from net --owner-pid $$)\n" +
+			"  viaduct assign db --from 0000:03:00.0 --memory 64G --format json",
 		Flags: append(o.flags(),
-			&cli.StringFlag{Name: "format", Usage: "what is printed: `qemu|json|...`", Value: "qemu", Destination: &o.format},
-			&cli.DurationFlag{Name: "ttl", Usage: "how long the lease waits for its guest to open the devices; 0 is for good", Value: 10 * time.Minute, Destination: &o.TTL},
-			&cli.IntFlag{Name: "owner-pid", Usage: "the lease ends with this process", Destination: &o.OwnerPID},
-			&cli.StringFlag{Name: "unit", Usage: "the lease ends with this systemd `UNIT`", Destination: &o.Unit},
-			&cli.BoolFlag{Name: "persist", Usage: "the lease outlives the boot (the default for libvirt)"},
-			&cli.BoolFlag{Name: "formats", Usage: "print the formats, and what cannot be had with each"},
+			&cli.StringFlag{Name: "format", Usage: "print in this format: `qemu|json|...` (see --formats)", Value: "qemu", Destination: &o.format},
+			&cli.DurationFlag{Name: "ttl", Usage: "end the lease if no process opens the devices in this time; 0 for no limit", Value: 10 * time.Minute, Destination: &o.TTL},
+			&cli.IntFlag{Name: "owner-pid", Usage: "end the lease with the process `PID`", Destination: &o.OwnerPID},
+			&cli.StringFlag{Name: "unit", Usage: "end the lease with this systemd `UNIT`", Destination: &o.Unit},
+			&cli.BoolFlag{Name: "persist", Usage: "keep the lease over a boot (the default for libvirt)"},
+			&cli.BoolFlag{Name: "formats", Usage: "list the formats, and what each cannot do"},
 			e.dryRunFlag(), e.jsonFlag(),
 		),
 		BashComplete: e.completeGuests,
@@ -218,18 +221,18 @@ func assignCommand(e *env) *cli.Command {
 			}
 			format, known := vmm.Find(o.format)
 			if !known && o.format != "json" {
-				return usagef("assign: there is no format %q; there are %s", o.format, strings.Join(vmm.Names(), ", "))
+				return usagef("assign: unknown format %q; the formats are %s", o.format, strings.Join(vmm.Names(), ", "))
 			}
 			if err := o.parse(c, format); err != nil {
 				return err
 			}
 			o.preview = e.dryRun && c.IsSet("format") && format != nil
 			if o.TTL < 0 {
-				return usagef("assign: --ttl %s: want no time below zero", o.TTL)
+				return usagef("assign: invalid --ttl %s: want zero or more", o.TTL)
 			}
 			ends := o.OwnerPID != 0 || o.Unit != ""
 			if o.Persist = format != nil && format.Persist && !ends; ends && c.Bool("persist") {
-				return usagef("assign: what ends with a process or unit cannot outlive the boot: --persist is for neither --owner-pid nor --unit")
+				return usagef("assign: --persist cannot be combined with --owner-pid or --unit: such a lease ends before the boot does")
 			}
 			if c.IsSet("persist") {
 				o.Persist = c.Bool("persist")
@@ -240,7 +243,7 @@ func assignCommand(e *env) *cli.Command {
 }
 
 func (e *env) printFormats() error {
-	rows := [][]string{{"FORMAT", "WHAT CANNOT BE HAD"}, {"json", ""}}
+	rows := [][]string{{"FORMAT", "CANNOT DO"}, {"json", ""}}
 	for _, f := range vmm.Formats {
 		rows = append(rows, []string{f.Name, f.Cannot})
 	}
@@ -287,7 +290,7 @@ func ownerRuns(e *env, o *assignOptions) error {
 	}
 	defer h.Close()
 	if o.OwnerPID != 0 && (o.OwnerPID < 0 || !holder.NameProcess(h, o.OwnerPID).Alive(h)) {
-		return usagef("assign: --owner-pid %d: there is no such process", o.OwnerPID)
+		return usagef("assign: --owner-pid %d: no such process", o.OwnerPID)
 	}
 	if o.Unit != "" {
 		if !strings.Contains(o.Unit, ".") {
@@ -298,7 +301,7 @@ func ownerRuns(e *env, o *assignOptions) error {
 			return err
 		}
 		if !runs {
-			return usagef("assign: --unit %s: it does not run (its control group is empty, or not there)", o.Unit)
+			return usagef("assign: --unit %s: the unit does not run (its control group is empty or missing)", o.Unit)
 		}
 	}
 	return nil
@@ -372,12 +375,12 @@ func guestOf(m *lease.Manager, l *lease.Lease, o *assignOptions) (*vmm.Guest, er
 			v.Nodes = []string{fmt.Sprintf("/dev/vfio/%d", v.Group)}
 		}
 		if len(v.Nodes) == 0 && !l.Foreign {
-			return nil, fmt.Errorf("%s: it has no node of VFIO", d.Name)
+			return nil, fmt.Errorf("%s has no VFIO node", d.Name)
 		}
 		g.Devices = append(g.Devices, v)
 	}
 	if o.standby != "" && g.Devices[0].MAC == "" {
-		return nil, usagef("--failover: the first device has no MAC address for both NICs to have")
+		return nil, usagef("--failover: the first device has no MAC address")
 	}
 	return g, nil
 }

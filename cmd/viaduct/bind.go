@@ -12,6 +12,7 @@ import (
 	"viaduct/cmd/internal/declared"
 	"viaduct/cmd/internal/hostfile"
 	"viaduct/iommu"
+	"viaduct/sriov"
 	"viaduct/vfio/bind"
 	"viaduct/vfio/holder"
 )
@@ -37,7 +38,7 @@ func (o *changeOptions) flags(e *env) []cli.Flag {
 		forceFlag("the device"),
 		&cli.BoolFlag{
 			Name:        "keep-going",
-			Usage:       "of several devices, leave out those that are refused",
+			Usage:       "go on with the other devices when some are refused",
 			Destination: &o.keepGoing,
 		},
 		&cli.BoolFlag{
@@ -47,7 +48,7 @@ func (o *changeOptions) flags(e *env) []cli.Flag {
 		},
 		&cli.DurationFlag{
 			Name:        "timeout",
-			Usage:       "how long one write, or another viaduct, is waited for",
+			Usage:       "wait this long for one write, and for another viaduct",
 			Value:       bind.DefaultTimeout,
 			Destination: &o.timeout,
 		},
@@ -57,7 +58,7 @@ func (o *changeOptions) flags(e *env) []cli.Flag {
 
 // forceFlag is --force of a command that somebody's use of something stops.
 func forceFlag(what string) *cli.StringSliceFlag {
-	usage := "go on although a holder of this `KIND` uses " + what + ": " + holder.KindNames() + " (may be repeated)"
+	usage := "override holders of this `KIND` that use " + what + ": " + holder.KindNames() + " (may be repeated)"
 	return &cli.StringSliceFlag{Name: "force", Usage: usage}
 }
 
@@ -83,7 +84,7 @@ func (o *changeOptions) parse(c *cli.Context) error {
 
 func checkTimeout(d time.Duration) error {
 	if d <= 0 {
-		return usagef("--timeout %s: want a time above zero, as 10s", d)
+		return usagef("invalid --timeout %s: want more than zero, e.g. 10s", d)
 	}
 	return nil
 }
@@ -92,23 +93,28 @@ func bindCommand(e *env) *cli.Command {
 	var o bindOptions
 	return command(&cli.Command{
 		Name:      "bind",
-		Usage:     "take devices from the host: bind them, and all of their groups, to a vfio driver",
+		Usage:     "take devices, with their groups, from the host",
 		ArgsUsage: "SELECTOR...",
-		Description: "What is taken is the whole IOMMU group, but for its bridges. Refused, with exit status 3 and nothing touched: a device\n" +
-			"that the host uses (a mounted disk, an interface with an address or a route, the display), a PF with VFs, a device\n" +
-			"without an IOMMU. The binding holds until the next boot. With --save the device is also declared, in a file of\n" +
-			"/etc/viaduct/host.d, and viaduct apply, which viaduct install has each boot run, takes it again.\n\n" +
-			"Examples:\n  viaduct bind enp1s0/vf0\n  viaduct bind 0000:03:00.0 --dry-run\n  viaduct bind enp1s0/vf0 enp1s0/vf1 --node-owner qemu:kvm\n" +
+		Description: "viaduct binds every device of the IOMMU group to a vfio driver, except for bridges. It refuses, " +
+			"with exit status 3 and before it changes anything, to take a device that the host uses (e.g. a " +
+			"mounted disk, an interface with an address or a route, the boot display), a PF that has VFs, and a " +
+			"device without an IOMMU.\n\n" +
+			"The binding lasts until the next boot. With `--save`, viaduct also declares the device in a file " +
+			"of /etc/viaduct/host.d, and `viaduct apply`, which each boot runs after `viaduct install`, takes " +
+			"it again.\n\n" +
+			"Examples:\n  viaduct bind enp1s0/vf0\n" +
+			"  viaduct bind 0000:03:00.0 --dry-run\n" +
+			"  viaduct bind enp1s0/vf0 enp1s0/vf1 --node-owner qemu:kvm\n" +
 			"  viaduct bind 0000:03:00.0 --save",
 		Flags: append([]cli.Flag{
-			&cli.BoolFlag{Name: "save", Usage: "declare the device as well, for each boot", Destination: &o.save},
+			&cli.BoolFlag{Name: "save", Usage: "also declare the device, for each boot", Destination: &o.save},
 			&cli.StringFlag{
 				Name:        "driver",
-				Usage:       "the vfio driver `auto|NAME`; auto is the device's own variant driver, else vfio-pci",
+				Usage:       "bind to `vfio|none|NAME`; vfio chooses the device's variant driver, else vfio-pci",
 				Value:       bind.Auto,
 				Destination: &o.driver,
 			},
-			&cli.StringFlag{Name: "node-owner", Usage: "who is to own the device's nodes: `USER[:GROUP]`"},
+			&cli.StringFlag{Name: "node-owner", Usage: "let `USER[:GROUP]` own the device's nodes"},
 		}, o.flags(e)...),
 		BashComplete: e.completeSelectors,
 		Action: func(c *cli.Context) (err error) {
@@ -118,9 +124,12 @@ func bindCommand(e *env) *cli.Command {
 			if o.selectors, err = selectors(c); err != nil {
 				return err
 			}
-			if o.driver != bind.Auto && !iommu.IsVFIODriver(o.driver) && o.driver != "pci-stub" {
-				return usagef("bind: %q is no vfio driver; want auto, vfio-pci or the name of a variant driver",
-					o.driver)
+			if o.driver == string(sriov.UseHome) {
+				return usagef("bind: --driver home: viaduct unbind gives devices back")
+			}
+			word := o.driver
+			if o.driver, err = bind.ParseDriver(word); err != nil {
+				return usagef("bind: --driver %s: %w", word, err)
 			}
 			o.owner = c.String("node-owner")
 			return runBind(c.Context, e, o)
@@ -132,13 +141,16 @@ func unbindCommand(e *env) *cli.Command {
 	var o changeOptions
 	return command(&cli.Command{
 		Name:      "unbind",
-		Usage:     "give devices, and all of their groups, back to the host's drivers",
+		Usage:     "give devices, with their groups, back to the host's drivers",
 		ArgsUsage: "SELECTOR...",
-		Description: "A device goes back to what it had when it was taken; one that viaduct did not take goes to the driver the host would\n" +
-			"use. Refused, with exit status 3, while a process has it open.\n\n" +
-			"Examples:\n  viaduct unbind enp1s0/vf0\n  viaduct unbind group=8\n  viaduct unbind 0000:03:00.0 --save",
+		Description: "A device gets back the driver that it had when viaduct took it. A device that viaduct did not take " +
+			"gets the driver that the host would choose. viaduct refuses, with exit status 3, while a process " +
+			"has the device open.\n\n" +
+			"Examples:\n  viaduct unbind enp1s0/vf0\n" +
+			"  viaduct unbind group=8\n" +
+			"  viaduct unbind 0000:03:00.0 --save",
 		Flags: append([]cli.Flag{
-			&cli.BoolFlag{Name: "save", Usage: "no longer declare the device either", Destination: &o.save},
+			&cli.BoolFlag{Name: "save", Usage: "also remove what bind --save declared", Destination: &o.save},
 		}, o.flags(e)...),
 		BashComplete: e.completeSelectors,
 		Action: func(c *cli.Context) error {
@@ -206,7 +218,7 @@ func runUnbind(ctx context.Context, e *env, sel []iommu.Selector, o changeOption
 	views, err := e.change(ctx, sel, bind.GiveBack(), o, "", func(m *declared.Manager, devices []*iommu.Device) error {
 		owners, err := holder.Owners(m.Host(), devices)
 		for _, owner := range owners {
-			e.note("%s, which may take it again", owner)
+			e.note("%s, and may take it again", owner)
 		}
 		errs := []error{err}
 		for _, d := range devices {
@@ -224,11 +236,11 @@ func (e *env) tellSaved(m *declared.Manager, d *iommu.Device, forget bool) error
 	case err != nil:
 		return err
 	case forget && file == "":
-		e.note("%s was not declared by bind --save", d.Name)
+		e.note("bind --save did not declare %s", d.Name)
 	case forget:
 		return m.Forget(d)
 	case file != "":
-		e.note("%s is still declared in %s: viaduct apply takes it again (viaduct unbind %s --save ends that)", d.Name,
+		e.note("%s is still declared in %s, so viaduct apply takes it again: viaduct unbind %s --save removes that", d.Name,
 			file, d.Name)
 	}
 	return nil
@@ -274,7 +286,7 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, goal bind.Goal, 
 
 	for _, v := range job.Units {
 		for _, h := range v.Overridden {
-			e.note("by force, although %s", h)
+			e.note("forced, although %s", h)
 		}
 		for _, n := range v.Notes {
 			e.note("%s", n)
@@ -285,7 +297,7 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, goal bind.Goal, 
 		return nil, refused
 	}
 	if !on.handle.Host().Live() {
-		e.note("%s is a captured host: nobody could be asked who uses the devices", e.hostName)
+		e.note("%s is a captured host: it does not show who uses the devices", e.hostName)
 	}
 
 	var results []bind.Result
@@ -386,7 +398,7 @@ func (c *changing) tellClaimed(results []bind.Result) {
 		return
 	}
 	for id, where := range holder.ClaimedByID(c.handle.Host(), home...) {
-		c.env.note("vfio-pci.ids= in %s claims all %04x:%04x: at the next boot vfio-pci has them again", where,
+		c.env.note("vfio-pci.ids= in %s claims all %04x:%04x: vfio-pci takes them again at the next boot", where,
 			id.Vendor, id.Device)
 	}
 }
@@ -419,9 +431,9 @@ func resolveAsked(h *iommu.Host, t *iommu.Topology, sel []iommu.Selector, goal b
 				devices = g.Endpoints()
 			} else if len(devices) == 0 {
 				why := holder.Reason{
-					Kind: holder.Unsuitable, Text: "nothing in it is for a guest (viaduct show " + s.String() + ")",
+					Kind: holder.Unsuitable, Text: "nothing in the group is for a guest (viaduct show " + s.String() + ")",
 				}
-				return nil, holder.Because("take "+s.String(), why, "name what is meant by itself")
+				return nil, holder.Because("take "+s.String(), why, "name the device itself")
 			}
 		case len(devices) > 1 && !many && s.Form() != iommu.BySlot:
 			_, err := s.One(h, t)
@@ -451,12 +463,14 @@ func (e *env) tellRecovered(all []bind.Recovered) {
 func recoverCommand(e *env) *cli.Command {
 	return command(&cli.Command{
 		Name:  "recover",
-		Usage: "finish or undo what an interrupted run left",
-		Description: "A device that was being taken is put back, one that was on its way home goes there. Commands that change something do this\n" +
-			"by themselves before they begin. What still waits in a write is named, with what it waits for.",
+		Usage: "finish or undo what an interrupted run left behind",
+		Description: "viaduct puts back a device that was being taken, and gives back one that was being given back. " +
+			"Every command that changes something does this first. A write that still blocks is named, with " +
+			"what it waits for.\n\n" +
+			"Examples:\n  viaduct recover",
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
-				return usagef("recover takes no arguments: it looks after all devices")
+				return usagef("recover takes no arguments: it recovers all devices")
 			}
 			if err := e.mayChange(); err != nil {
 				return err
@@ -522,13 +536,13 @@ func (e *env) printChanges(views []changeView, lasts string) {
 			// Said by the error itself.
 		case e.dryRun:
 			if v.Role == iommu.RoleCompanion {
-				fmt.Fprintf(e.stdout, "# %s is a companion: it is only kept off the host's drivers\n", v.Address)
+				fmt.Fprintf(e.stdout, "# %s is a companion: viaduct only keeps it off the host's drivers\n", v.Address)
 			}
 			for _, s := range v.Steps {
 				fmt.Fprintln(e.stdout, s)
 			}
 		case !v.Changed:
-			fmt.Fprintf(e.stdout, "%s is on %s already%s\n", v.Address, driverText(v.To), companionText(v.Role))
+			fmt.Fprintf(e.stdout, "%s is already on %s%s\n", v.Address, driverText(v.To), companionText(v.Role))
 		default:
 			fmt.Fprintf(e.stdout, "%s: %s -> %s%s%s\n", v.Address, driverText(v.From), driverText(v.To),
 				companionText(v.Role), lasts)

@@ -196,7 +196,7 @@ func (c *changing) lockFound(ctx context.Context, find func() ([]*iommu.Device, 
 		return nil, err
 	}
 	if found, err = find(); err != nil {
-		return nil, fmt.Errorf("it went while another viaduct was waited for: %w", err)
+		return nil, fmt.Errorf("it disappeared while viaduct waited for another viaduct: %w", err)
 	}
 	return found, nil
 }
@@ -204,7 +204,7 @@ func (c *changing) lockFound(ctx context.Context, find func() ([]*iommu.Device, 
 // pfOf is the PF of a device that has to be a VF.
 func pfOf(t *iommu.Topology, vf *iommu.Device) (*iommu.Device, error) {
 	if vf.PhysFn == nil {
-		return nil, usagef("%s is no VF; want PF/vfN or a VF's address", vf.Name)
+		return nil, usagef("%s is not a VF; want PF/vfN or a VF's address", vf.Name)
 	}
 	return t.Find(*vf.PhysFn)
 }

@@ -74,9 +74,9 @@ func (e *env) valuesOf(command, flag string) []string {
 		return kinds
 	case "driver":
 		if command == "vf create" {
-			return []string{string(sriov.UseNone), string(sriov.UseVFIO), string(sriov.UseHome)}
+			return append([]string{string(sriov.UseNone), string(sriov.UseVFIO), string(sriov.UseHome)}, e.vfioDrivers()...)
 		}
-		return append([]string{bind.Auto}, e.vfioDrivers()...)
+		return append([]string{bind.Auto, bind.None}, e.vfioDrivers()...)
 	case "from":
 		return append(e.pools(), e.selectorsOf(func(d *iommu.Device) []string { return ownWords(d) })...)
 	case "eswitch":

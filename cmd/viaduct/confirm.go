@@ -32,9 +32,9 @@ func runConfirmed(e *env) error {
 		return err
 	}
 	if booted {
-		fmt.Fprintln(e.stdout, "confirmed: a boot uses it too")
+		fmt.Fprintln(e.stdout, "confirmed: boots use it from now on")
 	} else {
-		fmt.Fprintln(e.stdout, "confirmed: it stays until the next boot, which uses host.yaml")
+		fmt.Fprintln(e.stdout, "confirmed until the next boot, which uses host.yaml")
 	}
 	return nil
 }
@@ -60,7 +60,7 @@ func guard() error {
 		Dir: "/", Env: []string{}, Files: []*os.File{null, says, null}, Sys: &syscall.SysProcAttr{Setsid: true},
 	})
 	if err = errors.Join(err, says.Close()); err != nil {
-		return fmt.Errorf("start what undoes it unless it is confirmed: %w", err)
+		return fmt.Errorf("start the process that undoes an apply without confirmation: %w", err)
 	}
 
 	err = leaveLogin(p.Pid)
@@ -87,7 +87,7 @@ func awaitGuard(said *os.File) error {
 	if text == "" && err != nil {
 		text = err.Error()
 	}
-	return fmt.Errorf("what undoes it unless it is confirmed does not stand: %s", text)
+	return fmt.Errorf("the process that undoes an apply without confirmation does not run: %s", text)
 }
 
 // leaveLogin puts a process where no login takes it along.
@@ -100,7 +100,7 @@ func leaveLogin(pid int) error {
 	for _, root := range []string{"sys/fs/cgroup/cgroup.procs", "sys/fs/cgroup/systemd/cgroup.procs"} {
 		if h.Exists(root) {
 			if err := h.Write(root, strconv.Itoa(pid)); err != nil {
-				return fmt.Errorf("what undoes it would end with this login: %w", err)
+				return fmt.Errorf("the process that undoes an apply without confirmation would end with this login: %w", err)
 			}
 			break
 		}
@@ -109,7 +109,7 @@ func leaveLogin(pid int) error {
 }
 
 // errNotDue is what an undo ends with that is not to be any more.
-var errNotDue = errors.New("it was confirmed, or applied again")
+var errNotDue = errors.New("the apply was confirmed, or another one was made")
 
 // runGuard is that process. What it has to say after it stands goes to the kernel's log, where that can be written to, as
 // nobody else may be there.
@@ -134,7 +134,7 @@ func runGuard(ctx context.Context, e *env, timeout time.Duration) error {
 			return nil
 		}
 		if err == nil {
-			fmt.Fprintf(log, "<4>viaduct: what was applied was not confirmed in time, and is undone")
+			fmt.Fprintf(log, "<4>viaduct: the apply was not confirmed in time, and viaduct undoes it")
 			due := func() (bool, error) { return m.Due(token) }
 			err = runUndo(ctx, e, append(force, holder.YieldToRollback()...), timeout, due)
 		}

@@ -47,12 +47,12 @@ func (o *declaredOptions) flags(e *env) []cli.Flag {
 		},
 		&cli.BoolFlag{
 			Name:        "accept",
-			Usage:       "take what changed since (another card in a slot, a group that has grown) as it is now",
+			Usage:       "accept what changed since the last apply (another card in a slot, a group that has grown)",
 			Destination: &o.accept,
 		},
 		&cli.BoolFlag{
 			Name:        "late",
-			Usage:       "also what waits for a bond that others make (after_bond)",
+			Usage:       "include what waits for a bond (after_bond)",
 			Destination: &o.late,
 		},
 		e.jsonFlag(),
@@ -90,14 +90,17 @@ func planCommand(e *env) *cli.Command {
 	var o declaredOptions
 	return command(&cli.Command{
 		Name:  "plan",
-		Usage: "what it takes to make the host what is declared of it",
-		Description: "Compares /etc/viaduct/host.yaml and the files of /etc/viaduct/host.d with the host, and prints the writes in their order.\n" +
-			"Nothing is changed. Exit status 0: nothing is to be done; 4: something is, or cannot be done.\n\n" +
-			"Examples:\n  viaduct plan\n  viaduct plan -f host.yaml --json",
+		Usage: "print what apply would do",
+		Description: "viaduct compares /etc/viaduct/host.yaml and the files of /etc/viaduct/host.d with the host and " +
+			"prints what `apply` would do, refusals first; `--steps` prints the writes in their order. It " +
+			"changes nothing. Exit status: 0 there is nothing to do; 4 there is something to do, or something " +
+			"cannot be done.\n\n" +
+			"Examples:\n  viaduct plan\n" +
+			"  viaduct plan -f host.yaml --json",
 		Flags: append(o.flags(e), e.stepsFlag("of the plan")),
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
-				return usagef("plan takes no arguments: it looks at all that is declared")
+				return usagef("plan takes no arguments: it plans everything that is declared")
 			}
 			return runPlan(e, &o, e.declaredByFile, e.printPlan)
 		},
@@ -108,17 +111,18 @@ func statusCommand(e *env) *cli.Command {
 	var o declaredOptions
 	return command(&cli.Command{
 		Name:  "status",
-		Usage: "whether the host is what is declared of it",
-		Description: "One line for each declared device: ok, differs, missing, changed (another device is there than when it was last applied),\n" +
-			"refused; and for each that has VFs or is on a vfio driver without being declared: unmanaged. Exit status 0: all is as\n" +
-			"declared; 4: something is not.\n\n" +
-			"Examples:\n  viaduct status\n  viaduct status --json",
+		Usage: "report differences from the declared configuration",
+		Description: "viaduct prints one line for each declared device: ok, differs, missing, refused, or changed (there " +
+			"is another device now than when it was last applied). A device that has VFs or is on a vfio driver " +
+			"without being declared is unmanaged. Exit status: 0 the host is as declared; 4 it is not.\n\n" +
+			"Examples:\n  viaduct status\n" +
+			"  viaduct status --json",
 		Flags: append(o.flags(e), &cli.BoolFlag{
 			Name: "verbose", Aliases: []string{"v"}, Usage: "also what is different", Destination: &e.verbose,
 		}),
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
-				return usagef("status takes no arguments: it looks at all that is declared")
+				return usagef("status takes no arguments: it reports everything that is declared")
 			}
 			return runPlan(e, &o, e.declaredInForce, e.printStatus)
 		},
@@ -138,7 +142,7 @@ func (e *env) declaredByFile(m *declared.Manager, o *declaredOptions, s *hostfil
 		return nil, err
 	}
 	if use.Why != "" {
-		e.note("this is what the next apply would do; %s", use.Why)
+		e.note("this is what the next apply does; %s", use.Why)
 	}
 	return s, nil
 }
@@ -159,7 +163,7 @@ func (e *env) declaredInForce(m *declared.Manager, o *declaredOptions, s *hostfi
 		e.note("%s", use.Why)
 	}
 	if use.Held {
-		e.note("the host is left as it is until the next apply: it was undone, or another file was applied")
+		e.note("viaduct leaves the host alone until the next apply: the last one was undone, or was of another file")
 	}
 	return use.Host, nil
 }
@@ -277,7 +281,7 @@ func (e *env) printPlan(_ *declared.Manager, items []*declared.Item) error {
 		return err
 	}
 	if len(items) == 0 {
-		e.note("nothing is declared in /%s or /%s (viaduct adopt describes this host)", hostfile.File, hostfile.Dir)
+		e.note("nothing is declared in /%s or /%s: viaduct adopt writes a file that describes this host", hostfile.File, hostfile.Dir)
 	}
 	return differs(items)
 }

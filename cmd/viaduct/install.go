@@ -21,39 +21,70 @@ import (
 func installCommand(e *env) *cli.Command {
 	var o install.Options
 	var initramfs bool
+	var pkg packageOptions
 	return command(&cli.Command{
 		Name:  "install",
-		Usage: "have the host brought to what is declared at each boot",
-		Description: "Writes units for systemd: one that runs viaduct apply --boot before the network comes up and before guests start, and one\n" +
-			"that a udev rule starts when a card comes later; another for bonds if some are declared (after_bond). What carries the host\n" +
-			"now is written down, and not taken by a boot.\n\n" +
-			"Examples:\n  viaduct install\n  viaduct install --watch\n  viaduct install --initramfs --dry-run",
+		Usage: "apply the declared configuration at each boot",
+		Description: "viaduct writes units for systemd: one runs `viaduct apply --boot` before the network comes up and " +
+			"before guests start, one is started by a udev rule when a card appears later, and one waits for " +
+			"bonds if the configuration has after_bond. viaduct also records which devices the host uses now, " +
+			"and no boot takes those.\n\n" +
+			"With `--root`, viaduct writes the files of a package into a folder instead: units that are not " +
+			"enabled, the udev rule, manual pages and completion scripts.\n\n" +
+			"Examples:\n  viaduct install\n" +
+			"  viaduct install --watch\n" +
+			"  viaduct install --initramfs --dry-run\n" +
+			"  viaduct install --root debian/tmp --program /usr/sbin/viaduct",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{
 				Name:        "watch",
-				Usage:       "also a service that keeps the host as declared, after driver reloads, hotplug and resets",
+				Usage:       "add a service that applies the configuration after driver reloads, hotplug and resets",
 				Destination: &o.Watch,
 			},
 			&cli.BoolFlag{
 				Name:        "libvirt",
-				Usage:       "also a hook that has libvirt check, take and scrub what is assigned to its domains",
+				Usage:       "add a hook: libvirt checks, takes and cleans what is assigned to its domains",
 				Destination: &o.Libvirt,
 			},
 			&cli.BoolFlag{
 				Name:        "initramfs",
-				Usage:       "also a hook that keeps devices with initramfs: true from their own drivers from the first moment on",
+				Usage:       "add a hook that keeps devices with `initramfs:` true from the host's drivers from the start",
 				Destination: &initramfs,
+			},
+			&cli.StringFlag{
+				Name:        "root",
+				Usage:       "write the files of a package below `DIR`, and change nothing of this host",
+				Destination: &pkg.root,
+				TakesFile:   true,
+			},
+			&cli.StringFlag{
+				Name:        "unit-dir",
+				Usage:       "with --root: put the units into `DIR`",
+				Value:       install.DefaultUnits,
+				Destination: &pkg.units,
+			},
+			&cli.StringFlag{
+				Name:        "program",
+				Usage:       "with --root: have the units run `FILE`",
+				Value:       "/usr/sbin/viaduct",
+				Destination: &pkg.program,
 			},
 			&cli.BoolFlag{
 				Name:        "dry-run",
 				Aliases:     []string{"n"},
-				Usage:       "print the files, and write none",
+				Usage:       "print the files and write nothing",
 				Destination: &e.dryRun,
 			},
 		},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
 				return usagef("install takes no arguments")
+			}
+			if c.IsSet("root") {
+				return runPackage(e, c.App, &pkg)
+			}
+			if c.IsSet("unit-dir") || c.IsSet("program") {
+				return usagef("install: --unit-dir and --program need --root")
 			}
 			return runInstall(c.Context, e, o, initramfs)
 		},
@@ -80,6 +111,7 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 	if err := install.Trusted(o.Program); err != nil && !e.dryRun {
 		return err
 	}
+	o.Units = install.PackageUnits("/", o.Program)
 	m, err := e.declared(b, declared.Options{})
 	if err != nil {
 		return err
@@ -90,7 +122,7 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 		err := m.Protect()
 		if errors.Is(err, holder.ErrBlind) && !systemd() {
 			// An image is made, which carries nothing yet.
-			e.note("what this host stands on cannot be seen, and is not written down: run this again on the host itself")
+			e.note("viaduct cannot see which devices this host uses, and did not record them: run viaduct install again on the host itself")
 			err = nil
 		}
 		if err != nil {
@@ -109,19 +141,13 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 		return err
 	}
 	if e.dryRun {
-		for _, f := range files {
-			if f.Link != "" {
-				fmt.Fprintf(e.stdout, "ln -s %s %s\n", f.Link, f.Path)
-			} else {
-				fmt.Fprintf(e.stdout, "cat > %s <<'END'\n%sEND\n", f.Path, f.Content)
-			}
-		}
+		e.printFiles(files)
 		return nil
 	}
 
 	for _, volatile := range []string{"/tmp/", "/run/", "/dev/", "/home/", "/root/"} {
 		if strings.HasPrefix(o.Program, volatile) {
-			e.note("the units run %s, which may not be there at a boot: a place as /usr/local/sbin is better",
+			e.note("the units run %s, which may be missing at boot: put it into /usr/local/sbin",
 				o.Program)
 		}
 	}
@@ -135,7 +161,7 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 		return err
 	}
 	if initramfs || slices.ContainsFunc(changed, install.InInitramfs) {
-		e.note("now make the initramfs anew: %s", generator.Rebuild())
+		e.note("now rebuild the initramfs: %s", generator.Rebuild())
 	}
 
 	if why := install.Confined("/", o.Program); o.Libvirt && why != "" {
@@ -143,16 +169,16 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 	}
 	if slices.Contains(changed, install.LibvirtHook) {
 		e.note(
-			"libvirt looks for hooks when it starts: systemctl restart libvirtd (or virtqemud); running domains are not touched",
+			"now restart libvirt, which looks for hooks when it starts: systemctl restart libvirtd (or virtqemud); running domains go on",
 		)
 	}
 	if len(changed) == 0 {
-		fmt.Fprintln(e.stdout, "all is installed already")
+		fmt.Fprintln(e.stdout, "everything is installed already")
 		return nil
 	}
 
 	if !systemd() {
-		e.note("systemd does not run here: it finds its units enabled when it starts; another init has to run %s apply --boot",
+		e.note("systemd does not run here and finds the units enabled when it starts; another init system must run %s apply --boot",
 			o.Program)
 		return nil
 	}
@@ -169,9 +195,10 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 
 func uninstallCommand(e *env) *cli.Command {
 	return command(&cli.Command{
-		Name:        "uninstall",
-		Usage:       "remove all that install made",
-		Description: "What is declared, and what is known of devices (/var/lib/viaduct), stays.\n\nExamples:\n  viaduct uninstall",
+		Name:  "uninstall",
+		Usage: "remove what install wrote",
+		Description: "The declared configuration and the records of devices (/var/lib/viaduct) stay.\n\n" +
+			"Examples:\n  viaduct uninstall",
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
 				return usagef("uninstall takes no arguments")
@@ -191,7 +218,7 @@ func uninstallCommand(e *env) *cli.Command {
 			for _, f := range changed {
 				fmt.Fprintln(e.stdout, f)
 				if install.InInitramfs(f) {
-					defer e.note("now make the initramfs anew: %s", install.Found().Rebuild())
+					defer e.note("now rebuild the initramfs: %s", install.Found().Rebuild())
 				}
 			}
 
@@ -243,11 +270,13 @@ func watchCommand(e *env) *cli.Command {
 	var once bool
 	return command(&cli.Command{
 		Name:  "watch",
-		Usage: "keep the host as declared until it is ended",
-		Description: "Looks when the kernel tells of a device or a link that changed, and each minute, and applies what is declared where the host\n" +
-			"is not as that. What viaduct undo or apply -f left otherwise is left so until the next apply. install --watch has systemd run it,\n" +
-			"and the udev rule of install, with --once, for a device that came later.\n\n" +
-			"Examples:\n  viaduct watch\n  viaduct watch --once",
+		Usage: "apply the declared configuration whenever the host differs",
+		Description: "viaduct checks the host when the kernel reports a change of a device or a link, and every minute. " +
+			"What `viaduct undo` or `viaduct apply -f` left different stays so until the next apply. The " +
+			"service of `install --watch` runs this command, and so does, with `--once`, the udev rule of " +
+			"`install`.\n\n" +
+			"Examples:\n  viaduct watch\n" +
+			"  viaduct watch --once",
 		Flags: []cli.Flag{
 			&cli.StringFlag{
 				Name:        "file",
@@ -256,7 +285,7 @@ func watchCommand(e *env) *cli.Command {
 				Destination: &o.file,
 				TakesFile:   true,
 			},
-			&cli.BoolFlag{Name: "once", Usage: "look only now", Destination: &once},
+			&cli.BoolFlag{Name: "once", Usage: "check once, and end", Destination: &once},
 		},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {

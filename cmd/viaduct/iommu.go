@@ -18,7 +18,7 @@ import (
 func iommuCommand(e *env) *cli.Command {
 	return command(&cli.Command{
 		Name:  "iommu",
-		Usage: "show the IOMMUs, and the firmware's tables about them",
+		Usage: "show the IOMMUs, and what the firmware says about them",
 		Description: "Show which devices each IOMMU covers, what it can do and what that means\n" +
 			"for passthrough, and what the firmware reserves for which device. An IOMMU\n" +
 			"that the firmware describes and the kernel does not use is shown too. The\n" +
@@ -395,13 +395,13 @@ func featureLines(u *iommu.UnitDetails) []featureLine {
 	add(posted, f.PostedInterrupts, "interrupts reach a running guest without the host",
 		"each interrupt for a guest goes through the host")
 	add("dirty pages", f.DirtyTracking, tracks, "live migration needs a device that tracks what it writes")
-	add("ATS", f.ATS, "devices may keep translations of their own", "devices cannot keep translations")
-	add("PRI", f.PRI, "devices may touch pages that are not there yet", "all of a guest's memory has to be there")
+	add("ATS", f.ATS, "devices may keep their own translations", "devices cannot keep translations")
+	add("PRI", f.PRI, "devices may touch pages that are not there yet", "all of a guest's memory must be there")
 	if f.PASIDBits != nil {
 		add("PASID", new(*f.PASIDBits > 0), fmt.Sprintf("%d bits: several address spaces for one device", *f.PASIDBits),
 			"one address space for each device")
 	}
-	add("nesting", f.Nested, "a guest's IOMMU can be backed by it", "a guest's IOMMU has to be emulated")
+	add("nesting", f.Nested, "a guest's IOMMU can be backed by it", "a guest's IOMMU must be emulated")
 	add("5 levels", f.FiveLevels, "page tables for 57 bits of address", "page tables for 48 bits of address")
 	add("SNP", f.SNP, "for SEV-SNP guests; with SNP on, identity domains (iommu=pt) are not allowed", "")
 	add("snooping", f.SnoopControl, "DMA can be kept coherent with the processors' caches",

@@ -53,9 +53,9 @@ func TestKindsInSnapshots(t *testing.T) {
 				`"path":"0000:00:02.0/00.0","serial":"S1","id":{"vendor":9798,"device":20516,"subvendor":6900,` +
 				`"subdevice":4352,"class":67586}},"group":["0000:00:02.0/00.0"]}`,
 			"etc/viaduct/host.yaml": "devices:\n  - select: serial=S1\n",
-		}), "status", "it is 0000:02:00.0 by what was recorded"},
+		}), "status", "it is 0000:02:00.0 by the record of the last apply"},
 		"ports": {hosttest.TwoPorts(), "vf create --dry-run ens1 2", "is another port of 0000:01:00.0 than ens2"},
-		"roce":  {hosttest.RoCE(), "vf list", "has no network interface here: its driver mlx5_core has made none"},
+		"roce":  {hosttest.RoCE(), "vf list", "has no network interface here: its driver mlx5_core has not made one"},
 	} {
 		file := filepath.Join(t.TempDir(), "host.vsnap")
 		var stdout, stderr bytes.Buffer

@@ -81,10 +81,13 @@ func viewLease(m *lease.Manager, look lease.Look) leaseView {
 func leasesCommand(e *env) *cli.Command {
 	return command(&cli.Command{
 		Name:  "leases",
-		Usage: "what is assigned to whom, and what is in quarantine",
-		Description: "States: making (a viaduct is at work on it), reserved, active (a process has its devices open), dead (its holder is gone, or nobody\n" +
-			"came: viaduct release --dead reclaims it), lost (a device of it is gone), incoming and leaving\n" +
-			"(its guest is to come from another host, or on its way there: viaduct migrate).\n\nExamples:\n  viaduct leases\n  viaduct leases --json",
+		Usage: "list what is assigned to guests, and what is in quarantine",
+		Description: "A lease is making (viaduct is working on it), reserved (no process has its devices open yet), " +
+			"active (a process has them open), dead (that process is gone, or nobody came: `viaduct release " +
+			"--dead` ends it), lost (a device is not there any more), incoming or leaving (its guest moves between " +
+			"hosts: `viaduct migrate`).\n\n" +
+			"Examples:\n  viaduct leases\n" +
+			"  viaduct leases --json",
 		Flags: []cli.Flag{e.jsonFlag()},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {

@@ -18,7 +18,7 @@ import (
 func libvirtHookCommand(e *env) *cli.Command {
 	return command(&cli.Command{
 		Name:      "libvirt-hook",
-		Usage:     "what libvirt runs when a domain starts and stops (viaduct install --libvirt)",
+		Usage:     "serve libvirt when a domain starts and stops (viaduct install --libvirt)",
 		ArgsUsage: "DOMAIN OPERATION SUBOPERATION [EXTRA] < XML",
 		Description: "prepare begin: fails the start of a domain that does not have exactly what is assigned to it, or has what is another's; else\n" +
 			"configures and takes it. start begin: writes down what the domain drew from a network made of a pool. release end: scrubs.\n" +
@@ -30,7 +30,7 @@ func libvirtHookCommand(e *env) *cli.Command {
 		},
 		Action: func(c *cli.Context) error {
 			if c.NArg() < 3 {
-				return usagef("libvirt-hook: want a domain, an operation and its part, as libvirt calls it")
+				return usagef("libvirt-hook: want a domain, an operation and a suboperation, as libvirt passes them")
 			}
 			if c.Bool("network") {
 				return runNetworkHook(c.Context, e, c.Args().Get(1))
@@ -158,7 +158,7 @@ func restoreLeases(ctx context.Context, e *env) error {
 		e.note("%s has its devices again", guest)
 	}
 	if err != nil {
-		err = fmt.Errorf("leases that outlive the boot: %w", err)
+		err = fmt.Errorf("restore leases after the boot: %w", err)
 	}
 	return errors.Join(lifting, err)
 }

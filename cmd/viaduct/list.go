@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"errors"
 	"slices"
+	"strings"
 
 	"github.com/urfave/cli/v2"
 
@@ -21,15 +22,19 @@ func listCommand(e *env) *cli.Command {
 	var output string
 	return command(&cli.Command{
 		Name:      "list",
+		Usage:     "list the IOMMU groups and their devices",
 		Aliases:   []string{"ls"},
-		Usage:     "the IOMMU groups and their devices",
 		ArgsUsage: "[SELECTOR...]",
-		Description: "A group is what can be given to one guest. Its heading says how many devices `bind` takes off the host's drivers with it,\n" +
-			"which is no fault. USED BY is what a quick look finds: guests, file systems, routes and addresses, the display.\n\n" +
-			"Examples:\n  viaduct list\n  viaduct list gpu\n  viaduct list class=0200 -o wide\n  viaduct list --tree\n" +
+		Description: "An IOMMU group is the smallest set of devices that a guest can be given. The heading of a group " +
+			"says how many devices `bind` takes off the host's drivers with it, which is not an error. USED BY " +
+			"shows what a quick look finds: guests, file systems, routes, addresses and the display.\n\n" +
+			"Examples:\n  viaduct list\n" +
+			"  viaduct list gpu\n" +
+			"  viaduct list class=0200 -o wide\n" +
+			"  viaduct list --tree\n" +
 			"  viaduct list --json | jq '.groups[] | select(.viable)'",
 		Flags: []cli.Flag{
-			&cli.BoolFlag{Name: "tree", Usage: "by PCI topology instead of by group", Destination: &o.tree},
+			&cli.BoolFlag{Name: "tree", Usage: "draw the PCI topology instead of groups", Destination: &o.tree},
 			&cli.BoolFlag{
 				Name: "all", Aliases: []string{"a"}, Destination: &o.all,
 				Usage: "also bridges and the host's own devices, and each VF by itself",
@@ -49,7 +54,7 @@ func listCommand(e *env) *cli.Command {
 				return err
 			}
 			if o.tree && e.json {
-				return usagef("list: --tree is a drawing for people; --json has no tree")
+				return usagef("list: --tree and --json cannot be combined")
 			}
 			return runList(e, o)
 		},
@@ -161,10 +166,9 @@ func (e *env) printList(h *iommu.Host, t *iommu.Topology, names *iommu.Names, ke
 func (e *env) usesOf(h *iommu.Host, t *iommu.Topology, keep map[string]bool, processes bool) (map[string][]holder.Holder,
 	error) {
 	found, err := holder.Glance(h, t)
-	if errors.Is(err, holder.ErrBlind) {
-		e.note("some uses are not shown: %v", err)
-	} else if err != nil {
-		return nil, err
+	if err != nil {
+		// A broken file of another tool keeps nobody from seeing the devices.
+		e.note("some uses are not shown: %s", strings.ReplaceAll(err.Error(), "\n", "; "))
 	}
 	if processes {
 		var devices []*iommu.Device

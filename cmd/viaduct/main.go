@@ -114,7 +114,7 @@ func (e *env) mayChange(more ...string) error {
 	case e.dryRun:
 		return nil
 	case !live:
-		return usagef("%s is a captured host: it can be looked at, not changed", e.hostName)
+		return usagef("%s is a captured host: viaduct can read it, not change it", e.hostName)
 	}
 	h, err := e.open()
 	if err != nil {
@@ -122,7 +122,7 @@ func (e *env) mayChange(more ...string) error {
 	}
 	defer h.Close()
 	if h.Real() && os.Geteuid() != 0 {
-		return fmt.Errorf("changing drivers and VFs takes root: %w", fs.ErrPermission)
+		return fmt.Errorf("changing drivers and VFs needs root: %w", fs.ErrPermission)
 	}
 	for _, dir := range append([]string{"sys", "run"}, more...) {
 		if err := h.Writable(dir); errors.Is(err, unix.EROFS) {
@@ -287,14 +287,10 @@ func newApp(e *env) *cli.App {
 		Name:      "viaduct",
 		Usage:     "device passthrough and SR-IOV on Linux",
 		UsageText: "viaduct [--host DIR|FILE] COMMAND [OPTION...] [ARGUMENT...]",
-		Description: "A device is named by a SELECTOR:\n" +
-			"  0000:01:00.0, 01:00.0   its PCI address\n" +
-			"  enp1s0                  its network interface\n" +
-			"  enp1s0/vf3              a VF of a PF (the PF by interface or address)\n" +
-			"  8086:10c9               vendor and device id\n" +
-			"  class=0200  group=8     PCI class, IOMMU group\n" +
-			"  mac=52:54:00:12:34:56   path=0000:00:01.0/00.0   serial=...\n\n" +
-			"Exit status: 0 done, 1 failed, 2 wrong usage, 3 refused by a safety check and nothing was touched;\n4 there is a difference (plan, apply --dry-run and status only).",
+		Description: "`viaduct help COMMAND` explains a command, `viaduct help topics` lists the topics of the manual, e.g. " +
+			"`viaduct help selectors`: how to name a device.\n\n" +
+			"Exit status: 0 done; 1 failed; 2 wrong usage; 3 refused by a safety check, nothing was changed; 4 the host differs " +
+			"from what is declared (`plan`, `apply --dry-run` and `status` only).",
 		Writer:                    e.stdout,
 		ErrWriter:                 e.stderr,
 		HideHelpCommand:           true,
@@ -306,10 +302,11 @@ func newApp(e *env) *cli.App {
 		Flags: []cli.Flag{
 			&cli.StringFlag{
 				Name:        "host",
-				Usage:       "look at a captured tree or a snapshot `DIR|FILE`, read-only",
+				Usage:       "look at the captured host in `DIR|FILE` (a tree or a snapshot); it is only read",
 				Destination: &e.hostName,
 				TakesFile:   true,
 			},
+			&cli.BoolFlag{Name: "version", Usage: "print the version"},
 			&cli.StringFlag{
 				Name:        "color",
 				Usage:       "`WHEN` text is in colour: " + nearest.Or(terminal.Colours),
@@ -319,7 +316,7 @@ func newApp(e *env) *cli.App {
 		},
 		Before: func(c *cli.Context) error {
 			if c.IsSet("host") && e.hostName == "" {
-				return usagef("--host: which folder or snapshot?")
+				return usagef("--host: name a folder or a snapshot")
 			}
 			if !slices.Contains(terminal.Colours, e.colour) {
 				return usagef("--color: invalid value %q: want %s", e.colour, nearest.Or(terminal.Colours))
@@ -330,18 +327,32 @@ func newApp(e *env) *cli.App {
 			if c.Args().Present() {
 				return unknownCommand(c.App.Commands, c.Args().First(), "viaduct")
 			}
+			if c.Bool("version") {
+				fmt.Fprintln(e.stdout, "viaduct", buildVersion())
+				return nil
+			}
 			return cli.ShowAppHelp(c)
 		},
-		Commands: []*cli.Command{
-			listCommand(e), showCommand(e), logCommand(e), whyCommand(e), iommuCommand(e), doctorCommand(e), bindCommand(e), unbindCommand(e), recoverCommand(e), verifyCommand(e), vfCommand(e),
-			planCommand(e), applyCommand(e), statusCommand(e), undoCommand(e), adoptCommand(e), schemaCommand(e),
-			installCommand(e), uninstallCommand(e), watchCommand(e),
-			assignCommand(e), releaseCommand(e), leasesCommand(e), runCommand(e), heldCommand(), poolCommand(e),
-			migrateCommand(e),
-			libvirtHookCommand(e),
-			snapshotCommand(e), completionCommand(e), manCommand(e), versionCommand(e),
-		},
+		Commands: slices.Concat(
+			group("See the host", listCommand(e), showCommand(e), logCommand(e), whyCommand(e), iommuCommand(e), doctorCommand(e),
+				verifyCommand(e), snapshotCommand(e)),
+			group("Take devices and give them back", bindCommand(e), unbindCommand(e), recoverCommand(e)),
+			group("Virtual functions", vfCommand(e)),
+			group("The declared host", planCommand(e), applyCommand(e), statusCommand(e), undoCommand(e), adoptCommand(e),
+				installCommand(e), uninstallCommand(e), watchCommand(e), schemaCommand(e)),
+			group("Guests", assignCommand(e), releaseCommand(e), leasesCommand(e), runCommand(e), poolCommand(e), migrateCommand(e)),
+			group("More", helpCommand(e), manCommand(e), completionCommand(e), versionCommand(e)),
+			group("", heldCommand(), libvirtHookCommand(e)),
+		),
 	}
+}
+
+// group puts commands under a heading of the help.
+func group(heading string, commands ...*cli.Command) []*cli.Command {
+	for _, c := range commands {
+		c.Category = heading
+	}
+	return commands
 }
 
 // unknownCommand says that there is no such command, and which one may be meant.
@@ -377,7 +388,7 @@ func onUsageError(c *cli.Context, err error, _ bool) error {
 	if c.Command.Name != c.App.Name && c.Command.Name != "" {
 		of = c.Command.Name + ": "
 	}
-	return usagef("%sthere is no option %s%s", of, name, nearest.Ask(name, names))
+	return usagef("%sunknown option %s%s", of, name, nearest.Ask(name, names))
 }
 
 // command fills in what all commands have in common.
@@ -395,7 +406,7 @@ func (e *env) dryRunFlag() cli.Flag {
 	return &cli.BoolFlag{
 		Name:        "dry-run",
 		Aliases:     []string{"n"},
-		Usage:       "print the writes in their order, and make none",
+		Usage:       "print the writes in their order and make none",
 		Destination: &e.dryRun,
 	}
 }
@@ -467,7 +478,7 @@ func takesValue(flags []cli.Flag, arg string) bool {
 // selectors parses the arguments of a command that needs at least one.
 func selectors(c *cli.Context) ([]iommu.Selector, error) {
 	if !c.Args().Present() {
-		return nil, usagef("%s: which device? (viaduct %s --help)", c.Command.Name, c.Command.Name)
+		return nil, usagef("%s: name a device (viaduct %s --help)", c.Command.Name, c.Command.Name)
 	}
 	return parseSelectors(c.Args().Slice())
 }

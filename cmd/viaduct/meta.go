@@ -2,42 +2,12 @@ package main
 
 import (
 	"fmt"
-	"runtime/debug"
 	"strings"
 
 	"github.com/urfave/cli/v2"
 
 	"viaduct/iommu"
 )
-
-// version is set by the release build (-ldflags -X main.version=...).
-var version = ""
-
-func versionText() string {
-	v := version
-	info, ok := debug.ReadBuildInfo()
-	if v == "" && ok {
-		v = info.Main.Version
-	}
-	if v == "" || v == "(devel)" {
-		v = "development"
-	}
-	if !ok {
-		return v
-	}
-	return v + " " + info.GoVersion
-}
-
-func versionCommand(e *env) *cli.Command {
-	return command(&cli.Command{
-		Name:  "version",
-		Usage: "the version of viaduct",
-		Action: func(*cli.Context) error {
-			_, err := fmt.Fprintln(e.stdout, "viaduct", versionText())
-			return err
-		},
-	})
-}
 
 // Completion scripts: each hands the words so far to the program, which answers with one candidate a line.
 const (
@@ -74,7 +44,8 @@ func completionCommand(e *env) *cli.Command {
 		Name:      "completion",
 		Usage:     "print the completion script of a shell",
 		ArgsUsage: "bash|zsh|fish",
-		Description: "Examples:\n  viaduct completion bash > /etc/bash_completion.d/viaduct\n  viaduct completion zsh > \"${fpath[1]}/_viaduct\"\n" +
+		Description: "Examples:\n  viaduct completion bash > /etc/bash_completion.d/viaduct\n" +
+			"  viaduct completion zsh > \"${fpath[1]}/_viaduct\"\n" +
 			"  viaduct completion fish > ~/.config/fish/completions/viaduct.fish",
 		BashComplete: func(*cli.Context) { fmt.Fprintln(e.stdout, "bash\nzsh\nfish") },
 		Action: func(c *cli.Context) error {
@@ -84,7 +55,7 @@ func completionCommand(e *env) *cli.Command {
 			}
 			script, ok := scripts[shell]
 			if !ok {
-				return usagef("completion: there is a script for bash, zsh and fish, not for %q", shell)
+				return usagef("completion: unknown shell %q; want bash, zsh or fish", shell)
 			}
 			_, err = fmt.Fprint(e.stdout, script)
 			return err

@@ -69,7 +69,7 @@ func migrateCommand(e *env) *cli.Command {
 		},
 		BashComplete: e.completeGuests,
 		Action: func(c *cli.Context) (err error) {
-			o.version = versionText()
+			o.version = buildVersion().String()
 			if o.peer {
 				o.command = c.Args().Slice()
 				return runMigratePeer(c.Context, e, &o)

@@ -129,7 +129,7 @@ func reasonsOf(err error) []string {
 // statusWords prints one line for each item, and with verbose what is different.
 func (e *env) statusWords(items []*declared.Item, verbose bool) error {
 	if len(items) == 0 {
-		e.note("nothing is declared in /%s or /%s (viaduct adopt describes this host)", hostfile.File, hostfile.Dir)
+		e.note("nothing is declared in /%s or /%s: viaduct adopt writes a file that describes this host", hostfile.File, hostfile.Dir)
 		return nil
 	}
 	t := &terminal.Table{Shrink: []terminal.Shrink{{Column: 3, Least: 20}, {Column: 2, Least: 14}, {Column: 3, Least: 8}}}

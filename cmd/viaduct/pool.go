@@ -18,13 +18,15 @@ func poolCommand(e *env) *cli.Command {
 	var format string
 	return command(&cli.Command{
 		Name:      "pool",
-		Usage:     "the pools of VFs that guests draw from",
+		Usage:     "list the pools of VFs that guests draw from",
 		ArgsUsage: "[NAME]",
-		Description: "A pool is what ranges of VFs in /etc/viaduct/host.yaml have the same pool: name. With --format libvirt-network, a pool as a libvirt\n" +
-			"network, from which domains draw their interfaces; with viaduct install --libvirt each drawn VF has a lease.\n\n" +
-			"Examples:\n  viaduct pool\n  viaduct pool net --format libvirt-network > net.xml && virsh net-define net.xml",
+		Description: "A pool is all VFs of /etc/viaduct/host.yaml with the same `pool:` name. `--format libvirt-network` " +
+			"prints a pool as a network of libvirt, from which domains draw their interfaces. After `viaduct " +
+			"install --libvirt` each drawn VF has a lease.\n\n" +
+			"Examples:\n  viaduct pool\n" +
+			"  viaduct pool net --format libvirt-network > net.xml",
 		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "format", Usage: "print the pool as `libvirt-network`", Destination: &format},
+			&cli.StringFlag{Name: "format", Usage: "print the pool in this format: `libvirt-network`", Destination: &format},
 			e.jsonFlag(),
 		},
 		BashComplete: func(c *cli.Context) {
@@ -36,7 +38,7 @@ func poolCommand(e *env) *cli.Command {
 				return usagef("pool: want one name, or none for all")
 			}
 			if format != "" && (format != "libvirt-network" || c.NArg() != 1) {
-				return usagef("pool: --format is libvirt-network, of one pool")
+				return usagef("pool: --format needs libvirt-network and the name of one pool")
 			}
 			return runPool(e, c.Args().First(), format != "")
 		},
@@ -67,7 +69,7 @@ func runPool(e *env, only string, network bool) error {
 
 	names := declared.Pools(s)
 	if only != "" && !slices.Contains(names, only) {
-		return fmt.Errorf("no pool is called %q in /%s; there are %d", only, hostfile.File, len(names))
+		return fmt.Errorf("unknown pool %q: /%s has %d pools", only, hostfile.File, len(names))
 	}
 	quarantine, err := m.Book.Quarantined()
 	if err != nil {
@@ -135,7 +137,7 @@ func runPool(e *env, only string, network bool) error {
 		)
 	}
 	if len(rows) == 1 {
-		e.note("no pool is declared in /%s (pool: NAME in a range of VFs)", hostfile.File)
+		e.note("no pool is declared in /%s: add pool: NAME to a range of VFs", hostfile.File)
 		return nil
 	}
 	return e.screen.PrintRows(rows)

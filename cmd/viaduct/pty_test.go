@@ -260,7 +260,7 @@ func TestBashCompletion(t *testing.T) {
 	p.typing("bind 'set enable-bracketed-paste off'; source <(viaduct completion bash); echo rea''dy\n")
 	p.await("ready")
 	for i, c := range []struct{ typed, want string }{
-		{"stat", "status"}, {"--host H show ens", "ens1"}, {"--host H bind --driver vf", "vfio-pci"},
+		{"stat", "status"}, {"--host H show ens", "ens1"}, {"--host H bind --driver vfio-", "vfio-pci"},
 		{"--host H show 0000:07:01", "0000:07:01.0"}, {"--host H show group=1", "group=1"}, {"bind --force mou", "mount"},
 		{"assign web --format prox", "proxmox"}, {"--host H vf set 02:00.0/vf0 spo", "spoofchk="}, {"list --tr", "--tree"},
 	} {

@@ -20,20 +20,25 @@ func releaseCommand(e *env) *cli.Command {
 	var force string
 	return command(&cli.Command{
 		Name:      "release",
-		Usage:     "get a guest's devices back, clean",
+		Usage:     "take a guest's devices back, and clean them",
 		ArgsUsage: "GUEST",
-		Description: "Resets each device, brings a VF's settings back to what they were before it was assigned, reads all back, and frees the device:\n" +
-			"it stays on its vfio driver if it was on it, else it goes back to what it had. One that cannot be scrubbed goes into quarantine,\n" +
-			"which --quarantined tries to lift, and which ends when the machine is started anew (kexec resets no device). Refused, with exit status 3, while a process has a device\n" +
-			"open, unless --wait gives it time to end. --json prints what was done to each device (its scrub certificate).\n\n" +
-			"Examples:\n  viaduct release web\n  viaduct release web --wait 60s --json\n  viaduct release --dead\n  viaduct release --quarantined 0000:01:10.0\n" +
+		Description: "viaduct resets each device, gives a VF the settings that it had before it was assigned, reads " +
+			"everything back and frees the device. The device stays on its vfio driver if it was on it before, " +
+			"and otherwise gets the driver that it had. A device that cannot be cleaned goes into quarantine, " +
+			"until `--quarantined` succeeds or the machine is restarted (kexec does not reset devices).\n\n" +
+			"viaduct refuses, with exit status 3, while a process has a device open; `--wait` gives it time to " +
+			"end. `--json` prints what was done to each device, its certificate.\n\n" +
+			"Examples:\n  viaduct release web\n" +
+			"  viaduct release web --wait 60s --json\n" +
+			"  viaduct release --dead\n" +
+			"  viaduct release --quarantined 0000:01:10.0\n" +
 			"  viaduct release --quarantined 0000:01:10.0 --force=quarantine",
 		Flags: []cli.Flag{
-			&cli.DurationFlag{Name: "wait", Usage: "how long the guest may take to end", Destination: &wait},
-			&cli.BoolFlag{Name: "dead", Usage: "all leases that are dead", Destination: &dead},
-			&cli.BoolFlag{Name: "quarantined", Usage: "scrub a device in quarantine again, and free it if it is clean then: SELECTOR... instead of GUEST", Destination: &quarantined},
-			&cli.StringFlag{Name: "force", Usage: "with --quarantined, `quarantine`: free the device although it still cannot be reset, or is gone", Destination: &force},
-			&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", Value: bind.DefaultTimeout, Destination: &timeout},
+			&cli.DurationFlag{Name: "wait", Usage: "wait this long for the guest to end", Destination: &wait},
+			&cli.BoolFlag{Name: "dead", Usage: "release all dead leases", Destination: &dead},
+			&cli.BoolFlag{Name: "quarantined", Usage: "clean SELECTOR... in quarantine again, and free what is clean then", Destination: &quarantined},
+			&cli.StringFlag{Name: "force", Usage: "with --quarantined: `quarantine` frees a device that still cannot be reset, or is gone", Destination: &force},
+			&cli.DurationFlag{Name: "timeout", Usage: "wait this long for one write, and for another viaduct", Value: bind.DefaultTimeout, Destination: &timeout},
 			e.jsonFlag(),
 		},
 		BashComplete: e.completeGuests,
@@ -43,11 +48,11 @@ func releaseCommand(e *env) *cli.Command {
 			}
 			switch {
 			case force != "" && (force != "quarantine" || !quarantined):
-				return usagef("release: --force is for --quarantined, and is --force=quarantine: nothing else of a release can be forced")
+				return usagef("release: --force needs --quarantined, and the value quarantine: nothing else of a release can be forced")
 			case wait < 0 || dead && wait > 0:
-				return usagef("release: --wait is a time that one guest is given, not %s", wait)
+				return usagef("release: --wait %s needs the name of one guest and a time of zero or more", wait)
 			case dead && (quarantined || c.Args().Present()):
-				return usagef("release: --dead takes no arguments: it reclaims all that are dead")
+				return usagef("release: --dead takes no arguments: it releases all dead leases")
 			case dead:
 				return runRelease(c.Context, e, timeout, func(ctx context.Context, m *lease.Manager) ([]lease.Certificate, error) { return m.Reclaim(ctx) })
 			case quarantined:

@@ -38,19 +38,21 @@ func runCommand(e *env) *cli.Command {
 	var as string
 	run := command(&cli.Command{
 		Name:      "run",
-		Usage:     "give a guest devices, start its VMM, and get the devices back clean when it ends",
+		Usage:     "assign devices, run a VMM, and release the devices when it ends",
 		ArgsUsage: "GUEST --from POOL|PF|SELECTOR -- COMMAND [ARGUMENT...]",
-		Description: "The word {devices} of the command becomes the arguments for the devices, in the words of the VMM that the command's name says\n" +
-			"(or --format); without it they are put at the end. {address}, {group}, {mac} and {vlan} in any word become the first device's.\n" +
-			"The command also has the variables of viaduct assign --format env. Signals and the terminal are the command's. Exit status:\n" +
-			"the command's, 128 and the signal that ended it, or 125 when viaduct failed before it was started.\n\n" +
-			"Examples:\n  viaduct run web --from net --vlan 100 --user qemu -- qemu-system-x86_64 -m 4G -nographic disk.img\n" +
+		Description: "viaduct replaces the word {devices} of the command with the arguments for the devices, in the " +
+			"format that fits the command's name (or `--format`), or adds them at the end. It replaces " +
+			"{address}, {group}, {mac} and {vlan} in any word with those of the first device. The command also " +
+			"gets the variables of `viaduct assign --format env`, and has the signals and the terminal.\n\n" +
+			"Exit status: that of the command; 128 and the number of the signal that ended it; 125 if viaduct " +
+			"failed before it started the command.\n\n" +
+			"Examples:\n  viaduct run web --from net --user qemu -- qemu-system-x86_64 -m 4G disk.img\n" +
 			"  viaduct run web --from enp1s0 -- crosvm run {devices} vmlinux",
 		Flags: append(
 			o.flags(),
 			&cli.StringFlag{
 				Name:        "format",
-				Usage:       "how the command is told of the devices: `qemu|qemu-iommufd|cloud-hypervisor|crosvm|kata|env`",
+				Usage:       "pass the devices in this format: `qemu|qemu-iommufd|cloud-hypervisor|crosvm|kata|env`",
 				Destination: &o.format,
 			},
 			&cli.StringFlag{
@@ -60,7 +62,7 @@ func runCommand(e *env) *cli.Command {
 			},
 			&cli.DurationFlag{
 				Name:  "wait",
-				Usage: "how long after the command's end its devices may still be open",
+				Usage: "wait this long for the devices to be closed after the command ended",
 				Value: 30 * time.Second,
 			},
 		),
@@ -89,7 +91,7 @@ func runRun(c *cli.Context, e *env, o *assignOptions, as string) error {
 	}
 	format, known := vmm.Find(o.format)
 	if !known || format.Args == nil && o.format != "env" {
-		return usagef("run: --format %q: want one that is a command's arguments, or env", o.format)
+		return usagef("run: --format %q has no arguments for a command; want another format, or env", o.format)
 	}
 
 	if err := o.parse(c, format); err != nil {
@@ -97,10 +99,10 @@ func runRun(c *cli.Context, e *env, o *assignOptions, as string) error {
 	}
 	switch placed := slices.Contains(command, "{devices}"); {
 	case placed && format.Args == nil:
-		return usagef("run: {devices} is for a VMM's arguments, and %q is the name of none: which one is it? "+
-			"(--format qemu, as the case may be)", filepath.Base(command[0]))
+		return usagef("run: %q is not the name of a VMM, so viaduct does not know what {devices} is: "+
+			"name the VMM, e.g. --format qemu", filepath.Base(command[0]))
 	case !placed && format.Placed:
-		return usagef("run: where do the arguments for the devices stand? Put {devices} into the command, as %s takes "+
+		return usagef("run: put {devices} into the command where the arguments belong, because %s takes "+
 			"them only there", format.Name)
 	}
 	o.keepWords(command)
@@ -311,16 +313,16 @@ const heldCommandName = "run-held"
 func heldCommand() *cli.Command {
 	return command(&cli.Command{
 		Name: heldCommandName, Hidden: true,
-		Usage:     "wait for a byte, and become another program (run starts this)",
+		Usage:     "wait for a byte, then become another program (viaduct run starts this)",
 		ArgsUsage: "-- FD PROGRAM NAME [ARGUMENT...]",
 		Action: func(c *cli.Context) error {
 			words := c.Args().Slice()
 			if len(words) < 3 {
-				return usagef("%s is for viaduct run alone", heldCommandName)
+				return usagef("only viaduct run uses %s", heldCommandName)
 			}
 			fd, err := strconv.Atoi(words[0])
 			if err != nil {
-				return usagef("%s: %q is no number", heldCommandName, words[0])
+				return usagef("%s: invalid number %q", heldCommandName, words[0])
 			}
 			var begin [1]byte
 			n, err := unix.Read(fd, begin[:])
@@ -328,7 +330,7 @@ func heldCommand() *cli.Command {
 				unix.CloseOnExec(fd)
 				err = unix.Exec(words[1], words[2:], os.Environ())
 			} else if err == nil {
-				err = errors.New("viaduct run ended before its command began")
+				err = errors.New("viaduct run ended before it started its command")
 			}
 			return &vmmEnded{exitNotRun, fmt.Errorf("%s: %w", words[1], err)}
 		},

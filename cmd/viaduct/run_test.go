@@ -22,9 +22,9 @@ func TestRunPlaceholder(t *testing.T) {
 		return &iommu.Host{Host: h}, err
 	}
 	for line, says := range map[string]string{
-		"sh wrapper {devices}":                   `"sh" is the name of none`,
+		"sh wrapper {devices}":                   `"sh" is not the name of a VMM`,
 		"--format env sh {devices}":              "--format qemu",
-		"--format kata ctr run image name":       "Put {devices} into the command",
+		"--format kata ctr run image name":       "put {devices} into the command",
 		"--format nonsense qemu-system-x86_64 a": "--format",
 	} {
 		args := []string{"viaduct", "run", "web", "--from", "0000:01:00.0"}

@@ -32,7 +32,7 @@ func parseRunAs(text string) (*runAs, error) {
 		u, err = user.LookupId(name)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("there is no user %q", name)
+		return nil, fmt.Errorf("unknown user %q", name)
 	}
 	r := &runAs{env: []string{"HOME=" + u.HomeDir, "USER=" + u.Username, "LOGNAME=" + u.Username}}
 	gid := u.Gid
@@ -42,7 +42,7 @@ func parseRunAs(text string) (*runAs, error) {
 			g, err = user.LookupGroupId(group)
 		}
 		if err != nil {
-			return nil, fmt.Errorf("there is no group %q", group)
+			return nil, fmt.Errorf("unknown group %q", group)
 		}
 		gid = g.Gid
 	}

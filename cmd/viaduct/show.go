@@ -15,10 +15,12 @@ func showCommand(e *env) *cli.Command {
 	var sel iommu.Selector
 	return command(&cli.Command{
 		Name:      "show",
-		Usage:     "one device, or with group=N one group: everything known",
+		Usage:     "show everything known about a device, or about group=N",
 		ArgsUsage: "SELECTOR",
-		Description: "Serial numbers are read from config space, which wakes a sleeping device; nothing else of a device is.\n\n" +
-			"Examples:\n  viaduct show enp1s0\n  viaduct show 0000:01:00.0 --json\n  viaduct show group=8        # with its reserved regions",
+		Description: "Reading a serial number wakes a sleeping device; nothing else does.\n\n" +
+			"Examples:\n  viaduct show enp1s0\n" +
+			"  viaduct show 0000:01:00.0 --json\n" +
+			"  viaduct show group=8",
 		Flags:        []cli.Flag{e.jsonFlag()},
 		BashComplete: e.completeSelectors,
 		Action: func(c *cli.Context) error {
@@ -58,10 +60,11 @@ type showView struct {
 	Link            *linkView           `json:"link"`
 	BARs            []barView           `json:"bars"`
 	VFs             *vfsView            `json:"vfs"`
-	Holders         []holderView        `json:"holders"` // null where nobody can be asked, or not all can be seen
-	Guest           *string             `json:"guest"`
-	USB             []usbView           `json:"usb_devices"`
-	Warnings        []warningView       `json:"warnings"`
+	// Holders are those who were seen; null where nobody can be asked, or where none was seen and not all could be.
+	Holders  []holderView  `json:"holders"`
+	Guest    *string       `json:"guest"`
+	USB      []usbView     `json:"usb_devices"`
+	Warnings []warningView `json:"warnings"`
 
 	uses []holder.Holder
 }
@@ -242,9 +245,7 @@ func (v *showView) look(e *env, h *iommu.Host, t *iommu.Topology, d *iommu.Devic
 	}
 	if !h.Live() {
 		// Which has files that tell of some, and nobody to ask.
-		if found, err = holder.Glance(h, t); err != nil && !errors.Is(err, holder.ErrBlind) {
-			return err
-		}
+		found, err = holder.Glance(h, t)
 	}
 	if h.Live() && err == nil {
 		v.Holders = []holderView{}

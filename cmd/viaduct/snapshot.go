@@ -20,11 +20,14 @@ func snapshotCommand(e *env) *cli.Command {
 	var redact bool
 	return command(&cli.Command{
 		Name:      "snapshot",
-		Usage:     "write what viaduct sees of this host into one file",
+		Usage:     "write everything viaduct reads of this host to one file",
 		ArgsUsage: "FILE|-",
-		Description: "With --host FILE, list, show and the other commands that only look work on it, on any machine. It holds MAC addresses,\n" +
-			"serial numbers and names of guests; written by root it is complete, by others it lacks config space and firmware tables. A file\n" +
-			"that exists is never overwritten.\n\nExamples:\n  viaduct snapshot host.tar.gz\n  viaduct --host host.tar.gz list --tree\n" +
+		Description: "With `--host FILE`, every command that only reads works on this file, on any machine. A file that " +
+			"exists is never overwritten. The file holds MAC addresses and serial numbers; `--redact` masks " +
+			"them. A snapshot that root takes is complete; that of another user lacks configuration space and " +
+			"the firmware's tables.\n\n" +
+			"Examples:\n  viaduct snapshot host.tar.gz\n" +
+			"  viaduct --host host.tar.gz list --tree\n" +
 			"  ssh host viaduct snapshot --redact - > host.tar.gz",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{

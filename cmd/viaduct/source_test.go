@@ -15,10 +15,10 @@ func TestParseSource(t *testing.T) {
 		"net,count=3,vlan=7":      "net 3 vlan=7 trust=on",
 		"0000:01:10.0,mac=stable": "0000:01:10.0 2 mac=stable vlan=100 trust=on",
 		"mac=52:54:00:00:00:01":   "mac=52:54:00:00:00:01 2 vlan=100 trust=on",
-		"net,count=x":             `count "x" is no number`,
+		"net,count=x":             `invalid count "x"`,
 		"net,count=0":             "want one or more",
 		",vlan=7":                 "it names nothing",
-		"net,msix=4":              "msix is no guest's",
+		"net,msix=4":              "msix cannot be set for a guest",
 		"net,speed=7":             "speed",
 		"net,vlan=9999":           "9999",
 	} {

@@ -27,21 +27,26 @@ func verifyCommand(e *env) *cli.Command {
 	var o verifyOptions
 	return command(&cli.Command{
 		Name:      "verify",
-		Usage:     "open a device through VFIO, and prove that it can go to a guest",
+		Usage:     "open a device through VFIO to prove that a guest can use it",
 		ArgsUsage: "SELECTOR",
-		Description: "The device has to be on a vfio driver (viaduct bind), and nobody may have it. It is opened by each way that the kernel\n" +
-			"has, iommufd and container, which resets it: memory is mapped and unmapped, at most 1 GiB and a quarter of what is\n" +
-			"free, the kernel is asked to signal an interrupt, a reset is tried. Exit status 0 says that a guest can have it, 1 that it cannot, with the\n" +
-			"reasons, and 3 that somebody has it. With --memory a guest of this size is checked too: whether the IOMMU can map\n" +
-			"its memory, whether this process may lock it, and whether there are huge pages for it.\n\n" +
-			"Examples:\n  viaduct verify 0000:01:00.0\n  viaduct verify enp1s0/vf0 --memory 16G\n  viaduct verify 0000:01:00.0 --json | jq .usable",
+		Description: "The device must be on a vfio driver (see `bind`) and nobody may have it open. viaduct opens it " +
+			"through iommufd and through a container, as far as the kernel has them, which resets the device. " +
+			"It maps and unmaps memory (at most 1 GiB, and a quarter of what is free), has the kernel signal an " +
+			"interrupt, and tries a reset. With `--memory` it also checks whether the IOMMU can map the memory " +
+			"of a guest of that size, whether this process may lock it, and whether there are huge pages for " +
+			"it.\n\n" +
+			"Exit status: 0 a guest can use the device; 1 it cannot, and the reasons are printed; 3 somebody " +
+			"has it open.\n\n" +
+			"Examples:\n  viaduct verify 0000:01:00.0\n" +
+			"  viaduct verify enp1s0/vf0 --memory 16G\n" +
+			"  viaduct verify 0000:01:00.0 --json | jq .usable",
 		Flags: []cli.Flag{
 			&cli.StringFlag{
-				Name: "memory", Usage: "check a guest with this much memory as well, as `16G`",
+				Name: "memory", Usage: "also check a guest with memory `SIZE` (e.g. 16G)",
 				Destination: &o.memory,
 			},
 			&cli.DurationFlag{
-				Name: "timeout", Usage: "how long another viaduct is waited for", Value: bind.DefaultTimeout,
+				Name: "timeout", Usage: "wait this long for another viaduct", Value: bind.DefaultTimeout,
 				Destination: &o.timeout,
 			},
 			e.jsonFlag(),
@@ -57,7 +62,7 @@ func verifyCommand(e *env) *cli.Command {
 			}
 			memory, err := parseSize(o.memory)
 			if err != nil {
-				return usagef("--memory %s: want a size, as 16G", o.memory)
+				return usagef("invalid --memory %s: want a size, e.g. 16G", o.memory)
 			}
 			if err := checkTimeout(o.timeout); err != nil {
 				return err
@@ -75,7 +80,7 @@ type verifyView struct {
 
 func runVerify(ctx context.Context, e *env, o verifyOptions, vo verify.Options) error {
 	if e.hostName != "" && e.hostName != "/" {
-		return usagef("%s is a captured host: none of its devices can be opened", e.hostName)
+		return usagef("%s is a captured host: viaduct cannot open its devices", e.hostName)
 	}
 	ctx, stop, on, err := e.beginLook(ctx, o.timeout)
 	if err != nil {
@@ -88,7 +93,7 @@ func runVerify(ctx context.Context, e *env, o verifyOptions, vo verify.Options) 
 			return nil, err
 		}
 		if !d.PCI {
-			return nil, usagef("%s is no PCI device", d.Name)
+			return nil, usagef("%s is not a PCI device", d.Name)
 		}
 		return resetWith(on.topology, d)
 	}
@@ -121,7 +126,7 @@ func runVerify(ctx context.Context, e *env, o verifyOptions, vo verify.Options) 
 func (e *env) offer(ctx context.Context, d *iommu.Device, o verifyOptions) error {
 	reason := "it has no driver"
 	if d.Driver != "" {
-		reason = "it is on " + d.Driver + ", which is no vfio driver"
+		reason = "it is on " + d.Driver + ", which is not a vfio driver"
 	}
 	asJSON := e.json
 	e.dryRun, e.json = true, true // nothing is printed

@@ -40,7 +40,7 @@ func TestVerify(t *testing.T) {
 
 	out, errs := do(1, "verify", nic)
 	if !strings.Contains(out, "echo 0000:01:00.0 > /sys/bus/pci/drivers/igb/unbind\n") ||
-		errs != "viaduct: verify 0000:01:00.0: it is on igb, which is no vfio driver: viaduct bind 0000:01:00.0 takes it\n" {
+		errs != "viaduct: verify 0000:01:00.0: it is on igb, which is not a vfio driver: viaduct bind 0000:01:00.0 takes it\n" {
 		t.Errorf("on its home driver:\n%s%s", out, errs)
 	}
 	var got struct {

@@ -72,7 +72,7 @@ func (o *createOptions) countFlags(e *env) []cli.Flag {
 		forceFlag("a VF that goes"),
 		&cli.DurationFlag{
 			Name:        "timeout",
-			Usage:       "how long one write, or another viaduct, is waited for",
+			Usage:       "wait this long for one write, and for another viaduct",
 			DefaultText: "30s, and 1s for each VF",
 			Destination: &o.timeout,
 		},
@@ -97,19 +97,25 @@ func vfCreateCommand(e *env) *cli.Command {
 	var o createOptions
 	return command(&cli.Command{
 		Name:      "create",
-		Usage:     "make N the number of VFs of a PF",
+		Usage:     "set the number of VFs of a PF to N",
 		ArgsUsage: "PF... N [KEY=VALUE...]",
-		Description: "N is the total afterwards: with 2 VFs there, `create PF 4` ends with 4. From one number to another all VFs go first,\n" +
-			"which is refused (exit status 3) while one is in use. The new VFs never meet the host's own driver unless --driver home\n" +
-			"says so: they have none (`bind` gives them one), or with --driver vfio a vfio driver at once. A PF that is down is brought\n" +
-			"up first, without an address. VFs of an NVMe controller get equal shares of its queues and interrupts and are set online.\n" +
-			"The settings, as those of vf set, are given to each VF before a driver has it.\n\n" +
-			"Examples:\n  viaduct vf create enp1s0 4\n  viaduct vf create 0000:01:00.0 7 --driver vfio\n  viaduct vf create enp1s0 4 --dry-run\n" +
-			"  viaduct vf create enp1s0 enp2s0 7 mac=stable vlan=100 --driver vfio\n  viaduct vf create enp1s0np0 8 --eswitch switchdev --mtu 9000",
+		Description: "N is the total afterwards: with 2 VFs there, `viaduct vf create enp1s0 4` ends with 4. The kernel " +
+			"removes all VFs before it makes another number of them; viaduct refuses that (exit status 3) while " +
+			"one is in use.\n\n" +
+			"With `--driver none`, the default, the VFs have no driver until `bind`; the host's own driver " +
+			"never gets them. With `vfio` they go to a vfio driver at once, with `home` to the host's driver, " +
+			"and with the name of a vfio driver to that one. viaduct brings up a PF that is down, without an " +
+			"address. VFs of an NVMe controller get equal shares of its queues and interrupts and are set " +
+			"online. Settings, as `vf set` takes them, are made before a VF has a driver.\n\n" +
+			"Examples:\n  viaduct vf create enp1s0 4\n" +
+			"  viaduct vf create 0000:01:00.0 7 --driver vfio\n" +
+			"  viaduct vf create enp1s0 4 --dry-run\n" +
+			"  viaduct vf create enp1s0 enp2s0 7 mac=stable vlan=100 --driver vfio\n" +
+			"  viaduct vf create enp1s0np0 8 --eswitch switchdev --mtu 9000",
 		Flags: append([]cli.Flag{
 			&cli.StringFlag{
 				Name:        "driver",
-				Usage:       "what drives the VFs: `none|vfio|home`",
+				Usage:       "bind the VFs to `none|vfio|home|NAME`",
 				Value:       string(sriov.UseNone),
 				Destination: &driver,
 			},
@@ -130,14 +136,13 @@ func vfCreateCommand(e *env) *cli.Command {
 			},
 			&cli.StringFlag{
 				Name:        "hw-tc-offload",
-				Usage:       "whether the NIC carries out the e-switch's rules: `on|off`",
+				Usage:       "let the NIC carry out the rules of the e-switch: `on|off`",
 				Destination: &o.wish.Offload,
 			},
 			&cli.StringFlag{Name: "encap", Usage: "of the e-switch: `none|basic`", Destination: &o.wish.Eswitch.Encap},
 		}, o.countFlags(e)...),
 		BashComplete: e.completePFs,
 		Action: func(c *cli.Context) error {
-			o.vf.Use = sriov.Use(driver)
 			err := o.parse(c)
 			if err != nil {
 				return err
@@ -147,9 +152,9 @@ func vfCreateCommand(e *env) *cli.Command {
 				func(w string) bool { n, err := strconv.Atoi(w); return err == nil && n >= 0 })
 			switch {
 			case at < 0 && len(words) == 2:
-				return usagef("vf create: %q is no number of VFs", words[1])
+				return usagef("vf create: invalid number of VFs %q", words[1])
 			case at < 1:
-				return usagef("vf create: want the PF and the number of VFs it is to have")
+				return usagef("vf create: want a PF and a number of VFs, e.g. enp1s0 4")
 			}
 
 			if o.pfs, err = parseSelectors(words[:at]); err != nil {
@@ -166,8 +171,8 @@ func vfCreateCommand(e *env) *cli.Command {
 				return usagef("vf create: no VFs, and settings for them")
 			}
 
-			if o.vf.Use != sriov.UseNone && o.vf.Use != sriov.UseVFIO && o.vf.Use != sriov.UseHome {
-				return usagef("vf create: --driver is none, vfio or home, not %q", driver)
+			if o.vf.Use, err = sriov.ParseUse(driver); err != nil {
+				return usagef("vf create: --driver %s: %w", driver, err)
 			}
 			for _, f := range []struct {
 				flag, value string
@@ -210,7 +215,7 @@ func vfDestroyCommand(e *env) *cli.Command {
 		Name:      "destroy",
 		Usage:     "remove all VFs of a PF",
 		ArgsUsage: "PF...",
-		Description: "Refused (exit status 3) while somebody uses a VF, as bind is.\n\n" +
+		Description: "viaduct refuses this, with exit status 3, while a VF is in use.\n\n" +
 			"Examples:\n  viaduct vf destroy enp1s0",
 		Flags:        o.countFlags(e),
 		BashComplete: e.completePFs,

@@ -27,16 +27,18 @@ func vfSetCommand(e *env) *cli.Command {
 	var o setOptions
 	return command(&cli.Command{
 		Name:      "set",
-		Usage:     "set what the PF decides for a VF",
+		Usage:     "change the settings that a PF makes for a VF",
 		ArgsUsage: "PF/vfN KEY=VALUE...",
-		Description: "Several keys are one change: all of them or, undone, none. What is right already is not written, what is written is read\n" +
-			"back. A driver that has the VF sees some settings only when it binds next.\n\n" +
-			settingsHelp() + "\n" +
-			"Examples:\n  viaduct vf set enp1s0/vf0 mac=52:54:00:12:34:56\n  viaduct vf set enp1s0/vf0 mac=stable vlan=100 trust=off spoofchk=on",
+		Description: "Several settings are one change: viaduct makes all of them or, if one fails, none. It does not " +
+			"write a setting that is right already, and reads back what it wrote. A driver that has the VF may " +
+			"notice a setting only when it binds again.\n\n" +
+			"" + settingsHelp() + "\n" +
+			"Examples:\n  viaduct vf set enp1s0/vf0 mac=52:54:00:12:34:56\n" +
+			"  viaduct vf set enp1s0/vf0 mac=stable vlan=100 trust=off spoofchk=on",
 		Flags: []cli.Flag{
 			&cli.DurationFlag{
 				Name:        "timeout",
-				Usage:       "how long another viaduct is waited for",
+				Usage:       "wait this long for another viaduct",
 				Value:       bind.DefaultTimeout,
 				Destination: &o.timeout,
 			},
@@ -45,7 +47,7 @@ func vfSetCommand(e *env) *cli.Command {
 		BashComplete: e.completeVFs,
 		Action: func(c *cli.Context) (err error) {
 			if c.NArg() < 2 {
-				return usagef("vf set: want a VF and a setting, as enp1s0/vf0 mac=52:54:00:12:34:56")
+				return usagef("vf set: want a VF and a setting, e.g. enp1s0/vf0 mac=52:54:00:12:34:56")
 			}
 			if err := checkTimeout(o.timeout); err != nil {
 				return err
@@ -61,11 +63,11 @@ func vfSetCommand(e *env) *cli.Command {
 	})
 }
 
-// settingsHelp is a line for each setting.
+// settingsHelp is an item for each setting.
 func settingsHelp() string {
 	var out strings.Builder
 	for _, line := range sriov.Help() {
-		fmt.Fprintf(&out, "  %-24s  %s\n", line[0], line[1])
+		fmt.Fprintf(&out, "- `%s`: %s\n", line[0], line[1])
 	}
 	return out.String()
 }
@@ -157,10 +159,12 @@ func joinKeys(keys []sriov.Key) string {
 
 func vfGetCommand(e *env) *cli.Command {
 	return command(&cli.Command{
-		Name:         "get",
-		Usage:        "what the PF's driver reports of a VF",
-		ArgsUsage:    "PF/vfN",
-		Description:  "What is not shown is not reported. The line can be given to vf set.\n\nExamples:\n  viaduct vf get enp1s0/vf0",
+		Name:      "get",
+		Usage:     "print the settings of a VF that its PF reports",
+		ArgsUsage: "PF/vfN",
+		Description: "`vf set` takes the line as it is printed. A setting that is missing is not reported by the PF's " +
+			"driver.\n\n" +
+			"Examples:\n  viaduct vf get enp1s0/vf0",
 		Flags:        []cli.Flag{e.jsonFlag()},
 		BashComplete: e.completeVFs,
 		Action: func(c *cli.Context) error {
@@ -215,15 +219,17 @@ func vfSyncCommand(e *env) *cli.Command {
 	var timeout time.Duration
 	return command(&cli.Command{
 		Name:      "sync",
-		Usage:     "set VFs again as they are declared, or as vf set had them, after their PF was reset",
+		Usage:     "make the settings of VFs again after a reset of their PF",
 		ArgsUsage: "[PF...]",
-		Description: "Without a PF, all of them. VFs of a PF that is declared (/etc/viaduct/host.yaml) get the settings from there; what vf set\n" +
-			"did is known until the VFs are removed or the host is booted.\n\n" +
-			"Examples:\n  viaduct vf sync\n  viaduct vf sync enp1s0 --dry-run",
+		Description: "Without a PF, viaduct does this for all PFs. VFs of a declared PF get the settings of " +
+			"/etc/viaduct/host.yaml, the others those that `vf set` made. The latter are forgotten when the VFs " +
+			"are removed and when the host boots.\n\n" +
+			"Examples:\n  viaduct vf sync\n" +
+			"  viaduct vf sync enp1s0 --dry-run",
 		Flags: []cli.Flag{
 			&cli.DurationFlag{
 				Name:        "timeout",
-				Usage:       "how long another viaduct is waited for",
+				Usage:       "wait this long for another viaduct",
 				Value:       bind.DefaultTimeout,
 				Destination: &timeout,
 			},

@@ -17,15 +17,19 @@ func whyCommand(e *env) *cli.Command {
 	var memory string
 	return command(&cli.Command{
 		Name:      "why",
-		Usage:     "tell why an IOMMU group is what it is and what would split it, or why a guest has its devices or not",
+		Usage:     "explain an IOMMU group, or what the devices of a guest lack",
 		ArgsUsage: "SELECTOR | group=N | guest=NAME",
-		Description: "The group is computed from config space, the way the kernel does it, and compared with the kernel's own. That takes\n" +
-			"root, and wakes those devices that sleep and matter for it. Of a guest all is checked that its devices need, from the\n" +
-			"firmware to its VMM: each line is ok, no or unknown, with the file that shows it and the command that mends it.\n\n" +
-			"Examples:\n  viaduct why enp1s0\n  viaduct why group=8 --json\n  viaduct why --all --json\n  viaduct why guest=web --memory 8G",
+		Description: "viaduct computes the group from configuration space, as the kernel does, and compares it with the " +
+			"kernel's. That needs root, and wakes the sleeping devices that matter for it. For a guest, viaduct " +
+			"checks everything that its devices need, from the firmware to the VMM: each line is ok, no or " +
+			"unknown, with the file that shows it and the command that helps.\n\n" +
+			"Examples:\n  viaduct why enp1s0\n" +
+			"  viaduct why group=8 --json\n" +
+			"  viaduct why --all --json\n" +
+			"  viaduct why guest=web --memory 8G",
 		Flags: []cli.Flag{
 			e.jsonFlag(),
-			&cli.BoolFlag{Name: "all", Usage: "tell it of every group", Destination: &all},
+			&cli.BoolFlag{Name: "all", Usage: "explain every group", Destination: &all},
 			&cli.StringFlag{Name: "memory", Usage: "of a guest: its memory `SIZE` (e.g. 8G)", Destination: &memory},
 		},
 		BashComplete: func(c *cli.Context) {
@@ -76,7 +80,7 @@ func whyArgument(e *env, arg string, memory uint64) error {
 		return usagef("%s is both a guest and a device: name %s%s, or the device as %s", arg, guestKey, arg, d.Name)
 	}
 	if memory != 0 {
-		return usagef("why: --memory is of a guest, and %s is none", arg)
+		return usagef("why: --memory needs a guest, and %s is not one", arg)
 	}
 	if wrong != nil {
 		return wrong

@@ -94,7 +94,7 @@ func TestHolders(t *testing.T) {
 	do(t, "unbind", spare)
 	shell(t, "udevadm settle")
 	if r := run(t, "setpriv", "--bounding-set", "-sys_ptrace", "--inh-caps", "-sys_ptrace", viaduct, "bind", nvme); r.status != 3 ||
-		!strings.Contains(r.stderr, "cannot be seen") {
+		!strings.Contains(r.stderr, "cannot see who") {
 		t.Errorf("without the right to see others' files: exit status %d, %s", r.status, r.stderr)
 	}
 	away := exec.Command("unshare", "-m", "sleep", "1000") // another mount namespace with the same root
@@ -309,7 +309,7 @@ func TestFailures(t *testing.T) {
 	}{
 		{"a driver that does not exist", "vfio_nonesuch", 1, []string{"bind", vf, "--driver", "vfio-nonesuch"}},
 		{"a kind that does not exist", "the kinds of holders are", 2, []string{"bind", vf, "--force=magic"}},
-		{"an owner that does not exist", "no user", 2, []string{"bind", vf, "--node-owner", "nobody-of-that-name"}},
+		{"an owner that does not exist", "unknown user", 2, []string{"bind", vf, "--node-owner", "nobody-of-that-name"}},
 		{"no time at all", "--timeout", 2, []string{"bind", vf, "--timeout", "0s"}},
 	} {
 		before := fingerprint()
@@ -319,7 +319,7 @@ func TestFailures(t *testing.T) {
 		}
 	}
 	if r := run(t, "setpriv", "--reuid=nobody", viaduct, "bind", vf); r.status != 1 ||
-		!strings.Contains(r.stderr, "takes root") {
+		!strings.Contains(r.stderr, "needs root") {
 		t.Errorf("not root: exit status %d, %s", r.status, r.stderr)
 	}
 	do(t, "bind", vf)

@@ -227,12 +227,12 @@ func TestDeclaredRefused(t *testing.T) {
 	shell(t, "ip addr del 192.0.2.9/24 dev "+netdev(t, spare))
 	mine := declare(t, "devices:\n  - select: mac=52:54:00:00:00:02\n")
 	r = status(t, 3, "apply", "--boot", "-f", mine)
-	if !strings.Contains(r.stderr, "carried this host") || bound(spare) != "igb" {
+	if !strings.Contains(r.stderr, "was using it") || bound(spare) != "igb" {
 		t.Errorf("%s, and it is on %q", r.stderr, bound(spare))
 	}
 	shell(t, "rm -rf /var/lib/viaduct")
 	r = status(t, 3, "apply", "--boot", "-f", mine)
-	if !strings.Contains(r.stderr, "nothing says which NICs") || bound(spare) != "igb" {
+	if !strings.Contains(r.stderr, "does not know which NICs") || bound(spare) != "igb" {
 		t.Errorf("%s, and it is on %q", r.stderr, bound(spare))
 	}
 	do(t, "apply", "-f", mine)

@@ -74,7 +74,7 @@ func TestSettings(t *testing.T) {
 			t.Errorf("%v failed, and ip says %q, said %q", words, now, before)
 		}
 	}
-	refused("no VLAN protocol but 802.1q", "proto=802.1ad")
+	refused("only the VLAN protocol 802.1q", "proto=802.1ad")
 	refused("has no setting link", "mac=52:54:00:77:00:02", "vlan=7", "link=enable")
 	refused("has no setting rss_query", "rss_query=on", "trust=off")
 	refused("min_tx_rate", "min_tx_rate=10")
@@ -230,7 +230,7 @@ func TestRace(t *testing.T) {
 			t.Errorf("round %d: set reported success, and ip says %q", i, vfLine(t, pf, 0))
 		case r.status == 0:
 			set++
-		case !strings.Contains(r.stderr, "no such VF") && !strings.Contains(r.stderr, "no such device") && !strings.Contains(r.stderr, "it went while"):
+		case !strings.Contains(r.stderr, "no such VF") && !strings.Contains(r.stderr, "no such device") && !strings.Contains(r.stderr, "it disappeared while"):
 			t.Errorf("round %d: %s", i, r.stderr)
 		}
 		if autoprobe := attr(devicesDir, spare, "sriov_drivers_autoprobe"); autoprobe != "1" {

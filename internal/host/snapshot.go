@@ -50,7 +50,7 @@ func readSnapshot(name string) (*node, error) {
 func decodeSnapshot(name string, r io.Reader) (*node, error) {
 	z, err := gzip.NewReader(r)
 	if err != nil {
-		return nil, badSnapshot(name, "no gzip archive (%v)", err)
+		return nil, badSnapshot(name, "not a gzip archive (%v)", err)
 	}
 	root, content, nodes := newRoot(), 0, 0
 	// Tar reads headers and padding of any length by itself.
@@ -156,7 +156,7 @@ func (n *node) add(name string, leaf *node) (made int, err error) {
 			child = &node{parent: n, children: map[string]*node{}}
 			n.children[e] = child
 		case child.children == nil:
-			return made, errors.New("below something that is no directory")
+			return made, errors.New("below something that is not a directory")
 		}
 
 		n = child

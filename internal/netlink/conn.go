@@ -22,7 +22,7 @@ import (
 // ErrCut is wrapped by errors that say that an answer did not come whole.
 var ErrCut = errors.New("the kernel's answer was cut")
 
-var errInterrupted = errors.New("what was asked for changed all the time while the kernel told of it")
+var errInterrupted = errors.New("the answer kept changing while the kernel gave it")
 
 const (
 	// patience is how long an answer is waited for. The kernel has it when a request was sent.

@@ -41,7 +41,7 @@ func DialGeneric(h *host.Host, family string, version uint8) (*Generic, error) {
 		}
 	})
 	if err == nil && g.id == 0 {
-		err = fmt.Errorf("%w: it names no number", ErrCut)
+		err = fmt.Errorf("%w: it has no number", ErrCut)
 	}
 	if err != nil {
 		c.Close()

@@ -159,7 +159,7 @@ func (c *Conn) Peer(pid int) (id int, ok bool, err error) {
 	pidAttribute := nl.NewRtAttr(unix.NETNSA_PID, nl.Uint32Attr(uint32(pid)))
 	answer, err := c.Ask(unix.RTM_GETNSID, 0, &nsMessage{msg}, pidAttribute)
 	if err != nil {
-		return 0, false, fmt.Errorf("ask for the name of a network namespace: %w", err)
+		return 0, false, fmt.Errorf("read the name of a network namespace: %w", err)
 	}
 	if len(answer) < nsHeader {
 		return 0, false, fmt.Errorf("%w: the name of a namespace in %d bytes", ErrCut, len(answer))

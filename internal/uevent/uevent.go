@@ -30,7 +30,7 @@ func Open(h *host.Host) (*Events, error) {
 		}
 		if err != nil {
 			e.Close()
-			return nil, fmt.Errorf("hear of new devices: %w", err)
+			return nil, fmt.Errorf("listen for new devices: %w", err)
 		}
 	}
 	return e, nil

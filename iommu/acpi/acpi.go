@@ -98,7 +98,7 @@ func Parse(table []byte) (*Table, error) {
 	f, known := forms[t.Signature]
 	switch {
 	case !known:
-		return nil, bad("%q is none of the tables about IOMMUs", t.Signature)
+		return nil, bad("%q is not one of the tables about IOMMUs", t.Signature)
 	case uint64(t.Length) != uint64(len(table)):
 		return t, bad("%s is said to have %d bytes, and has %d", t.Signature, t.Length, len(table))
 	case len(table) < fixedLength:

@@ -74,7 +74,7 @@ func (f IVHDFlags) Names() []string { return named(uint64(f), ivhdFlagBits) }
 // MarshalJSON gives the number and the names.
 func (f IVHDFlags) MarshalJSON() ([]byte, error) { return bitsJSON(uint64(f), f.Names()) }
 
-// IOTLB reports whether devices may keep translations of their own (ATS).
+// IOTLB reports whether devices may keep their own translations (ATS).
 func (f IVHDFlags) IOTLB() bool { return f&0x10 != 0 }
 
 // IVHDFeatures are the features that a block of type 10h reports.

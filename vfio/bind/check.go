@@ -58,9 +58,9 @@ func Takable(d *iommu.Device) error {
 	cure := ""
 	switch d.Role() {
 	case iommu.RolePort:
-		why.Text = d.Name + " is a bridge, which no guest can have"
+		why.Text = d.Name + " is a bridge, which a guest cannot have"
 	case iommu.RoleChild:
-		why.Text = fmt.Sprintf("%s is behind %s, whose driver makes its bus: a guest can only have all that is "+
+		why.Text = fmt.Sprintf("%s is behind %s, whose driver makes its bus: a guest can have only everything "+
 			"behind that", d.Name, d.Parent)
 		cure = "name " + d.Parent.String() + " instead"
 	default:
@@ -211,7 +211,7 @@ func (c *check) run(asked []*iommu.Device, holders []holder.Holder) {
 		c.siblings(asked)
 		c.resets(asked)
 	} else {
-		c.refused.Cure = "end the guest, or release what is assigned to it, first"
+		c.refused.Cure = "end the guest, or run viaduct release, first"
 	}
 	c.users(holders)
 	if !c.goal.takes() {
@@ -241,7 +241,7 @@ func (c *check) canBeTaken(asked []*iommu.Device) {
 	for _, d := range c.unit {
 		switch {
 		case !d.PCI:
-			c.add(holder.Group, d.Name, "", "%s shares the group and is no PCI device", d.Name)
+			c.add(holder.Group, d.Name, "", "%s shares the group and is not a PCI device", d.Name)
 		case d.Group == nil && c.topology.LateGroups() && d.Driver == "":
 			c.getsGroup(d)
 		case d.Group == nil && len(c.topology.Groups) == 0 && len(c.topology.Units) == 0:
@@ -250,13 +250,14 @@ func (c *check) canBeTaken(asked []*iommu.Device) {
 		case d.Group == nil:
 			c.add(holder.IOMMU, d.Name, "", "%s is in no IOMMU group: the IOMMU does not cover it", d.Name)
 		case d.SRIOV != nil && len(d.SRIOV.VFs) > 0 && slices.ContainsFunc(asked, isVFOf(d)):
-			cure := fmt.Sprintf("nothing on the way to the card keeps its functions apart (ACS): viaduct show "+
+			cure := fmt.Sprintf("the slot does not isolate the functions of the card (ACS): viaduct show "+
 				"group=%d; another slot, or a setting of the firmware, may", *d.Group)
-			c.add(holder.Group, d.Name, cure, "%s is in the IOMMU group of its VFs, and VFIO takes no PF that has any",
+			c.add(holder.Group, d.Name, cure, "%s is in the IOMMU group of its VFs, and VFIO does not accept a PF "+
+				"with VFs",
 				d.Name)
 		case d.SRIOV != nil && len(d.SRIOV.VFs) > 0:
 			c.add(holder.VFs, d.Name, "viaduct vf destroy "+d.Name,
-				"%s is a PF with %d VFs, and VFIO takes no such PF", d.Name, len(d.SRIOV.VFs))
+				"%s is a PF with %d VFs, and VFIO does not accept a PF with VFs", d.Name, len(d.SRIOV.VFs))
 		}
 	}
 
@@ -266,12 +267,12 @@ func (c *check) canBeTaken(asked []*iommu.Device) {
 	if group, err := c.topology.Group(*c.unit[0].Group); err == nil {
 		if group.NoIOMMU {
 			c.add(holder.IOMMU, c.unit[0].Name, "",
-				"group %d has no IOMMU in front of it: VFIO made it in its noiommu mode", group.ID)
+				"group %d has no IOMMU: VFIO made it in its noiommu mode", group.ID)
 		}
 		for _, m := range group.Blockers() {
 			if m.IsBridge() {
 				c.add(holder.Group, m.Name, "",
-					"bridge %s of the group is on %s and so keeps the group from being viable", m.Name, m.Driver)
+					"bridge %s of the group is on %s, so the group is not viable", m.Name, m.Driver)
 			}
 		}
 	}
@@ -283,7 +284,7 @@ func (c *check) getsGroup(d *iommu.Device) {
 	unsafe, err := vfio.NoIOMMU(c.b.host)
 	switch {
 	case err != nil:
-		c.add(holder.Unseen, d.Name, "", "whether VFIO's noiommu mode is on cannot be read: %v", err)
+		c.add(holder.Unseen, d.Name, "", "read whether VFIO's noiommu mode is on: %v", err)
 	case unsafe:
 		c.add(holder.IOMMU, d.Name, "echo N > /"+vfio.NoIOMMUFile, "%s is in no IOMMU group yet, and VFIO's noiommu "+
 			"mode is on, in which the kernel may make one for it that no IOMMU is in front of", d.Name)
@@ -303,9 +304,10 @@ func (c *check) resets(asked []*iommu.Device) {
 		why := reset.Problem(func(o *iommu.Device) bool { return has(c.unit, o) || has(asked, o) })
 		switch {
 		case err != nil:
-			c.verdict.Notes = append(c.verdict.Notes, fmt.Sprintf("%s: how it is reset is not known: %s", d.Name, err))
+			c.verdict.Notes = append(c.verdict.Notes, fmt.Sprintf("%s: viaduct cannot tell how it is reset: %s",
+				d.Name, err))
 		case why != "":
-			c.verdict.Notes = append(c.verdict.Notes, fmt.Sprintf("%s: %s; what one guest leaves in it, the next one "+
+			c.verdict.Notes = append(c.verdict.Notes, fmt.Sprintf("%s: %s; what a guest leaves in it, the next one "+
 				"finds", d.Name, why))
 		}
 	}
@@ -321,8 +323,8 @@ func (c *check) siblings(asked []*iommu.Device) {
 		c.topology.All(func(other *iommu.Device) bool {
 			if d.Sibling(other) && !other.Together(d) && !has(asked, other) && other.Class>>16 != d.Class>>16 &&
 				other.Role() == iommu.RoleGuest && !other.VFIO {
-				c.verdict.Notes = append(c.verdict.Notes, fmt.Sprintf("%s is on the same card as %s, in a "+
-					"group of its own: it stays with the host unless it is taken too", other.Name, d.Name))
+				c.verdict.Notes = append(c.verdict.Notes, fmt.Sprintf("%s is on the same card as %s, in "+
+					"another group: it stays with the host unless it is taken too", other.Name, d.Name))
 			}
 			return true
 		})
@@ -368,7 +370,7 @@ func (g Goal) reached(d *iommu.Device) bool {
 func (c *check) keepsVFs() {
 	for _, d := range c.unit {
 		if d.SRIOV != nil && len(d.SRIOV.VFs) > 0 && d.VFIO {
-			c.add(holder.VFs, d.Name, "", "%s has %d VFs, which would go with its driver", d.Name, len(d.SRIOV.VFs))
+			c.add(holder.VFs, d.Name, "", "%s has %d VFs, which its driver would remove", d.Name, len(d.SRIOV.VFs))
 		}
 	}
 }

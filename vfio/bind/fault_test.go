@@ -96,7 +96,7 @@ func TestStuckWrite(t *testing.T) {
 		if !ok || !IsStuck(err) || len(stuck.Holders) > 0 != known {
 			t.Fatalf("known %v: %v", known, err)
 		}
-		if says := "whom it waits for is not known"; strings.Contains(err.Error(), says) == known ||
+		if says := "cannot tell what it waits for"; strings.Contains(err.Error(), says) == known ||
 			strings.Contains(err.Error(), "4711") != known {
 			t.Errorf("known %v: %v", known, err)
 		}
@@ -163,7 +163,7 @@ func TestGivenBackToVFIO(t *testing.T) {
 	k.IDs["vfio-pci"], k.IDs["igb"] = []string{"8086:10c9"}, nil
 	d := read(t, b, igb)
 	c, err := giveBack(b, d)
-	if err == nil || !strings.Contains(err.Error(), "as vfio-pci.ids= in ") || bound(t, b, igb)[0] != "vfio-pci" {
+	if err == nil || !strings.Contains(err.Error(), "because vfio-pci.ids= in ") || bound(t, b, igb)[0] != "vfio-pci" {
 		t.Errorf("%v, plan %+v", err, c)
 	}
 	if keys, err := b.journal.Keys(""); len(keys) > 0 || err != nil {

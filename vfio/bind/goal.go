@@ -8,7 +8,10 @@ import (
 )
 
 // Auto lets a Handle choose the driver: the variant driver that modules.alias names for the device, else vfio-pci.
-const Auto = "auto"
+const Auto = "vfio"
+
+// oldAuto is the word for Auto in files of viaduct before it had one for all places.
+const oldAuto = "auto"
 
 // None as a driver_override matches no driver, so that the device stays without one.
 const None = "none"
@@ -51,13 +54,31 @@ func (g Goal) OwnedBy(o *NodeOwner) Goal {
 
 // check refuses to take a device for what is no driver for guests.
 func (g Goal) check() error {
-	d := g.driver
-	known := d == Auto || d == None || d == stub || iommu.IsVFIODriver(d) && !strings.Contains(d, "/")
-	if g.takes() && !known {
-		return fmt.Errorf("bind: %q is no driver to take a device with: that is %s, %s, %s or a VFIO driver", d, Auto,
-			None, stub)
+	if !g.takes() {
+		return nil
+	}
+	if _, err := ParseDriver(g.driver); err != nil {
+		return fmt.Errorf("bind: driver %q: %w", g.driver, err)
 	}
 	return nil
+}
+
+// moduleDrivers names the VFIO driver of each module whose driver has another name (the .name of its struct pci_driver;
+// most have KBUILD_MODNAME there).
+var moduleDrivers = map[string]string{"vfio_pci": generic, "hisi_acc_vfio_pci": "hisi-acc-vfio-pci"}
+
+// ParseDriver reads a word for [Take]: "vfio" for Auto, "none" for None, "pci-stub", or the name of a VFIO driver. The
+// name of a module is refused with that of its driver. Errors do not name the word.
+func ParseDriver(word string) (string, error) {
+	switch {
+	case word == oldAuto:
+		return Auto, nil
+	case moduleDrivers[word] != "":
+		return "", fmt.Errorf("this is a module; its driver is %s", moduleDrivers[word])
+	case word == Auto || word == None || word == stub || iommu.IsVFIODriver(word) && !strings.Contains(word, "/"):
+		return word, nil
+	}
+	return "", fmt.Errorf("want %s, %s or the name of a vfio driver", Auto, None)
 }
 
 func (g Goal) takes() bool { return g.to == toTake }

@@ -57,14 +57,14 @@ type Handle struct {
 // changes are [iommu.ErrReadOnly].
 func Open(h *iommu.Host, o Options) (*Handle, error) {
 	if h == nil || h.Host == nil {
-		return nil, errors.New("bind: there is no host (iommu.Open gives one)")
+		return nil, errors.New("bind: no host given (iommu.Open returns one)")
 	}
 	if h.Real() && !served.Load() {
 		return nil, errors.New("bind: the program must call bind.ServeWrites first in its main")
 	}
 	for _, name := range []string{opTake, opGive} {
 		if _, own := o.Recoverers[name]; own {
-			return nil, fmt.Errorf("bind: the Recoverer %q is its own, and no other is taken", name)
+			return nil, fmt.Errorf("bind: the name %q belongs to its own Recoverer", name)
 		}
 	}
 	o.Recoverers = maps.Clone(o.Recoverers)

@@ -16,7 +16,8 @@ import (
 // taken: some drivers make them after their probe.
 func (b *Handle) awaitHome(ctx context.Context, d *iommu.Device) error {
 	unknown := func(err error) error {
-		return fmt.Errorf("%s was given back, but whether it has made what it had is not known: %w", d.Name, err)
+		return fmt.Errorf("%s was given back, but viaduct cannot tell whether its driver has made what it had: %w",
+			d.Name, err)
 	}
 	r, known, err := b.taken(d)
 	if err != nil {
@@ -44,8 +45,7 @@ func (b *Handle) awaitHome(ctx context.Context, d *iommu.Device) error {
 			return nil
 		}
 		if asked.Err() != nil {
-			return fmt.Errorf("%s is on %s again; whether it makes %s, which it had, was not waited "+
-				"for", d.Name, driver,
+			return fmt.Errorf("%s is on %s again; viaduct did not wait for %s, which it had", d.Name, driver,
 				strings.Join(missing, " and "))
 		}
 		if ctx.Err() != nil {

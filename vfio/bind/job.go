@@ -34,7 +34,7 @@ type Job struct {
 }
 
 // ErrRan is matched by errors of a Job that was carried out before: what it had asked for may be another thing now.
-const ErrRan = host.Error("it was carried out already")
+const ErrRan = host.Error("it was executed already")
 
 // Prepare finds the units of the devices, locks them, finishes or undoes what interrupted runs left, looks at the
 // devices again if something of viaduct's has changed anything meanwhile, and asks who uses them. What is refused

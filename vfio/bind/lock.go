@@ -177,7 +177,7 @@ type BusyError struct {
 }
 
 func (e *BusyError) Error() string {
-	const cure = "try again, or with a longer --timeout"
+	const cure = "try again, or use a longer --timeout"
 	if e.PID == 0 {
 		return fmt.Sprintf("%s: another viaduct has been changing it for %s; %s", e.Device, e.Waited, cure)
 	}
@@ -186,7 +186,7 @@ func (e *BusyError) Error() string {
 }
 
 // ErrNotLocked is matched by errors that say that a device has to be locked before it is changed.
-const ErrNotLocked = host.Error("it has to be locked first")
+const ErrNotLocked = host.Error("lock it first")
 
 // locked is an ErrNotLocked for a device that Lock has not.
 func (b *Handle) locked(a iommu.Address) error {

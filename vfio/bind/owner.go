@@ -32,7 +32,7 @@ func ParseNodeOwner(s string) (*NodeOwner, error) {
 	o := &NodeOwner{Text: s, uid: -1, gid: -1}
 	name, group, both := strings.Cut(s, ":")
 	if name == "" && group == "" {
-		return nil, fmt.Errorf("%q names no owner; want USER, USER:GROUP or :GROUP", s)
+		return nil, fmt.Errorf("invalid owner %q; want USER, USER:GROUP or :GROUP", s)
 	}
 
 	if name != "" {
@@ -41,7 +41,7 @@ func ParseNodeOwner(s string) (*NodeOwner, error) {
 			name = u.Uid
 		}
 		if o.uid, err = parseID(name); err != nil {
-			return nil, fmt.Errorf("there is no user %q", name)
+			return nil, fmt.Errorf("unknown user %q", name)
 		}
 	}
 	if both && group != "" {
@@ -50,7 +50,7 @@ func ParseNodeOwner(s string) (*NodeOwner, error) {
 			group = g.Gid
 		}
 		if o.gid, err = parseID(group); err != nil {
-			return nil, fmt.Errorf("there is no group %q", group)
+			return nil, fmt.Errorf("unknown group %q", group)
 		}
 	}
 	return o, nil
@@ -92,7 +92,7 @@ func (b *Handle) nodes(ctx context.Context, unit []*iommu.Device, results []*Res
 			owner = nil
 		}
 		if len(files) == 0 {
-			return fmt.Errorf("%s: the kernel made no node for it, neither of its group nor its own", d.Name)
+			return fmt.Errorf("%s: the kernel made no node for it or its group", d.Name)
 		}
 
 		for _, f := range files {

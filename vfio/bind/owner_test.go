@@ -299,7 +299,7 @@ func TestHome(t *testing.T) {
 
 // A device whose driver makes its interface late is waited for; who is interrupted, or has waited for long enough, is told so.
 func TestAwaitHome(t *testing.T) {
-	for what, says := range map[string]string{"late": "", "never": "has not made a network interface", "interrupted": "was not waited for"} {
+	for what, says := range map[string]string{"late": "", "never": "has not made a network interface", "interrupted": "did not wait for"} {
 		k := hosttest.NewLab(t, nil)
 		patience := DefaultTimeout
 		if what == "never" {

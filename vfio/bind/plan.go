@@ -274,7 +274,7 @@ func (c *Change) claimed(h *iommu.Host, driver string) error {
 	err := fmt.Errorf("%s: the kernel bound it to %s again", c.Device, driver)
 	if where := holder.ClaimedByID(h, c.ID)[c.ID]; where != "" {
 		return fmt.Errorf(
-			"%w, as vfio-pci.ids= in %s claims it (take it out there, or name the driver with driver_override)",
+			"%w, because vfio-pci.ids= in %s claims it (take it out there, or name the driver with driver_override)",
 			err,
 			where,
 		)

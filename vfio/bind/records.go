@@ -51,7 +51,7 @@ func (b *Handle) Begin(op string, d *iommu.Device, users []*iommu.Device, data a
 		return err
 	}
 	if b.options.Recoverers[op] == nil {
-		return fmt.Errorf("bind: the Handle has no Recoverer %q, which would finish or undo the change", op)
+		return fmt.Errorf("bind: the Handle lacks the Recoverer %q that finishes or undoes the change", op)
 	}
 	text, err := json.Marshal(data)
 	if err != nil {
@@ -61,7 +61,7 @@ func (b *Handle) Begin(op string, d *iommu.Device, users []*iommu.Device, data a
 }
 
 // ErrInterrupted is matched by errors that say that an interrupted change of a device has to be recovered first.
-const ErrInterrupted = host.Error("a change of it was interrupted, which has to be recovered first")
+const ErrInterrupted = host.Error("an earlier change of it was interrupted: recover it first")
 
 // End says that the change of a device, which was begun, is over, done or undone.
 func (b *Handle) End(a iommu.Address) error {
@@ -113,7 +113,7 @@ func (b *Handle) putRecord(r changeRecord) error {
 }
 
 // ErrNotBegun is matched by errors that say that a change has to be written down before its first write.
-const ErrNotBegun = host.Error("its change was not begun")
+const ErrNotBegun = host.Error("its change was not started")
 
 // mayWrite is an ErrNotBegun for a device without a record.
 func (b *Handle) mayWrite(a iommu.Address) error {

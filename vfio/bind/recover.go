@@ -30,8 +30,8 @@ type UnknownChangeError struct {
 }
 
 func (e *UnknownChangeError) Error() string {
-	return fmt.Sprintf("%s: a change of another kind (%s) was interrupted, which a program that knows such changes, "+
-		"as viaduct recover, finishes or undoes", e.Device, e.Op)
+	return fmt.Sprintf("%s: a change of another kind (%s) was interrupted; a program that knows such changes, "+
+		"e.g. viaduct recover, finishes or undoes it", e.Device, e.Op)
 }
 
 // dying is how long a child whose command was killed is waited for in any case: it may only be about to end.
@@ -432,7 +432,7 @@ func (b *Handle) recoverUnit(unit []changeRecord) []Recovered {
 	if begun, err := b.givenBack(unit); err != nil || !begun {
 		for i := range unit {
 			c := &unit[i].Change
-			r := Recovered{c.Device, "is as it was: its change had been interrupted before it began", err}
+			r := Recovered{c.Device, "is as it was: its change was interrupted before it started", err}
 			if err == nil {
 				r.Err = b.end(c.Device)
 			}
@@ -458,12 +458,12 @@ func (b *Handle) recoverUnit(unit []changeRecord) []Recovered {
 		case err != nil:
 			r.What, r.Err = "cannot be read", err
 		case c.op == opGive || whole:
-			r.What = "has arrived: its change had been interrupted"
+			r.What = "is where it was going: its change was interrupted"
 			if r.Err = b.arrive(c); r.Err == nil {
 				r.Err = b.finish(*c)
 			}
 		default:
-			r.What, r.Err = "was put back: its change had been interrupted", b.putBack(*c, nil)
+			r.What, r.Err = "was put back: its change was interrupted", b.putBack(*c, nil)
 		}
 		if r.Err != nil {
 			r.Err = fmt.Errorf("%s: %w", c.Device, r.Err)

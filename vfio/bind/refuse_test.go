@@ -119,10 +119,10 @@ func TestReasons(t *testing.T) {
 		unit []*iommu.Device
 		goal Goal
 	}{
-		"platform0 shares the group and is no PCI device":   {[]*iommu.Device{card, {Name: "platform0", Group: &group}}, Take(Auto)},
-		"is in no IOMMU group: the IOMMU does not cover it": {[]*iommu.Device{&alone}, Take(Auto)},
-		"is a PF with 1 VFs, and VFIO takes no such PF":     {[]*iommu.Device{&withVFs}, Take(Auto)},
-		"has 1 VFs, which would go with its driver":         {[]*iommu.Device{&onVFIO}, GiveBack()},
+		"platform0 shares the group and is not a PCI device":         {[]*iommu.Device{card, {Name: "platform0", Group: &group}}, Take(Auto)},
+		"is in no IOMMU group: the IOMMU does not cover it":          {[]*iommu.Device{&alone}, Take(Auto)},
+		"is a PF with 1 VFs, and VFIO does not accept a PF with VFs": {[]*iommu.Device{&withVFs}, Take(Auto)},
+		"has 1 VFs, which its driver would remove":                   {[]*iommu.Device{&onVFIO}, GiveBack()},
 	} {
 		verdicts, err := b.Check([][]*iommu.Device{c.unit}, c.unit, c.goal, nil)
 		if err != nil {

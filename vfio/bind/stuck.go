@@ -25,11 +25,11 @@ func (e *StuckError) Error() string {
 		holders.WriteString("; it " + h.What)
 	}
 	if len(e.Holders) == 0 {
-		holders.WriteString("; whom it waits for is not known")
+		holders.WriteString("; viaduct cannot tell what it waits for")
 	}
 	return fmt.Sprintf("%s is stuck: %q has not returned since %s", e.Device, e.What, e.Since.Format(time.TimeOnly)) +
 		holders.String() +
-		fmt.Sprintf(" (process %d waits on; after that, the next change or viaduct recover does the rest)",
+		fmt.Sprintf(" (process %d goes on waiting; after that, the next change or viaduct recover does the rest)",
 			e.Writer.PID)
 }
 

@@ -41,7 +41,7 @@ const (
 
 // ErrUnasked is matched by errors of devices of which [Handle.Check] did not say that they may go there, or not when
 // they were locked.
-const ErrUnasked = host.Error("who uses it has to be asked first, when it is locked")
+const ErrUnasked = host.Error("check who uses it first, when it is locked")
 
 // Do brings units where they are to go that [Handle.Check] let pass while they were locked; each time that it did
 // allows for one. Others are an [ErrUnasked]. What is taken is taken whole or not at all: if one of a unit's devices
@@ -180,7 +180,7 @@ func (u *unit) plan(ctx context.Context, i int, d *iommu.Device) {
 }
 
 func noPCI(d *iommu.Device) error {
-	return fmt.Errorf("%s is no PCI device, of which the driver could be changed", d.Name)
+	return fmt.Errorf("%s is not a PCI device, of which the driver could be changed", d.Name)
 }
 
 // leave ends a unit of which nothing was touched, as one of its devices cannot go. The others say so.
@@ -193,7 +193,7 @@ func (u *unit) leave() {
 	}
 	for _, r := range u.results {
 		if r.Err == nil {
-			r.Err = fmt.Errorf("%s: left as it was, as %s %s", r.Device, why, u.devices[i].Name)
+			r.Err = fmt.Errorf("%s: left as it was, because %s %s", r.Device, why, u.devices[i].Name)
 		}
 	}
 }
@@ -323,7 +323,7 @@ func (b *Handle) joinGroup(d *iommu.Device) error {
 		return err
 	}
 	if now.Group == nil {
-		return fmt.Errorf("%s: the kernel made no IOMMU group for it: no IOMMU is in front of it", d.Name)
+		return fmt.Errorf("%s: the kernel made no IOMMU group for it: there is no IOMMU in front of it", d.Name)
 	}
 
 	group, err := iommu.ReadGroup(b.host, *now.Group)
@@ -331,7 +331,7 @@ func (b *Handle) joinGroup(d *iommu.Device) error {
 		return err
 	}
 	if group.NoIOMMU {
-		return fmt.Errorf("%s: the kernel put it into group %d, which no IOMMU is in front of", d.Name, group.ID)
+		return fmt.Errorf("%s: the kernel put it into group %d, which has no IOMMU", d.Name, group.ID)
 	}
 	for _, other := range group.Blockers() {
 		return fmt.Errorf("%s: the kernel put it into group %d, together with %s on driver %s of the host", d.Name,
@@ -351,12 +351,12 @@ func (u *unit) putBack() {
 		if err := u.b.putBack(r.Change, r.Err); err != nil {
 			r.Err = errors.Join(r.Err, err)
 		} else if r.Err == nil {
-			r.Err = fmt.Errorf("%s: put back, as its group could not be taken whole", r.Device)
+			r.Err = fmt.Errorf("%s: put back, because its group could not be taken whole", r.Device)
 		}
 	}
 	for _, r := range u.results {
 		if r.Err == nil {
-			r.Err = fmt.Errorf("%s: left as it was, as its group could not be taken whole", r.Device)
+			r.Err = fmt.Errorf("%s: left as it was, because its group could not be taken whole", r.Device)
 		}
 	}
 }

@@ -49,7 +49,7 @@ func (b *Handle) Write(a iommu.Address, steps []Step) error {
 	}
 	for _, s := range steps {
 		if s.Module != "" || s.Path == "" {
-			return fmt.Errorf("bind: %s: %q is no write to a file", a, s)
+			return fmt.Errorf("bind: %s: %q is not a write to a file", a, s)
 		}
 	}
 	if len(steps) == 0 {

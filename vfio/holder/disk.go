@@ -96,7 +96,7 @@ func diskHoldersOf(h *iommu.Host, d *iommu.Device, disks []string, used map[stri
 			return nil, err
 		}
 		if exclusive {
-			what := fmt.Sprintf("(%s) is in exclusive use, as by ZFS", b)
+			what := fmt.Sprintf("(%s) is in exclusive use, e.g. by ZFS", b)
 			out = append(out, Holder{Device: d.Name, Kind: Storage, Root: used[rootOnZFS].root, What: what})
 		}
 	}

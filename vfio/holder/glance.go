@@ -19,7 +19,7 @@ import (
 // and swap, routes and addresses, the display, other tools' books. Its cost goes by how much is in use and not by how
 // many devices or processes there are, so that a list can have it. What it does not name may be in use all the same:
 // who wants to take a device asks [Find]. Each holder has a Brief. A captured host tells of leases, the display and
-// books alone. With an error that matches ErrBlind it returns what could be seen.
+// books alone. With an error it returns what could be seen all the same.
 func Glance(h *iommu.Host, t *iommu.Topology) ([]Holder, error) {
 	var all, displays []*iommu.Device
 	t.All(func(d *iommu.Device) bool {
@@ -30,15 +30,6 @@ func Glance(h *iommu.Host, t *iommu.Topology) ([]Holder, error) {
 		return true
 	})
 
-	var out []Holder
-	var blind error
-	add := func(found []Holder, err error) error {
-		out = append(out, found...)
-		if errors.Is(err, ErrBlind) {
-			blind, err = err, nil
-		}
-		return err
-	}
 	looks := []func() ([]Holder, error){
 		func() ([]Holder, error) { return Leases(h, all) },
 		func() ([]Holder, error) { return Owners(h, all) },
@@ -48,12 +39,13 @@ func Glance(h *iommu.Host, t *iommu.Topology) ([]Holder, error) {
 		looks = append(looks,
 			func() ([]Holder, error) { return glanceDisks(h, t) }, func() ([]Holder, error) { return glanceNet(h, t) })
 	}
+	var out []Holder
+	var errs []error
 	for _, look := range looks {
-		if err := add(look()); err != nil {
-			return nil, err
-		}
+		found, err := look()
+		out, errs = append(out, found...), append(errs, err)
 	}
-	return out, blind
+	return out, errors.Join(errs...)
 }
 
 // glanceDisks finds the devices below what is mounted or swap here: from the few mounts to their devices.

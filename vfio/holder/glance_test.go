@@ -75,3 +75,18 @@ func TestGlanceBesideChange(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// A file that cannot be read keeps nothing else from being seen.
+func TestGlanceBesideBrokenFile(t *testing.T) {
+	s := scenario{device: e1000, tree: hosttest.Tree{"run/libvirt/qemu/web.xml": "<broken"}, setup: func(k *hosttest.Kernel) {
+		k.Net.Routes = []hosttest.Route{{To: "default", Over: []string{nic}}}
+	}}
+	_, h := s.host(t)
+	topology, err := iommu.Scan(h)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if all, err := Glance(h, topology); err == nil || !strings.Contains(err.Error(), "web.xml") || len(all) != 1 {
+		t.Errorf("%+v, %v", all, err)
+	}
+}

@@ -11,11 +11,11 @@ import (
 
 // ErrBlind is matched by errors that say that not all holders could be seen. What could be seen is returned beside it.
 const ErrBlind = host.Error(
-	"who has the device open cannot be seen (that takes root with CAP_SYS_PTRACE, in the host's pid namespace)",
+	"viaduct cannot see who has the device open (that needs root with CAP_SYS_PTRACE, in the host's pid namespace)",
 )
 
 // ErrTooMany is matched by errors that say that there are too many open files to look at each, as ErrBlind is.
-const ErrTooMany = tooMany("there are more open files than can be looked at")
+const ErrTooMany = tooMany("there are more open files than viaduct can read")
 
 type tooMany string
 

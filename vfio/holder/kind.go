@@ -71,7 +71,7 @@ var kinds = [...]row{
 		carriesHost: true, use: true, keepsRoot: true,
 	},
 	{
-		kind: Route, means: "a route leads over its interface", look: network,
+		kind: Route, means: "a route goes over its interface", look: network,
 		carriesHost: true, use: true, yieldsToRollback: true,
 	},
 	{
@@ -95,7 +95,7 @@ var kinds = [...]row{
 		kind: Display, means: "it is the display this host started on, or has a framebuffer", look: display,
 		carriesHost: true, use: true,
 	},
-	{kind: Owner, means: "another tool has it in its books", look: books},
+	{kind: Owner, means: "another tool has recorded it", look: books},
 }
 
 func (k Kind) row() *row {
@@ -129,7 +129,7 @@ func ParseKind(name string) (Kind, error) {
 	if k := Kind(name); slices.Contains(Kinds(), k) {
 		return k, nil
 	}
-	return "", fmt.Errorf("%q: the kinds of holders are %s", name, KindNames())
+	return "", fmt.Errorf("unknown kind %q; the kinds of holders are %s", name, KindNames())
 }
 
 // KindNames returns the names of all kinds, separated by commas.
@@ -146,7 +146,7 @@ func KindNames() string {
 func (k Kind) Means() string {
 	r := k.row()
 	if r.keepsRoot {
-		return r.means + " (nothing overrides that of / and /usr)"
+		return r.means + " (for / and /usr this cannot be overridden)"
 	}
 	return r.means
 }

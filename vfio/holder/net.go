@@ -172,7 +172,7 @@ func (n *interfaces) holders(h *iommu.Host, d *iommu.Device, name string) ([]Hol
 		}
 	}
 	if n.vague != "" {
-		add(Route, "may carry %s, which names no interface", n.vague)
+		add(Route, "may carry %s, which does not name an interface", n.vague)
 	}
 
 	// Tunnels have no upper_ link, but name the interface they go over.

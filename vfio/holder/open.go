@@ -136,7 +136,7 @@ func heldBy(h *iommu.Host, pid string, devices []*iommu.Device, nodes map[Node]*
 	viaNode := false
 	for i, fd := range fds {
 		if i%1024 == 0 && time.Now().After(end) {
-			return held, fmt.Errorf("%w: the look ended at /%s after %s", ErrTooMany, dir, lookTime)
+			return held, fmt.Errorf("%w: the check ended at /%s after %s", ErrTooMany, dir, lookTime)
 		}
 		target, err := h.Link(path.Join(dir, fd))
 		if err != nil {

@@ -41,7 +41,7 @@ const (
 	Memlock     ReasonKind = "memlock"     // the VMM may not lock the guest's memory
 	Memory      ReasonKind = "memory"      // the IOMMU cannot map the guest's memory
 	Program     ReasonKind = "program"     // the program itself could be replaced by others
-	Protected   ReasonKind = "protected"   // it is declared never to be touched, or the host may need it
+	Protected   ReasonKind = "protected"   // it is declared in protect, or the host may need it
 	Quarantined ReasonKind = "quarantine"  // it could not be scrubbed after its last guest
 	Reset       ReasonKind = "reset"       // nothing resets it
 	Stuck       ReasonKind = "stuck"       // an earlier change of it has not ended
@@ -115,7 +115,7 @@ func (h Holder) Against(force []Kind) *Reason {
 	r := h.Reason()
 	switch {
 	case h.Root && h.Kind.row().keepsRoot:
-		r.Text += ", which cannot be forced"
+		r.Text += " (cannot be forced)"
 	case slices.Contains(force, h.Kind):
 		return nil
 	default:

@@ -95,7 +95,7 @@ func Append(h *iommu.Host, e Entry) error {
 		return err
 	}
 	file := h.Path(File)
-	if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
+	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
 		return err
 	}
 	f, err := open(file)
@@ -154,14 +154,21 @@ func Read(h *iommu.Host) ([]Entry, error) {
 		if err != nil {
 			return nil, err
 		}
-		for line := range bytes.Lines(text) {
-			var e Entry
-			if json.Unmarshal(line, &e) == nil && !e.Time.IsZero() {
-				out = append(out, e)
-			}
-		}
+		out = append(out, parse(text)...)
 	}
 	return out, nil
+}
+
+// parse reads the entries of a file.
+func parse(text []byte) []Entry {
+	var out []Entry
+	for line := range bytes.Lines(text[max(len(text)-2*most, 0):]) {
+		var e Entry
+		if json.Unmarshal(line, &e) == nil && !e.Time.IsZero() {
+			out = append(out, e)
+		}
+	}
+	return out
 }
 
 // Command is a command line as it is kept: without the command that viaduct run starts, which may hold secrets.

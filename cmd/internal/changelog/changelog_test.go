@@ -1,6 +1,7 @@
 package changelog
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -94,4 +95,18 @@ func TestMessage(t *testing.T) {
 	if got := Command([]string{"viaduct", "run", "web", "--", "qemu", "secret"}); got != "viaduct run web -- ..." {
 		t.Errorf("%q", got)
 	}
+}
+
+// Whatever a file of a snapshot holds is read, and has a text.
+func FuzzParse(f *testing.F) {
+	f.Add([]byte(`{"time":"2026-11-26T00:00:00Z","device":"0000:01:00.0","subject":"driver","from":null,"to":"vfio-pci","result":"done"}`))
+	f.Add([]byte("{}\n{\"time\":"))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		for _, e := range parse(text) {
+			if e.Time.IsZero() || bytes.Contains(e.message(), []byte("\n\n")) {
+				t.Errorf("%+v", e)
+			}
+			_ = e.Text()
+		}
+	})
 }

@@ -157,7 +157,7 @@ func (c *list) present(of *lease.Device) *iommu.Device {
 
 func release(guest string) string { return "viaduct release " + quote(guest) }
 
-// record is where the lease is written down: in what outlives the boot, if it is to be made again.
+// record is where the lease is written down: in what outlives the boot, if it is it is restored after the boot.
 func (c *list) record() string {
 	name := holder.LeasePrefix + url.PathEscape(c.lease.Guest) + ".json"
 	if file := path.Join(journal.Dir, name); c.host.Exists(file) {

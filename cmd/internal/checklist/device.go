@@ -78,11 +78,11 @@ func (c *list) driver(d *iommu.Device) error {
 	switch {
 	case d.VFIO:
 	case c.lease.Foreign && !d.Blocks():
-		l.Text = "the guest's VMM takes it to a driver of its own"
+		l.Text = "the guest's VMM has its own driver for it"
 	case d.Driver == "":
 		l.Answer, l.Text, l.Cure = No, "no driver has it", "viaduct bind "+d.Name
 	default:
-		l.Answer, l.Text, l.Cure = No, d.Driver+" has it, which is no VFIO driver", "viaduct bind "+d.Name
+		l.Answer, l.Text, l.Cure = No, d.Driver+" has it, which is not a VFIO driver", "viaduct bind "+d.Name
 	}
 	c.add(l)
 	return nil
@@ -113,7 +113,7 @@ func (c *list) nodes(d *iommu.Device) error {
 	}
 	switch {
 	case !c.host.Live():
-		l.Answer, l.Text = Unknown, "a captured host does not tell whose its nodes are"
+		l.Answer, l.Text = Unknown, "a captured host does not show who owns its nodes"
 	case len(names) == 0:
 		l.Answer, l.Text, l.Cure = No, "the kernel has made no node for it", "viaduct verify "+d.Name
 	case l.Answer == No:

@@ -143,7 +143,7 @@ func (c *list) quarantine() error {
 		Evidence: []Evidence{{declared.StateDir, fmt.Sprintf("%d in quarantine", len(all))}},
 	}
 	if !c.host.Live() {
-		l.Answer, l.Text, l.Evidence = Unknown, "a captured host does not tell of quarantine", nil
+		l.Answer, l.Text, l.Evidence = Unknown, "a captured host does not show quarantine", nil
 	}
 	for _, d := range c.devices {
 		if why := all.Why(c.host, d); why != "" {
@@ -227,7 +227,7 @@ var troubles = []string{
 func (c *list) kernel() error {
 	lines := iommu.KernelLines(c.host)
 	for _, d := range c.devices {
-		l := Line{Name: "kernel", Device: d.Name, Answer: OK, Text: "the kernel tells of no trouble with it"}
+		l := Line{Name: "kernel", Device: d.Name, Answer: OK, Text: "the kernel reports no trouble with it"}
 		if len(lines) == 0 {
 			l.Answer, l.Text, l.Evidence = Unknown, "the kernel's log cannot be read", []Evidence{{"dev/kmsg", ""}}
 			c.add(l)
@@ -245,7 +245,7 @@ func (c *list) kernel() error {
 				l.Evidence = []Evidence{{"dev/kmsg", line}}
 			}
 			if bad {
-				l.Answer, l.Text, l.Cure = No, "the kernel tells of trouble with it", "viaduct doctor "+d.Name
+				l.Answer, l.Text, l.Cure = No, "the kernel reports trouble with it", "viaduct doctor "+d.Name
 				break
 			}
 		}

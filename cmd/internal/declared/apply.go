@@ -213,12 +213,14 @@ func (m *Manager) do(ctx context.Context, i *Item) error {
 	}
 
 	var all []bind.Result
+	for driver, vfs := range i.take {
+		all = append(all, m.handle.Do(ctx, bind.Singly(vfs), bind.Take(driver))...)
+	}
 	for _, s := range []struct {
 		units [][]*iommu.Device
 		goal  bind.Goal
 	}{
 		{bind.Singly(i.none), bind.Take(bind.None)},
-		{bind.Singly(i.take), bind.Take(bind.Auto)},
 		{i.units(), bind.Take(i.driver).OwnedBy(i.owner)},
 		{bind.Singly(i.home), bind.Home()},
 	} {
@@ -336,7 +338,7 @@ func (m *Manager) Recover() ([]bind.Recovered, error) {
 			continue
 		}
 
-		r := bind.Recovered{Device: was.Device, What: "is as it was: viaduct apply had been interrupted"}
+		r := bind.Recovered{Device: was.Device, What: "is as it was: viaduct apply was interrupted"}
 		r.Err = errors.Join(m.back(was),
 			// Told once: a record that stays would be in the way for good.
 			m.run.Delete(key))

@@ -93,18 +93,19 @@ type Item struct {
 	Notes    []string // what the user should know
 	Waits    bool     // what it takes is done when the bond is there
 
-	count      *sriov.Plan
-	sets       []*sriov.SetPlan
-	take, none []*iommu.Device
-	home       []*iommu.Device
-	unit       []*iommu.Device // of a device, its group
-	with       *Item           // of a device whose group another item declares too: that, which is planned and done
-	driver     string          // to take it with
-	owner      *bind.NodeOwner
-	known      *known
-	pf         *hostfile.PF // that is declared
-	homes      []int        // indexes of the VFs that are the host's
-	marks      []mark       // of VFs whose interfaces are to be left alone, or no more
+	count  *sriov.Plan
+	sets   []*sriov.SetPlan
+	take   map[string][]*iommu.Device // by driver
+	none   []*iommu.Device
+	home   []*iommu.Device
+	unit   []*iommu.Device // of a device, its group
+	with   *Item           // of a device whose group another item declares too: that, which is planned and done
+	driver string          // to take it with
+	owner  *bind.NodeOwner
+	known  *known
+	pf     *hostfile.PF // that is declared
+	homes  []int        // indexes of the VFs that are the host's
+	marks  []mark       // of VFs whose interfaces are to be left alone, or no more
 }
 
 // Wrong reports whether the item is not as declared. That one is missing which may be is not wrong.
@@ -122,8 +123,10 @@ func (i *Item) Devices() []*iommu.Device {
 	for _, s := range i.sets {
 		out = append(out, s.VF)
 	}
-	out = append(append(append(append(out, i.take...), i.none...), i.home...), i.unit...)
-	return out
+	for _, vfs := range i.take {
+		out = append(out, vfs...)
+	}
+	return append(append(append(out, i.none...), i.home...), i.unit...)
 }
 
 // Plan compares what is declared with the host.
@@ -145,7 +148,7 @@ func (m *Manager) Plan(s *hostfile.Host) ([]*Item, error) {
 		}
 		for _, d := range touched {
 			if first := seen[d.Name]; first != nil && first != i.with {
-				i.Refuse(fmt.Errorf("%s: %s takes %s, which is declared at %s already", i.At, i.Name, d.Name, first.At))
+				i.Refuse(fmt.Errorf("%s: %s takes %s, which is already declared at %s", i.At, i.Name, d.Name, first.At))
 				break
 			}
 			if d.PhysFn == nil {
@@ -153,7 +156,7 @@ func (m *Manager) Plan(s *hostfile.Host) ([]*Item, error) {
 			}
 			if of := seen[d.PhysFn.String()]; of != nil && of.pf != nil {
 				i.Refuse(
-					fmt.Errorf("%s: %s is a VF of %s, which is declared in pfs: what it is to have belongs there", i.At,
+					fmt.Errorf("%s: %s is a VF of %s, which is declared in pfs: declare the VF there", i.At,
 						d.Name, d.PhysFn),
 				)
 				break
@@ -202,8 +205,8 @@ func (m *Manager) found(i *Item, match hostfile.Match, find func(hostfile.Match)
 	if errors.Is(err, iommu.ErrNotFound) && i.known != nil {
 		if d = m.byRecord(i.known); d != nil {
 			err = nil
-			i.Notes = append(i.Notes, fmt.Sprintf("%s: nothing is called %s now; it is %s by what was recorded "+
-				"when it was last applied", i.At, match.String(), d.Name))
+			i.Notes = append(i.Notes, fmt.Sprintf("%s: nothing matches %s now; it is %s by the record of "+
+				"the last apply", i.At, match.String(), d.Name))
 		}
 	}
 	if err != nil {
@@ -215,7 +218,7 @@ func (m *Manager) found(i *Item, match hostfile.Match, find func(hostfile.Match)
 	i.Device = d
 
 	if why := m.changed(i.known, match, d); why != "" && !m.options.Accept {
-		i.State, i.Err = Changed, fmt.Errorf("%s: %s (viaduct apply --accept takes it as it is now)", i.Name, why)
+		i.State, i.Err = Changed, fmt.Errorf("%s: %s (viaduct apply --accept accepts that)", i.Name, why)
 		return false
 	}
 
@@ -272,7 +275,8 @@ func (m *Manager) planPF(pf *hostfile.PF, guard *guard, leased map[iommu.Address
 	if plan.Have == plan.Want && plan.Eswitch.Mode == "" {
 		if n := len(i.Device.SRIOV.VFs); n > 0 && i.Device.SRIOV.VFs[n-1].Index != n-1 {
 			i.Refuse(
-				fmt.Errorf("%s: VFs of it are missing in between, as while they are made or removed", i.Device.Name),
+				fmt.Errorf("%s: some of its VFs are missing, e.g. because they are being made or removed",
+					i.Device.Name),
 			)
 			return i
 		}
@@ -356,17 +360,19 @@ func (m *Manager) planVFs(i *Item, wish []sriov.VFWish, leased map[iommu.Address
 		i.Steps = append(i.Steps, s.Steps()...)
 	}
 	none := &NoDriverError{}
+	i.take = map[string][]*iommu.Device{}
 	for _, vf := range vfs {
-		if with := m.topology.KeptWith(vf); with != nil && wish[vf.VFIndex].Use == sriov.UseVFIO {
+		if with := m.topology.KeptWith(vf); with != nil && wish[vf.VFIndex].Use.Driver() != "" {
 			i.Notes = append(i.Notes, Kept(vf, with))
 		}
 		var change bind.Change
 		var err error
-		switch use := wish[vf.VFIndex].Use; {
+		use := wish[vf.VFIndex].Use
+		switch driver := use.Driver(); {
 		case leased[vf.Address].OwnDriver:
-		case use == sriov.UseVFIO && !vf.VFIO:
-			i.take = append(i.take, vf)
-			change, err = m.handle.Plan(vf, bind.Take(bind.Auto))
+		case driver != "" && (!vf.VFIO || driver != bind.Auto && driver != vf.Driver):
+			i.take[driver] = append(i.take[driver], vf)
+			change, err = m.handle.Plan(vf, bind.Take(driver))
 		case i.Waits && vf.Driver != "":
 			// Which the bond that was there let it have.
 		case use == sriov.UseNone && (vf.Blocks() || m.exact && vf.Driver != ""):
@@ -418,17 +424,21 @@ func (m *Manager) check(i *Item) error {
 
 	// A guest's VF goes where the guest needs it.
 	guests := append(slices.Clone(m.options.Force), holder.Lease)
-	for _, s := range []struct {
+	type step struct {
 		devices []*iommu.Device
 		goal    bind.Goal
 		units   [][]*iommu.Device
 		force   []holder.Kind
-	}{
-		{i.take, bind.Take(bind.Auto), bind.Singly(i.take), guests},
+	}
+	var steps []step
+	for driver, vfs := range i.take {
+		steps = append(steps, step{vfs, bind.Take(driver), bind.Singly(vfs), guests})
+	}
+	for _, s := range append(steps, []step{
 		{i.none, bind.Take(bind.None), bind.Singly(i.none), m.options.Force},
 		{i.home, bind.Home(), bind.Singly(i.home), m.options.Force},
 		{i.unit, bind.Take(i.driver), [][]*iommu.Device{i.unit}, m.options.Force},
-	} {
+	}...) {
 		if len(s.devices) == 0 {
 			continue
 		}
@@ -476,7 +486,7 @@ func (m *Manager) checkSets(i *Item) error {
 	}
 
 	for _, h := range holders {
-		i.Notes = append(i.Notes, "its settings change while "+h.String())
+		i.Notes = append(i.Notes, "its settings would change while "+h.String())
 	}
 	return nil
 }

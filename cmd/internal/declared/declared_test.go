@@ -189,7 +189,7 @@ func TestLeasedUndo(t *testing.T) {
 	}
 	m.exact = true
 	item := plan(t, m, mixed+"      - {range: 2, vlan: 7, trust: on}\n")[0]
-	if len(item.take) != 1 || item.take[0].Name != vf.Name {
+	if len(item.take) != 1 || item.take[bind.Auto][0].Name != vf.Name {
 		t.Errorf("the guest's VF is to be taken, and nothing else: %v", item.take)
 	}
 	leased, _ := m.Guests()
@@ -285,10 +285,10 @@ func TestPlanStates(t *testing.T) {
 		{"pfs:\n  - {select: " + pf + ", count: 2}\n", Differs, ""},
 		{"pfs:\n  - {select: \"0000:7f:00.0\", count: 2}\n", Missing, "no such device"},
 		{"pfs:\n  - {select: \"mac=52:54:00:ff:ff:ff\", count: 2}\n", Missing, "no device has this permanent MAC"},
-		{"pfs:\n  - {select: \"8086:10c9\", count: 2}\n", Refused, "names 2 devices"},
+		{"pfs:\n  - {select: \"8086:10c9\", count: 2}\n", Refused, "matches 2 devices"},
 		{"pfs:\n  - {select: " + pf + ", count: 99}\n", Refused, "0 to 7 VFs"},
-		{"pfs:\n  - {select: " + pf + ", count: 2}\nprotect:\n  - 8086:10c9\n", Refused, "never to be touched"},
-		{"devices:\n  - {select: " + pf + "}\nprotect:\n  - " + pf + "\n", Refused, "never to be touched"},
+		{"pfs:\n  - {select: " + pf + ", count: 2}\nprotect:\n  - 8086:10c9\n", Refused, "in protect"},
+		{"devices:\n  - {select: " + pf + "}\nprotect:\n  - " + pf + "\n", Refused, "in protect"},
 		{"devices:\n  - {select: " + pf + "}\n", Differs, ""},
 	} {
 		i := one(c.text)
@@ -307,7 +307,7 @@ func TestPlanStates(t *testing.T) {
 	// A boot takes no NIC of which nothing is known, and none that carried the host.
 	m.options.Boot = true
 	if i := one("devices:\n  - {select: " + pf + "}\n"); i.State != Refused ||
-		!strings.Contains(i.Err.Error(), "nothing says which NICs") {
+		!strings.Contains(i.Err.Error(), "does not know which NICs") {
 		t.Errorf("a boot without a record: %s, %v", i.State, i.Err)
 	}
 	d, err := m.topology.Find(mustParse(t, pf))
@@ -347,14 +347,14 @@ func TestPlanStates(t *testing.T) {
 	override := mine.DriverOverride
 	for _, mine.Driver = range []string{"vfio-pci", driver} { // taken already, or not
 		mine.DriverOverride = mine.Driver
-		if got, err := m.Early(early); err == nil || !strings.Contains(err.Error(), "never to be touched") {
+		if got, err := m.Early(early); err == nil || !strings.Contains(err.Error(), "in protect") {
 			t.Errorf("what is protected, and on %s, is kept from its driver by the initramfs: %v, %v", mine.Driver, got,
 				err)
 		}
 	}
 	mine.DriverOverride = override
 	early.Protect = nil
-	if got, err := m.Early(early); err == nil || !strings.Contains(err.Error(), "nothing says which NICs") {
+	if got, err := m.Early(early); err == nil || !strings.Contains(err.Error(), "does not know which NICs") {
 		t.Errorf("a NIC is kept from its driver by the initramfs: %v, %v", got, err)
 	}
 	if err := m.state.Put(protectedKey, []protected{}); err != nil {
@@ -576,7 +576,7 @@ func TestFoundByRecord(t *testing.T) {
 		return plan(t, m, "pfs:\n  - {select: oldname0, count: 2}\n")[0]
 	}
 	identity := iommu.Identify(m.host, mine.Device)
-	if i := remembered(identity); i.State != Differs || i.Device.Name != pf || !strings.Contains(strings.Join(i.Notes, " "), "by what was recorded") {
+	if i := remembered(identity); i.State != Differs || i.Device.Name != pf || !strings.Contains(strings.Join(i.Notes, " "), "by the record of the last apply") {
 		t.Errorf("%v, %v, notes %q", i.State, i.Err, i.Notes)
 	}
 	identity.MACs, identity.Serial = map[string]string{"oldname0": "02:00:00:00:ff:ff"}, ""
@@ -630,8 +630,8 @@ func TestGroupDeclaredTwice(t *testing.T) {
 	for name, c := range map[string]struct{ text, says string }{
 		"alike":             {entry(gpu, "    driver: vfio-pci\n") + entry(audio, "    driver: vfio-pci\n"), ""},
 		"one leaves it":     {entry(gpu, "") + entry(audio, "    driver: vfio-pci\n"), ""},
-		"another driver":    {entry(gpu, "    driver: vfio-pci\n") + entry(audio, "    driver: other-vfio\n"), "give both one driver: it is vfio-pci at"},
-		"another owner":     {entry(gpu, "    node_owner: root\n") + entry(audio, "    node_owner: nobody\n"), "give both one node_owner: it is root at"},
+		"another driver":    {entry(gpu, "    driver: vfio-pci\n") + entry(audio, "    driver: other-vfio\n"), "so they need the same driver: it is vfio-pci at"},
+		"another owner":     {entry(gpu, "    node_owner: root\n") + entry(audio, "    node_owner: nobody\n"), "so they need the same node_owner: it is root at"},
 		"the companion too": {entry(gpu, "") + entry("0000:00:14.0", ""), ""},
 	} {
 		k := hosttest.NewBoard(t)

@@ -43,10 +43,10 @@ func (m *Manager) planDevices(devices []hostfile.Device, guard *guard, leased ma
 // join has another item of the same group go with this one. What one leaves open, the other says.
 func (i *Item) join(other *Item) error {
 	if i.Device == other.Device {
-		return fmt.Errorf("%s: %s is %s, which is declared at %s already", other.At, other.Name, i.Device.Name, i.At)
+		return fmt.Errorf("%s: %s is %s, which is already declared at %s", other.At, other.Name, i.Device.Name, i.At)
 	}
 	differ := func(what, one, two string) error {
-		return fmt.Errorf("%s: %s and %s share IOMMU group %d and go together, so give both one %s: it is %s at %s, "+
+		return fmt.Errorf("%s: %s and %s share IOMMU group %d, so they need the same %s: it is %s at %s, "+
 			"and %s here", other.At, i.Device.Name, other.Device.Name, *i.Device.Group, what, one, i.At, two)
 	}
 	switch {
@@ -63,7 +63,7 @@ func (i *Item) join(other *Item) error {
 	}
 
 	other.with, other.unit = i, nil
-	other.Notes = append(other.Notes, fmt.Sprintf("%s goes with %s, which is declared at %s: both are in "+
+	other.Notes = append(other.Notes, fmt.Sprintf("%s is taken with %s, which is declared at %s: both are in "+
 		"IOMMU group %d",
 		other.Device.Name, i.Device.Name, i.At, *i.Device.Group))
 	return nil
@@ -146,7 +146,7 @@ func (m *Manager) planUnit(i *Item, guard *guard, leased map[iommu.Address]Guest
 	i.State = Differs
 	if joined := m.joined(i); joined != "" && !m.options.Accept {
 		i.State, i.Steps = Changed, nil
-		i.Err = fmt.Errorf("%s: %s (viaduct apply --accept takes it along)", i.Name, joined)
+		i.Err = fmt.Errorf("%s: %s (viaduct apply --accept takes it too)", i.Name, joined)
 		return
 	}
 

@@ -93,7 +93,7 @@ type guard struct {
 	manager *Manager
 	names   map[string]string // why, by device
 	never   map[string]bool   // whether that is declared
-	unseen  []string          // what is declared as never to be touched, and is not there, or not known by that yet
+	unseen  []string          // what is declared in protect, and is not there, or not known by that yet
 	any     bool              // something is protected at all
 }
 
@@ -110,7 +110,7 @@ func (m *Manager) guard(s *hostfile.Host) (*guard, error) {
 		}
 		for _, d := range all {
 			g.any = true
-			g.names[d.Name], g.never[d.Name] = "it is declared at "+p.At.String()+" as never to be touched", true
+			g.names[d.Name], g.never[d.Name] = "it is declared at "+p.At.String()+" in protect", true
 		}
 	}
 	if m.options.Boot {
@@ -142,10 +142,11 @@ func (g *guard) take(unit []*iommu.Device) error {
 			add(d.Name + ": " + why)
 		} else if base := d.Class >> 16; g.manager.options.Boot && len(g.unseen) > 0 && d.Driver == "" &&
 			(base == 0x01 || base == 0x02) {
-			add(fmt.Sprintf("%s has no driver yet, and nothing is known as %s, which protect names: it may be that",
+			add(fmt.Sprintf("%s has no driver yet, and no device matches %s, which protect names: it may be this one",
 				d.Name, strings.Join(g.unseen, " or ")))
 		} else if g.manager.options.Boot && !g.any && d.PhysFn == nil && d.Class>>16 == 0x02 && !d.VFIO {
-			add(d.Name + " is a NIC, and nothing says which NICs this host needs: run viaduct apply once while it is " +
+			add(d.Name + " is a NIC, and viaduct does not know which NICs this host needs: run viaduct apply once " +
+				"while it is " +
 				"up, or name some in protect")
 		}
 	}

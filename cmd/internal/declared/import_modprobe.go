@@ -43,7 +43,7 @@ func (i *importer) modprobe() error {
 				return err
 			}
 		case strings.HasPrefix(o.module, "vfio"):
-			i.note("%s: %s=%s of %s is no device: it stays there", o.where, o.name, o.value, o.module)
+			i.note("%s: %s=%s of %s is an option, not a device: it is not imported", o.where, o.name, o.value, o.module)
 		}
 	}
 	return nil
@@ -64,7 +64,7 @@ func (i *importer) moduleOptions() ([]moduleOption, error) {
 			}
 			module := strings.ReplaceAll(f[1], "-", "_")
 			if f[0] == "softdep" && slices.ContainsFunc(f[2:], iommu.IsVFIODriver) {
-				i.note("/%s: softdep %s loads vfio-pci first, which is not needed for what is declared", n, f[1])
+				i.note("/%s: softdep %s loads vfio-pci first; the declared host does not need that", n, f[1])
 			}
 			if f[0] != "options" {
 				continue
@@ -95,7 +95,7 @@ func (i *importer) moduleOptions() ([]moduleOption, error) {
 func (i *importer) claimed(where, ids string) error {
 	f := strings.Split(strings.TrimSpace(ids), ":")
 	if len(f) < 2 {
-		i.note("%s: ids=%s is no VENDOR:DEVICE", where, ids)
+		i.note("%s: invalid ids=%s: want VENDOR:DEVICE", where, ids)
 		return nil
 	}
 	var n [6]uint64
@@ -103,7 +103,7 @@ func (i *importer) claimed(where, ids string) error {
 	for k := range min(len(f), len(n)) {
 		value, err := strconv.ParseUint(f[k], 16, 32)
 		if err != nil {
-			i.note("%s: ids=%s is no VENDOR:DEVICE", where, ids)
+			i.note("%s: invalid ids=%s: want VENDOR:DEVICE", where, ids)
 			return nil
 		}
 		n[k] = value
@@ -121,10 +121,10 @@ func (i *importer) claimed(where, ids string) error {
 	if len(found) == 0 {
 		match, _, err := i.match(strings.ToLower(f[0] + ":" + f[1]))
 		if err != nil {
-			i.note("%s: ids=%s names nothing that can be named here", where, ids)
+			i.note("%s: ids=%s: host.yaml cannot select this", where, ids)
 			return nil //nolint:nilerr // it is noted
 		}
-		i.note("%s: no device with ids %s is there: it is declared as it is named", where, ids)
+		i.note("%s: no device has ids %s: declared nevertheless", where, ids)
 		return i.addDevice(where, hostfile.Device{Select: match}, nil)
 	}
 	for _, d := range found {
@@ -143,7 +143,7 @@ func (i *importer) madeByDriver(o *moduleOption) error {
 	for one := range strings.SplitSeq(o.value, ",") {
 		count, err := strconv.Atoi(one)
 		if err != nil || count < 0 {
-			i.note("%s: %q is no number of VFs", where, o.value)
+			i.note("%s: invalid number %q of VFs", where, o.value)
 			return nil
 		}
 		counts = append(counts, count)
@@ -156,7 +156,7 @@ func (i *importer) madeByDriver(o *moduleOption) error {
 		return true
 	})
 	if len(pfs) == 0 {
-		i.note("%s: no PF has that driver now", where)
+		i.note("%s: no PF has this driver now", where)
 		return nil
 	}
 

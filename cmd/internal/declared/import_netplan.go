@@ -115,8 +115,8 @@ func (i *importer) netplan() error {
 		linked[e.Link]++
 		for what, set := range map[string]bool{"macaddress": e.MAC != "", "mtu": e.MTU != 0} {
 			if set {
-				i.note("netplan: %s of %s: only the name of its interface tells which VF of %s that is; declare it "+
-					"at the VF that is meant", what, id, e.Link)
+				i.note("netplan: %s of %s: only the name of its interface says which VF of %s it is; declare it "+
+					"at the VF", what, id, e.Link)
 			}
 		}
 	}
@@ -132,7 +132,7 @@ func (i *importer) netplan() error {
 	}
 	for _, id := range slices.Sorted(maps.Keys(all.Network.VLANs)) {
 		if all.Network.VLANs[id].Renderer == "sriov" {
-			i.note("netplan: VLAN %s: netplan gives VFs their numbers when it runs; declare it at the VF that is meant",
+			i.note("netplan: VLAN %s: netplan numbers VFs when it runs; declare it at the VF",
 				id)
 		}
 	}
@@ -159,7 +159,7 @@ func (i *importer) netplanPF(id string, e *ethernet, named int, ports []port) er
 	}
 	switch {
 	case len(found) > 1:
-		i.note("%s: it names %s: netplan gives VFs to none of several; declare each by itself", where,
+		i.note("%s: it matches %s: netplan makes no VFs for several; declare each PF", where,
 			strings.Join(found, " and "))
 		return nil
 	case len(found) == 1:
@@ -175,12 +175,12 @@ func (i *importer) netplanPF(id string, e *ethernet, named int, ports []port) er
 	case m.Name != "":
 		word = m.Name
 	case len(m.Driver) > 0:
-		i.note("%s: no PF with driver %s is there", where, strings.Join(m.Driver, " or "))
+		i.note("%s: no PF has driver %s", where, strings.Join(m.Driver, " or "))
 		return nil
 	}
 	match, _, err := i.match(word)
 	if err != nil || strings.ContainsAny(word, "*?[") {
-		i.note("%s: no PF is there that %q names", where, word)
+		i.note("%s: no PF matches %q", where, word)
 		return nil //nolint:nilerr // it is noted
 	}
 	pf.Select = match

@@ -92,7 +92,7 @@ func (i *importer) netFiles(suffix string) ([]*netFile, error) {
 			f.read(inside[d])
 		}
 		for _, index := range f.wrong {
-			i.note("/%s: VirtualFunction=%s is no index", n, index)
+			i.note("/%s: invalid VirtualFunction=%s: want an index", n, index)
 		}
 		out = append(out, f)
 	}
@@ -197,19 +197,19 @@ func (i *importer) systemdPF(files []*netFile, d *iommu.Device, match *hostfile.
 		}
 		where = append(where, "/"+f.name)
 		if keys := f.unasked(); len(keys) > 0 {
-			i.note("/%s: whether %s of its [Match] holds is not looked at", f.name, strings.Join(keys, " "))
+			i.note("/%s: viaduct does not check %s of its [Match]", f.name, strings.Join(keys, " "))
 		}
 		if text := f.link["SR-IOVVirtualFunctions"]; text != "" {
 			count, err := strconv.Atoi(text)
 			if err != nil || count < 0 {
-				i.note("/%s: SR-IOVVirtualFunctions=%s is no number", f.name, text)
+				i.note("/%s: invalid SR-IOVVirtualFunctions=%s: want a number", f.name, text)
 			}
 			pf.Count = max(pf.Count, count)
 		}
 		if text := f.link["MTUBytes"]; text != "" {
 			mtu, err := strconv.Atoi(text)
 			if err != nil {
-				i.note("/%s: MTUBytes=%s is not taken over: declare it as mtu", f.name, text)
+				i.note("/%s: MTUBytes=%s is not imported: declare it as mtu", f.name, text)
 			}
 			pf.MTU = mtu
 		}
@@ -284,9 +284,9 @@ func (i *importer) absent(files []*netFile) error {
 		}
 		for _, f := range byWord[word] {
 			if d != nil {
-				i.note("/%s: another file is the one of %s", f.name, d.Name)
+				i.note("/%s: another file applies to %s", f.name, d.Name)
 			} else {
-				i.note("/%s: its [Match] names no one device that can be named here", f.name)
+				i.note("/%s: its [Match] does not name one device", f.name)
 			}
 		}
 	}

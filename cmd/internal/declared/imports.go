@@ -52,7 +52,7 @@ func (m *Manager) Import(from string) (*hostfile.Host, []string, error) {
 			return i.out, i.notes, err
 		}
 	}
-	return nil, nil, fmt.Errorf("%q is no tool that can be imported from: these are %s", from,
+	return nil, nil, fmt.Errorf("unknown tool %q: want one of %s", from,
 		strings.Join(Sources(), ", "))
 }
 
@@ -138,7 +138,7 @@ func (i *importer) addDevice(where string, device hostfile.Device, d *iommu.Devi
 		return nil
 	}
 	if d.Role() != iommu.RoleGuest {
-		i.note("%s: %s is no device that a guest can have", where, d.Name)
+		i.note("%s: a guest cannot have %s", where, d.Name)
 		return nil
 	}
 	i.by[unit] = where
@@ -204,7 +204,7 @@ func (i *importer) driverctl() error {
 		driver := strings.TrimSpace(content[n])
 		address, isPCI := strings.CutPrefix(path.Base(n), "pci-")
 		if !isPCI || !iommu.IsVFIODriver(driver) {
-			i.note("/%s: driver %q of %s: only vfio drivers of PCI devices are declared", n, driver, path.Base(n))
+			i.note("/%s: driver %q of %s: host.yaml declares only vfio drivers of PCI devices", n, driver, path.Base(n))
 			continue
 		}
 		match, d, err := i.match(address)

@@ -64,7 +64,7 @@ func TestImportedPlans(t *testing.T) {
 				"    none: {match: {driver: mlx5_core}, virtual-function-count: 2}\n" +
 				"    vf: {link: glob, macaddress: \"02:00:00:00:00:07\"}\n"},
 			source: "netplan", has: []string{second, "count: 2"}, lacks: []string{first},
-			notes: []string{"both: it names enp1s0f0 and enp2s0f0", "none: no PF with driver mlx5_core", "macaddress of vf"},
+			notes: []string{"both: it matches enp1s0f0 and enp2s0f0", "none: no PF has driver mlx5_core", "macaddress of vf"},
 		},
 		"a PF by two names": {
 			files: hosttest.Tree{"etc/netplan/a.yaml": "network:\n  ethernets:\n" +
@@ -91,7 +91,7 @@ func TestImportedPlans(t *testing.T) {
 				network + "40-d.link": "[Match]\nPermanentMACAddress=02:00:00:00:00:09\n[Link]\nSR-IOVVirtualFunctions=1\n",
 			},
 			source: "systemd", has: []string{second, "count: 2", first, "count: 8", "mac=02:00:00:00:00:09"},
-			notes: []string{"20-b.link: whether Virtualization=", "30-c.link: its [Match] names no one device"},
+			notes: []string{"20-b.link: viaduct does not check Virtualization=", "30-c.link: its [Match] does not name one device"},
 		},
 		"ids of vfio-pci": {
 			files: hosttest.Tree{
@@ -99,7 +99,7 @@ func TestImportedPlans(t *testing.T) {
 				"etc/modprobe.d/vfio.conf": "options vfio-pci ids=8086:1572:ffffffff:ffffffff disable_vga=1\nsoftdep i40e pre: vfio-pci\n",
 			},
 			source: "modprobe", has: []string{first, second, `"1234:5678"`},
-			notes: []string{"disable_vga=1", "allow_unsafe_interrupts", "softdep i40e", "no device with ids 1234:5678"},
+			notes: []string{"disable_vga=1", "allow_unsafe_interrupts", "softdep i40e", "no device has ids 1234:5678"},
 		},
 		"VFs by drivers": {
 			files:  hosttest.Tree{"etc/modprobe.d/i40e.conf": "options i40e max_vfs=0,5\n"},

@@ -69,10 +69,11 @@ func (r *inForce) use(file *hostfile.Host, unreadable error, at moment) (*Use, e
 		if same, err := equal(file, t.Declared); err != nil || same && unreadable == nil {
 			return u, err
 		}
-		u.Host, u.Why = t.Declared, "an apply waits to be confirmed, and what it applied is used until then"
+		u.Host, u.Why = t.Declared, "an apply waits for its confirmation, and is in force until then"
 	case t != nil && !t.Other:
 		u.Host = r.Confirmed
-		u.Why = "an apply of host.yaml was not confirmed: until the next apply, what was confirmed last is used " +
+		u.Why = "an apply of host.yaml was not confirmed: until the next apply, the last confirmed configuration " +
+			"is used " +
 			"instead of it"
 		if u.Host == nil {
 			u.Host = &hostfile.Host{}
@@ -80,7 +81,7 @@ func (r *inForce) use(file *hostfile.Host, unreadable error, at moment) (*Use, e
 	case unreadable != nil && r.Confirmed == nil:
 		return nil, unreadable
 	case unreadable != nil:
-		u.Host, u.Why = r.Confirmed, "what is declared cannot be read: what was confirmed last is used"
+		u.Host, u.Why = r.Confirmed, "the declared configuration cannot be read: the last confirmed one is used"
 	}
 	return u, nil
 }
@@ -121,9 +122,9 @@ func (r *inForce) confirm(at moment) (booted bool, err error) {
 	t := r.Trial
 	switch {
 	case t == nil:
-		return false, errors.New("nothing waits to be confirmed")
+		return false, errors.New("there is no apply to confirm")
 	case !t.waiting(at) || t.late(at):
-		return false, errors.New("the time to confirm is over: it is rolled back, or was with the last boot")
+		return false, errors.New("the time to confirm is over: viaduct undoes the apply, or a boot ended it")
 	}
 	if !t.Other {
 		r.Confirmed = t.Declared
@@ -316,7 +317,7 @@ func (m *Manager) change(how func(*inForce, moment) error) error {
 	ctx, cancel := context.WithTimeout(context.Background(), bind.DefaultTimeout)
 	defer cancel()
 	if err := locks.Wait(ctx, 0); err != nil {
-		return fmt.Errorf("which declaration is in force is locked: %w", err)
+		return fmt.Errorf("lock the record of the configuration in force: %w", err)
 	}
 
 	r, at, err := m.now()

@@ -220,7 +220,7 @@ func TestInForceRecord(t *testing.T) {
 		t.Errorf("confirmed, and waits again: %v, %v", waits, err)
 	}
 	if late, _, _, err := m.AwaitConfirmed(); late || err != nil {
-		t.Errorf("nothing waits to be confirmed: %v, %v", late, err)
+		t.Errorf("there is no apply to confirm: %v, %v", late, err)
 	}
 
 	if token, _, err = m.Tries(version(3), time.Minute, true); err != nil {

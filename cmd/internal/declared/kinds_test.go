@@ -64,8 +64,8 @@ func TestTakenDisks(t *testing.T) {
 		state  State
 		says   string
 	}{
-		"as they were":    {record("0000:00:02.0/00.0", "0000:00:03.0/00.0"), OK, "by what was recorded"},
-		"numbered anew":   {record("0000:00:01.0/00.0", "0000:00:02.0/00.0"), Changed, "nothing but that tells"},
+		"as they were":    {record("0000:00:02.0/00.0", "0000:00:03.0/00.0"), OK, "by the record of the last apply"},
+		"numbered anew":   {record("0000:00:01.0/00.0", "0000:00:02.0/00.0"), Changed, "cannot tell which one it is"},
 		"never seen here": {nil, Missing, "no device has this serial number"},
 	} {
 		i := plan(t, newManager(t, hosttest.NewKernel(t, hosttest.TakenDisks().With(c.record)), Options{}), text)[0]

@@ -67,12 +67,13 @@ func (m *Manager) changed(k *known, match hostfile.Match, d *iommu.Device) strin
 		return ""
 	}
 	if why := k.Identity.Differs(m.host, d); why != "" {
-		return fmt.Sprintf("%s is another device than %s was: %s", d.Name, k.Address, why)
+		return fmt.Sprintf("%s is not the device that %s was: %s", d.Name, k.Address, why)
 	}
 	if place, err := iommu.PathOf(m.host, d); err == nil && place != k.Identity.Path &&
 		!match.Has(iommu.ByMAC, iommu.ByGUID, iommu.BySerial) &&
 		!m.Same(&k.Identity, d) {
-		return fmt.Sprintf("%s is at path=%s instead of %s, and nothing tells whether it is the same device", d.Name,
+		return fmt.Sprintf("%s is at path=%s instead of %s, and viaduct cannot tell whether it is the same device",
+			d.Name,
 			place, k.Identity.Path)
 	}
 
@@ -82,7 +83,8 @@ func (m *Manager) changed(k *known, match hostfile.Match, d *iommu.Device) strin
 	equal := m.equal(d)
 	moved := func(place string) bool { return !slices.Contains(equal, place) }
 	if slices.ContainsFunc(k.Equal, moved) {
-		return fmt.Sprintf("cards like %s are at %s now and were at %s, and nothing but that tells which one it is",
+		return fmt.Sprintf("equal cards such as %s are at %s now and were at %s, and viaduct cannot tell which "+
+			"one it is",
 			d.Name,
 			strings.Join(equal, ", "), strings.Join(k.Equal, ", "))
 	}
@@ -131,7 +133,7 @@ func (m *Manager) joined(i *Item) string {
 	if len(out) == 0 {
 		return ""
 	}
-	return "its group has grown by what the host uses: " + strings.Join(out, ", ")
+	return "its group now includes devices that the host uses: " + strings.Join(out, ", ")
 }
 
 // dropped adds to a wish what was declared of VFs when that was last applied, and is not any more: it goes back to what

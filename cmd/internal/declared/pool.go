@@ -50,7 +50,7 @@ func (m *Manager) Pool(s *hostfile.Host, name string) ([]*iommu.Device, error) {
 
 	if len(out) == 0 {
 		if last == nil {
-			last = fmt.Errorf("its VFs are not made yet (viaduct apply)")
+			last = fmt.Errorf("its VFs do not exist yet (viaduct apply makes them)")
 		}
 		return nil, fmt.Errorf("pool %q: %w", name, last)
 	}
@@ -63,7 +63,7 @@ func Kept(vf, with *iommu.Device) string {
 		vf.VFIndex, *vf.Group, with.Name)
 }
 
-// Protected refuses to take devices that are declared as never to be touched.
+// Protected refuses to take devices that are declared in protect.
 func (m *Manager) Protected(s *hostfile.Host, unit []*iommu.Device) error {
 	guard, err := m.guard(s)
 	if err != nil {

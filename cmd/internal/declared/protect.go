@@ -83,7 +83,7 @@ func (m *Manager) recorded(g *guard) error {
 	m.topology.All(func(d *iommu.Device) bool {
 		for k := range all {
 			if d.PCI && g.names[d.Name] == "" && m.Same(&all[k].Identity, d) {
-				g.names[d.Name] = "it carried this host when that last ran: it " + all[k].Why
+				g.names[d.Name] = "the host was using it when it last ran: it " + all[k].Why
 			}
 		}
 		return true

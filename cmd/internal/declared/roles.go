@@ -42,7 +42,7 @@ func resolve(h *iommu.Host, t *iommu.Topology, match hostfile.Match) ([]*iommu.D
 			some = slices.DeleteFunc(slices.Clone(all), func(d *iommu.Device) bool { return !slices.Contains(some, d) })
 		}
 		if all = some; len(all) == 0 {
-			return nil, &iommu.NotFoundError{Selector: match.String(), What: "no device is all of this"}
+			return nil, &iommu.NotFoundError{Selector: match.String(), What: "no device matches all of this"}
 		}
 	}
 	return all, nil

@@ -186,8 +186,8 @@ func (i *Item) vfWords() []string {
 			}
 			if vf.Use == sriov.UseHome {
 				parts["driver"] = "home"
-			} else if vf.Use == sriov.UseVFIO && parts["pool"] == "" {
-				parts["driver"] = "vfio"
+			} else if driver := vf.Use.Driver(); driver != "" && parts["pool"] == "" {
+				parts["driver"] = driver
 			}
 		}
 	}
@@ -201,7 +201,9 @@ func (i *Item) vfWords() []string {
 			}
 		}
 	}
-	for use, vfs := range map[string][]*iommu.Device{"vfio": i.take, "none": i.none, "home": i.home} {
+	drivers := map[string][]*iommu.Device{string(sriov.UseNone): i.none, string(sriov.UseHome): i.home}
+	maps.Copy(drivers, i.take)
+	for use, vfs := range drivers {
 		for _, vf := range vfs {
 			at(vf.VFIndex)["driver"] = use
 		}

@@ -49,7 +49,7 @@ func nodes(f *Facts) Check {
 	switch {
 	case len(open) > 0:
 		c.set(Warned, "every user can open %s, and with it a device", some(open))
-		c.Cure = "`chmod o-w` them, and mend the udev rule that makes them so (/etc/udev/rules.d)"
+		c.Cure = "run `chmod o-w` on them, and correct the udev rule that does this (/etc/udev/rules.d)"
 	case has("dev/vfio/vfio") || has("dev/iommu"):
 		c.set(Passed, "there, and not open to all")
 	case !f.Live:
@@ -210,7 +210,7 @@ func hugePages(f *Facts) Check {
 	}
 	if len(text) == 0 {
 		c.see("sys/kernel/mm/hugepages/*/nr_hugepages", "0")
-		c.set(Passed, "none are set aside; a guest that is to have some needs them (vm.nr_hugepages, or hugepages= "+
+		c.set(Passed, "none are reserved; a guest that uses huge pages needs them (vm.nr_hugepages, or hugepages= "+
 			"at boot)")
 	}
 	return c

@@ -127,7 +127,7 @@ func TestFaults(t *testing.T) {
 		"open node":         {func(f *Facts) { f.Nodes = []Node{{"dev/vfio/vfio", 0o666}, {"dev/vfio/7", 0o666}} }, "nodes", Warned, "/dev/vfio/7", "chmod"},
 		"no room in memory": {func(f *Facts) { f.PFs[0].Unmapped = true }, "sriov_room", Failed, "memory", "pci=realloc"},
 		"no room on buses":  {func(f *Facts) { f.PFs[0].LastBus = 2 }, "sriov_room", Failed, "buses", "ARI"},
-		"no reset":          {func(f *Facts) { f.Resets["0000:01:00.0"] = iommu.Reset{Way: iommu.ResetNone} }, "reset", Warned, "nothing resets it", ""},
+		"no reset":          {func(f *Facts) { f.Resets["0000:01:00.0"] = iommu.Reset{Way: iommu.ResetNone} }, "reset", Warned, "nothing can reset it", ""},
 		"D3cold":            {func(f *Facts) { f.Power["0000:01:00.0"] = "D3cold" }, "power", Warned, "0000:01:00.0", "d3cold_allowed"},
 		"boot display":      {func(f *Facts) { f.Displays = []Display{{"0000:01:00.0", "is the display this host started on"}} }, "boot_display", Warned, "started on", "firmware"},
 		"blind":             {func(f *Facts) { f.Blind = "cannot see" }, "boot_display", Unknown, "cannot see", "root"},

@@ -82,7 +82,7 @@ func blacklist(f *Facts) Check {
 		c.set(Warned, "%s is there, and may not be loaded again: /%s has %q", name, r.File, r.Line)
 	}
 
-	c.Cure = fmt.Sprintf("remove that line from /%s, make the initramfs anew if it is in it, and run `modprobe %s`",
+	c.Cure = fmt.Sprintf("remove that line from /%s, rebuild the initramfs if it is in it, and run `modprobe %s`",
 		r.File, name)
 	if r.File == "proc/cmdline" {
 		c.Cure = f.Loader.Remove(r.Line)

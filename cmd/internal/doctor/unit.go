@@ -71,9 +71,9 @@ func table(f *Facts) Check {
 			c.see(path.Join(tablesDir, s), "there")
 		}
 	case f.present():
-		c.set(Passed, "there is none, and an IOMMU is active without it (by device tree, or the hypervisor)")
+		c.set(Passed, "there is no table, and an IOMMU is active without it (by device tree, or the hypervisor)")
 	default:
-		c.set(Failed, "there is none of %s: %s", strings.Join(acpi.Signatures, ", "), f.Off.Why)
+		c.set(Failed, "there is no table of %s: %s", strings.Join(acpi.Signatures, ", "), f.Off.Why)
 		c.see(tablesDir, "")
 		c.Cure = f.Off.Cure
 	}
@@ -83,8 +83,8 @@ func table(f *Facts) Check {
 // works reports whether devices are in groups of an active IOMMU.
 func (f *Facts) works() bool { return len(f.Topology.Units) > 0 && len(f.Topology.Groups) > 0 }
 
-// complaint is the line of the kernel's that calls a table wrong, or found no IOMMU where one describes it; "" if there is
-// none.
+// complaint is the line of the kernel's that calls a table wrong, or found no IOMMU where one describes it; "" if there
+// is none.
 func (f *Facts) complaint() string {
 	tables := []string{"DMAR", "AMD-Vi", "IVRS", "IORT", "VIOT"}
 	wrong := []string{"BIOS is broken", "Firmware Bug", "No supported address widths", "Can't validate DRHD"}

@@ -19,14 +19,11 @@ func (d *decoder) check(h *Host) {
 	}
 	for i := range h.Devices {
 		dev := &h.Devices[i]
-		if dev.Driver != "" && dev.Driver != "auto" && !iommu.IsVFIODriver(dev.Driver) {
-			d.failAt(dev.At, dev.Driver, "this is no vfio driver; want auto, vfio-pci or the name of a variant driver")
-		}
 		if dev.Early && !dev.Select.Has(iommu.ByAddress, iommu.ByPath) {
 			d.failAt(
 				dev.At,
 				dev.Select.String(),
-				"a device that is taken in the initramfs has no driver and no name yet: name its path= (viaduct show "+
+				"a device in the initramfs has no driver and no interface yet: select it by its path= (viaduct show "+
 					"prints it)",
 			)
 		}
@@ -39,11 +36,11 @@ func (d *decoder) check(h *Host) {
 func (d *decoder) checkPF(pf *PF) {
 	for _, m := range pf.matches() {
 		if m.Has(iommu.ByClass) {
-			d.failAt(pf.At, m.String(), "a class is no PF; want mac=, path=, serial= or ids with the place")
+			d.failAt(pf.At, m.String(), "a class does not select a PF; want mac=, path=, serial= or ids with a path")
 		}
 	}
 	if pf.Count == 0 && len(pf.VFs) > 0 {
-		d.failAt(pf.VFs[0].At, "", "there are no VFs (count is 0), so there is nothing to say of them")
+		d.failAt(pf.VFs[0].At, "", "count is 0, so there are no VFs to describe")
 		return
 	}
 
@@ -57,7 +54,7 @@ func (d *decoder) checkPF(pf *PF) {
 		indexes := r.Range.Indexes(pf.Count)
 		for _, n := range indexes {
 			if owner[n] != nil {
-				d.failAt(r.At, r.Range.String(), "VF %d is in the range on line %d already", n, owner[n].At.Line)
+				d.failAt(r.At, r.Range.String(), "VF %d is already in the range on line %d", n, owner[n].At.Line)
 				break
 			}
 			owner[n] = r
@@ -78,18 +75,18 @@ func (d *decoder) checkPF(pf *PF) {
 		_, qos := r.Settings[sriov.QoS]
 		_, proto := r.Settings[sriov.Proto]
 		if _, vlan := r.Settings[sriov.VLAN]; !vlan && (qos || proto) {
-			d.failAt(r.At, "", "qos and proto are a VLAN's: the key vlan is missing")
+			d.failAt(r.At, "", "qos and proto need the key vlan")
 		}
 		if r.Driver != sriov.UseHome && r.Network != "" {
 			d.failAt(r.At, r.Network, "only VFs on the host's driver have an interface here: it is for driver: home")
 		}
 		if r.Driver == sriov.UseHome && r.Pool != "" {
-			d.failAt(r.At, r.Pool, "guests draw from a pool, and cannot have what the host's driver has (driver: home)")
+			d.failAt(r.At, r.Pool, "a pool is for guests, which cannot have VFs on the host's driver (driver: home)")
 		}
 	}
 
 	if pf.AfterLAG && pf.Eswitch != "switchdev" {
-		d.failAt(pf.At, "after_bond", "is for the PFs of a bond in mode switchdev (eswitch: switchdev)")
+		d.failAt(pf.At, "after_bond", "needs eswitch: switchdev: it is for the PFs of a bond in that mode")
 	}
 }
 
@@ -100,7 +97,7 @@ func (d *decoder) checkAddresses(r *VFs, indexes []int, seen map[string]bool, ma
 		value, ok := r.Settings[k]
 		same := !value.plus && value.word != sriov.StableMAC
 		if ok && same && (len(indexes) > 1 || many || seen[string(k)+value.word]) {
-			d.failAt(r.At, value.word, "each VF needs a %s of its own (%s: %s makes them)", names[k], k,
+			d.failAt(r.At, value.word, "each VF needs its own %s (%s: %s derives them)", names[k], k,
 				sriov.StableMAC)
 		}
 		for _, n := range indexes {
@@ -132,7 +129,7 @@ func (h *Host) twice() error {
 	see := func(m Match, at Pos) {
 		name := m.String()
 		if first, again := seen[name]; again {
-			errs = append(errs, &Error{at, name, fmt.Sprintf("this is declared at %s already", first)})
+			errs = append(errs, &Error{at, name, fmt.Sprintf("this is already declared at %s", first)})
 			return
 		}
 		seen[name] = at
@@ -161,8 +158,8 @@ func (h *Host) twice() error {
 					}
 					if first.pf != i {
 						// Within a PF, that is told already.
-						errs = append(errs, &Error{r.At, value, fmt.Sprintf("the VF at %s has this %s already: each "+
-							"needs one of its own (%s: %s makes them)", first.at, names[k], k, sriov.StableMAC)})
+						errs = append(errs, &Error{r.At, value, fmt.Sprintf("the VF at %s already has this %s: each "+
+							"needs its own (%s: %s derives them)", first.at, names[k], k, sriov.StableMAC)})
 						break
 					}
 				}

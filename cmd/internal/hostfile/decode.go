@@ -13,6 +13,7 @@ import (
 
 	"viaduct/internal/nearest"
 	"viaduct/sriov"
+	"viaduct/vfio/bind"
 )
 
 // Most errors of one file that are told, and most values a file may have, with those that aliases repeat.
@@ -40,7 +41,7 @@ func Parse(file string, content []byte) (*Host, error) {
 
 	var second yaml.Node
 	if err := loader.Load(&second); err == nil {
-		d.fail(&second, "", "a second document; want one in a file")
+		d.fail(&second, "", "a second YAML document; want one in a file")
 	} else if !isEnd(err) {
 		return h, d.syntax(content, err)
 	}
@@ -76,9 +77,9 @@ func (d *decoder) failAt(at Pos, text, format string, args ...any) {
 
 // syntax is what the YAML reader says, with the line it says it of.
 func (d *decoder) syntax(content []byte, err error) error {
-	e := &Error{At: Pos{File: d.file}, Why: "this is no YAML: " + strings.TrimPrefix(err.Error(), "yaml: ")}
+	e := &Error{At: Pos{File: d.file}, Why: "invalid YAML: " + strings.TrimPrefix(err.Error(), "yaml: ")}
 	if load, ok := errors.AsType[*yaml.LoadError](err); ok {
-		e.Why = "this is no YAML: " + load.Message
+		e.Why = "invalid YAML: " + load.Message
 		e.At.Line, e.At.Column = load.Mark.Line, load.Mark.Column
 	}
 
@@ -186,10 +187,25 @@ func (d *decoder) decode(n *yaml.Node, v reflect.Value, f *reflect.StructField) 
 				d.fail(n, text, "want %s", strings.ReplaceAll(all, ",", " or "))
 			} else if text == "" {
 				d.fail(n, text, "want a word")
+			} else if parse := driverWords[f.Tag.Get("word")]; parse != nil {
+				driver, err := parse(text)
+				if err != nil {
+					d.fail(n, text, "%v", err)
+				}
+				text = driver
 			}
 			v.SetString(text)
 		}
 	}
+}
+
+// driverWords read what names a driver.
+var driverWords = map[string]func(string) (string, error){
+	"driver": bind.ParseDriver,
+	"use": func(word string) (string, error) {
+		use, err := sriov.ParseUse(word)
+		return string(use), err
+	},
 }
 
 // text is a scalar's.
@@ -217,7 +233,7 @@ func (d *decoder) mapping(n *yaml.Node, v reflect.Value) {
 	for i := 0; i+1 < len(n.Content); i += 2 {
 		key, value := n.Content[i], n.Content[i+1]
 		if first := seen[key.Value]; first != nil {
-			d.fail(key, key.Value, "this key is on line %d already", first.Line)
+			d.fail(key, key.Value, "this key is already on line %d", first.Line)
 			continue
 		}
 		seen[key.Value] = key
@@ -227,7 +243,7 @@ func (d *decoder) mapping(n *yaml.Node, v reflect.Value) {
 			d.setting(value, settings, Key(key.Value))
 		} else {
 			keys := keysOf(v.Type())
-			d.fail(key, key.Value, "there is no such key here%s; the keys are %s", nearest.Ask(key.Value, keys),
+			d.fail(key, key.Value, "unknown key%s; the keys are %s", nearest.Ask(key.Value, keys),
 				strings.Join(keys, ", "))
 		}
 	}

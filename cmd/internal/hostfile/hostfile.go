@@ -11,20 +11,20 @@ import (
 
 // Host is a host as it is declared.
 type Host struct {
-	Protect []Protect `yaml:"protect" doc:"devices that are never touched"`
-	PFs     []PF      `yaml:"pfs"     doc:"SR-IOV physical functions, and what their VFs are"`
-	Devices []Device  `yaml:"devices" doc:"devices that are taken from the host for passthrough"`
-	Roles   []Role    `yaml:"roles"   doc:"roles of devices in their IOMMU groups, where their class says something else"`
+	Protect []Protect `yaml:"protect" doc:"devices that viaduct never changes"`
+	PFs     []PF      `yaml:"pfs"     doc:"SR-IOV physical functions (PFs) with their VFs"`
+	Devices []Device  `yaml:"devices" doc:"devices that are taken from the host, with their IOMMU groups"`
+	Roles   []Role    `yaml:"roles"   doc:"roles of devices in their IOMMU groups that differ from what their class implies"`
 }
 
 // Role is what becomes of devices when a guest gets their IOMMU group, whatever their class says.
 type Role struct {
 	At     Pos        `yaml:"-"`
-	Select Match      `yaml:"select" required:"true" doc:"the devices: all that have these words, as class=0c05"`
-	Role   iommu.Role `yaml:"role"   required:"true" doc:"guest: handed over; companion: only kept off the host's drivers" enum:"guest,companion"`
+	Select Match      `yaml:"select" required:"true" doc:"selector of the devices, e.g. class=0c05; several words must all match"`
+	Role   iommu.Role `yaml:"role"   required:"true" doc:"guest (a guest gets the device) or companion (viaduct only keeps it off the host's drivers)" enum:"guest,companion"`
 }
 
-// Protect names devices that are never touched, whatever else is declared.
+// Protect names devices that viaduct never changes, whatever else is declared.
 type Protect struct {
 	At    Pos   `yaml:"-"`
 	Match Match `yaml:",scalar"`
@@ -33,17 +33,17 @@ type Protect struct {
 // PF is a physical function with its VFs. What is left out is left as it is.
 type PF struct {
 	At       Pos     `yaml:"-"`
-	Select   Match   `yaml:"select"        either:"pf" doc:"the PF: mac=, path=, serial=, ids, an address, an interface; several words must all hold"`
+	Select   Match   `yaml:"select"        either:"pf" doc:"selector of the PF (e.g. mac=, path=, serial=, ids); several words must all match"`
 	All      Matches `yaml:"each"         either:"pf" doc:"instead of select, all PFs that one of these selectors names: each gets VFs like these"`
-	Optional bool    `yaml:"optional"                      doc:"its absence is no failure"`
+	Optional bool    `yaml:"optional"                      doc:"a missing device is not an error"`
 	Count    int     `yaml:"count"         required:"true" doc:"number of VFs"                                                                                             min:"0"  max:"65535"`
-	MTU      int     `yaml:"mtu"                           doc:"that VFs are to be able to have: the PF's is raised to it, never lowered"                                  min:"68" max:"65535"`
+	MTU      int     `yaml:"mtu"                           doc:"raise the MTU of the PF to this; viaduct never lowers it"                                  min:"68" max:"65535"`
 	Eswitch  string  `yaml:"eswitch"                       doc:"mode of the e-switch"                                                                                                           enum:"legacy,switchdev"`
-	Inline   string  `yaml:"inline_mode"                   doc:"of the e-switch"                                                                                                                enum:"none,link,network,transport"`
-	Encap    string  `yaml:"encap"                         doc:"of the e-switch"                                                                                                                enum:"none,basic"`
-	Offload  string  `yaml:"hw_tc_offload"                 doc:"whether the NIC carries out the e-switch's rules"                                                                               enum:"on,off"`
-	AfterLAG bool    `yaml:"after_bond"                    doc:"its VFs get their drivers only when the PF is in a bond, which others make: for switchdev PFs of one bond"`
-	VFs      []VFs   `yaml:"vfs"                           doc:"what the VFs are, by ranges; those in no range have no driver and no settings"`
+	Inline   string  `yaml:"inline_mode"                   doc:"inline mode of the e-switch"                                                                                                    enum:"none,link,network,transport"`
+	Encap    string  `yaml:"encap"                         doc:"tunnel offload of the e-switch"                                                                                                 enum:"none,basic"`
+	Offload  string  `yaml:"hw_tc_offload"                 doc:"let the NIC carry out the rules of the e-switch"                                                                               enum:"on,off"`
+	AfterLAG bool    `yaml:"after_bond"                    doc:"bind the VFs only when the PF is in a bond; for the switchdev PFs of one bond"`
+	VFs      []VFs   `yaml:"vfs"                           doc:"VFs by ranges; a VF in no range has no driver and no settings"`
 }
 
 // Matches names devices: each that one of them does. One may be written without a list.
@@ -52,9 +52,9 @@ type Matches []Match
 // VFs is a range of a PF's VFs.
 type VFs struct {
 	At       Pos            `yaml:"-"`
-	Range    Range          `yaml:"range"     doc:"indexes, as 0-3 or 0-3,6; all if left out"`
-	Driver   sriov.Use      `yaml:"driver"    doc:"what drives them; none if left out"        enum:"vfio,home,none"`
-	Pool     string         `yaml:"pool"      doc:"name that guests draw from"`
+	Range    Range          `yaml:"range"     doc:"indexes (e.g. 0-3 or 0-3,6; default: all)"`
+	Driver   sriov.Use      `yaml:"driver"    doc:"driver of the VFs: vfio, home, none or the name of a vfio driver (default: none)" word:"use"`
+	Pool     string         `yaml:"pool"      doc:"name of the pool from which guests draw these VFs"`
 	Network  string         `yaml:"network"   doc:"unmanaged: NetworkManager and systemd-networkd leave its interface alone" enum:"unmanaged"`
 	Settings map[Key]Valued `yaml:",settings"`
 }
@@ -62,11 +62,11 @@ type VFs struct {
 // Device is a device that is taken for passthrough, with all of its IOMMU group.
 type Device struct {
 	At       Pos    `yaml:"-"`
-	Select   Match  `yaml:"select"     required:"true" doc:"the device, as a PF's"`
-	Optional bool   `yaml:"optional"                   doc:"its absence is no failure"`
-	Driver   string `yaml:"driver"                     doc:"vfio driver; auto, the default, is the device's own variant driver, else vfio-pci"`
-	Owner    string `yaml:"node_owner"                 doc:"USER[:GROUP] that the device's nodes belong to"`
-	Early    bool   `yaml:"initramfs"                  doc:"taken in the initramfs already, before its own driver can have it"`
+	Select   Match  `yaml:"select"     required:"true" doc:"selector of the device, as for a PF"`
+	Optional bool   `yaml:"optional"                   doc:"a missing device is not an error"`
+	Driver   string `yaml:"driver"                     doc:"vfio, none or the name of a vfio driver (default: vfio, the device's variant driver, else vfio-pci)" word:"driver"`
+	Owner    string `yaml:"node_owner"                 doc:"USER[:GROUP] that owns the device's nodes"`
+	Early    bool   `yaml:"initramfs"                  doc:"take the device in the initramfs, before the host's driver can have it"`
 }
 
 // Key is a VF setting's.

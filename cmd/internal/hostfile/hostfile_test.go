@@ -79,7 +79,7 @@ pfs:
     count: 0
 devices:
   - select: "0000:03:00.0"
-    driver: auto
+    driver: vfio
     node_owner: "qemu:kvm"
 `
 

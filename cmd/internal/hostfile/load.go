@@ -79,10 +79,11 @@ func trusted(h *iommu.Host, name string, regular bool) error {
 		case err != nil:
 			return err
 		case at == name && regular && !o.Regular:
-			return fmt.Errorf("/%s is no regular file: it is not read", name)
+			return fmt.Errorf("/%s is not a regular file, so viaduct does not read it", name)
 		case o.UID != 0 || o.Mode&0o022 != 0 || o.ACL:
-			return fmt.Errorf("/%s is not read, as others than root may write /%s (owner %d, mode %04o%s): chown root "+
-				"and chmod go-w it", name, at, o.UID, o.Mode, map[bool]string{true: ", and a list: setfacl -b"}[o.ACL])
+			return fmt.Errorf("viaduct does not read /%s, because others than root may write /%s (owner %d, mode "+
+				"%04o%s): chown root "+
+				"and chmod go-w it", name, at, o.UID, o.Mode, map[bool]string{true: ", access list: setfacl -b"}[o.ACL])
 		case at == path.Dir(File):
 			return nil
 		}

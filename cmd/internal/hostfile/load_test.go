@@ -49,7 +49,7 @@ func TestTrustedFiles(t *testing.T) {
 	if err := errors.Join(os.MkdirAll(filepath.Dir(pipe), 0o755), syscall.Mkfifo(pipe, 0o600)); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Load(&iommu.Host{Host: k.Host()}); err == nil || !strings.Contains(err.Error(), "no regular file") {
+	if _, err := Load(&iommu.Host{Host: k.Host()}); err == nil || !strings.Contains(err.Error(), "not a regular file") {
 		t.Errorf("a pipe: %v", err)
 	}
 }

@@ -29,16 +29,16 @@ func (m *Match) parse(text string) error {
 		}
 		switch s.Form() {
 		case iommu.ByGroup:
-			return errors.New("a group's number is another one at the next boot; name the device")
+			return errors.New("a group has another number after a boot; select the device")
 		case iommu.BySlot:
 			return errors.New("a slot is all of its functions; name each device, as " + word + ".0")
 		case iommu.ByVF:
-			return errors.New("a VF is declared below its PF, in pfs")
+			return errors.New("declare a VF below its PF, in pfs")
 		}
 		m.Selectors = append(m.Selectors, s)
 	}
 	if len(m.Selectors) == 0 {
-		return errors.New("want a selector, as mac=52:54:00:12:34:56, path=0000:00:01.0/00.0")
+		return errors.New("want a selector, e.g. mac=52:54:00:12:34:56 or path=0000:00:01.0/00.0")
 	}
 	return nil
 }
@@ -71,7 +71,7 @@ const (
 )
 
 func (r *Range) parse(text string) error {
-	want := errors.New("want VF indexes, as 3, 0-3 or 0-3,6")
+	want := errors.New("want VF indexes, e.g. 3, 0-3 or 0-3,6")
 	for part := range strings.SplitSeq(text, ",") {
 		first, last, isSpan := strings.Cut(strings.TrimSpace(part), "-")
 		if !isSpan {

@@ -88,12 +88,12 @@ func schemaOf(t reflect.Type, f *reflect.StructField) map[string]any {
 func settingDoc(k Key) string {
 	switch k {
 	case sriov.MAC:
-		return "address, or " + sriov.StableMAC + ": derived from the PF's permanent one and the VF's index"
+		return "MAC address, or " + sriov.StableMAC + " to derive one from the PF's permanent address and the VF index"
 	case sriov.NodeGUID, sriov.PortGUID:
-		return "GUID of InfiniBand; GUID" + plusIndex + " adds the VF's index; or " + sriov.StableGUID + ": derived " +
-			"from the PF's and the VF's index"
+		return "InfiniBand GUID; GUID" + plusIndex + " adds the VF index; " + sriov.StableGUID + " derives one " +
+			"from the PF's and the VF index"
 	case sriov.VLAN:
-		return "0 to 4094, 0 for none; NUMBER" + plusIndex + " adds the VF's index"
+		return "VLAN ID, 0 for none; NUMBER" + plusIndex + " adds the VF index"
 	}
-	return "as the setting of viaduct vf set"
+	return "the same as in viaduct vf set"
 }

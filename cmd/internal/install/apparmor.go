@@ -29,7 +29,7 @@ func Confined(root, program string) string {
 		local, _ := os.ReadFile(filepath.Join(root, more))
 		if !strings.Contains(string(text)+string(local), program) {
 			return "AppArmor's " + profile + " keeps libvirt's hooks from running " + program + ": put viaduct into " +
-				"/usr/sbin, or add the line \"" + program + " PUx,\" to " + more + " and load it anew"
+				"/usr/sbin, or add the line \"" + program + " PUx,\" to " + more + " and load it again"
 		}
 	}
 	return ""

@@ -2,6 +2,7 @@
 package install
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -22,6 +23,7 @@ type Options struct {
 	Late      bool     // a second unit, when the network is up, for what waits for a bond
 	Libvirt   bool     // a hook that checks, takes and scrubs what domains have
 	Initramfs []string // folders in sysfs of what the initramfs keeps for passthrough; nil for no hook
+	Units     string   // folder of the units that a package has brought; "" if none has
 }
 
 // Where a host keeps such things.
@@ -36,6 +38,9 @@ const (
 	// HotplugPath is the unit that looks for devices that came later.
 	HotplugPath = "viaduct-hotplug.path"
 
+	ruleName    = "72-viaduct.rules"
+	networkName = "05-viaduct.network"
+
 	// LibvirtHook is the hook that libvirt runs for each QEMU domain.
 	LibvirtHook = "/etc/libvirt/hooks/qemu.d/viaduct"
 	// What it runs for each network, which says what a domain draws and gives back, also while it runs.
@@ -43,6 +48,22 @@ const (
 )
 
 const marker = "Written by viaduct install; viaduct uninstall removes it."
+
+// What the services may not do. They load modules, write to /sys, read every process's open files, enter network
+// namespaces and hand out nodes of devices: so /sys and /dev stay as they are, and no process is hidden.
+const hardened = `NoNewPrivileges=yes
+ProtectSystem=full
+ProtectHome=read-only
+ProtectHostname=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+RestrictNamespaces=net
+RestrictAddressFamilies=AF_UNIX AF_NETLINK AF_INET AF_INET6
+SystemCallArchitectures=native
+KeyringMode=private
+`
 
 // The early unit does everything, before anybody else looks at network interfaces or starts guests. It orders itself,
 // as the default dependencies would put it behind what has to wait for it.
@@ -64,7 +85,7 @@ RemainAfterExit=yes
 ExecStartPre=-/bin/rm -f ` + mark + `
 ExecStart=%s apply --boot
 TimeoutStartSec=30min
-
+` + hardened + `
 [Install]
 WantedBy=multi-user.target
 `
@@ -83,7 +104,7 @@ Type=oneshot
 RemainAfterExit=yes
 ExecStart=%s apply --boot --late
 TimeoutStartSec=30min
-
+` + hardened + `
 [Install]
 WantedBy=multi-user.target
 `
@@ -98,7 +119,7 @@ After=viaduct.service
 ExecStart=%s watch
 Restart=on-failure
 RestartSec=5
-
+` + hardened + `
 [Install]
 WantedBy=multi-user.target
 `
@@ -144,7 +165,7 @@ Type=oneshot
 ExecStartPre=/bin/rm -f ` + mark + `
 ExecStart=%s watch --once
 TimeoutStartSec=30min
-`
+` + hardened
 
 // A hook of libvirt's (docs/hooks.rst there; the folder since 6.5). What it is called for, and what it refuses, is the
 // program's.
@@ -161,28 +182,47 @@ type File struct {
 	Mode    fs.FileMode
 }
 
+// unit is a unit that an install may have.
+type unit struct {
+	name, text string
+	enabled    bool // by itself: the others are started by something
+	wanted     func(*Options) bool
+}
+
+var always = func(*Options) bool { return true }
+
+var allUnits = [...]unit{
+	{"viaduct.service", early, true, always},
+	{HotplugPath, hotplugPath, true, always},
+	{"viaduct-hotplug.service", hotplug, false, always},
+	{"viaduct-late.service", late, true, func(o *Options) bool { return o.Late }},
+	{"viaduct-watch.service", watch, true, func(o *Options) bool { return o.Watch }},
+}
+
+// file is the unit in a folder, for a program.
+func (u *unit) file(folder, program string) File {
+	return File{Path: filepath.Join(folder, u.name), Content: strings.ReplaceAll(u.text, "%s", inUnit(program)), Mode: 0o644}
+}
+
 // Files are what the options come to.
 func (o *Options) Files(initramfs Generator) ([]File, error) {
-	unit := func(name, text string, enabled bool) []File {
-		out := []File{
-			{Path: filepath.Join(units, name), Content: strings.ReplaceAll(text, "%s", inUnit(o.Program)), Mode: 0o644},
+	var all []File
+	folder := cmp.Or(o.Units, units)
+	for i := range allUnits {
+		u := &allUnits[i]
+		if !u.wanted(o) {
+			continue
 		}
-		if enabled {
-			out = append(out, File{Path: filepath.Join(wanted, name), Link: filepath.Join(units, name)})
+		if o.Units == "" {
+			all = append(all, u.file(folder, o.Program))
 		}
-		return out
+		if u.enabled {
+			all = append(all, File{Path: filepath.Join(wanted, u.name), Link: filepath.Join(folder, u.name)})
+		}
 	}
-	all := unit("viaduct.service", early, true)
-	all = append(all, unit(HotplugPath, hotplugPath, true)...)
-	all = append(all, unit("viaduct-hotplug.service", hotplug, false)...)
-	all = append(all, File{Path: "/etc/udev/rules.d/72-viaduct.rules", Content: rule, Mode: 0o644})
-	all = append(all, File{Path: "/etc/systemd/network/05-viaduct.network", Content: networkd, Mode: 0o644})
-	if o.Late {
-		all = append(all, unit("viaduct-late.service", late, true)...)
-	}
-
-	if o.Watch {
-		all = append(all, unit("viaduct-watch.service", watch, true)...)
+	if o.Units == "" {
+		all = append(all, File{Path: "/etc/udev/rules.d/" + ruleName, Content: rule, Mode: 0o644},
+			File{Path: "/etc/systemd/network/" + networkName, Content: networkd, Mode: 0o644})
 	}
 	if o.Libvirt {
 		for _, hook := range [][2]string{{LibvirtHook, ""}, {networkHook, " --network"}} {
@@ -235,6 +275,9 @@ func (f *File) write(root string, changed *[]string) error {
 		if target, err := os.Readlink(file); err == nil && target == f.Link {
 			return nil
 		}
+		if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
 		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.Symlink(f.Link, file)); err != nil {
 			return err
 		}
@@ -251,7 +294,7 @@ func (f *File) write(root string, changed *[]string) error {
 		*changed = append(*changed, f.Path)
 		return os.Chmod(file, f.Mode)
 	case err == nil && !strings.Contains(string(old), marker):
-		return fmt.Errorf("%s is there, and is not by viaduct install: it is left alone (move it away first)", f.Path)
+		return fmt.Errorf("%s exists, and viaduct install did not write it: move it away first", f.Path)
 	}
 
 	if err := host.WriteFile(file, []byte(f.Content)); err != nil {
@@ -290,4 +333,4 @@ func remove(root string, f File, changed *[]string) error {
 }
 
 // Watches reports whether the service that watches is installed.
-func Watches() bool { return there(filepath.Join(units, "viaduct-watch.service")) }
+func Watches() bool { return there(filepath.Join(wanted, "viaduct-watch.service")) }

@@ -70,7 +70,7 @@ func TestWrite(t *testing.T) {
 	if files, err = o.Files(Dracut); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Write(root, files); err == nil || !strings.Contains(err.Error(), "is not by viaduct install") {
+	if _, err := Write(root, files); err == nil || !strings.Contains(err.Error(), "viaduct install did not write it") {
 		t.Errorf("somebody else's file: %v", err)
 	}
 	if _, err := Remove(root); err != nil {

@@ -20,7 +20,7 @@ func Trusted(program string) error {
 		return err
 	}
 	refused := &holder.RefusedError{
-		What: "install " + program, Cure: "put it where root alone can write, as /usr/local/sbin",
+		What: "install " + program, Cure: "put it where only root can write, e.g. /usr/local/sbin",
 	}
 	reason := func(format string, a ...any) {
 		why := holder.Reason{Kind: holder.Program, Text: fmt.Sprintf(format, a...)}
@@ -37,7 +37,7 @@ func Trusted(program string) error {
 			case st.Uid != 0:
 				reason("%s belongs to user %d, who could replace it", file, st.Uid)
 			case st.Mode&0o022 != 0 && !link:
-				reason("%s may be written to by others (mode %04o)", file, st.Mode&0o7777)
+				reason("others may write to %s (mode %04o)", file, st.Mode&0o7777)
 			}
 			if len(refused.Reasons) > 0 {
 				return refused

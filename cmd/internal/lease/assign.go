@@ -73,7 +73,7 @@ func (m *Manager) Assign(ctx context.Context, r *Request) (l *Lease, fresh bool,
 		if undone := m.undo(ctx, l); undone != nil {
 			// The lease stays, for release to end.
 			return nil, false, notes, errors.Join(err,
-				fmt.Errorf("%s keeps what it was given, for viaduct release %s: %w", r.Guest, shell.Quote(r.Guest),
+				fmt.Errorf("%s keeps its devices until viaduct release %s: %w", r.Guest, shell.Quote(r.Guest),
 					undone))
 		}
 
@@ -191,7 +191,7 @@ func (s *Source) suits(d *iommu.Device) error {
 		return nil
 	}
 	why := holder.Reason{
-		Kind: holder.Unsuitable, Device: d.Name, Text: "it is no VF, and has no " + s.Settings.Text(),
+		Kind: holder.Unsuitable, Device: d.Name, Text: "it is not a VF, and has no " + s.Settings.Text(),
 	}
 	return holder.Because("assign "+d.Name, why, "")
 }
@@ -235,7 +235,7 @@ func (l *Lease) differs(r *Request) string {
 	case !sameSources(l.Sources, r.Sources):
 		return "drawn from " + l.DrawnFrom()
 	case l.Foreign && !r.Foreign:
-		return "for a VMM that takes its devices to a driver of its own, as Xen"
+		return "for a VMM that has its own driver, e.g. Xen"
 	case r.Foreign && !l.Foreign:
 		return "for a VMM that has its devices by VFIO"
 	}

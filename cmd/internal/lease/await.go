@@ -33,9 +33,9 @@ func (m *Manager) awaitGone(ctx context.Context, l *Lease, devices []*iommu.Devi
 		}
 		left := time.Until(end)
 		if left <= 0 || ctx.Err() != nil {
-			cure := "end the guest first, or have it waited for with --wait 60s"
+			cure := "end the guest first, or wait for it with --wait 60s"
 			if wait > 0 {
-				cure = fmt.Sprintf("end the guest first; it was waited for, for %s", wait)
+				cure = fmt.Sprintf("end the guest first; viaduct waited %s for it", wait)
 			}
 			refused := &holder.RefusedError{What: "release " + l.Guest, Cure: cure}
 			for _, h := range holders {

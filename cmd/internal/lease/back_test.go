@@ -81,8 +81,8 @@ func TestBackAsFarAsKnown(t *testing.T) {
 		net  func(*hosttest.Network)
 		note string
 	}{
-		"not told":           {func(n *hosttest.Network) { n.Unreported = map[int]bool{unix.IFLA_VF_VLAN: true} }, "not known"},
-		"refuses no address": {func(n *hosttest.Network) { n.Refuse = map[int]syscall.Errno{unix.IFLA_VF_MAC: unix.EINVAL} }, "take the guest's away"},
+		"not told":           {func(n *hosttest.Network) { n.Unreported = map[int]bool{unix.IFLA_VF_VLAN: true} }, "does not report it"},
+		"refuses no address": {func(n *hosttest.Network) { n.Refuse = map[int]syscall.Errno{unix.IFLA_VF_MAC: unix.EINVAL} }, "does not remove the guest's"},
 	} {
 		k := withReset(t)
 		lendVF(t, k, tagged)

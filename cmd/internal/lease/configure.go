@@ -109,8 +109,8 @@ func (m *Manager) configure(ctx context.Context, l *Lease, devices []*iommu.Devi
 			}
 			mac := d.Now[sriov.MAC]
 			if l.Moving == "" && mac != "" && strings.Trim(mac, "0:") == "" && len(mac) == len(noMAC) {
-				notes = append(notes, fmt.Sprintf("%s (vf%d) has no MAC address, so that the guest's is another one "+
-					"at each start: --mac stable gives it one", d.Address, d.Index))
+				notes = append(notes, fmt.Sprintf("%s (vf%d) has no MAC address, so the guest gets another one "+
+					"at each start: use --mac stable", d.Address, d.Index))
 			}
 		}
 		return nil

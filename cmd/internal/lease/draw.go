@@ -26,7 +26,7 @@ func (e *ExhaustedError) Error() string {
 	for _, more := range []struct {
 		n    int
 		what string
-	}{{e.Quarantined, "in quarantine"}, {e.Used, "in another tool's books"}, {e.Refused, "in use"}} {
+	}{{e.Quarantined, "in quarantine"}, {e.Used, "recorded by another tool"}, {e.Refused, "in use"}} {
 		if more.n > 0 {
 			out = append(out, fmt.Sprintf("%d %s", more.n, more.what))
 		}
@@ -53,7 +53,7 @@ func (m *Manager) source(from string) ([][]*iommu.Device, error) {
 		return m.whole(devices)
 	}
 
-	noPool := "no pool is called so"
+	noPool := "there is no pool of that name"
 	if all := declared.Pools(m.declaration); len(all) > 0 {
 		noPool = "the pools are " + strings.Join(all, ", ")
 	}
@@ -73,8 +73,8 @@ func (m *Manager) source(from string) ([][]*iommu.Device, error) {
 		switch {
 		case len(found) > 1 && d.Role() == iommu.RoleCompanion:
 			// Which only its own name can mean.
-			err = fmt.Errorf("all that %s names is part of the host's own machinery: a guest gets such a device "+
-				"only if it is named by itself", from)
+			err = fmt.Errorf("everything that %s matches is part of the host itself: a guest gets such a device "+
+				"only if the selector names it alone", from)
 		case bind.Takable(d) != nil:
 			err = bind.Takable(d)
 		case d.VFIO:
@@ -88,8 +88,8 @@ func (m *Manager) source(from string) ([][]*iommu.Device, error) {
 			}
 			if len(vfs) == 0 {
 				err = errors.New(
-					"all VFs of " + from + " are on drivers of the host: one that is to be taken from it has to be " +
-						"named by itself",
+					"all VFs of " + from + " are on drivers of the host: to take one of them, it must be " +
+						"named alone",
 				)
 				break
 			}
@@ -102,8 +102,8 @@ func (m *Manager) source(from string) ([][]*iommu.Device, error) {
 				"viaduct vf create "+d.Name+" N; or, to assign the PF itself, viaduct bind "+d.Name+" first")
 		case d.Blocks() && len(found) > 1:
 			err = errors.New(
-				"all that " + from + " names are on drivers of the host: one that is to be taken from it has to be " +
-					"named by itself",
+				"everything that " + from + " names are on drivers of the host: to take one of them, it must be " +
+					"named alone",
 			)
 		default:
 			devices = append(devices, d)
@@ -131,7 +131,7 @@ func (m *Manager) whole(devices []*iommu.Device) ([][]*iommu.Device, error) {
 		} else {
 			refused.Reasons = append(refused.Reasons, holder.Reason{
 				Kind: holder.Group, Device: unit[i].Name,
-				Text: fmt.Sprintf("%s, in IOMMU group %d, is no PCI device", unit[i].Name, *unit[i].Group),
+				Text: fmt.Sprintf("%s, in IOMMU group %d, is not a PCI device", unit[i].Name, *unit[i].Group),
 			})
 		}
 	}

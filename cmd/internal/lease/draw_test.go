@@ -201,7 +201,7 @@ func TestExhausted(t *testing.T) {
 		`pool exhausted: "net" has 3, of which 1 are assigned (viaduct leases)`: {From: "net", Wanted: 1, Of: 3, Leased: 1},
 		`pool exhausted: "net" has 3, of which 0 are assigned (viaduct leases), 1 in quarantine, 1 in use, and 2 are wanted`: {
 			From: "net", Wanted: 2, Of: 3, Quarantined: 1, Refused: 1},
-		`pool exhausted: "net" has 1, of which 0 are assigned (viaduct leases), 1 in another tool's books`: {
+		`pool exhausted: "net" has 1, of which 0 are assigned (viaduct leases), 1 recorded by another tool`: {
 			From: "net", Wanted: 1, Of: 1, Used: 1},
 	} {
 		if got := e.Error(); got != want {

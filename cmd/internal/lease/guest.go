@@ -51,11 +51,12 @@ func (m *Manager) fits(l *Lease, devices []*iommu.Device, r *Request) (notes []s
 		if bad := overlaps(r.Memory, r.Moves, regions); len(bad) > 0 {
 			cure := "give it less memory"
 			if !r.Moves && len(overlaps(r.Memory, true, regions)) == 0 {
-				cure = "give it less than 1010G of memory, or use QEMU with a CPU of AMD's, which puts memory elsewhere"
+				cure = "give it less than 1010G of memory, or use QEMU with an AMD CPU model, which places memory " +
+					"elsewhere"
 			}
 			why := holder.Reason{
 				Kind: holder.Memory, Device: d.Name,
-				Text: fmt.Sprintf("the guest's memory would lie where group %d cannot have any: %s", group,
+				Text: fmt.Sprintf("the guest's memory would lie where IOMMU group %d cannot have any: %s", group,
 					strings.Join(bad, ", ")),
 			}
 			return nil, holder.Because("assign "+d.Name+" to "+l.Guest, why, cure)
@@ -74,8 +75,8 @@ func (m *Manager) fits(l *Lease, devices []*iommu.Device, r *Request) (notes []s
 		if !may && limit < r.Memory {
 			why := holder.Reason{
 				Kind: holder.Memlock,
-				Text: fmt.Sprintf("process %d may lock %d MiB of memory, and the guest has %d MiB, all of which VFIO "+
-					"locks", pid, limit>>20, r.Memory>>20),
+				Text: fmt.Sprintf("process %d may lock %d MiB of memory, and VFIO locks all %d MiB of the guest's",
+					pid, limit>>20, r.Memory>>20),
 			}
 			return nil, holder.Because("assign to "+l.Guest, why,
 				"raise LimitMEMLOCK= of the unit, or ulimit -l, to infinity")
@@ -83,7 +84,7 @@ func (m *Manager) fits(l *Lease, devices []*iommu.Device, r *Request) (notes []s
 	}
 
 	if len(pids) == 0 && r.NodeOwner != "" {
-		notes = append(notes, fmt.Sprintf("the VMM of %s has to be allowed to lock all of the guest's memory, %d MiB "+
+		notes = append(notes, fmt.Sprintf("the VMM of %s must be allowed to lock all of the guest's memory, %d MiB "+
 			"and some more (ulimit -l, LimitMEMLOCK=)", r.NodeOwner, r.Memory>>20))
 	}
 	return notes, nil

@@ -21,8 +21,8 @@ func TestNoGuests(t *testing.T) {
 		from, says string
 		liveOnly   bool // a captured host has no users
 	}{
-		"not all PCI":      {hosttest.Platform(), "0000:00:01.0", "fe000000.dma, in IOMMU group 5, is no PCI", false},
-		"no PCI device":    {hosttest.Platform(), "group=9", "fe100000.gpu, in IOMMU group 9, is no PCI", false},
+		"not all PCI":      {hosttest.Platform(), "0000:00:01.0", "fe000000.dma, in IOMMU group 5, is not a PCI", false},
+		"no PCI device":    {hosttest.Platform(), "group=9", "fe100000.gpu, in IOMMU group 9, is not a PCI", false},
 		"without an IOMMU": {hosttest.NoIOMMU(), "0000:00:01.0", "VFIO made it in its noiommu mode", false},
 		"under the screen": {hosttest.Screen(), "0000:c3:00.0", "has the screen's framebuffer (BOOTFB)", true},
 	} {

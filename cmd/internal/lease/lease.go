@@ -84,7 +84,7 @@ type Device struct {
 	ID       iommu.ID        `json:"id"`
 	PF       *iommu.Identity `json:"pf,omitempty"` // of a VF, whose address is its PF's and its index's
 	Index    int             `json:"vf_index"`
-	Identity *iommu.Identity `json:"identity,omitempty"` // of a device that is no VF
+	Identity *iommu.Identity `json:"identity,omitempty"` // of a device that is not a VF
 	Home     bool            `json:"home"`               // it goes back to what it had: it was not on a vfio driver
 	Wanted   sriov.Settings  `json:"wanted,omitempty"`   // what the guest is to have
 	Before   sriov.Settings  `json:"before,omitempty"`   // what it had, and gets back; known before the first change
@@ -160,8 +160,8 @@ func CheckGuest(name string) error {
 	}
 	if name == "" || len(name) > 120 || !utf8.ValidString(name) || name[0] == '-' || strings.TrimSpace(name) != name ||
 		strings.ContainsFunc(name, bad) {
-		return fmt.Errorf("%q is no name of a guest: want up to 120 bytes of letters, digits, signs and blanks "+
-			"between them, without slashes and without a dash in front", name)
+		return fmt.Errorf("invalid guest name %q: want up to 120 bytes of letters, digits, signs and blanks "+
+			"between them, no slash, and no dash at the beginning", name)
 	}
 	return nil
 }

@@ -23,7 +23,7 @@ import (
 
 const (
 	pf   = "0000:01:00.0"
-	nvme = "0000:09:00.0" // which is never to be touched
+	nvme = "0000:09:00.0" // which is in protect
 )
 
 func newKernel(tb testing.TB, vfs int) *hosttest.Kernel {
@@ -259,7 +259,7 @@ func TestStates(t *testing.T) {
 		{"and its runner", func(l *Lease) { l.Persist, l.Runner = true, &Holder{Proc: gone} }, time.Hour, Reserved},
 		{"its owner is gone", func(l *Lease) { l.Owner = &gone }, 0, Dead},
 		{"its unit is gone", func(l *Lease) { l.Unit = "no.service" }, 0, Dead},
-		{"its making was interrupted", func(l *Lease) { l.Ready, l.Maker = false, gone }, 0, Dead},
+		{"its assignment was interrupted", func(l *Lease) { l.Ready, l.Maker = false, gone }, 0, Dead},
 		{"its device is gone", func(l *Lease) { l.Devices[0].Address.Bus = 0xee }, 0, Lost},
 		{"another device is in its place", func(l *Lease) { l.Devices[0].ID.Device++ }, 0, Lost},
 	} {

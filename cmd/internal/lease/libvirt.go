@@ -79,7 +79,7 @@ func (x *pciXML) parse() (a iommu.Address, ok bool, err error) {
 func ParseDomain(text []byte) (*Domain, error) {
 	var x domainXML
 	if err := xml.Unmarshal(text, &x); err != nil {
-		return nil, fmt.Errorf("the domain that libvirt handed over: %w", err)
+		return nil, fmt.Errorf("read the domain from libvirt: %w", err)
 	}
 	out := &Domain{Name: x.Name}
 	for _, h := range append(slices.Clone(x.Devices.Hostdevs), x.Devices.Interfaces...) {
@@ -130,15 +130,15 @@ func (d *Domain) mismatch(l *Lease, all []*Lease, quarantined func(iommu.Address
 			out = append(
 				out,
 				fmt.Sprintf(
-					"%s is assigned to it and is not in its XML (viaduct assign %s --from %s --format libvirt prints "+
-						"what has to be there)",
+					"%s is assigned to it and missing in its XML (viaduct assign %s --from %s --format libvirt prints "+
+						"what belongs there)",
 					dev.Address,
 					d.Name,
 					l.DrawnFrom(),
 				),
 			)
 		case x.Managed:
-			out = append(out, fmt.Sprintf("%s has managed='yes', with which libvirt changes its driver: it has to be "+
+			out = append(out, fmt.Sprintf("%s has managed='yes', so libvirt would change its driver: set "+
 				"managed='no'", dev.Address))
 		case x.MAC != "" && dev.Wanted[sriov.MAC] != "" && want != "" && x.MAC != want:
 			out = append(out,

@@ -40,7 +40,7 @@ func (b *Book) lockAll(ctx context.Context, most time.Duration) (*filelock.File,
 	defer cancel()
 	f, err := b.lock(ctx, books)
 	if err != nil {
-		return nil, fmt.Errorf("the books of all leases are locked: %w", err)
+		return nil, fmt.Errorf("lock the records of all leases: %w", err)
 	}
 	return f, nil
 }
@@ -52,7 +52,7 @@ func (b *Book) lockGuest(ctx context.Context, guest string, most time.Duration) 
 	f, err := b.lock(ctx, byteOf(guest))
 	if errors.Is(err, context.DeadlineExceeded) {
 		return nil, fmt.Errorf(
-			"%s: another viaduct has been at work on its lease for %s; try again, or with a longer --timeout",
+			"%s: another viaduct has been working on its lease for %s; try again, or use a longer --timeout",
 			guest,
 			most,
 		)

@@ -116,7 +116,7 @@ func (m *Manager) devices(l *Lease) ([]*iommu.Device, error) {
 	for i := range l.Devices {
 		d, err := m.Topology.Find(l.Devices[i].Address)
 		if err != nil || d.ID != l.Devices[i].ID || l.Devices[i].Nowhere {
-			return nil, fmt.Errorf("%s of %s is lost: it is not there any more (viaduct release %s ends the lease)",
+			return nil, fmt.Errorf("%s of %s is lost: the device is gone (viaduct release %s ends the lease)",
 				l.Devices[i].Address, l.Guest, shell.Quote(l.Guest))
 		}
 		out = append(out, d)
@@ -195,7 +195,7 @@ func (m *Manager) describe(d *iommu.Device, want sriov.Settings) Device {
 	return out
 }
 
-// index is a VF's index, -1 of what is no VF.
+// index is a VF's index, -1 of what is not a VF.
 func index(d *iommu.Device) int {
 	if d.PhysFn == nil {
 		return -1

@@ -222,6 +222,6 @@ func (m *Manager) poolOf(a iommu.Address) string {
 
 // managedByLibvirt is why libvirt must not manage a device of a pool.
 func managedByLibvirt(a iommu.Address, pool string) string {
-	return fmt.Sprintf("%s is of pool %q and has managed='yes', with which libvirt changes its driver: it has to be "+
+	return fmt.Sprintf("%s is of pool %q and has managed='yes', so libvirt would change its driver: set "+
 		"managed='no'", a, pool)
 }

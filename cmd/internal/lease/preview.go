@@ -110,7 +110,7 @@ func (m *Manager) preview(r *Request, l *Lease) ([]bind.Action, error) {
 			comment(d.Name + " is reset afterwards " + reset.String())
 		}
 		if d.Role() == iommu.RoleCompanion {
-			comment(d.Name + " is only kept off the host's drivers, and is not the guest's")
+			comment(d.Name + " is only kept off the host's drivers; the guest does not get it")
 		} else if len(change.Steps) == 0 {
 			comment(d.Name + " is on " + d.Driver + " already")
 		}

@@ -114,7 +114,8 @@ func (m *Manager) hold(ctx context.Context, what string, devices []*iommu.Device
 		}
 		left := time.Until(end)
 		if left <= 0 || ctx.Err() != nil {
-			return nil, hidden(what, "it", err, "end whoever has it first: a guest, or what a guest has left behind")
+			return nil, hidden(what, "it", err, "end the process that has it first: a guest, or what a guest has "+
+				"left behind")
 		}
 
 		// The kernel tells nobody of it.
@@ -144,7 +145,7 @@ func (m *Manager) letGo(what string, d *iommu.Device) error {
 	off := bind.Step{Path: path.Join("sys/bus/pci/drivers", driver, "unbind"), Value: d.Name}
 	err := m.handle.Write(d.Address, []bind.Step{off, backTo(driver, d.Address)})
 	if bind.IsStuck(err) {
-		return hidden(what, "its node", err, "end whoever has it, and do this again")
+		return hidden(what, "its node", err, "end the process that has it, and try again")
 	}
 
 	now, readErr := iommu.ReadDriver(m.host, d.Address)
@@ -156,7 +157,7 @@ func (m *Manager) letGo(what string, d *iommu.Device) error {
 	case readErr != nil:
 		return errors.Join(err, readErr)
 	case now != driver:
-		return errors.Join(err, fmt.Errorf("%s was on %s, and is not any more", d.Name, driver))
+		return errors.Join(err, fmt.Errorf("%s was on %s, and no longer is", d.Name, driver))
 	}
 	return errors.Join(err, m.handle.End(d.Address))
 }
@@ -186,7 +187,7 @@ const (
 func Recoverers() map[string]bind.Recoverer {
 	return map[string]bind.Recoverer{
 		opReset: func(_ context.Context, b *bind.Handle, a iommu.Address, _ json.RawMessage) (string, error) {
-			return "was being reset when viaduct was interrupted: the release is to be done again", b.End(a)
+			return "was being reset when viaduct was interrupted: run the release again", b.End(a)
 		},
 		opLetGo: func(_ context.Context, b *bind.Handle, a iommu.Address, data json.RawMessage) (string, error) {
 			var driver string
@@ -200,7 +201,7 @@ func Recoverers() map[string]bind.Recoverer {
 			if err != nil && !host.Absent(err) {
 				return "", err
 			}
-			return "is on " + driver + " again, after viaduct was interrupted: the release is to be done again",
+			return "is on " + driver + " again, after viaduct was interrupted: run the release again",
 				b.End(a)
 		},
 	}

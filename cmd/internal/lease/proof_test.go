@@ -303,7 +303,7 @@ func TestDead(t *testing.T) {
 		}
 		certificates, err := giveBack(t, h, "a", 0)
 		if err == nil || len(certificates) != 1 || certificates[0].Result != Fouled ||
-			how == "dead" && !strings.Contains(certificates[0].Why, "does not answer") {
+			how == "dead" && !strings.Contains(certificates[0].Why, "has not answered") {
 			t.Errorf("%s: %+v, %v", how, certificates, err)
 		}
 		private(t, h)

@@ -136,7 +136,7 @@ func (m *Manager) InQuarantine(sel iommu.Selector) (Quarantine, error) {
 		if q, in := all[place(m.host, d)]; in {
 			return q, nil
 		}
-		err = fmt.Errorf("%s is in no quarantine (viaduct leases tells what is)", d.Name)
+		err = fmt.Errorf("%s is not in quarantine (viaduct leases lists what is)", d.Name)
 	}
 	for _, q := range all {
 		if a, bad := iommu.ParseAddress(sel.String()); bad == nil && a == q.Address && m.at(q.Place) == nil {
@@ -173,7 +173,7 @@ func (m *Manager) Lift(ctx context.Context, asked []Quarantine, force bool) ([]C
 		case !still:
 			// It was of the group of one before it.
 		case d == nil && !force:
-			errs = append(errs, fmt.Errorf("%s is not there any more, and stays in quarantine for when it comes back "+
+			errs = append(errs, fmt.Errorf("%s is gone, and stays in quarantine in case it comes back "+
 				"(--force=quarantine forgets it)", q.Address))
 		case d == nil:
 			c := Certificate{Guest: q.Guest, Address: q.Address, ID: q.Device.ID, Place: q.Place, Time: time.Now(),
@@ -261,7 +261,7 @@ func (m *Manager) lift(ctx context.Context, unit []inUnit, force bool) ([]Certif
 		q := unit[slices.IndexFunc(unit, func(q inUnit) bool { return q.d.Address == c.Address })]
 		switch c.Result {
 		case Unreset:
-			out[i].Why = fmt.Sprintf("it was in quarantine: %s; and now: %s", q.Why, c.Why)
+			out[i].Why = fmt.Sprintf("it was in quarantine: %s; now: %s", q.Why, c.Why)
 			errs = append(errs, m.Book.Run.Put(scrubbed+q.d.Name, out[i]), m.Book.State.Delete(quarantineKey(q.Place)))
 		case Clean:
 			errs = append(errs, m.Book.State.Delete(quarantineKey(q.Place)))

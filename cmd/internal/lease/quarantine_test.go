@@ -157,7 +157,7 @@ func TestNoReset(t *testing.T) {
 	k.Register("vfio-pci")
 	h := &iommu.Host{Host: k.Host()}
 	err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: device}}})
-	if !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), "nothing resets it") ||
+	if !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), "nothing can reset it") ||
 		!strings.Contains(err.Error(), "--no-reset") {
 		t.Errorf("lent: %v", err)
 	}

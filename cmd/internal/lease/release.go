@@ -15,7 +15,7 @@ import (
 const (
 	Clean   Result = "clean"      // and free for the next
 	Fouled  Result = "quarantine" // nobody gets it
-	Missing Result = "lost"       // it is not there any more
+	Missing Result = "lost"       // it is gone
 	Unreset Result = "not-reset"  // and free for the next, who finds what the guest has left, as its lease allowed
 )
 
@@ -27,9 +27,9 @@ type NoLeaseError struct {
 
 func (e *NoLeaseError) Error() string {
 	if len(e.Have) == 0 {
-		return fmt.Sprintf("%s has no lease, and nobody else has", e.Guest)
+		return fmt.Sprintf("%s has no lease, and there are no others", e.Guest)
 	}
-	return fmt.Sprintf("%s has no lease; these have: %s", e.Guest, strings.Join(e.Have, ", "))
+	return fmt.Sprintf("%s has no lease; these guests have one: %s", e.Guest, strings.Join(e.Have, ", "))
 }
 
 // Release ends a guest's lease: it waits, at most for the given time, until nobody has its devices open, and scrubs
@@ -79,7 +79,7 @@ func (m *Manager) alone(ctx context.Context, guest string, wait time.Duration, d
 	return do(ctx, l, until)
 }
 
-// rest scrubs what a lease has, whose devices are locked, and leaves it to be made again.
+// rest scrubs what a lease has, whose devices are locked, and leaves it it is restored after the boot.
 func (m *Manager) rest(ctx context.Context, l *Lease, until time.Time) ([]Certificate, error) {
 	certificates, unwritten, err := m.scrub(ctx, l, until)
 	if !bind.IsStuck(err) {

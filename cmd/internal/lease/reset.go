@@ -58,7 +58,7 @@ func (m *Manager) reset(l *Lease, d *iommu.Device, c *Certificate, done resettin
 }
 
 // errNoReset is matched by errors that say that a device stays as its guest has left it.
-var errNoReset = errors.New("the kernel knows no way to reset it")
+var errNoReset = errors.New("the kernel has no way to reset it")
 
 // errOthers is an errNoReset of what is reset only together with what others have.
 type errOthers struct{ error }
@@ -82,7 +82,7 @@ func (m *Manager) resetTogether(l *Lease, d *iommu.Device,
 		return "", nil, err
 	}
 	if err != nil {
-		return "", nil, fmt.Errorf("%w alone, and with its bus neither: %w", errNoReset, err)
+		return "", nil, fmt.Errorf("%w by itself, nor with its bus: %w", errNoReset, err)
 	}
 	together, err := device.HotResetInfo()
 	if errors.Is(err, vfio.ErrUnsupported) {
@@ -100,11 +100,12 @@ func (m *Manager) resetTogether(l *Lease, d *iommu.Device,
 		}
 		other, err := m.Topology.Find(t.Address)
 		if err != nil || !l.Has(t.Address) && !other.Together(d) {
-			return "", nil, errOthers{fmt.Errorf("it is reset only together with %s, which %s has not", t.Address,
+			return "", nil, errOthers{fmt.Errorf("it can be reset only together with %s, which %s does not have",
+				t.Address,
 				l.Guest)}
 		}
 		if _, err := held.open(space, other); err != nil && !t.Owned {
-			return "", nil, fmt.Errorf("it is reset only together with %s: %w", t.Address, err)
+			return "", nil, fmt.Errorf("it can be reset only together with %s: %w", t.Address, err)
 		}
 	}
 	how = "bus, together: " + strings.Join(names, " ")
@@ -133,7 +134,7 @@ func (m *Manager) resettable(l *Lease, units [][]*iommu.Device) error {
 			if why := how.Problem(has); why != "" {
 				refused := holder.Because("assign "+d.Name+" to "+l.Guest,
 					holder.Reason{Kind: holder.Reset, Device: d.Name, Text: why},
-					"with --no-reset it is assigned, and the next one finds what this guest leaves in it")
+					"--no-reset assigns it, and the next guest finds what this one leaves in it")
 				return &inUseError{error: refused, devices: unit}
 			}
 		}

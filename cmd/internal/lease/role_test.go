@@ -52,7 +52,7 @@ func TestCompanionsOfLease(t *testing.T) {
 		home := driversOf(t, k, gpu, audio, smbus, isa)
 		m := without(t, k)
 		preview, err := m.Preview(&Request{Guest: "a", Sources: []Source{{From: from, Count: 1}}})
-		if err != nil || !slices.Contains(bind.Commands(preview), "# "+smbus+" is only kept off the host's drivers, and is not the guest's") {
+		if err != nil || !slices.Contains(bind.Commands(preview), "# "+smbus+" is only kept off the host's drivers; the guest does not get it") {
 			t.Errorf("%s: %q, %v", from, preview, err)
 		}
 		l, _, _, err := m.Assign(t.Context(), &Request{Guest: "a", Sources: []Source{{From: from, Count: 1}}, TTL: time.Minute})

@@ -79,12 +79,12 @@ func (m *Manager) clearAll(ctx context.Context, l *Lease, held *hold) (all []*sc
 		all = append(all, s)
 		d, err := m.Topology.Find(dev.Address)
 		if err != nil || d.ID != dev.ID || dev.Nowhere {
-			s.c.Result, s.c.Why = Missing, "it is not there any more"
+			s.c.Result, s.c.Why = Missing, "it is gone"
 			continue
 		}
 		s.d, s.c.Place = d, place(m.host, d)
 		if d.Class>>8 == nvmeClass {
-			s.c.note("its data is not erased: viaduct erases no media")
+			s.c.note("its data is not erased: viaduct does not erase media")
 		}
 		if s.err = m.clear(ctx, l, s, done, held); s.err != nil && ctx.Err() != nil {
 			return nil, nil, s.err
@@ -120,10 +120,10 @@ func (m *Manager) certify(l *Lease, s *scrubbing) (failed, unwritten error) {
 			Address: s.d.Address, Place: s.c.Place, Guest: l.Guest, Since: s.c.Time, Why: s.c.Why, Device: *s.dev,
 			Boot: bootID(m.host), NoReset: l.NoReset,
 		}
-		failed = fmt.Errorf("%s could not be scrubbed, and is in quarantine: %w", s.d.Name, s.err)
+		failed = fmt.Errorf("%s could not be cleaned, and is in quarantine: %w", s.d.Name, s.err)
 		unwritten = m.Book.State.Put(quarantineKey(s.c.Place), q)
 		if pool := m.poolOf(s.d.Address); pool != "" {
-			s.c.note("a libvirt network that was made of pool %s has to be made anew without it: viaduct pool %s "+
+			s.c.note("a libvirt network that was made of pool %s must be made again without it: viaduct pool %s "+
 				"--format libvirt-network", pool, pool)
 		}
 	}
@@ -141,7 +141,7 @@ func shareFate(all []*scrubbing) {
 		}
 		for _, o := range all {
 			if o != s && o.d != nil && o.err == nil && o.d.VFIO && o.d.Together(s.d) {
-				o.err = fmt.Errorf("%s, which is in its IOMMU group, could not be scrubbed", s.d.Name)
+				o.err = fmt.Errorf("%s, which is in its IOMMU group, could not be cleaned", s.d.Name)
 			}
 		}
 	}
@@ -174,7 +174,7 @@ func (m *Manager) clear(ctx context.Context, l *Lease, s *scrubbing, done resett
 	foreign := l.Foreign && d.Driver == "pciback"
 	if d.Blocks() && !dev.Home && !foreign {
 		return fmt.Errorf(
-			"it is on driver %s of the host: somebody took it from its guest (viaduct bind %s takes it back)",
+			"it is on driver %s of the host, so somebody took it from its guest (viaduct bind %s takes it again)",
 			d.Driver,
 			d.Name,
 		)
@@ -202,7 +202,7 @@ func (m *Manager) clear(ctx context.Context, l *Lease, s *scrubbing, done resett
 func (m *Manager) answers(d *iommu.Device) error {
 	answers, err := iommu.Answers(m.host, d)
 	if err == nil && !answers {
-		err = errors.New("it does not answer since its reset")
+		err = errors.New("it has not answered since its reset")
 	}
 	return err
 }

@@ -64,14 +64,14 @@ func (m *Manager) reconfigure(ctx context.Context, dev *Device, d *iommu.Device,
 		switch value, known := want[k]; {
 		case !known:
 		case !told:
-			c.note("whether its %s is %s again is not known, as its driver does not tell", k, value)
+			c.note("viaduct cannot check that its %s is %s again, because its driver does not report it", k, value)
 		case is != value:
 			wrong = append(wrong, fmt.Sprintf("%s is %s instead of %s", k, is, value))
 		}
 	}
 
 	if len(wrong) > 0 {
-		return errors.New("it does not have what it is to have: " + strings.Join(wrong, ", "))
+		return errors.New("its settings are wrong: " + strings.Join(wrong, ", "))
 	}
 	return nil
 }
@@ -94,7 +94,7 @@ func (m *Manager) giveSettings(ctx context.Context, d *iommu.Device, want sriov.
 	}
 	delete(want, sriov.MAC)
 	if given, again := give(); again == nil {
-		c.note("it had no MAC address, and its driver does not take the guest's away: %s", err)
+		c.note("it had no MAC address, and its driver does not remove the guest's: %s", err)
 		return given, nil
 	}
 	return nil, err

@@ -107,7 +107,7 @@ func (m *Manager) state(l *Lease, now []holder.Holder, age time.Duration) (State
 	for _, d := range l.Devices {
 		found, err := m.Topology.Find(d.Address)
 		if err != nil || found.ID != d.ID || d.Nowhere {
-			return Lost, fmt.Sprintf("%s is not there any more", d.Address)
+			return Lost, fmt.Sprintf("%s is gone", d.Address)
 		}
 	}
 
@@ -123,15 +123,15 @@ func (m *Manager) state(l *Lease, now []holder.Holder, age time.Duration) (State
 	made := l.Maker.PID != 0 && l.Maker.Alive(m.host)
 	switch {
 	case !l.Ready && made:
-		return Making, fmt.Sprintf("process %d is at work on it", l.Maker.PID)
+		return Making, fmt.Sprintf("process %d is working on it", l.Maker.PID)
 	case alive:
 		return Active, ""
 	case l.Ending:
 		return Dead, "its release was interrupted"
 	case l.Persist && !l.Ready:
-		return Reserved, "to be made again"
+		return Reserved, "it is restored after the boot"
 	case !l.Ready:
-		return Dead, "its making was interrupted"
+		return Dead, "its assignment was interrupted"
 	}
 
 	kept, why := m.keptAlive(l)
@@ -143,7 +143,7 @@ func (m *Manager) state(l *Lease, now []holder.Holder, age time.Duration) (State
 	case len(l.Holders) > 0:
 		return Dead, fmt.Sprintf("%s is gone", l.Holders[0].Name)
 	case l.TTL > 0 && age > l.TTL:
-		return Dead, fmt.Sprintf("nobody opened its devices within %s", l.TTL)
+		return Dead, fmt.Sprintf("no process opened its devices within %s", l.TTL)
 	}
 	return Reserved, ""
 }
@@ -158,13 +158,13 @@ func (m *Manager) keptAlive(l *Lease) (kept bool, why string) {
 	}
 	if l.Owner != nil {
 		kept = kept || l.Owner.Alive(m.host)
-		why = fmt.Sprintf("process %d, which it was to end with, is gone", l.Owner.PID)
+		why = fmt.Sprintf("process %d, with which it ends, is gone", l.Owner.PID)
 	}
 	if l.Unit != "" {
 		runs, err := UnitRuns(m.host, l.Unit)
 		// What cannot be looked at may run.
 		kept = kept || runs || err != nil
-		why = fmt.Sprintf("unit %s, which it was to end with, does not run", l.Unit)
+		why = fmt.Sprintf("unit %s, with which it ends, does not run", l.Unit)
 	}
 	return kept, why
 }

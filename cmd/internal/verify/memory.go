@@ -61,9 +61,9 @@ func (v *verification) allocate() error {
 		populate(m)
 	}
 	if len(v.samples) == 0 {
-		v.note("there is too little free memory to map some of it")
+		v.note("there is not enough free memory to map some of it")
 	} else if free < 4 {
-		v.note("no huge pages of 2 MiB are set aside (vm.nr_hugepages), so that mapping some was not timed")
+		v.note("no huge pages of 2 MiB are reserved (vm.nr_hugepages), so mapping them was not timed")
 	}
 	return nil
 }
@@ -98,7 +98,7 @@ func (w *Way) measureOne(c *vfio.Context, m *vfio.Memory) error {
 	size := uint64(m.Size())
 	iova, ok := place(w.ranges, size)
 	if !ok {
-		return fmt.Errorf("the IOMMU has no range of %#x bytes to map memory at: %w", size, vfio.ErrRange)
+		return fmt.Errorf("the IOMMU has no free range of %#x bytes: %w", size, vfio.ErrRange)
 	}
 
 	start := time.Now()
@@ -135,7 +135,7 @@ func place(ranges []vfio.Range, size uint64) (uint64, bool) {
 func memoryAvailable(h *iommu.Host) (uint64, error) {
 	text, err := h.String("proc/meminfo")
 	if err != nil {
-		return 0, fmt.Errorf("how much memory is available: %w", err)
+		return 0, fmt.Errorf("read read read read read read how much memory is available: %w", err)
 	}
 	for line := range strings.Lines(text) {
 		if rest, ok := strings.CutPrefix(line, "MemAvailable:"); ok {
@@ -177,7 +177,8 @@ func (v *verification) memory(size uint64) {
 				"raise ulimit -l, or LimitMEMLOCK= of its unit", limit>>20, size>>20)
 		}
 	} else {
-		v.note("a VMM that is not root's has to be allowed to lock %d MiB and some more (ulimit -l, LimitMEMLOCK=)",
+		v.note("a VMM that does not run as root must be allowed to lock %d MiB and some more (ulimit -l, "+
+			"LimitMEMLOCK=)",
 			size>>20)
 	}
 
@@ -206,15 +207,15 @@ func (v *verification) fits(m *Memory) {
 		missing := notIn(w.ranges, layout)
 		if moved := guest.Layout(runtime.GOARCH, m.Size, true); len(missing) > 0 && len(notIn(w.ranges, moved)) == 0 {
 			m.Ranges, missing = spans(moved), nil
-			v.note("the guest's memory fits only if its VMM keeps it off the range that AMD's IOMMUs reserve, " +
-				"as QEMU does for a CPU of AMD's")
+			v.note("the guest's memory fits only if its VMM avoids the range that AMD IOMMUs reserve, " +
+				"e.g. QEMU with an AMD CPU model")
 		}
 		m.OK = new(len(missing) == 0)
 		for _, r := range missing {
 			m.Missing = append(m.Missing, r.String())
 		}
 		if len(missing) > 0 {
-			v.reason("the guest's memory would lie where the IOMMU can map none: %s; give it less memory",
+			v.reason("the guest's memory would lie where the IOMMU cannot map any: %s; give the guest less memory",
 				strings.Join(m.Missing, ", "))
 		}
 		return

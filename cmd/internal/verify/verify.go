@@ -195,7 +195,8 @@ func (v *verification) describeReset(d *vfio.Device, info vfio.DeviceInfo) error
 	switch {
 	case info.Reset:
 	case len(reset.Together) > 1:
-		v.note("it is reset only together with all on its bus, which a release does if the guest has all of it")
+		v.note("it can be reset only together with everything on its bus; a release does that if the guest has " +
+			"all of it")
 	default:
 		v.note("it cannot be reset: a guest gets it as the last one left it")
 	}
@@ -207,7 +208,7 @@ func (v *verification) describeMigration(d *vfio.Device) error {
 	switch {
 	case errors.Is(err, vfio.ErrUnsupported):
 		v.report.Migration = Migration{OK: new(false), Reason: new(
-			v.device.Driver + " cannot save the state of this device: that takes a variant driver made for it")}
+			v.device.Driver + " cannot save the state of this device: that needs a variant driver")}
 	case err != nil:
 		return err
 	default:
@@ -223,9 +224,9 @@ func (v *verification) describeMigration(d *vfio.Device) error {
 	}
 	v.report.DirtyTracking.Device.OK = &can
 	if !can {
-		v.report.DirtyTracking.Device.Reason = new(v.device.Driver + " has no log of what the device writes to")
+		v.report.DirtyTracking.Device.Reason = new(v.device.Driver + " does not record what the device writes to")
 	}
-	v.report.DirtyTracking.IOMMU.Reason = new("only iommufd tells")
+	v.report.DirtyTracking.IOMMU.Reason = new("only iommufd reports it")
 	return nil
 }
 
@@ -287,7 +288,7 @@ func (v *verification) hardware(w *Way, d *vfio.Device) {
 	}
 	ability.OK, ability.Reason = &hw.DirtyTracking, nil
 	if !hw.DirtyTracking {
-		ability.Reason = new("the IOMMU, or this kernel's driver of it, cannot note what is written to")
+		ability.Reason = new("the IOMMU, or its driver in this kernel, cannot record what is written to")
 	}
 }
 
@@ -356,7 +357,7 @@ func (v *verification) inUse(ways []vfio.Way) error {
 				Kind: holder.ReasonKind(holder.Process), Device: v.device.Name, Text: oneLine(w.err), Err: w.err,
 			}
 			return holder.Because("open "+v.device.Name, why,
-				"verify it when nobody has it; the kernel does not say who does")
+				"verify it when nobody has it; the kernel does not say who has it")
 		}
 	}
 	return nil
@@ -373,7 +374,7 @@ func (v *verification) judgeWays(ways []vfio.Way) error {
 		switch {
 		case w.OK:
 		case works:
-			v.note("by way of %s it does not work: %s", way, *w.Error)
+			v.note("%s does not work: %s", way, *w.Error)
 		default:
 			// Often it is the same for both.
 			if text := *w.Error; !slices.Contains(v.report.Reasons, text) {
@@ -386,10 +387,10 @@ func (v *verification) judgeWays(ways []vfio.Way) error {
 	}
 	unsafe, err := vfio.NoIOMMU(v.host)
 	if unsafe {
-		v.reason("no IOMMU is in front of it: VFIO has it in its noiommu mode, in which it reaches all of the " +
+		v.reason("there is no IOMMU in front of it: VFIO has it in its noiommu mode, in which it reaches all of the " +
 			"host's memory")
 	} else {
-		v.reason("VFIO made no node for it by which a guest could have it")
+		v.reason("VFIO made no node for it")
 	}
 	return err
 }

@@ -120,8 +120,8 @@ func TestNotUsable(t *testing.T) {
 		reason, note string
 	}{
 		"interrupts are not isolated": {func(_ *hosttest.Kernel, v *hosttest.VFIO) { v.Isolated = false }, "not isolated", ""},
-		"iommufd fails":               {failing(0x3b76), "", "by way of iommufd it does not work"},
-		"the container fails":         {failing(0x3b66), "", "by way of container it does not work"},
+		"iommufd fails":               {failing(0x3b76), "", "iommufd does not work"},
+		"the container fails":         {failing(0x3b66), "", "container does not work"},
 		"nothing can be mapped":       {failing(0x3b71, 0x3b85), "VFIO_IOMMU_MAP_DMA", ""},
 		"no interrupt":                {failing(0x3b6e), "VFIO_DEVICE_SET_IRQS", ""},
 		"the reset fails":             {failing(0x3b6f), "cannot be reset, although", ""},
@@ -134,10 +134,10 @@ func TestNotUsable(t *testing.T) {
 		"dead after the reset": {func(_ *hosttest.Kernel, v *hosttest.VFIO) { v.Devices[nic].Dies = true },
 			"reads as all ones", ""},
 		"no memory": {func(k *hosttest.Kernel, _ *hosttest.VFIO) { put(k, "proc/meminfo", "MemAvailable: 100 kB\n") }, "",
-			"too little free memory"},
+			"not enough free memory"},
 		"no range that is large enough": {func(_ *hosttest.Kernel, v *hosttest.VFIO) {
 			v.Allowed = [][2]uint64{{0, 1<<20 - 1}}
-		}, "no range of 0x400000 bytes", ""},
+		}, "no free range of 0x400000 bytes", ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := verifyOn(t, Options{}, c.change)
@@ -194,7 +194,7 @@ func TestGuestMemory(t *testing.T) {
 		fits    bool
 		note    string
 	}{
-		{8 * gib, amd, true, ""}, {1008 * gib, amd, true, ""}, {1020 * gib, amd, true, "keeps it off the range"},
+		{8 * gib, amd, true, ""}, {1008 * gib, amd, true, ""}, {1020 * gib, amd, true, "avoids the range"},
 		{16 * gib, narrow, true, ""}, {64 * gib, narrow, false, ""},
 	} {
 		r := verifyOn(t, Options{Memory: c.memory}, func(_ *hosttest.Kernel, v *hosttest.VFIO) { v.Allowed = c.allowed })

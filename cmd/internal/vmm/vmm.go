@@ -60,15 +60,15 @@ type Format struct {
 var Formats = []Format{
 	{Name: "qemu", Args: qemu, Standby: true, Moves: true},
 	{Name: "qemu-iommufd", Args: qemuIOMMUFD, Standby: true, Moves: true, IOMMUFD: true,
-		Cannot: "QEMU older than 8.2, and kernels without CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV, cannot do " +
-			"this: take qemu"},
+		Cannot: "this needs QEMU 8.2 or newer, and a kernel with CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV; otherwise " +
+			"use the format qemu"},
 	{Name: "libvirt", Text: libvirt, Persist: true, Standby: true, Moves: true,
-		Cannot: "libvirt's hostdev goes by the IOMMU group, not by iommufd; the lease ends with viaduct release, not " +
+		Cannot: "libvirt opens the IOMMU group, not iommufd; the lease ends with viaduct release, not " +
 			"with the domain (viaduct install --libvirt scrubs between its starts)"},
 	{
 		Name: "cdi",
 		Text: cdi, Groups: true,
-		Cannot: "a CDI spec hands nodes to a container; a VMM in it still needs its own arguments, and memory that " +
+		Cannot: "a CDI spec passes nodes to a container; a VMM in it still needs its own arguments, and memory that " +
 			"it may lock",
 	},
 	{Name: "env", Text: env, Groups: true},
@@ -81,8 +81,8 @@ var Formats = []Format{
 	{
 		Name: "incus",
 		Text: incus,
-		Cannot: "Incus binds the device to vfio-pci itself, and back when the instance stops: viaduct release ends " +
-			"the lease; containers cannot have it; no live migration",
+		Cannot: "Incus binds the device to vfio-pci itself, and gives it back when the instance stops; viaduct release ends " +
+			"the lease; containers cannot have the device; no live migration",
 	},
 	{
 		Name:    "proxmox",
@@ -96,13 +96,13 @@ var Formats = []Format{
 		Name:    "xen",
 		Text:    xen,
 		Foreign: true,
-		Cannot: "Xen has the IOMMU to itself: xl takes the device to pciback (seize=1), not vfio; dom0 shows no " +
-			"IOMMU groups, so the whole group is for you to give; no failover pair",
+		Cannot: "Xen owns the IOMMU: xl binds the device to pciback (seize=1), not vfio; dom0 shows no " +
+			"IOMMU groups, so you must assign the whole group; no failover pair",
 	},
 	{
 		Name: "kata",
 		Args: kata, Placed: true, Groups: true,
-		Cannot: "Kata needs vfio_mode and hotplug_vfio (or cold_plug_vfio) in its configuration.toml, and hands on " +
+		Cannot: "Kata needs vfio_mode and hotplug_vfio (or cold_plug_vfio) in its configuration.toml, and passes " +
 			"whole IOMMU groups; no failover pair",
 	},
 }

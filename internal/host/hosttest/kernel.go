@@ -42,6 +42,7 @@ type Kernel struct {
 	LateGroups map[string]string
 	// EnableSRIOV has vfio-pci make VFs, as with enable_sriov=1, which it takes at once.
 	EnableSRIOV bool
+	ResetVFs    bool                     // each VF can be reset by itself
 	Log         []string                 // every write in its order, also those that failed: "name=value"
 	Before      func(name, value string) // called before each write, without the lock
 	// After is called after each write, without the lock; it may call Write, which calls it again.

@@ -112,6 +112,10 @@ func (k *Kernel) addVF(pf string, index int, address string) {
 	if k.exists(pf + "/sriov_vf_total_msix") {
 		k.put(vf+"/sriov_vf_msix_count", "")
 	}
+	if k.ResetVFs {
+		k.put(vf+"/reset", "")
+		k.put(vf+"/reset_method", "flr\n")
+	}
 	k.link(fmt.Sprintf("%s/virtfn%d", pf, index), vf)
 	k.link(vf+"/physfn", pf)
 	k.putConfig(vf)

@@ -2,6 +2,7 @@ package gather
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -64,6 +65,30 @@ func open(t *testing.T, tree hosttest.Tree) (*iommu.Host, *iommu.Topology) {
 		t.Fatal(err)
 	}
 	return h, topology
+}
+
+// A snapshot that is redacted still tells the boot loader, and what is wrong on the command line.
+func TestRedacted(t *testing.T) {
+	h, _ := open(t, whole().With(hosttest.Tree{"proc/cmdline": "root=UUID=1 pcie_acs_override=downstream acpi=off\n"}))
+	var b bytes.Buffer
+	file := filepath.Join(t.TempDir(), "host.tar.gz")
+	if err := errors.Join(iommu.CaptureRedacted(h, &b), os.WriteFile(file, b.Bytes(), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	again, err := iommu.Open(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Close()
+	topology, err := iommu.Scan(again)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := Facts(again, topology, nil)
+	want := []string{"pcie_acs_override=downstream", "acpi=off"}
+	if err != nil || f.Loader.Name != "GRUB" || !slices.Equal(f.Words, want) {
+		t.Errorf("%v: %q, %q", err, f.Loader.Name, f.Words)
+	}
 }
 
 // What a host's files say is what the checks go by.

@@ -1,0 +1,123 @@
+package main
+
+import (
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"viaduct/cmd/internal/hostfile"
+	"viaduct/internal/host/hosttest"
+)
+
+// allOf are all files and links of a host but its processes', with what is in them.
+func allOf(t *testing.T, k *hosttest.Kernel) map[string]string {
+	t.Helper()
+	out := map[string]string{}
+	err := filepath.WalkDir(k.Dir(), func(file string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		name := strings.TrimPrefix(file, k.Dir()+"/")
+		switch {
+		case name == "proc":
+			return filepath.SkipDir
+		case e.IsDir():
+			out[name] = "folder"
+		case e.Type() == fs.ModeSymlink:
+			out[name], err = os.Readlink(file)
+		default:
+			var text []byte
+			text, err = os.ReadFile(file)
+			out[name] = string(text)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+// littered is a host on which all lies that commands leave for later ones: leases, one of which is dead and one of the
+// boot before, quarantines that a boot has ended and of what is back, a change and an apply that were interrupted, a trial
+// whose time is over, and the records of viaduct before this one.
+func littered(t *testing.T) *hosttest.Kernel {
+	t.Helper()
+	const place = "0000:00:0a.0/00.0"
+	k := hosttest.NewLab(t, hosttest.Tree{
+		"proc/sys/kernel/random/boot_id": "this\n", "proc/sys/kernel/bootloader_type": "114\n",
+	})
+	put(t, k, hostfile.File, "pfs:\n  - select: 0000:01:00.0\n    count: 3\n    vfs:\n      - {range: 0-2, driver: vfio, pool: net}\n")
+	k.Process(4711, "keeper")
+	mustOnKernel(t, k, "apply")
+	mustOnKernel(t, k, "assign", "dead", "--from", "net", "--owner-pid", "4711")
+	k.End(4711)
+	mustOnKernel(t, k, "assign", "web", "--from", "net", "--persist", "--vlan", "7")
+	mustOnKernel(t, k, "apply")
+
+	web, err := os.ReadFile(filepath.Join(k.Dir(), "var/lib/viaduct/lease-web.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	put(t, k, "var/lib/viaduct/lease-db.json", strings.ReplaceAll(string(web), `"web"`, `"db"`))
+	quarantine := func(name, more string) {
+		put(t, k, "var/lib/viaduct/quarantine-"+name+".json", fmt.Sprintf(
+			`{"address":"0000:09:00.0","place":%q,"guest":"old","why":"x","device":{"address":"0000:09:00.0"}%s}`, place, more))
+	}
+	quarantine("boot", `,"boot":"that"`)
+	quarantine("back", `,"boot":"this","lost":true`)
+
+	k.KillAt(2, func(op, _ string) bool { return op == "write" })
+	onKernel(k, "bind", "0000:07:01.0")
+	if !k.Revive() {
+		t.Fatal("it was not killed")
+	}
+	put(t, k, "run/viaduct/apply-0000:07:02.0.json", `{"device":"0000:07:02.0","release":["0000:07:02.0"]}`)
+	put(t, k, "var/lib/viaduct/confirmed.yaml", "pfs: []\n")
+	put(t, k, "var/lib/viaduct/unconfirmed.json", `{"spec":"pfs: []","until":1,"boot":"this"}`)
+	put(t, k, "run/viaduct/hold.json", "true")
+	if err := os.Remove(filepath.Join(k.Dir(), "var/lib/viaduct/in-force.json")); err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+// A dry run writes nothing, whatever lies there; nor does what only looks, but who has a guest's devices open.
+func TestDryRunWritesNothing(t *testing.T) {
+	k := littered(t)
+	before, owners := allOf(t, k), maps.Clone(k.Owners)
+	k.Log = nil
+	for _, line := range []string{
+		"bind --dry-run 0000:07:01.0", "bind --dry-run 0000:07:02.0 --json", "bind --dry-run --save 0000:00:1f.2",
+		"bind --dry-run --keep-going 0000:07:01.0 0000:01:00.0", "unbind --dry-run 0000:01:10.4", "unbind --dry-run --save 0000:01:10.4",
+		"unbind --dry-run --force=lease 0000:01:10.0", "vf create --dry-run 0000:01:00.0 5", "vf create --dry-run 0000:02:00.0 2",
+		"vf destroy --dry-run 0000:01:00.0", "vf set --dry-run 0000:01:00.0/vf0 vlan=9", "vf sync --dry-run 0000:01:00.0",
+		"apply --dry-run", "apply --dry-run --json", "plan", "status", "assign --dry-run new --from 0000:01:00.0",
+		"assign --dry-run web --from net --vlan 7", "assign --dry-run new --from 0000:02:00.0 --json", "install --dry-run",
+		"list", "show 0000:01:10.0", "leases", "pool", "vf list", "vf get 0000:01:00.0/vf0", "why 0000:01:10.0", "doctor",
+	} {
+		a := onKernel(k, strings.Fields(line)...)
+		if a.status == exitUsage {
+			t.Errorf("%s: exit status %d: %s", line, a.status, a.stderr)
+		}
+		after := allOf(t, k)
+		for name := range before {
+			if after[name] != before[name] {
+				t.Errorf("%s: /%s was %q, is %q", line, name, before[name], after[name])
+			}
+		}
+		for name := range after {
+			if _, was := before[name]; !was {
+				t.Errorf("%s: /%s was made", line, name)
+			}
+		}
+		if len(k.Log) > 0 || !maps.Equal(k.Owners, owners) {
+			t.Errorf("%s: written %q, owners %v", line, k.Log, k.Owners)
+		}
+		before, k.Log = after, nil
+	}
+}

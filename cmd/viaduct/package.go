@@ -1,0 +1,73 @@
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"path/filepath"
+
+	"github.com/urfave/cli/v2"
+
+	"viaduct/cmd/internal/install"
+	"viaduct/cmd/viaduct/docs"
+)
+
+// packageOptions are what a package has where.
+type packageOptions struct{ root, units, program string }
+
+// runPackage writes the files of a package.
+func runPackage(e *env, app *cli.App, o *packageOptions) error {
+	if e.hostName != "" {
+		return usagef("install: --root and --host cannot be combined")
+	}
+	for _, name := range []string{o.units, o.program} {
+		if !filepath.IsAbs(name) {
+			return usagef("install: %s: want an absolute path", name)
+		}
+	}
+	more, err := documents(app)
+	if err != nil {
+		return err
+	}
+	files := append(install.Packaged(o.program, o.units), more...)
+	if e.dryRun {
+		e.printFiles(files)
+		return nil
+	}
+	names, err := install.WritePackage(cmp.Or(o.root, "."), files)
+	for _, name := range names {
+		fmt.Fprintln(e.stdout, name)
+	}
+	return err
+}
+
+// documents are the manual pages and the completion scripts, where a system looks for them.
+func documents(app *cli.App) ([]install.File, error) {
+	const share = "/usr/share/"
+	all := []install.File{
+		{Path: share + "bash-completion/completions/viaduct", Content: bashCompletion},
+		{Path: share + "zsh/site-functions/_viaduct", Content: zshCompletion},
+		{Path: share + "fish/vendor_completions.d/viaduct.fish", Content: fishCompletion},
+	}
+	for _, p := range docs.Pages {
+		text, err := manPage(app, p)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, install.File{Path: share + "man/man" + p.Section + "/" + p.Name + "." + p.Section, Content: text})
+	}
+	for i := range all {
+		all[i].Mode = 0o644
+	}
+	return all, nil
+}
+
+// printFiles prints files as commands that would write them.
+func (e *env) printFiles(files []install.File) {
+	for _, f := range files {
+		if f.Link != "" {
+			fmt.Fprintf(e.stdout, "ln -s %s %s\n", f.Link, f.Path)
+		} else {
+			fmt.Fprintf(e.stdout, "cat > %s <<'END'\n%sEND\n", f.Path, f.Content)
+		}
+	}
+}

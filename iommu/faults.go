@@ -71,7 +71,7 @@ func (c *faults) blocks(t *acpi.Table) {
 			case len(c.functions) > 0 && !there:
 				c.add(t, b.Offset, "it has an IOMMU at %s, where no PCI function is", own)
 			case there && class>>8 != classIOMMU:
-				c.add(t, b.Offset, "it has an IOMMU at %s, which is none, by its class %06x", own, class)
+				c.add(t, b.Offset, "it has an IOMMU at %s, which has the class %06x", own, class)
 			case f.BaseAddress == 0:
 				c.add(t, b.Offset, "the registers of its IOMMU at %s have no address", own)
 			case len(b.Entries) == 0:

@@ -209,7 +209,7 @@ func TestCheckFirmware(t *testing.T) {
 	}{
 		"sound":         {ivrs("0200", "01000000"), ""},
 		"no function":   {ivrs("a100", "01000000"), "it has an IOMMU at 0000:00:14.1, where no"},
-		"no IOMMU's":    {ivrs("a000", "01000000"), "it has an IOMMU at 0000:00:14.0, which is none"},
+		"no IOMMU's":    {ivrs("a000", "01000000"), "it has an IOMMU at 0000:00:14.0, which has the class 0c0330"},
 		"no entries":    {ivrs("0200", ""), "covers no device"},
 		"other devices": {ivrs("0200", "02ff1f00"), "cover none of this host's devices"},
 		"no IOMMU":      {dmar(hosttest.DMARBlock(2, "01 00 0000")), "it describes no IOMMU"},

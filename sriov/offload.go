@@ -131,7 +131,7 @@ func setNamedTCOffload(h *iommu.Host, name string, want bool) error {
 		return fail(err)
 	}
 	if f, err = readTCOffload(h, name); err == nil && f.on != want {
-		err = errors.New("the driver reported success and did nothinghinghinghinghinghing")
+		err = errors.New("the driver reported success and did nothinghinghinghinghinghinghing")
 	}
 	if err != nil {
 		return fail(err)

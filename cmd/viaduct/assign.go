@@ -47,7 +47,7 @@ func (o *assignOptions) flags() []cli.Flag {
 		&cli.StringFlag{Name: "node-owner", Usage: "let `USER[:GROUP]` own the devices' nodes", Destination: &o.NodeOwner},
 		&cli.BoolFlag{Name: "no-reset", Usage: "assign a device even if nothing can reset it: the next guest finds what this one leaves in it", Destination: &o.NoReset},
 		&cli.StringFlag{Name: "failover", Usage: "for migration: add a virtio NIC on `BRIDGE` that has the first VF's MAC address and replaces it", Destination: &o.standby},
-		&cli.BoolFlag{Name: "movable", Usage: "for migration without a virtio NIC: put the first device where it can be unplugged", Destination: &o.movable},
+		&cli.BoolFlag{Name: "movable", Usage: "for migration without a virtio NIC: let the first device be unplugged", Destination: &o.movable},
 		&cli.DurationFlag{Name: "timeout", Usage: "wait this long for one write, and for another viaduct", Value: bind.DefaultTimeout, Destination: &o.timeout},
 	}
 }
@@ -83,7 +83,7 @@ func (o *assignOptions) parse(c *cli.Context, format *vmm.Format) error {
 		return usagef("%s: --movable is for the formats qemu and qemu-iommufd", c.Command.Name)
 	}
 	o.VM = &vmm.Machine{Format: o.format, Memory: o.Memory, Standby: o.standby}
-	o.Moves, o.Foreign = format != nil && format.Moves, format != nil && format.Foreign
+	o.AvoidsReservedRange, o.OwnDriver = format != nil && format.AvoidsReservedRange, format != nil && format.OwnDriver
 	return checkTimeout(o.timeout)
 }
 
@@ -374,7 +374,7 @@ func guestOf(m *lease.Manager, l *lease.Lease, o *assignOptions) (*vmm.Guest, er
 		if len(v.Nodes) == 0 && o.preview {
 			v.Nodes = []string{fmt.Sprintf("/dev/vfio/%d", v.Group)}
 		}
-		if len(v.Nodes) == 0 && !l.Foreign {
+		if len(v.Nodes) == 0 && !l.OwnDriver {
 			return nil, fmt.Errorf("%s has no VFIO node", d.Name)
 		}
 		g.Devices = append(g.Devices, v)

@@ -92,13 +92,25 @@ func (e *env) begin(ctx context.Context, timeout time.Duration,
 		if writes {
 			s.Start()
 		}
-		ctx, signals = untilSignal(ctx)
+		ctx, signals = e.untilSignalTold(ctx)
 	}
 	if c.topology, err = s.Topology(); err != nil {
 		stop()
 		return nil, nil, nil, err
 	}
 	return ctx, stop, c, nil
+}
+
+// untilSignalTold is untilSignal, and tells whoever interrupts it what comes of that.
+func (e *env) untilSignalTold(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, end := untilSignal(ctx)
+	quiet := context.AfterFunc(ctx, func() {
+		e.note("interrupted: what is half done is ended or undone first; a second ^C ends viaduct at once")
+	})
+	return ctx, func() {
+		quiet()
+		end()
+	}
 }
 
 // takePrecedence puts this process, and the child it starts, before others. Each change wakes udev, whose rules for one

@@ -116,7 +116,7 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 	if err != nil {
 		return err
 	}
-	o.Late = slices.ContainsFunc(s.PFs, func(pf hostfile.PF) bool { return pf.AfterLAG })
+	o.Late = slices.ContainsFunc(s.PFs, func(pf hostfile.PF) bool { return pf.AfterBond })
 	generator := install.Found()
 	if !e.dryRun {
 		err := m.Protect()
@@ -131,7 +131,7 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 	}
 
 	if initramfs {
-		if o.Initramfs, err = m.Early(s); err != nil {
+		if o.Initramfs, err = m.Initramfs(s); err != nil {
 			return err
 		}
 	}

@@ -84,8 +84,8 @@ func leasesCommand(e *env) *cli.Command {
 		Usage: "list what is assigned to guests, and what is in quarantine",
 		Description: "A lease is making (viaduct is working on it), reserved (no process has its devices open yet), " +
 			"active (a process has them open), dead (that process is gone, or nobody came: `viaduct release " +
-			"--dead` ends it), lost (a device is not there any more), incoming or leaving (its guest moves between " +
-			"hosts: `viaduct migrate`).\n\n" +
+			"--dead` ends it), lost (a device is not there any more), incoming or leaving (its guest is on its way between hosts: " +
+			"`viaduct help migrate`).\n\n" +
 			"Examples:\n  viaduct leases\n" +
 			"  viaduct leases --json",
 		Flags: []cli.Flag{e.jsonFlag()},

@@ -83,7 +83,7 @@ func runNetworkHook(ctx context.Context, e *env, op string) error {
 // tellQuarantined tells libvirt's log what nobody gets any more.
 func (e *env) tellQuarantined(certificates []lease.Certificate) {
 	for _, c := range certificates {
-		if c.Result == lease.Fouled {
+		if c.Result == lease.InQuarantine {
 			e.note("%s of %s is in quarantine: %s", c.Address, c.Guest, c.Why)
 		}
 	}

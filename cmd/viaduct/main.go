@@ -340,7 +340,7 @@ func newApp(e *env) *cli.App {
 			group("Virtual functions", vfCommand(e)),
 			group("The declared host", planCommand(e), applyCommand(e), statusCommand(e), undoCommand(e), adoptCommand(e),
 				installCommand(e), uninstallCommand(e), watchCommand(e), schemaCommand(e)),
-			group("Guests", assignCommand(e), releaseCommand(e), leasesCommand(e), runCommand(e), poolCommand(e), migrateCommand(e)),
+			group("Guests", assignCommand(e), releaseCommand(e), leasesCommand(e), runCommand(e), migrateCommand(e), poolCommand(e)),
 			group("More", helpCommand(e), manCommand(e), completionCommand(e), versionCommand(e)),
 			group("", heldCommand(), libvirtHookCommand(e)),
 		),

@@ -39,31 +39,31 @@ func migrateCommand(e *env) *cli.Command {
 		Name:      "migrate",
 		Usage:     "move a running guest with its devices to another host",
 		ArgsUsage: "GUEST --to HOST",
-		Description: "Runs viaduct migrate --peer on HOST (by ssh, or by any command: --to exec:COMMAND), checks whether the guest is ready, keeps a VF\n" +
-			"for it there, takes its own VF from it, sends its memory over the same way, and gives it the VF there. With a failover pair\n" +
-			"(assign or run --failover BRIDGE) the guest keeps its connections; with --movable it is without a NIC meanwhile. Whatever\n" +
-			"fails before the guest is the other host's takes it back to where it was. What was interrupted is finished by --resume, or\n" +
-			"taken back by --cancel, also there.\n\n" +
-			"With --check, only report whether the guest is ready: each line says ok, warn, refuse or unknown, and what was read. HOST may\n" +
-			"then be a snapshot, and --host another one. Exit status: 0 when nothing refuses, 3 when something does.\n\n" +
+		Description: "Check whether the guest is ready, reserve a VF on HOST, take the guest's own VF from it, send its memory over, and give it " +
+			"the VF there. viaduct runs `ssh HOST viaduct migrate --peer`, or the command of --to exec:COMMAND. With a failover pair " +
+			"(run --failover BRIDGE) the guest keeps its connections; with --movable it has no NIC meanwhile. A failure before the " +
+			"guest belongs to the other host takes it back to where it was. --resume finishes an interrupted move, and --cancel takes " +
+			"it back, on either host.\n\n" +
+			"With --check, only report whether the guest is ready: HOST may then be a snapshot, and --host another one. Exit status: 0 " +
+			"if nothing refuses, 3 if something does.\n\n" +
 			"Examples:\n  viaduct migrate web --to host2 --check\n  viaduct migrate web --to host2 --from net\n  viaduct migrate web --resume\n" +
 			"  viaduct --host a.snapshot migrate web --to b.snapshot --check",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "to", Usage: "the other `HOST`, as ssh knows it, or exec:COMMAND; with --check also a snapshot", Destination: &o.to},
 			&cli.BoolFlag{Name: "check", Usage: "only report whether the guest is ready", Destination: &o.check},
 			&cli.StringFlag{Name: "from", Usage: "draw from this `POOL` of the other host (default: the name of the one here)", Destination: &o.wish.Pool},
-			&cli.StringFlag{Name: "by", Usage: "how the device moves: `failover|replug` (default: failover, where there is a pair)", Destination: &o.by},
-			&cli.DurationFlag{Name: "downtime", Usage: "how long QEMU may stop the guest (default: QEMU's own)", Destination: &o.limits.Downtime},
-			&cli.StringFlag{Name: "bandwidth", Usage: "how much memory is sent in a second at most, as `100M`", Destination: &o.bandwidth},
-			&cli.DurationFlag{Name: "unplug-wait", Usage: "how long the guest may take to let go of its device", Value: 30 * time.Second, Destination: &o.limits.Unplug},
-			&cli.DurationFlag{Name: "copy-timeout", Usage: "how long sending its memory may take; 0 is for ever", Value: 10 * time.Minute, Destination: &o.limits.Whole},
+			&cli.StringFlag{Name: "by", Usage: "move the device by `failover|replug` (default: failover if there is a pair)", Destination: &o.by},
+			&cli.DurationFlag{Name: "downtime", Usage: "let QEMU stop the guest for this long (default: QEMU's own)", Destination: &o.limits.Downtime},
+			&cli.StringFlag{Name: "bandwidth", Usage: "send at most this `SIZE` of memory a second (e.g. 100M)", Destination: &o.bandwidth},
+			&cli.DurationFlag{Name: "unplug-wait", Usage: "give the guest this long to let go of its device", Value: 30 * time.Second, Destination: &o.limits.Unplug},
+			&cli.DurationFlag{Name: "copy-timeout", Usage: "give sending its memory this long; 0 means without limit", Value: 10 * time.Minute, Destination: &o.limits.Whole},
 			&cli.BoolFlag{Name: "cancel", Usage: "take an interrupted move back", Destination: &o.cancel},
 			&cli.BoolFlag{Name: "resume", Usage: "finish an interrupted move", Destination: &o.resume},
-			&cli.BoolFlag{Name: "take-back", Usage: "take a move back that the other host has, and cannot finish, as it is off", Destination: &o.takeBack},
+			&cli.BoolFlag{Name: "take-back", Usage: "take a move back that the other host cannot finish", Destination: &o.takeBack},
 			&cli.StringFlag{Name: "force", Usage: "with --take-back, `split-brain`: your word that the other host does not run the guest", Destination: &o.force},
-			&cli.BoolFlag{Name: "peer", Usage: "be the other side of a move, on standard input and output", Destination: &o.peer},
-			&cli.StringFlag{Name: "data", Usage: "with --peer, take the memory of the move of this `ID`", Destination: &o.data},
-			&cli.DurationFlag{Name: "timeout", Usage: "how long one write, or another viaduct, is waited for", Value: bind.DefaultTimeout, Destination: &o.timeout},
+			&cli.BoolFlag{Name: "peer", Usage: "serve the other side of a move on standard input and output", Destination: &o.peer},
+			&cli.StringFlag{Name: "data", Usage: "with --peer, take the memory of the move `ID`", Destination: &o.data},
+			&cli.DurationFlag{Name: "timeout", Usage: "wait this long for one write, and for another viaduct", Value: bind.DefaultTimeout, Destination: &o.timeout},
 			e.dryRunFlag(),
 			e.jsonFlag(),
 		},
@@ -124,7 +124,7 @@ func (o *migrateOptions) parse() error {
 	}
 	var err error
 	if o.limits.Bandwidth, err = parseSize(o.bandwidth); err != nil {
-		return usagef("migrate: --bandwidth %q: want a size, as 100M", o.bandwidth)
+		return usagef("migrate: --bandwidth %q: want a size, e.g. 100M", o.bandwidth)
 	}
 	return checkTimeout(o.timeout)
 }

@@ -58,7 +58,7 @@ func runMigrate(ctx context.Context, e *env, o *migrateOptions) error {
 	}
 	defer h.Close()
 	if !h.Live() {
-		return usagef("migrate: %s is a captured host: --to has to be one, too, and is no file or folder (%s)", e.hostName, o.to)
+		return usagef("migrate: %s is a captured host: --to must be a snapshot or folder too (%s)", e.hostName, o.to)
 	}
 	side := e.side(h, o.timeout)
 	way, err := migrate.ParseTransport(o.to, o.version, e.stderr)

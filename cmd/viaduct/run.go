@@ -123,7 +123,7 @@ func runRun(c *cli.Context, e *env, o *assignOptions, as string) error {
 			o.NodeOwner = other.name
 		}
 	}
-	o.OwnerPID, o.Alone = os.Getpid(), true
+	o.OwnerPID, o.Exclusive = os.Getpid(), true
 	// From now on: none may end viaduct between the lease and its end.
 	signals := make(chan os.Signal, 16)
 	signal.Notify(signals, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2,

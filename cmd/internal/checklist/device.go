@@ -77,7 +77,7 @@ func (c *list) driver(d *iommu.Device) error {
 	}
 	switch {
 	case d.VFIO:
-	case c.lease.Foreign && !d.Blocks():
+	case c.lease.OwnDriver && !d.Blocks():
 		l.Text = "the guest's VMM has its own driver for it"
 	case d.Driver == "":
 		l.Answer, l.Text, l.Cure = No, "no driver has it", "viaduct bind "+d.Name

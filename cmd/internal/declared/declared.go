@@ -242,7 +242,7 @@ func (m *Manager) planPF(pf *hostfile.PF, guard *guard, leased map[iommu.Address
 		return i
 	}
 
-	i.Waits = pf.AfterLAG && !m.options.Late && !m.bonded(i.Device)
+	i.Waits = pf.AfterBond && !m.options.Late && !m.bonded(i.Device)
 	wish, err := m.wish(pf, i.Device, i.Waits, leased)
 	if err != nil {
 		i.Refuse(err)

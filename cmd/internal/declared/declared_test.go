@@ -347,20 +347,20 @@ func TestPlanStates(t *testing.T) {
 	override := mine.DriverOverride
 	for _, mine.Driver = range []string{"vfio-pci", driver} { // taken already, or not
 		mine.DriverOverride = mine.Driver
-		if got, err := m.Early(early); err == nil || !strings.Contains(err.Error(), "in protect") {
+		if got, err := m.Initramfs(early); err == nil || !strings.Contains(err.Error(), "in protect") {
 			t.Errorf("what is protected, and on %s, is kept from its driver by the initramfs: %v, %v", mine.Driver, got,
 				err)
 		}
 	}
 	mine.DriverOverride = override
 	early.Protect = nil
-	if got, err := m.Early(early); err == nil || !strings.Contains(err.Error(), "does not know which NICs") {
+	if got, err := m.Initramfs(early); err == nil || !strings.Contains(err.Error(), "does not know which NICs") {
 		t.Errorf("a NIC is kept from its driver by the initramfs: %v, %v", got, err)
 	}
 	if err := m.state.Put(protectedKey, []protected{}); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := m.Early(early); err != nil || len(got) != 1 {
+	if got, err := m.Initramfs(early); err != nil || len(got) != 1 {
 		t.Errorf("%v, %v", got, err)
 	}
 

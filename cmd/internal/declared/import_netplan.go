@@ -141,7 +141,7 @@ func (i *importer) netplan() error {
 
 // netplanPF declares an interface that has VFs, of which so many are named.
 func (i *importer) netplanPF(id string, e *ethernet, named int, ports []port) error {
-	pf := hostfile.PF{MTU: e.MTU, Eswitch: e.Eswitch, AfterLAG: e.Delay && e.Eswitch == "switchdev", Count: named}
+	pf := hostfile.PF{MTU: e.MTU, Eswitch: e.Eswitch, AfterBond: e.Delay && e.Eswitch == "switchdev", Count: named}
 	if e.Count != nil {
 		pf.Count = *e.Count
 	}

@@ -390,8 +390,8 @@ func TestUnreadableLease(t *testing.T) {
 	if _, err := m.Plan(s); !errors.Is(err, broken) {
 		t.Errorf("planned: %v", err)
 	}
-	s.Devices[0].Early = true
-	if _, err := m.Early(s); !errors.Is(err, broken) {
+	s.Devices[0].Initramfs = true
+	if _, err := m.Initramfs(s); !errors.Is(err, broken) {
 		t.Errorf("for the initramfs: %v", err)
 	}
 	items := plan(t, newManager(t, k, Options{}), many)

@@ -70,10 +70,10 @@ func Settle(ctx context.Context, h *iommu.Host, look func()) error {
 	return nil
 }
 
-// Early are the folders in sysfs of the devices that the initramfs is to keep from their drivers. Nothing there can ask
-// what they are for: one that must not be taken, or that the host uses now, is refused, with all that would be taken
-// along.
-func (m *Manager) Early(s *hostfile.Host) ([]string, error) {
+// Initramfs are the folders in sysfs of the devices that the initramfs is to keep from their drivers. Nothing there
+// can ask what they are for: one that must not be taken, or that the host uses now, is refused, with all that would be
+// taken along.
+func (m *Manager) Initramfs(s *hostfile.Host) ([]string, error) {
 	boot := *m
 	boot.options.Boot = true
 	guard, err := boot.guard(s)
@@ -87,7 +87,7 @@ func (m *Manager) Early(s *hostfile.Host) ([]string, error) {
 	out := []string{}
 	for k := range s.Devices {
 		dev := &s.Devices[k]
-		if !dev.Early {
+		if !dev.Initramfs {
 			continue
 		}
 		i := boot.planDevice(dev, guard, leased)

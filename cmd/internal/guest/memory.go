@@ -22,9 +22,9 @@ const (
 	armBase  = gib
 )
 
-// Layout is where a guest has its memory, of a size in bytes above 0; arch is as GOARCH. Moves says that its VMM keeps
-// memory off the range that AMD's IOMMUs reserve.
-func Layout(arch string, memory uint64, moves bool) []vfio.Range {
+// Layout is where a guest has its memory, of a size in bytes above 0; arch is as GOARCH. avoids says that its VMM
+// keeps memory off the range that AMD's IOMMUs reserve.
+func Layout(arch string, memory uint64, avoids bool) []vfio.Range {
 	if arch == "arm64" {
 		return []vfio.Range{{First: armBase, Last: armBase + memory - 1}}
 	}
@@ -32,7 +32,7 @@ func Layout(arch string, memory uint64, moves bool) []vfio.Range {
 		return []vfio.Range{{First: 0, Last: memory - 1}}
 	}
 	from := uint64(high)
-	if moves && from+memory-lowSplit > amdHole {
+	if avoids && from+memory-lowSplit > amdHole {
 		from = moved
 	}
 	return []vfio.Range{{First: 0, Last: lowSplit - 1}, {First: from, Last: from + memory - lowSplit - 1}}

@@ -19,7 +19,7 @@ func (d *decoder) check(h *Host) {
 	}
 	for i := range h.Devices {
 		dev := &h.Devices[i]
-		if dev.Early && !dev.Select.Has(iommu.ByAddress, iommu.ByPath) {
+		if dev.Initramfs && !dev.Select.Has(iommu.ByAddress, iommu.ByPath) {
 			d.failAt(
 				dev.At,
 				dev.Select.String(),
@@ -85,7 +85,7 @@ func (d *decoder) checkPF(pf *PF) {
 		}
 	}
 
-	if pf.AfterLAG && pf.Eswitch != "switchdev" {
+	if pf.AfterBond && pf.Eswitch != "switchdev" {
 		d.failAt(pf.At, "after_bond", "needs eswitch: switchdev: it is for the PFs of a bond in that mode")
 	}
 }

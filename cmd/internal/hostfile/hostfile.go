@@ -32,18 +32,18 @@ type Protect struct {
 
 // PF is a physical function with its VFs. What is left out is left as it is.
 type PF struct {
-	At       Pos     `yaml:"-"`
-	Select   Match   `yaml:"select"        either:"pf" doc:"selector of the PF (e.g. mac=, path=, serial=, ids); several words must all match"`
-	All      Matches `yaml:"each"         either:"pf" doc:"instead of select, all PFs that one of these selectors names: each gets VFs like these"`
-	Optional bool    `yaml:"optional"                      doc:"a missing device is not an error"`
-	Count    int     `yaml:"count"         required:"true" doc:"number of VFs"                                                                                             min:"0"  max:"65535"`
-	MTU      int     `yaml:"mtu"                           doc:"raise the MTU of the PF to this; viaduct never lowers it"                                  min:"68" max:"65535"`
-	Eswitch  string  `yaml:"eswitch"                       doc:"mode of the e-switch"                                                                                                           enum:"legacy,switchdev"`
-	Inline   string  `yaml:"inline_mode"                   doc:"inline mode of the e-switch"                                                                                                    enum:"none,link,network,transport"`
-	Encap    string  `yaml:"encap"                         doc:"tunnel offload of the e-switch"                                                                                                 enum:"none,basic"`
-	Offload  string  `yaml:"hw_tc_offload"                 doc:"let the NIC carry out the rules of the e-switch"                                                                               enum:"on,off"`
-	AfterLAG bool    `yaml:"after_bond"                    doc:"bind the VFs only when the PF is in a bond; for the switchdev PFs of one bond"`
-	VFs      []VFs   `yaml:"vfs"                           doc:"VFs by ranges; a VF in no range has no driver and no settings"`
+	At        Pos     `yaml:"-"`
+	Select    Match   `yaml:"select"        either:"pf" doc:"selector of the PF (e.g. mac=, path=, serial=, ids); several words must all match"`
+	All       Matches `yaml:"each"         either:"pf" doc:"instead of select, all PFs that one of these selectors names: each gets VFs like these"`
+	Optional  bool    `yaml:"optional"                      doc:"a missing device is not an error"`
+	Count     int     `yaml:"count"         required:"true" doc:"number of VFs"                                                                                             min:"0"  max:"65535"`
+	MTU       int     `yaml:"mtu"                           doc:"raise the MTU of the PF to this; viaduct never lowers it"                                  min:"68" max:"65535"`
+	Eswitch   string  `yaml:"eswitch"                       doc:"mode of the e-switch"                                                                                                           enum:"legacy,switchdev"`
+	Inline    string  `yaml:"inline_mode"                   doc:"inline mode of the e-switch"                                                                                                    enum:"none,link,network,transport"`
+	Encap     string  `yaml:"encap"                         doc:"tunnel offload of the e-switch"                                                                                                 enum:"none,basic"`
+	Offload   string  `yaml:"hw_tc_offload"                 doc:"let the NIC carry out the rules of the e-switch"                                                                               enum:"on,off"`
+	AfterBond bool    `yaml:"after_bond" json:"AfterLAG"                  doc:"bind the VFs only when the PF is in a bond; for the switchdev PFs of one bond"`
+	VFs       []VFs   `yaml:"vfs"                           doc:"VFs by ranges; a VF in no range has no driver and no settings"`
 }
 
 // Matches names devices: each that one of them does. One may be written without a list.
@@ -61,12 +61,12 @@ type VFs struct {
 
 // Device is a device that is taken for passthrough, with all of its IOMMU group.
 type Device struct {
-	At       Pos    `yaml:"-"`
-	Select   Match  `yaml:"select"     required:"true" doc:"selector of the device, as for a PF"`
-	Optional bool   `yaml:"optional"                   doc:"a missing device is not an error"`
-	Driver   string `yaml:"driver"                     doc:"vfio, none or the name of a vfio driver (default: vfio, the device's variant driver, else vfio-pci)" word:"driver"`
-	Owner    string `yaml:"node_owner"                 doc:"USER[:GROUP] that owns the device's nodes"`
-	Early    bool   `yaml:"initramfs"                  doc:"take the device in the initramfs, before the host's driver can have it"`
+	At        Pos    `yaml:"-"`
+	Select    Match  `yaml:"select"     required:"true" doc:"selector of the device, as for a PF"`
+	Optional  bool   `yaml:"optional"                   doc:"a missing device is not an error"`
+	Driver    string `yaml:"driver"                     doc:"vfio, none or the name of a vfio driver (default: vfio, the device's variant driver, else vfio-pci)" word:"driver"`
+	Owner     string `yaml:"node_owner"                 doc:"USER[:GROUP] that owns the device's nodes"`
+	Initramfs bool   `yaml:"initramfs" json:"Early"                doc:"take the device in the initramfs, before the host's driver can have it"`
 }
 
 // Key is a VF setting's.

@@ -18,20 +18,20 @@ import (
 
 // Request is what a guest asks for.
 type Request struct {
-	Guest     string
-	Sources   []Source
-	Memory    uint64 // the guest's, in bytes; 0: not known
-	Moves     bool   // its VMM keeps guest memory off the range that AMD's IOMMUs reserve
-	NUMA      *int
-	NodeOwner string
-	TTL       time.Duration
-	OwnerPID  int
-	Unit      string
-	Persist   bool
-	Foreign   bool         // its VMM takes the devices to a driver of its own
-	NoReset   bool         // give out also what nothing can reset afterwards
-	VM        *vmm.Machine // what is known of its virtual machine
-	Alone     bool         // refuse what another process, or a VMM that runs, has already
+	Guest               string
+	Sources             []Source
+	Memory              uint64 // the guest's, in bytes; 0: not known
+	AvoidsReservedRange bool   // its VMM keeps guest memory off the range that AMD's IOMMUs reserve
+	NUMA                *int
+	NodeOwner           string
+	TTL                 time.Duration
+	OwnerPID            int
+	Unit                string
+	Persist             bool
+	OwnDriver           bool         // its VMM takes the devices to a driver of its own
+	NoReset             bool         // give out also what nothing can reset afterwards
+	Exclusive           bool         // refuse what another process, or a VMM that runs, has already
+	VM                  *vmm.Machine // what is known of its virtual machine
 
 	moving State // the lease is made for this
 }
@@ -162,7 +162,7 @@ func (m *Manager) reserve(ctx context.Context, r *Request, choices []choice,
 	l = &Lease{
 		LeaseHead: holder.LeaseHead{Guest: r.Guest},
 		Sources:   r.Sources,
-		Foreign:   r.Foreign,
+		OwnDriver: r.OwnDriver,
 		NoReset:   r.NoReset,
 		Moving:    r.moving,
 		Holders:   []Holder{},
@@ -234,9 +234,9 @@ func (l *Lease) differs(r *Request) string {
 	switch {
 	case !sameSources(l.Sources, r.Sources):
 		return "drawn from " + l.DrawnFrom()
-	case l.Foreign && !r.Foreign:
+	case l.OwnDriver && !r.OwnDriver:
 		return "for a VMM that has its own driver, e.g. Xen"
-	case r.Foreign && !l.Foreign:
+	case r.OwnDriver && !l.OwnDriver:
 		return "for a VMM that has its devices by VFIO"
 	}
 	for i := range l.Sources {
@@ -285,7 +285,7 @@ func (m *Manager) finish(ctx context.Context, l *Lease, r *Request) (notes []str
 			return notes, err
 		}
 	}
-	if !l.Foreign {
+	if !l.OwnDriver {
 		var errs []error
 		for _, result := range m.handle.Do(ctx, units, bind.Take(bind.Auto).OwnedBy(owner)) {
 			errs = append(errs, result.Err)

@@ -100,7 +100,7 @@ func TestBackAsFarAsKnown(t *testing.T) {
 	lendVF(t, k, sriov.Settings{sriov.VLAN: "5"})
 	k.Net.Ignore[unix.IFLA_VF_VLAN] = true
 	m := newManager(t, k)
-	if out, err := m.Release(t.Context(), "a", 0); err == nil || len(out) != 1 || out[0].Result != Fouled {
+	if out, err := m.Release(t.Context(), "a", 0); err == nil || len(out) != 1 || out[0].Result != InQuarantine {
 		t.Errorf("a VLAN that stays: %+v, %v", out, err)
 	}
 }

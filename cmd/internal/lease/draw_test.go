@@ -56,7 +56,7 @@ func TestMemoryOfGuest(t *testing.T) {
 		"no room below 4G":       {Request{Memory: 3 << 30}, "0x40000000 0x4fffffff direct\n", "", "cannot have any: 0x40000000-0x4fffffff (direct)"},
 		"room":                   {Request{Memory: 1 << 30}, "0x40000000 0x4fffffff direct\n", "", ""},
 		"of AMD":                 {Request{Memory: 1013 << 30}, "0xfd00000000 0xffffffffff reserved\n", "", "less than 1010G"},
-		"of AMD, which QEMU has": {Request{Memory: 1013 << 30, Moves: true}, "0xfd00000000 0xffffffffff reserved\n", "", ""},
+		"of AMD, which QEMU has": {Request{Memory: 1013 << 30, AvoidsReservedRange: true}, "0xfd00000000 0xffffffffff reserved\n", "", ""},
 		"owner may lock":         {Request{Memory: 1 << 30, OwnerPID: 600}, "", limits("1073741824 1073741824"), ""},
 		"owner may not lock":     {Request{Memory: 2 << 30, OwnerPID: 600}, "", limits("1073741824 1073741824"), "process 600 may lock 1024 MiB"},
 		"unit may not lock":      {Request{Memory: 2 << 30, Unit: unit}, "", limits("8388608 8388608"), "process 600 may lock 8 MiB"},
@@ -208,7 +208,7 @@ func TestExhausted(t *testing.T) {
 			t.Errorf("%s\nwant %s", got, want)
 		}
 	}
-	if got := (&NoLeaseError{Guest: "a"}).Error(); got != "a has no lease, and nobody else has" {
+	if got := (&NoLeaseError{Guest: "a"}).Error(); got != "a has no lease, and there are no others" {
 		t.Error(got)
 	}
 }

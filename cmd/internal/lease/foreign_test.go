@@ -16,7 +16,7 @@ import (
 func TestOwnDriver(t *testing.T) {
 	k := newKernel(t, 7)
 	m := newManager(t, k)
-	r := &Request{Guest: "dom", Sources: []Source{{From: "net", Count: 1}}, Foreign: true, TTL: time.Minute}
+	r := &Request{Guest: "dom", Sources: []Source{{From: "net", Count: 1}}, OwnDriver: true, TTL: time.Minute}
 	steps, err := m.Preview(r)
 	text := strings.Join(bind.Commands(steps), "\n")
 	if err != nil || strings.Contains(text, "vfio") || !strings.Contains(text, "is left on no driver") {
@@ -49,7 +49,7 @@ func TestOwnDriver(t *testing.T) {
 	}
 
 	vfio := *r
-	vfio.Foreign = false
+	vfio.OwnDriver = false
 	if _, _, _, err := m.Assign(t.Context(), &vfio); !errors.Is(err, holder.ErrRefused) {
 		t.Errorf("asked again for another VMM: %v", err)
 	}

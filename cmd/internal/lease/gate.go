@@ -15,7 +15,7 @@ import (
 // mayRun refuses to run a guest alone that runs already. It looks at processes, which may take a while: the books are
 // not locked meanwhile, but the guest's lease is.
 func (m *Manager) mayRun(r *Request) error {
-	if !r.Alone {
+	if !r.Exclusive {
 		return nil
 	}
 	l, err := m.known(r.Guest)
@@ -67,7 +67,7 @@ func (e *inUseError) Unwrap() error { return e.error }
 // proveFree proves that nobody has what a guest is to get, before the first setting: an inUseError else. A guest that
 // has it already may run.
 func (m *Manager) proveFree(ctx context.Context, l *Lease, units [][]*iommu.Device) (held holds, err error) {
-	if l.Ready || len(l.known()) > 0 || l.Foreign {
+	if l.Ready || len(l.known()) > 0 || l.OwnDriver {
 		return nil, nil
 	}
 	for _, unit := range units {
@@ -116,7 +116,7 @@ func (m *Manager) clean(l *Lease, devices []*iommu.Device) error {
 func (m *Manager) ask(l *Lease, devices []*iommu.Device,
 	units [][]*iommu.Device) (out []error, notes []string, err error) {
 	guests := []holder.Kind{holder.Lease}
-	if !l.Foreign {
+	if !l.OwnDriver {
 		verdicts, err := m.handle.Check(units, devices, bind.Take(bind.Auto), guests)
 		for _, v := range verdicts {
 			out = append(out, v.Refused)

@@ -48,9 +48,9 @@ func (m *Manager) fits(l *Lease, devices []*iommu.Device, r *Request) (notes []s
 		if err != nil {
 			return nil, err
 		}
-		if bad := overlaps(r.Memory, r.Moves, regions); len(bad) > 0 {
+		if bad := overlaps(r.Memory, r.AvoidsReservedRange, regions); len(bad) > 0 {
 			cure := "give it less memory"
-			if !r.Moves && len(overlaps(r.Memory, true, regions)) == 0 {
+			if !r.AvoidsReservedRange && len(overlaps(r.Memory, true, regions)) == 0 {
 				cure = "give it less than 1010G of memory, or use QEMU with an AMD CPU model, which places memory " +
 					"elsewhere"
 			}

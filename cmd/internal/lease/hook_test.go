@@ -139,8 +139,8 @@ func TestHookOfDrawn(t *testing.T) {
 		t.Fatal(err)
 	}
 	k.Fail["sys/bus/pci/devices/"+vf0+"/reset"] = unix.EIO
-	if out, err := hook(k, "web", "release", "end", vf0); err == nil || len(out) != 1 || out[0].Result != Fouled ||
-		!strings.Contains(out[0].Note, "pool net has to be made anew") {
+	if out, err := hook(k, "web", "release", "end", vf0); err == nil || len(out) != 1 || out[0].Result != InQuarantine ||
+		!strings.Contains(out[0].Note, "pool net must be made again") {
 		t.Errorf("stopped, and not reset: %+v, %v", out, err)
 	}
 	for _, op := range []string{"prepare", "start"} {
@@ -233,8 +233,13 @@ func TestReclaimSeveral(t *testing.T) {
 		t.Fatal(err)
 	}
 	if f, err := m.Book.lockGuest(t.Context(), "b", time.Millisecond); err == nil ||
-		!strings.Contains(err.Error(), "another viaduct has been at work") {
+		!strings.Contains(err.Error(), "another viaduct has been working") {
 		t.Errorf("locked twice: %v, %v", f, err)
+	}
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := m.Book.lockGuest(over, "b", time.Hour); !errors.Is(err, context.Canceled) {
+		t.Errorf("locked by who was interrupted: %v", err)
 	}
 	out, err := m.Reclaim(t.Context())
 	m.handle.Close()
@@ -257,7 +262,7 @@ func TestReclaimSeveral(t *testing.T) {
 	if _, has := guests[all[0].Devices[0].Address]; err != nil || len(guests) != 1 || !has {
 		t.Errorf("guests' devices: %v, %v", guests, err)
 	}
-	if _, err := newManager(t, k).Release(t.Context(), "b", 0); err == nil || !strings.Contains(err.Error(), "these have: c") {
+	if _, err := newManager(t, k).Release(t.Context(), "b", 0); err == nil || !strings.Contains(err.Error(), "these guests have one: c") {
 		t.Errorf("released again: %v", err)
 	}
 }
@@ -298,7 +303,7 @@ func TestStarted(t *testing.T) {
 
 	alone := func() error {
 		return on(k, func(ctx context.Context, m *Manager) error {
-			r := &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1}}, OwnerPID: os.Getpid(), Alone: true}
+			r := &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1}}, OwnerPID: os.Getpid(), Exclusive: true}
 			_, _, _, err := m.Assign(ctx, r)
 			return err
 		})
@@ -335,7 +340,7 @@ func TestRunWhileOpen(t *testing.T) {
 	k.End(keeperOfLease)
 	alone := func() error {
 		return on(k, func(ctx context.Context, m *Manager) error {
-			r := &Request{Guest: "a", Sources: []Source{s.from}, OwnerPID: os.Getpid(), Alone: true}
+			r := &Request{Guest: "a", Sources: []Source{s.from}, OwnerPID: os.Getpid(), Exclusive: true}
 			_, _, _, err := m.Assign(ctx, r)
 			return err
 		})
@@ -399,5 +404,27 @@ func TestReleaseWaits(t *testing.T) {
 	})
 	if err != nil || slices.Contains(driversOf(t, k, vf1), "vfio-pci/vfio-pci") {
 		t.Errorf("%v, on %q", err, driversOf(t, k, vf1))
+	}
+}
+
+// Who is asked for again may have been used since: what an interrupted release has reset is reset again.
+func TestAskedAgainIsUsed(t *testing.T) {
+	s := &sites[1]
+	k, _ := s.host(t)
+	k.Process(keeperOfLease, "keeper")
+	if err := s.assign(k); err != nil {
+		t.Fatal(err)
+	}
+	l := leaseOf(t, k, "a")
+	for i := range l.Devices {
+		l.Devices[i].Clean = true
+	}
+	l.Ending = true
+	if err := errors.Join(BookOf(&iommu.Host{Host: k.Host()}).put(l), s.assign(k)); err != nil {
+		t.Fatal(err)
+	}
+	l = leaseOf(t, k, "a")
+	if l.Ending || slices.ContainsFunc(l.Devices, func(d Device) bool { return d.Clean }) {
+		t.Errorf("asked for again, it is %+v", l)
 	}
 }

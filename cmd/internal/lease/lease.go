@@ -46,8 +46,8 @@ type Lease struct {
 	NodeOwner string       `json:"node_owner,omitempty"`
 	Drawn     bool         `json:"drawn,omitempty"` // by libvirt, from a network: it ends with the domain
 
-	NoReset bool `json:"no_reset,omitempty"` // what nothing can reset goes to the next as it is
-	Foreign bool `json:"foreign,omitempty"`  // its VMM takes it to a driver of its own, as Xen's
+	NoReset   bool `json:"no_reset,omitempty"` // what nothing can reset goes to the next as it is
+	OwnDriver bool `json:"foreign,omitempty"`  // its VMM takes it to a driver of its own, as Xen's
 
 	force bool         // a reset that fails is no reason to keep it
 	save  func() error // writes it down, as it is part of something else; nil: the books do
@@ -240,8 +240,8 @@ func (b *Book) Guests() (map[iommu.Address]declared.Guest, error) {
 	out := map[iommu.Address]declared.Guest{}
 	for _, l := range all {
 		for _, d := range l.Devices {
-			if l.Ready && (d.PF != nil || l.Foreign) {
-				out[d.Address] = declared.Guest{Settings: d.Wanted, OwnDriver: l.Foreign}
+			if l.Ready && (d.PF != nil || l.OwnDriver) {
+				out[d.Address] = declared.Guest{Settings: d.Wanted, OwnDriver: l.OwnDriver}
 			}
 		}
 	}

@@ -210,7 +210,7 @@ func TestRelease(t *testing.T) {
 	m := newManager(t, k)
 	vf := l.Devices[0].Address
 	certificates, err := m.Release(context.Background(), "a", 0)
-	if err == nil || len(certificates) != 1 || certificates[0].Result != Fouled ||
+	if err == nil || len(certificates) != 1 || certificates[0].Result != InQuarantine ||
 		!strings.Contains(certificates[0].Why, "no way to reset") {
 		t.Fatalf("without a reset: %+v, %v", certificates, err)
 	}

@@ -19,7 +19,7 @@ func (m *Manager) Preview(r *Request) ([]bind.Action, error) {
 
 // PreviewLease is Preview with the lease that Assign would make, which nobody has.
 func (m *Manager) PreviewLease(r *Request) (steps []bind.Action, l *Lease, err error) {
-	l = &Lease{LeaseHead: holder.LeaseHead{Guest: r.Guest}, Foreign: r.Foreign}
+	l = &Lease{LeaseHead: holder.LeaseHead{Guest: r.Guest}, OwnDriver: r.OwnDriver}
 	steps, err = m.preview(r, l)
 	return steps, l, err
 }
@@ -65,7 +65,7 @@ func (m *Manager) preview(r *Request, l *Lease) ([]bind.Action, error) {
 		for _, d := range devices {
 			l.Devices = append(l.Devices, Device{LeaseDevice: holder.LeaseDevice{Address: d.Address}})
 		}
-		refusals, _, err := m.ask(&Lease{Foreign: r.Foreign}, devices, drawn)
+		refusals, _, err := m.ask(&Lease{OwnDriver: r.OwnDriver}, devices, drawn)
 		if err := errors.Join(append(refusals, err)...); err != nil {
 			return nil, err
 		}
@@ -93,7 +93,7 @@ func (m *Manager) preview(r *Request, l *Lease) ([]bind.Action, error) {
 			}
 		}
 
-		if r.Foreign {
+		if r.OwnDriver {
 			comment(d.Name + " is left on " + cmp.Or(d.Driver, "no driver") + ", for the VMM to take it")
 			continue
 		}

@@ -302,7 +302,7 @@ func TestDead(t *testing.T) {
 			k.Fail[dir+"/reset"] = unix.EIO
 		}
 		certificates, err := giveBack(t, h, "a", 0)
-		if err == nil || len(certificates) != 1 || certificates[0].Result != Fouled ||
+		if err == nil || len(certificates) != 1 || certificates[0].Result != InQuarantine ||
 			how == "dead" && !strings.Contains(certificates[0].Why, "has not answered") {
 			t.Errorf("%s: %+v, %v", how, certificates, err)
 		}

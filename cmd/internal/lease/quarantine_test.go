@@ -38,7 +38,7 @@ func fouled(t *testing.T, boot string) (*hosttest.Kernel, *iommu.Host) {
 	if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: plain}}}); err != nil {
 		t.Fatal(err)
 	}
-	if certificates, err := giveBack(t, h, "a", 0); err == nil || len(certificates) != 1 || certificates[0].Result != Fouled {
+	if certificates, err := giveBack(t, h, "a", 0); err == nil || len(certificates) != 1 || certificates[0].Result != InQuarantine {
 		t.Fatalf("%+v, %v", certificates, err)
 	}
 	return k, h
@@ -99,7 +99,7 @@ func TestQuarantineForced(t *testing.T) {
 		})
 		return out, err
 	}
-	if out, err := lift(false); err == nil || len(out) != 1 || out[0].Result != Fouled {
+	if out, err := lift(false); err == nil || len(out) != 1 || out[0].Result != InQuarantine {
 		t.Errorf("not forced: %+v, %v", out, err)
 	}
 	end := hide(t, h, "group")
@@ -179,7 +179,7 @@ func TestNoReset(t *testing.T) {
 		t.Fatal(err)
 	}
 	k.Probe["e1000e"] = unix.EIO
-	if out, err := giveBack(t, h, "a", 0); err == nil || len(out) != 1 || out[0].Result != Fouled {
+	if out, err := giveBack(t, h, "a", 0); err == nil || len(out) != 1 || out[0].Result != InQuarantine {
 		t.Errorf("%+v, %v", out, err)
 	}
 	delete(k.Probe, "e1000e")
@@ -255,5 +255,65 @@ func TestLostDeviceReturns(t *testing.T) {
 	}
 	if err := lend(t, h, Request{Guest: "b", Sources: []Source{{From: plain}}}); err != nil {
 		t.Errorf("reset: %v", err)
+	}
+}
+
+// All that is asked for is lifted, of whatever group, unless nothing may be done to one of it; and two of a group that
+// fail, each for its own reason, keep that.
+func TestLiftSeveral(t *testing.T) {
+	k, _ := poolHost(t)
+	for _, vf := range []string{vf0, vf1} {
+		if err := plug(t, vf)(k); err != nil {
+			t.Fatal(err)
+		}
+		k.Fail["sys/bus/pci/devices/"+vf+"/reset"] = unix.EIO
+	}
+	if err := release(k); err == nil || strings.Count(err.Error(), "input/output error") != 2 {
+		t.Errorf("released: %v", err)
+	}
+	if err := lift(k); err == nil || strings.Count(err.Error(), "is in quarantine") != 2 {
+		t.Errorf("not reset: %v", err)
+	}
+	clear(k.Fail)
+	if err := lift(k); err != nil {
+		t.Error(err)
+	}
+	if left, err := BookOf(&iommu.Host{Host: k.Host()}).Quarantined(); err != nil || len(left) > 0 {
+		t.Errorf("left are %v, %v", left, err)
+	}
+
+	k, _, one, two := pairHost(t)
+	h := &iommu.Host{Host: k.Host()}
+	if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: one}}}); err != nil {
+		t.Fatal(err)
+	}
+	for _, device := range []string{one, two} {
+		canReset(t, k, device)
+		k.Fail["sys/bus/pci/devices/"+device+"/reset"] = unix.EIO
+	}
+	out, err := giveBack(t, h, "a", 0)
+	for _, c := range out {
+		if !strings.Contains(c.Why, "input/output error") || strings.Contains(c.Why, "its IOMMU group") {
+			t.Errorf("%s: %s", c.Address, c.Why)
+		}
+	}
+	if err == nil || len(out) != 2 {
+		t.Errorf("%+v, %v", out, err)
+	}
+}
+
+// What a driver does not tell was as it was declared, or as VFs begin; an address that is made up for each VF is none
+// that one had.
+func TestBeforeUntold(t *testing.T) {
+	k := newKernel(t, 7)
+	k.Net.Unreported = map[int]bool{unix.IFLA_VF_MAC: true, unix.IFLA_VF_VLAN: true}
+	m := managerOf(t, k, strings.Replace(declaration, "pool: net", "pool: net\n        vlan: 9\n        mac: stable", 1))
+	r := &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1, Settings: tagged}}, TTL: time.Minute}
+	l, _, _, err := m.Assign(t.Context(), r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if before := l.Devices[0].Before; before["vlan"] != "9" || before["mac"] == "stable" {
+		t.Errorf("it had %v", before)
 	}
 }

@@ -13,10 +13,10 @@ import (
 
 // The results.
 const (
-	Clean   Result = "clean"      // and free for the next
-	Fouled  Result = "quarantine" // nobody gets it
-	Missing Result = "lost"       // it is gone
-	Unreset Result = "not-reset"  // and free for the next, who finds what the guest has left, as its lease allowed
+	Clean        Result = "clean"      // and free for the next
+	InQuarantine Result = "quarantine" // nobody gets it
+	Missing      Result = "lost"       // it is gone
+	Unreset      Result = "not-reset"  // and free for the next, who finds what the guest has left, as its lease allowed
 )
 
 // NoLeaseError says that a guest has no lease.

@@ -93,7 +93,7 @@ func TestResetWithOthers(t *testing.T) {
 	m.handle.Close()
 	m = without(t, k)
 	certificates, err := m.Release(t.Context(), "a", 0)
-	if err == nil || len(certificates) != 1 || certificates[0].Result != Fouled ||
+	if err == nil || len(certificates) != 1 || certificates[0].Result != InQuarantine ||
 		!strings.Contains(certificates[0].Why, "only together with "+other) || v.Devices[other].Resets != 0 {
 		t.Errorf("%+v, %v", certificates, err)
 	}
@@ -109,7 +109,7 @@ func TestSharedFate(t *testing.T) {
 	}
 	reset := "sys/bus/pci/devices/" + one + "/reset"
 	k.Fail[reset] = syscall.EIO
-	if out, err := giveBack(t, h, "a", 0); err == nil || len(out) != 2 || out[0].Result != Fouled || out[1].Result != Fouled {
+	if out, err := giveBack(t, h, "a", 0); err == nil || len(out) != 2 || out[0].Result != InQuarantine || out[1].Result != InQuarantine {
 		t.Errorf("%+v, %v", out, err)
 	}
 	k.Fail[reset] = syscall.ENOTTY

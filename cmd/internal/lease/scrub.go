@@ -115,7 +115,7 @@ func (m *Manager) certify(l *Lease, s *scrubbing) (failed, unwritten error) {
 		unwritten = m.Book.State.Put(quarantineKey(q.Place), q)
 	}
 	if s.err != nil {
-		s.c.Result, s.c.Why = Fouled, strings.ReplaceAll(s.err.Error(), "\n", "; ")
+		s.c.Result, s.c.Why = InQuarantine, strings.ReplaceAll(s.err.Error(), "\n", "; ")
 		q := Quarantine{
 			Address: s.d.Address, Place: s.c.Place, Guest: l.Guest, Since: s.c.Time, Why: s.c.Why, Device: *s.dev,
 			Boot: bootID(m.host), NoReset: l.NoReset,
@@ -171,7 +171,7 @@ func (m *Manager) clear(ctx context.Context, l *Lease, s *scrubbing, done resett
 	if ctx.Err() != nil {
 		return errors.New("interrupted before it was touched")
 	}
-	foreign := l.Foreign && d.Driver == "pciback"
+	foreign := l.OwnDriver && d.Driver == "pciback"
 	if d.Blocks() && !dev.Home && !foreign {
 		return fmt.Errorf(
 			"it is on driver %s of the host, so somebody took it from its guest (viaduct bind %s takes it again)",

@@ -146,7 +146,7 @@ func notClean(out []Certificate, err error) error {
 }
 
 // keptMAC is in the note of a VF whose driver refuses to take an address away, as it may.
-const keptMAC = "does not take the guest's away"
+const keptMAC = "does not remove the guest's"
 
 // deed is what the sweep runs, on a host where the lease was made before, unless it is made.
 type deed struct {

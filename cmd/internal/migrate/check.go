@@ -217,10 +217,11 @@ func checkVMM(m *move) Line {
 	case vm == nil:
 		return unknown(inLease, "what VMM the guest has is not known: its lease was made by an older viaduct")
 	case !strings.HasPrefix(vm.Format, "qemu"):
-		return refuse(inLease, "the guest's devices were assigned for %s: only guests that QEMU runs by itself can move",
-			cmp.Or(vm.Format, "another VMM"))
+		return refuse(inLease, "the guest's devices were assigned for %s: only guests that QEMU runs by itself can "+
+			"move", cmp.Or(vm.Format, "another VMM"))
 	case vm.Socket == "":
-		return refuse(inLease, "the guest's QEMU has no socket of viaduct's (assign or run it with --failover or --movable)")
+		return refuse(inLease, "the guest's QEMU has no socket of viaduct's (assign or run it with --failover or "+
+			"--movable)")
 	}
 	return ok(inLease, "the guest's QEMU has a socket of viaduct's")
 }
@@ -337,7 +338,7 @@ func checkDisks(m *move) Line {
 	}
 	switch {
 	case len(missing) > 0:
-		return refuse(inQMP, "%s has no %s: the guest's disks have to be where both hosts reach them", m.to.Host,
+		return refuse(inQMP, "%s has no %s: the guest's disks must be where both hosts reach them", m.to.Host,
 			strings.Join(missing, ", "))
 	case len(unsure) > 0:
 		return unknown(inQMP, "whether %s has %s is not known", m.to.Host, strings.Join(unsure, ", "))

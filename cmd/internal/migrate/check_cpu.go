@@ -143,7 +143,7 @@ func checkFlags(m *move) Line {
 	}
 	gone := missing(a, b)
 	if len(gone) == 0 {
-		return ok(inCPUInfo, "%s has all that the guest can have of %s's CPU", m.to.Host, m.from.Host)
+		return ok(inCPUInfo, "%s has every feature that the guest can use of %s's CPU", m.to.Host, m.from.Host)
 	}
 	var named []string
 	if m.words() {
@@ -247,7 +247,7 @@ func checkNested(m *move) Line {
 	case m.to.Nested != nil && !*m.to.Nested:
 		return refuse(where, "the guest can be a host itself, and KVM on %s does not let it (nested=1)", m.to.Host)
 	}
-	return warn(where, "the guest can be a host itself: while it runs guests of its own, its move may fail")
+	return warn(where, "the guest can be a host itself: while it runs guests itself, its move may fail")
 }
 
 // checkPKRU names the state that leaked into guests before Linux 5.17 (commit ad856280ddea, "x86/kvm/fpu: Limit guest
@@ -265,8 +265,7 @@ func checkPKRU(m *move) Line {
 		return ok(inRelease+", "+inCPUInfo, "the guest has protection keys, and %s has them", m.to.Host)
 	case atLeast(m.to.Kernel, 5, 17) || !slices.Contains(b.Flags, "pku"):
 		return warn(inRelease+", "+inCPUInfo, "Linux %s lets state of protection keys into guests that have none, "+
-			"with "+
-			"which a guest may spin or stop on %s (5.17 mends it, if that is not backported)", m.from.Kernel, m.to.Host)
+			"with which a guest may spin or stop on %s (5.17 fixes it, unless that was backported)", m.from.Kernel, m.to.Host)
 	}
 	return ok(inRelease+", "+inCPUInfo, "both hosts treat protection keys alike")
 }

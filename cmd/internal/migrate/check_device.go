@@ -215,7 +215,7 @@ func checkMemory(m *move) Line {
 	case m.guest.VM == nil || m.guest.VM.Memory == 0:
 		return unknown(inLease, "how much memory the guest has is not known (assign --memory, or run)")
 	case m.guest.VM.Memory > m.to.Memory.Available:
-		return refuse(where, "the guest has %d MiB, all of which VFIO locks, and %s has %d MiB available",
+		return refuse(where, "the guest has %d MiB, which VFIO locks, and %s has %d MiB available",
 			m.guest.VM.Memory>>20, m.to.Host, m.to.Memory.Available>>20)
 	}
 	return ok(where, "%s has %d MiB available for the guest's %d", m.to.Host, m.to.Memory.Available>>20,

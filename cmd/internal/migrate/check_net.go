@@ -215,7 +215,7 @@ func checkVLAN(m *move) Line {
 	want := 0
 	if v := m.guest.Devices[0].Settings[sriov.VLAN]; v != "" {
 		if _, err := fmt.Sscan(v, &want); err != nil {
-			return unknown(where, "the guest's VLAN, %q, is none", v)
+			return unknown(where, "the guest's VLAN %q is invalid", v)
 		}
 	}
 	ways := m.to.uplinks(b, c.pf)
@@ -271,7 +271,7 @@ func checkAddress(m *move) Line {
 		if m.by == ByFailover {
 			return refuse(inLease, "the guest's VF has no MAC address that both NICs could have (assign with --mac)")
 		}
-		return warn(inLease, "the guest's VF has no MAC address of its own: it has another one on %s", m.to.Host)
+		return warn(inLease, "the guest's VF has no fixed MAC address: it gets another one on %s", m.to.Host)
 	}
 	if i := slices.IndexFunc(m.to.Used, func(u Used) bool { return strings.EqualFold(u.MAC, mac) }); i >= 0 {
 		return refuse(inSysNet+", "+inLease, "%s is in use on %s: %s", mac, m.to.Host, m.to.Used[i].What)
@@ -298,6 +298,6 @@ func checkSameNetwork(m *move) Line {
 	case heard:
 		return ok(where, "%s hears the guest, on %s", m.to.Host, on)
 	}
-	return warn(where, "%s has not heard the guest: that both hosts are in one network is not sure (it is no proof "+
-		"of the contrary, as what is silent is forgotten)", m.to.Host)
+	return warn(where, "%s has not heard the guest: whether both hosts are in one network is unknown (a bridge "+
+		"forgets silent guests)", m.to.Host)
 }

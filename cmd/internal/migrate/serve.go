@@ -148,7 +148,7 @@ func (s *Server) do(ctx context.Context, q *Question, a *Answer) (body any, err 
 	}
 	ask, known := actionOf(q.Do)
 	if !known {
-		return nil, fmt.Errorf("the question %q is none that this viaduct knows", q.Do)
+		return nil, fmt.Errorf("this viaduct does not know the question %q", q.Do)
 	}
 	tasks, err := v.Tasks(ask)
 	if err != nil {
@@ -288,7 +288,7 @@ func (s *Server) task(ctx context.Context, r *Record, t Task) (err error) {
 	case Release:
 		return s.House.Release(ctx, r.Guest)
 	}
-	return fmt.Errorf("%q is no task", t)
+	return fmt.Errorf("unknown task %q", t)
 }
 
 // start starts QEMU, and writes down how it is reached.
@@ -370,7 +370,7 @@ func (s *Server) Finish(ctx context.Context, r *Record) error {
 		}
 		return s.work(ctx, r, tasks)
 	}
-	return fmt.Errorf("%s is %s here: what is to be done next, the host knows that it comes from (viaduct migrate %s "+
+	return fmt.Errorf("%s is %s here: the host that it comes from knows what comes next (viaduct migrate %s "+
 		"--resume there)", r.Guest, v.Peer(), r.Guest)
 }
 

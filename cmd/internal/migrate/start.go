@@ -33,7 +33,7 @@ func findProgram(name string, own bool) (string, error) {
 	base := filepath.Base(name)
 	if !strings.HasPrefix(base, "qemu-system-") && base != "kvm" && base != "qemu-kvm" {
 		return "", fmt.Errorf("%q is no QEMU: viaduct starts nothing else for another host (viaduct migrate --peer "+
-			"-- COMMAND says what is to be started)", base)
+			"-- COMMAND says what it starts)", base)
 	}
 	found, err := exec.LookPath(base)
 	if err != nil && base == "qemu-kvm" {

@@ -33,7 +33,7 @@ func ParseTransport(to, version string, stderr io.Writer) (*Transport, error) {
 	case isCommand:
 		t.words = []string{"/bin/sh", "-c", command + ` "$@"`, "sh", "viaduct", "migrate", "--peer"}
 	case to == "" || strings.HasPrefix(to, "-") || strings.ContainsAny(to, " \t\n/"):
-		return nil, fmt.Errorf("%q is no host that ssh reaches", to)
+		return nil, fmt.Errorf("invalid host name %q for ssh", to)
 	default:
 		t.words = []string{"ssh", "-T", "--", to, "viaduct", "migrate", "--peer"}
 	}

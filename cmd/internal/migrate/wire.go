@@ -160,8 +160,8 @@ func (l *line) greet(version string) error {
 		return fmt.Errorf("the other side does not greet: %w", err)
 	}
 	if g.Protocol != Protocol {
-		return fmt.Errorf("the other side's viaduct, %q, speaks version %d of the protocol, and this one %d: they "+
-			"have to be of like versions", g.Version, g.Protocol, Protocol)
+		return fmt.Errorf("the other side's viaduct, %q, speaks version %d of the protocol, and this one %d: "+
+			"install the same version on both", g.Version, g.Protocol, Protocol)
 	}
 	return <-sent
 }
@@ -169,7 +169,7 @@ func (l *line) greet(version string) error {
 // checkID refuses what is no id of a move: it is part of file names.
 func checkID(id string) error {
 	if b, err := hex.DecodeString(id); err != nil || len(b) != 16 || strings.ToLower(id) != id {
-		return fmt.Errorf("%q is no id of a move", id)
+		return fmt.Errorf("invalid move ID %q", id)
 	}
 	return nil
 }
@@ -179,7 +179,7 @@ func (o *Order) check() error {
 	switch o.Way {
 	case ByFailover, ByVFIO, ByReplug:
 	default:
-		return fmt.Errorf("%q is no way to move a device", o.Way)
+		return fmt.Errorf("unknown way %q to move a device", o.Way)
 	}
 	const mostDevices, mostWords, mostWord = 64, 4096, 64 << 10
 	if o.Count < 1 || o.Count > mostDevices {
@@ -198,7 +198,7 @@ func (o *Order) check() error {
 		}
 	}
 	if o.Settings[sriov.MAC] != "" {
-		return errors.New("the guest's address is no setting that a device has before the guest is there")
+		return errors.New("a device must not have the guest's address before the guest is there")
 	}
 	if o.Address != "" {
 		mac, err := net.ParseMAC(o.Address)
@@ -211,7 +211,7 @@ func (o *Order) check() error {
 	}
 	for _, w := range o.Words {
 		if len(w) > mostWord || strings.ContainsRune(w, 0) {
-			return errors.New("a word of the command is none that a program takes")
+			return errors.New("the command has an invalid word")
 		}
 	}
 	return nil

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"sync"
 	"unicode"
 	"unicode/utf16"
 	"unicode/utf8"
@@ -14,7 +15,9 @@ import (
 // a snapshot, a file or a process calls itself may hold any of them. In JSON, where these stand in strings alone, they
 // are the same characters.
 type Printable struct {
-	w    io.Writer
+	w io.Writer
+
+	mu   sync.Mutex
 	rest []byte // of a character whose end has not come yet
 }
 
@@ -22,6 +25,8 @@ type Printable struct {
 func NewPrintable(w io.Writer) *Printable { return &Printable{w: w} }
 
 func (p *Printable) Write(b []byte) (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	text := b
 	if len(p.rest) > 0 {
 		text = append(p.rest, b...)
@@ -47,6 +52,8 @@ func (p *Printable) Write(b []byte) (int, error) {
 
 // Flush writes what is left of a character that was never ended.
 func (p *Printable) Flush() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	rest := p.rest
 	p.rest = nil
 	if len(rest) == 0 {

@@ -14,7 +14,7 @@ import (
 // Screen is what text for people is laid out for.
 type Screen struct {
 	io.Writer      // takes what Paint makes as it is
-	Width     int  // in columns; 0 is no limit
+	Width     int  // in columns; 0 means without limit
 	Colour    bool // whether text may have styles
 }
 

@@ -135,7 +135,7 @@ func place(ranges []vfio.Range, size uint64) (uint64, bool) {
 func memoryAvailable(h *iommu.Host) (uint64, error) {
 	text, err := h.String("proc/meminfo")
 	if err != nil {
-		return 0, fmt.Errorf("read read read read read read how much memory is available: %w", err)
+		return 0, fmt.Errorf("read read read read read read read how much memory is available: %w", err)
 	}
 	for line := range strings.Lines(text) {
 		if rest, ok := strings.CutPrefix(line, "MemAvailable:"); ok {

@@ -43,26 +43,26 @@ type Device struct {
 
 // Format is how a VMM, or what starts one, is told.
 type Format struct {
-	Name    string
-	Args    func(*Guest) []string // words of a command line; nil if it takes none
-	Text    func(*Guest) (string, error)
-	Cannot  string // what is not to be had this way
-	Persist bool   // its guests outlive a boot
-	Standby bool   // it can have one
-	Foreign bool   // it takes devices to a driver of its own, not to VFIO's
-	Placed  bool   // its arguments stand in the middle of a command
-	IOMMUFD bool   // its VMM opens /dev/iommu
-	Groups  bool   // what is printed has numbers of IOMMU groups, which a boot may change
-	Moves   bool   // it keeps guest memory off the range that AMD's IOMMUs reserve
+	Name                string
+	Args                func(*Guest) []string // words of a command line; nil if it takes none
+	Text                func(*Guest) (string, error)
+	Cannot              string // what is not to be had this way
+	Persist             bool   // its guests outlive a boot
+	Standby             bool   // it can have one
+	OwnDriver           bool   // it takes devices to a driver of its own, not to VFIO's
+	Placed              bool   // its arguments stand in the middle of a command
+	IOMMUFD             bool   // its VMM opens /dev/iommu
+	Groups              bool   // what is printed has numbers of IOMMU groups, which a boot may change
+	AvoidsReservedRange bool   // it keeps guest memory off the range that AMD's IOMMUs reserve
 }
 
 // Formats are all formats but json, which is the lease itself.
 var Formats = []Format{
-	{Name: "qemu", Args: qemu, Standby: true, Moves: true},
-	{Name: "qemu-iommufd", Args: qemuIOMMUFD, Standby: true, Moves: true, IOMMUFD: true,
-		Cannot: "this needs QEMU 8.2 or newer, and a kernel with CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV; otherwise " +
-			"use the format qemu"},
-	{Name: "libvirt", Text: libvirt, Persist: true, Standby: true, Moves: true,
+	{Name: "qemu", Args: qemu, Standby: true, AvoidsReservedRange: true},
+	{Name: "qemu-iommufd", Args: qemuIOMMUFD, Standby: true, AvoidsReservedRange: true, IOMMUFD: true,
+		Cannot: "this needs QEMU 8.2 or newer, and a kernel with CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV; " +
+			"otherwise use the format qemu"},
+	{Name: "libvirt", Text: libvirt, Persist: true, Standby: true, AvoidsReservedRange: true,
 		Cannot: "libvirt opens the IOMMU group, not iommufd; the lease ends with viaduct release, not " +
 			"with the domain (viaduct install --libvirt scrubs between its starts)"},
 	{
@@ -81,21 +81,21 @@ var Formats = []Format{
 	{
 		Name: "incus",
 		Text: incus,
-		Cannot: "Incus binds the device to vfio-pci itself, and gives it back when the instance stops; viaduct release ends " +
-			"the lease; containers cannot have the device; no live migration",
+		Cannot: "Incus binds the device to vfio-pci itself, and gives it back when the instance stops; viaduct " +
+			"release ends the lease; containers cannot have the device; no live migration",
 	},
 	{
-		Name:    "proxmox",
-		Text:    proxmox,
-		Persist: true,
-		Moves:   true,
+		Name:                "proxmox",
+		Text:                proxmox,
+		Persist:             true,
+		AvoidsReservedRange: true,
 		Cannot: "Proxmox VE takes pcie=1 behind the address only with machine: q35; its guest does not migrate; the " +
 			"lease ends with viaduct release, not with the guest",
 	},
 	{
-		Name:    "xen",
-		Text:    xen,
-		Foreign: true,
+		Name:      "xen",
+		Text:      xen,
+		OwnDriver: true,
 		Cannot: "Xen owns the IOMMU: xl binds the device to pciback (seize=1), not vfio; dom0 shows no " +
 			"IOMMU groups, so you must assign the whole group; no failover pair",
 	},

@@ -33,7 +33,8 @@ type Page struct {
 // Pages are the manual pages.
 var Pages = []Page{
 	{"viaduct", "8", "device passthrough and SR-IOV on Linux", []string{
-		"overview", "commands", "selectors", "safety", "groups", "bind", "vfs", "guests", "migration", "formats", "files", "needs",
+		"overview", "commands", "selectors", "safety", "groups", "bind", "vfs", "guests", "migrate", "formats", "files",
+		"needs",
 		"limits",
 	}},
 	{"host.yaml", "5", "the PFs, VFs and passthrough devices of a host, for viaduct", []string{"host.yaml", "boot"}},

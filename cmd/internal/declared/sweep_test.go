@@ -106,7 +106,9 @@ func applyAll(k *hosttest.Kernel, text string) error {
 }
 
 // undoAll undoes what was applied last as the command does.
-func undoAll(k *hosttest.Kernel) error {
+func undoAll(k *hosttest.Kernel) error { return undoTelling(k, func(iommu.Address, error) {}) }
+
+func undoTelling(k *hosttest.Kernel, tell func(iommu.Address, error)) error {
 	return with(k, Options{}, func(ctx context.Context, m *Manager) error {
 		all, known, err := m.Last()
 		if err != nil || !known {
@@ -121,7 +123,7 @@ func undoAll(k *hosttest.Kernel) error {
 		if err := m.handle.Lock(ctx, devices); err != nil {
 			return err
 		}
-		return errors.Join(m.Undo(func(iommu.Address, error) {}), m.Undone())
+		return errors.Join(m.Undo(tell), m.Undone())
 	})
 }
 

@@ -79,15 +79,15 @@ var (
 )
 
 // Capture writes a snapshot of the host: what every command that only looks reads, and the names of the devices it has.
-// [Open] reads it back. It holds MAC addresses, serial numbers and the names of guests; w stays the
-// caller's to close.
-func Capture(h *Host, w io.Writer) error { return captureTo(h, w, false) }
+// [Open] reads it back. It holds MAC addresses, serial numbers and the names of guests; w stays the caller's to close.
+// Facts are what it has beside the host's files, as settings of VFs and who uses devices.
+func Capture(h *Host, w io.Writer, facts ...Fact) error { return captureTo(h, w, false, facts) }
 
 // CaptureRedacted is Capture for who is not to learn which host it is: MAC addresses, GUIDs and serial numbers are
 // masked, each always in the same way, and of the kernel's command line only what is about devices is kept.
-func CaptureRedacted(h *Host, w io.Writer) error { return captureTo(h, w, true) }
+func CaptureRedacted(h *Host, w io.Writer, facts ...Fact) error { return captureTo(h, w, true, facts) }
 
-func captureTo(h *Host, w io.Writer, redacted bool) error {
+func captureTo(h *Host, w io.Writer, redacted bool, facts []Fact) error {
 	t, err := Scan(h)
 	if err != nil {
 		return err
@@ -126,6 +126,8 @@ func captureTo(h *Host, w io.Writer, redacted bool) error {
 		c.files(state, slices.DeleteFunc(names, others))
 	}
 
+	c.records()
+	c.facts(facts)
 	c.system()
 	c.interrupts()
 	for _, u := range t.Units {

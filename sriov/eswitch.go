@@ -164,10 +164,8 @@ func setEswitch(h *iommu.Host, bus, device string, want Eswitch) error {
 	return nil
 }
 
-// ReadEswitch asks for a PF's e-switch: nil if it has none, as on a captured host.
+// ReadEswitch asks for a PF's e-switch: nil if it has none, and where a captured host does not tell of it.
 func ReadEswitch(h *iommu.Host, pf iommu.Address) (*Eswitch, error) {
-	if !h.Live() {
-		return nil, nil
-	}
-	return readEswitch(h, "pci", pf.String())
+	e, _, err := readEswitchOf(h, pf)
+	return e, err
 }

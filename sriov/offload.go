@@ -153,10 +153,14 @@ func (o Offload) command() string {
 	return fmt.Sprintf("ethtool -K %s %s %s", shell.Quote(o.Name), tcFeature, state)
 }
 
-// offloadsBut are a PF's own interfaces whose hw-tc-offload is not as wanted: on, off, or "" for as it is.
+// offloadsBut are a PF's own interfaces whose hw-tc-offload is not as wanted: on, off, or "" for as it is. It is an
+// fs.ErrNotExist where a captured host does not tell.
 func offloadsBut(h *iommu.Host, pf *iommu.Device, want string) ([]Offload, error) {
-	if want == "" || !h.Live() {
+	if want == "" {
 		return nil, nil
+	}
+	if !h.Live() {
+		return capturedOffloadsBut(h, pf, want == on)
 	}
 
 	var out []Offload

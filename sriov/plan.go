@@ -93,6 +93,7 @@ type Plan struct {
 	After   []bind.Step     // what the new VFs need, and the old settings restored
 	Set     []SetPlan       // of each VF
 	Notes   []string        // what the user should know and nothing refuses
+	Unknown []string        // what of the wish a captured host does not tell of, so that it was not compared
 
 	Eswitch   Eswitch // what is set of it, before the new count or after
 	was       Eswitch // what that undoes
@@ -256,28 +257,10 @@ func makesVFs(h *iommu.Host, pf *iommu.Device) error {
 		pf.Driver, pf.Name)
 }
 
-// planPF plans what is set of the PF itself. A captured host's e-switch cannot be asked for: where VFs are made it is
-// set.
+// planPF plans what is set of the PF itself.
 func (p *Plan) planPF(h *iommu.Host, wish Wish) (err error) {
-	switch {
-	case wish.Eswitch == Eswitch{}:
-	case !h.Live():
-		if p.Have != p.Want {
-			p.Eswitch = wish.Eswitch
-		}
-	default:
-		now, err := ReadEswitch(h, p.PF.Address)
-		if err != nil {
-			return err
-		}
-		if now == nil && wish.Eswitch == (Eswitch{Mode: legacy}) {
-			// Which is all that it has.
-			break
-		}
-		if now == nil {
-			return fmt.Errorf("%s (driver %q) has no e-switch that devlink can change", p.PF.Name, p.PF.Driver)
-		}
-		p.Eswitch, p.was = wish.Eswitch.differs(now)
+	if err := p.planEswitch(h, wish.Eswitch); err != nil {
+		return err
 	}
 	if p.mode = wish.Eswitch.Mode; p.mode == "" {
 		if p.mode, err = modeOf(h, p.PF); err != nil {
@@ -285,11 +268,42 @@ func (p *Plan) planPF(h *iommu.Host, wish Wish) (err error) {
 		}
 	}
 
-	if p.Raise, err = mtusBelow(h, p.PF, wish.MTU); err != nil {
+	p.Raise, err = mtusBelow(h, p.PF, wish.MTU)
+	if !h.Live() && host.Absent(err) {
+		p.Unknown = append(p.Unknown, "its MTU")
+	} else if err != nil {
 		return err
 	}
 	p.Offload, err = offloadsBut(h, p.PF, wish.Offload)
+	if !h.Live() && host.Absent(err) {
+		p.Unknown = append(p.Unknown, tcFeature)
+		return nil
+	}
 	return err
+}
+
+// planEswitch plans what is set of the PF's e-switch. Where a captured host does not tell of it, it is set if VFs are
+// made.
+func (p *Plan) planEswitch(h *iommu.Host, wish Eswitch) error {
+	if wish == (Eswitch{}) {
+		return nil
+	}
+	now, known, err := readEswitchOf(h, p.PF.Address)
+	switch {
+	case err != nil:
+		return err
+	case !known && p.Have != p.Want:
+		p.Eswitch = wish
+	case !known:
+		p.Unknown = append(p.Unknown, "its e-switch")
+	case now == nil && wish == Eswitch{Mode: legacy}:
+		// Which is all that it has.
+	case now == nil:
+		return fmt.Errorf("%s (driver %q) has no e-switch that devlink can change", p.PF.Name, p.PF.Driver)
+	default:
+		p.Eswitch, p.was = wish.differs(now)
+	}
+	return nil
 }
 
 // noteAsIs says what is left as it is, where the number of VFs is right.
@@ -421,7 +435,7 @@ func nameVFs(vfs []*iommu.Device) string {
 // CheckCount refuses, with a *holder.RefusedError, a plan that would end VFs which somebody uses, as [holder.Find]
 // tells; force overrides kinds of users. [Handle.Apply] carries out no other plan than one that it let pass when the PF
 // and the VFs that go were locked. The PF's own users are no reason to refuse: a PF that carries the host's traffic is
-// the normal case. On a dry run a caller who may not see all users is told of those that can be seen.
+// the normal case. On a dry run, and on a captured host, who cannot see all users is told of those that can be seen.
 func (s *Handle) CheckCount(p *Plan, force []holder.Kind) error {
 	if p == nil || p.by != s {
 		return errors.New("sriov: a Plan comes from PlanCount of the same Handle")
@@ -503,7 +517,7 @@ func (s *Handle) users(p *Plan, force []holder.Kind) error {
 		return nil
 	}
 	holders, err := holder.Find(s.Host(), users)
-	if err != nil && (!s.DryRun() || !errors.Is(err, holder.ErrBlind)) {
+	if err != nil && (s.Changes() || !errors.Is(err, holder.ErrBlind)) {
 		return err
 	}
 	return holder.Refuse(what, holders, force, cure)

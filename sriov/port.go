@@ -18,14 +18,15 @@ type Port struct {
 	Name     string
 	SwitchID string // of its e-switch; "" if it is no port of one
 	VFs      []VFInfo
+	Known    bool // its driver was asked for the VFs: false where a captured host does not tell of them
 
 	host      *iommu.Host
 	index     int
 	permanent string // its permanent MAC address, once it was asked for
 }
 
-// ReadPort asks for a PF's own interface; nil for a PF that has none, as one of NVMe. On a captured host nobody can be
-// asked, and nothing is known of the VFs.
+// ReadPort asks for a PF's own interface; nil for a PF that has none, as one of NVMe. Of a captured host it tells what
+// [Capture] was told there, and where that is missing, nothing is known of the VFs.
 func ReadPort(h *iommu.Host, pf *iommu.Device) (*Port, error) {
 	var port *Port
 	err := iommu.ByName(h, pf, func(now *iommu.Device) (err error) {
@@ -53,7 +54,7 @@ func readPort(h *iommu.Host, pf *iommu.Device, own []string) (*Port, error) {
 	case len(own) == 0:
 		return nil, nil
 	case !h.Live():
-		return &Port{PF: pf, Name: own[0], host: h}, nil
+		return capturedPortOf(h, pf, own)
 	}
 	c, err := netlink.Dial(h.Host, unix.NETLINK_ROUTE)
 	if err != nil {
@@ -77,7 +78,9 @@ func readPort(h *iommu.Host, pf *iommu.Device, own []string) (*Port, error) {
 
 // portAt is the port that an interface is.
 func portAt(h *iommu.Host, pf *iommu.Device, l *netlink.Link) *Port {
-	return &Port{PF: pf, Name: l.Name, SwitchID: l.SwitchID, VFs: decodeVFs(l), host: h, index: l.Index}
+	return &Port{
+		PF: pf, Name: l.Name, SwitchID: l.SwitchID, VFs: decodeVFs(l), Known: true, host: h, index: l.Index,
+	}
 }
 
 // decodeVFs are the VFs that an interface tells of.

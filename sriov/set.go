@@ -99,14 +99,15 @@ func (s *Handle) PlanSet(pf, vf *iommu.Device, want Settings) (*SetPlan, error) 
 }
 
 // PlanSets plans how VFs of a PF get the settings of their wishes, which are by index, with one look at all. What the
-// driver does not report is taken to be as it was last set. A VF that is as wanted has no plan.
+// driver does not report is taken to be as it was last set. A VF that is as wanted has no plan. What a captured host
+// does not tell of is an ErrNotCaptured.
 func (s *Handle) PlanSets(pf *iommu.Device, vfs []*iommu.Device, wish []VFWish) ([]*SetPlan, error) {
 	h := s.Host()
 	port, err1 := ReadPort(h, pf)
 	owners, err2 := readOwners(h, wish)
 	requested, err3 := s.LastRequested(pf)
 	mode, err4 := modeOf(h, pf)
-	if err := errors.Join(err1, err2, err3, err4); err != nil {
+	if err := errors.Join(err1, err2, err3, err4, port.tells(wish)); err != nil {
 		return nil, err
 	}
 
@@ -304,7 +305,7 @@ func (p *SetPlan) possible(pf *iommu.Device, mode string) error {
 
 // modeOf is the mode of a PF's e-switch, where that decides about settings; "" where it does not, or cannot be asked.
 func modeOf(h *iommu.Host, pf *iommu.Device) (string, error) {
-	if legacyOnly[pf.Driver] == nil || !h.Live() {
+	if legacyOnly[pf.Driver] == nil {
 		return "", nil
 	}
 	now, err := ReadEswitch(h, pf.Address)

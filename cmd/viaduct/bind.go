@@ -296,7 +296,7 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, goal bind.Goal, 
 	if refused != nil && !o.keepGoing {
 		return nil, refused
 	}
-	if !on.handle.Host().Live() {
+	if h := on.handle.Host(); !h.Live() && !holder.Known(h) {
 		e.note("%s is a captured host: it does not show who uses the devices", e.hostName)
 	}
 

@@ -152,9 +152,7 @@ func (c *changing) declared() (*declared.Manager, error) {
 
 // declared is what works with the declared host, and knows of the guests.
 func (e *env) declared(s *sriov.Handle, o declared.Options) (*declared.Manager, error) {
-	if s.Host().Live() {
-		o.Leased = lease.BookOf(s.Host()).Guests
-	}
+	o.Leased = lease.BookOf(s.Host()).Guests
 	return declared.New(s, o)
 }
 

@@ -14,6 +14,7 @@ import (
 
 	"viaduct/cmd/internal/declared"
 	"viaduct/cmd/internal/hostfile"
+	"viaduct/cmd/internal/lease"
 	"viaduct/iommu"
 	"viaduct/sriov"
 	"viaduct/vfio/holder"
@@ -112,9 +113,10 @@ func statusCommand(e *env) *cli.Command {
 	return command(&cli.Command{
 		Name:  "status",
 		Usage: "report differences from the declared configuration",
-		Description: "viaduct prints one line for each declared device: ok, differs, missing, refused, or changed (there " +
-			"is another device now than when it was last applied). A device that has VFs or is on a vfio driver " +
-			"without being declared is unmanaged. Exit status: 0 the host is as declared; 4 it is not.\n\n" +
+		Description: "viaduct prints one line for each declared device: ok, differs, missing, refused, changed (there " +
+			"is another device now than when it was last applied), or unknown (a captured host does not show " +
+			"what it takes to compare). A device that has VFs or is on a vfio driver " +
+			"without being declared is unmanaged. Exit status: 0 the host is as declared; 4 it is not, or that is not known.\n\n" +
 			"Examples:\n  viaduct status\n" +
 			"  viaduct status --json",
 		Flags: append(o.flags(e), &cli.BoolFlag{
@@ -155,6 +157,9 @@ func (e *env) declaredInForce(m *declared.Manager, o *declaredOptions, s *hostfi
 	use, err := m.InForce(s, wrong)
 	if err != nil {
 		return nil, err
+	}
+	if !lease.BookOf(m.Host()).Known() {
+		e.note("which declaration is in force was not captured of this host: it is taken for that of its files")
 	}
 	if wrong != nil {
 		e.note("%v", wrong)
@@ -208,7 +213,7 @@ func runPlan(e *env, o *declaredOptions, choose choice, show func(*declared.Mana
 	if err != nil {
 		return err
 	}
-	if h.Live() {
+	if holder.Known(h) {
 		m.Check(items)
 	}
 	return show(m, items)

@@ -8,6 +8,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"viaduct/cmd/internal/lease"
+	"viaduct/iommu"
 	"viaduct/sriov"
 	"viaduct/vfio"
 )
@@ -107,8 +108,8 @@ type quarantineView struct {
 }
 
 type leasesView struct {
-	Leases     []leaseView      `json:"leases"`
-	Quarantine []quarantineView `json:"quarantine"`
+	Leases     []leaseView      `json:"leases"`     // null where a captured host does not tell
+	Quarantine []quarantineView `json:"quarantine"` // the same
 }
 
 // lookAtLeases opens the host and looks at all its leases; the caller calls stop at the end.
@@ -144,6 +145,9 @@ func runLeases(e *env) error {
 	for _, q := range quarantine {
 		view.Quarantine = append(view.Quarantine, quarantineView{q.Address.String(), q.Place, q.Guest, q.Since, q.Why})
 	}
+	if e.tellUnknownBooks(m.Book); !m.Book.Known() && len(view.Leases)+len(view.Quarantine) == 0 {
+		view = leasesView{}
+	}
 	slices.SortFunc(view.Quarantine, func(a, b quarantineView) int { return strings.Compare(a.Path, b.Path) })
 	if e.json {
 		return writeJSON(e.stdout, view)
@@ -158,16 +162,25 @@ func runLeases(e *env) error {
 		if len(v.Holders) > 0 {
 			what = strings.Join(v.Holders, ", ")
 		}
-		rows = append(rows, []string{v.Guest, string(v.State), strings.Join(devices, " "), v.From, time.Since(v.Made).Round(time.Second).String(), what})
+		rows = append(rows, []string{v.Guest, string(v.State), strings.Join(devices, " "), v.From, ageAt(m.Host(), v.Made), what})
 	}
 	for _, q := range view.Quarantine {
-		rows = append(rows, []string{q.Guest, "quarantine", q.Address, "", time.Since(q.Since).Round(time.Second).String(), q.Why})
+		rows = append(rows, []string{q.Guest, "quarantine", q.Address, "", ageAt(m.Host(), q.Since), q.Why})
 	}
 	if len(rows) == 1 {
 		e.note("no guest has a device, and nothing is in quarantine")
 		return nil
 	}
 	return e.screen.PrintRows(rows)
+}
+
+// ageAt is how old something is, and on a captured host, how old it was then; "" if it does not say when that was.
+func ageAt(h *iommu.Host, since time.Time) string {
+	now, known := h.Now()
+	if !known {
+		return ""
+	}
+	return now.Time.Sub(since).Round(time.Second).String()
 }
 
 // completeGuests offers the guests that have a lease, as far as they may be known.

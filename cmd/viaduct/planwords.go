@@ -31,7 +31,7 @@ var stateOrder = []struct {
 	style terminal.Style
 }{
 	{declared.Refused, "refused", terminal.Bad}, {declared.Changed, "changed since", terminal.Bad},
-	{declared.Missing, "missing", terminal.Bad}, {declared.Differs, "to change", terminal.Warn},
+	{declared.Missing, "missing", terminal.Bad}, {declared.Unknown, "unknown", terminal.Warn}, {declared.Differs, "to change", terminal.Warn},
 	{declared.OK, "as declared", terminal.Good}, {declared.Unmanaged, "unmanaged", terminal.Plain},
 }
 

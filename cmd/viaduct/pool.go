@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -48,10 +49,10 @@ func poolCommand(e *env) *cli.Command {
 type poolView struct {
 	Pool       string   `json:"pool"`
 	VFs        []string `json:"vfs"`
-	Free       int      `json:"free"`
-	Leased     int      `json:"leased"`
-	Quarantine int      `json:"quarantine"`
-	Kept       int      `json:"kept"` // that no guest can have, as the host keeps something of their groups
+	Free       *int     `json:"free"`       // null where a captured host does not tell of leases
+	Leased     *int     `json:"leased"`     // the same
+	Quarantine *int     `json:"quarantine"` // the same
+	Kept       int      `json:"kept"`       // that no guest can have, as the host keeps something of their groups
 	Why        *string  `json:"why"`
 }
 
@@ -74,6 +75,9 @@ func runPool(e *env, only string, network bool) error {
 	quarantine, err := m.Book.Quarantined()
 	if err != nil {
 		return err
+	}
+	if e.tellUnknownBooks(m.Book); network && !m.Book.Known() {
+		return errors.New("this captured host does not show which VFs of the pool are in quarantine, and the network must have none of them")
 	}
 	dm := m.Declared()
 	views := []poolView{}
@@ -101,19 +105,23 @@ func runPool(e *env, only string, network bool) error {
 			return err
 		}
 
+		var free, leased, fouled int
 		for _, vf := range vfs {
 			v.VFs = append(v.VFs, vf.Name)
 			switch {
 			case slices.ContainsFunc(looks, func(l lease.Look) bool { return l.Has(vf.Address) }):
-				v.Leased++
+				leased++
 			case quarantine.Why(h, vf) != "":
-				v.Quarantine++
+				fouled++
 			case m.Topology.KeptWith(vf) != nil:
 				v.Kept++
 				v.Why = known(declared.Kept(vf, m.Topology.KeptWith(vf)))
 			default:
-				v.Free++
+				free++
 			}
+		}
+		if m.Book.Known() {
+			v.Free, v.Leased, v.Quarantine = &free, &leased, &fouled
 		}
 
 		views = append(views, v)
@@ -129,9 +137,9 @@ func runPool(e *env, only string, network bool) error {
 			[]string{
 				v.Pool,
 				strconv.Itoa(len(v.VFs)),
-				strconv.Itoa(v.Free),
-				strconv.Itoa(v.Leased),
-				strconv.Itoa(v.Quarantine),
+				numberText(v.Free),
+				numberText(v.Leased),
+				numberText(v.Quarantine),
 				ptr(v.Why),
 			},
 		)
@@ -141,4 +149,12 @@ func runPool(e *env, only string, network bool) error {
 		return nil
 	}
 	return e.screen.PrintRows(rows)
+}
+
+// numberText is a number, "" if it is not known.
+func numberText(n *int) string {
+	if n == nil {
+		return ""
+	}
+	return strconv.Itoa(*n)
 }

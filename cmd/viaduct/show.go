@@ -238,16 +238,18 @@ func showDevice(e *env, h *iommu.Host, t *iommu.Topology, names *iommu.Names, se
 // look fills in who uses the device, and what whoever gives it to a guest should know.
 func (v *showView) look(e *env, h *iommu.Host, t *iommu.Topology, d *iommu.Device, reset iommu.Reset) error {
 	found, err := holder.Find(h, []*iommu.Device{d})
-	if errors.Is(err, holder.ErrBlind) {
+	told := !errors.Is(err, holder.ErrNotCaptured)
+	switch {
+	case !told:
+		// Files tell of some.
+		if found, err = holder.Glance(h, t); err != nil && !errors.Is(err, holder.ErrBlind) {
+			return err
+		}
+	case errors.Is(err, holder.ErrBlind):
 		e.note("not all uses are shown: %v", err)
-	} else if err != nil {
+	case err != nil:
 		return err
-	}
-	if !h.Live() {
-		// Which has files that tell of some, and nobody to ask.
-		found, err = holder.Glance(h, t)
-	}
-	if h.Live() && err == nil {
+	default:
 		v.Holders = []holderView{}
 	}
 	for _, u := range found {
@@ -255,7 +257,7 @@ func (v *showView) look(e *env, h *iommu.Host, t *iommu.Topology, d *iommu.Devic
 			continue
 		}
 		v.uses = append(v.uses, u)
-		if v.Holders != nil || h.Live() {
+		if told {
 			v.Holders = append(v.Holders, viewHolder(u))
 		}
 		if u.Kind == holder.Lease {

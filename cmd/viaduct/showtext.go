@@ -101,7 +101,7 @@ func (f *facts) uses(h *iommu.Host, v *showView) {
 	switch {
 	case len(lines) > 0:
 		f.list("used by", lines)
-	case !h.Live():
+	case !holder.Known(h):
 		f.add("used by", "not known: a captured host has nobody to ask")
 	case v.Holders != nil && v.Guest == nil:
 		f.add("used by", "nobody")
@@ -111,7 +111,7 @@ func (f *facts) uses(h *iommu.Host, v *showView) {
 // leaseText is a guest with what its lease says of it.
 func leaseText(h *iommu.Host, guest string) string {
 	if l, err := lease.BookOf(h).Get(guest); err == nil && l != nil {
-		return fmt.Sprintf("%s, from %s, since %s", guest, l.From, l.Made.UTC().Format(time.DateTime))
+		return fmt.Sprintf("%s, from %s, since %s", guest, l.DrawnFrom(), l.Made.UTC().Format(time.DateTime))
 	}
 	return guest
 }

@@ -23,16 +23,16 @@ func snapshotCommand(e *env) *cli.Command {
 		Usage:     "write everything viaduct reads of this host to one file",
 		ArgsUsage: "FILE|-",
 		Description: "With `--host FILE`, every command that only reads works on this file, on any machine. A file that " +
-			"exists is never overwritten. The file holds MAC addresses and serial numbers; `--redact` masks " +
-			"them. A snapshot that root takes is complete; that of another user lacks configuration space and " +
-			"the firmware's tables.\n\n" +
+			"exists is never overwritten. The file holds MAC addresses and serial numbers, which `--redact` masks, " +
+			"and who uses devices, which it leaves out. A snapshot that root takes is complete; that of another user lacks configuration space, the " +
+			"firmware's tables, and more.\n\n" +
 			"Examples:\n  viaduct snapshot host.tar.gz\n" +
 			"  viaduct --host host.tar.gz list --tree\n" +
 			"  ssh host viaduct snapshot --redact - > host.tar.gz",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{
 				Name: "redact", Destination: &redact,
-				Usage: "mask MAC addresses, GUIDs and serial numbers, and keep of the kernel command line only what is about devices",
+				Usage: "mask MAC addresses, GUIDs and serial numbers, leave out who uses devices, and keep of the kernel command line only what is about devices",
 			},
 		},
 		Action: func(c *cli.Context) error {
@@ -57,19 +57,23 @@ func runSnapshot(ctx context.Context, e *env, file string, redact bool) (err err
 	}
 	defer func() {
 		if err == nil && !redact {
-			e.note("the snapshot holds MAC addresses, serial numbers, the kernel command line, the declared host and the log " +
-				"of changes: --redact leaves out what tells this host from others")
+			e.note("the snapshot holds MAC addresses, serial numbers, the kernel command line, the declared host, who uses " +
+				"devices and the log of changes: --redact leaves out what tells this host from others")
 		}
 	}()
-	if file == "-" {
-		if e.screen.Width > 0 {
-			return usagef("snapshot: standard output is a terminal; want a file, or a pipe")
-		}
-		w := bufio.NewWriter(e.screen)
-		return errors.Join(capture(h, w), w.Flush())
+	if file == "-" && e.screen.Width > 0 {
+		return usagef("snapshot: standard output is a terminal; want a file, or a pipe")
 	}
-	if _, err := os.Lstat(file); err == nil {
+	if _, err := os.Lstat(file); err == nil && file != "-" {
 		return &fs.PathError{Op: "snapshot", Path: file, Err: fs.ErrExist}
+	}
+	facts, err := e.snapshotFacts(h, redact)
+	if err != nil {
+		return fmt.Errorf("snapshot %s: %w", file, err)
+	}
+	if file == "-" {
+		w := bufio.NewWriter(e.screen)
+		return errors.Join(capture(h, w, facts...), w.Flush())
 	}
 	tmp, err := os.CreateTemp(filepath.Dir(file), ".viaduct-snapshot-*")
 	if err != nil {
@@ -84,7 +88,7 @@ func runSnapshot(ctx context.Context, e *env, file string, redact bool) (err err
 	ctx, stop := untilSignal(ctx)
 	defer stop()
 	w := bufio.NewWriter(untilDone{ctx, tmp})
-	if err := errors.Join(capture(h, w), w.Flush(), tmp.Sync(), tmp.Close()); err != nil {
+	if err := errors.Join(capture(h, w, facts...), w.Flush(), tmp.Sync(), tmp.Close()); err != nil {
 		return fmt.Errorf("snapshot %s: %w", file, err)
 	}
 

@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 
+	"viaduct/cmd/internal/lease"
 	"viaduct/cmd/internal/terminal"
 
 	"viaduct/iommu"
@@ -17,7 +18,8 @@ import (
 )
 
 type vfListView struct {
-	PFs []pfView `json:"pfs"`
+	PFs     []pfView `json:"pfs"`
+	Unknown []string `json:"unknown"` // of settings, holders and leases, what a captured host does not tell
 }
 
 type pfView struct {
@@ -41,11 +43,11 @@ type vfView struct {
 	DriverOverride *string        `json:"driver_override"`
 	Netdevs        []string       `json:"netdevs"`
 	MAC            *string        `json:"mac"`
-	Settings       sriov.Settings `json:"settings"`
+	Settings       sriov.Settings `json:"settings"` // null where a captured host does not tell
 	Statistics     *sriov.Stats   `json:"statistics"`
 	Representor    *string        `json:"representor"`
-	Lease          *string        `json:"lease"` // the guest it is assigned to
-	Holders        []string       `json:"holders"`
+	Lease          *string        `json:"lease"`     // the guest it is assigned to
+	Holders        []string       `json:"holders"`   // as settings
 	KeptWith       *string        `json:"kept_with"` // what the host keeps of its group, so that no guest can have it
 }
 
@@ -86,6 +88,9 @@ func runVFList(e *env, sel []iommu.Selector, wide bool) error {
 
 	if err != nil {
 		return err
+	}
+	if view.Unknown = view.unknownOf(lease.BookOf(h)); len(view.Unknown) > 0 {
+		e.note("not captured of this host, and not known of its VFs: %s", strings.Join(view.Unknown, ", "))
 	}
 	switch {
 	case e.json:
@@ -177,6 +182,26 @@ func wideVFs(view vfListView) [][]string {
 	return rows
 }
 
+// unknownOf is what of the VFs a captured host does not tell.
+func (v *vfListView) unknownOf(books *lease.Book) []string {
+	settings, holders, leases := true, true, true
+	for _, pf := range v.PFs {
+		for _, vf := range pf.VFs {
+			settings, holders, leases = settings && vf.Settings != nil, holders && vf.Holders != nil, books.Known()
+		}
+	}
+	out := []string{}
+	for _, part := range []struct {
+		known bool
+		what  string
+	}{{settings, "settings"}, {holders, "holders"}, {leases, "leases"}} {
+		if !part.known {
+			out = append(out, part.what)
+		}
+	}
+	return out
+}
+
 func viewPF(h *iommu.Host, t *iommu.Topology, names *iommu.Names, d *iommu.Device) (pfView, error) {
 	v := pfView{
 		Address: d.Name, Name: known(deviceName(names, d)), Driver: known(d.Driver), Netdevs: deviceOf(d, names).Netdevs,
@@ -204,7 +229,8 @@ func viewVFs(h *iommu.Host, t *iommu.Topology, pf *iommu.Device) (out []vfView, 
 	var port *sriov.Port
 	vfs := t.VFs(pf)
 	held := map[string][]string{}
-	if h.Live() && len(vfs) > 0 {
+	unseen := false
+	if len(vfs) > 0 {
 		if port, err = sriov.ReadPort(h, pf); err != nil {
 			return out, nil, err
 		}
@@ -213,6 +239,7 @@ func viewVFs(h *iommu.Host, t *iommu.Topology, pf *iommu.Device) (out []vfView, 
 			// An ordinary user is not told of others' processes.
 			return out, nil, err
 		}
+		unseen = errors.Is(err, holder.ErrNotCaptured)
 		for _, holder := range holders {
 			held[holder.Device] = append(held[holder.Device], holder.What)
 		}
@@ -240,6 +267,12 @@ func viewVFs(h *iommu.Host, t *iommu.Topology, pf *iommu.Device) (out []vfView, 
 			Netdevs: append([]string{}, vf.Netdevs...), MAC: known(info.Settings[sriov.MAC]),
 			Settings: info.Settings, Statistics: info.Stats, Representor: known(ports.VFs[vf.VFIndex]),
 			Lease: known(guests[vf.Name]), Holders: append([]string{}, held[vf.Name]...),
+		}
+		if port != nil && !port.Known {
+			row.Settings = nil
+		}
+		if unseen {
+			row.Holders = nil
 		}
 		if with := t.KeptWith(vf); with != nil {
 			row.KeptWith = &with.Name

@@ -196,9 +196,6 @@ func runVFGet(e *env, sel iommu.Selector) error {
 		return err
 	}
 
-	if !h.Live() {
-		return errors.New("a captured host cannot be asked for the settings of its VFs")
-	}
 	view, _, err := viewVFs(h, t, pf)
 	if err != nil {
 		return err
@@ -206,6 +203,9 @@ func runVFGet(e *env, sel iommu.Selector) error {
 	i := slices.IndexFunc(view, func(v vfView) bool { return v.Index == vf.VFIndex })
 	if i < 0 {
 		return fmt.Errorf("%s went away just now", vf.Name)
+	}
+	if view[i].Settings == nil {
+		return fmt.Errorf("%s: %w", pf.Name, errNoSettings)
 	}
 
 	if e.json {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -45,17 +44,6 @@ type System interface {
 func (h *Host) Real() bool {
 	_, real := h.system.(machine)
 	return real
-}
-
-// Boot is the kernel's name of this boot, "" if it tells none, and the time since it began, sleep included, which no
-// change of the clock of the day moves.
-func (h *Host) Boot() (id string, since time.Duration, err error) {
-	if id, err = h.String("proc/sys/kernel/random/boot_id"); Absent(err) {
-		err = nil
-	}
-	var t unix.Timespec
-	_ = unix.ClockGettime(unix.CLOCK_BOOTTIME, &t)
-	return id, time.Duration(t.Nano()), err
 }
 
 // Writable is an error that matches EROFS where a folder is on a file system that is mounted read-only, as those of a

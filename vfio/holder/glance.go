@@ -18,9 +18,16 @@ import (
 // Glance says what a handful of files and two questions to the kernel show of who uses devices: leases, file systems
 // and swap, routes and addresses, the display, other tools' books. Its cost goes by how much is in use and not by how
 // many devices or processes there are, so that a list can have it. What it does not name may be in use all the same:
-// who wants to take a device asks [Find]. Each holder has a Brief. A captured host tells of leases, the display and
-// books alone. With an error it returns what could be seen all the same.
+// who wants to take a device asks [Find]. Each holder has a Brief. A captured host tells what a glance showed then or,
+// without that, of leases, the display and books alone. With an error it returns what could be seen all the
+// same.
 func Glance(h *iommu.Host, t *iommu.Topology) ([]Holder, error) {
+	if !h.Live() {
+		if found, err := glanceCaptured(h); !errors.Is(err, ErrNotCaptured) {
+			return found, err
+		}
+	}
+
 	var all, displays []*iommu.Device
 	t.All(func(d *iommu.Device) bool {
 		all = append(all, d)

@@ -15,14 +15,15 @@ const ErrBlind = host.Error(
 )
 
 // ErrTooMany is matched by errors that say that there are too many open files to look at each, as ErrBlind is.
-const ErrTooMany = tooMany("there are more open files than viaduct can read")
+const ErrTooMany = blindness("there are more open files than viaduct can read")
 
-type tooMany string
+// blindness is a reason of its own why not all could be seen.
+type blindness string
 
-func (e tooMany) Error() string { return string(e) }
+func (e blindness) Error() string { return string(e) }
 
 // Is makes it an ErrBlind.
-func (tooMany) Is(target error) bool { return target == ErrBlind }
+func (blindness) Is(target error) bool { return target == ErrBlind }
 
 // Holder is one user of a device.
 type Holder struct {
@@ -37,11 +38,12 @@ type Holder struct {
 
 func (h Holder) String() string { return h.Device + " " + h.What }
 
-// Find says who uses the devices in a way that must not be cut off. It looks at a running host only: a captured one has
-// no users. With an error that matches ErrBlind it returns those that it could see.
+// Find says who uses the devices in a way that must not be cut off. Of a captured host it says who did when that was
+// captured; one that does not tell is an ErrNotCaptured. With an error that matches ErrBlind it returns those that it
+// could see.
 func Find(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 	if !h.Live() {
-		return nil, nil
+		return findCaptured(h, devices)
 	}
 
 	var out []Holder

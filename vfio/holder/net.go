@@ -37,10 +37,13 @@ type elsewhere struct {
 // Elsewhere says, of a NIC that shows no network interface here, in which network namespace it has one, as in "(eth0)
 // is in the network namespace of blue"; "" if that is not known.
 func Elsewhere(h *iommu.Host, d *iommu.Device) (string, error) {
+	look := netHolders
 	if !h.Live() {
-		return "", nil
+		look = func(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
+			return findCaptured(h, devices, Namespace)
+		}
 	}
-	found, err := netHolders(h, []*iommu.Device{d})
+	found, err := look(h, []*iommu.Device{d})
 	if err != nil && !errors.Is(err, ErrBlind) {
 		return "", err
 	}

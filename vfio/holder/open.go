@@ -25,10 +25,10 @@ type Node struct {
 
 // Processes finds processes that have a device open: the node of its group, its own node, or the nodes of what its
 // driver made of it (verbs, disks, render nodes). Unbinding a device that a guest has open blocks for as long as it
-// has.
+// has. Of a captured host it returns those that did when that was captured, as [Find] does.
 func Processes(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 	if !h.Live() {
-		return nil, nil
+		return findCaptured(h, devices, Process)
 	}
 
 	nodes := map[Node]*iommu.Device{}

@@ -13,7 +13,14 @@ import (
 )
 
 // Owners finds the devices that another tool has in its books. Two tools that act on one device undo each other's work.
+// Of a captured host that does not say who used its devices it reads what books were captured with it.
 func Owners(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
+	if !h.Live() {
+		if all, err := findCaptured(h, devices, Owner); !errors.Is(err, ErrNotCaptured) {
+			return all, err
+		}
+	}
+
 	const driverctl, operator = "etc/driverctl.d", "etc/sriov-operator/pci"
 	// Proxmox VE has a line ADDRESS VMID [time|pid]:N for each device.
 	reserved, err1 := present(h.Read("run/qemu-server/pci-id-reservations"))

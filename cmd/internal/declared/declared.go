@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 
 	"viaduct/cmd/internal/hostfile"
 	"viaduct/internal/journal"
@@ -77,6 +78,7 @@ const (
 	Missing State = "missing" // not there
 	Changed State = "changed" // what is there is not what was there: not touched until that is accepted
 	Refused State = "refused" // it must not be brought there, or cannot
+	Unknown State = "unknown" // a captured host does not tell what would have to be compared
 
 	Unmanaged State = "unmanaged" // not declared, and has VFs or is on a vfio driver
 )
@@ -93,19 +95,20 @@ type Item struct {
 	Notes    []string // what the user should know
 	Waits    bool     // what it takes is done when the bond is there
 
-	count  *sriov.Plan
-	sets   []*sriov.SetPlan
-	take   map[string][]*iommu.Device // by driver
-	none   []*iommu.Device
-	home   []*iommu.Device
-	unit   []*iommu.Device // of a device, its group
-	with   *Item           // of a device whose group another item declares too: that, which is planned and done
-	driver string          // to take it with
-	owner  *bind.NodeOwner
-	known  *known
-	pf     *hostfile.PF // that is declared
-	homes  []int        // indexes of the VFs that are the host's
-	marks  []mark       // of VFs whose interfaces are to be left alone, or no more
+	count   *sriov.Plan
+	sets    []*sriov.SetPlan
+	take    map[string][]*iommu.Device // by driver
+	none    []*iommu.Device
+	home    []*iommu.Device
+	unit    []*iommu.Device // of a device, its group
+	with    *Item           // of a device whose group another item declares too: that, which is planned and done
+	driver  string          // to take it with
+	owner   *bind.NodeOwner
+	known   *known
+	pf      *hostfile.PF // that is declared
+	homes   []int        // indexes of the VFs that are the host's
+	marks   []mark       // of VFs whose interfaces are to be left alone, or no more
+	unknown []string     // what is declared, and could not be compared
 }
 
 // Wrong reports whether the item is not as declared. That one is missing which may be is not wrong.
@@ -262,6 +265,7 @@ func (m *Manager) planPF(pf *hostfile.PF, guard *guard, leased map[iommu.Address
 		}
 	}
 
+	i.unknown = plan.Unknown
 	if plan.Changes() {
 		i.count = plan
 		i.Steps = append(i.Steps, plan.Steps()...)
@@ -286,10 +290,22 @@ func (m *Manager) planPF(pf *hostfile.PF, guard *guard, leased map[iommu.Address
 		}
 	}
 
-	if len(i.Steps) > 0 {
-		i.State = Differs
-	}
+	i.compared()
 	return i
+}
+
+// compared says how a PF is whose steps are planned. What could not be compared may differ too.
+func (i *Item) compared() {
+	why := fmt.Sprintf("%s was not captured of this host, so that it is not known whether it is as declared",
+		strings.Join(i.unknown, " and "))
+	switch {
+	case len(i.Steps) > 0 && len(i.unknown) > 0:
+		i.State, i.Notes = Differs, append(i.Notes, why)
+	case len(i.Steps) > 0:
+		i.State = Differs
+	case len(i.unknown) > 0:
+		i.State, i.Err = Unknown, errors.New(why)
+	}
 }
 
 // wish is what a PF is declared to have, but for what guests' VFs have instead.
@@ -347,13 +363,13 @@ func (m *Manager) planVFs(i *Item, wish []sriov.VFWish, leased map[iommu.Address
 	if len(vfs) != len(i.Device.SRIOV.VFs) {
 		return fmt.Errorf("%s: VFs of it were made or removed just now", i.Device.Name)
 	}
-	if m.host.Live() {
-		// Of a captured host, nobody can be asked for settings.
-		i.dropped(vfs, wish, leased)
-		var err error
-		if i.sets, err = m.handle.PlanSets(i.Device, vfs, wish); err != nil {
-			return err
-		}
+	i.dropped(vfs, wish, leased)
+	var err error
+	i.sets, err = m.handle.PlanSets(i.Device, vfs, wish)
+	if errors.Is(err, sriov.ErrNotCaptured) {
+		i.unknown = append(i.unknown, "what its VFs are set to")
+	} else if err != nil {
+		return err
 	}
 
 	for _, s := range i.sets {
@@ -456,7 +472,7 @@ func (m *Manager) check(i *Item) error {
 // checkSets refuses other settings for VFs that are in use, unless that is forced, and tells of it then. What a PF's
 // reset took from a guest's VF, as its VLAN, must come back: there is no reason against that.
 func (m *Manager) checkSets(i *Item) error {
-	if len(i.sets) == 0 || !m.host.Live() {
+	if len(i.sets) == 0 {
 		return nil
 	}
 	asked, err := m.handle.LastRequested(i.Device)

@@ -27,26 +27,24 @@ func (m *Manager) describe(d *iommu.Device, full bool) (pf hostfile.PF, err erro
 		return pf, err
 	}
 	pf.Count = len(d.SRIOV.VFs)
-	var port *sriov.Port
+	eswitch, err := sriov.ReadEswitch(m.host, d.Address)
+	if err != nil {
+		return pf, err
+	}
+	if eswitch != nil && (full || eswitch.Mode == "switchdev") {
+		pf.Eswitch, pf.Inline, pf.Encap = eswitch.Mode, eswitch.Inline, eswitch.Encap
+	}
+	port, err := sriov.ReadPort(m.host, d)
+	if err != nil {
+		return pf, err
+	}
+	macs, err := iommu.PermanentMACs(m.host, d)
+	if err != nil {
+		return pf, err
+	}
 	var permanent net.HardwareAddr
-	if m.host.Live() {
-		eswitch, err := sriov.ReadEswitch(m.host, d.Address)
-		if err != nil {
-			return pf, err
-		}
-		if eswitch != nil && (full || eswitch.Mode == "switchdev") {
-			pf.Eswitch, pf.Inline, pf.Encap = eswitch.Mode, eswitch.Inline, eswitch.Encap
-		}
-		if port, err = sriov.ReadPort(m.host, d); err != nil {
-			return pf, err
-		}
-		macs, err := iommu.PermanentMACs(m.host, d)
-		if err != nil {
-			return pf, err
-		}
-		if port != nil {
-			permanent, _ = net.ParseMAC(macs[port.Name])
-		}
+	if port != nil {
+		permanent, _ = net.ParseMAC(macs[port.Name])
 	}
 
 	for _, v := range d.SRIOV.VFs {

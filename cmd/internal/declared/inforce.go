@@ -304,6 +304,9 @@ func (m *Manager) now() (*inForce, moment, error) {
 		former, err := m.formerInForce(at)
 		return former, at, err
 	}
+	if err == nil && r.Trial != nil && r.Trial.Declared == nil {
+		err = fmt.Errorf("%s/%s.json: what waits to be confirmed is missing", m.state.Dir(), inForceKey)
+	}
 	return &r, at, err
 }
 

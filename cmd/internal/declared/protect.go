@@ -108,7 +108,7 @@ func (m *Manager) Same(id *iommu.Identity, d *iommu.Device) bool {
 	serial, err := iommu.ReadSerial(m.host, d.Address)
 	if err == nil && serial != "" && id.Serial != "" {
 		// The function.
-		return place[len(place)-1] == id.Path[max(len(id.Path)-1, 0)]
+		return place != "" && id.Path != "" && place[len(place)-1] == id.Path[len(id.Path)-1]
 	}
 	return place == id.Path
 }

@@ -32,6 +32,10 @@ func Roles(h *iommu.Host, t *iommu.Topology) error {
 
 // resolve are the devices that all selectors of a match name, at least one; an ErrNotFound if there is none.
 func resolve(h *iommu.Host, t *iommu.Topology, match hostfile.Match) ([]*iommu.Device, error) {
+	if len(match.Selectors) == 0 {
+		// Of a record in a snapshot, which may say anything.
+		return nil, &iommu.NotFoundError{Selector: match.String(), What: "it has no name"}
+	}
 	var all []*iommu.Device
 	for n, s := range match.Selectors {
 		some, err := s.Resolve(h, t)

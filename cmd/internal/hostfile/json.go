@@ -2,6 +2,7 @@ package hostfile
 
 import (
 	"encoding/json"
+	"fmt"
 	"strings"
 
 	"viaduct/iommu"
@@ -9,6 +10,21 @@ import (
 
 // A Host is kept in records as JSON of its structs, and comes back as it was: the users' language of files is not
 // between, whose words have other meanings for values (null, true, 1e3) and may become stricter.
+
+// UnmarshalJSON reads a host. What no file can declare is refused: a record may be a snapshot's, which anybody may have
+// written.
+func (h *Host) UnmarshalJSON(b []byte) error {
+	type plain Host
+	if err := json.Unmarshal(b, (*plain)(h)); err != nil {
+		return err
+	}
+	for _, pf := range h.PFs {
+		if pf.Count < 0 || pf.Count > maxIndex+1 {
+			return fmt.Errorf("invalid number of VFs %d", pf.Count)
+		}
+	}
+	return nil
+}
 
 // MarshalText is the selectors.
 func (m Match) MarshalText() ([]byte, error) { return []byte(m.String()), nil }
@@ -30,7 +46,20 @@ func (m *Match) UnmarshalText(text []byte) error {
 func (r Range) MarshalJSON() ([]byte, error) { return json.Marshal(r.spans) }
 
 // UnmarshalJSON reads spans of indexes.
-func (r *Range) UnmarshalJSON(b []byte) error { return json.Unmarshal(b, &r.spans) }
+func (r *Range) UnmarshalJSON(b []byte) error {
+	if err := json.Unmarshal(b, &r.spans); err != nil {
+		return err
+	}
+	if len(r.spans) > mostSpans {
+		return fmt.Errorf("%d spans of indexes are too many", len(r.spans))
+	}
+	for _, s := range r.spans {
+		if s[0] < 0 || s[0] > s[1] || s[1] > maxIndex {
+			return fmt.Errorf("invalid indexes of VFs %d-%d", s[0], s[1])
+		}
+	}
+	return nil
+}
 
 // valued is a Valued in records.
 type valued struct {

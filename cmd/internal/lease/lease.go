@@ -141,7 +141,7 @@ type Book struct {
 	host *iommu.Host
 }
 
-// BookOf is where a host's leases are written down. A captured host has none.
+// BookOf is where a host's leases are written down. Those of a captured host can be read alone: see [Book.Known].
 func BookOf(h *iommu.Host) *Book {
 	return &Book{Run: journal.In(h.Host, journal.Dir), State: journal.In(h.Host, declared.StateDir), host: h}
 }
@@ -198,9 +198,6 @@ func (l *Lease) used() {
 
 // All are all leases, by guest, those of earlier boots that are still to be made included.
 func (b *Book) All() ([]*Lease, error) {
-	if !b.host.Live() {
-		return nil, nil
-	}
 	var out []*Lease
 	seen := map[string]bool{}
 	for _, j := range []*journal.Journal{b.Run, b.State} {

@@ -33,6 +33,7 @@ type Manager struct {
 	declaration *hostfile.Host
 	lock        func(context.Context, []*iommu.Device) error
 	declared    *declared.Manager
+	states      map[string]capturedState // of a captured host's leases, by guest
 }
 
 // New makes a Manager, which works on the host as the Handle last saw it.
@@ -45,9 +46,13 @@ func New(s *sriov.Handle, o Options) (*Manager, error) {
 	if err != nil {
 		return nil, err
 	}
+	states, err := readStates(s.Host())
+	if err != nil {
+		return nil, err
+	}
 	m := &Manager{
 		Topology: t, Book: BookOf(s.Host()), handle: s, host: s.Host(), declaration: o.Declaration, lock: o.Lock,
-		declared: d,
+		declared: d, states: states,
 	}
 	if m.declaration == nil {
 		m.declaration = &hostfile.Host{}

@@ -80,7 +80,7 @@ func (m *Manager) preview(r *Request, l *Lease) ([]bind.Action, error) {
 	var out []bind.Action
 	comment := func(text string) { out = append(out, bind.Action{Command: "# " + text}) }
 	for _, d := range m.touched(devices, false) {
-		if d.PhysFn != nil && len(wanted[d.Name]) > 0 && m.host.Live() {
+		if d.PhysFn != nil && len(wanted[d.Name]) > 0 {
 			plan, err := m.planSet(d, wanted[d.Name])
 			if err != nil {
 				return nil, err

@@ -83,9 +83,6 @@ func (b *Book) forgetReset() error {
 
 // eachQuarantine does something with each record of a quarantine; over says that its slot was reset since.
 func (b *Book) eachQuarantine(do func(key string, q *Quarantine, over bool) error) error {
-	if !b.host.Live() {
-		return nil
-	}
 	keys, err := b.State.Keys(quarantined)
 	if err != nil {
 		return err

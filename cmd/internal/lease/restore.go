@@ -73,6 +73,11 @@ func (m *Manager) relocate(l *Lease) {
 		if want == nil {
 			want = dev.PF
 		}
+		if want == nil {
+			// A record of a snapshot may say anything.
+			dev.Nowhere = true
+			continue
+		}
 		found := false
 		m.Topology.All(func(d *iommu.Device) bool {
 			if !d.PCI || d.PhysFn != nil || !m.declared.Same(want, d) {

@@ -39,9 +39,20 @@ type Look struct {
 // Look looks at all leases. Holders that it sees are written down: when they are gone, the lease is dead. For who
 // cannot see holders, those are used that were seen last.
 func (m *Manager) Look() ([]Look, error) {
+	out, blind, err := m.look()
+	for _, look := range out {
+		if !blind && len(look.Now) > 0 {
+			m.saw(look.Lease, look.Now)
+		}
+	}
+	return out, err
+}
+
+// look is Look that writes nothing down, and says whether not all holders could be seen.
+func (m *Manager) look() (out []Look, blind bool, err error) {
 	all, err := m.all()
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	var devices []*iommu.Device
 	for _, l := range all {
@@ -52,8 +63,8 @@ func (m *Manager) Look() ([]Look, error) {
 		}
 	}
 
-	holders, blind := holder.Processes(m.host, devices)
-	var out []Look
+	holders, err := holder.Processes(m.host, devices)
+	blind = err != nil
 	for _, l := range all {
 		look := Look{Lease: l}
 		for _, h := range holders {
@@ -62,12 +73,9 @@ func (m *Manager) Look() ([]Look, error) {
 			}
 		}
 		look.State, look.Why = m.state(l, look.Now, l.age(m.host))
-		if blind == nil && len(look.Now) > 0 {
-			m.saw(l, look.Now)
-		}
 		out = append(out, look)
 	}
-	return out, nil
+	return out, blind, nil
 }
 
 // seen names the processes that have devices open, each once.
@@ -111,6 +119,9 @@ func (m *Manager) state(l *Lease, now []holder.Holder, age time.Duration) (State
 		}
 	}
 
+	if !m.host.Live() {
+		return m.capturedState(l)
+	}
 	switch {
 	case l.Moving == Incoming:
 		return Incoming, "its guest is to come from another host"

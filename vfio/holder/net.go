@@ -312,6 +312,13 @@ func (n *interfaces) readRoutes(c *netlink.Conn) error {
 // linksElsewhere are the interfaces in all other network namespaces, of processes and under /run/netns.
 func linksElsewhere(h *iommu.Host) ([]elsewhere, error) {
 	own, err := h.Link("proc/self/ns/net")
+	if host.Absent(err) {
+		// A kernel without network namespaces (CONFIG_NET_NS) has those of other kinds, and no interface elsewhere.
+		kinds, failed := h.Names("proc/self/ns")
+		if failed == nil && len(kinds) > 0 && !slices.Contains(kinds, "net") {
+			return nil, nil
+		}
+	}
 	if err != nil {
 		return nil, err
 	}

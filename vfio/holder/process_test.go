@@ -3,6 +3,7 @@ package holder
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -298,5 +299,23 @@ func TestTooMany(t *testing.T) {
 	found, err := Processes(h, []*iommu.Device{read(t, h, e1000)})
 	if !errors.Is(err, ErrTooMany) || !errors.Is(err, ErrBlind) || len(found) > 0 {
 		t.Errorf("%+v, %v", found, err)
+	}
+}
+
+// A kernel without network namespaces has no interface elsewhere, and is looked at all the same.
+func TestNoNetworkNamespaces(t *testing.T) {
+	k, h := hostOf(t, nil)
+	links, err := filepath.Glob(filepath.Join(k.Dir(), "proc/*/ns/net"))
+	if err != nil || len(links) == 0 {
+		t.Fatalf("%q, %v", links, err)
+	}
+	for _, l := range links {
+		// One is there by two names: /proc/self is a link.
+		if err := os.Remove(l); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			t.Fatal(err)
+		}
+	}
+	if all, err := linksElsewhere(h); err != nil || len(all) > 0 {
+		t.Errorf("%v, %v", all, err)
 	}
 }

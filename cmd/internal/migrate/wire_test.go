@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"strings"
+	"sync"
 	"testing"
 
 	"viaduct/cmd/internal/vmm"
@@ -43,9 +44,27 @@ const hello = `{"viaduct_migrate":1}` + "\n"
 
 var anID = strings.Repeat("ab", 16)
 
+// output is what the other side is told: its greeting may still be on its way when a conversation that never began ends.
+type output struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (o *output) Write(b []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.text.Write(b)
+}
+
+func (o *output) String() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.text.String()
+}
+
 func said(t *testing.T, house Guesthouse, text string) (answers []Answer, err error) {
 	t.Helper()
-	var out bytes.Buffer
+	var out output
 	err = (&Server{House: house, Version: "test"}).Serve(t.Context(), strings.NewReader(text), &out)
 	for i, l := range strings.Split(strings.TrimSpace(out.String()), "\n") {
 		if i == 0 || l == "" {

@@ -200,7 +200,7 @@ func TestStuck(t *testing.T) {
 	do(t, "bind", other) // others are not kept from anything
 	do(t, "unbind", other)
 
-	m := regexp.MustCompile(`\(process (\d+) waits on`).FindStringSubmatch(stderr.String())
+	m := regexp.MustCompile(`\(process (\d+) goes on waiting`).FindStringSubmatch(stderr.String())
 	if m == nil {
 		t.Fatalf("no process named: %s", stderr.String())
 	}

@@ -230,12 +230,16 @@ func TestCheckFirmware(t *testing.T) {
 
 // The tables of real machines have nothing that is taken for wrong.
 func TestRealTablesAreRight(t *testing.T) {
-	files, _ := filepath.Glob("../../shared/acpi-tables/*.dat")
-	if len(files) == 0 {
-		files, _ = filepath.Glob("/work/shared/acpi-tables/*.dat")
+	var files []string
+	for _, folder := range append(filepath.SplitList(os.Getenv("VIADUCT_ACPI_TABLES")), "../../shared/acpi-tables") {
+		found, err := filepath.Glob(filepath.Join(folder, "*.dat"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		files = append(files, found...)
 	}
 	if len(files) == 0 {
-		t.Skip("the tables of real machines are not at hand (../../shared/acpi-tables)")
+		t.Skip("the tables of real machines are not at hand (VIADUCT_ACPI_TABLES, ../../shared/acpi-tables)")
 	}
 	for _, file := range files {
 		b, err := os.ReadFile(file)

@@ -252,7 +252,7 @@ func (s *setting) elsewhere() (Off, bool) {
 	switch {
 	case s.container != "":
 		return Off{
-			Why: "this is a container, which sees no IOMMU", File: s.sign, Value: s.container,
+			Why: "this is a container, and a container sees no IOMMU", File: s.sign, Value: s.container,
 			Cure: "run viaduct on the host itself",
 		}, true
 	case s.xen == "dom0":
@@ -416,20 +416,20 @@ func (s *setting) guestOf() Off {
 	} {
 		if strings.HasPrefix(s.maker, p.maker) && (s.hypervisor || arm || s.vendor == "" || p.name == "QEMU") {
 			return Off{
-				Why: "this is a guest of " + p.name + ", which gives it no IOMMU", File: "sys/class/dmi/id/sys_vendor",
+				Why: p.name + " gives this guest no IOMMU", File: "sys/class/dmi/id/sys_vendor",
 				Value: s.maker, Cure: p.cure,
 			}
 		}
 	}
 	if s.xen == "guest" {
 		return Off{
-			Why: "this is a guest of Xen, which gives it no IOMMU", File: "sys/hypervisor/type", Value: "xen",
+			Why: "Xen gives this guest no IOMMU", File: "sys/hypervisor/type", Value: "xen",
 			Cure: "use a machine of your own: Xen gives its guests none",
 		}
 	}
 	if s.hypervisor {
 		return Off{
-			Why: "this is a hypervisor's guest, which it gives no IOMMU", File: "proc/cpuinfo", Value: "hypervisor",
+			Why: "the hypervisor gives this guest no IOMMU", File: "proc/cpuinfo", Value: "hypervisor",
 			Cure: "turn on a virtual IOMMU where this guest is defined, or use a machine of your own",
 		}
 	}

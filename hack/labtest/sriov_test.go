@@ -154,7 +154,7 @@ func TestKillsVF(t *testing.T) {
 	} {
 		for i, whom := range whoms {
 			for n := 1; ; n++ {
-				if !everyWrite() && (n+i)%5 != 0 {
+				if !everyWrite() && (n+i)%9 != 0 {
 					continue
 				}
 				if c.name == "create" {

@@ -99,7 +99,7 @@ func sriovRoom(f *Facts) Check {
 		c.Cure = "turn on \"SR-IOV support\" and \"ARI\" in the firmware's menu; else " +
 			f.Loader.Add("pci=assign-busses")
 	case count == 0:
-		c.set(Passed, "no device that can have VFs is meant")
+		c.set(Passed, "none of these devices can have VFs")
 	default:
 		c.set(Passed, "enough for the VFs of %d devices", count)
 	}
@@ -177,7 +177,7 @@ func bootDisplay(f *Facts) Check {
 		return c
 	}
 	if len(f.Displays) == 0 {
-		c.set(Passed, "not on a device that is meant")
+		c.set(Passed, "on none of these devices")
 		return c
 	}
 	var text []string

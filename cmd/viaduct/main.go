@@ -307,6 +307,8 @@ func newApp(e *env) *cli.App {
 				TakesFile:   true,
 			},
 			&cli.BoolFlag{Name: "version", Usage: "print the version"},
+			// cli leaves it out where there is a command of that name.
+			cli.HelpFlag,
 			&cli.StringFlag{
 				Name:        "color",
 				Usage:       "`WHEN` text is in colour: " + nearest.Or(terminal.Colours),
@@ -437,6 +439,11 @@ func flagsFirst(app *cli.App, args []string) []string {
 		}
 		if len(arg) > 1 && arg[0] == '-' {
 			to, known := &out, flags
+			if arg == "--help" || arg == "-h" {
+				// Each command has one of its own, and cli takes an argument for the command that it is about.
+				out = append(out, arg)
+				return all()
+			}
 			if flagNamed(flags, arg) == nil && flagNamed(app.Flags, arg) != nil {
 				to, known = &global, app.Flags
 			}

@@ -133,8 +133,8 @@ func Parameter(words []string, name string) (value string, is bool) {
 }
 
 // LastOf is which of these values stands last in the words of a parameter, and the word that it stands in; "" if none
-// does. The kernel's parsers of the IOMMUs' parameters take one value after the other, of each word with the name: of two
-// that contradict each other the last one counts, and a value without an opposite counts wherever it stands.
+// does. The kernel's parsers of the IOMMUs' parameters take one value after the other, of each word with the name: of
+// two that contradict each other the last one counts, and a value without an opposite counts wherever it stands.
 func LastOf(words []string, name string, values ...string) (value, word string) {
 	for _, w := range WordsOf(words, name) {
 		_, all, _ := strings.Cut(w, "=")
@@ -397,8 +397,8 @@ func (s *setting) smmu(option, module string) Off {
 		return s.refused("IORT", "an SMMU", option, "smmu", "IORT")
 	}
 	return Off{
-		Why:  "the firmware describes an SMMU (IORT), and its module is not loaded",
-		File: "sys/module/" + module, Cure: "load the module " + module + " in the initramfs, before the drivers of the devices",
+		Why: "the firmware describes an SMMU (IORT), and its module is not loaded", File: "sys/module/" + module,
+		Cure: "load the module " + module + " in the initramfs, before the drivers of the devices",
 	}
 }
 
@@ -414,7 +414,8 @@ func (s *setting) noTable() Off {
 		o.Cure = "turn on the SMMU in the firmware, if this machine has one"
 		if s.deviceTree {
 			o.Why = "no SMMU is in use; whether the device tree has one was not looked at"
-			o.Cure = "boot with a device tree that has the SMMU, and a kernel with its driver, or with ACPI (`acpi=force`)"
+			o.Cure = "boot with a device tree that has the SMMU, and a kernel with its driver, or with ACPI " +
+				"(`acpi=force`)"
 		}
 	case s.vendor == "AuthenticAMD" || s.vendor == "HygonGenuine":
 		o.Cure = "turn on \"IOMMU\" (AMD-Vi) in the firmware's menu (often under AMD CBS, NBIO, or Advanced; " +
@@ -436,13 +437,13 @@ func (s *setting) noTable() Off {
 
 // thenOn is what of the command line has to go as well, once the firmware has the IOMMU on.
 func (s *setting) thenOn(parameter string) string {
-	then := ""
+	var then strings.Builder
 	for _, name := range []string{parameter, "iommu"} {
 		if value, word := LastOf(s.words, name, "off", "on"); value == "off" {
-			then += "; then " + s.loader.RemoveValue(word, value)
+			then.WriteString("; then " + s.loader.RemoveValue(word, value))
 		}
 	}
-	return then
+	return then.String()
 }
 
 // guestOf is what to do where a hypervisor's guest is to have an IOMMU; without a cure if this is no guest.

@@ -164,15 +164,16 @@ func (l Loader) change(word, rest string) string {
 		}
 		return "run " + commands + " and reboot"
 	case l.file == "":
-		return changing(word, rest) + " the kernel's command line, in the settings of this host's boot loader, and reboot"
+		return changing(word, rest) + " the kernel's command line, in the settings of this host's boot loader, and " +
+			"reboot"
 	}
 
 	place, looked := l.holding(word)
 	switch {
 	case place != "":
 	case looked:
-		return changing(word, rest) + " the kernel's command line (" + l.file + " does not have it: see the boot loader's own " +
-			"configuration)" + l.inForce()
+		return changing(word, rest) + " the kernel's command line (" + l.file + " does not have it: see the boot " +
+			"loader's own configuration)" + l.inForce()
 	default:
 		place = l.place()
 	}

@@ -81,8 +81,8 @@ var forms = map[string]struct {
 }
 
 // Parse decodes a table. Its error matches [ErrTable], and comes with what was decoded up to the fault, for those who
-// want to show it: nil if that is nothing. A table whose sum is wrong is decoded to its end all the same: its error matches
-// [ErrSum].
+// want to show it: nil if that is nothing. A table whose sum is wrong is decoded to its end all the same, and its error
+// matches [ErrSum].
 func Parse(table []byte) (*Table, error) {
 	if len(table) < headerLength {
 		return nil, bad("%d bytes; its header alone has %d", len(table), headerLength)

@@ -132,7 +132,7 @@ func TestFaults(t *testing.T) {
 		}, "blacklist", Warned, "vfio-pci is loaded", ""},
 		"a command of the host's own": {func(f *Facts) {
 			f.Rules = []ModuleRule{{Module: "vfio_pci", File: "etc/modprobe.d/x.conf", Line: "install vfio-pci /sbin/mine", Own: true}}
-		}, "blacklist", Unknown, "it is not known", "modprobe vfio-pci"},
+		}, "blacklist", Unknown, "is not known", "modprobe vfio-pci"},
 		"RMRR": {func(f *Facts) {
 			f.Direct = []GroupRange{{1, iommu.Region{Start: 1 << 20, End: 2<<20 - 1, Type: "direct"}, []string{"0000:01:00.0"}}}
 		}, "direct_ranges", Failed, "0000:01:00.0", "firmware"},

@@ -98,8 +98,8 @@ func blacklist(f *Facts) Check {
 	case i < 0:
 		c.set(Warned, "%s is loaded, and /%s would keep it from being loaded again: %q", name, r.File, r.Line)
 	case r.Own:
-		c.set(Unknown, "%s is loaded by a command of this host's own, of which it is not known whether it loads it: /%s has %q",
-			name, r.File, r.Line)
+		c.set(Unknown, "whether %s can be loaded is not known, as a command of this host does it: /%s has %q", name, r.File,
+			r.Line)
 		c.Cure = fmt.Sprintf("run `modprobe %s`, and see whether /sys/module/%s is there", name, r.Module)
 		return c
 	case r.Hard:
@@ -206,8 +206,8 @@ func acsOverride(f *Facts) Check {
 		c.set(Passed, "not in use")
 		return c
 	}
-	c.set(Warned, "%s is on the kernel's command line: if this kernel has the patch for it, devices in different groups "+
-		"may reach each other's memory", strings.Join(words, " "))
+	c.set(Warned, "%s is on the kernel's command line: if this kernel has the patch for it, devices in different "+
+		"groups may reach each other's memory", strings.Join(words, " "))
 	var cures []string
 	for _, w := range words {
 		cures = append(cures, f.Loader.Remove(w))

@@ -72,7 +72,7 @@ func table(f *Facts) Check {
 		for _, s := range sound {
 			c.see(path.Join(tablesDir, s), "there")
 		}
-	case slices.ContainsFunc(f.Topology.Units, func(u iommu.Unit) bool { return u.Kind == iommu.KindAMDVi || u.Kind == iommu.KindVTd }):
+	case f.has(iommu.KindAMDVi) || f.has(iommu.KindVTd):
 		// The drivers of these find their units by the table alone.
 		c.set(Unknown, "not known: the table by which the kernel found the IOMMU is not shown here")
 		c.see(tablesDir, "")
@@ -84,6 +84,11 @@ func table(f *Facts) Check {
 		c.Cure = f.Off.Cure
 	}
 	return c
+}
+
+// has reports whether there is an active IOMMU of that kind.
+func (f *Facts) has(kind iommu.UnitKind) bool {
+	return slices.ContainsFunc(f.Topology.Units, func(u iommu.Unit) bool { return u.Kind == kind })
 }
 
 // works reports whether devices are in groups of an active IOMMU.
@@ -290,9 +295,8 @@ func directRanges(f *Facts) Check {
 	if f.Selected != nil {
 		c.Status = Failed
 	}
-	if amd := func(u iommu.Unit) bool { return u.Kind == iommu.KindAMDVi }; f.older(6, 6) &&
-		slices.ContainsFunc(f.Topology.Units, amd) {
-		// The rule of all IOMMUs came after 6.1, where Intel's driver alone had one (iommu_create_device_direct_mappings).
+	if f.older(6, 6) && f.has(iommu.KindAMDVi) {
+		// The rule for all IOMMUs came after 6.1, where Intel's driver alone had one.
 		c.set(Warned, "the firmware wants memory of %s left where it is (%s); Linux %s may give such a device away, and "+
 			"newer kernels refuse it", some(c.Devices), f.rangeKind(), f.Release)
 	}

@@ -110,6 +110,9 @@ func (g *gatherer) rules(words []string) []doctor.ModuleRule {
 	return out
 }
 
+// doNothing are commands that load no module.
+var doNothing = []string{"/bin/false", "/bin/true", "/usr/bin/false", "/usr/bin/true", ":", "true", "false"}
+
 // modprobeRules are the lines of one file that are about a needed module. Some hosts install VFIO's modules by a command
 // of their own, of which it is not known what it does, unless it is one that does nothing.
 func modprobeRules(file, text string) []doctor.ModuleRule {
@@ -125,8 +128,7 @@ func modprobeRules(file, text string) []doctor.ModuleRule {
 		case "blacklist":
 			out = append(out, r)
 		case "install":
-			nothing := []string{"/bin/false", "/bin/true", "/usr/bin/false", "/usr/bin/true", ":", "true", "false"}
-			r.Hard = len(f) > 2 && slices.Contains(nothing, f[2])
+			r.Hard = len(f) > 2 && slices.Contains(doNothing, f[2])
 			r.Own = !r.Hard
 			out = append(out, r)
 		}

@@ -40,8 +40,8 @@ func (o *assignOptions) flags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringSliceFlag{Name: "from", Usage: "draw from this pool of host.yaml, PF, or any `SELECTOR`[,count=N][,KEY=VALUE]..., where the keys are those of --set; may be repeated"},
 		&cli.IntFlag{Name: "count", Usage: "number of VFs, or of groups of other devices", Value: 1, Destination: &o.count},
-		&cli.StringFlag{Name: "mac", Usage: "VF MAC address, or `stable` to derive one from the PF's address and the VF index", Destination: &o.mac},
-		&cli.StringFlag{Name: "vlan", Usage: "VLAN ID (`0-4094`, or 100+index) that the PF applies to the VF's frames", Destination: &o.vlan},
+		&cli.StringFlag{Name: "mac", Usage: "VF MAC `ADDRESS`, or stable to derive one from the PF's address and the VF index", Destination: &o.mac},
+		&cli.StringFlag{Name: "vlan", Usage: "VLAN `ID` (0-4094, or e.g. 100+index) that the PF applies to the VF's frames", Destination: &o.vlan},
 		&cli.StringSliceFlag{Name: "set", Usage: "make another setting `KEY=VALUE` of the VF, as viaduct vf set takes it (may be repeated)"},
 		&cli.StringFlag{Name: "memory", Usage: "guest memory `SIZE` (e.g. 8G): check that the IOMMU can map it and the VMM may lock it", Destination: &o.memory},
 		&cli.IntFlag{Name: "numa", Usage: "prefer devices of this NUMA `NODE`", Value: -1},

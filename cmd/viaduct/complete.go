@@ -122,8 +122,6 @@ func (e *env) valuesOf(command string, flag cli.Flag) []string {
 	switch name := flag.Names()[0]; name {
 	case "color":
 		return terminal.Colours
-	case "output":
-		return []string{"wide", "json"}
 	case "format":
 		if command != "pool" {
 			return append(vmm.Names(), "json")
@@ -161,8 +159,7 @@ func kindNames() []string {
 // namedValues are the words that an option's help has for its value, as failover|replug; none if it is of anything.
 func namedValues(flag cli.Flag) []string {
 	name, _ := flagText(flag)
-	_, value, _ := strings.Cut(name[strings.LastIndex(name, "--")+2:], " ")
-	return alternatives(value)
+	return alternatives(name[strings.LastIndex(name, " ")+1:])
 }
 
 // alternatives are those words of a|b|NAME that are typed as they stand there, in small letters.

@@ -41,6 +41,7 @@ func TestComplete(t *testing.T) {
 		"release ":                            "web",
 		"why guest=":                          "guest=web",
 		"list -o ":                            "wide json",
+		"adopt -o ":                           "", // a file
 		"migrate web --by ":                   "failover replug",
 		"vf create 0000:01:00.0 --eswitch s":  "switchdev",
 		"vf create 0000:01:00.0 4 sp":         "spoofchk=",

@@ -178,7 +178,11 @@ func unmanagedText(d *iommu.Device) string {
 }
 
 // moveWords prints where devices would go, in words: the units of a job that are not refused.
-func (e *env) moveWords(job *bind.Job, results []bind.Result, asked []*iommu.Device) error {
+func (e *env) moveWords(goal bind.Goal, job *bind.Job, results []bind.Result, asked []*iommu.Device) error {
+	verb := "takes"
+	if goal == bind.GiveBack() {
+		verb = "gives back"
+	}
 	t := &terminal.Table{}
 	line := func(hang int, style terminal.Style, text string) {
 		t.Rows = append(t.Rows, terminal.Row{Line: text, Style: style, Hang: hang})
@@ -207,7 +211,7 @@ func (e *env) moveWords(job *bind.Job, results []bind.Result, asked []*iommu.Dev
 				line(2, terminal.Bold, d.Name+": "+moveText(by[d.Name]))
 			}
 		}
-		for _, words := range declared.Along(v.Unit, named...) {
+		for _, words := range declared.Along(verb, v.Unit, named...) {
 			line(4, terminal.Plain, "  "+words)
 		}
 	}

@@ -12,6 +12,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"viaduct/cmd/internal/hostfile"
+	"viaduct/cmd/internal/terminal"
 	"viaduct/iommu"
 	"viaduct/sriov"
 	"viaduct/vfio/bind"
@@ -212,8 +213,7 @@ func runVFGet(e *env, sel iommu.Selector) error {
 	if e.json {
 		return writeJSON(e.stdout, view[i])
 	}
-	_, err = fmt.Fprintln(e.stdout, view[i].Settings.Text())
-	return err
+	return e.screen.Print(&terminal.Table{Rows: []terminal.Row{{Line: view[i].Settings.Text()}}})
 }
 
 func vfSyncCommand(e *env) *cli.Command {

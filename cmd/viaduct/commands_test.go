@@ -15,15 +15,20 @@ import (
 
 // sightOf are lines of each command, as they are typed on the captured host that busyCaptured is.
 var sightOf = map[string][]string{
-	"list":       {"list", "list --tree", "list --all", "list -o wide", "list nic", "list gpu"},
-	"show":       {"show ens1", "show 0000:01:00.0/vf0", "show group=12"},
-	"log":        {"log", "log 0000:01:00.0/vf0"},
-	"why":        {"why ens1", "why guest=web --memory 8G"},
-	"iommu":      {"iommu"},
-	"doctor":     {"doctor", "doctor 0000:01:00.0"},
-	"verify":     {"verify ens1"},
-	"snapshot":   {"snapshot HOST"},
-	"bind":       {"bind --dry-run ens1", "bind --dry-run 0000:07:01.0", "bind --dry-run --steps 0000:07:01.0", "bind 07:01.0"},
+	"list":     {"list", "list --tree", "list --all", "list -o wide", "list nic", "list gpu"},
+	"show":     {"show ens1", "show 0000:01:00.0/vf0", "show group=12"},
+	"log":      {"log", "log 0000:01:00.0/vf0"},
+	"why":      {"why ens1", "why guest=web --memory 8G"},
+	"iommu":    {"iommu"},
+	"doctor":   {"doctor", "doctor 0000:01:00.0"},
+	"verify":   {"verify ens1"},
+	"snapshot": {"snapshot HOST"},
+	"bind": {
+		"bind --dry-run ens1",
+		"bind --dry-run 0000:07:01.0",
+		"bind --dry-run --steps 0000:07:01.0",
+		"bind 07:01.0",
+	},
 	"unbind":     {"unbind --dry-run 0000:01:00.0/vf1", "unbind --dry-run 0000:07:01.0"},
 	"recover":    {"recover"},
 	"vf list":    {"vf list", "vf list -o wide"},
@@ -118,8 +123,18 @@ func TestCommandSights(t *testing.T) {
 		for _, line := range lines {
 			words := strings.Fields(strings.ReplaceAll(line, "HOST", host))
 			for _, columns := range []int{0, 80, 120} {
-				stdout, stderr, status := typed(columns, append([]string{"viaduct", "--host", host, "--color", "never"}, words...)...)
-				fmt.Fprintf(&all, "$ viaduct %s    # %d columns, exit status %d\n%s%s", line, columns, status, stdout, stderr)
+				stdout, stderr, status := typed(
+					columns,
+					append([]string{"viaduct", "--host", host, "--color", "never"}, words...)...)
+				fmt.Fprintf(
+					&all,
+					"$ viaduct %s    # %d columns, exit status %d\n%s%s",
+					line,
+					columns,
+					status,
+					stdout,
+					stderr,
+				)
 				if !forPrograms(line) {
 					fits(t, line, stdout, columns)
 				}

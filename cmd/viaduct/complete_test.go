@@ -73,9 +73,15 @@ func TestShellCompletion(t *testing.T) {
 		words []string
 		first string
 	}{
-		"bash": {[]string{"--norc", "--noprofile", "-i"}, "bind 'set enable-bracketed-paste off'; source <(viaduct completion bash)"},
-		"zsh": {[]string{"-f", "-i"}, "setopt no_beep; unset zle_bracketed_paste; autoload -U compinit; compinit -D -u; " +
-			"source <(viaduct completion zsh)"},
+		"bash": {
+			[]string{"--norc", "--noprofile", "-i"},
+			"bind 'set enable-bracketed-paste off'; source <(viaduct completion bash)",
+		},
+		"zsh": {
+			[]string{"-f", "-i"},
+			"setopt no_beep; unset zle_bracketed_paste; autoload -U compinit; compinit -D -u; " +
+				"source <(viaduct completion zsh)",
+		},
 		"fish": {[]string{"--no-config", "-i"}, "viaduct completion fish | source"},
 	}
 	for shell, c := range begin {

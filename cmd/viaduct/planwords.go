@@ -31,7 +31,11 @@ var stateOrder = []struct {
 	style terminal.Style
 }{
 	{declared.Refused, "refused", terminal.Bad}, {declared.Changed, "changed since", terminal.Bad},
-	{declared.Missing, "missing", terminal.Bad}, {declared.Unknown, "unknown", terminal.Warn}, {declared.Differs, "to change", terminal.Warn},
+	{
+		declared.Missing,
+		"missing",
+		terminal.Bad,
+	}, {declared.Unknown, "unknown", terminal.Warn}, {declared.Differs, "to change", terminal.Warn},
 	{declared.OK, "as declared", terminal.Good}, {declared.Unmanaged, "unmanaged", terminal.Plain},
 }
 
@@ -129,10 +133,16 @@ func reasonsOf(err error) []string {
 // statusWords prints one line for each item, and with verbose what is different.
 func (e *env) statusWords(items []*declared.Item, verbose bool) error {
 	if len(items) == 0 {
-		e.note("nothing is declared in /%s or /%s: viaduct adopt writes a file that describes this host", hostfile.File, hostfile.Dir)
+		e.note(
+			"nothing is declared in /%s or /%s: viaduct adopt writes a file that describes this host",
+			hostfile.File,
+			hostfile.Dir,
+		)
 		return nil
 	}
-	t := &terminal.Table{Shrink: []terminal.Shrink{{Column: 3, Least: 20}, {Column: 2, Least: 14}, {Column: 3, Least: 8}}}
+	t := &terminal.Table{
+		Shrink: []terminal.Shrink{{Column: 3, Least: 20}, {Column: 2, Least: 14}, {Column: 3, Least: 8}},
+	}
 	head := terminal.Cells("STATE", "DEVICE", "DECLARED AS", "WHAT")
 	for n := range head.Cells {
 		head.Cells[n].Style = terminal.Bold

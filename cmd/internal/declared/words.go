@@ -51,7 +51,7 @@ func (i *Item) deviceWords() []string {
 	return append([]string{text}, Along("takes", i.unit, i.Device)...)
 }
 
-// Along says what goes with the devices that are named, of a unit, where a verb is done to it: what is a guest's too, and
+// Along says what goes with the devices that are named, of a unit, where a verb is done to it: what is a guest's, and
 // what is only kept off the host's drivers.
 func Along(verb string, unit []*iommu.Device, named ...*iommu.Device) []string {
 	var takes, keeps []*iommu.Device

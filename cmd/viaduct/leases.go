@@ -182,9 +182,3 @@ func ageAt(h *iommu.Host, since time.Time) string {
 	}
 	return now.Time.Sub(since).Round(time.Second).String()
 }
-
-// completeGuests offers the guests that have a lease, as far as they may be known.
-func (e *env) completeGuests(c *cli.Context) {
-	e.printEach(e.guestNames())
-	cli.DefaultCompleteWithFlags(c.Command)(c)
-}

@@ -73,6 +73,8 @@ type env struct {
 	noteWidth      int             // of the terminal that notes go to, 0 if that is none
 	hostName       string          // --host
 	colour         string          // --color
+	begun          string          // the word that is being typed, where a shell asks to complete it
+	typed          *typing         // and the words before it
 	json, dryRun   bool
 	commandLine    string
 	changes        bool // the command changes a host that runs
@@ -171,7 +173,8 @@ func runOn(open func(string) (*iommu.Host, error), args []string, stdout, stderr
 		e.screen.Writer = out
 		return before(c)
 	}
-	if e.completeValue(app, args) {
+	if e.complete(app, args) {
+		_ = text.Flush()
 		return exitDone
 	}
 	err := app.Run(flagsFirst(app, args))
@@ -295,7 +298,6 @@ func newApp(e *env) *cli.App {
 		ErrWriter:                 e.stderr,
 		HideHelpCommand:           true,
 		HideVersion:               true,
-		EnableBashCompletion:      true,
 		DisableSliceFlagSeparator: true,
 		ExitErrHandler:            func(*cli.Context, error) {}, // or cli ends the process itself
 		OnUsageError:              onUsageError,

@@ -30,10 +30,7 @@ func poolCommand(e *env) *cli.Command {
 			&cli.StringFlag{Name: "format", Usage: "print the pool in this format: `libvirt-network`", Destination: &format},
 			e.jsonFlag(),
 		},
-		BashComplete: func(c *cli.Context) {
-			e.printEach(e.pools())
-			cli.DefaultCompleteWithFlags(c.Command)(c)
-		},
+		BashComplete: func(*cli.Context) { e.suggest(e.pools()...) },
 		Action: func(c *cli.Context) error {
 			if c.NArg() > 1 {
 				return usagef("pool: want one name, or none for all")

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/internal/host/hosttest"
 	"viaduct/internal/journal"
 	"viaduct/iommu"
@@ -40,7 +41,7 @@ func unplug(t *testing.T, vf string) func(*hosttest.Kernel) error {
 // lasting gives a guest a VF for good, and restore makes that again after a boot.
 func lasting(k *hosttest.Kernel) error {
 	return on(k, func(ctx context.Context, m *Manager) error {
-		s := Source{From: vf0, Count: 1, Settings: sriov.Settings{sriov.VLAN: "7"}}
+		s := Source{From: vf0, Count: 1, Settings: hostfile.Plain(sriov.Settings{sriov.VLAN: "7"})}
 		_, _, _, err := m.Assign(ctx, &Request{Guest: "a", Sources: []Source{s}, Persist: true})
 		return err
 	})
@@ -159,7 +160,7 @@ func TestLooksThatFail(t *testing.T) {
 		look   func(ctx context.Context, m *Manager) (any, error)
 	}{
 		"preview": {nil, func(_ context.Context, m *Manager) (any, error) {
-			r := &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1, Settings: tagged}}, Memory: 1 << 30, OwnerPID: 1}
+			r := &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1, Settings: hostfile.Plain(tagged)}}, Memory: 1 << 30, OwnerPID: 1}
 			steps, err := m.Preview(r)
 			return writes(steps), err
 		}},
@@ -168,7 +169,7 @@ func TestLooksThatFail(t *testing.T) {
 			return writes(steps), err
 		}},
 		"preview again": {lasting, func(_ context.Context, m *Manager) (any, error) {
-			s := Source{From: vf0, Count: 1, Settings: sriov.Settings{sriov.VLAN: "7"}}
+			s := Source{From: vf0, Count: 1, Settings: hostfile.Plain(sriov.Settings{sriov.VLAN: "7"})}
 			steps, err := m.Preview(&Request{Guest: "a", Sources: []Source{s}})
 			return writes(steps), err
 		}},

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"viaduct/cmd/internal/declared"
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/cmd/internal/lease"
 	"viaduct/cmd/internal/vmm"
 	"viaduct/internal/journal"
@@ -322,10 +323,7 @@ func (d destinationSide) Reserve(ctx context.Context, r *Record) error {
 	defer stop()
 	vm := r.Order.VM
 	vm.Socket = d.Socket(r)
-	settings := r.Order.Settings
-	if settings == nil {
-		settings = sriov.Settings{}
-	}
+	settings := hostfile.Plain(r.Order.Settings)
 	request := &lease.Request{
 		Guest: r.Guest, Memory: vm.Memory, VM: &vm,
 		Sources: []lease.Source{{From: r.Order.From, Count: r.Order.Count, Settings: settings}},

@@ -144,7 +144,12 @@ func (m *Manager) planUnit(i *Item, guard *guard, leased map[iommu.Address]Guest
 		return
 	}
 	i.State = Differs
-	if joined := m.joined(i); joined != "" && !m.options.Accept {
+	joined, err := m.joined(i)
+	if err != nil {
+		i.Refuse(err)
+		return
+	}
+	if joined != "" && !m.options.Accept {
 		i.State, i.Steps = Changed, nil
 		i.Err = fmt.Errorf("%s: %s (viaduct apply --accept takes it too)", i.Name, joined)
 		return

@@ -179,7 +179,11 @@ func (m *Manager) reserve(ctx context.Context, r *Request, choices []choice,
 			if err := c.suits(d); err != nil {
 				return nil, false, err
 			}
-			l.Devices = append(l.Devices, m.describe(d, c.Settings))
+			dev, err := m.describe(d, c.Settings)
+			if err != nil {
+				return nil, false, err
+			}
+			l.Devices = append(l.Devices, dev)
 		}
 	}
 	return l, true, m.Book.putLocked(l)

@@ -174,7 +174,7 @@ func (m *Manager) stable(d *iommu.Device) (hostfile.Match, error) {
 		for _, s := range selectors {
 			match := hostfile.Match{Selectors: []iommu.Selector{s}}
 			found, err := m.find(match)
-			if _, several := errors.AsType[*iommu.AmbiguousError](err); err != nil && !several {
+			if err != nil && !isUnclear(err) {
 				return hostfile.Match{}, err
 			}
 			err = s.OtherPort(m.host, d)

@@ -7,6 +7,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"viaduct/cmd/internal/declared"
 	"viaduct/cmd/internal/hostfile"
 	"viaduct/internal/host/hosttest"
@@ -85,10 +87,23 @@ func TestApplySays(t *testing.T) {
 		}
 	}
 	step(exitDone, "there is nothing to undo", "undo")
+	// Also for who may not look at processes.
+	k.Process(4711, "hidden")
+	k.SetFault(func(_, name string) error {
+		if strings.HasPrefix(name, "proc/4711/") {
+			return unix.EACCES
+		}
+		return nil
+	})
 	step(exitDone, "nothing is declared", "apply")
+	k.Revive()
+	k.End(4711)
 	put(t, k, hostfile.File, sweptFile)
 	step(exitDiffers, `"state": "differs"`, "plan", "--json")
+	step(exitDiffers, "/etc/viaduct/host.yaml", "plan")
+	step(exitDiffers, "makes 2 VFs", "apply", "--dry-run")
 	step(exitDone, `"state": "ok"`, "apply", "--json")
+	step(exitDone, "", "apply", "--dry-run")
 	step(exitDone, "already as declared", "apply")
 	step(exitDone, `"state": "ok"`, "apply", "--json")
 	mustOnKernel(t, k, "unbind", sweptNIC)
@@ -101,6 +116,11 @@ func TestApplySays(t *testing.T) {
 	step(exitDone, "0000:77:00.0 is missing and optional", "apply")
 	put(t, k, hostfile.File, sweptFile+"  - {select: \"0000:77:00.0\"}\n")
 	step(exitFailed, "0000:77:00.0", "apply")
+	mustOnKernel(t, k, "unbind", sweptNIC)
+	k.Net.Routes = []hosttest.Route{{To: "default", Over: []string{"ens1"}}}
+	put(t, k, hostfile.File, sweptFile)
+	step(exitRefused, `"state": "refused"`, "apply", "--json")
+	step(exitDiffers, `"state": "refused"`, "apply", "--dry-run", "--json")
 	put(t, k, hostfile.File, "pfs: [")
 	step(exitUsage, "host.yaml", "apply")
 	step(exitUsage, "host.yaml", "plan")
@@ -163,6 +183,24 @@ func TestReleaseSays(t *testing.T) {
 	if a := onKernel(k, "release", "web", "--json"); a.status != exitFailed {
 		t.Errorf("again: %+v", a)
 	}
+
+	// What is in quarantine is in no network that is printed, and that says so.
+	mustOnKernel(t, k, "assign", "web", "--from", sweptVF, "--persist")
+	network := func() string {
+		return mustOnKernel(t, k, "pool", "net", "--format", "libvirt-network").stdout
+	}
+	if text := network(); strings.Count(text, "<address ") != 2 || !strings.Contains(text, "function='0x0'") {
+		t.Errorf("the network is %s", text)
+	}
+	k.Fail["sys/bus/pci/devices/"+sweptVF+"/reset"] = unix.EIO
+	if a := onKernel(k, "release", "web", "--json"); a.status != exitFailed || !strings.Contains(a.stdout, "must be made again without it") {
+		t.Errorf("into quarantine: %+v", a)
+	}
+	if text := network(); strings.Count(text, "<address ") != 1 || strings.Contains(text, "function='0x0'") {
+		t.Errorf("the network is %s", text)
+	}
+	delete(k.Fail, "sys/bus/pci/devices/"+sweptVF+"/reset")
+	mustOnKernel(t, k, "release", "--quarantined", sweptVF)
 
 	port := func(slot string) string {
 		return fmt.Sprintf("<hookData><network><name>net</name></network><networkport><owner><name>db</name></owner>"+

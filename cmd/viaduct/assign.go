@@ -202,7 +202,7 @@ func assignCommand(e *env) *cli.Command {
 			&cli.StringFlag{Name: "format", Usage: "print in this format: `qemu|json|...` (see --formats)", Value: "qemu", Destination: &o.format},
 			&cli.DurationFlag{Name: "ttl", Usage: "end the lease if no process opens the devices in this time; 0 for no limit", Value: 10 * time.Minute, Destination: &o.TTL},
 			&cli.IntFlag{Name: "owner-pid", Usage: "end the lease with the process `PID`", Destination: &o.OwnerPID},
-			&cli.StringFlag{Name: "unit", Usage: "end the lease with this systemd `UNIT`", Destination: &o.Unit},
+			&cli.StringFlag{Name: "unit", Usage: "end the lease with this system `UNIT` of systemd (not a user's)", Destination: &o.Unit},
 			&cli.BoolFlag{Name: "persist", Usage: "keep the lease over a boot (the default for libvirt)"},
 			&cli.BoolFlag{Name: "formats", Usage: "list the formats, and what each cannot do"},
 			e.dryRunFlag(), e.jsonFlag(),

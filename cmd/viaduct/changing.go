@@ -160,7 +160,10 @@ func (e *env) declared(s *sriov.Handle, o declared.Options) (*declared.Manager, 
 func (c *changing) recover(ctx context.Context) error {
 	recovered, err := c.handle.Recover(ctx)
 	c.env.tellRecovered(recovered)
-	if err != nil || !declared.Of(c.handle.Host()).Interrupted() {
+	if err != nil {
+		return err
+	}
+	if interrupted, err := declared.Of(c.handle.Host()).Interrupted(); err != nil || !interrupted {
 		return err
 	}
 	m, err := declared.New(c.handle, declared.Options{})

@@ -181,7 +181,11 @@ func (m *Manager) reserve(ctx context.Context, r *Request, choices []choice,
 			if err != nil {
 				return nil, false, err
 			}
-			l.Devices = append(l.Devices, m.describe(d, settings))
+			dev, err := m.describe(d, settings)
+			if err != nil {
+				return nil, false, err
+			}
+			l.Devices = append(l.Devices, dev)
 		}
 	}
 	return l, true, m.Book.putLocked(l)

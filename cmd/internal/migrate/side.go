@@ -343,6 +343,10 @@ func (d destinationSide) Reserve(ctx context.Context, r *Record) error {
 	if settings == nil {
 		settings = sriov.Settings{}
 	}
+	if r.Order.Way == ByVFIO && r.Order.Address != "" {
+		// It is the host's, and no part of the device's state; the VF takes no frames before the guest goes on.
+		settings[sriov.MAC] = r.Order.Address
+	}
 	if r.Order.libvirt() {
 		vm.Socket = ""
 	}
@@ -397,7 +401,7 @@ func (d destinationSide) guest(r *Record) (*vmm.Guest, *vmm.Format, error) {
 			r.Order.VM.Format)
 	}
 	g := &vmm.Guest{Name: r.Guest, Standby: r.Order.VM.Standby, Movable: true, Absent: r.Order.Way != ByVFIO,
-		Socket: r.Socket}
+		Migrates: r.Order.Way == ByVFIO, Socket: r.Socket}
 	for _, dev := range l.Devices {
 		found, err := m.Topology.Find(dev.Address)
 		if err != nil {

@@ -60,7 +60,7 @@ func restore(k *hosttest.Kernel) error {
 // expect reserves a VF for a guest that is to come.
 func expect(k *hosttest.Kernel) error {
 	return on(k, func(ctx context.Context, m *Manager) error {
-		s := Source{From: vf0, Count: 1, Settings: sriov.Settings{sriov.VLAN: "7"}}
+		s := Source{From: vf0, Count: 1, Settings: hostfile.Plain(sriov.Settings{sriov.VLAN: "7"})}
 		_, _, err := m.Expect(ctx, &Request{Guest: "a", Sources: []Source{s}})
 		return err
 	})

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"viaduct/cmd/internal/hostfile"
 
 	"viaduct/internal/host/hosttest"
 	"viaduct/sriov"
@@ -37,7 +38,7 @@ func TestSourceSays(t *testing.T) {
 		"a VF of the host": {host("2", "1"), Source{From: "0000:01:10.0"}, "", false},
 		"several":          {host("0", "1"), Source{From: "1af4:1001"}, "everything that 1af4:1001 names are on drivers of the host", false},
 		"more than are":    {host("2", "0"), Source{From: pf, Count: 3}, "3 are wanted", false},
-		"not a VF":         {host("0", "1"), Source{From: "0000:07:01.0", Settings: settings}, "it is not a VF", true},
+		"not a VF":         {host("0", "1"), Source{From: "0000:07:01.0", Settings: hostfile.Plain(settings)}, "it is not a VF", true},
 	} {
 		c.from.Count = max(c.from.Count, 1)
 		err := on(c.host, func(_ context.Context, m *Manager) error {

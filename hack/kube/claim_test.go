@@ -132,7 +132,7 @@ func devices(t *testing.T) []resource.Device {
 // awaitDevices waits until what the driver tells of is as wanted.
 func awaitDevices(t *testing.T, what string, is func([]resource.Device) bool) []resource.Device {
 	t.Helper()
-	ctx, stop := context.WithTimeout(t.Context(), patience)
+	ctx, stop := within(t)
 	defer stop()
 	list := cache.NewListWatchFromClient(up.client.ResourceV1().RESTClient(), "resourceslices", "", fields.Everything())
 	seen := map[string]*resource.ResourceSlice{}

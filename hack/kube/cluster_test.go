@@ -89,6 +89,7 @@ func (c *cluster) start() error {
 		do   func() error
 	}{
 		{"the host", c.ground},
+		{"what is declared of it", c.declared},
 		{"etcd", c.startStore},
 		{"API server", c.startAPI},
 		{"scheduler and controllers", c.startControl},
@@ -134,6 +135,19 @@ func (c *cluster) ground() error {
 	} {
 		if out, err := exec.Command("sh", "-c", line).CombinedOutput(); err != nil {
 			return fmt.Errorf("%s: %w: %s", line, err, out)
+		}
+	}
+	return nil
+}
+
+// declared does what a boot does before the kubelet starts: the host is made what was declared of it, if something was.
+func (c *cluster) declared() error {
+	if _, err := os.Stat("/etc/viaduct/host.yaml"); err != nil {
+		return nil
+	}
+	for _, line := range [][]string{{viaduct, "apply"}, {driver, "cdi"}} {
+		if out, err := exec.Command(line[0], line[1:]...).CombinedOutput(); err != nil {
+			return fmt.Errorf("%v: %w: %s", line, err, out)
 		}
 	}
 	return nil
@@ -254,7 +268,7 @@ func (c *cluster) startRuntime() (err error) {
 	}); err != nil {
 		return err
 	}
-	return loadImage(image, podFiles())
+	return loadImage(image, podFiles(), "/bin/sleep", "2000000000")
 }
 
 func (c *cluster) startKubelet() error {

@@ -25,7 +25,7 @@ type file struct {
 	link    string
 }
 
-// podFiles are busybox with its links.
+// podFiles are busybox with its links, and links by which programs of the host run, if the host's /usr is mounted.
 func podFiles() []file {
 	program, err := os.ReadFile(programs + "/busybox")
 	if err != nil {
@@ -35,7 +35,9 @@ func podFiles() []file {
 	if err != nil {
 		panic(err)
 	}
-	files := []file{{name: "bin/busybox", content: program}}
+	files := []file{
+		{name: "bin/busybox", content: program}, {name: "lib", link: "usr/lib"}, {name: "lib64", link: "usr/lib64"},
+	}
 	for name := range bytes.FieldsSeq(list) {
 		if string(name) != "busybox" {
 			files = append(files, file{name: "bin/" + string(name), link: "busybox"})
@@ -45,11 +47,11 @@ func podFiles() []file {
 }
 
 // loadImage gives containerd an image, in the form that docker saves one in.
-func loadImage(name string, files []file) error {
+func loadImage(name string, files []file, entryPoint ...string) error {
 	layer := archive(files)
 	config, err := json.Marshal(map[string]any{
 		"architecture": "amd64", "os": "linux",
-		"config": map[string]any{"Env": []string{"PATH=/bin"}, "Cmd": []string{"/bin/sleep", "2000000000"}},
+		"config": map[string]any{"Env": []string{"PATH=/bin"}, "Entrypoint": entryPoint},
 		"rootfs": map[string]any{"type": "layers", "diff_ids": []string{"sha256:" + digest(layer)}},
 	})
 	if err != nil {

@@ -4,6 +4,7 @@ package kube
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -72,6 +73,11 @@ func gone(client rest.Interface, o runtime.Object, resource, name string) error 
 	return nil
 }
 
+// within is the time that something may take.
+func within(t *testing.T) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(t.Context(), patience)
+}
+
 // nodeReady waits for the node, and for the account that its pods have.
 func (c *cluster) nodeReady() error {
 	_, err := await(c.client.CoreV1().RESTClient(), "nodes", node, "is ready", func(n *core.Node) bool {
@@ -108,10 +114,15 @@ func newPod(name, script string, change ...func(*core.Pod)) *core.Pod {
 	return p
 }
 
+func (c *cluster) makePod(p *core.Pod) error {
+	_, err := c.client.CoreV1().Pods(namespace).Create(context.Background(), p, meta.CreateOptions{})
+	return err
+}
+
 // makePod makes a pod that is gone when the test ends.
 func makePod(t *testing.T, p *core.Pod) {
 	t.Helper()
-	if _, err := up.client.CoreV1().Pods(namespace).Create(t.Context(), p, meta.CreateOptions{}); err != nil {
+	if err := up.makePod(p); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { deletePod(t, p.Name) })
@@ -254,4 +265,31 @@ func has(t *testing.T, text string) {
 			}
 		})
 	}
+}
+
+// awaitLabelled waits until a pod with the label is as wanted.
+func awaitLabelled(t *testing.T, label, what string, is func(*core.Pod) bool) *core.Pod {
+	t.Helper()
+	ctx, stop := within(t)
+	defer stop()
+	list := cache.NewFilteredListWatchFromClient(up.client.CoreV1().RESTClient(), "pods", namespace,
+		func(o *meta.ListOptions) { o.LabelSelector = label })
+	e, err := watchtools.UntilWithSync(ctx, list, &core.Pod{}, nil, func(e watch.Event) (bool, error) {
+		p, ok := e.Object.(*core.Pod)
+		return ok && e.Type != watch.Deleted && is(p), nil
+	})
+	if err != nil {
+		t.Fatalf("waited until a pod with %s %s: %v\n%s", label, what, err, up.whatTheySay())
+	}
+	return e.Object.(*core.Pod)
+}
+
+// text is a value as JSON, which is YAML too.
+func text(t *testing.T, v any) string {
+	t.Helper()
+	b, err := json.Marshal(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
 }

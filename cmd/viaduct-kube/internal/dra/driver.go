@@ -149,11 +149,8 @@ func (d *Driver) give(p *Plan, made *lease.Lease, fresh bool, before []node.Func
 		if err != nil {
 			return nil, err
 		}
-		nodes, err := vfio.Nodes(d.Host, &found)
+		nodes, err := d.nodes(&found, want.Backend)
 		if err != nil {
-			return nil, err
-		}
-		if nodes, err = node.Pick(nodes, want.Backend); err != nil {
 			return nil, fmt.Errorf("%s: %w", now.Address, err)
 		}
 		name := p.Request.Guest + "-" + want.Result.Device
@@ -165,6 +162,22 @@ func (d *Driver) give(p *Plan, made *lease.Lease, fresh bool, before []node.Func
 		})
 	}
 	return out, spec.Write(d.CDIDir, d.specName(p.Request.Guest))
+}
+
+// nodes are those that a container gets of a function.
+func (d *Driver) nodes(of *iommu.Device, b node.Backend) ([]string, error) {
+	ways, err := vfio.Ways(d.Host, of)
+	if err != nil {
+		return nil, err
+	}
+	if b == node.IOMMUFD && !slices.Contains(ways, vfio.IOMMUFD) {
+		return nil, errors.New("this node has no iommufd: ask for the backend group")
+	}
+	all, err := vfio.Nodes(d.Host, of)
+	if err != nil {
+		return nil, err
+	}
+	return node.Pick(all, b)
 }
 
 // where is which of a lease's devices a plan's function is. One that a boot has moved is still the same function, and

@@ -1,10 +1,11 @@
 package node
 
 import (
-	"errors"
-	"io/fs"
 	"path"
+	"strconv"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"viaduct/cmd/lease"
 	"viaduct/iommu"
@@ -128,18 +129,25 @@ func rootOf(h *iommu.Host, d *iommu.Device) string {
 	return "pci" + top[:colon]
 }
 
-// linkDown is the interface of a PF that has no link; "" if one has, or that cannot be told.
+// linkDown is the interface of a PF that is up and has lost its link; "" if one has a link, or that cannot be told. One
+// that the host keeps down is no fault.
 func linkDown(h *iommu.Host, pf *iommu.Device) string {
 	down := ""
 	for _, n := range pf.Netdevs {
+		dir := path.Join("sys/class/net", n)
 		// Documentation/ABI/testing/sysfs-class-net; "unknown" is what drivers say that do not tell.
-		state, err := h.String(path.Join("sys/class/net", n, "operstate"))
-		switch {
-		case errors.Is(err, fs.ErrNotExist):
-		case err != nil || state != "down" && state != "lowerlayerdown" && state != "notpresent":
-			return ""
-		default:
+		state, err1 := h.String(path.Join(dir, "operstate"))
+		flags, err2 := h.String(path.Join(dir, "flags"))
+		if err1 != nil || err2 != nil {
+			continue
+		}
+		up, err := strconv.ParseUint(flags, 0, 32)
+		switch lost := state == "down" || state == "lowerlayerdown"; {
+		case err != nil || up&unix.IFF_UP == 0:
+		case lost:
 			down = n
+		default:
+			return ""
 		}
 	}
 	return down

@@ -129,9 +129,12 @@ func (b *Books) Pools() []Pool {
 	return out
 }
 
-// Protected is the refusal of a device that is declared in protect, nil of all others.
-func (b *Books) Protected(d *iommu.Device) error {
-	return b.manager.Declared().Protected(b.declaration, []*iommu.Device{d})
+// Protected is the refusal of devices of which one is declared in protect, nil if none is.
+func (b *Books) Protected(devices ...*iommu.Device) error {
+	if len(devices) == 0 {
+		return nil
+	}
+	return b.manager.Declared().Protected(b.declaration, devices)
 }
 
 // Quarantined says why a device is in quarantine; "" if it is not.
@@ -143,8 +146,10 @@ type Lease struct {
 	For   string // whom the guest is for; "" if nobody said
 	// State is making, reserved, active, dead, lost, incoming or leaving, as `viaduct leases` tells it; Why says more.
 	State, Why string
-	From       []string // what its devices were drawn from
-	Devices    []Device
+	// Ready reports whether its devices are configured and taken; false while it is made, also again after a boot.
+	Ready   bool
+	From    []string // what its devices were drawn from
+	Devices []Device
 }
 
 // Device is a device of a lease.
@@ -160,7 +165,7 @@ func (l *Lease) Has(a iommu.Address) bool {
 }
 
 func view(of *books.Lease) Lease {
-	out := Lease{Guest: of.Guest, For: of.For}
+	out := Lease{Guest: of.Guest, For: of.For, Ready: of.Ready}
 	for _, s := range of.Sources {
 		out.From = append(out.From, s.From)
 	}

@@ -311,7 +311,7 @@ func ownerRuns(e *env, o *assignOptions) error {
 
 // assign gives a guest devices, and calls then while they are still locked.
 func (e *env) assign(ctx context.Context, o *assignOptions, then func(*lease.Manager, *lease.Lease) error) error {
-	ctx, stop, m, err := e.beginLeases(ctx, o.timeout, makesLeases)
+	ctx, stop, m, err := e.beginLeases(ctx, o.timeout, lease.Makes)
 	if err != nil {
 		return err
 	}

@@ -14,7 +14,6 @@ import (
 	"viaduct/cmd/internal/lease"
 	"viaduct/iommu"
 	"viaduct/sriov"
-	"viaduct/vfio/bind"
 )
 
 // changing is what a command works with that changes the host, or, with --dry-run or on a captured host, would.
@@ -26,11 +25,9 @@ type changing struct {
 
 // openHandle opens a host for a command, with the recoverers of all that viaduct changes; its owner closes the handle.
 func (e *env) openHandle(h *iommu.Host, timeout time.Duration) (*sriov.Handle, error) {
-	return sriov.Open(h, bind.Options{
-		Tell:    e.told(h),
-		Timeout: timeout, DryRun: e.dryRun, Recoverers: lease.Recoverers(),
-		Roles: func(t *iommu.Topology) error { return declared.Roles(h, t) },
-	})
+	o := lease.HandleOptions(h)
+	o.Tell, o.Timeout, o.DryRun = e.told(h), timeout, e.dryRun
+	return sriov.Open(h, o)
 }
 
 // openLook opens and scans the host for a command that changes nothing and plans what would be; the caller calls stop
@@ -136,13 +133,20 @@ func (c *changing) lock(ctx context.Context, devices []*iommu.Device) error {
 	if !c.live() {
 		return nil
 	}
-	if err := c.handle.Lock(ctx, devices); err != nil {
-		return err
+	return c.seen(lease.Lock(ctx, c.handle, devices, c.env.tellRecovered))
+}
+
+// recover finishes or undoes what interrupted runs left, and tells.
+func (c *changing) recover(ctx context.Context) error {
+	return c.seen(lease.Recover(ctx, c.handle, c.env.tellRecovered))
+}
+
+// seen has the host as it was seen last, which a recovery may have looked at again.
+func (c *changing) seen(err error) error {
+	if err == nil {
+		c.topology, err = c.handle.Topology()
 	}
-	if err := c.recover(ctx); err != nil {
-		return err
-	}
-	return c.handle.StuckIn(bind.AddressesOf(devices)...)
+	return err
 }
 
 // declared is what works with the declared host.
@@ -154,28 +158,6 @@ func (c *changing) declared() (*declared.Manager, error) {
 func (e *env) declared(s *sriov.Handle, o declared.Options) (*declared.Manager, error) {
 	o.Leased = lease.BookOf(s.Host()).Guests
 	return declared.New(s, o)
-}
-
-// recover finishes or undoes what interrupted runs left, and tells.
-func (c *changing) recover(ctx context.Context) error {
-	recovered, err := c.handle.Recover(ctx)
-	c.env.tellRecovered(recovered)
-	if err != nil {
-		return err
-	}
-	if interrupted, err := declared.Of(c.handle.Host()).Interrupted(); err != nil || !interrupted {
-		return err
-	}
-	m, err := declared.New(c.handle, declared.Options{})
-	if err != nil {
-		return err
-	}
-	undone, err := m.Recover()
-	c.env.tellRecovered(undone)
-	if err == nil {
-		c.topology, err = c.handle.Scan()
-	}
-	return err
 }
 
 // lockPFs finds PFs, locks them, and looks at all again as it is now.

@@ -1,46 +1,29 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"time"
 
-	"viaduct/cmd/internal/declared"
 	"viaduct/cmd/internal/hostfile"
 	"viaduct/cmd/internal/lease"
 	"viaduct/iommu"
 )
 
-// work is what is done with leases, and how much of the declaration it takes.
-type work int
-
-const (
-	makesLeases work = iota // what is declared has to be readable
-	checksLease             // else what was confirmed last will do
-	endsLeases              // and else nothing
-)
-
 // declarationFor is the declaration that is in force, for work on leases; nil if that does without.
-func (e *env) declarationFor(h *iommu.Host, does work) (*hostfile.Host, error) {
+func (e *env) declarationFor(h *iommu.Host, does lease.Work) (*hostfile.Host, error) {
 	file, wrong := hostfile.Load(h)
-	if wrong != nil && does == makesLeases {
+	if wrong != nil && does == lease.Makes {
 		return nil, usageError{wrong}
 	}
-	use, err := declared.Of(h).InForce(file, wrong)
-	if err != nil && does != endsLeases {
-		return nil, err
+	use, note, err := lease.InForce(h, file, wrong, does)
+	if note != "" {
+		e.note("%s", note)
 	}
-	if wrong = cmp.Or(err, wrong); wrong != nil {
-		e.note("%v", wrong)
-	}
-	if use == nil {
-		return nil, nil
-	}
-	return use.Host, nil
+	return use, err
 }
 
 // beginLeases begins what works on leases; the caller calls stop at the end. The child that writes is started when it is needed: most of many that ask at once are told that there is nothing.
-func (e *env) beginLeases(ctx context.Context, timeout time.Duration, does work) (context.Context, func(), *lease.Manager, error) {
+func (e *env) beginLeases(ctx context.Context, timeout time.Duration, does lease.Work) (context.Context, func(), *lease.Manager, error) {
 	ctx, stop, c, err := e.beginLook(ctx, timeout)
 	if err != nil {
 		return nil, nil, nil, err

@@ -16,6 +16,7 @@ import (
 // leaseView is one lease in JSON.
 type leaseView struct {
 	Guest   string            `json:"guest"`
+	For     *string           `json:"for"`
 	State   lease.State       `json:"state"`
 	Why     *string           `json:"why"`
 	From    string            `json:"from"`
@@ -42,7 +43,7 @@ type leaseDeviceView struct {
 
 func viewLease(m *lease.Manager, look lease.Look) leaseView {
 	l := look.Lease
-	v := leaseView{Guest: l.Guest, State: look.State, Why: known(look.Why), From: l.DrawnFrom(), Sources: l.Sources, Made: l.Made, Persist: l.Persist, Unit: known(l.Unit), Holders: []string{}, Devices: []leaseDeviceView{}}
+	v := leaseView{Guest: l.Guest, For: known(l.For), State: look.State, Why: known(look.Why), From: l.DrawnFrom(), Sources: l.Sources, Made: l.Made, Persist: l.Persist, Unit: known(l.Unit), Holders: []string{}, Devices: []leaseDeviceView{}}
 	if l.TTL > 0 && !l.Persist {
 		seconds := l.TTL.Seconds()
 		v.TTL = &seconds

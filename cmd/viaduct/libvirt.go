@@ -64,9 +64,9 @@ func runNetworkHook(ctx context.Context, e *env, op string) error {
 	if err != nil || port == nil {
 		return err
 	}
-	does := endsLeases
+	does := lease.Ends
 	if op == "port-created" {
-		does = checksLease
+		does = lease.Checks
 	}
 	ctx, stop, m, err := e.beginLeases(ctx, bind.DefaultTimeout, does)
 	if err != nil {
@@ -133,9 +133,9 @@ func runLibvirtHook(ctx context.Context, e *env, args []string) error {
 		}
 	}
 
-	does := endsLeases
+	does := lease.Ends
 	if op == "migrate" || op == "prepare" || op == "start" {
-		does = checksLease
+		does = lease.Checks
 	}
 	ctx, stop, m, err := e.beginLeases(ctx, bind.DefaultTimeout, does)
 	if err != nil {
@@ -150,7 +150,7 @@ func runLibvirtHook(ctx context.Context, e *env, args []string) error {
 // restoreLeases makes the leases again that outlive a boot, when the VFs are there, and nothing else is locked, and
 // resets what was gone when its lease ended and is back.
 func restoreLeases(ctx context.Context, e *env) error {
-	ctx, stop, m, err := e.beginLeases(ctx, bind.DefaultTimeout, endsLeases)
+	ctx, stop, m, err := e.beginLeases(ctx, bind.DefaultTimeout, lease.Ends)
 	if err != nil {
 		return err
 	}

@@ -27,7 +27,7 @@ func (e *env) side(h *iommu.Host, timeout time.Duration) *migrate.Side {
 	return &migrate.Side{
 		Host: h,
 		Leases: func(ctx context.Context) (context.Context, func(), *lease.Manager, error) {
-			ctx, stop, m, err := e.beginLeases(ctx, timeout, makesLeases)
+			ctx, stop, m, err := e.beginLeases(ctx, timeout, lease.Makes)
 			if err != nil {
 				return nil, nil, nil, err
 			}

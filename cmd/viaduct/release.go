@@ -84,7 +84,7 @@ func releaseCommand(e *env) *cli.Command {
 }
 
 func runRelease(ctx context.Context, e *env, timeout time.Duration, do func(context.Context, *lease.Manager) ([]lease.Certificate, error)) error {
-	ctx, stop, m, err := e.beginLeases(ctx, timeout, endsLeases)
+	ctx, stop, m, err := e.beginLeases(ctx, timeout, lease.Ends)
 	if err != nil {
 		return err
 	}

@@ -20,6 +20,8 @@ const LeasePrefix = journal.Lease
 // LeaseHead is the part of a lease's record that says whose it is. The whole record embeds it.
 type LeaseHead struct {
 	Guest string `json:"guest"`
+	// For says whom the guest is for, where its name alone says little; "" if nobody said.
+	For string `json:"for,omitempty"`
 }
 
 // LeaseDevice is the part of a lease's record of a device that says which it is. The whole record embeds it.
@@ -67,6 +69,9 @@ func Leases(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
 				continue
 			}
 			what := fmt.Sprintf("is assigned to guest %q", l.Guest)
+			if l.For != "" {
+				what += " (" + l.For + ")"
+			}
 			out = append(out, Holder{
 				Device: devices[i].Name, Kind: Lease, Guest: l.Guest, What: what, Brief: "guest " + l.Guest,
 			})

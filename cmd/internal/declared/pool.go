@@ -64,6 +64,19 @@ func (m *Manager) Pool(s *hostfile.Host, name string) ([]*iommu.Device, error) {
 	return out, nil
 }
 
+// Taken are the devices that are declared to be taken and are there, as they were when they were last applied.
+func (m *Manager) Taken(s *hostfile.Host) []*iommu.Device {
+	var out []*iommu.Device
+	for k := range s.Devices {
+		dev := &s.Devices[k]
+		i := &Item{Name: dev.Select.String(), At: dev.At}
+		if m.found(i, dev.Select, m.find) && !slices.Contains(out, i.Device) {
+			out = append(out, i.Device)
+		}
+	}
+	return out
+}
+
 // Kept says why no guest can have a VF whose IOMMU group has something else that the host keeps.
 func Kept(vf, with *iommu.Device) string {
 	return fmt.Sprintf("no guest can have %s (vf%d): it shares IOMMU group %d with %s, which the host keeps", vf.Name,

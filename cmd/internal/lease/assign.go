@@ -20,6 +20,7 @@ import (
 // Request is what a guest asks for.
 type Request struct {
 	Guest               string
+	For                 string // whom it is for, in words
 	Sources             []Source
 	Memory              uint64 // the guest's, in bytes; 0: not known
 	AvoidsReservedRange bool   // its VMM keeps guest memory off the range that AMD's IOMMUs reserve
@@ -219,6 +220,7 @@ func (l *Lease) renew(m *Manager, r *Request) {
 		// Who only asks again does not know the words of who runs it.
 		l.VM = r.VM
 	}
+	l.For = cmp.Or(r.For, l.For)
 	if r.NodeOwner != "" {
 		l.NodeOwner = r.NodeOwner
 	}

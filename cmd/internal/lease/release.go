@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"viaduct/internal/host"
 	"viaduct/vfio/bind"
 	"viaduct/vfio/holder"
 )
@@ -19,11 +20,17 @@ const (
 	Unreset      Result = "not-reset"  // and free for the next, who finds what the guest has left, as its lease allowed
 )
 
-// NoLeaseError says that a guest has no lease.
+// ErrNoLease is matched by errors that say that a guest has no lease.
+const ErrNoLease = host.Error("it has no lease")
+
+// NoLeaseError says that a guest has no lease. It matches ErrNoLease.
 type NoLeaseError struct {
 	Guest string
 	Have  []string
 }
+
+// Is makes it an ErrNoLease.
+func (e *NoLeaseError) Is(target error) bool { return target == ErrNoLease }
 
 func (e *NoLeaseError) Error() string {
 	if len(e.Have) == 0 {

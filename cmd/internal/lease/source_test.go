@@ -5,8 +5,8 @@ import (
 	"errors"
 	"strings"
 	"testing"
-	"viaduct/cmd/internal/hostfile"
 
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/internal/host/hosttest"
 	"viaduct/sriov"
 	"viaduct/vfio/holder"

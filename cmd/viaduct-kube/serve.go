@@ -50,7 +50,7 @@ func serveCommand(ctx context.Context, args []string, stderr io.Writer) error {
 	f := flag.NewFlagSet("serve", flag.ContinueOnError)
 	o.flags(f)
 	f.StringVar(&o.node, "node", os.Getenv("NODE_NAME"), "`name` of this node in the cluster (default $NODE_NAME)")
-	f.StringVar(&o.kubeconfig, "kubeconfig", "", "`file` that says how to reach the cluster; in a pod there is none")
+	f.StringVar(&o.kubeconfig, "kubeconfig", "", "`file` that says how to reach the cluster; leave it out in a pod")
 	f.StringVar(&o.metrics, "metrics", "", "`address` to serve metrics at, e.g. 127.0.0.1:9400; none if it is empty")
 	f.StringVar(&o.podUID, "pod-uid", os.Getenv("POD_UID"),
 		"`uid` of the pod that this runs in, for a rolling update (default $POD_UID)")
@@ -208,7 +208,7 @@ func (s *server) claims(ctx context.Context, functions []node.Function) ([]node.
 	out, err := s.kubelet.Claims(ctx, s.common.driver, functions, isGroup)
 	if err != nil {
 		// The kubelet may start later, and has no plugins then.
-		s.say("the kubelet does not tell what other device plugins give out: %v", err)
+		s.say("cannot ask the kubelet what other device plugins give out: %v", err)
 	}
 	list, err := s.client.ResourceV1().ResourceSlices().List(ctx, meta.ListOptions{
 		FieldSelector: resource.ResourceSliceSelectorNodeName + "=" + s.node,

@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -14,38 +13,6 @@ import (
 	"viaduct/internal/host/hosttest"
 	"viaduct/iommu"
 )
-
-// What is typed next is completed with what it can be.
-func TestCompletes(t *testing.T) {
-	k := hosttest.NewSmallLab(t, "0000:00:05.0", sweptPF, "0000:00:08.0", sweptNIC)
-	put(t, k, hostfile.File, "pfs:\n  - select: "+sweptPF+"\n    count: 2\n    vfs: [{range: 0-1, driver: none, pool: net}]\n")
-	mustOnKernel(t, k, "apply")
-	mustOnKernel(t, k, "assign", "web", "--from", "net", "--persist")
-	for line, c := range map[string]struct{ has, lacks string }{
-		"list --color": {"auto always never", "wide"}, "list --output": {"wide json", "auto"}, "assign --format": {"qemu libvirt crosvm", "libvirt-network"},
-		"pool --format": {"libvirt-network", "qemu"}, "bind --force": {"route lease process", "vfio-pci"}, "release --force": {"", "route"},
-		"vf create --driver": {"none vfio home vfio-pci", "auto"}, "bind --driver": {"vfio none vfio-pci pci-stub", "home igb"},
-		"assign web --from": {"net 0000:01:00.0 enp1s0 0000:07:01.0", "web"}, "vf create --eswitch": {"legacy switchdev", "link"},
-		"vf create --inline-mode": {"link network", "basic"}, "vf create --encap": {"none basic", "link"}, "vf create --hw-tc-offload": {"on off", "none"},
-		"assign --mac": {"stable", "net"}, "assign --vlan": {"", "stable"}, "assign --set": {"vlan= mac= trust=", "vlan"},
-		"vf set 0000:01:00.0/vf0": {"vlan= mac=", "net"}, "vf set": {"0000:01:10.0 0000:01:00.0/vf1", "0000:07:01.0 vlan="},
-		"vf create": {"0000:01:00.0 enp1s0", "0000:01:10.0 0000:07:01.0"}, "bind": {"0000:07:01.0 group= class= nic", "web"},
-		"release": {"web", "net"}, "pool": {"net", "web"}, "why": {"guest=web 0000:07:01.0", "net"}, "help": {"bind gpu vfs", "net"},
-		"man": {"viaduct host.yaml viaduct-json", "net"}, "completion": {"bash zsh fish", "net"}, "bind --timeout": {"", "0000:07:01.0"},
-	} {
-		words := completed(t, k, line+" ")
-		for w := range strings.FieldsSeq(c.has) {
-			if !slices.Contains(words, w) {
-				t.Errorf("%s: %s is missing of %q", line, w, words)
-			}
-		}
-		for w := range strings.FieldsSeq(c.lacks) {
-			if slices.Contains(words, w) {
-				t.Errorf("%s: %s is there", line, w)
-			}
-		}
-	}
-}
 
 // What cannot be meant of commands that look is told too.
 func TestWrongLooks(t *testing.T) {

@@ -3,11 +3,15 @@ package lease
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"viaduct/cmd/internal/hostfile"
 	"viaduct/internal/host/hosttest"
+	"viaduct/iommu"
 	"viaduct/sriov"
 	"viaduct/vfio/holder"
 )
@@ -38,6 +42,7 @@ func TestSourceSays(t *testing.T) {
 		"a VF of the host": {host("2", "1"), Source{From: "0000:01:10.0"}, "", false},
 		"several":          {host("0", "1"), Source{From: "1af4:1001"}, "everything that 1af4:1001 names are on drivers of the host", false},
 		"more than are":    {host("2", "0"), Source{From: pf, Count: 3}, "3 are wanted", false},
+		"no PCI device":    {hosttest.NewKernel(t, hosttest.Platform()), Source{From: "0000:00:01.0"}, "fe000000.dma, in IOMMU group 5, is not a PCI device", true},
 		"not a VF":         {host("0", "1"), Source{From: "0000:07:01.0", Settings: hostfile.Plain(settings)}, "it is not a VF", true},
 	} {
 		c.from.Count = max(c.from.Count, 1)
@@ -48,6 +53,52 @@ func TestSourceSays(t *testing.T) {
 		if (err == nil) != (c.says == "") || err != nil && !strings.Contains(err.Error(), c.says) || errors.Is(err, holder.ErrRefused) != c.refused {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// What is declared in protect is assigned to nobody, and nothing is left of it.
+func TestProtectedIsNotAssigned(t *testing.T) {
+	const card = "0000:07:01.0"
+	k := hosttest.NewLab(t, nil)
+	m := managerOf(t, k, "pfs: []\nprotect: [\""+card+"\"]\n")
+	before := driversOf(t, k, card)
+	r := &Request{Guest: "a", Sources: []Source{{From: card, Count: 1}}, NoReset: true}
+	if _, _, _, err := m.Assign(t.Context(), r); !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), "in protect") {
+		t.Errorf("assigned: %v", err)
+	}
+	if l := leaseOf(t, k, "a"); l != nil || !slices.Equal(driversOf(t, k, card), before) {
+		t.Errorf("left of it: %+v, %v", l, driversOf(t, k, card))
+	}
+}
+
+// The processes of a unit are none where it has just gone, and an error where they cannot be read.
+func TestUnitPIDs(t *testing.T) {
+	const group = "sys/fs/cgroup/system.slice/vm.service"
+	k, _ := poolHost(t)
+	h := &iommu.Host{Host: k.Host()}
+	pids := func(want []int, fails error, what string) {
+		t.Helper()
+		got, err := UnitPIDs(h, "vm.service")
+		if !slices.Equal(got, want) || !errors.Is(err, fails) {
+			t.Errorf("%s: %v, %v", what, got, err)
+		}
+	}
+	pids(nil, nil, "there is none")
+	if got, err := UnitPIDs(h, ""); got != nil || err != nil {
+		t.Errorf("no unit: %v, %v", got, err)
+	}
+	write(t, k, group+"/cgroup.events", "populated 1\n")
+	pids(nil, nil, "it has just gone")
+	write(t, k, group+"/cgroup.procs", "600\n0\nx\n601\n")
+	pids([]int{600, 0, 601}, nil, "there are two, and one of another PID namespace")
+	for _, name := range []string{group + "/cgroup.procs", "sys/fs/cgroup/system.slice", "sys/fs/cgroup"} {
+		k.SetFault(func(_, asked string) error {
+			if asked == name {
+				return unix.EIO
+			}
+			return nil
+		})
+		pids(nil, unix.EIO, name+" cannot be read")
 	}
 }
 

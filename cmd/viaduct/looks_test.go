@@ -56,7 +56,7 @@ func TestLooksThatFail(t *testing.T) {
 	}
 }
 
-var moment = regexp.MustCompile(`\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?Z?|\b\d+s\b`)
+var moment = regexp.MustCompile(`\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?Z?|\b(\d+h)?(\d+m)?\d+s\b`)
 
 // saysNow is what a command line says, but when.
 func saysNow(k *hosttest.Kernel, line string) answer {

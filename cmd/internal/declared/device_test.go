@@ -11,9 +11,11 @@ import (
 	"testing"
 	"time"
 
+	"viaduct/internal/host/hosttest"
 	"viaduct/iommu"
 	"viaduct/sriov"
 	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
 )
 
 // The devices of a group are taken together: what their entries say must agree, and what one leaves open another says.
@@ -284,6 +286,51 @@ func TestSame(t *testing.T) {
 		c.change(&id)
 		if got, err := m.Same(&id, d); got != c.want || err != nil {
 			t.Errorf("%s: %v, %v", name, got, err)
+		}
+	}
+}
+
+// What the change of an item would take from somebody refuses the item before anything is changed, and is a note where it
+// is forced.
+func TestCheckRefuses(t *testing.T) {
+	const vf = "0000:01:10.0"
+	pfs := func(first, more string) string {
+		return "pfs:\n  - select: " + pf + "\n    count: 2\n    vfs: [{range: 0, " + first + "}, {range: 1, driver: none}]\n" + more
+	}
+	usual := pfs("driver: vfio, vlan: 7", "")
+	open := holder.Process
+	for name, c := range map[string]struct {
+		text  string
+		force []holder.Kind
+		state State
+		says  string
+	}{
+		"nothing changes":     {usual, nil, OK, ""},
+		"a NIC with a route":  {usual + "devices:\n  - select: " + nic + "\n", nil, Refused, "carries the default route"},
+		"forced":              {usual + "devices:\n  - select: " + nic + "\n", []holder.Kind{holder.Route}, Differs, ""},
+		"settings":            {pfs("driver: vfio, vlan: 8", ""), nil, Refused, vf + " is open in process 4711"},
+		"settings, forced":    {pfs("driver: vfio, vlan: 8", ""), []holder.Kind{open}, Differs, "its settings would change while " + vf},
+		"settings of another": {strings.Replace(usual, "driver: none", "driver: none, vlan: 9", 1), nil, Differs, ""},
+		"home":                {pfs("driver: home, vlan: 7", ""), nil, Refused, vf + " is open in process 4711"},
+		"fewer":               {strings.Replace(strings.Replace(usual, "count: 2", "count: 1", 1), ", {range: 1, driver: none}", "", 1), nil, Refused, vf + " is open in process 4711"},
+	} {
+		k := sweptHost(t)
+		if err := applyAll(k, usual); err != nil {
+			t.Fatal(err)
+		}
+		k.ChangeNet(func(n *hosttest.Network) { n.Routes = []hosttest.Route{{To: "default", Over: []string{"ens1"}}} })
+		k.Process(4711, "qemu", "/dev/vfio/devices/vfio0")
+		m := newManager(t, k, Options{Force: c.force})
+		items := plan(t, m, c.text)
+		k.Log = nil
+		m.Check(items)
+		i := items[len(items)-1]
+		said := strings.Join(i.Notes, "; ")
+		if i.Err != nil {
+			said += i.Err.Error()
+		}
+		if i.State != c.state || !strings.Contains(said, c.says) || (i.State == Refused) != errors.Is(i.Err, holder.ErrRefused) || len(k.Log) > 0 {
+			t.Errorf("%s: %s: %s; written %q", name, i.State, said, k.Log)
 		}
 	}
 }

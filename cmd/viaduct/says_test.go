@@ -173,6 +173,14 @@ func TestReleaseSays(t *testing.T) {
 	if a := onKernel(k, "leases"); !strings.Contains(a.stdout, "reserved") || !strings.Contains(a.stdout, sweptVF) {
 		t.Errorf("%+v", a)
 	}
+	k.Process(4711, "qemu", "/dev/vfio/devices/vfio0")
+	if a := onKernel(k, "release", "web"); a.status != exitRefused || a.stdout != "" || !strings.Contains(a.stderr, "process 4711") {
+		t.Errorf("while it runs: %+v", a)
+	}
+	if a := onKernel(k, "release", "web", "--json"); a.status != exitRefused || !strings.Contains(a.stdout, `"pid": 4711`) {
+		t.Errorf("while it runs: %+v", a)
+	}
+	k.End(4711)
 	a := mustOnKernel(t, k, "release", "web", "--json")
 	for _, part := range []string{`"guest": "web"`, `"result": "clean"`, `"vendor": "8086"`, `"device": "10ca"`, `"class": "020000"`, `"vlan": "7"`, `"why": null`} {
 		if !strings.Contains(a.stdout, part) {

@@ -73,4 +73,15 @@ func TestRun(t *testing.T) {
 	if a := onKernel(k, "run", "web", "--from", "net", "--", "sh", "-c", "exit 7"); a.status != 7 || !strings.Contains(a.stderr, "is in quarantine") {
 		t.Errorf("not reset: %+v", a)
 	}
+	delete(k.Fail, "sys/bus/pci/devices/0000:01:10.2/reset")
+	mustOnKernel(t, k, "release", "--quarantined", "0000:01:10.2")
+
+	// One that ends while it moves keeps its devices until that is over.
+	put(t, k, "var/lib/viaduct/move-web.json", `{"guest":"web","source":true,"peer":"there"}`)
+	if a := onKernel(k, "run", "web", "--from", "net", "--", "sh", "-c", "exit 7"); a.status != 7 || !strings.Contains(a.stderr, "has ended while it moved") {
+		t.Errorf("while it moves: %+v", a)
+	}
+	if left := onKernel(k, "leases", "--json").stdout; !strings.Contains(left, `"guest": "web"`) {
+		t.Errorf("while it moves: %s", left)
+	}
 }

@@ -126,6 +126,25 @@ func TestApplySays(t *testing.T) {
 	step(exitUsage, "host.yaml", "pool")
 }
 
+// A boot with a file that cannot be read fails after it has used what was in force, and takes nothing where nothing ever
+// was.
+func TestBootWithBrokenFile(t *testing.T) {
+	k := hosttest.NewSmallLab(t, "0000:00:05.0", sweptPF, "0000:00:08.0", sweptNIC, sweptEDU)
+	put(t, k, "proc/sys/kernel/random/boot_id", "this\n")
+	put(t, k, hostfile.File, "pfs: [")
+	k.Log = nil
+	if a := onKernel(k, "apply", "--boot", "--wait", "0s"); a.status == exitDone || !strings.Contains(a.stderr, "host.yaml") || len(k.Log) > 0 {
+		t.Errorf("where nothing was: %+v, written %q", a, k.Log)
+	}
+
+	k = booted(t)
+	want := sweptState(t, sweptHost(t))
+	put(t, k, hostfile.File, "pfs: [")
+	if a := onKernel(k, "apply", "--boot", "--wait", "0s"); a.status == exitDone || !strings.Contains(a.stderr, "host.yaml") || sweptState(t, k) != want {
+		t.Errorf("%+v\nis %s\nto be %s", a, sweptState(t, k), want)
+	}
+}
+
 // An apply that nobody confirms is undone by the guard, and what was in force before is in force again.
 func TestGuardUndoes(t *testing.T) {
 	k := hosttest.NewSmallLab(t, "0000:00:05.0", sweptPF, "0000:00:08.0", sweptNIC, sweptEDU)

@@ -192,7 +192,11 @@ func TestReleaseSays(t *testing.T) {
 	if a := onKernel(k, "leases"); !strings.Contains(a.stdout, "reserved") || !strings.Contains(a.stdout, sweptVF) {
 		t.Errorf("%+v", a)
 	}
-	k.Process(4711, "qemu", "/dev/vfio/devices/vfio0")
+	nodes, err := k.Host().Names("sys/bus/pci/devices/" + sweptVF + "/vfio-dev")
+	if err != nil || len(nodes) != 1 {
+		t.Fatal(nodes, err)
+	}
+	k.Process(4711, "qemu", "/dev/vfio/devices/"+nodes[0])
 	if a := onKernel(k, "release", "web"); a.status != exitRefused || a.stdout != "" || !strings.Contains(a.stderr, "process 4711") {
 		t.Errorf("while it runs: %+v", a)
 	}

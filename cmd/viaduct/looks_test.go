@@ -82,10 +82,14 @@ func TestLooksThatFail(t *testing.T) {
 
 var moment = regexp.MustCompile(`\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?Z?|\b(\d+h)?(\d+m)?\d+s\b`)
 
+var blanks = regexp.MustCompile(` +`)
+
 // saysNow is what a command line says, but when.
 func saysNow(k *hosttest.Kernel, line string) answer {
 	a := onKernel(k, strings.Fields(line)...)
 	a.stdout, a.stderr = moment.ReplaceAllString(a.stdout, "WHEN"), moment.ReplaceAllString(a.stderr, "WHEN")
+	// A longer time takes a wider column.
+	a.stdout = blanks.ReplaceAllString(a.stdout, " ")
 	return a
 }
 

@@ -3,6 +3,7 @@ package lease
 import (
 	"context"
 	"errors"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -140,6 +141,47 @@ func TestStateOf(t *testing.T) {
 		c.change(&l)
 		if got, why := m.state(&l, nil, 2); got != c.want || !strings.Contains(why, c.why) || (why == "") != (c.why == "") {
 			t.Errorf("%s: %s, %q", name, got, why)
+		}
+	}
+}
+
+// While its guest is elsewhere a VF has the address of before, or one that is no guest's.
+func TestParking(t *testing.T) {
+	const own = "02:76:00:01:80:01"
+	d := Device{LeaseDevice: holder.LeaseDevice{Address: iommu.Address{Bus: 1, Device: 0x10}}, Index: 1}
+	for was, want := range map[string][]string{
+		"": {noMAC, own}, guestMAC: {noMAC, own}, "52:54:00:00:00:09": {"52:54:00:00:00:09", noMAC, own},
+	} {
+		d.Before = sriov.Settings{sriov.MAC: was}
+		if got := d.parking(guestMAC); !slices.Equal(got, want) {
+			t.Errorf("it had %q: %q, want %q", was, got, want)
+		}
+	}
+}
+
+// Who runs a guest is written down, or that fails and is told.
+func TestStartedIsWritten(t *testing.T) {
+	for n := 0; ; n++ {
+		k, _ := poolHost(t)
+		k.Process(os.Getpid(), "viaduct")
+		book := BookOf(&iommu.Host{Host: k.Host()})
+		err := on(k, func(ctx context.Context, m *Manager) error {
+			_, _, _, err := m.Assign(ctx, &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1}}, OwnerPID: os.Getpid()})
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		l := leaseOf(t, k, "a")
+		failed := k.FailNth(n, unix.ENOSPC)
+		err = book.Started(t.Context(), l, 4711, "qemu")
+		k.Revive()
+		l = leaseOf(t, k, "a")
+		if written := l.Runner != nil && l.Runner.PID == 4711 && l.Owner == nil; written != (err == nil) {
+			t.Errorf("%s fails: %v; written %+v", failed(), err, l.Runner)
+		}
+		if failed() == "" {
+			return
 		}
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"viaduct/internal/host/hosttest"
 	"viaduct/iommu"
 	"viaduct/sriov"
+	"viaduct/vfio/bind"
 	"viaduct/vfio/holder"
 )
 
@@ -183,5 +184,38 @@ func TestStartedIsWritten(t *testing.T) {
 		if failed() == "" {
 			return
 		}
+	}
+}
+
+// A preview says of each device that the guest gets, and of no other, how it is reset afterwards, and refuses what nothing
+// can reset.
+func TestPreviewOfReset(t *testing.T) {
+	const card = "0000:00:03.0" // on the root bus, without a way to reset it
+	k, _ := poolHost(t)
+	preview := func(k *hosttest.Kernel, r *Request) (resets []string, err error) {
+		err = on(k, func(_ context.Context, m *Manager) error {
+			steps, err := m.Preview(r)
+			for _, line := range bind.Commands(steps) {
+				if about, _, found := strings.Cut(line, " is reset afterwards "); found {
+					resets = append(resets, strings.TrimPrefix(about, "# "))
+				}
+			}
+			return err
+		})
+		return resets, err
+	}
+	got, err := preview(k, &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1, Settings: hostfile.Plain(tagged)}}})
+	if err != nil || !slices.Equal(got, []string{vf1}) {
+		t.Errorf("of a VF: %q, %v", got, err)
+	}
+
+	lab := hosttest.NewKernel(t, hosttest.Made(hosttest.PCI{At: card, ID: "8086:10d3", Class: "020000", Driver: "e1000e", Group: 5}))
+	r := &Request{Guest: "a", Sources: []Source{{From: card, Count: 1}}}
+	if got, err := preview(lab, r); !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), "--no-reset") {
+		t.Errorf("of what nothing resets: %q, %v", got, err)
+	}
+	r.NoReset = true
+	if got, err := preview(lab, r); err != nil || !slices.Contains(got, card) {
+		t.Errorf("that goes as it is: %q, %v", got, err)
 	}
 }

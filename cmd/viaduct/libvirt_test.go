@@ -77,6 +77,22 @@ func TestHookOfBrokenFile(t *testing.T) {
 		}
 	}
 
+	// A lease that cannot be read may be of any device: what has some does not start, and what has none does.
+	put(t, k, "run/viaduct/lease-web.json", "{")
+	if status, said := hook(t, k, with, "web", "prepare", "begin", "-"); status == 0 {
+		t.Errorf("with a lease that cannot be read: %s", said)
+	}
+	if status, said := hook(t, k, plain, "web", "prepare", "begin", "-"); status != 0 || said == "" {
+		t.Errorf("without devices: status %d, %s", status, said)
+	}
+	if status, said := hook(t, k, "<domain", "web", "prepare", "begin", "-"); status == 0 {
+		t.Errorf("what is no domain: %s", said)
+	}
+	put(t, k, "run/viaduct/lease-web.json", "")
+	if err := os.Remove(filepath.Join(k.Dir(), "run/viaduct/lease-web.json")); err != nil {
+		t.Fatal(err)
+	}
+
 	if err := declared.Of(&iommu.Host{Host: k.Host()}).Ended(&hostfile.Host{}); err != nil {
 		t.Fatal(err)
 	}

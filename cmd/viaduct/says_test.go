@@ -93,6 +93,25 @@ func TestApplySays(t *testing.T) {
 	step(exitUsage, "host.yaml", "pool")
 }
 
+// A boot with a file that cannot be read fails after it has used what was in force, and takes nothing where nothing ever
+// was.
+func TestBootWithBrokenFile(t *testing.T) {
+	k := hosttest.NewSmallLab(t, "0000:00:05.0", sweptPF, "0000:00:08.0", sweptNIC, sweptEDU)
+	put(t, k, "proc/sys/kernel/random/boot_id", "this\n")
+	put(t, k, hostfile.File, "pfs: [")
+	k.Log = nil
+	if a := onKernel(k, "apply", "--boot", "--wait", "0s"); a.status == exitDone || !strings.Contains(a.stderr, "host.yaml") || len(k.Log) > 0 {
+		t.Errorf("where nothing was: %+v, written %q", a, k.Log)
+	}
+
+	k = booted(t)
+	want := sweptState(t, sweptHost(t))
+	put(t, k, hostfile.File, "pfs: [")
+	if a := onKernel(k, "apply", "--boot", "--wait", "0s"); a.status == exitDone || !strings.Contains(a.stderr, "host.yaml") || sweptState(t, k) != want {
+		t.Errorf("%+v\nis %s\nto be %s", a, sweptState(t, k), want)
+	}
+}
+
 // An apply that nobody confirms is undone by the guard, and what was in force before is in force again.
 func TestGuardUndoes(t *testing.T) {
 	k := hosttest.NewSmallLab(t, "0000:00:05.0", sweptPF, "0000:00:08.0", sweptNIC, sweptEDU)
@@ -140,6 +159,18 @@ func TestReleaseSays(t *testing.T) {
 	if a := onKernel(k, "leases"); !strings.Contains(a.stdout, "reserved") || !strings.Contains(a.stdout, sweptVF) {
 		t.Errorf("%+v", a)
 	}
+	nodes, err := k.Host().Names("sys/bus/pci/devices/" + sweptVF + "/vfio-dev")
+	if err != nil || len(nodes) != 1 {
+		t.Fatal(nodes, err)
+	}
+	k.Process(4711, "qemu", "/dev/vfio/devices/"+nodes[0])
+	if a := onKernel(k, "release", "web"); a.status != exitRefused || a.stdout != "" || !strings.Contains(a.stderr, "process 4711") {
+		t.Errorf("while it runs: %+v", a)
+	}
+	if a := onKernel(k, "release", "web", "--json"); a.status != exitRefused || !strings.Contains(a.stdout, `"pid": 4711`) {
+		t.Errorf("while it runs: %+v", a)
+	}
+	k.End(4711)
 	a := mustOnKernel(t, k, "release", "web", "--json")
 	for _, part := range []string{`"guest": "web"`, `"result": "clean"`, `"vendor": "8086"`, `"device": "10ca"`, `"class": "020000"`, `"vlan": "7"`, `"why": null`} {
 		if !strings.Contains(a.stdout, part) {

@@ -128,6 +128,8 @@ func (d *Driver) served(p *Plan, functions []node.Function) error {
 		case i < 0:
 			return fmt.Errorf("%s is not a device that host.yaml declares for guests", want.Address)
 		case functions[i].Lease != nil && functions[i].Lease.Guest == p.Request.Guest:
+		case functions[i].Lease != nil:
+			return functions[i].Taken()
 		case !d.Settings.Serves(node.DRA, &functions[i]):
 			return fmt.Errorf("%s is served by the provider %s, not by DRA (%s)", want.Address,
 				d.Settings.Provider(functions[i].Pool), node.SettingsFile)

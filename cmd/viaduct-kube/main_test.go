@@ -60,7 +60,7 @@ func TestManifests(t *testing.T) {
 		t.Fatal(stderr)
 	}
 	var kinds []string
-	for _, doc := range strings.Split(text, "\n---\n") {
+	for doc := range strings.SplitSeq(text, "\n---\n") {
 		var head meta.PartialObjectMetadata
 		if err := yaml.Unmarshal([]byte(doc), &head); err != nil {
 			t.Fatalf("%v\n%s", err, doc)
@@ -275,7 +275,7 @@ func TestServe(t *testing.T) {
 		t.Fatal("nothing is published")
 	}
 	var page bytes.Buffer
-	s.metrics.write(&page)
+	s.counts.write(&page)
 	if !strings.Contains(page.String(), `viaduct_functions{pool="net",provider="dra"} 2`) {
 		t.Errorf("metrics\n%s", page.String())
 	}

@@ -26,7 +26,7 @@ func manifestsCommand(args []string, stdout, stderr io.Writer) error {
 	m.Driver, m.KubeletDir, m.CDIDir = o.driver, o.kubeletDir, o.cdiDir
 	if len(m.Pools) == 0 {
 		if m.Pools, err = declaredPools(); err != nil {
-			return fmt.Errorf("read the pools of this host: %w (or name the pools: viaduct-kube manifests POOL...)", err)
+			return fmt.Errorf("read the pools of this host: %w (or name them: viaduct-kube manifests POOL...)", err)
 		}
 	}
 	for _, p := range m.Pools {

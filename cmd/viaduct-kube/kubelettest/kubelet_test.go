@@ -213,7 +213,7 @@ func TestKubelet(t *testing.T) {
 	}
 	server = start(t, dir, m)
 	defer func() { _ = server.Stop(klog.Background()) }()
-	client = next(t, "the plugin, after the kubelet has started again", m.connected)
+	next(t, "the plugin, after the kubelet has started again", m.connected)
 	if got := health(next(t, "the list again", m.lists)); got != vf0+" Healthy, "+vf1+" Unhealthy" {
 		t.Errorf("again: %s", got)
 	}

@@ -127,7 +127,8 @@ func PlanOf(claim *resource.ResourceClaim, driver, nodeName string) (*Plan, erro
 			return nil, fmt.Errorf("device %s is of pool %s, and this is node %s", r.Device, r.Pool, nodeName)
 		}
 		if r.AdminAccess != nil && *r.AdminAccess {
-			return nil, fmt.Errorf("request %s: a function cannot be shared, so there is no admin access to it", r.Request)
+			return nil, fmt.Errorf("request %s: there is no admin access to a function, as it cannot be shared",
+				r.Request)
 		}
 		a, err := node.ParseName(r.Device)
 		if err != nil {

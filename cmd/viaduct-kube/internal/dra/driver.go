@@ -192,8 +192,8 @@ func where(p *Plan, made *lease.Lease, fresh bool, i int) (lease.Device, error) 
 		}
 	}
 	if fresh || len(made.Devices) != len(p.Devices) {
-		return lease.Device{}, fmt.Errorf("%s is not what was assigned: delete the pod, and the claim is allocated again",
-			want)
+		return lease.Device{}, fmt.Errorf("%s is not what was assigned: delete the pod, so that the claim is "+
+			"allocated again", want)
 	}
 	return made.Devices[i], nil
 }

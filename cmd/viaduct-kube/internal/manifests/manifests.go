@@ -1,5 +1,5 @@
-// Package manifests has what a cluster needs to give functions to its pods: device classes, access rights, a policy and a
-// daemon set.
+// Package manifests has what a cluster needs to give functions to its pods: device classes, access rights, a policy
+// and a daemon set.
 package manifests
 
 import (
@@ -18,8 +18,8 @@ func Print(w io.Writer, o *Options) error { return all.Execute(w, o) }
 
 // all is all that a cluster needs. What the driver may do: read the claims of pods, say what its own node has,
 // and tell events. A policy keeps it from what other nodes have. It is not privileged, but it needs the host's
-// processes to see who uses a device, the host's network to configure VFs, and these capabilities: SYS_ADMIN to write to
-// sysfs and ask for VF settings, NET_ADMIN for VF settings, SYS_PTRACE to see who has a device open, DAC_OVERRIDE and
+// processes to see who uses a device, the host's network to configure VFs, and these capabilities: SYS_ADMIN to write
+// to sysfs and ask for VF settings, NET_ADMIN for VF settings, SYS_PTRACE to see who has a device open, DAC_OVERRIDE and
 // DAC_READ_SEARCH for the files of others, SYS_RESOURCE and IPC_LOCK for the memory of what is proved clean, and
 // SYS_MODULE, SYS_RAWIO and CHOWN for modules, config space, and the owners of nodes.
 var all = template.Must(template.New("manifests").Parse(`apiVersion: v1

@@ -19,6 +19,7 @@ var ModprobeDirs = []string{
 var ModuleParameters = []string{
 	"sys/module/vfio/parameters/enable_unsafe_noiommu_mode",
 	"sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts",
+	"sys/module/iommufd/parameters/allow_unsafe_interrupts",
 	"sys/module/vfio_iommu_type1/parameters/dma_entry_limit",
 	"sys/module/vfio_pci/parameters/disable_denylist",
 	"sys/module/vfio_pci/parameters/disable_idle_d3",

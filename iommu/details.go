@@ -73,10 +73,11 @@ func ReadDetails(h *Host, a Address) (*Details, error) {
 		Revision:     uint8(r.number("revision")),
 		PowerState:   r.text("power_state"),
 		ResetMethods: strings.Fields(r.text("reset_method")),
-		CanReset:     canReset(h, dir),
 		BootVGA:      r.number("boot_vga") == 1,
 		Unit:         r.link("iommu"),
 	}
+	d.CanReset, err = canReset(h, dir)
+	r.keep(err)
 
 	if names := r.names("vfio-dev"); len(names) > 0 {
 		d.VFIODevice = names[0]
@@ -130,12 +131,12 @@ func ReadDetails(h *Host, a Address) (*Details, error) {
 
 // canReset reports whether the kernel knows a way to reset a device by itself: it has the file for that, which may be
 // there or not in a snapshot of an older viaduct.
-func canReset(h *Host, dir *host.Dir) *bool {
+func canReset(h *Host, dir *host.Dir) (*bool, error) {
 	can, err := dir.Has("reset")
 	if err != nil || !can && !h.Live() && dir.Exists("reset_method") {
-		return nil
+		return nil, err
 	}
-	return &can
+	return &can, nil
 }
 
 func inFile(dir *host.Dir, name string, err error) error {

@@ -1,6 +1,7 @@
 package iommu
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -16,46 +17,55 @@ type Identity struct {
 	MACs   map[string]string `json:"macs,omitempty"` // see PermanentMACs
 }
 
-// Identify returns what can be said of a device while its own driver has it. What cannot be read is left out.
-func Identify(h *Host, d *Device) Identity {
+// Identify returns what can be said of a device while its own driver has it. What it does not have is left out; what
+// cannot be read is an error, as it would pass for what the device does not have.
+func Identify(h *Host, d *Device) (Identity, error) {
 	id := Identity{ID: d.ID}
-	id.Path, _ = PathOf(h, d)
+	var pathErr, serialErr, macErr error
+	id.Path, pathErr = PathOf(h, d)
 	if d.PhysFn == nil {
 		// A VF has no number of its own, and reading config space takes time.
-		id.Serial, _ = ReadSerial(h, d.Address)
+		id.Serial, serialErr = ReadSerial(h, d.Address)
 	}
 	if len(d.Netdevs) > 0 {
-		id.MACs, _ = PermanentMACs(h, d)
+		id.MACs, macErr = PermanentMACs(h, d)
 	}
-	return id
+	if err := errors.Join(pathErr, serialErr, macErr); err != nil {
+		return Identity{}, fmt.Errorf("what tells %s from other devices cannot be read: %w", d.Name, err)
+	}
+	return id, nil
 }
 
-// Differs says how a device is not the one that was identified, wherever it is now; "" if nothing tells them apart.
-func (was *Identity) Differs(h *Host, d *Device) string {
+// Differs says how a device is not the one that was identified, wherever it is now; "" if nothing tells them apart. It
+// is an error if that cannot be read.
+func (was *Identity) Differs(h *Host, d *Device) (string, error) {
 	if d.ID != was.ID {
-		return fmt.Sprintf("it is a %04x:%04x, and was a %04x:%04x", d.Vendor, d.Device, was.ID.Vendor, was.ID.Device)
+		return fmt.Sprintf("it is a %04x:%04x, and was a %04x:%04x", d.Vendor, d.Device, was.ID.Vendor, was.ID.Device), nil
 	}
 	if d.PhysFn != nil {
 		// It has no serial number of its own, and may have any MAC address.
-		return ""
+		return "", nil
 	}
 
 	serial, err := ReadSerial(h, d.Address)
+	if err != nil {
+		return "", fmt.Errorf("the serial number of %s cannot be read: %w", d.Name, err)
+	}
 	// A driver that tells one may be there now or not.
-	if err != nil || serial != was.Serial && serial != "" && was.Serial != "" {
-		return fmt.Sprintf("its serial number is %q instead of %q", serial, was.Serial)
+	if serial != was.Serial && serial != "" && was.Serial != "" {
+		return fmt.Sprintf("its serial number is %q instead of %q", serial, was.Serial), nil
 	}
 
 	macs, err := PermanentMACs(h, d)
 	if err != nil {
-		return "its MAC address cannot be read: " + err.Error()
+		return "", fmt.Errorf("the MAC address of %s cannot be read: %w", d.Name, err)
 	}
 	old, now := sortedMACs(was.MACs), sortedMACs(macs)
 	common := slices.ContainsFunc(now, func(mac string) bool { return slices.Contains(old, mac) })
 	if len(old) > 0 && len(now) > 0 && !common {
-		return fmt.Sprintf("its MAC address is %s instead of %s", strings.Join(now, ", "), strings.Join(old, ", "))
+		return fmt.Sprintf("its MAC address is %s instead of %s", strings.Join(now, ", "), strings.Join(old, ", ")), nil
 	}
-	return ""
+	return "", nil
 }
 
 func sortedMACs(byInterface map[string]string) []string {

@@ -110,16 +110,41 @@ func CommandLine(h *Host) []string {
 	return append([]string{}, strings.Fields(string(line))...)
 }
 
-// Parameter is the value of a parameter of a command line, the last one if it stands there more than once.
-func Parameter(words []string, name string) (value string, is bool) {
+// WordsOf are the words of a command line that set a parameter.
+func WordsOf(words []string, name string) []string {
+	// The kernel takes both for the same (kernel/params.c, dash2underscore).
+	same := func(s string) string { return strings.ReplaceAll(s, "-", "_") }
+	var out []string
 	for _, w := range words {
-		key, v, _ := strings.Cut(w, "=")
-		// The kernel takes both for the same (kernel/params.c, dash2underscore).
-		if strings.ReplaceAll(key, "-", "_") == strings.ReplaceAll(name, "-", "_") {
-			value, is = v, true
+		if key, _, _ := strings.Cut(w, "="); same(key) == same(name) {
+			out = append(out, w)
 		}
 	}
+	return out
+}
+
+// Parameter is the value of a parameter of a command line, the last one if it stands there more than once.
+func Parameter(words []string, name string) (value string, is bool) {
+	for _, w := range WordsOf(words, name) {
+		_, value, _ = strings.Cut(w, "=")
+		is = true
+	}
 	return value, is
+}
+
+// LastOf is which of these values stands last in the words of a parameter, and the word that it stands in; "" if none
+// does. The kernel's parsers of the IOMMUs' parameters take one value after the other, of each word with the name: of
+// two that contradict each other the last one counts, and a value without an opposite counts wherever it stands.
+func LastOf(words []string, name string, values ...string) (value, word string) {
+	for _, w := range WordsOf(words, name) {
+		_, all, _ := strings.Cut(w, "=")
+		for v := range strings.SplitSeq(all, ",") {
+			if slices.Contains(values, v) {
+				value, word = v, w
+			}
+		}
+	}
+	return value, word
 }
 
 // KernelConfig are the options of the running kernel, by name, as CONFIG_VFIO_PCI: m; nil if they are not known.
@@ -162,16 +187,18 @@ func (s *setting) isArm() bool {
 // lacks reports whether the kernel is known to have been built without an option.
 func (s *setting) lacks(option string) bool { return s.config != nil && s.config[option] == "" }
 
-// has reports whether a word is on the command line, also as one of several values with commas between them.
-func (s *setting) has(name, value string) bool {
-	v, is := Parameter(s.words, name)
-	return is && slices.Contains(strings.Split(v, ","), value)
+// last is LastOf of the kernel's command line.
+func (s *setting) last(name string, values ...string) string {
+	value, _ := LastOf(s.words, name, values...)
+	return value
 }
 
-func (s *setting) onCommandLine(word string) Off {
+// turnedOff is for a value of the command line that turns the IOMMU off.
+func (s *setting) turnedOff(name, value string) Off {
+	_, word := LastOf(s.words, name, value)
 	return Off{
 		Why: word + " on the kernel's command line turns it off", File: commandLine, Value: strings.Join(s.words, " "),
-		Cure: s.loader.Remove(word),
+		Cure: s.loader.RemoveValue(word, value),
 	}
 }
 
@@ -209,11 +236,12 @@ func (s *setting) whyOff() Off {
 	if o, elsewhere := s.elsewhere(); elsewhere {
 		return o
 	}
-	if s.has("acpi", "off") {
-		return s.onCommandLine("acpi=off")
+	if s.last("acpi", "off", "force") == "off" {
+		return s.turnedOff("acpi", "off")
 	}
 	for _, signature := range acpi.Signatures {
-		if f := s.tables[signature]; errors.Is(f.Err, acpi.ErrTable) {
+		f := s.tables[signature]
+		if errors.Is(f.Err, acpi.ErrTable) && (signature == "IVRS" || !errors.Is(f.Err, acpi.ErrSum)) {
 			return Off{
 				Why: fmt.Sprintf("the firmware's %s table is not sound (%v), and the kernel refuses it", signature,
 					f.Err),
@@ -233,8 +261,8 @@ func (s *setting) whyOff() Off {
 	_, iort := s.tables["IORT"]
 	_, viot := s.tables["VIOT"]
 	switch {
-	case (ivrs || dmar) && s.has("iommu", "off"):
-		return s.onCommandLine("iommu=off")
+	case (ivrs || dmar) && s.last("iommu", "off") != "":
+		return s.turnedOff("iommu", "off")
 	case ivrs:
 		return s.amd()
 	case dmar:
@@ -252,7 +280,7 @@ func (s *setting) elsewhere() (Off, bool) {
 	switch {
 	case s.container != "":
 		return Off{
-			Why: "this is a container, which sees no IOMMU", File: s.sign, Value: s.container,
+			Why: "this is a container, which is shown no IOMMU", File: s.sign, Value: s.container,
 			Cure: "run viaduct on the host itself",
 		}, true
 	case s.xen == "dom0":
@@ -273,23 +301,38 @@ func (s *setting) elsewhere() (Off, bool) {
 
 // amd is for an IVRS without an IOMMU. AMD's is on by default: no parameter turns it on.
 func (s *setting) amd() Off {
-	if s.has("amd_iommu", "off") {
-		return s.onCommandLine("amd_iommu=off")
+	if s.last("amd_iommu", "off") != "" {
+		return s.turnedOff("amd_iommu", "off")
+	}
+	// Its graphics stop where they are translated (drivers/iommu/amd/init.c, detect_ivrs).
+	if line := s.said("Disable IOMMU on Stoney Ridge"); line != "" {
+		return Off{
+			Why:  "Linux keeps the IOMMU of Stoney Ridge off, as its graphics may stop",
+			File: "dev/kmsg", Value: line, Cure: s.loader.Add("amd_iommu=force_enable"),
+		}
 	}
 	return s.refused("IVRS", "AMD-Vi", "CONFIG_AMD_IOMMU", "AMD-Vi", "IVRS")
 }
 
 // intel is for a DMAR without an IOMMU. Linux has Intel's on by default only if it was built so.
 func (s *setting) intel() Off {
-	if s.has("intel_iommu", "off") && !s.has("intel_iommu", "on") {
-		return s.onCommandLine("intel_iommu=off")
+	set := s.last("intel_iommu", "on", "off")
+	if set == "off" {
+		return s.turnedOff("intel_iommu", "off")
 	}
-	if !s.has("intel_iommu", "on") && s.config["CONFIG_INTEL_IOMMU_DEFAULT_ON"] != "y" &&
-		!s.lacks("CONFIG_INTEL_IOMMU") {
-		return Off{
+	if set == "" && s.config["CONFIG_INTEL_IOMMU_DEFAULT_ON"] != "y" && !s.lacks("CONFIG_INTEL_IOMMU") {
+		o := Off{
 			Why:  "the firmware has VT-d on, and this kernel uses it only with intel_iommu=on",
 			File: commandLine, Value: strings.Join(s.words, " "), Cure: s.loader.Add("intel_iommu=on"),
 		}
+		switch {
+		case s.words == nil:
+			o.Why = "the firmware has VT-d on, and many kernels use it only with intel_iommu=on; the command line of " +
+				"this one is not known"
+		case s.config == nil:
+			o.Why = "the firmware has VT-d on, and many kernels use it only with intel_iommu=on"
+		}
+		return o
 	}
 	return s.refused("DMAR", "VT-d", "CONFIG_INTEL_IOMMU", "DMAR")
 }
@@ -330,24 +373,33 @@ func (s *setting) virtio() Off {
 
 // arm is for an IORT without an SMMU in use: many describe none.
 func (s *setting) arm() Off {
-	described := false
-	if t := s.tables["IORT"].Table; t != nil {
-		for _, b := range t.Blocks {
-			switch b.Fields.(type) {
-			case *acpi.SMMU, *acpi.SMMUv3:
-				described = true
-			}
-		}
-	} else {
+	t := s.tables["IORT"].Table
+	if t == nil {
 		return Off{
 			Why: "no SMMU is in use", File: path.Join(tablesDir, "IORT"),
 			Cure: "run this as root, which may read the table that says whether there is one",
 		}
 	}
-	if !described {
-		return s.noTable()
+	for _, b := range t.Blocks {
+		switch b.Fields.(type) {
+		case *acpi.SMMU:
+			return s.smmu("CONFIG_ARM_SMMU", "arm_smmu")
+		case *acpi.SMMUv3:
+			return s.smmu("CONFIG_ARM_SMMU_V3", "arm_smmu_v3")
+		}
 	}
-	return s.refused("IORT", "an SMMU", "CONFIG_ARM_SMMU_V3", "smmu", "IORT")
+	return s.noTable()
+}
+
+// smmu is for an SMMU of an IORT, with the kernel's option for it and its module.
+func (s *setting) smmu(option, module string) Off {
+	if s.modules[module] || s.lacks(option) {
+		return s.refused("IORT", "an SMMU", option, "smmu", "IORT")
+	}
+	return Off{
+		Why: "the firmware describes an SMMU (IORT), and its module is not loaded", File: "sys/module/" + module,
+		Cure: "load the module " + module + " in the initramfs, before the drivers of the devices",
+	}
 }
 
 // noTable is for firmware that describes no IOMMU at all.
@@ -361,16 +413,19 @@ func (s *setting) noTable() Off {
 		o.Why = "the firmware describes no SMMU"
 		o.Cure = "turn on the SMMU in the firmware, if this machine has one"
 		if s.deviceTree {
-			o.Cure = "boot with a device tree that has the SMMU, or with ACPI (`acpi=force`)"
+			o.Why = "no SMMU is in use; whether the device tree has one was not looked at"
+			o.Cure = "boot with a device tree that has the SMMU, and a kernel with its driver, or with ACPI " +
+				"(`acpi=force`)"
 		}
 	case s.vendor == "AuthenticAMD" || s.vendor == "HygonGenuine":
 		o.Cure = "turn on \"IOMMU\" (AMD-Vi) in the firmware's menu (often under AMD CBS, NBIO, or Advanced; " +
 			"\"Auto\" may mean off)"
-		if s.has("amd_iommu", "off") {
-			o.Cure += "; then " + s.loader.Remove("amd_iommu=off")
-		}
+		o.Cure += s.thenOn("amd_iommu")
 	case s.vendor == "GenuineIntel":
-		o.Cure = "turn on \"VT-d\" (Intel VT for Directed I/O) in the firmware's menu" + s.thenIntel()
+		o.Cure = "turn on \"VT-d\" (Intel VT for Directed I/O) in the firmware's menu" + s.thenOn("intel_iommu")
+		if s.last("intel_iommu", "on") == "" && s.config["CONFIG_INTEL_IOMMU_DEFAULT_ON"] != "y" {
+			o.Cure += "; then " + s.loader.Add("intel_iommu=on")
+		}
 	case s.arch == "" || s.arch == "x86_64" || s.arch == "i686":
 		o.Cure = "turn on \"IOMMU\" (AMD-Vi) or \"VT-d\" (Intel) in the firmware's menu"
 	default:
@@ -380,14 +435,15 @@ func (s *setting) noTable() Off {
 	return o
 }
 
-func (s *setting) thenIntel() string {
-	switch {
-	case s.has("intel_iommu", "off"):
-		return "; then " + s.loader.Remove("intel_iommu=off")
-	case s.has("intel_iommu", "on") || s.config["CONFIG_INTEL_IOMMU_DEFAULT_ON"] == "y":
-		return ""
+// thenOn is what of the command line has to go as well, once the firmware has the IOMMU on.
+func (s *setting) thenOn(parameter string) string {
+	var then strings.Builder
+	for _, name := range []string{parameter, "iommu"} {
+		if value, word := LastOf(s.words, name, "off", "on"); value == "off" {
+			then.WriteString("; then " + s.loader.RemoveValue(word, value))
+		}
 	}
-	return "; then " + s.loader.Add("intel_iommu=on")
+	return then.String()
 }
 
 // guestOf is what to do where a hypervisor's guest is to have an IOMMU; without a cure if this is no guest.
@@ -416,20 +472,20 @@ func (s *setting) guestOf() Off {
 	} {
 		if strings.HasPrefix(s.maker, p.maker) && (s.hypervisor || arm || s.vendor == "" || p.name == "QEMU") {
 			return Off{
-				Why: "this is a guest of " + p.name + ", which gives it no IOMMU", File: "sys/class/dmi/id/sys_vendor",
+				Why: p.name + " gives this guest no IOMMU", File: "sys/class/dmi/id/sys_vendor",
 				Value: s.maker, Cure: p.cure,
 			}
 		}
 	}
 	if s.xen == "guest" {
 		return Off{
-			Why: "this is a guest of Xen, which gives it no IOMMU", File: "sys/hypervisor/type", Value: "xen",
+			Why: "Xen gives this guest no IOMMU", File: "sys/hypervisor/type", Value: "xen",
 			Cure: "use a machine of your own: Xen gives its guests none",
 		}
 	}
 	if s.hypervisor {
 		return Off{
-			Why: "this is a hypervisor's guest, which it gives no IOMMU", File: "proc/cpuinfo", Value: "hypervisor",
+			Why: "the hypervisor gives this guest no IOMMU", File: "proc/cpuinfo", Value: "hypervisor",
 			Cure: "turn on a virtual IOMMU where this guest is defined, or use a machine of your own",
 		}
 	}

@@ -24,10 +24,11 @@ var remapLines = []struct{ words, cure string }{
 }
 
 func (s *setting) whyNotRemapped(t *Topology) Off {
-	for _, word := range []string{"intremap=off", "nointremap"} {
-		if slices.Contains(s.words, word) {
-			return s.onCommandLine(word)
-		}
+	if s.last("intremap", "on", "off") == "off" {
+		return s.turnedOff("intremap", "off")
+	}
+	if slices.Contains(s.words, "nointremap") {
+		return s.turnedOff("nointremap", "")
 	}
 	has := func(kind UnitKind) bool {
 		return slices.ContainsFunc(t.Units, func(u Unit) bool { return u.Kind == kind })

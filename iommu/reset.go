@@ -41,7 +41,10 @@ func ResetOf(h *Host, t *Topology, d *Device) (Reset, error) {
 		return Reset{}, err
 	}
 	defer dir.Close()
-	alone := canReset(h, dir)
+	alone, err := canReset(h, dir)
+	if err != nil {
+		return Reset{}, err
+	}
 	text, err := dir.String("reset_method")
 	if err != nil && !host.Absent(err) {
 		return Reset{}, err

@@ -34,14 +34,38 @@ func applyCommand(e *env) *cli.Command {
 			"  viaduct apply --dry-run\n" +
 			"  viaduct apply --confirm 60s && viaduct apply --confirmed",
 		Flags: append(o.flags(e),
-			&cli.BoolFlag{Name: "keep-going", Usage: "apply the rest when some items are refused", Destination: &o.keepGoing},
-			&cli.DurationFlag{Name: "confirm", Usage: "undo everything after `TIME` (e.g. 60s) unless viaduct apply --confirmed is run first", Destination: &o.confirm},
+			&cli.BoolFlag{
+				Name:        "keep-going",
+				Usage:       "apply the rest when some items are refused",
+				Destination: &o.keepGoing,
+			},
+			&cli.DurationFlag{
+				Name:        "confirm",
+				Usage:       "undo everything after `TIME` (e.g. 60s) unless viaduct apply --confirmed is run first",
+				Destination: &o.confirm,
+			},
 			&cli.BoolFlag{Name: "confirmed", Usage: "keep what was applied with --confirm"},
-			&cli.BoolFlag{Name: "boot", Usage: "apply as the boot unit does: wait for devices, skip those that the host was using when it last ran, and keep going", Destination: &o.boot},
-			&cli.DurationFlag{Name: "wait", Usage: "with --boot: wait for devices this long", Value: 30 * time.Second, Destination: &o.wait},
+			&cli.BoolFlag{
+				Name: "boot",
+				Usage: "apply as the boot unit does: wait for devices, skip those that the host was using when it last " +
+					"ran, and keep going",
+				Destination: &o.boot,
+			},
+			&cli.DurationFlag{
+				Name:        "wait",
+				Usage:       "with --boot: wait for devices this long",
+				Value:       30 * time.Second,
+				Destination: &o.wait,
+			},
 			forceFlag("a device that changes"),
-			&cli.DurationFlag{Name: "timeout", Usage: "wait this long for one write, and for another viaduct", DefaultText: "30s, and 1s for each VF", Destination: &o.timeout},
-			e.dryRunFlag(), e.stepsFlag("of a --dry-run"),
+			&cli.DurationFlag{
+				Name:        "timeout",
+				Usage:       "wait this long for one write, and for another viaduct",
+				DefaultText: "30s, and 1s for each VF",
+				Destination: &o.timeout,
+			},
+			e.dryRunFlag(),
+			e.stepsFlag("of a --dry-run"),
 		),
 		Action: func(c *cli.Context) (err error) {
 			if c.Args().Present() {
@@ -64,7 +88,8 @@ func applyCommand(e *env) *cli.Command {
 			}
 
 			if c.IsSet("confirm") && (o.confirm < time.Second || o.boot || e.dryRun) {
-				return usagef("apply: --confirm needs a time of at least a second (e.g. 60s), and cannot be combined with --boot or --dry-run")
+				return usagef("apply: --confirm needs a time of at least a second (e.g. 60s), and cannot be combined " +
+					"with --boot or --dry-run")
 			}
 			if o.wait < 0 {
 				return usagef("apply: invalid --wait %s: want zero or more", o.wait)
@@ -85,7 +110,8 @@ func applyCommand(e *env) *cli.Command {
 // planLocked plans what is declared, and locks all that it changes before that is looked at for the last time: another
 // viaduct may be in the middle of it, which looks like a difference, or like something that cannot be. What is wanted
 // is asked each time.
-func (c *changing) planLocked(ctx context.Context, o *declaredOptions, wanted func() (*hostfile.Host, error)) (*declared.Manager, []*declared.Item, error) {
+func (c *changing) planLocked(ctx context.Context, o *declaredOptions,
+	wanted func() (*hostfile.Host, error)) (*declared.Manager, []*declared.Item, error) {
 	locked := map[string]bool{}
 	for {
 		s, err := wanted()
@@ -124,7 +150,8 @@ func (c *changing) planLocked(ctx context.Context, o *declaredOptions, wanted fu
 
 		if len(devices) == 0 || c.handle.Undisturbed() {
 			for _, i := range items {
-				if err := c.handle.StuckIn(bind.AddressesOf(i.Devices())...); err != nil && i.State == declared.Differs {
+				if err := c.handle.StuckIn(bind.AddressesOf(i.Devices())...); err != nil &&
+					i.State == declared.Differs {
 					i.Refuse(err)
 				}
 			}
@@ -306,7 +333,8 @@ func (e *env) printApplied(items []*declared.Item, changed int, err error) error
 		return writeJSON(e.stdout, views)
 	case err != nil || changed > 0:
 	case len(items) == 0:
-		e.note("nothing is declared in /%s or /%s: viaduct adopt writes a file that describes this host", hostfile.File, hostfile.Dir)
+		e.note("nothing is declared in /%s or /%s: viaduct adopt writes a file that describes this host",
+			hostfile.File, hostfile.Dir)
 	default:
 		fmt.Fprintln(e.stdout, "the host is already as declared")
 	}
@@ -344,9 +372,18 @@ func undoCommand(e *env) *cli.Command {
 			"the next boot. The watch service leaves the result alone until the next apply.\n\n" +
 			"Examples:\n  viaduct undo",
 		Flags: []cli.Flag{
-			&cli.BoolFlag{Name: "unless-confirmed", Usage: "wait for viaduct apply --confirmed, and undo the apply when its time is over (apply --confirm starts this)"},
+			&cli.BoolFlag{
+				Name: "unless-confirmed",
+				Usage: "wait for viaduct apply --confirmed, and undo the apply when its time is over (apply --confirm " +
+					"starts this)",
+			},
 			forceFlag("a device that changes"),
-			&cli.DurationFlag{Name: "timeout", Usage: "wait this long for one write, and for another viaduct", Value: bind.DefaultTimeout, Destination: &timeout},
+			&cli.DurationFlag{
+				Name:        "timeout",
+				Usage:       "wait this long for one write, and for another viaduct",
+				Value:       bind.DefaultTimeout,
+				Destination: &timeout,
+			},
 		},
 		Action: func(c *cli.Context) error {
 			if c.Bool("unless-confirmed") {
@@ -385,7 +422,8 @@ func runUndo(ctx context.Context, e *env, force []holder.Kind, timeout time.Dura
 	}
 
 	if !known {
-		fmt.Fprintln(e.stdout, "there is nothing to undo: since the boot no apply changed anything, or it was undone already")
+		fmt.Fprintln(e.stdout,
+			"there is nothing to undo: since the boot no apply changed anything, or it was undone already")
 		return nil
 	}
 
@@ -430,8 +468,18 @@ func adoptCommand(e *env) *cli.Command {
 			"  viaduct adopt -o /etc/viaduct/host.yaml\n" +
 			"  viaduct adopt --import driverctl",
 		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "output", Aliases: []string{"o"}, Usage: "write to `FILE`, which must not exist, instead of standard output", Destination: &file, TakesFile: true},
-			&cli.StringFlag{Name: "import", Usage: "write what the files of this tool declare: `" + strings.Join(declared.Sources(), "|") + "`", Destination: &source},
+			&cli.StringFlag{
+				Name:        "output",
+				Aliases:     []string{"o"},
+				Usage:       "write to `FILE`, which must not exist, instead of standard output",
+				Destination: &file,
+				TakesFile:   true,
+			},
+			&cli.StringFlag{
+				Name:        "import",
+				Usage:       "write what the files of this tool declare: `" + strings.Join(declared.Sources(), "|") + "`",
+				Destination: &source,
+			},
 		},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {

@@ -11,6 +11,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/cmd/internal/lease"
 	"viaduct/cmd/internal/migrate"
 	"viaduct/cmd/internal/vmm"
@@ -39,8 +40,8 @@ func (o *assignOptions) flags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringSliceFlag{Name: "from", Usage: "draw from this pool of host.yaml, PF, or any `SELECTOR`[,count=N][,KEY=VALUE]..., where the keys are those of --set; may be repeated"},
 		&cli.IntFlag{Name: "count", Usage: "number of VFs, or of groups of other devices", Value: 1, Destination: &o.count},
-		&cli.StringFlag{Name: "mac", Usage: "VF MAC address, or `stable` to derive one from the PF's address and the VF index", Destination: &o.mac},
-		&cli.StringFlag{Name: "vlan", Usage: "VLAN ID (`0-4094`) that the PF applies to the VF's frames", Destination: &o.vlan},
+		&cli.StringFlag{Name: "mac", Usage: "VF MAC `ADDRESS`, or stable to derive one from the PF's address and the VF index", Destination: &o.mac},
+		&cli.StringFlag{Name: "vlan", Usage: "VLAN `ID` (0-4094, or e.g. 100+index) that the PF applies to the VF's frames", Destination: &o.vlan},
 		&cli.StringSliceFlag{Name: "set", Usage: "make another setting `KEY=VALUE` of the VF, as viaduct vf set takes it (may be repeated)"},
 		&cli.StringFlag{Name: "memory", Usage: "guest memory `SIZE` (e.g. 8G): check that the IOMMU can map it and the VMM may lock it", Destination: &o.memory},
 		&cli.IntFlag{Name: "numa", Usage: "prefer devices of this NUMA `NODE`", Value: -1},
@@ -76,7 +77,7 @@ func (o *assignOptions) parse(c *cli.Context, format *vmm.Format) error {
 	if o.standby != "" && (format == nil || !format.Standby) {
 		return usagef("%s: --failover needs the format qemu, qemu-iommufd or libvirt", c.Command.Name)
 	}
-	if o.standby != "" && o.Sources[0].Settings[sriov.MAC] == "" {
+	if _, known := o.Sources[0].Settings[sriov.MAC]; o.standby != "" && !known {
 		return usagef("%s: --failover needs --mac, because both NICs have the same address", c.Command.Name)
 	}
 	if o.movable && (format == nil || !format.Standby || format.Args == nil) {
@@ -108,7 +109,7 @@ func (o *assignOptions) parseSources(c *cli.Context) error {
 		if err != nil {
 			return usagef("%s: --from %s: %w", c.Command.Name, text, err)
 		}
-		if mac := s.Settings[sriov.MAC]; mac != "" && mac != sriov.StableMAC {
+		if mac := s.Settings[sriov.MAC].String(); mac != "" && mac != sriov.StableMAC {
 			macs[mac] += s.Count
 		}
 		o.Sources = append(o.Sources, s)
@@ -148,7 +149,7 @@ func parseSource(text string, count int, common []string) (lease.Source, error) 
 
 	var err error
 	if len(settings) > 0 {
-		s.Settings, err = sriov.ParseSettings(settings)
+		s.Settings, err = hostfile.ParseValues(settings)
 	}
 	_, vectors := s.Settings[sriov.MSIX]
 	switch {
@@ -194,13 +195,14 @@ func assignCommand(e *env) *cli.Command {
 			"Examples:\n  viaduct assign web --from net --vlan 100 --mac stable\n" +
 			"  viaduct assign web --from enp1s0 --format libvirt\n" +
 			"  viaduct assign web --from front,vlan=100,mac=stable --from back,count=2\n" +
+			"  viaduct assign web --from net,count=4,vlan=100+index\n" +
 			"  qemu-system-x86_64 ... $(viaduct assign web --from net --owner-pid $$)\n" +
 			"  viaduct assign db --from 0000:03:00.0 --memory 64G --format json",
 		Flags: append(o.flags(),
 			&cli.StringFlag{Name: "format", Usage: "print in this format: `qemu|json|...` (see --formats)", Value: "qemu", Destination: &o.format},
 			&cli.DurationFlag{Name: "ttl", Usage: "end the lease if no process opens the devices in this time; 0 for no limit", Value: 10 * time.Minute, Destination: &o.TTL},
 			&cli.IntFlag{Name: "owner-pid", Usage: "end the lease with the process `PID`", Destination: &o.OwnerPID},
-			&cli.StringFlag{Name: "unit", Usage: "end the lease with this systemd `UNIT`", Destination: &o.Unit},
+			&cli.StringFlag{Name: "unit", Usage: "end the lease with this system `UNIT` of systemd (not a user's)", Destination: &o.Unit},
 			&cli.BoolFlag{Name: "persist", Usage: "keep the lease over a boot (the default for libvirt)"},
 			&cli.BoolFlag{Name: "formats", Usage: "list the formats, and what each cannot do"},
 			e.dryRunFlag(), e.jsonFlag(),

@@ -324,7 +324,7 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, goal bind.Goal, 
 	switch {
 	case e.json:
 	case e.dryRun && !e.steps:
-		errs = append(errs, e.moveWords(job, results, asked))
+		errs = append(errs, e.moveWords(goal, job, results, asked))
 	default:
 		e.printChanges(views, lasts)
 	}

@@ -123,7 +123,8 @@ func runGuard(ctx context.Context, e *env, timeout time.Duration) error {
 
 	fmt.Fprintln(e.stdout, guardReady)
 	log := io.Discard
-	if kmsg, err := os.OpenFile("/dev/kmsg", os.O_WRONLY, 0); err == nil {
+	if fd, err := m.Host().OpenNode("dev/kmsg", os.O_WRONLY); err == nil {
+		kmsg := os.NewFile(uintptr(fd), "/dev/kmsg")
 		defer kmsg.Close()
 		log = kmsg
 	}

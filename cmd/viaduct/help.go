@@ -214,10 +214,10 @@ func helpCommand(e *env) *cli.Command {
 		BashComplete: func(c *cli.Context) {
 			topics, _ := manual(c.App)
 			for _, t := range topics {
-				fmt.Fprintln(e.stdout, t.Name)
+				e.suggest(t.Name)
 			}
 			for _, command := range c.App.VisibleCommands() {
-				fmt.Fprintln(e.stdout, command.Name)
+				e.suggest(command.Name)
 			}
 		},
 		Action: func(c *cli.Context) error { return runHelp(e, c.App, c.Args().Slice()) },
@@ -277,7 +277,7 @@ func manCommand(e *env) *cli.Command {
 			"Examples:\n  viaduct man | man -l -\n  viaduct man host.yaml | man -l -",
 		BashComplete: func(*cli.Context) {
 			for _, p := range docs.Pages {
-				fmt.Fprintln(e.stdout, p.Name)
+				e.suggest(p.Name)
 			}
 		},
 		Action: func(c *cli.Context) error {

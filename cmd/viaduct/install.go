@@ -122,7 +122,8 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 		err := m.Protect()
 		if errors.Is(err, holder.ErrBlind) && !systemd() {
 			// An image is made, which carries nothing yet.
-			e.note("viaduct cannot see which devices this host uses, and did not record them: run viaduct install again on the host itself")
+			e.note("viaduct cannot see which devices this host uses, and did not record them: run viaduct install again " +
+				"on the host itself")
 			err = nil
 		}
 		if err != nil {

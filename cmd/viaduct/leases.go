@@ -175,17 +175,11 @@ func runLeases(e *env) error {
 	return e.screen.PrintRows(rows)
 }
 
-// ageAt is how old something is, and on a captured host, how old it was then; "" if it does not say when that was.
+// ageAt is how old something is, and on a captured host, how old it was then; "" if neither that host nor a record says.
 func ageAt(h *iommu.Host, since time.Time) string {
 	now, known := h.Now()
-	if !known {
+	if !known || since.IsZero() {
 		return ""
 	}
 	return now.Time.Sub(since).Round(time.Second).String()
-}
-
-// completeGuests offers the guests that have a lease, as far as they may be known.
-func (e *env) completeGuests(c *cli.Context) {
-	e.printEach(e.guestNames())
-	cli.DefaultCompleteWithFlags(c.Command)(c)
 }

@@ -17,6 +17,12 @@ import (
 // hook runs the hook as libvirt does, with a domain on standard input.
 func hook(t *testing.T, k *hosttest.Kernel, domain string, args ...string) (status int, said string) {
 	t.Helper()
+	return hookWith(t, k, domain, append([]string{"--"}, args...)...)
+}
+
+// hookWith is hook with options before what libvirt passes.
+func hookWith(t *testing.T, k *hosttest.Kernel, domain string, args ...string) (status int, said string) {
+	t.Helper()
 	in, out, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
@@ -33,7 +39,7 @@ func hook(t *testing.T, k *hosttest.Kernel, domain string, args ...string) (stat
 		return &iommu.Host{Host: h}, err
 	}
 	var stdout, stderr bytes.Buffer
-	status = runOn(open, append([]string{"viaduct", "libvirt-hook", "--"}, args...), &stdout, &stderr)
+	status = runOn(open, append([]string{"viaduct", "libvirt-hook"}, args...), &stdout, &stderr)
 	return status, stdout.String() + stderr.String()
 }
 

@@ -65,7 +65,7 @@ func listCommand(e *env) *cli.Command {
 func (e *env) outputFlag(to *string) cli.Flag {
 	return &cli.StringFlag{
 		Name: "output", Aliases: []string{"o"}, Destination: to,
-		Usage: "`wide|json`: wide is one line for each device with its numbers",
+		Usage: "print `wide|json`: wide is one line for each device with its numbers, and marks the host's drivers with *",
 	}
 }
 

@@ -75,14 +75,14 @@ func runLog(e *env, words []string, lines int) error {
 		return nil
 	}
 
-	t := &terminal.Table{Shrink: []terminal.Shrink{{Column: 4, Least: 10}, {Column: 3, Least: 20}}}
-	head := terminal.Cells("TIME", "USER", "DEVICE", "WHAT", "COMMAND")
+	t := &terminal.Table{Shrink: []terminal.Shrink{{Column: 3, Least: 12}}, Wrap: true}
+	head := terminal.Cells("TIME", "USER", "DEVICE", "COMMAND", "WHAT")
 	for i := range head.Cells {
 		head.Cells[i].Style = terminal.Bold
 	}
 	t.Rows = append(t.Rows, head)
 	for _, entry := range all {
-		what, command, style := entry.Text(), entry.Command, terminal.Plain
+		what, command, style := entry.Text(), strings.TrimPrefix(entry.Command, "viaduct "), terminal.Plain
 		if entry.Device == nil {
 			what = string(entry.Result)
 		}
@@ -90,8 +90,8 @@ func runLog(e *env, words []string, lines int) error {
 			style = terminal.Bad
 			what = string(entry.Result) + ": " + cmp.Or(ptr(entry.Error), what)
 		}
-		row := terminal.Cells(when(entry.Time), entry.User, ptr(entry.Device), what, command)
-		row.Cells[3].Style = style
+		row := terminal.Cells(when(entry.Time), entry.User, ptr(entry.Device), command, what)
+		row.Cells[4].Style = style
 		t.Rows = append(t.Rows, row)
 	}
 	return e.screen.Print(t)

@@ -73,6 +73,8 @@ type env struct {
 	noteWidth      int             // of the terminal that notes go to, 0 if that is none
 	hostName       string          // --host
 	colour         string          // --color
+	begun          string          // the word that is being typed, where a shell asks to complete it
+	typed          *typing         // and the words before it
 	json, dryRun   bool
 	commandLine    string
 	changes        bool // the command changes a host that runs
@@ -171,7 +173,8 @@ func runOn(open func(string) (*iommu.Host, error), args []string, stdout, stderr
 		e.screen.Writer = out
 		return before(c)
 	}
-	if e.completeValue(app, args) {
+	if e.complete(app, args) {
+		_ = text.Flush()
 		return exitDone
 	}
 	err := app.Run(flagsFirst(app, args))
@@ -295,7 +298,6 @@ func newApp(e *env) *cli.App {
 		ErrWriter:                 e.stderr,
 		HideHelpCommand:           true,
 		HideVersion:               true,
-		EnableBashCompletion:      true,
 		DisableSliceFlagSeparator: true,
 		ExitErrHandler:            func(*cli.Context, error) {}, // or cli ends the process itself
 		OnUsageError:              onUsageError,
@@ -307,6 +309,8 @@ func newApp(e *env) *cli.App {
 				TakesFile:   true,
 			},
 			&cli.BoolFlag{Name: "version", Usage: "print the version"},
+			// cli leaves it out where there is a command of that name.
+			cli.HelpFlag,
 			&cli.StringFlag{
 				Name:        "color",
 				Usage:       "`WHEN` text is in colour: " + nearest.Or(terminal.Colours),
@@ -437,6 +441,11 @@ func flagsFirst(app *cli.App, args []string) []string {
 		}
 		if len(arg) > 1 && arg[0] == '-' {
 			to, known := &out, flags
+			if arg == "--help" || arg == "-h" {
+				// Each command has one of its own, and cli takes an argument for the command that it is about.
+				out = append(out, arg)
+				return all()
+			}
 			if flagNamed(flags, arg) == nil && flagNamed(app.Flags, arg) != nil {
 				to, known = &global, app.Flags
 			}

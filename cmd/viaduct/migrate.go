@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -23,6 +24,9 @@ import (
 // migrateOptions are what migrate is asked for.
 type migrateOptions struct {
 	guest, to, by, bandwidth string
+	uri                      string // of libvirt on the other host
+	probe                    string
+	probed                   netip.Addr // probe, as an address
 	wish                     migrate.Wish
 	check, cancel, resume    bool
 	takeBack, peer           bool
@@ -52,7 +56,9 @@ func migrateCommand(e *env) *cli.Command {
 			&cli.StringFlag{Name: "to", Usage: "the other `HOST`, as ssh knows it, or exec:COMMAND; with --check also a snapshot", Destination: &o.to},
 			&cli.BoolFlag{Name: "check", Usage: "only report whether the guest is ready", Destination: &o.check},
 			&cli.StringFlag{Name: "from", Usage: "draw from this `POOL` of the other host (default: the name of the one here)", Destination: &o.wish.Pool},
-			&cli.StringFlag{Name: "by", Usage: "move the device by `failover|replug` (default: failover if there is a pair)", Destination: &o.by},
+			&cli.StringFlag{Name: "by", Usage: "move the device by `failover|vfio|replug` (default: the first that can be)", Destination: &o.by},
+			&cli.StringFlag{Name: "libvirt", Usage: "the `URI` of the other host's libvirt (default: qemu+ssh://HOST/system)", Destination: &o.uri},
+			&cli.StringFlag{Name: "probe", Usage: "meanwhile ask the guest by ARP whether it hears, at this IPv4 `ADDRESS` of it, and count what is lost", Destination: &o.probe},
 			&cli.DurationFlag{Name: "downtime", Usage: "let QEMU stop the guest for this long (default: QEMU's own)", Destination: &o.limits.Downtime},
 			&cli.StringFlag{Name: "bandwidth", Usage: "send at most this `SIZE` of memory a second (e.g. 100M)", Destination: &o.bandwidth},
 			&cli.DurationFlag{Name: "unplug-wait", Usage: "give the guest this long to let go of its device", Value: 30 * time.Second, Destination: &o.limits.Unplug},
@@ -119,10 +125,13 @@ func (o *migrateOptions) parse() error {
 			"off, say so (--take-back --force=split-brain)")
 	case o.force != "" && !o.takeBack:
 		return usagef("migrate: --force is for --take-back")
-	case o.wish.By == migrate.ByVFIO && !o.check && mends == 0:
-		return usagef("migrate: --by vfio can only be checked so far")
 	}
 	var err error
+	if o.probe != "" {
+		if o.probed, err = netip.ParseAddr(o.probe); err != nil || !o.probed.Is4() {
+			return usagef("migrate: --probe %s: want an IPv4 address of the guest", o.probe)
+		}
+	}
 	if o.limits.Bandwidth, err = parseSize(o.bandwidth); err != nil {
 		return usagef("migrate: --bandwidth %q: want a size, e.g. 100M", o.bandwidth)
 	}

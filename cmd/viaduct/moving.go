@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path"
 	"slices"
 	"strings"
 	"time"
@@ -102,10 +103,20 @@ func runMigrate(ctx context.Context, e *env, o *migrateOptions) error {
 		}
 		return nil
 	}
+	var probe *migrate.Probe
+	if o.probe != "" {
+		netdev, err := probeOver(h, r, g)
+		if err != nil {
+			return err
+		}
+		if probe, err = migrate.NewProbe(netdev, o.probed); err != nil {
+			return err
+		}
+	}
 	if err := side.Home().Save(ctx, r); err != nil {
 		return err
 	}
-	return e.drive(ctx, o, side, way, r, migrate.Forward)
+	return e.drive(ctx, o, side, way, r, migrate.Forward, probe)
 }
 
 // readiness asks both hosts, and the guest's QEMU, and checks.
@@ -115,7 +126,12 @@ func (e *env) readiness(ctx context.Context, o *migrateOptions,
 	if err != nil {
 		return nil, nil, err
 	}
-	if g.Asked, err = migrate.AskGuest(ctx, g.VM); err != nil {
+	if g.VM.Libvirt() {
+		g.Asked, err = migrate.AskDomain(ctx, g)
+	} else {
+		g.Asked, err = migrate.AskGuest(ctx, g.VM)
+	}
+	if err != nil {
 		return nil, nil, err
 	}
 	name := o.to
@@ -137,7 +153,7 @@ func (e *env) newRecord(ctx context.Context, h *iommu.Host, o *migrateOptions, r
 	if err != nil {
 		return nil, err
 	}
-	if l == nil || l.VM == nil || l.VM.Socket == "" {
+	if l == nil || l.VM == nil || l.VM.Socket == "" && !l.VM.Libvirt() {
 		return nil, fmt.Errorf("%s: its QEMU has no socket of viaduct's (assign or run it with --failover or --movable)", o.guest)
 	}
 	words, err := book.Words(o.guest)
@@ -164,17 +180,47 @@ func (e *env) newRecord(ctx context.Context, h *iommu.Host, o *migrateOptions, r
 		Order: migrate.Order{Way: report.By, From: pool, Count: len(l.Devices), Settings: settings, Address: address, VM: *l.VM,
 			Words: words},
 	}
+	if l.VM.Libvirt() {
+		r.URI, err = o.libvirtURI()
+		return r, err
+	}
 	if r.Started, err = migrate.ProcessOf(ctx, h, r.Socket); err != nil {
 		return nil, err
 	}
 	return r, nil
 }
 
+// libvirtURI is how libvirt here reaches libvirt on the other host (docs/uri.rst of libvirt).
+func (o *migrateOptions) libvirtURI() (string, error) {
+	switch {
+	case o.limits.Downtime != 0:
+		return "", usagef("migrate: --downtime is not for guests of libvirt's, which chooses it itself")
+	case o.uri != "":
+		return o.uri, nil
+	case strings.HasPrefix(o.to, "exec:"):
+		return "", usagef("migrate: by which way does libvirt here reach libvirt there? (--libvirt URI)")
+	}
+	return "qemu+ssh://" + o.to + "/system", nil
+}
+
+// probeOver is the network interface over which a guest is reached from here, wherever it is: that of its bridge, or of
+// its PF.
+func probeOver(h *iommu.Host, r *migrate.Record, g *migrate.Guest) (string, error) {
+	if r.Order.VM.Standby != "" {
+		return r.Order.VM.Standby, nil
+	}
+	netdevs, err := h.Names(path.Join("sys/bus/pci/devices", g.Devices[0].PF, "net"))
+	if err != nil || len(netdevs) == 0 {
+		return "", errors.Join(fmt.Errorf("migrate: --probe %s: the guest's PF has no network interface", r.Guest), err)
+	}
+	return netdevs[0], nil
+}
+
 const noAddress = "00:00:00:00:00:00"
 
-// drive drives a move until it is over, or cannot go on.
+// drive drives a move until it is over, or cannot go on; a probe, if any, ends with it.
 func (e *env) drive(ctx context.Context, o *migrateOptions, side *migrate.Side, way *migrate.Transport, r *migrate.Record,
-	want migrate.Wants) error {
+	want migrate.Wants, probe *migrate.Probe) error {
 	ctx, stop := untilSignal(ctx)
 	defer stop()
 	d := &migrate.Driver{
@@ -190,6 +236,10 @@ func (e *env) drive(ctx context.Context, o *migrateOptions, side *migrate.Side, 
 		d.Progress = func(done, total uint64) { e.note("%d of %d MiB", done>>20, total>>20) }
 	}
 	err := d.Run(ctx, want)
+	if probe != nil {
+		probed := probe.End()
+		d.Outcome.Probed = &probed
+	}
 	if d.Outcome.Moved || err == nil {
 		return errors.Join(err, e.tellOutcome(r, &d.Outcome))
 	}
@@ -205,18 +255,30 @@ func (e *env) drive(ctx context.Context, o *migrateOptions, side *migrate.Side, 
 
 // outcomeView is what a move took, in JSON. What is not known is null.
 type outcomeView struct {
-	Guest    string   `json:"guest"`
-	Moved    bool     `json:"moved"`
-	To       string   `json:"to"`
-	Downtime *int     `json:"qemu_downtime_ms"`  // as the source's QEMU tells it
-	Stopped  *float64 `json:"stop_to_resume_ms"` // by both clocks
-	Error    *float64 `json:"clock_error_ms"`    // by which that may be wrong
-	Without  *float64 `json:"without_device_ms"` // from when the VF had left the guest until it had one again
-	Sent     uint64   `json:"memory_bytes"`
+	Guest    string     `json:"guest"`
+	Moved    bool       `json:"moved"`
+	To       string     `json:"to"`
+	Downtime *int       `json:"qemu_downtime_ms"`  // as the source's QEMU tells it
+	Stopped  *float64   `json:"stop_to_resume_ms"` // by both clocks
+	Error    *float64   `json:"clock_error_ms"`    // by which that may be wrong
+	Without  *float64   `json:"without_device_ms"` // from when the VF had left the guest until it had one again
+	Sent     uint64     `json:"memory_bytes"`
+	Device   uint64     `json:"device_bytes"` // of that, the state of devices
+	Probe    *probeView `json:"probe"`
+}
+
+// probeView is what --probe has heard.
+type probeView struct {
+	migrate.Probed
+
+	Silence float64 `json:"longest_silence_ms"`
 }
 
 func (e *env) tellOutcome(r *migrate.Record, o *migrate.Outcome) error {
-	v := outcomeView{Guest: r.Guest, Moved: o.Moved, To: r.Peer, Downtime: o.Downtime, Sent: o.Memory}
+	v := outcomeView{Guest: r.Guest, Moved: o.Moved, To: r.Peer, Downtime: o.Downtime, Sent: o.Memory, Device: o.Device}
+	if p := o.Probed; p != nil {
+		v.Probe = &probeView{*p, float64(p.Silence.Microseconds()) / 1000}
+	}
 	between := func(here, there time.Time) *float64 {
 		if here.IsZero() || there.IsZero() || !o.Clock.Known {
 			return nil
@@ -244,7 +306,15 @@ func (e *env) tellOutcome(r *migrate.Record, o *migrate.Outcome) error {
 		fmt.Fprintf(e.stdout, "stopped until it went on %.1f ms (the clocks are known to %.1f ms)\n", *v.Stopped, *v.Error)
 	}
 	if v.Without != nil {
-		fmt.Fprintf(e.stdout, "without its VF %.1f ms\n", *v.Without)
+		what := "without its VF"
+		if r.Order.VM.Standby != "" {
+			what = "on its virtio NIC"
+		}
+		fmt.Fprintf(e.stdout, "%s %.1f ms\n", what, *v.Without)
+	}
+	if p := v.Probe; p != nil {
+		fmt.Fprintf(e.stdout, "%d of %d questions to %s were lost, and the longest silence was %.1f ms\n", max(p.Sent-p.Answered, 0),
+			p.Sent, p.Address, p.Silence)
 	}
 	return nil
 }
@@ -299,7 +369,7 @@ func runMigrateMend(ctx context.Context, e *env, o *migrateOptions) error {
 	case o.takeBack:
 		want = migrate.TakeBack
 	}
-	return e.drive(ctx, o, side, way, r, want)
+	return e.drive(ctx, o, side, way, r, want, nil)
 }
 
 // runMigratePeer is the other side of a move: it answers what is asked on standard input.

@@ -31,7 +31,11 @@ var stateOrder = []struct {
 	style terminal.Style
 }{
 	{declared.Refused, "refused", terminal.Bad}, {declared.Changed, "changed since", terminal.Bad},
-	{declared.Missing, "missing", terminal.Bad}, {declared.Unknown, "unknown", terminal.Warn}, {declared.Differs, "to change", terminal.Warn},
+	{
+		declared.Missing,
+		"missing",
+		terminal.Bad,
+	}, {declared.Unknown, "unknown", terminal.Warn}, {declared.Differs, "to change", terminal.Warn},
 	{declared.OK, "as declared", terminal.Good}, {declared.Unmanaged, "unmanaged", terminal.Plain},
 }
 
@@ -129,10 +133,16 @@ func reasonsOf(err error) []string {
 // statusWords prints one line for each item, and with verbose what is different.
 func (e *env) statusWords(items []*declared.Item, verbose bool) error {
 	if len(items) == 0 {
-		e.note("nothing is declared in /%s or /%s: viaduct adopt writes a file that describes this host", hostfile.File, hostfile.Dir)
+		e.note(
+			"nothing is declared in /%s or /%s: viaduct adopt writes a file that describes this host",
+			hostfile.File,
+			hostfile.Dir,
+		)
 		return nil
 	}
-	t := &terminal.Table{Shrink: []terminal.Shrink{{Column: 3, Least: 20}, {Column: 2, Least: 14}, {Column: 3, Least: 8}}}
+	t := &terminal.Table{
+		Shrink: []terminal.Shrink{{Column: 3, Least: 20}, {Column: 2, Least: 14}, {Column: 3, Least: 8}},
+	}
 	head := terminal.Cells("STATE", "DEVICE", "DECLARED AS", "WHAT")
 	for n := range head.Cells {
 		head.Cells[n].Style = terminal.Bold
@@ -178,7 +188,11 @@ func unmanagedText(d *iommu.Device) string {
 }
 
 // moveWords prints where devices would go, in words: the units of a job that are not refused.
-func (e *env) moveWords(job *bind.Job, results []bind.Result, asked []*iommu.Device) error {
+func (e *env) moveWords(goal bind.Goal, job *bind.Job, results []bind.Result, asked []*iommu.Device) error {
+	verb := "takes"
+	if goal == bind.GiveBack() {
+		verb = "gives back"
+	}
 	t := &terminal.Table{}
 	line := func(hang int, style terminal.Style, text string) {
 		t.Rows = append(t.Rows, terminal.Row{Line: text, Style: style, Hang: hang})
@@ -207,7 +221,7 @@ func (e *env) moveWords(job *bind.Job, results []bind.Result, asked []*iommu.Dev
 				line(2, terminal.Bold, d.Name+": "+moveText(by[d.Name]))
 			}
 		}
-		for _, words := range declared.Along(v.Unit, named...) {
+		for _, words := range declared.Along(verb, v.Unit, named...) {
 			line(4, terminal.Plain, "  "+words)
 		}
 	}

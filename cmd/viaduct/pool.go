@@ -30,10 +30,7 @@ func poolCommand(e *env) *cli.Command {
 			&cli.StringFlag{Name: "format", Usage: "print the pool in this format: `libvirt-network`", Destination: &format},
 			e.jsonFlag(),
 		},
-		BashComplete: func(c *cli.Context) {
-			e.printEach(e.pools())
-			cli.DefaultCompleteWithFlags(c.Command)(c)
-		},
+		BashComplete: func(*cli.Context) { e.suggest(e.pools()...) },
 		Action: func(c *cli.Context) error {
 			if c.NArg() > 1 {
 				return usagef("pool: want one name, or none for all")
@@ -48,8 +45,8 @@ func poolCommand(e *env) *cli.Command {
 
 type poolView struct {
 	Pool       string   `json:"pool"`
-	VFs        []string `json:"vfs"`
-	Free       *int     `json:"free"`       // null where a captured host does not tell of leases
+	VFs        []string `json:"vfs"`        // null where it could not be seen which they are
+	Free       *int     `json:"free"`       // the same, and where a captured host does not tell of leases
 	Leased     *int     `json:"leased"`     // the same
 	Quarantine *int     `json:"quarantine"` // the same
 	Kept       int      `json:"kept"`       // that no guest can have, as the host keeps something of their groups
@@ -85,7 +82,7 @@ func runPool(e *env, only string, network bool) error {
 		if only != "" && name != only {
 			continue
 		}
-		v := poolView{Pool: name, VFs: []string{}}
+		v := poolView{Pool: name}
 		vfs, err := dm.Pool(s, name)
 		if err != nil {
 			if network {
@@ -105,25 +102,9 @@ func runPool(e *env, only string, network bool) error {
 			return err
 		}
 
-		var free, leased, fouled int
-		for _, vf := range vfs {
-			v.VFs = append(v.VFs, vf.Name)
-			switch {
-			case slices.ContainsFunc(looks, func(l lease.Look) bool { return l.Has(vf.Address) }):
-				leased++
-			case quarantine.Why(h, vf) != "":
-				fouled++
-			case m.Topology.KeptWith(vf) != nil:
-				v.Kept++
-				v.Why = known(declared.Kept(vf, m.Topology.KeptWith(vf)))
-			default:
-				free++
-			}
+		if err == nil || errors.Is(err, iommu.ErrNotFound) {
+			v.count(m, vfs, looks, quarantine)
 		}
-		if m.Book.Known() {
-			v.Free, v.Leased, v.Quarantine = &free, &leased, &fouled
-		}
-
 		views = append(views, v)
 	}
 
@@ -136,7 +117,7 @@ func runPool(e *env, only string, network bool) error {
 			rows,
 			[]string{
 				v.Pool,
-				strconv.Itoa(len(v.VFs)),
+				v.size(),
 				numberText(v.Free),
 				numberText(v.Leased),
 				numberText(v.Quarantine),
@@ -149,6 +130,37 @@ func runPool(e *env, only string, network bool) error {
 		return nil
 	}
 	return e.screen.PrintRows(rows)
+}
+
+// count says what the VFs of a pool are.
+func (v *poolView) count(m *lease.Manager, vfs []*iommu.Device, looks []lease.Look, quarantine lease.Quarantined) {
+	v.VFs = []string{}
+	var free, leased, fouled int
+	for _, vf := range vfs {
+		v.VFs = append(v.VFs, vf.Name)
+		switch {
+		case slices.ContainsFunc(looks, func(l lease.Look) bool { return l.Has(vf.Address) }):
+			leased++
+		case quarantine.Why(m.Host(), vf) != "":
+			fouled++
+		case m.Topology.KeptWith(vf) != nil:
+			v.Kept++
+			v.Why = known(declared.Kept(vf, m.Topology.KeptWith(vf)))
+		default:
+			free++
+		}
+	}
+	if m.Book.Known() {
+		v.Free, v.Leased, v.Quarantine = &free, &leased, &fouled
+	}
+}
+
+// size is the number of a pool's VFs, "" if it is not known.
+func (v *poolView) size() string {
+	if v.VFs == nil {
+		return ""
+	}
+	return strconv.Itoa(len(v.VFs))
 }
 
 // numberText is a number, "" if it is not known.

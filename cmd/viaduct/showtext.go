@@ -95,7 +95,7 @@ func (f *facts) uses(h *iommu.Host, v *showView) {
 			// The warning says more.
 			lines = append(lines, cmp.Or(u.Brief, u.What))
 		default:
-			lines = append(lines, u.What)
+			lines = append(lines, unbracketed(u.What))
 		}
 	}
 	switch {
@@ -106,6 +106,14 @@ func (f *facts) uses(h *iommu.Host, v *showView) {
 	case v.Holders != nil && v.Guest == nil:
 		f.add("used by", "nobody")
 	}
+}
+
+// unbracketed is "ens1 has address ..." of "(ens1) has address ...", where the device is not named before it.
+func unbracketed(what string) string {
+	if name, rest, ok := strings.Cut(what, ") "); ok && strings.HasPrefix(name, "(") {
+		return name[1:] + " " + rest
+	}
+	return what
 }
 
 // leaseText is a guest with what its lease says of it.

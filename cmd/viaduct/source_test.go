@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"strings"
 	"testing"
 
@@ -13,6 +14,7 @@ func TestParseSource(t *testing.T) {
 	for text, want := range map[string]string{
 		"net":                     "net 2 vlan=100 trust=on",
 		"net,count=3,vlan=7":      "net 3 vlan=7 trust=on",
+		"net,vlan=200+index":      "net 2 vlan=200+index trust=on",
 		"0000:01:10.0,mac=stable": "0000:01:10.0 2 mac=stable vlan=100 trust=on",
 		"mac=52:54:00:00:00:01":   "mac=52:54:00:00:00:01 2 vlan=100 trust=on",
 		"net,count=x":             `invalid count "x"`,
@@ -62,5 +64,37 @@ func TestNumbersOfABoot(t *testing.T) {
 		if strings.Contains(a.stderr, note) != told {
 			t.Errorf("%s: %s", line, a.stderr)
 		}
+	}
+}
+
+// A setting with +index is another one for each VF; the lease holds what was typed, and asked again it is the same.
+func TestSettingByIndex(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	mustOnKernel(t, k, "vf", "create", "0000:01:00.0", "3")
+	line := []string{"assign", "web", "--from", "0000:01:00.0", "--count", "2", "--vlan", "100+index", "--format", "json"}
+	dry := mustOnKernel(t, k, append(line[:len(line)-2:len(line)-2], "--dry-run")...)
+	for _, want := range []string{"vf 0 vlan 100", "vf 1 vlan 101"} {
+		if !strings.Contains(dry.stdout, want) {
+			t.Errorf("%q is missing of the dry run:\n%s", want, dry.stdout)
+		}
+	}
+
+	for range 2 {
+		var got leaseView
+		if err := json.Unmarshal([]byte(mustOnKernel(t, k, line...).stdout), &got); err != nil {
+			t.Fatal(err)
+		}
+		var vlans []string
+		for _, d := range got.Devices {
+			vlans = append(vlans, *d.VLAN)
+		}
+		if text := strings.Join(vlans, " "); text != "100 101" || got.Sources[0].Settings.Text() != "vlan=100+index" {
+			t.Errorf("VLANs %s, settings %s", text, got.Sources[0].Settings.Text())
+		}
+	}
+
+	far := onKernel(k, "assign", "db", "--from", "0000:01:00.0", "--vlan", "4093+index")
+	if far.status != exitRefused || !strings.Contains(far.stderr, "vf2: vlan=4095") {
+		t.Errorf("exit status %d: %s", far.status, far.stderr)
 	}
 }

@@ -33,6 +33,22 @@ func TestVersion(t *testing.T) {
 	}
 }
 
+// Each command has its help, wherever --help stands on the line.
+func TestHelpOption(t *testing.T) {
+	for line, want := range map[string]string{
+		"--help": "viaduct: device passthrough", "-h": "viaduct: device passthrough",
+		"list --help": "Usage: viaduct list", "show 01:00.0 -h": "Usage: viaduct show", "vf --help": "Usage: viaduct vf COMMAND",
+		"vf create --help": "Usage: viaduct vf create", "pool net --help": "Usage: viaduct pool",
+		"--host /nowhere list -h": "Usage: viaduct list", "vf create 01:00.0 2 vlan=5 --help": "Usage: viaduct vf create",
+	} {
+		var out, errs bytes.Buffer
+		status := run(append([]string{"viaduct"}, strings.Fields(line)...), &out, &errs)
+		if status != 0 || errs.Len() != 0 || !strings.HasPrefix(out.String(), want) {
+			t.Errorf("viaduct %s: exit status %d, %q, %.60q", line, status, errs.String(), out.String())
+		}
+	}
+}
+
 // A package has everything that install does not make for one host alone.
 func TestPackageFiles(t *testing.T) {
 	root := t.TempDir()

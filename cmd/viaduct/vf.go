@@ -110,7 +110,7 @@ func vfCreateCommand(e *env) *cli.Command {
 			"Examples:\n  viaduct vf create enp1s0 4\n" +
 			"  viaduct vf create 0000:01:00.0 7 --driver vfio\n" +
 			"  viaduct vf create enp1s0 4 --dry-run\n" +
-			"  viaduct vf create enp1s0 enp2s0 7 mac=stable vlan=100 --driver vfio\n" +
+			"  viaduct vf create enp1s0 enp2s0 7 mac=stable vlan=100+index --driver vfio\n" +
 			"  viaduct vf create enp1s0np0 8 --eswitch switchdev --mtu 9000",
 		Flags: append([]cli.Flag{
 			&cli.StringFlag{

@@ -12,6 +12,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"viaduct/cmd/internal/hostfile"
+	"viaduct/cmd/internal/terminal"
 	"viaduct/iommu"
 	"viaduct/sriov"
 	"viaduct/vfio/bind"
@@ -32,7 +33,8 @@ func vfSetCommand(e *env) *cli.Command {
 		Description: "Several settings are one change: viaduct makes all of them or, if one fails, none. It does not " +
 			"write a setting that is right already, and reads back what it wrote. A driver that has the VF may " +
 			"notice a setting only when it binds again.\n\n" +
-			"" + settingsHelp() + "\n" +
+			settingsHelp() + "\n" +
+			"A number or GUID may end in `+index`, which adds the VF's index: `vlan=100+index`.\n\n" +
 			"Examples:\n  viaduct vf set enp1s0/vf0 mac=52:54:00:12:34:56\n" +
 			"  viaduct vf set enp1s0/vf0 mac=stable vlan=100 trust=off spoofchk=on",
 		Flags: []cli.Flag{
@@ -211,8 +213,7 @@ func runVFGet(e *env, sel iommu.Selector) error {
 	if e.json {
 		return writeJSON(e.stdout, view[i])
 	}
-	_, err = fmt.Fprintln(e.stdout, view[i].Settings.Text())
-	return err
+	return e.screen.Print(&terminal.Table{Rows: []terminal.Row{{Line: view[i].Settings.Text()}}})
 }
 
 func vfSyncCommand(e *env) *cli.Command {

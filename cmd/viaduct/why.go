@@ -34,7 +34,9 @@ func whyCommand(e *env) *cli.Command {
 		},
 		BashComplete: func(c *cli.Context) {
 			e.completeSelectors(c)
-			e.guestsAs(guestKey)
+			for _, name := range e.guestNames() {
+				e.suggest(guestKey + name)
+			}
 		},
 		Action: func(c *cli.Context) error {
 			size, err := parseSize(memory)

@@ -51,21 +51,6 @@ func deviceNamed(e *env, sel iommu.Selector, wrong error) (*iommu.Device, error)
 	return all[0], nil
 }
 
-// guestsAs offers the guests that have a lease, each after a key.
-func (e *env) guestsAs(key string) {
-	h, err := e.open()
-	if err != nil {
-		return
-	}
-	defer h.Close()
-	all, _ := lease.BookOf(h).All()
-	for _, l := range all {
-		if harmless(l.Guest) {
-			fmt.Fprintln(e.stdout, key+l.Guest)
-		}
-	}
-}
-
 // guestView is `why guest=NAME --json`.
 type guestView struct {
 	Guest   string     `json:"guest"`

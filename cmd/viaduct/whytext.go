@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 
+	"viaduct/internal/host"
 	"viaduct/iommu"
 )
 
@@ -104,7 +105,10 @@ func (w *why) differences(h *iommu.Host) []string {
 	if w.group == nil || agrees != nil && *agrees {
 		return nil
 	}
-	line, _ := h.String("proc/cmdline")
+	line, err := h.String("proc/cmdline")
+	if err != nil && !host.Absent(err) {
+		return []string{"Whether the kernel was started with pcie_acs_override= is not known: " + err.Error() + "."}
+	}
 	if strings.Contains(line, "pcie_acs_override=") {
 		return []string{"The kernel was started with pcie_acs_override=: its groups claim more isolation than the hardware has, " +
 			"and devices of different groups may reach each other."}

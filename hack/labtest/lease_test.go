@@ -344,7 +344,11 @@ func TestManyAssigns(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	random := rand.New(rand.NewPCG(seed, 0))
-	const most = 200
+	most := 60
+	if everyWrite() {
+		most = 200
+	}
+
 	for _, kill := range []bool{false, true} {
 		delays := make([]time.Duration, most)
 		for i := range delays {

@@ -2,6 +2,7 @@
 package bootloader
 
 import (
+	"maps"
 	"path"
 	"slices"
 	"strings"
@@ -137,39 +138,93 @@ func (l Loader) Add(parameter string) string {
 		return "add " + parameter + " to the kernel's command line, in the settings of this host's boot loader, and " +
 			"reboot"
 	}
-	return "add " + parameter + " to " + l.place(l.file) + l.inForce()
+	return "add " + parameter + " to " + l.place() + l.inForce()
 }
 
-// Remove says how a parameter that is on the command line goes.
-func (l Loader) Remove(parameter string) string {
+// Remove says how a word that is on the command line goes.
+func (l Loader) Remove(word string) string { return l.change(word, "") }
+
+// RemoveValue says how a value goes that stands in a word of the command line, alone or with others: in "a=x,off".
+func (l Loader) RemoveValue(word, value string) string {
+	name, values, _ := strings.Cut(word, "=")
+	others := slices.DeleteFunc(strings.Split(values, ","), func(v string) bool { return v == value })
+	if len(others) == 0 {
+		return l.Remove(word)
+	}
+	return l.change(word, name+"="+strings.Join(others, ","))
+}
+
+// change says how a word is changed to another, or goes if that is "".
+func (l Loader) change(word, rest string) string {
 	switch {
 	case l.remove != "":
-		return "run `" + strings.ReplaceAll(l.remove, "PARAMETER", parameter) + "` and reboot"
-	case l.file == "":
-		return "remove " + parameter + " from the kernel's command line, in the settings of this host's boot " +
-			"loader, and reboot"
-	}
-	file := l.file
-	var names []string
-	for name := range l.texts {
-		names = append(names, name)
-	}
-	slices.Sort(names)
-	for _, name := range names {
-		if strings.Contains(l.texts[name], parameter) {
-			file = name
-			break
+		commands := "`" + strings.ReplaceAll(l.remove, "PARAMETER", word) + "`"
+		if rest != "" {
+			commands += " and `" + strings.ReplaceAll(l.add, "PARAMETER", rest) + "`"
 		}
+		return "run " + commands + " and reboot"
+	case l.file == "":
+		return changing(word, rest) + " the kernel's command line, in the settings of this host's boot loader, and " +
+			"reboot"
 	}
-	return "remove " + parameter + " from " + l.place(file) + l.inForce()
+
+	place, looked := l.holding(word)
+	switch {
+	case place != "":
+	case looked:
+		return changing(word, rest) + " the kernel's command line (" + l.file + " does not have it: see the boot " +
+			"loader's own configuration)" + l.inForce()
+	default:
+		place = l.place()
+	}
+	return changing(word, rest) + " " + place + l.inForce()
 }
 
-// place is where in a file the command line is.
-func (l Loader) place(file string) string {
-	if l.setting == "" || file != l.file {
-		return file
+func changing(word, rest string) string {
+	if rest == "" {
+		return "remove " + word + " from"
 	}
-	return l.setting + " in " + file
+	return "change " + word + " to " + rest + " in"
+}
+
+// holding is where a word of the command line stands, with the name of the setting: "" if it is in none of the files;
+// looked is false if the loader's own file was not read.
+func (l Loader) holding(word string) (place string, looked bool) {
+	for _, name := range slices.Sorted(maps.Keys(l.texts)) {
+		looked = looked || name == l.file || strings.HasPrefix(name, path.Dir(l.file)+"/")
+		for line := range strings.Lines(l.texts[name]) {
+			line, _, _ = strings.Cut(line, "#")
+			setting, words, is := strings.Cut(strings.TrimSpace(line), "=")
+			if shell := is && strings.HasPrefix(name, "/etc/default/"); !shell {
+				setting, words = "", line
+			}
+
+			words = strings.Map(func(r rune) rune {
+				if r == '"' || r == '\'' {
+					return ' '
+				}
+				return r
+			}, words)
+			switch fields := strings.Fields(words); {
+			case !slices.Contains(fields, word):
+				continue
+			case setting != "":
+				return setting + " in " + name, true
+			case fields[0] == l.setting:
+				return l.setting + " in " + name, true
+			}
+			return name, true
+		}
+	}
+	return "", looked
+}
+
+// place is where the command line is.
+func (l Loader) place() string {
+	if l.setting == "" {
+		return l.file
+	}
+	return l.setting + " in " + l.file
 }
 
 func (l Loader) inForce() string {

@@ -12,6 +12,10 @@ import (
 // ErrTable is matched by every error about the content of a table.
 var ErrTable = errors.New("not a sound ACPI table")
 
+// ErrSum is matched, beside ErrTable, where a table is sound but for its bytes' sum. Linux refuses such an IVRS
+// (drivers/iommu/amd/init.c, check_ivrs_checksum); of others it only warns (ACPI_CHECKSUM_ABORT is not set).
+var ErrSum = fmt.Errorf("%w: wrong checksum", ErrTable)
+
 func bad(format string, a ...any) error {
 	return fmt.Errorf("%w: %s", ErrTable, fmt.Sprintf(format, a...))
 }
@@ -77,8 +81,8 @@ var forms = map[string]struct {
 }
 
 // Parse decodes a table. Its error matches [ErrTable], and comes with what was decoded up to the fault, for those who
-// want to show it: nil if that is nothing. A table whose sum is wrong is decoded to its end all the same; the kernel
-// refuses it.
+// want to show it: nil if that is nothing. A table whose sum is wrong is decoded to its end all the same, and its error
+// matches [ErrSum].
 func Parse(table []byte) (*Table, error) {
 	if len(table) < headerLength {
 		return nil, bad("%d bytes; its header alone has %d", len(table), headerLength)
@@ -108,7 +112,7 @@ func Parse(table []byte) (*Table, error) {
 	t.Fields = f.fields(&r)
 	err := f.blocks(t, table)
 	if sum := sum(table); err == nil && sum != 0 {
-		err = bad("the bytes of %s add up to %#02x instead of 0", t.Signature, sum)
+		err = fmt.Errorf("%w: the bytes of %s add up to %#02x instead of 0", ErrSum, t.Signature, sum)
 	}
 	return t, err
 }

@@ -192,9 +192,13 @@ func (b *Handle) remember(d *iommu.Device, owner *NodeOwner) error {
 	if err != nil {
 		return err
 	}
+	id, err := iommu.Identify(b.host, d)
+	if err != nil {
+		return err
+	}
 	r := takenRecord{
 		Vendor: d.Vendor, Device: d.Device, Driver: d.Driver, Override: d.DriverOverride,
-		Identity: iommu.Identify(b.host, d), Block: len(disks) > 0,
+		Identity: id, Block: len(disks) > 0,
 	}
 	if owner != nil {
 		r.NodeOwner = owner.Text

@@ -320,9 +320,13 @@ func (m *Manager) Recover() ([]bind.Recovered, error) {
 	var out []bind.Recovered
 	for _, key := range keys {
 		var was before
-		known, err := m.run.Get(key, &was)
-		if err != nil || !known {
+		unreadable := func(err error) {
 			out = append(out, bind.Recovered{Device: was.Device, What: "has a record that cannot be read", Err: err})
+		}
+		if known, err := m.run.Get(key, &was); !known {
+			if err != nil {
+				unreadable(err)
+			}
 			continue
 		}
 
@@ -333,8 +337,11 @@ func (m *Manager) Recover() ([]bind.Recovered, error) {
 		if !ours {
 			continue
 		}
-		if known, _ = m.run.Get(key, &was); !known {
+		if known, err := m.run.Get(key, &was); !known {
 			// It has ended meanwhile.
+			if err != nil {
+				unreadable(err)
+			}
 			continue
 		}
 
@@ -348,9 +355,9 @@ func (m *Manager) Recover() ([]bind.Recovered, error) {
 }
 
 // Interrupted reports whether an apply may have been killed in the middle.
-func (m *Manager) Interrupted() bool {
+func (m *Manager) Interrupted() (bool, error) {
 	keys, err := m.run.Keys(applying)
-	return err == nil && len(keys) > 0
+	return len(keys) > 0, err
 }
 
 // Last is what the last apply touched, for Undo; false if nothing is known of one since the boot.

@@ -206,8 +206,13 @@ func (m *Manager) found(i *Item, match hostfile.Match, find func(hostfile.Match)
 
 	d, err := find(match)
 	if errors.Is(err, iommu.ErrNotFound) && i.known != nil {
-		if d = m.byRecord(i.known); d != nil {
-			err = nil
+		recorded, look := m.byRecord(i.known)
+		if look != nil {
+			i.Refuse(look)
+			return false
+		}
+		if recorded != nil {
+			d, err = recorded, nil
 			i.Notes = append(i.Notes, fmt.Sprintf("%s: nothing matches %s now; it is %s by the record of "+
 				"the last apply", i.At, match.String(), d.Name))
 		}
@@ -220,7 +225,12 @@ func (m *Manager) found(i *Item, match hostfile.Match, find func(hostfile.Match)
 	}
 	i.Device = d
 
-	if why := m.changed(i.known, match, d); why != "" && !m.options.Accept {
+	why, err := m.changed(i.known, match, d)
+	if err != nil {
+		i.Refuse(err)
+		return false
+	}
+	if why != "" && !m.options.Accept {
 		i.State, i.Err = Changed, fmt.Errorf("%s: %s (viaduct apply --accept accepts that)", i.Name, why)
 		return false
 	}

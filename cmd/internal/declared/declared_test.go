@@ -264,7 +264,7 @@ func TestRecover(t *testing.T) {
 	if got := state(t, k); got != was {
 		t.Errorf("%s, was %s", got, was)
 	}
-	if m.Interrupted() {
+	if interrupted, err := m.Interrupted(); interrupted || err != nil {
 		t.Error("the record is left")
 	}
 }
@@ -314,7 +314,7 @@ func TestPlanStates(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := m.state.Put(protectedKey, []protected{{d.Address, iommu.Identify(m.host, d), "carries the default route"}}); err != nil {
+	if err := m.state.Put(protectedKey, []protected{{d.Address, identify(t, m, d), "carries the default route"}}); err != nil {
 		t.Fatal(err)
 	}
 	if i := one("devices:\n  - {select: " + pf + "}\n"); i.State != Refused ||
@@ -366,10 +366,10 @@ func TestPlanStates(t *testing.T) {
 
 	// A card in another slot is the same if it is found by a number of its own, also when nobody knew that number the
 	// last time; and its number is known by whatever name udev has given its interface meanwhile.
-	id := iommu.Identify(m.host, mine)
+	id := identify(t, m, mine)
 	mac := slices.Collect(maps.Values(id.MACs))[0]
 	mine.Netdevs = []string{"eth0"}
-	if again := iommu.Identify(m.host, mine); !reflect.DeepEqual(again, id) {
+	if again := identify(t, m, mine); !reflect.DeepEqual(again, id) {
 		t.Errorf("after its interface was named it is %v, was %v", again, id)
 	}
 	byMAC := "pfs:\n  - {select: mac=" + mac + ", count: 2}\n"
@@ -559,6 +559,15 @@ func TestImport(t *testing.T) {
 	}
 }
 
+func identify(t *testing.T, m *Manager, d *iommu.Device) iommu.Identity {
+	t.Helper()
+	id, err := iommu.Identify(m.host, d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
+
 // What a declaration does not name any more is found by what was written down when it was last applied, if that is
 // there once.
 func TestFoundByRecord(t *testing.T) {
@@ -575,7 +584,7 @@ func TestFoundByRecord(t *testing.T) {
 		}
 		return plan(t, m, "pfs:\n  - {select: oldname0, count: 2}\n")[0]
 	}
-	identity := iommu.Identify(m.host, mine.Device)
+	identity := identify(t, m, mine.Device)
 	if i := remembered(identity); i.State != Differs || i.Device.Name != pf || !strings.Contains(strings.Join(i.Notes, " "), "by the record of the last apply") {
 		t.Errorf("%v, %v, notes %q", i.State, i.Err, i.Notes)
 	}

@@ -1,6 +1,7 @@
 package declared
 
 import (
+	"errors"
 	"maps"
 	"net"
 	"strings"
@@ -172,7 +173,15 @@ func (m *Manager) stable(d *iommu.Device) (hostfile.Match, error) {
 		}
 		for _, s := range selectors {
 			match := hostfile.Match{Selectors: []iommu.Selector{s}}
-			if found, err := m.find(match); err == nil && found == d && s.OtherPort(m.host, d) == nil {
+			found, err := m.find(match)
+			if err != nil && !isUnclear(err) {
+				return hostfile.Match{}, err
+			}
+			err = s.OtherPort(m.host, d)
+			if _, other := errors.AsType[*iommu.OtherPortError](err); err != nil && !other {
+				return hostfile.Match{}, err
+			}
+			if found == d && err == nil {
 				return match, nil
 			}
 		}

@@ -133,7 +133,12 @@ func (m *Manager) planUnit(i *Item, guard *guard, leased map[iommu.Address]Guest
 
 	if m.host.Live() && i.owner != nil && len(i.Steps) == 0 {
 		for _, d := range i.unit {
-			if nodes, _ := vfio.Nodes(m.host, d); d.VFIO && !i.owner.Keeps(m.host, d) {
+			nodes, err := vfio.Nodes(m.host, d)
+			if err != nil {
+				i.Refuse(err)
+				return
+			}
+			if d.VFIO && !i.owner.Keeps(m.host, d) {
 				chown := "chown " + i.owner.Text + " " + strings.Join(nodes, " ")
 				i.Steps = append(i.Steps, bind.Action{Command: chown})
 			}
@@ -144,7 +149,12 @@ func (m *Manager) planUnit(i *Item, guard *guard, leased map[iommu.Address]Guest
 		return
 	}
 	i.State = Differs
-	if joined := m.joined(i); joined != "" && !m.options.Accept {
+	joined, err := m.joined(i)
+	if err != nil {
+		i.Refuse(err)
+		return
+	}
+	if joined != "" && !m.options.Accept {
 		i.State, i.Steps = Changed, nil
 		i.Err = fmt.Errorf("%s: %s (viaduct apply --accept takes it too)", i.Name, joined)
 		return

@@ -69,6 +69,12 @@ func (m *Manager) pfs(s *hostfile.Host) ([]hostfile.PF, error) {
 	return out, nil
 }
 
+// isUnclear reports whether an error of find says that a match names nothing that is there, or several devices.
+func isUnclear(err error) bool {
+	_, several := errors.AsType[*iommu.AmbiguousError](err)
+	return several || errors.Is(err, iommu.ErrNotFound)
+}
+
 func one(match hostfile.Match, all []*iommu.Device, err error) (*iommu.Device, error) {
 	if err != nil {
 		return nil, err

@@ -120,7 +120,8 @@ func (i *importer) claimed(where, ids string) error {
 	})
 	if len(found) == 0 {
 		match, _, err := i.match(strings.ToLower(f[0] + ":" + f[1]))
-		if err != nil {
+		if err != nil || len(f) > 2 {
+			// By its two first numbers it would be another device.
 			i.note("%s: ids=%s: host.yaml cannot select this", where, ids)
 			return nil //nolint:nilerr // it is noted
 		}

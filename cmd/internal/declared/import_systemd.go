@@ -9,7 +9,6 @@ import (
 	"strings"
 
 	"viaduct/cmd/internal/hostfile"
-	"viaduct/internal/host"
 	"viaduct/iommu"
 	"viaduct/sriov"
 )
@@ -85,7 +84,7 @@ func (i *importer) netFiles(suffix string) ([]*netFile, error) {
 			dirs = append(dirs, path.Join(dir, path.Base(n)+".d"))
 		}
 		more, inside, err := i.files(".conf", dirs...)
-		if err != nil && !host.Absent(err) {
+		if err != nil {
 			return nil, err
 		}
 		for _, d := range more {

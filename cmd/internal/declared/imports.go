@@ -96,9 +96,12 @@ func (i *importer) match(text string) (hostfile.Match, *iommu.Device, error) {
 	}
 	match := hostfile.Match{Selectors: []iommu.Selector{sel}}
 	d, err := i.m.find(match)
-	if err != nil {
+	if isUnclear(err) {
 		// It is not there, or there is more than one: the words are kept as they are.
-		return match, nil, nil //nolint:nilerr
+		return match, nil, nil
+	}
+	if err != nil {
+		return match, nil, err
 	}
 	match, err = i.m.stable(d)
 	return match, d, err
@@ -106,13 +109,14 @@ func (i *importer) match(text string) (hostfile.Match, *iommu.Device, error) {
 
 // addPF declares a PF, which is there unless d is nil. What is declared already stays as it was declared first.
 func (i *importer) addPF(where string, pf hostfile.PF, d *iommu.Device) error {
+	name := pf.Select.String()
 	if d != nil {
-		first, known := i.by[d.Name]
-		if known {
-			i.note("%s: %s is declared by %s already, which counts", where, d.Name, first)
-			return nil
-		}
-		i.by[d.Name] = where
+		name = d.Name
+	}
+	if !i.isFirst(where, name) {
+		return nil
+	}
+	if d != nil {
 		match, err := i.m.stable(d)
 		if err != nil {
 			return err
@@ -123,10 +127,23 @@ func (i *importer) addPF(where string, pf hostfile.PF, d *iommu.Device) error {
 	return nil
 }
 
+// isFirst reports, and notes if not, whether nothing has declared a device of that name yet.
+func (i *importer) isFirst(where, name string) bool {
+	first, known := i.by[name]
+	if known {
+		i.note("%s: %s is declared by %s already, which counts", where, name, first)
+	} else {
+		i.by[name] = where
+	}
+	return !known
+}
+
 // addDevice declares a device that is taken with all of its group, which is declared once.
 func (i *importer) addDevice(where string, device hostfile.Device, d *iommu.Device) error {
 	if d == nil {
-		i.out.Devices = append(i.out.Devices, device)
+		if i.isFirst(where, device.Select.String()) {
+			i.out.Devices = append(i.out.Devices, device)
+		}
 		return nil
 	}
 	unit := d.Name
@@ -170,7 +187,11 @@ func (i *importer) ports() ([]port, error) {
 			return false
 		}
 		for _, name := range d.Netdevs {
-			mac, _ := i.m.host.String(path.Join("sys/class/net", name, "address"))
+			mac, err := i.m.host.String(path.Join("sys/class/net", name, "address"))
+			if err != nil && !host.Absent(err) {
+				failed = err
+				return false
+			}
 			out = append(out, port{
 				pf: d, name: name, mac: strings.ToLower(mac), permanent: strings.ToLower(permanent[name]),
 				driver: d.Driver, address: "pci-" + d.Name,

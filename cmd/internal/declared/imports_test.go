@@ -48,6 +48,7 @@ func TestImportedPlans(t *testing.T) {
 		has    []string
 		lacks  []string
 		notes  []string
+		not    []string // what is not noted
 	}{
 		"netplan is merged key by key": {
 			files: hosttest.Tree{
@@ -105,6 +106,66 @@ func TestImportedPlans(t *testing.T) {
 			files:  hosttest.Tree{"etc/modprobe.d/i40e.conf": "options i40e max_vfs=0,5\n"},
 			source: "modprobe", has: []string{second, "count: 5"}, lacks: []string{first},
 		},
+		"modprobe's mistakes": {
+			files: hosttest.Tree{"etc/modprobe.d/a.conf": "options\nblacklist i40e\noptions vfio-pci ids=8086,zz:1,8086:*\n" +
+				"options vfio_pci \\\n  ids=8086:3420\noptions ixgbe max_vfs=4\noptions e1000 max_vfs=-1\noptions ice num_vfs=x\n" +
+				"softdep i40e pre: other\n"},
+			source: "modprobe", lacks: []string{first, second, "count"}, notes: []string{
+				"a.conf: invalid ids=8086: want", "a.conf: invalid ids=zz:1: want", "a.conf: invalid ids=8086:*: want",
+				"a guest cannot have 0000:00:01.0", "max_vfs of ixgbe: no PF has this driver now",
+				"max_vfs of e1000: invalid number \"-1\" of VFs", "num_vfs of ice: invalid number \"x\" of VFs",
+			},
+			not: []string{"softdep", "blacklist"},
+		},
+		"ids that ask for more": {
+			files: hosttest.Tree{"etc/modprobe.d/a.conf": "options vfio-pci ids=8086:1572:ffffffff:ffffffff:030000:ff0000\n" +
+				"options vfio-pci ids=8086:1572:8086:1\n"},
+			source: "modprobe", lacks: []string{"select"}, notes: []string{
+				"ids=8086:1572:ffffffff:ffffffff:030000:ff0000: host.yaml cannot select this", "ids=8086:1572:8086:1: host.yaml cannot",
+			},
+		},
+		"ids twice": {
+			files:  hosttest.Tree{"etc/modprobe.d/a.conf": "options vfio-pci ids=1234:5678,1234:5678\n"},
+			source: "modprobe", has: []string{`"1234:5678"`}, notes: []string{"1234:5678 is declared by /etc/modprobe.d/a.conf already"},
+		},
+		"fewer numbers than PFs": {
+			files:  hosttest.Tree{"etc/modprobe.d/i40e.conf": "options i40e max_vfs=3,0\noptions i40e max_vfs=7\n"},
+			source: "modprobe", has: []string{first, "count: 3", second, "count: 7"},
+			notes: []string{"0000:01:00.0 is declared by /etc/modprobe.d/i40e.conf: max_vfs of i40e already"},
+		},
+		"systemd's mistakes": {
+			files: hosttest.Tree{
+				network + "10-a.link": "[Match]\nOriginalName=enp1s0f0\nPermanentMACAddress=3c:fd:fe:00:00:02\nPermanentMACAddress=\n[Link]\n" +
+					"SR-IOVVirtualFunctions=many\nMTUBytes=9K\n[SR-IOV]\nVirtualFunction=first\nVLANId=15\n" +
+					"[SR-IOV]\nVirtualFunction=-1\n[SR-IOV]\nVirtualFunction=1\nLinkState=yes\nMACSpoofCheck=0\nPromiscuous=yes\n",
+				network + "20-b.link": "[Match]\nOriginalName=enp1s0f0\n[Link]\nSR-IOVVirtualFunctions=8\n",
+				network + "30-c.link": "[Match]\nOriginalName=eth7 eth8\n[Link]\nSR-IOVVirtualFunctions=8\n",
+				network + "40-d.link": "[Match]\nPath=pci-0000:77:00.0*\n[Link]\nSR-IOVVirtualFunctions=1\n[SR-IOV]\nVirtualFunction=0\n",
+			},
+			source: "systemd", has: []string{first, "count: 2", "link: enable", "spoofchk: off", "range: 0", `"0000:77:00.0"`},
+			lacks: []string{second, "count: 8", "mtu"}, notes: []string{
+				"invalid SR-IOVVirtualFunctions=many", "MTUBytes=9K is not imported", "invalid VirtualFunction=first",
+				"invalid VirtualFunction=-1", "Promiscuous= of VF 1 has no equal here",
+				"20-b.link: another file applies to 0000:01:00.0", "30-c.link: its [Match] does not name one device",
+			},
+		},
+		"netplan's absent ones": {
+			files: hosttest.Tree{"etc/netplan/a.yaml": "network:\n  ethernets:\n" +
+				"    a: {match: {name: ens9}, virtual-function-count: 1}\n    b: {set-name: ens8, virtual-function-count: 1}\n" +
+				"    c: {match: {name: \"ens7*\"}, virtual-function-count: 1}\n    d: {match: {macaddress: \"02:00:00:00:00:0A\"}, virtual-function-count: 0}\n" +
+				"    e: {set-name: enp2s0f0, match: {macaddress: \"3c:fd:fe:00:00:02\"}, embedded-switch-mode: legacy, delay-virtual-functions-rebind: false}\n" +
+				"    plain: {mtu: 1400}\n    vf: {link: plain, mtu: 1300}\n  vlans:\n    v7: {id: 7, link: e, renderer: sriov}\n    v8: {id: 8, link: e}\n"},
+			source: "netplan", has: []string{"ens9", "ens8", `"mac=02:00:00:00:00:0a"`, second, "eswitch: legacy", "select: plain"},
+			notes: []string{"c: no PF matches \"ens7*\"", "mtu of vf", "VLAN v7"}, not: []string{"v8", "macaddress"},
+		},
+		"driverctl's others": {
+			files: hosttest.Tree{
+				"etc/driverctl.d/pci-0000:01:00.0": "i40e\n", "etc/driverctl.d/vmbus-1": "vfio-pci\n",
+				"etc/driverctl.d/pci-0000:00:01.0": "vfio-pci\n", "etc/driverctl.d/pci-0000:77:00.0": "vfio-pci\n",
+			},
+			source: "driverctl", has: []string{`"0000:77:00.0"`}, lacks: []string{first},
+			notes: []string{"driver \"i40e\" of pci-0000:01:00.0", "of vmbus-1", "a guest cannot have 0000:00:01.0"},
+		},
 		"driverctl's functions of one group": {
 			files: hosttest.Tree{
 				"etc/driverctl.d/pci-0000:01:00.0": "vfio-pci\n", "etc/driverctl.d/pci-0000:01:00.1": "vfio-pci\n",
@@ -128,6 +189,26 @@ func TestImportedPlans(t *testing.T) {
 			if !strings.Contains(notes, want) {
 				t.Errorf("%s: %q is not noted:\n%s", name, want, notes)
 			}
+		}
+		for _, none := range c.not {
+			if strings.Contains(notes, none) {
+				t.Errorf("%s: %q is noted:\n%s", name, none, notes)
+			}
+		}
+	}
+}
+
+// Files that cannot be read as what they are end an import, and name the file.
+func TestImportFails(t *testing.T) {
+	for source, c := range map[string]struct{ file, text, says string }{
+		"netplan":   {"etc/netplan/a.yaml", "network: [", "/etc/netplan/a.yaml: "},
+		"systemd":   {"etc/systemd/network/a.link", "[Match]\nOriginalName=enp1s0f0\n[SR-IOV]\nVirtualFunction=0\nVLANId=x\n", "a.link: VF 0: "},
+		"driverctl": {"etc/driverctl.d/pci-nowhere=", "vfio-pci\n", "/etc/driverctl.d/pci-nowhere=: "},
+		"nobody":    {"etc/hosts", "", "unknown tool \"nobody\": want one of driverctl"},
+	} {
+		m := newManager(t, hosttest.NewKernel(t, twoCards(hosttest.Tree{c.file: c.text})), Options{})
+		if _, _, err := m.Import(source); err == nil || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%s: %v", source, err)
 		}
 	}
 }

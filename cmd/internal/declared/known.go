@@ -46,94 +46,112 @@ func (m *Manager) remembered(match hostfile.Match) (*known, error) {
 }
 
 // byRecord is the one device that was recorded, nil if it is not there, or if several may be it.
-func (m *Manager) byRecord(k *known) *iommu.Device {
-	var found []*iommu.Device
+func (m *Manager) byRecord(k *known) (*iommu.Device, error) {
+	var there []*iommu.Device
 	m.topology.All(func(d *iommu.Device) bool {
-		if d.PCI && d.PhysFn == nil && m.Same(&k.Identity, d) {
-			found = append(found, d)
+		if d.PCI && d.PhysFn == nil {
+			there = append(there, d)
 		}
 		return true
 	})
-	if len(found) != 1 {
-		return nil
+	found, err := m.oneOf(there, &k.Identity)
+	if err != nil || len(found) != 1 {
+		return nil, err
 	}
-	return found[0]
+	return found[0], nil
 }
 
 // changed says how what is there differs from what was there; "" if it does not. A card that moved to another slot is
 // the same, which its own numbers tell, those that it was found by as well.
-func (m *Manager) changed(k *known, match hostfile.Match, d *iommu.Device) string {
+func (m *Manager) changed(k *known, match hostfile.Match, d *iommu.Device) (string, error) {
 	if k == nil {
-		return ""
+		return "", nil
 	}
-	if why := k.Identity.Differs(m.host, d); why != "" {
-		return fmt.Sprintf("%s is not the device that %s was: %s", d.Name, k.Address, why)
+	why, err := k.Identity.Differs(m.host, d)
+	if err != nil {
+		return "", err
 	}
-	if place, err := iommu.PathOf(m.host, d); err == nil && place != k.Identity.Path &&
-		!match.Has(iommu.ByMAC, iommu.ByGUID, iommu.BySerial) &&
-		!m.Same(&k.Identity, d) {
-		return fmt.Sprintf("%s is at path=%s instead of %s, and viaduct cannot tell whether it is the same device",
-			d.Name,
-			place, k.Identity.Path)
+	if why != "" {
+		return fmt.Sprintf("%s is not the device that %s was: %s", d.Name, k.Address, why), nil
+	}
+	place, err := iommu.PathOf(m.host, d)
+	if err != nil {
+		return "", err
+	}
+	if place != k.Identity.Path && !match.Has(iommu.ByMAC, iommu.ByGUID, iommu.BySerial) {
+		same, err := m.Same(&k.Identity, d)
+		if err != nil {
+			return "", err
+		}
+		if !same {
+			return fmt.Sprintf("%s is at path=%s instead of %s, and viaduct cannot tell whether it is the same device",
+				d.Name, place, k.Identity.Path), nil
+		}
 	}
 
-	if m.numbered(d) || len(k.Equal) < 2 {
-		return ""
+	numbered, err := m.numbered(d)
+	if err != nil || numbered || len(k.Equal) < 2 {
+		return "", err
 	}
-	equal := m.equal(d)
+	equal, err := m.equal(d)
+	if err != nil {
+		return "", err
+	}
 	moved := func(place string) bool { return !slices.Contains(equal, place) }
 	if slices.ContainsFunc(k.Equal, moved) {
 		return fmt.Sprintf("equal cards such as %s are at %s now and were at %s, and viaduct cannot tell which "+
 			"one it is",
 			d.Name,
-			strings.Join(equal, ", "), strings.Join(k.Equal, ", "))
+			strings.Join(equal, ", "), strings.Join(k.Equal, ", ")), nil
 	}
-	return ""
+	return "", nil
 }
 
 // numbered reports whether a number of its own tells a device from others with its ids, now: the driver that told its
 // may be gone.
-func (m *Manager) numbered(d *iommu.Device) bool {
+func (m *Manager) numbered(d *iommu.Device) (bool, error) {
 	for _, form := range []iommu.Form{iommu.ByMAC, iommu.ByGUID, iommu.BySerial} {
 		if numbers, err := iommu.SelectorsOf(m.host, d, form); err != nil || len(numbers) > 0 {
-			return true
+			return true, err
 		}
 	}
-	return false
+	return false, nil
 }
 
 // equal are the places of all devices with the ids of this one, with its own. Where root buses are numbered anew, one
 // of them may be where another was.
-func (m *Manager) equal(d *iommu.Device) []string {
-	var out []string
+func (m *Manager) equal(d *iommu.Device) (out []string, err error) {
 	m.topology.All(func(other *iommu.Device) bool {
 		if other.PCI && other.PhysFn == nil && other.ID == d.ID {
-			if place, err := iommu.PathOf(m.host, other); err == nil {
-				out = append(out, place)
-			}
+			var place string
+			place, err = iommu.PathOf(m.host, other)
+			out = append(out, place)
 		}
-		return true
+		return err == nil
 	})
 	slices.Sort(out)
-	return out
+	return out, err
 }
 
 // joined says which devices that the host uses have come into a device's group since; "" if none have.
-func (m *Manager) joined(i *Item) string {
+func (m *Manager) joined(i *Item) (string, error) {
 	if i.known == nil || len(i.known.Group) == 0 {
-		return ""
+		return "", nil
 	}
 	var out []string
 	for _, d := range i.unit {
 		place, err := iommu.PathOf(m.host, d)
-		if err == nil && d.Blocks() && !slices.Contains(i.known.Group, place) {
+		if err != nil {
+			return "", err
+		}
+		if d.Blocks() && !slices.Contains(i.known.Group, place) {
 			out = append(out, fmt.Sprintf("%s (%s)", d.Name, d.Driver))
 		}
 	}
 	if len(out) == 0 {
-		return ""
+		return "", nil
 	}
-	return "its group now includes devices that the host uses: " + strings.Join(out, ", ")
+	return "its group now includes devices that the host uses: " + strings.Join(out, ", "), nil
 }
 
 // dropped adds to a wish what was declared of VFs when that was last applied, and is not any more: it goes back to what
@@ -163,21 +181,11 @@ func (m *Manager) Remember(items []*Item) error {
 			// But also of what was refused: at the next boot something else may be there.
 			continue
 		}
-		k := known{Selector: i.Name, Address: i.Device.Address, Identity: iommu.Identify(m.host, i.Device)}
-		if taken, err := m.handle.Taken(i.Device); err == nil && taken.Path != "" {
-			// From when it could still be asked.
-			k.Identity = taken
+		k, err := m.knownOf(i)
+		if err != nil {
+			errs = append(errs, err)
+			continue
 		}
-		unit := i.unit
-		if i.with != nil {
-			unit = i.with.unit
-		}
-		for _, d := range unit {
-			if place, err := iommu.PathOf(m.host, d); err == nil {
-				k.Group = append(k.Group, place)
-			}
-		}
-		k.Equal = m.equal(i.Device)
 
 		if i.State == OK && i.pf != nil {
 			k.Settings = settingsOf(i.pf)
@@ -192,4 +200,30 @@ func (m *Manager) Remember(items []*Item) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// knownOf is what a device of an item is now.
+func (m *Manager) knownOf(i *Item) (k known, err error) {
+	k.Selector, k.Address = i.Name, i.Device.Address
+	// From when it could still be asked.
+	if k.Identity, err = m.handle.Taken(i.Device); err == nil && k.Identity.Path == "" {
+		k.Identity, err = iommu.Identify(m.host, i.Device)
+	}
+	if err != nil {
+		return k, err
+	}
+
+	unit := i.unit
+	if i.with != nil {
+		unit = i.with.unit
+	}
+	for _, d := range unit {
+		place, err := iommu.PathOf(m.host, d)
+		if err != nil {
+			return k, err
+		}
+		k.Group = append(k.Group, place)
+	}
+	k.Equal, err = m.equal(i.Device)
+	return k, err
 }

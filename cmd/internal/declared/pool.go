@@ -21,8 +21,15 @@ func Pools(s *hostfile.Host) []string {
 	return out
 }
 
+// errNotMade is the error of a pool that has no VFs yet.
+type errNotMade struct{}
+
+func (errNotMade) Error() string { return "its VFs do not exist yet (viaduct apply makes them)" }
+
+func (errNotMade) Is(target error) bool { return target == iommu.ErrNotFound }
+
 // Pool are the VFs of a pool that are there. PFs that are missing, or are other devices than they were when they were
-// last applied, add none: the error says which, if no VF is left.
+// last applied, add none. If no VF is left it is an error, and an ErrNotFound if it is known that there is none.
 func (m *Manager) Pool(s *hostfile.Host, name string) ([]*iommu.Device, error) {
 	var out []*iommu.Device
 	var last error
@@ -50,7 +57,7 @@ func (m *Manager) Pool(s *hostfile.Host, name string) ([]*iommu.Device, error) {
 
 	if len(out) == 0 {
 		if last == nil {
-			last = fmt.Errorf("its VFs do not exist yet (viaduct apply makes them)")
+			last = errNotMade{}
 		}
 		return nil, fmt.Errorf("pool %q: %w", name, last)
 	}

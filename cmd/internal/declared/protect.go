@@ -1,6 +1,8 @@
 package declared
 
 import (
+	"errors"
+	"io/fs"
 	"path"
 	"reflect"
 	"slices"
@@ -46,7 +48,11 @@ func (m *Manager) Protect() error {
 			return err
 		}
 		if why != "" {
-			out = append(out, protected{d.Address, iommu.Identify(m.host, d), why})
+			id, err := iommu.Identify(m.host, d)
+			if err != nil {
+				return err
+			}
+			out = append(out, protected{d.Address, id, why})
 		}
 	}
 
@@ -57,10 +63,12 @@ func (m *Manager) Protect() error {
 	if !m.options.Accept {
 		// What carried the host once may be down just now: it stays protected as long as it is there.
 		for _, old := range before {
-			still := slices.ContainsFunc(all, func(d *iommu.Device) bool { return m.Same(&old.Identity, d) })
-			if still &&
-				!slices.ContainsFunc(out,
-					func(p protected) bool { return reflect.DeepEqual(p.Identity, old.Identity) }) {
+			still, err := m.oneOf(all, &old.Identity)
+			if err != nil {
+				return err
+			}
+			again := func(p protected) bool { return reflect.DeepEqual(p.Identity, old.Identity) }
+			if len(still) > 0 && !slices.ContainsFunc(out, again) {
 				out = append(out, old)
 			}
 		}
@@ -80,37 +88,67 @@ func (m *Manager) recorded(g *guard) error {
 		return err
 	}
 	g.any = g.any || found
+	var there []*iommu.Device
 	m.topology.All(func(d *iommu.Device) bool {
-		for k := range all {
-			if d.PCI && g.names[d.Name] == "" && m.Same(&all[k].Identity, d) {
-				g.names[d.Name] = "the host was using it when it last ran: it " + all[k].Why
-			}
+		if d.PCI {
+			there = append(there, d)
 		}
 		return true
 	})
+	for k := range all {
+		same, err := m.oneOf(there, &all[k].Identity)
+		if err != nil {
+			return err
+		}
+		for _, d := range same {
+			if g.names[d.Name] == "" {
+				g.names[d.Name] = "the host was using it when it last ran: it " + all[k].Why
+			}
+		}
+	}
 	return nil
 }
 
+// oneOf are those of some devices that may be the one that was identified.
+func (m *Manager) oneOf(devices []*iommu.Device, id *iommu.Identity) ([]*iommu.Device, error) {
+	var out []*iommu.Device
+	for _, d := range devices {
+		same, err := m.Same(id, d)
+		if err != nil {
+			return nil, err
+		}
+		if same {
+			out = append(out, d)
+		}
+	}
+	return out, nil
+}
+
 // Same reports whether this is the device that was identified: by its own numbers where both are known, else by its
-// place. The functions of a card share its serial number.
-func (m *Manager) Same(id *iommu.Identity, d *iommu.Device) bool {
-	if id.Differs(m.host, d) != "" {
-		return false
+// place. The functions of a card share its serial number. It is an error if that cannot be read.
+func (m *Manager) Same(id *iommu.Identity, d *iommu.Device) (bool, error) {
+	why, err := id.Differs(m.host, d)
+	var now iommu.Identity
+	if err == nil && why == "" {
+		now, err = iommu.Identify(m.host, d)
 	}
-	if macs, err := iommu.PermanentMACs(m.host, d); len(id.MACs) > 0 && err == nil && len(macs) > 0 {
+	if errors.Is(err, fs.ErrNotExist) {
+		// It goes away just now.
+		return false, nil
+	}
+	if err != nil || why != "" {
+		return false, err
+	}
+
+	switch {
+	case len(id.MACs) > 0 && len(now.MACs) > 0:
 		// And they were compared.
-		return true
-	}
-	place, err := iommu.PathOf(m.host, d)
-	if err != nil {
-		return false
-	}
-	serial, err := iommu.ReadSerial(m.host, d.Address)
-	if err == nil && serial != "" && id.Serial != "" {
+		return true, nil
+	case now.Serial != "" && id.Serial != "":
 		// The function.
-		return place != "" && id.Path != "" && place[len(place)-1] == id.Path[len(id.Path)-1]
+		return now.Path != "" && id.Path != "" && now.Path[len(now.Path)-1] == id.Path[len(id.Path)-1], nil
 	}
-	return place == id.Path
+	return now.Path == id.Path, nil
 }
 
 // needs is what the host's own files say that it needs, mounted now or not: where that is said, by block device and

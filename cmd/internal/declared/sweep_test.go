@@ -409,3 +409,37 @@ func TestUnreadableLease(t *testing.T) {
 		t.Errorf("written: %q", k.Log)
 	}
 }
+
+// That the host has no driver for what is its own is told, whatever fails besides, and all else is done.
+func TestNoDriverIsTold(t *testing.T) {
+	const text = "pfs:\n  - select: " + pf + "\n    count: 2\n    vfs: [{range: 0, driver: vfio}, {range: 1, driver: home}]\n"
+	prepare := func() *hosttest.Kernel {
+		k := sweptHost(t)
+		if err := os.RemoveAll(filepath.Join(k.Dir(), "sys/bus/pci/drivers/igbvf")); err != nil {
+			t.Fatal(err)
+		}
+		return k
+	}
+	told := func(k *hosttest.Kernel, err error, what string) {
+		t.Helper()
+		none, _ := errors.AsType[*NoDriverError](err)
+		if now := state(t, k); none == nil || len(none.VFs) != 1 || now != "vfio-pci/vfio-pci /" {
+			t.Errorf("%s: %v; its VFs are on %s", what, err, now)
+		}
+	}
+	k := prepare()
+	var err error
+	all := k.Operations(func() { err = applyAll(k, text) })
+	told(k, err, "without a driver")
+	told(k, applyAll(k, text), "again")
+	for _, n := range hosttest.EveryNth(2, hosttest.Sample(all)) {
+		k := prepare()
+		failed := k.FailNth(n, failures[n%3])
+		err := applyAll(k, text)
+		k.Revive()
+		if err == nil {
+			t.Errorf("operation %d (%s) fails, and nothing is told; its VFs are on %s", n, failed(), state(t, k))
+		}
+		told(k, applyAll(k, text), failed()+" fails, and again")
+	}
+}

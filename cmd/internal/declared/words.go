@@ -48,12 +48,12 @@ func (i *Item) deviceWords() []string {
 	if i.owner != nil {
 		text += ", nodes owned by " + i.owner.Text
 	}
-	return append([]string{text}, Along(i.unit, i.Device)...)
+	return append([]string{text}, Along("takes", i.unit, i.Device)...)
 }
 
-// Along says what goes with the devices that are named, of a unit: what a guest gets too, and what is only kept off the
-// host's drivers.
-func Along(unit []*iommu.Device, named ...*iommu.Device) []string {
+// Along says what goes with the devices that are named, of a unit, where a verb is done to it: what is a guest's, and
+// what is only kept off the host's drivers.
+func Along(verb string, unit []*iommu.Device, named ...*iommu.Device) []string {
 	var takes, keeps []*iommu.Device
 	for _, d := range unit {
 		switch {
@@ -68,7 +68,7 @@ func Along(unit []*iommu.Device, named ...*iommu.Device) []string {
 	for _, part := range []struct {
 		what    string
 		devices []*iommu.Device
-	}{{"also takes: ", takes}, {"keeps off the host's drivers: ", keeps}} {
+	}{{"also " + verb + ": ", takes}, {"keeps off the host's drivers: ", keeps}} {
 		if len(part.devices) > 0 {
 			out = append(out, part.what+nouns(part.devices))
 		}

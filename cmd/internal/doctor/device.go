@@ -17,7 +17,7 @@ func memlock(f *Facts) Check {
 	case !f.LockKnown:
 		return f.unseen(c, file)
 	case f.LockLimit == nil:
-		c.set(Passed, "this user may lock all memory")
+		c.set(Passed, "this user may lock all memory; other users have limits")
 	case *f.LockLimit < small:
 		c.see(file, fmt.Sprintf("Max locked memory %d bytes", *f.LockLimit))
 		c.set(Warned, "this user may lock %d MiB, less than a guest has; libvirt raises the limit by itself",
@@ -99,9 +99,9 @@ func sriovRoom(f *Facts) Check {
 		c.Cure = "turn on \"SR-IOV support\" and \"ARI\" in the firmware's menu; else " +
 			f.Loader.Add("pci=assign-busses")
 	case count == 0:
-		c.set(Passed, "no device that can have VFs is meant")
+		c.set(Passed, "none of these devices can have VFs")
 	default:
-		c.set(Passed, "enough for the VFs of %d devices", count)
+		c.set(Passed, "enough for the VFs of %s", plural(count, "device"))
 	}
 	if f.Selected != nil && c.Status == Warned {
 		c.Status = Failed
@@ -127,7 +127,11 @@ func resets(f *Facts) Check {
 		if problem := r.Problem(has); problem != "" {
 			problems = append(problems, d.Name+": "+problem)
 			c.Devices = append(c.Devices, d.Name)
-			c.see("sys/bus/pci/devices/"+d.Name+"/reset_method", strings.Join(r.Methods, " "))
+			value := strings.Join(r.Methods, " ")
+			if value == "" && r.Methods != nil {
+				value = "empty"
+			}
+			c.see("sys/bus/pci/devices/"+d.Name+"/reset_method", value)
 		}
 	}
 	switch {
@@ -177,7 +181,7 @@ func bootDisplay(f *Facts) Check {
 		return c
 	}
 	if len(f.Displays) == 0 {
-		c.set(Passed, "not on a device that is meant")
+		c.set(Passed, "on none of these devices")
 		return c
 	}
 	var text []string
@@ -188,7 +192,9 @@ func bootDisplay(f *Facts) Check {
 		}
 	}
 	c.set(Warned, "%s", strings.Join(text, "; "))
-	c.see("sys/bus/pci/devices/"+c.Devices[0]+"/boot_vga", "")
+	for _, d := range f.Displays {
+		c.see(d.File, d.Value)
+	}
 	c.Cure = "let the firmware start on another card (\"primary display\"); else " +
 		f.Loader.Add("initcall_blacklist=sysfb_init")
 	return c
@@ -197,14 +203,22 @@ func bootDisplay(f *Facts) Check {
 // hugePages says whether guests can have huge pages.
 func hugePages(f *Facts) Check {
 	c := Check{Name: "huge_pages", Title: "huge pages"}
-	var text []string
+	var text, used []string
 	for _, h := range f.HugePages {
 		if h.Total > 0 {
+			if h.Free == 0 {
+				used = append(used, fmt.Sprintf("%d of %d MiB", h.Total, h.Size>>20))
+			}
 			text = append(text, fmt.Sprintf("%d of %d free of %d MiB", h.Free, h.Total, h.Size>>20))
 			c.see(fmt.Sprintf("sys/kernel/mm/hugepages/hugepages-%dkB/nr_hugepages", h.Size>>10), itoa(h.Total))
 		}
 	}
 	c.set(Passed, "%s", strings.Join(text, ", "))
+	if len(used) > 0 && len(used) == len(text) {
+		c.set(Warned, "every reserved page is in use (%s), so the next guest that uses huge pages does not start",
+			strings.Join(used, ", "))
+		c.Cure = "reserve more (`sysctl vm.nr_hugepages=N`, or hugepages= at boot), or start that guest without them"
+	}
 	if len(text) == 0 && len(f.HugePages) == 0 {
 		return f.unseen(c, "sys/kernel/mm/hugepages")
 	}

@@ -55,6 +55,7 @@ type Facts struct {
 	Log           []string          // lines of the kernel's about devices; none if not known
 	Loader        bootloader.Loader
 	Guest         bool // a hypervisor's
+	Xen           bool // it runs on Xen
 
 	// Interrupt is the interrupt controller that tells whether interrupts are remapped.
 	Interrupt Evidence
@@ -100,6 +101,7 @@ type ModuleRule struct {
 	File   string
 	Line   string
 	Hard   bool // it is not loaded by name either
+	Own    bool // it is loaded by a command of the host's own, which may load it or not
 }
 
 // GroupRange is a range that a group's devices need mapped one to one.
@@ -131,8 +133,11 @@ type PF struct {
 	Port     string // above it
 }
 
-// Display is a device that the host's screen is on.
-type Display struct{ Device, What string }
+// Display is a device that the host's screen is on, and where that was seen.
+type Display struct {
+	Device, What string
+	Evidence
+}
 
 // Examine makes all checks, in the order in which one depends on those before it.
 func Examine(f *Facts) []Check {

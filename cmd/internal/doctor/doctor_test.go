@@ -70,8 +70,18 @@ func TestFaults(t *testing.T) {
 	}{
 		"no table": {func(f *Facts) { f.Tables = nil; off(f, "the firmware describes no IOMMU", "turn it on") },
 			"table", Failed, "describes no IOMMU", "turn it on"},
-		"unsound table": {func(f *Facts) { f.Tables[0].Err = fmt.Errorf("%w: cut", acpi.ErrTable) }, "table", Failed, "cut", "firmware"},
-		"hidden table":  {func(f *Facts) { f.Tables[0].Err = fs.ErrPermission; f.Tables[0].Table = nil }, "table", Unknown, "root", "root"},
+		"unsound table": {func(f *Facts) {
+			off(f, "x", "y")
+			f.Tables[0].Err = fmt.Errorf("%w: cut", acpi.ErrTable)
+		}, "table", Failed, "cut", "firmware"},
+		"unsound table, and an IOMMU": {func(f *Facts) { f.Tables[0].Err = fmt.Errorf("%w: cut", acpi.ErrTable) }, "table", Warned,
+			"takes it all the same", "firmware"},
+		"table not shown": {func(f *Facts) {
+			f.Tables = nil
+			f.Topology.Units = []iommu.Unit{{Name: "ivhd0", Kind: iommu.KindAMDVi}}
+		},
+			"table", Unknown, "not shown", ""},
+		"hidden table": {func(f *Facts) { f.Tables[0].Err = fs.ErrPermission; f.Tables[0].Table = nil }, "table", Unknown, "root", "root"},
 		"unreadable table": {func(f *Facts) { f.Tables[0].Err = errors.New("broken"); f.Tables[0].Table = nil }, "table", Unknown,
 			"broken", ""},
 		"wrong table": {func(f *Facts) {
@@ -96,7 +106,7 @@ func TestFaults(t *testing.T) {
 			f.Units = []iommu.UnitDetails{{Active: true, Table: "IVRS", Described: []string{"0000:02:00.0"}}}
 		}, "coverage", Failed, "IVRS table leaves out 0000:01:00.0", "update the firmware"},
 		"igfx_off": {func(f *Facts) { f.Selected[0].Group = nil; f.Words = []string{"intel_iommu=on,igfx_off"} }, "coverage", Failed, "",
-			"remove igfx_off"},
+			"change intel_iommu=on,igfx_off to intel_iommu=on"},
 		"noiommu groups": {func(f *Facts) { f.Topology.Groups[0].NoIOMMU = true }, "groups", Failed, "noiommu", "unbind"},
 		"intremap=off": {func(f *Facts) {
 			f.Topology.InterruptRemapping = new(false)
@@ -112,6 +122,17 @@ func TestFaults(t *testing.T) {
 		"blacklisted at boot": {func(f *Facts) {
 			f.Rules = []ModuleRule{{Module: "vfio_pci", File: "proc/cmdline", Line: "modprobe.blacklist=vfio_pci"}}
 		}, "blacklist", Failed, "modprobe.blacklist", "remove modprobe.blacklist=vfio_pci"},
+		"blacklisted, and by name": {func(f *Facts) {
+			f.Rules = []ModuleRule{{Module: "vfio_pci", File: "etc/modprobe.d/x.conf", Line: "blacklist vfio-pci"},
+				{Module: "vfio", File: "etc/modprobe.d/y.conf", Line: "install vfio /bin/false", Hard: true}}
+		}, "blacklist", Failed, "vfio cannot be loaded", "y.conf"},
+		"blacklisted, and loaded": {func(f *Facts) {
+			f.Modules["vfio_pci"] = Module{Loaded: true}
+			f.Rules = []ModuleRule{{Module: "vfio_pci", File: "etc/modprobe.d/x.conf", Line: "blacklist vfio-pci"}}
+		}, "blacklist", Warned, "vfio-pci is loaded", ""},
+		"a command of the host's own": {func(f *Facts) {
+			f.Rules = []ModuleRule{{Module: "vfio_pci", File: "etc/modprobe.d/x.conf", Line: "install vfio-pci /sbin/mine", Own: true}}
+		}, "blacklist", Unknown, "is not known", "modprobe vfio-pci"},
 		"RMRR": {func(f *Facts) {
 			f.Direct = []GroupRange{{1, iommu.Region{Start: 1 << 20, End: 2<<20 - 1, Type: "direct"}, []string{"0000:01:00.0"}}}
 		}, "direct_ranges", Failed, "0000:01:00.0", "firmware"},
@@ -119,25 +140,42 @@ func TestFaults(t *testing.T) {
 			f.Selected = nil
 			f.Direct = []GroupRange{{1, iommu.Region{Start: 1 << 20, End: 2<<20 - 1, Type: "direct"}, []string{"0000:01:00.0"}}}
 		}, "direct_ranges", Warned, "0000:01:00.0", ""},
+		"IVMD, and an older kernel": {func(f *Facts) {
+			f.Release = "6.1.0-44-amd64"
+			f.Topology.Units = []iommu.Unit{{Name: "ivhd0", Kind: iommu.KindAMDVi}}
+			f.Direct = []GroupRange{{1, iommu.Region{Start: 1 << 20, End: 2<<20 - 1, Type: "direct"}, []string{"0000:01:00.0"}}}
+		}, "direct_ranges", Warned, "newer kernels refuse it", ""},
 		"lockdown":          {func(f *Facts) { f.Lockdown = "integrity" }, "lockdown", Warned, "VFIO works", ""},
 		"noiommu mode":      {func(f *Facts) { f.Params["sys/module/vfio/parameters/enable_unsafe_noiommu_mode"] = "Y" }, "unsafe_modes", Warned, "noiommu", "echo N"},
-		"unsafe interrupts": {func(f *Facts) { f.Params["sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"] = "Y" }, "unsafe_modes", Warned, "unsafe_interrupts", "echo N"},
-		"ACS override":      {func(f *Facts) { f.Words = []string{"pcie_acs_override=downstream"} }, "acs_override", Warned, "downstream", "remove pcie_acs_override=downstream"},
+		"unsafe interrupts": {func(f *Facts) { f.Params["sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"] = "Y" }, "unsafe_modes", Warned, "forge interrupts", "echo N"},
+		"unsafe interrupts of iommufd": {func(f *Facts) { f.Params["sys/module/iommufd/parameters/allow_unsafe_interrupts"] = "Y" },
+			"unsafe_modes", Warned, "allow_unsafe_interrupts of iommufd is on", "echo N > /sys/module/iommufd"},
+		"no IOMMU, and a mode without one": {func(f *Facts) {
+			off(f, "x", "y")
+			f.Params["sys/module/vfio/parameters/enable_unsafe_noiommu_mode"] = "Y"
+		}, "iommu", Failed, "", ""},
+		"ACS override": {func(f *Facts) { f.Words = []string{"pcie_acs_override=downstream", "pcie_acs_override=id:1:2"} },
+			"acs_override", Warned, "if this kernel has the patch", "remove pcie_acs_override=id:1:2"},
+		"no free huge page": {func(f *Facts) { f.HugePages = []HugePages{{Size: 2 << 20, Total: 512}} }, "huge_pages", Warned,
+			"512 of 2 MiB", "vm.nr_hugepages"},
 		"memlock":           {func(f *Facts) { f.LockLimit = new(uint64(8 << 20)) }, "memlock", Warned, "8 MiB", "memlock unlimited"},
 		"open node":         {func(f *Facts) { f.Nodes = []Node{{"dev/vfio/vfio", 0o666}, {"dev/vfio/7", 0o666}} }, "nodes", Warned, "/dev/vfio/7", "chmod"},
 		"no room in memory": {func(f *Facts) { f.PFs[0].Unmapped = true }, "sriov_room", Failed, "memory", "pci=realloc"},
 		"no room on buses":  {func(f *Facts) { f.PFs[0].LastBus = 2 }, "sriov_room", Failed, "buses", "ARI"},
 		"no reset":          {func(f *Facts) { f.Resets["0000:01:00.0"] = iommu.Reset{Way: iommu.ResetNone} }, "reset", Warned, "nothing can reset it", ""},
 		"D3cold":            {func(f *Facts) { f.Power["0000:01:00.0"] = "D3cold" }, "power", Warned, "0000:01:00.0", "d3cold_allowed"},
-		"boot display":      {func(f *Facts) { f.Displays = []Display{{"0000:01:00.0", "is the display this host started on"}} }, "boot_display", Warned, "started on", "firmware"},
-		"blind":             {func(f *Facts) { f.Blind = "cannot see" }, "boot_display", Unknown, "cannot see", "root"},
-		"no NUMA node":      {func(f *Facts) { f.Wanted[0].NUMANode = nil }, "numa", Warned, "0000:01:00.0", ""},
+		"boot display": {func(f *Facts) {
+			f.Displays = []Display{{Device: "0000:01:00.0", What: "is the display this host started on"}}
+		}, "boot_display", Warned, "started on", "firmware"},
+		"blind":        {func(f *Facts) { f.Blind = "cannot see" }, "boot_display", Unknown, "cannot see", "root"},
+		"no NUMA node": {func(f *Facts) { f.Wanted[0].NUMANode = nil }, "numa", Warned, "0000:01:00.0", ""},
 		"old kernel": {func(f *Facts) {
 			f.Release = "6.1.0"
 			f.Units = []iommu.UnitDetails{{Features: iommu.Features{DirtyTracking: new(true)}}}
 		}, "kernel_version", Warned, "6.1.0 is too old", "newer"},
-		"no KVM":           {func(f *Facts) { f.KVM, f.CPUVirt = new(false), new(false) }, "kvm", Warned, "emulated", "SVM"},
-		"unsigned modules": {func(f *Facts) { f.Secure, f.Unsigned = new(true), []string{"lib/modules/x/nvidia.ko"} }, "vendor_modules", Warned, "nvidia.ko", "mokutil"},
+		"no KVM, as Xen is there": {func(f *Facts) { f.KVM, f.Xen = new(false), true }, "kvm", Warned, "emulated", "without Xen"},
+		"no KVM":                  {func(f *Facts) { f.KVM, f.CPUVirt = new(false), new(false) }, "kvm", Warned, "emulated", "SVM"},
+		"unsigned modules":        {func(f *Facts) { f.Secure, f.Unsigned = new(true), []string{"lib/modules/x/nvidia.ko"} }, "vendor_modules", Warned, "nvidia.ko", "mokutil"},
 	} {
 		f := healthy()
 		c.fault(f)

@@ -12,6 +12,14 @@ import (
 
 func itoa(n int) string { return strconv.Itoa(n) }
 
+// plural is so many things of a name that takes an s.
+func plural(n int, name string) string {
+	if n == 1 {
+		return "1 " + name
+	}
+	return itoa(n) + " " + name + "s"
+}
+
 func hexRange(r iommu.Region) string { return fmt.Sprintf("%#x-%#x", r.Start, r.End) }
 
 // modules checks that the kernel has VFIO.
@@ -75,11 +83,30 @@ func blacklist(f *Facts) Check {
 		c.see(r.File, r.Line)
 	}
 	missing := func(r ModuleRule) bool { return !f.Modules[r.Module].Loaded && !f.Modules[r.Module].Builtin }
-	i := slices.IndexFunc(rules, missing)
+	i := -1
+	for _, worst := range []func(r ModuleRule) bool{
+		func(r ModuleRule) bool { return r.Hard }, func(r ModuleRule) bool { return !r.Own },
+		func(ModuleRule) bool { return true },
+	} {
+		if i < 0 {
+			i = slices.IndexFunc(rules, func(r ModuleRule) bool { return missing(r) && worst(r) })
+		}
+	}
 	r := rules[max(i, 0)]
 	name := strings.ReplaceAll(r.Module, "_", "-")
-	if c.set(Failed, "%s may not be loaded: /%s has %q", name, r.File, r.Line); i < 0 {
-		c.set(Warned, "%s is there, and may not be loaded again: /%s has %q", name, r.File, r.Line)
+	switch {
+	case i < 0:
+		c.set(Warned, "%s is loaded, and /%s would keep it from being loaded again: %q", name, r.File, r.Line)
+	case r.Own:
+		c.set(Unknown, "whether %s can be loaded is not known, as a command of this host does it: /%s has %q", name, r.File,
+			r.Line)
+		c.Cure = fmt.Sprintf("run `modprobe %s`, and see whether /sys/module/%s is there", name, r.Module)
+		return c
+	case r.Hard:
+		c.set(Failed, "%s cannot be loaded: /%s has %q", name, r.File, r.Line)
+	default:
+		c.set(Failed, "%s is not loaded by itself: /%s has %q; viaduct and a VMM may load it by its name", name, r.File,
+			r.Line)
 	}
 
 	c.Cure = fmt.Sprintf("remove that line from /%s, rebuild the initramfs if it is in it, and run `modprobe %s`",
@@ -113,19 +140,39 @@ func lockdown(f *Facts) Check {
 	return c
 }
 
-// unsafeInterrupts is the parameter by which VFIO takes devices that can forge interrupts.
-const unsafeInterrupts = "sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"
+// The parameters by which containers, and iommufd, take devices that can forge interrupts.
+const (
+	unsafeInterrupts        = "sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"
+	unsafeInterruptsIOMMUFD = "sys/module/iommufd/parameters/allow_unsafe_interrupts"
+)
+
+const (
+	noIOMMUMode = "sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
+	forged      = "a guest can forge interrupts of the host and of other guests"
+)
+
+// verb agrees with so many things.
+func verb(n int) string {
+	if n == 1 {
+		return "is"
+	}
+	return "are"
+}
 
 // unsafeModes checks that VFIO's ways around an IOMMU are off.
 func unsafeModes(f *Facts) Check {
 	c := Check{Name: "unsafe_modes", Title: "unsafe modes"}
-	var on []string
-	for _, p := range []struct{ file, name string }{
-		{"sys/module/vfio/parameters/enable_unsafe_noiommu_mode", "VFIO's noiommu mode"},
-		{unsafeInterrupts, "allow_unsafe_interrupts"},
+	var on, danger []string
+	for _, p := range []struct{ file, name, danger string }{
+		{noIOMMUMode, "VFIO's noiommu mode", "a device without an IOMMU reaches all of the host's memory"},
+		{unsafeInterrupts, "allow_unsafe_interrupts of VFIO's containers", forged},
+		{unsafeInterruptsIOMMUFD, "allow_unsafe_interrupts of iommufd", forged},
 	} {
 		if v := f.Params[p.file]; v == "Y" || v == "1" {
 			on = append(on, p.name)
+			if !slices.Contains(danger, p.danger) {
+				danger = append(danger, p.danger)
+			}
 			c.see(p.file, v)
 			if c.Cure == "" {
 				c.Cure = "`echo N > /" + p.file + "`, and remove it from /etc/modprobe.d and the kernel's command line"
@@ -137,14 +184,12 @@ func unsafeModes(f *Facts) Check {
 		return f.unseen(c, "sys/module/vfio/parameters")
 	case len(on) == 0:
 		c.set(Passed, "off")
-		c.see("sys/module/vfio/parameters/enable_unsafe_noiommu_mode",
-			f.Params["sys/module/vfio/parameters/enable_unsafe_noiommu_mode"])
+		c.see(noIOMMUMode, f.Params[noIOMMUMode])
 	case f.present():
-		c.set(Warned, "%s is on: a guest may reach the host's memory or forge its interrupts",
-			strings.Join(on, " and "))
+		c.set(Warned, "%s %s on: %s", strings.Join(on, " and "), verb(len(on)), strings.Join(danger, ", and "))
 	default:
-		c.set(Failed, "%s is on, and no IOMMU is active: a guest reaches all of the host's memory",
-			strings.Join(on, " and "))
+		c.set(Failed, "%s %s on, and no IOMMU is active: a guest reaches all of the host's memory",
+			strings.Join(on, " and "), verb(len(on)))
 	}
 	return c
 }
@@ -152,19 +197,22 @@ func unsafeModes(f *Facts) Check {
 // acsOverride checks that groups are not only said to be apart.
 func acsOverride(f *Facts) Check {
 	c := Check{Name: "acs_override", Title: "ACS override"}
-	v, is := f.parameter("pcie_acs_override")
 	if f.Words == nil {
 		return f.unseen(c, "proc/cmdline")
 	}
 	f.seeLine(&c)
-	if !is {
+	words := iommu.WordsOf(f.Words, "pcie_acs_override")
+	if len(words) == 0 {
 		c.set(Passed, "not in use")
 		return c
 	}
-	c.set(Warned, "pcie_acs_override=%s is on the kernel's command line: devices in different groups may reach each "+
-		"other's "+
-		"memory", v)
-	c.Cure = f.Loader.Remove("pcie_acs_override=" + v)
+	c.set(Warned, "%s is on the kernel's command line: if this kernel has the patch for it, devices in different "+
+		"groups may reach each other's memory", strings.Join(words, " "))
+	var cures []string
+	for _, w := range words {
+		cures = append(cures, f.Loader.Remove(w))
+	}
+	c.Cure = strings.Join(cures, "; ")
 	return c
 }
 
@@ -184,7 +232,7 @@ func defaultDomain(f *Facts) Check {
 	}
 	var text []string
 	for kind, n := range kinds {
-		text = append(text, fmt.Sprintf("%s of %d groups", kind, n))
+		text = append(text, fmt.Sprintf("%s of %s", kind, plural(n, "group")))
 	}
 	slices.Sort(text)
 	if len(text) == 0 {
@@ -249,6 +297,8 @@ func kvm(f *Facts) Check {
 	c.see("dev/kvm", "")
 	c.set(Warned, "there is no /dev/kvm, so guests are emulated, which is slow")
 	switch {
+	case f.Xen:
+		c.Cure = "nothing to do: Xen is this machine's hypervisor; boot this kernel without Xen for KVM"
 	case strings.HasPrefix(f.Arch, "aarch64"):
 		c.Cure = "boot a kernel with CONFIG_KVM, at exception level 2 (QEMU's virt: virtualization=on)"
 	case f.CPUVirt != nil && !*f.CPUVirt && f.Guest:

@@ -22,8 +22,11 @@ func table(f *Facts) Check {
 		file := path.Join(tablesDir, t.Signature)
 		switch {
 		case errors.Is(t.Err, acpi.ErrTable):
-			c.set(Failed, "the firmware's %s table is not sound: %v", t.Signature, t.Err)
-			c.Cure = "update the firmware, or tell its maker; the kernel refuses such a table"
+			c.set(Failed, "the firmware's %s table: %v", t.Signature, t.Err)
+			if f.works() {
+				c.set(Warned, "the firmware's %s table: %v; the kernel takes it all the same", t.Signature, t.Err)
+			}
+			c.Cure = "update the firmware, or tell its maker"
 			c.see(file, t.Err.Error())
 			return c
 		case errors.Is(t.Err, fs.ErrPermission):
@@ -65,19 +68,27 @@ func table(f *Facts) Check {
 		c.see(path.Join(tablesDir, hidden[0]), "permission denied")
 		c.Cure = "run this as root"
 	case len(sound) > 0:
-		verb := map[bool]string{true: "is", false: "are"}[len(sound) == 1]
-		c.set(Passed, "%s %s there and sound", strings.Join(sound, " and "), verb)
+		c.set(Passed, "%s %s there and sound", strings.Join(sound, " and "), verb(len(sound)))
 		for _, s := range sound {
 			c.see(path.Join(tablesDir, s), "there")
 		}
+	case f.has(iommu.KindAMDVi) || f.has(iommu.KindVTd):
+		// The drivers of these find their units by the table alone.
+		c.set(Unknown, "not known: the table by which the kernel found the IOMMU is not shown here")
+		c.see(tablesDir, "")
 	case f.present():
-		c.set(Passed, "there is no table, and an IOMMU is active without it (by device tree, or the hypervisor)")
+		c.set(Passed, "there is no table; the IOMMU was found without one (e.g. by a device tree)")
 	default:
 		c.set(Failed, "there is no table of %s: %s", strings.Join(acpi.Signatures, ", "), f.Off.Why)
 		c.see(tablesDir, "")
 		c.Cure = f.Off.Cure
 	}
 	return c
+}
+
+// has reports whether there is an active IOMMU of that kind.
+func (f *Facts) has(kind iommu.UnitKind) bool {
+	return slices.ContainsFunc(f.Topology.Units, func(u iommu.Unit) bool { return u.Kind == kind })
 }
 
 // works reports whether devices are in groups of an active IOMMU.
@@ -157,8 +168,8 @@ func coverage(f *Facts) Check {
 		c.see(path.Join(tablesDir, signature), "without it")
 		c.Cure = "update the firmware, or tell its maker; another slot may help"
 	}
-	if v, is := f.parameter("intel_iommu"); is && strings.Contains(v, "igfx_off") {
-		c.Cure = f.Loader.Remove("igfx_off") + "; it is part of intel_iommu=" + v
+	if value, word := iommu.LastOf(f.Words, "intel_iommu", "igfx_off"); value != "" {
+		c.Cure = f.Loader.RemoveValue(word, value)
 		f.seeLine(&c)
 	}
 	return c
@@ -237,7 +248,7 @@ func remapping(f *Facts) Check {
 		return c
 	}
 	c.set(Failed, "off, so VFIO refuses devices: %s", f.NotRemapped.Why)
-	if f.Params[unsafeInterrupts] == "Y" {
+	if f.Params[unsafeInterrupts] == "Y" || f.Params[unsafeInterruptsIOMMUFD] == "Y" {
 		c.set(Failed, "off, and VFIO takes devices all the same (allow_unsafe_interrupts), which can forge others': %s",
 			f.NotRemapped.Why)
 	}
@@ -280,10 +291,14 @@ func directRanges(f *Facts) Check {
 		c.see("sys/kernel/iommu_groups/"+itoa(r.Group)+"/reserved_regions", hexRange(r.Region)+" direct")
 	}
 	c.set(Warned, "the firmware wants memory of %s left where it is (%s), and VFIO refuses such a device",
-		some(c.Devices),
-		f.rangeKind())
+		some(c.Devices), f.rangeKind())
 	if f.Selected != nil {
 		c.Status = Failed
+	}
+	if f.older(6, 6) && f.has(iommu.KindAMDVi) {
+		// The rule for all IOMMUs came after 6.1, where Intel's driver alone had one.
+		c.set(Warned, "the firmware wants memory of %s left where it is (%s); Linux %s may give such a device away, and "+
+			"newer kernels refuse it", some(c.Devices), f.rangeKind(), f.Release)
 	}
 	c.Cure = "turn off what uses it in the firmware's menu (shared memory of a management controller, USB legacy " +
 		"support, " +

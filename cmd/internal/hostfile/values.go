@@ -1,6 +1,7 @@
 package hostfile
 
 import (
+	"encoding/json"
 	"fmt"
 	"maps"
 	"slices"
@@ -62,4 +63,43 @@ func (v Values) Of(index int) (sriov.Settings, error) {
 		}
 	}
 	return out, nil
+}
+
+// Plain are settings that are the same for all VFs.
+func Plain(s sriov.Settings) Values {
+	out := Values{}
+	for key, value := range s {
+		out[key] = Value(value)
+	}
+	return out
+}
+
+// Text is the settings as ParseValues reads them.
+func (v Values) Text() string { return v.words().Text() }
+
+// words are the settings with their values as they are typed, which are not yet those of any VF.
+func (v Values) words() sriov.Settings {
+	out := sriov.Settings{}
+	for key, value := range v {
+		out[key] = value.String()
+	}
+	return out
+}
+
+// MarshalJSON is an object of the values as they are typed.
+func (v Values) MarshalJSON() ([]byte, error) { return json.Marshal(v.words()) }
+
+// UnmarshalJSON reads what MarshalJSON has written. It checks nothing: Of does, for the VF.
+func (v *Values) UnmarshalJSON(b []byte) error {
+	var words sriov.Settings
+	if err := json.Unmarshal(b, &words); err != nil {
+		return err
+	}
+	*v = Plain(words)
+	for key, text := range words {
+		if value, err := parseValued(key, text); err == nil && value.plus {
+			(*v)[key] = value
+		}
+	}
+	return nil
 }

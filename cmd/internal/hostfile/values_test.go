@@ -1,6 +1,8 @@
 package hostfile
 
 import (
+	"encoding/json"
+	"maps"
 	"strings"
 	"testing"
 )
@@ -24,5 +26,21 @@ func TestParseValues(t *testing.T) {
 		if _, err := ParseValues(strings.Fields(text)); err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%s: %v, want %q", text, err, says)
 		}
+	}
+}
+
+// Values are in records and in JSON as they are typed, and come back the same.
+func TestValuesJSON(t *testing.T) {
+	v, err := ParseValues([]string{"vlan=100+index", "mac=stable", "node_guid=00:11:22:33:44:55:66:00+index"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := json.Marshal(v)
+	if want := `{"mac":"stable","node_guid":"00:11:22:33:44:55:66:00+index","vlan":"100+index"}`; err != nil || string(b) != want {
+		t.Fatalf("%s, %v", b, err)
+	}
+	var back Values
+	if err := json.Unmarshal(b, &back); err != nil || !maps.Equal(v, back) {
+		t.Errorf("%v, %v", back, err)
 	}
 }

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/internal/host/hosttest"
 	"viaduct/internal/journal"
 	"viaduct/iommu"
@@ -40,7 +41,7 @@ func unplug(t *testing.T, vf string) func(*hosttest.Kernel) error {
 // lasting gives a guest a VF for good, and restore makes that again after a boot.
 func lasting(k *hosttest.Kernel) error {
 	return on(k, func(ctx context.Context, m *Manager) error {
-		s := Source{From: vf0, Count: 1, Settings: sriov.Settings{sriov.VLAN: "7"}}
+		s := Source{From: vf0, Count: 1, Settings: hostfile.Plain(sriov.Settings{sriov.VLAN: "7"})}
 		_, _, _, err := m.Assign(ctx, &Request{Guest: "a", Sources: []Source{s}, Persist: true})
 		return err
 	})
@@ -52,6 +53,15 @@ func restore(k *hosttest.Kernel) error {
 			return err
 		}
 		_, err := m.Restore(ctx)
+		return err
+	})
+}
+
+// expect reserves a VF for a guest that is to come.
+func expect(k *hosttest.Kernel) error {
+	return on(k, func(ctx context.Context, m *Manager) error {
+		s := Source{From: vf0, Count: 1, Settings: hostfile.Plain(sriov.Settings{sriov.VLAN: "7"})}
+		_, _, err := m.Expect(ctx, &Request{Guest: "a", Sources: []Source{s}})
 		return err
 	})
 }
@@ -88,6 +98,28 @@ func TestFaultThenAgain(t *testing.T) {
 				return err
 			})
 		}},
+		"expect": {steps(), expect},
+		"get the address": {expect, func(k *hosttest.Kernel) error {
+			return on(k, func(ctx context.Context, m *Manager) error { return m.SetAddress(ctx, "a", guestMAC) })
+		}},
+		"lose the address": {lasting, func(k *hosttest.Kernel) error {
+			return on(k, func(ctx context.Context, m *Manager) error {
+				return errors.Join(m.SetMoving(ctx, "a", Leaving), m.SetAddress(ctx, "a", ""))
+			})
+		}},
+		"stay": {expect, func(k *hosttest.Kernel) error {
+			return on(k, func(ctx context.Context, m *Manager) error {
+				return errors.Join(m.SetMoving(ctx, "a", ""), m.RunBy(ctx, "a", 1, "qemu"), m.Book.KeepWords("a", []string{"qemu"}))
+			})
+		}},
+		"leave for good": {expect, func(k *hosttest.Kernel) error {
+			return on(k, func(ctx context.Context, m *Manager) error {
+				if _, err := m.EndMoved(ctx, "a", 0); err != nil && !errors.As(err, new(*NoLeaseError)) {
+					return err
+				}
+				return nil
+			})
+		}},
 		"lift": {steps(plug(t, vf0), func(k *hosttest.Kernel) error {
 			reset := "sys/bus/pci/devices/" + vf0 + "/reset"
 			k.Fail[reset] = unix.EIO
@@ -115,8 +147,14 @@ func TestFaultThenAgain(t *testing.T) {
 					for _, d := range w.lease.Devices {
 						ready += " " + d.Address.String()
 					}
+					if ready += " " + string(w.lease.Moving); w.lease.Runner != nil {
+						ready += ", run by " + w.lease.Runner.Name
+					}
 				}
-				return fmt.Sprintf("%s\nlease %s\nquarantine %q, changes %q", w.devices, ready, w.quarantined, w.changes)
+				words, err := BookOf(&iommu.Host{Host: k.Host()}).Words("a")
+				// It is parked with one address that is no guest's or with another.
+				devices := strings.ReplaceAll(w.devices, "mac=02:76:00:01:80:00", "mac="+noMAC)
+				return fmt.Sprintf("%s\nlease %s\nquarantine %q, changes %q, words %q, %v", devices, ready, w.quarantined, w.changes, words, err)
 			}
 			k := prepare()
 			var err error
@@ -159,7 +197,7 @@ func TestLooksThatFail(t *testing.T) {
 		look   func(ctx context.Context, m *Manager) (any, error)
 	}{
 		"preview": {nil, func(_ context.Context, m *Manager) (any, error) {
-			r := &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1, Settings: tagged}}, Memory: 1 << 30, OwnerPID: 1}
+			r := &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1, Settings: hostfile.Plain(tagged)}}, Memory: 1 << 30, OwnerPID: 1}
 			steps, err := m.Preview(r)
 			return writes(steps), err
 		}},
@@ -168,8 +206,29 @@ func TestLooksThatFail(t *testing.T) {
 			return writes(steps), err
 		}},
 		"preview again": {lasting, func(_ context.Context, m *Manager) (any, error) {
-			s := Source{From: vf0, Count: 1, Settings: sriov.Settings{sriov.VLAN: "7"}}
+			s := Source{From: vf0, Count: 1, Settings: hostfile.Plain(sriov.Settings{sriov.VLAN: "7"})}
 			steps, err := m.Preview(&Request{Guest: "a", Sources: []Source{s}})
+			return writes(steps), err
+		}},
+		"after a boot": {func(k *hosttest.Kernel) error {
+			return errors.Join(lasting(k), os.RemoveAll(filepath.Join(k.Dir(), journal.Dir)))
+		}, func(_ context.Context, m *Manager) (any, error) {
+			all, err := m.all()
+			if err != nil {
+				return nil, err
+			}
+			return fmt.Sprint(len(all), all[0].Devices[0].Address, all[0].Devices[0].Nowhere), nil
+		}},
+		"recorded": {lasting, func(_ context.Context, m *Manager) (any, error) {
+			all, err := m.Book.Recorded()
+			return len(all), err
+		}},
+		"address": {expect, func(_ context.Context, m *Manager) (any, error) { return m.Address("a") }},
+		"may run": {lasting, func(_ context.Context, m *Manager) (any, error) {
+			return nil, m.mayRun(&Request{Guest: "a", Exclusive: true})
+		}},
+		"preview for Xen": {nil, func(_ context.Context, m *Manager) (any, error) {
+			steps, err := m.Preview(&Request{Guest: "a", OwnDriver: true, Sources: []Source{{From: pf, Count: 1}}})
 			return writes(steps), err
 		}},
 		"guests": {lasting, func(_ context.Context, m *Manager) (any, error) { return m.Book.Guests() }},

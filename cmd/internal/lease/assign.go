@@ -12,6 +12,7 @@ import (
 	"viaduct/cmd/internal/vmm"
 	"viaduct/internal/shell"
 	"viaduct/iommu"
+	"viaduct/sriov"
 	"viaduct/vfio/bind"
 	"viaduct/vfio/holder"
 )
@@ -177,24 +178,36 @@ func (m *Manager) reserve(ctx context.Context, r *Request, choices []choice,
 		}
 		l.Drawn = l.Drawn || c.exactly != nil
 		for _, d := range devices {
-			if err := c.suits(d); err != nil {
+			settings, err := c.settingsFor(d)
+			if err != nil {
 				return nil, false, err
 			}
-			l.Devices = append(l.Devices, m.describe(d, c.Settings))
+			dev, err := m.describe(d, settings)
+			if err != nil {
+				return nil, false, err
+			}
+			l.Devices = append(l.Devices, dev)
 		}
 	}
 	return l, true, m.Book.putLocked(l)
 }
 
-// suits refuses a device that cannot have a source's settings.
-func (s *Source) suits(d *iommu.Device) error {
-	if d.PhysFn != nil || len(s.Settings) == 0 {
-		return nil
+// settingsFor are a source's settings for a device, which is refused if it cannot have them.
+func (s *Source) settingsFor(d *iommu.Device) (sriov.Settings, error) {
+	if len(s.Settings) == 0 {
+		return nil, nil
 	}
-	why := holder.Reason{
-		Kind: holder.Unsuitable, Device: d.Name, Text: "it is not a VF, and has no " + s.Settings.Text(),
+	why := holder.Reason{Kind: holder.Unsuitable, Device: d.Name}
+	if d.PhysFn == nil {
+		why.Text = "it is not a VF, and has no " + s.Settings.Text()
+		return nil, holder.Because("assign "+d.Name, why, "")
 	}
-	return holder.Because("assign "+d.Name, why, "")
+	settings, err := s.Settings.Of(d.VFIndex)
+	if err != nil {
+		why.Text = err.Error()
+		return nil, holder.Because("assign "+d.Name, why, "")
+	}
+	return settings, nil
 }
 
 // renew is what asking, and asking again, sets: how long the lease lives.

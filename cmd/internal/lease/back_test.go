@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/internal/host/hosttest"
 	"viaduct/sriov"
 	"viaduct/vfio/holder"
@@ -20,7 +21,7 @@ func lendVF(t *testing.T, k *hosttest.Kernel, settings sriov.Settings) {
 	t.Helper()
 	m := newManager(t, k)
 	defer m.handle.Close()
-	r := &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1, Settings: settings}}, TTL: time.Minute}
+	r := &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1, Settings: hostfile.Plain(settings)}}, TTL: time.Minute}
 	if _, _, _, err := m.Assign(t.Context(), r); err != nil {
 		t.Fatal(err)
 	}

@@ -66,7 +66,10 @@ func Lock(ctx context.Context, s *sriov.Handle, devices []*iommu.Device, tell fu
 func Recover(ctx context.Context, s *sriov.Handle, tell func([]bind.Recovered)) error {
 	recovered, err := s.Recover(ctx)
 	tell(recovered)
-	if err != nil || !declared.Of(s.Host()).Interrupted() {
+	if err != nil {
+		return err
+	}
+	if interrupted, err := declared.Of(s.Host()).Interrupted(); err != nil || !interrupted {
 		return err
 	}
 	m, err := declared.New(s, declared.Options{})

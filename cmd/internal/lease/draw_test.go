@@ -93,9 +93,14 @@ func TestMemoryOfGuest(t *testing.T) {
 
 // A lease that ends with a unit lives while the unit, or what it started, runs, and while that cannot be seen.
 func TestLeaseOfUnit(t *testing.T) {
-	const group = "sys/fs/cgroup/user.slice/user-0.slice/user@0.service/app.slice/vm.service"
+	const group = "sys/fs/cgroup/machine.slice/machine-lab.slice/vm.service"
 	k, _ := poolHost(t)
 	k.Process(600, "qemu")
+	// A user's own unit of that name is another one.
+	write(t, k, "sys/fs/cgroup/user.slice/user-0.slice/user@0.service/app.slice/vm.service/cgroup.procs", "600\n")
+	if runs, err := UnitRuns(&iommu.Host{Host: k.Host()}, "vm.service"); runs || err != nil {
+		t.Errorf("a user's unit: %v, %v", runs, err)
+	}
 	write(t, k, group+"/cgroup.procs", "600\n")
 	if _, err := ask(k, Request{Unit: "vm.service"}, false); err != nil {
 		t.Fatal(err)

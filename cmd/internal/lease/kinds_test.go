@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/internal/host/hosttest"
 	"viaduct/iommu"
 	"viaduct/sriov"
@@ -67,7 +68,7 @@ func TestNoteOfAddress(t *testing.T) {
 		m := newManager(t, k)
 		r := &Request{Guest: "a", Sources: []Source{{From: pf, Count: 1}}, TTL: time.Minute}
 		if mac != "" {
-			r.Sources[0].Settings = sriov.Settings{sriov.MAC: mac}
+			r.Sources[0].Settings = hostfile.Plain(sriov.Settings{sriov.MAC: mac})
 		}
 		_, _, notes, err := m.Assign(t.Context(), r)
 		if said := strings.Contains(strings.Join(notes, " "), "has no MAC address"); err != nil || said != note {

@@ -14,6 +14,7 @@ import (
 	"unicode/utf8"
 
 	"viaduct/cmd/internal/declared"
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/cmd/internal/vmm"
 	"viaduct/internal/journal"
 	"viaduct/iommu"
@@ -61,9 +62,9 @@ type Lease struct {
 
 // Source is what some of a lease's devices were drawn from.
 type Source struct {
-	From     string         `json:"from"`  // a pool, or a selector
-	Count    int            `json:"count"` // of what is drawn: VFs, or groups of devices
-	Settings sriov.Settings `json:"settings,omitempty"`
+	From     string          `json:"from"`  // a pool, or a selector
+	Count    int             `json:"count"` // of what is drawn: VFs, or groups of devices
+	Settings hostfile.Values `json:"settings,omitempty"`
 
 	exactly []iommu.Address // these, whoever drew them
 }
@@ -105,7 +106,7 @@ func (l *Lease) upgrade() {
 	if l.Sources == nil {
 		s := Source{From: l.From, Count: l.Count}
 		if i := slices.IndexFunc(l.Devices, func(d Device) bool { return d.PF != nil }); i >= 0 {
-			s.Settings = l.Devices[i].Wanted
+			s.Settings = hostfile.Plain(l.Devices[i].Wanted)
 		}
 		l.Sources, l.From, l.Count = []Source{s}, "", 0
 	}

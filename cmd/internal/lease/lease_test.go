@@ -370,7 +370,7 @@ func TestSettingsOfNoVF(t *testing.T) {
 		}
 		return edu == ""
 	})
-	r := &Request{Guest: "a", Sources: []Source{{From: edu, Count: 1, Settings: sriov.Settings{sriov.VLAN: "5"}}}}
+	r := &Request{Guest: "a", Sources: []Source{{From: edu, Count: 1, Settings: hostfile.Plain(sriov.Settings{sriov.VLAN: "5"})}}}
 	if l, _, _, err := m.Assign(context.Background(), r); !errors.Is(err, holder.ErrRefused) {
 		t.Errorf("%s with a VLAN: %+v, %v", edu, l, err)
 	}

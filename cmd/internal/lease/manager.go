@@ -74,7 +74,9 @@ func (m *Manager) all() ([]*Lease, error) {
 	all, err := m.Book.All()
 	for _, l := range all {
 		if l.Persist && !l.Ready {
-			m.relocate(l)
+			if err := m.relocate(l); err != nil {
+				return nil, fmt.Errorf("where the devices of guest %q are now is not known: %w", l.Guest, err)
+			}
 		}
 	}
 	return all, err
@@ -185,19 +187,22 @@ func (l *Lease) configured() bool {
 
 func (m *Manager) self() holder.Proc { return holder.NameProcess(m.host, os.Getpid()) }
 
-func (m *Manager) describe(d *iommu.Device, want sriov.Settings) Device {
+// describe is a device as a lease has it. What cannot be identified is not assigned: nobody could find it again.
+func (m *Manager) describe(d *iommu.Device, want sriov.Settings) (Device, error) {
 	out := Device{LeaseDevice: holder.LeaseDevice{Address: d.Address}, ID: d.ID, Index: index(d), Home: !d.VFIO}
 	if d.PhysFn == nil {
-		id := iommu.Identify(m.host, d)
+		id, err := iommu.Identify(m.host, d)
 		out.Identity = &id
-		return out
+		return out, err
 	}
 	out.Wanted = maps.Clone(want)
-	if pf, err := m.Topology.Find(*d.PhysFn); err == nil {
-		id := iommu.Identify(m.host, pf)
-		out.PF = &id
+	pf, err := m.Topology.Find(*d.PhysFn)
+	if err != nil {
+		return Device{}, err
 	}
-	return out
+	id, err := iommu.Identify(m.host, pf)
+	out.PF = &id
+	return out, err
 }
 
 // index is a VF's index, -1 of what is not a VF.

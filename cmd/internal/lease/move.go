@@ -4,10 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"net/url"
 	"time"
 
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/internal/filelock"
 	"viaduct/internal/journal"
 	"viaduct/internal/shell"
@@ -127,7 +127,7 @@ func (m *Manager) SetMoving(ctx context.Context, guest string, moving State) err
 	return m.change(ctx, guest, func(l *Lease) error {
 		if l.Moving == Incoming && moving == "" && len(l.Sources) > 0 && len(l.Devices) > 0 {
 			// As if it had been asked for here, with the address that it has by now.
-			l.Sources[0].Settings = maps.Clone(l.Devices[0].Wanted)
+			l.Sources[0].Settings = hostfile.Plain(l.Devices[0].Wanted)
 		}
 		l.Moving = moving
 		return nil

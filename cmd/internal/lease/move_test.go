@@ -7,13 +7,14 @@ import (
 	"testing"
 	"time"
 
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/internal/host/hosttest"
 	"viaduct/sriov"
 	"viaduct/vfio/holder"
 )
 
 func fromNet(settings sriov.Settings) []Source {
-	return []Source{{From: "net", Count: 1, Settings: settings}}
+	return []Source{{From: "net", Count: 1, Settings: hostfile.Plain(settings)}}
 }
 
 const guestMAC = "52:54:00:aa:00:01"

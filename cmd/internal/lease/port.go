@@ -138,7 +138,11 @@ func (m *Manager) reserveMore(ctx context.Context, p *Port, pool string, d *iomm
 	if err := m.handle.Refresh([]*iommu.Device{d}); err != nil {
 		return nil, err
 	}
-	mine.Devices = append(mine.Devices, m.describe(d, nil))
+	dev, err := m.describe(d, nil)
+	if err != nil {
+		return nil, err
+	}
+	mine.Devices = append(mine.Devices, dev)
 	mine.Sources = append(mine.Sources, one(pool, p.Device))
 	return mine, m.Book.putLocked(mine)
 }

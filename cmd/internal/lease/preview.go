@@ -56,10 +56,10 @@ func (m *Manager) preview(r *Request, l *Lease) ([]bind.Action, error) {
 		for _, c := range choices {
 			drawn = append(drawn, c.units...)
 			for _, d := range handed(c.units) {
-				if err := c.suits(d); err != nil {
+				if wanted[d.Name], err = c.settingsFor(d); err != nil {
 					return nil, err
 				}
-				devices, wanted[d.Name] = append(devices, d), c.Settings
+				devices = append(devices, d)
 			}
 		}
 		for _, d := range devices {

@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/internal/host/hosttest"
 	"viaduct/iommu"
 	"viaduct/vfio/holder"
@@ -308,7 +309,7 @@ func TestBeforeUntold(t *testing.T) {
 	k := newKernel(t, 7)
 	k.Net.Unreported = map[int]bool{unix.IFLA_VF_MAC: true, unix.IFLA_VF_VLAN: true}
 	m := managerOf(t, k, strings.Replace(declaration, "pool: net", "pool: net\n        vlan: 9\n        mac: stable", 1))
-	r := &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1, Settings: tagged}}, TTL: time.Minute}
+	r := &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1, Settings: hostfile.Plain(tagged)}}, TTL: time.Minute}
 	l, _, _, err := m.Assign(t.Context(), r)
 	if err != nil {
 		t.Fatal(err)

@@ -66,7 +66,7 @@ func (m *Manager) Again(ctx context.Context, guest string) error {
 }
 
 // relocate finds the devices of a lease of an earlier boot: a VF is that of its index of the PF, wherever that is now.
-func (m *Manager) relocate(l *Lease) {
+func (m *Manager) relocate(l *Lease) error {
 	for i := range l.Devices {
 		dev := &l.Devices[i]
 		want := dev.Identity
@@ -78,10 +78,15 @@ func (m *Manager) relocate(l *Lease) {
 			dev.Nowhere = true
 			continue
 		}
+		var err error
 		found := false
 		m.Topology.All(func(d *iommu.Device) bool {
-			if !d.PCI || d.PhysFn != nil || !m.declared.Same(want, d) {
+			if !d.PCI || d.PhysFn != nil {
 				return true
+			}
+			var same bool
+			if same, err = m.declared.Same(want, d); !same || err != nil {
+				return err == nil
 			}
 			if dev.PF == nil {
 				dev.Address, found = d.Address, true
@@ -92,6 +97,10 @@ func (m *Manager) relocate(l *Lease) {
 			}
 			return !found
 		})
+		if err != nil {
+			return err
+		}
 		dev.Nowhere = !found
 	}
+	return nil
 }

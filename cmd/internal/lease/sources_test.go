@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/iommu"
 	"viaduct/sriov"
 	"viaduct/vfio/holder"
@@ -22,8 +23,8 @@ func TestSources(t *testing.T) {
 	request := func() *Request {
 		return &Request{
 			Guest: "web", TTL: time.Minute, Sources: []Source{
-				{From: "net", Count: 2, Settings: sriov.Settings{sriov.VLAN: "100"}},
-				{From: pf, Count: 1, Settings: sriov.Settings{sriov.VLAN: "200"}},
+				{From: "net", Count: 2, Settings: hostfile.Plain(sriov.Settings{sriov.VLAN: "100"})},
+				{From: pf, Count: 1, Settings: hostfile.Plain(sriov.Settings{sriov.VLAN: "200"})},
 				{From: vfs[5].Name, Count: 1},
 			},
 		}
@@ -65,8 +66,8 @@ func TestSources(t *testing.T) {
 		"fewer sources":     func(r *Request) { r.Sources = r.Sources[:2] },
 		"another source":    func(r *Request) { r.Sources[2].From = vfs[6].Name },
 		"another count":     func(r *Request) { r.Sources[0].Count = 1 },
-		"another setting":   func(r *Request) { r.Sources[1].Settings = sriov.Settings{sriov.VLAN: "201"} },
-		"settings for none": func(r *Request) { r.Sources[2].Settings = sriov.Settings{sriov.VLAN: "1"} },
+		"another setting":   func(r *Request) { r.Sources[1].Settings = hostfile.Plain(sriov.Settings{sriov.VLAN: "201"}) },
+		"settings for none": func(r *Request) { r.Sources[2].Settings = hostfile.Plain(sriov.Settings{sriov.VLAN: "1"}) },
 	} {
 		r := request()
 		change(r)
@@ -84,7 +85,7 @@ func TestUpgradeSources(t *testing.T) {
 	wanted := sriov.Settings{sriov.VLAN: "7"}
 	l := &Lease{From: "net", Count: 2, Devices: []Device{{PF: &iommu.Identity{}, Wanted: wanted}}}
 	l.upgrade()
-	r := &Request{Sources: []Source{{From: "net", Count: 2, Settings: wanted}}}
+	r := &Request{Sources: []Source{{From: "net", Count: 2, Settings: hostfile.Plain(wanted)}}}
 	if why := l.differs(r); why != "" || l.From != "" {
 		t.Errorf("%q, %+v", why, l)
 	}

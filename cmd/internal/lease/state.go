@@ -188,7 +188,7 @@ func (l *Lease) known() []Holder {
 	return append([]Holder{*l.Runner}, l.Holders...)
 }
 
-// unitProcesses is where a systemd unit's processes are listed: its control group has its name; "" if there is none.
+// unitProcesses is where a system unit's processes are listed: its control group has its name; "" if there is none.
 func unitProcesses(h *iommu.Host, unit string) (string, error) {
 	for _, root := range []string{"sys/fs/cgroup", "sys/fs/cgroup/systemd"} {
 		for dirs, depth := []string{root}, 0; len(dirs) > 0 && depth < 6; depth++ {
@@ -202,8 +202,8 @@ func unitProcesses(h *iommu.Host, unit string) (string, error) {
 					switch below := path.Join(dir, n); {
 					case n == unit:
 						return path.Join(below, "cgroup.procs"), nil
-					case strings.HasSuffix(n, ".slice"),
-						strings.HasSuffix(n, ".service") && strings.HasPrefix(n, "user@"):
+					case strings.HasSuffix(n, ".slice"):
+						// Users' own units are in user@UID.service: anybody may name them as he likes.
 						next = append(next, below)
 					}
 				}
@@ -214,7 +214,7 @@ func unitProcesses(h *iommu.Host, unit string) (string, error) {
 	return "", nil
 }
 
-// UnitPIDs are the processes of a systemd unit; none of one that does not run.
+// UnitPIDs are the processes of a system unit; none of one that does not run.
 func UnitPIDs(h *iommu.Host, unit string) ([]int, error) {
 	if unit == "" {
 		return nil, nil

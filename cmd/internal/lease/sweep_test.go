@@ -35,7 +35,7 @@ type site struct {
 
 // sites are a VF with settings, and two functions that are reset together and go back to the host.
 var sites = []site{
-	{name: "VF", host: poolHost, devices: []string{vf1, vf0}, from: Source{From: "net", Count: 1, Settings: tagged}},
+	{name: "VF", host: poolHost, devices: []string{vf1, vf0}, from: Source{From: "net", Count: 1, Settings: hostfile.Plain(tagged)}},
 	{
 		name: "pair", devices: []string{"0000:07:01.0", "0000:07:02.0"}, from: Source{From: "0000:07:01.0", Count: 1},
 		host: func(t *testing.T) (*hosttest.Kernel, *hosttest.VFIO) {

@@ -111,6 +111,7 @@ var checks = []check{
 // Check answers whether a guest can move from one host to another, line by line. It looks at nothing but what it is
 // given.
 func Check(g *Guest, from, to *Facts, wish Wish) *Report {
+	g.readMoves()
 	m := &move{guest: g, from: from, to: to, pool: cmp.Or(wish.Pool, g.From), by: wish.By}
 	if m.by == "" {
 		m.by = m.best()
@@ -126,6 +127,20 @@ func Check(g *Guest, from, to *Facts, wish Wish) *Report {
 		r.Lines = append(r.Lines, line)
 	}
 	return r
+}
+
+// readMoves reads whether the states of the guest's devices can move out of what its QEMU says keeps it from moving: it
+// has asked each device (VFIO_DEVICE_FEATURE_MIGRATION), but for the one of a failover pair, of which it says nothing.
+func (g *Guest) readMoves() {
+	if g.Asked == nil || g.VM == nil || g.VM.Standby != "" || g.VM.Libvirt() {
+		return
+	}
+	for i := range g.Devices {
+		moves := !slices.ContainsFunc(g.Asked.Blocked, func(why string) bool {
+			return strings.Contains(why, g.Devices[i].Address) || strings.Contains(strings.ToLower(why), "vfio")
+		})
+		g.Devices[i].Moves = &moves
+	}
 }
 
 // best is the way that costs the guest least.
@@ -216,8 +231,14 @@ func checkVMM(m *move) Line {
 	switch {
 	case vm == nil:
 		return unknown(inLease, "what VMM the guest has is not known: its lease was made by an older viaduct")
+	case vm.Libvirt() && !m.to.Live:
+		return unknown(inLease, "libvirt runs the guest; whether it is on %s is not known", m.to.Host)
+	case vm.Libvirt() && m.to.Libvirt == "":
+		return refuse(inLease+", virsh", "libvirt runs the guest, and on %s none answers", m.to.Host)
+	case vm.Libvirt():
+		return ok(inLease+", virsh", "libvirt runs the guest, and on %s it is %s", m.to.Host, m.to.Libvirt)
 	case !strings.HasPrefix(vm.Format, "qemu"):
-		return refuse(inLease, "the guest's devices were assigned for %s: only guests that QEMU runs by itself can "+
+		return refuse(inLease, "the guest's devices were assigned for %s: only guests of QEMU and libvirt can "+
 			"move", cmp.Or(vm.Format, "another VMM"))
 	case vm.Socket == "":
 		return refuse(inLease, "the guest's QEMU has no socket of viaduct's (assign or run it with --failover or "+

@@ -48,6 +48,8 @@ func checkPair(m *move) Line {
 		return refuse(inLease, "the guest has no virtio NIC that stands in for its VF (assign --failover BRIDGE)")
 	case asked == nil:
 		return unknown(inQMP, "whether the guest has taken its pair is not known: its QEMU was not asked")
+	case m.guest.VM.Libvirt() && asked.Pluggable:
+		return unknown("virsh dumpxml", "the domain has its VF; libvirt does not report whether the guest has taken it")
 	case asked.Primary == nil:
 		return refuse(inQMP, "the guest's QEMU has no pair of viaduct's (-device "+
 			"virtio-net-pci,id=viaduct-standby,...)")
@@ -65,14 +67,13 @@ func checkState(m *move) Line {
 	for _, d := range m.guest.Devices {
 		switch {
 		case d.Moves == nil:
-			return unknown("VFIO_DEVICE_FEATURE_MIGRATION", "whether the state of %s can be read is not known",
-				d.Address)
+			return unknown(inQMP, "whether the state of %s can be read is not known: its QEMU was not asked", d.Address)
 		case !*d.Moves:
-			return refuse("VFIO_DEVICE_FEATURE_MIGRATION", "%s has no state that can be read: driver %s has no "+
-				"migration protocol for it", d.Address, d.Driver)
+			return refuse(inQMP, "%s has no state that can be read: driver %s has no migration protocol for it",
+				d.Address, d.Driver)
 		}
 	}
-	return ok("VFIO_DEVICE_FEATURE_MIGRATION", "the state of every device can be read")
+	return ok(inQMP, "the state of every device can be read")
 }
 
 func checkIDs(m *move) Line {
@@ -81,6 +82,10 @@ func checkIDs(m *move) Line {
 		return Line{}
 	}
 	a, b := m.guest.Devices[0].ID, c.vf.ID
+	if from, to := m.guest.Devices[0].Kind, c.vf.Kind; from != to {
+		return refuse("mdev_type", "the guest has a device of type %s, and %s of %s is of type %s: the state of one is "+
+			"not the other's", from, c.vf.Address, m.to.Host, to)
+	}
 	name := func(id iommu.ID) string { return fmt.Sprintf("%04x:%04x", id.Vendor, id.Device) }
 	switch {
 	case a == b:

@@ -1,6 +1,7 @@
 package migrate
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -8,6 +9,7 @@ import (
 	"fmt"
 	"time"
 
+	"viaduct/cmd/internal/lease"
 	"viaduct/cmd/internal/vmm"
 )
 
@@ -50,10 +52,13 @@ type Driver struct {
 	Progress func(done, total uint64)
 	Outcome  Outcome
 
-	vm     *machine
-	pipe   *Pipe
-	relay  *relay
-	copied progress
+	vm    runner
+	pipe  *Pipe
+	relay *relay
+	sent  *sending // libvirt's way of sending a guest
+	// libvirt is the one here; "" is the system's.
+	libvirt libvirt
+	copied  progress
 	// loading is why the destination's QEMU could not load what came.
 	loading string
 }
@@ -68,6 +73,8 @@ type Outcome struct {
 	Clock    Clock     `json:"clock"`
 	Downtime *int      `json:"qemu_downtime_ms"` // as QEMU tells it
 	Memory   uint64    `json:"bytes_sent"`
+	Device   uint64    `json:"device_bytes"` // of that, the state of devices
+	Probed   *Probed   `json:"probed"`       // by who asked the guest meanwhile; nil: nobody
 }
 
 // Clock is by how much the destination's clock is ahead of the source's, and by how much that may be wrong.
@@ -157,6 +164,9 @@ func (d *Driver) close() {
 	if d.relay != nil {
 		d.relay.close()
 	}
+	if d.sent != nil {
+		d.sent.close()
+	}
 	if d.pipe != nil {
 		d.pipe.Close()
 	}
@@ -165,7 +175,8 @@ func (d *Driver) close() {
 // look sees how everything is.
 func (d *Driver) look(ctx context.Context) (*SourceView, error) {
 	r := d.Record
-	v := &SourceView{Way: r.Order.Way, Phase: r.Phase, Asked: r.Asked, Guest: Gone, Peer: PeerUnreachable}
+	v := &SourceView{Way: r.Order.Way, Libvirt: r.Order.libvirt(), Phase: r.Phase, Asked: r.Asked, Guest: Gone,
+		Peer: PeerUnreachable}
 	if err := d.connect(ctx); err != nil {
 		return nil, err
 	}
@@ -205,7 +216,31 @@ func (d *Driver) connect(ctx context.Context) (err error) {
 	if d.vm != nil && d.vm.Ended() == nil {
 		return nil
 	}
-	d.vm, err = reach(ctx, d.Record.Socket, func() bool { return d.Home.Alive(d.Record) })
+	if d.Record.Order.libvirt() {
+		return d.connectDomain(ctx)
+	}
+	d.vm = nil
+	m, err := reach(ctx, d.Record.Socket, func() bool { return d.Home.Alive(d.Record) })
+	if m != nil {
+		d.vm = m
+	}
+	return err
+}
+
+// connectDomain is connect of a guest of libvirt's.
+func (d *Driver) connectDomain(ctx context.Context) error {
+	m := &domain{libvirt: cmp.Or(d.libvirt, libvirtHere), name: d.Record.Guest, sent: d.sent}
+	args, err := d.Home.Device(d.Record)
+	if err == nil {
+		m.host, _ = args["host"].(string)
+	} else if _, none := errors.AsType[*lease.NoLeaseError](err); !none {
+		return err
+	}
+	d.vm = nil
+	there, err := m.there(ctx)
+	if there {
+		d.vm = m
+	}
 	return err
 }
 
@@ -271,7 +306,7 @@ func (d *Driver) act(ctx context.Context, a Action) (over bool, err error) {
 	case Await:
 		return false, d.await(ctx)
 	case Cancel:
-		if err := d.vm.do("migrate_cancel", nil, nil); err != nil {
+		if err := d.vm.cancel(); err != nil {
 			return false, err
 		}
 		_, err := d.vm.settled(ctx, nil)
@@ -328,11 +363,14 @@ func (d *Driver) request(ctx context.Context, a Action) error {
 	if !t.Plugged.IsZero() {
 		d.Outcome.Plugged = t.Plugged
 	}
+	if t.Downtime != nil {
+		d.Outcome.Downtime = t.Downtime
+	}
 	return nil
 }
 
 // send begins the copy, over a second run of the transport.
-func (d *Driver) send(ctx context.Context) error {
+func (d *Driver) send(ctx context.Context) (err error) {
 	d.clock(ctx)
 	limits := map[string]any{}
 	if d.Limits.Downtime > 0 {
@@ -347,12 +385,22 @@ func (d *Driver) send(ctx context.Context) error {
 		return err
 	}
 	*d.Record = next
+	if m, is := d.vm.(*domain); is {
+		d.sent, err = m.send(ctx, next.URI, d.Limits.Bandwidth)
+		return err
+	}
+	vm := d.vm.(*machine)
+	if next.Order.Way == ByVFIO {
+		if err := vm.able(switchoverAck); err != nil {
+			return err
+		}
+	}
 	relay, err := newRelay(d.Remote, d.Record)
 	if err != nil {
 		return err
 	}
 	d.relay = relay
-	return d.vm.send(relay.socket, limits)
+	return vm.send(relay.socket, limits)
 }
 
 // await waits for the end of the copy, for as long as it may take.
@@ -373,13 +421,15 @@ func (d *Driver) await(ctx context.Context) error {
 	}
 	d.copied = p
 	d.Outcome.Downtime, d.Outcome.Memory = p.Downtime, p.RAM.Transferred
-	for _, e := range d.vm.Since(0) {
-		if e.Name == "STOP" {
-			d.Outcome.Stopped = e.Time
-		}
+	if p.VFIO != nil {
+		d.Outcome.Device = p.VFIO.Transferred
 	}
-	if copied(p.Status) != Completed {
+	d.Outcome.Stopped = d.vm.stopped()
+	switch {
+	case copied(p.Status) != Completed:
 		return nil
+	case d.Record.Order.Way == ByVFIO && d.Outcome.Device == 0:
+		return errors.New("QEMU has sent no state of the device")
 	}
 	// The destination sees a little later that it has all.
 	until, cancel := context.WithTimeout(ctx, most)

@@ -31,7 +31,9 @@ type Facts struct {
 	Heard  map[string]string `json:"heard"`
 	Guests []string          `json:"guests"` // that have leases
 	QEMU   *QEMU             `json:"qemu"`
-	Live   bool              `json:"live"` // the host itself answers, and no snapshot
+	// Libvirt is its version, where libvirt runs the guest; "" if it does not answer, or was not asked.
+	Libvirt string `json:"libvirt,omitempty"`
+	Live    bool   `json:"live"` // the host itself answers, and no snapshot
 }
 
 // CPU is the first CPU of a host; all others are taken to be as it.
@@ -76,6 +78,7 @@ type VF struct {
 	Index   int            `json:"index"`
 	Address string         `json:"address"`
 	ID      iommu.ID       `json:"id"`
+	Kind    string         `json:"kind,omitempty"` // of a mediated device, its type
 	Driver  string         `json:"driver"`
 	Pool    string         `json:"pool"`
 	Free    bool           `json:"free"`
@@ -113,6 +116,7 @@ type GuestDevice struct {
 	Driver   string         `json:"driver"`
 	PF       string         `json:"pf"` // the PF's address; "" of what is no VF
 	Settings sriov.Settings `json:"settings"`
+	Kind     string         `json:"kind,omitempty"` // of a mediated device, its type
 	// Moves reports whether the device's state can be read and written (VFIO's migration protocol); nil: not known.
 	Moves *bool `json:"moves"`
 }

@@ -23,7 +23,7 @@ func Facts(h *iommu.Host, t *iommu.Topology, selected []*iommu.Device) (*doctor.
 			h.Exists("proc/self/status"),
 		Arch: g.text("proc/sys/kernel/arch"), Release: g.text("proc/sys/kernel/osrelease"),
 		Words: iommu.CommandLine(h), Config: iommu.KernelConfig(h), Log: iommu.KernelLines(h),
-		Loader: bootloader.Find(h.Host), Tables: iommu.ReadFirmware(h),
+		Loader: bootloader.Find(h.Host), Tables: iommu.ReadFirmware(h), Xen: g.text("sys/hypervisor/type") == "xen",
 	}
 	if selected == nil {
 		t.All(func(d *iommu.Device) bool {
@@ -308,7 +308,21 @@ func (g *gatherer) devices(f *doctor.Facts) error {
 		return err
 	}
 	for _, s := range shown {
-		f.Displays = append(f.Displays, doctor.Display{Device: s.Device, What: s.What})
+		f.Displays = append(f.Displays, doctor.Display{Device: s.Device, What: s.What, Evidence: g.seenDisplay(s)})
 	}
 	return nil
+}
+
+// seenDisplay is where it was seen that a device is a display.
+func (g *gatherer) seenDisplay(s holder.Holder) doctor.Evidence {
+	for _, name := range []string{"boot_vga", "boot_display"} {
+		file := path.Join("sys/bus/pci/devices", s.Device, name)
+		if v := g.text(file); v == "1" && s.Brief == "boot display" {
+			return doctor.Evidence{File: file, Value: v}
+		}
+	}
+	if s.Brief == "console" {
+		return doctor.Evidence{File: "sys/class/graphics", Value: s.What}
+	}
+	return doctor.Evidence{File: "proc/iomem", Value: s.What}
 }

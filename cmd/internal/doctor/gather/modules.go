@@ -110,8 +110,11 @@ func (g *gatherer) rules(words []string) []doctor.ModuleRule {
 	return out
 }
 
-// modprobeRules are the lines of one file that are about a needed module. Some install VFIO's modules by a command of
-// theirs, which is none of them unless it is one that does nothing.
+// doNothing are commands that load no module.
+var doNothing = []string{"/bin/false", "/bin/true", "/usr/bin/false", "/usr/bin/true", ":", "true", "false"}
+
+// modprobeRules are the lines of one file that are about a needed module. Some hosts install VFIO's modules by a command
+// of their own, of which it is not known what it does, unless it is one that does nothing.
 func modprobeRules(file, text string) []doctor.ModuleRule {
 	var out []doctor.ModuleRule
 	for line := range strings.Lines(strings.ReplaceAll(text, "\\\n", " ")) {
@@ -125,11 +128,9 @@ func modprobeRules(file, text string) []doctor.ModuleRule {
 		case "blacklist":
 			out = append(out, r)
 		case "install":
-			if len(f) > 2 && slices.Contains([]string{"/bin/false", "/bin/true", "/usr/bin/false", "/usr/bin/true",
-				":", "true", "false"}, f[2]) {
-				r.Hard = true
-				out = append(out, r)
-			}
+			r.Hard = len(f) > 2 && slices.Contains(doNothing, f[2])
+			r.Own = !r.Hard
+			out = append(out, r)
 		}
 	}
 	return out

@@ -1,0 +1,128 @@
+package declared
+
+import (
+	"fmt"
+	"reflect"
+	"strings"
+	"testing"
+
+	"viaduct/cmd/internal/hostfile"
+	"viaduct/internal/host/hosttest"
+	"viaduct/iommu"
+	"viaduct/vfio/bind"
+)
+
+// imported is a host with files of all the tools that are imported.
+func imported() hosttest.Tree {
+	const network = "etc/systemd/network/"
+	return twoCards(hosttest.Tree{
+		"etc/netplan/a.yaml": "network:\n  ethernets:\n" +
+			"    enp1s0f0: {match: {macaddress: 3C:FD:FE:00:00:01}, mtu: 9000, virtual-function-count: 3}\n" +
+			"    glob: {match: {name: \"enp2s*\", driver: [i40e]}, virtual-function-count: 2}\n",
+		network + "10-a.link": "[Match]\nPath=pci-0000:01:00.0*\n[Link]\nName=lan0\nSR-IOVVirtualFunctions=4\nMTUBytes=9000\n" +
+			"[SR-IOV]\nVirtualFunction=0\nVLANId=15\n",
+		network + "10-a.link.d/o.conf":     "[Link]\nSR-IOVVirtualFunctions=6\n[SR-IOV]\nVirtualFunction=0\nTrust=no\n",
+		network + "20-b.link":              "[Match]\nDriver=!e1000 ixgbe\n[Link]\nSR-IOVVirtualFunctions=8\n",
+		network + "50-a.network":           "[Match]\nName=lan0\n[SR-IOV]\nVirtualFunction=2\nVLANId=7\n",
+		"proc/cmdline":                     "quiet vfio-pci.ids=8086:1572,1234:5678\n",
+		"etc/modprobe.d/i40e.conf":         "options i40e max_vfs=0,5\noptions vfio-pci ids=8086:3420\n",
+		"etc/driverctl.d/pci-0000:01:00.0": "vfio-pci\n", "etc/driverctl.d/pci-0000:02:00.0": "vfio-pci\n",
+	})
+}
+
+// A look that fails is told, or does not matter: nothing that could not be read is left out of what is found.
+func TestLooksThatFail(t *testing.T) {
+	importer := func() *hosttest.Kernel { return hosttest.NewKernel(t, imported()) }
+	applied := func() *hosttest.Kernel {
+		k := sweptHost(t)
+		k.ChangeNet(func(n *hosttest.Network) { n.Routes = []hosttest.Route{{To: "default", Over: []string{"enp1s0"}}} })
+		writeFile(t, k, "etc/fstab", "/dev/vda / ext4 defaults 0 1\n")
+		if err := applyAll(k, many); err != nil {
+			t.Fatal(err)
+		}
+		if err := newManager(t, k, Options{}).Protect(); err != nil {
+			t.Fatal(err)
+		}
+		return k
+	}
+	planned := func(text string, o Options) func(*Manager) (any, error) {
+		return func(m *Manager) (any, error) {
+			m.options = o
+			items, err := m.Plan(parse(t, text))
+			var out []string
+			for _, i := range items {
+				if i.Err != nil && i.State == Refused {
+					return nil, i.Err
+				}
+				out = append(out, fmt.Sprint(i.Name, i.State, i.Notes, bind.Commands(i.Steps), i.Words()))
+			}
+			return out, err
+		}
+	}
+	described := func(s *hostfile.Host, notes any, err error) (any, error) {
+		if err != nil {
+			return nil, err
+		}
+		yaml, err := s.YAML(nil)
+		return fmt.Sprint(string(yaml), notes), err
+	}
+	device := func(m *Manager, name string) *iommu.Device {
+		d, err := m.topology.Find(mustParse(t, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return d
+	}
+
+	const early = "devices: [{select: path=0000:00:08.0/01.0, initramfs: true}]\n"
+	type looks map[string]func(*Manager) (any, error)
+	onImporter, onApplied := looks{}, looks{
+		"adopt": func(m *Manager) (any, error) {
+			s, _, err := m.Adopt() // what there is beside names, which may be missing
+			return described(s, nil, err)
+		},
+		"plan":         planned(many, Options{}),
+		"another plan": planned(strings.ReplaceAll(many, "vlan: 7", "vlan: 8, mac: stable"), Options{}),
+		"boot":         planned("pfs:\n  - {each: [\"8086:10c9\"], count: 3}\nprotect: ["+nic+"]\n", Options{Boot: true}),
+		"pool": func(m *Manager) (any, error) {
+			vfs, err := m.Pool(parse(t, strings.ReplaceAll(many, "driver: vfio", "driver: vfio, pool: net")), "net")
+			return len(vfs), err
+		},
+		"saved":     func(m *Manager) (any, error) { return m.Saved(device(m, nic)) },
+		"held":      func(m *Manager) (any, error) { return m.Held() },
+		"last":      func(m *Manager) (any, error) { all, known, err := m.Last(); return []any{all, known}, err },
+		"initramfs": func(m *Manager) (any, error) { return m.Initramfs(parse(t, early)) },
+	}
+	for _, source := range Sources() {
+		onImporter[source] = func(m *Manager) (any, error) { return described(m.Import(source)) }
+	}
+	for k, all := range map[*hosttest.Kernel]looks{importer(): onImporter, applied(): onApplied} {
+		for name, look := range all {
+			failsInTurn(t, k, name, look)
+		}
+	}
+}
+
+// failsInTurn lets each operation of a look fail that another call leads to than those before.
+func failsInTurn(t *testing.T, k *hosttest.Kernel, name string, look func(*Manager) (any, error)) {
+	t.Helper()
+	m := newManager(t, k, Options{})
+	defer m.handle.Close()
+	var want any
+	var err error
+	all := k.Operations(func() { want, err = look(again(t, m)) })
+	if err != nil {
+		t.Errorf("%s: %v", name, err)
+		return
+	}
+	for _, n := range hosttest.Sample(all) {
+		m := again(t, m)
+		failed := k.FailNth(n, failures[n%3])
+		got, err := look(m)
+		k.Revive()
+		told := strings.Contains(fmt.Sprint(got), "could not be read")
+		if err == nil && !told && !reflect.DeepEqual(got, want) {
+			t.Errorf("%s: %s fails with %v, and it finds %v\nnot %v", name, failed(), failures[n%3], got, want)
+		}
+	}
+}

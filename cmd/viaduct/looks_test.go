@@ -1,0 +1,73 @@
+package main
+
+import (
+	"regexp"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"viaduct/internal/host/hosttest"
+)
+
+// looks are lines of commands that change nothing, on a littered host.
+var looks = []string{
+	"list", "list --json", "list --tree", "list -o wide", "list --holders", "list group=7",
+	"show 0000:01:10.0", "show 0000:01:00.0 --json", "show 0000:07:01.0", "show group=7 --json", "show 0000:09:00.0",
+	"why 0000:01:10.0", "why 0000:07:01.0 --json", "why --all", "why guest=web", "why guest=web --memory 1G --json", "iommu", "iommu --json",
+	"doctor", "doctor 0000:01:00.0 --json", "vf list", "vf list --json", "vf get 0000:01:00.0/vf0", "vf get 0000:01:00.0/vf1 --json",
+	"leases", "leases --json", "pool", "pool net --json", "pool net --format libvirt-network", "log", "log --json",
+	"plan", "plan --json", "plan --steps", "status", "status -v", "status --json", "apply --dry-run", "adopt",
+	"adopt --import systemd", "adopt --import modprobe",
+	"bind --dry-run 0000:07:01.0", "bind --dry-run --json 0000:07:02.0", "unbind --dry-run 0000:01:10.4", "unbind --dry-run --json 0000:01:10.4",
+	"vf create --dry-run 0000:02:00.0 2 vlan=7", "vf destroy --dry-run 0000:01:00.0", "vf set --dry-run 0000:01:00.0/vf2 vlan=9",
+	"vf sync --dry-run 0000:01:00.0", "assign --dry-run new --from 0000:02:00.0", "assign --dry-run new --from net --memory 1G --json",
+	"assign --dry-run web --from net --vlan 7", "install --dry-run",
+}
+
+// A look that fails is told: a command ends with an error or a note that it does not have otherwise, calls more unknown,
+// or says what it says otherwise. What is absent, and what is free, is never what could not be looked at.
+func TestLooksThatFail(t *testing.T) {
+	k := littered(t)
+	var all []hosttest.Operation
+	var lines []string // of each operation
+	var first []int    // its line's first one
+	usual := map[string]answer{}
+	for _, line := range looks {
+		from := len(all)
+		all = append(all, k.Operations(func() { usual[line] = saysNow(k, line) })...)
+		if usual[line].status == exitUsage {
+			t.Errorf("%s: %+v", line, usual[line])
+		}
+		for range len(all) - from {
+			lines, first = append(lines, line), append(first, from)
+		}
+	}
+
+	for _, n := range hosttest.Sample(all) {
+		line, want := lines[n], usual[lines[n]]
+		failed := k.FailNth(n-first[n], unix.EIO)
+		got := saysNow(k, line)
+		k.Revive()
+		if got.status == want.status && got.stderr == want.stderr && got.stdout != want.stdout &&
+			unknowns(got.stdout) <= unknowns(want.stdout) && !ids.MatchString(failed()) {
+			t.Errorf("%s: %s fails, and it says\n%s%s\nnot\n%s", line, failed(), got.stdout, got.stderr, want.stdout)
+		}
+	}
+}
+
+var moment = regexp.MustCompile(`\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?Z?|\b\d+s\b`)
+
+// saysNow is what a command line says, but when.
+func saysNow(k *hosttest.Kernel, line string) answer {
+	a := onKernel(k, strings.Fields(line)...)
+	a.stdout, a.stderr = moment.ReplaceAllString(a.stdout, "WHEN"), moment.ReplaceAllString(a.stderr, "WHEN")
+	return a
+}
+
+var unknown = regexp.MustCompile(`unknown|not\s+known|null|input/output\s+error|\s-\s`)
+
+// ids are for names, which stand beside what they name; and that a record is of this boot is seen by its place.
+var ids = regexp.MustCompile(`pci\.ids$|^readlink run/viaduct/lease-`)
+
+func unknowns(text string) int { return len(unknown.FindAllString(text, -1)) }

@@ -75,7 +75,7 @@ var users = map[string]string{
 
 // A cluster is what runs of it, and the administrator's ways to it.
 type cluster struct {
-	etcd, api, scheduler, controllers, containerd, kubelet *process
+	etcd, api, scheduler, controllers, containerd, kubelet, driver *process
 
 	config  *rest.Config
 	client  kubernetes.Interface

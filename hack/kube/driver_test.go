@@ -175,6 +175,7 @@ func manifests(t *testing.T, args ...string) []*unstructured.Unstructured {
 // account that the manifests have, and its rights alone.
 func served(t *testing.T) *process {
 	t.Helper()
+	endDriver(t)
 	declare(t, declared)
 	installed(t)
 	p := serve(t, nil)
@@ -194,7 +195,21 @@ func installed(t *testing.T) {
 	}
 }
 
-// serve starts the driver. Its words are in the log when the test fails.
+// endDriver ends the driver that runs when the test ends. It is to be said before pods are made: those need the driver to end.
+func endDriver(t *testing.T) {
+	t.Helper()
+	t.Cleanup(func() {
+		if up.driver == nil {
+			return
+		}
+		up.driver.end(syscall.SIGTERM)
+		if t.Failed() {
+			t.Logf("the driver:\n%s", lastLines("viaduct-kube", 60))
+		}
+	})
+}
+
+// serve starts the driver.
 func serve(t *testing.T, through []string) *process {
 	t.Helper()
 	line := append(through, driver, "serve", "--node", node, "--kubeconfig", accountConfig(t))
@@ -202,12 +217,7 @@ func serve(t *testing.T, through []string) *process {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		p.end(syscall.SIGTERM)
-		if t.Failed() {
-			t.Logf("the driver:\n%s", lastLines("viaduct-kube", 60))
-		}
-	})
+	up.driver = p
 	return p
 }
 

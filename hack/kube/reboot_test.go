@@ -42,6 +42,7 @@ func TestAfterReboot(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	endDriver(t)
 	serve(t, nil)
 	p := awaitPod(t, "stays", "runs again", func(p *core.Pod) bool {
 		return running(p) && p.Status.ContainerStatuses[0].RestartCount > 0

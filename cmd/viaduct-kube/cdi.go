@@ -12,7 +12,7 @@ import (
 	"viaduct/iommu"
 )
 
-// cdiCommand writes the specifications of all pools, by the numbers that the kernel has given IOMMU groups in this boot.
+// cdiCommand writes the specifications of all pools, by the numbers that IOMMU groups have in this boot.
 func cdiCommand(args []string, stderr io.Writer) error {
 	var o common
 	f := flag.NewFlagSet("cdi", flag.ContinueOnError)

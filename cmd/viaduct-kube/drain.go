@@ -40,8 +40,9 @@ func drainCommand(ctx context.Context, args []string, stdout, stderr io.Writer) 
 	f.BoolVar(&o.keep, "no-evict", false, "keep new pods away, and wait until those that run have ended")
 	f.Usage = func() {
 		fmt.Fprint(stderr, "usage: viaduct-kube drain [OPTION...] NODE [SELECTOR...]\n\n"+
-			"A SELECTOR is the address of a function, of a PF whose VFs are meant too, or pool=NAME; without one all of\n"+
-			"the node's functions are drained. When drain has ended, viaduct apply can go on; then end the drain.\n\n")
+			"A SELECTOR is the address of a function, of a PF whose VFs are meant too, or pool=NAME; without one\n"+
+			"all functions of the node are drained. When drain has ended, viaduct apply can go on; then end the\n"+
+			"drain.\n\n")
 		f.PrintDefaults()
 	}
 	var err error
@@ -170,7 +171,7 @@ func (o *drainOptions) await(ctx context.Context, client kubernetes.Interface, d
 		}
 		if err == nil && len(users) == 0 {
 			fmt.Fprintf(stdout, "%s: no pod has one of the functions; viaduct apply can go on, and then "+
-				"viaduct-kube drain --end %s\n", o.node, strings.Join(append([]string{"--node", o.node}, o.selectors...), " "))
+				"viaduct-kube drain --end %s\n", o.node, strings.Join(append([]string{o.node}, o.selectors...), " "))
 			return nil
 		}
 		if text := strings.Join(users, ", "); err == nil && text != told {
@@ -179,7 +180,7 @@ func (o *drainOptions) await(ctx context.Context, client kubernetes.Interface, d
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("%s still has functions that are in use by %s: delete what keeps them, and run drain again",
+			return fmt.Errorf("functions of %s are still in use by %s: delete what keeps them, and run drain again",
 				o.node, told)
 		case <-time.After(time.Second):
 		}
@@ -200,15 +201,17 @@ func (o *drainOptions) users(ctx context.Context, client kubernetes.Interface,
 		if c.Status.Allocation == nil || len(c.Status.ReservedFor) == 0 {
 			continue
 		}
-		if slices.ContainsFunc(c.Status.Allocation.Devices.Results, func(r resource.DeviceRequestAllocationResult) bool {
+		has := func(r resource.DeviceRequestAllocationResult) bool {
 			return r.Driver == o.driver && r.Pool == o.node && (devices == nil || devices[r.Device])
-		}) {
-			name := "claim " + c.Namespace + "/" + c.Name
-			for _, by := range c.Status.ReservedFor {
-				name += " of " + strings.TrimSuffix(by.Resource, "s") + " " + by.Name
-			}
-			out = append(out, name)
 		}
+		if !slices.ContainsFunc(c.Status.Allocation.Devices.Results, has) {
+			continue
+		}
+		name := []string{"claim " + c.Namespace + "/" + c.Name}
+		for _, by := range c.Status.ReservedFor {
+			name = append(name, strings.TrimSuffix(by.Resource, "s")+" "+by.Name)
+		}
+		out = append(out, strings.Join(name, " of "))
 	}
 	return out, nil
 }

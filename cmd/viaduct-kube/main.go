@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -67,7 +68,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 
 func command(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if len(args) == 0 {
-		return usageError{errors.New("no command given\n" + usage)}
+		return usageError{fmt.Errorf("no command given\n%s", strings.TrimSpace(usage))}
 	}
 	name, args := args[0], args[1:]
 	switch name {
@@ -86,7 +87,7 @@ func command(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		fmt.Fprint(stdout, usage)
 		return nil
 	}
-	return usageError{fmt.Errorf("unknown command %q\n%s", name, usage)}
+	return usageError{fmt.Errorf("unknown command %q\n%s", name, strings.TrimSpace(usage))}
 }
 
 // version is the commit that the program was built from, as Go notes it.

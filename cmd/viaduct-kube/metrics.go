@@ -57,7 +57,8 @@ func (m *metrics) write(w io.Writer) {
 	defer m.mu.Unlock()
 	pairs := func(name, kind, help, one, two string, values map[[2]string]int) {
 		fmt.Fprintf(w, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
-		for _, k := range slices.SortedFunc(maps.Keys(values), func(a, b [2]string) int { return slices.Compare(a[:], b[:]) }) {
+		order := func(a, b [2]string) int { return slices.Compare(a[:], b[:]) }
+		for _, k := range slices.SortedFunc(maps.Keys(values), order) {
 			fmt.Fprintf(w, "%s{%s=%q,%s=%q} %d\n", name, one, k[0], two, k[1], values[k])
 		}
 	}

@@ -98,11 +98,11 @@ type server struct {
 	host     *iommu.Host
 	client   kubernetes.Interface
 	settings *node.Settings
-	driver   *dra.Driver
+	dra      *dra.Driver
 	plugins  map[string]*plugin.Plugin
 	helper   *kubeletplugin.Helper
 	kubelet  *plugin.Kubelet
-	metrics  *metrics
+	counts   *metrics
 	events   record.EventRecorder
 	log      io.Writer
 	logMu    sync.Mutex
@@ -118,20 +118,20 @@ func newServer(h *iommu.Host, client kubernetes.Interface, o *serveOptions, log 
 	}
 	s := &server{
 		serveOptions: o, host: h, client: client, settings: settings, plugins: map[string]*plugin.Plugin{}, log: log,
-		metrics: newMetrics(), changed: make(chan struct{}, 1), fatal: make(chan error, 1),
+		counts: newMetrics(), changed: make(chan struct{}, 1), fatal: make(chan error, 1),
 	}
 	if s.kubelet, err = plugin.Ask(filepath.Join(o.kubeletDir, plugin.PodResources)); err != nil {
 		return nil, err
 	}
-	s.driver = dra.New(dra.Options{
-		Host: h, Name: o.common.driver, Node: o.node, CDIDir: o.cdiDir, Settings: settings, Tell: s.tellClaim,
-		Count: s.metrics.count, Changed: s.touch, Fatal: s.fail,
+	s.dra = dra.New(dra.Options{
+		Host: h, Name: o.driver, Node: o.node, CDIDir: o.cdiDir, Settings: settings, Tell: s.tellClaim,
+		Count: s.counts.count, Changed: s.touch, Fatal: s.fail,
 	})
 	return s, nil
 }
 
 // pluginDir is the folder of the driver's own.
-func (s *server) pluginDir() string { return filepath.Join(s.kubeletDir, "plugins", s.common.driver) }
+func (s *server) pluginDir() string { return filepath.Join(s.kubeletDir, "plugins", s.driver) }
 
 func (s *server) recordFile() string { return filepath.Join(s.pluginDir(), "providers.json") }
 
@@ -162,7 +162,7 @@ func (s *server) run(ctx context.Context) error {
 	for _, p := range s.plugins {
 		plugins.Go(func() { _ = p.Serve(ctx, filepath.Join(s.kubeletDir, "device-plugins")) })
 	}
-	if s.serveOptions.metrics != "" {
+	if s.metrics != "" {
 		if err := s.serveMetrics(ctx); err != nil {
 			return err
 		}
@@ -187,7 +187,7 @@ func (s *server) check(ctx context.Context) ([]node.Function, error) {
 	if s.recorded, err = node.ReadRecord(s.recordFile()); err != nil {
 		return nil, err
 	}
-	if err := s.settings.Changed(functions, s.recorded, dra.Ours(s.common.driver)); err != nil {
+	if err := s.settings.Changed(functions, s.recorded, dra.Ours(s.driver)); err != nil {
 		return nil, err
 	}
 	claims, err := s.claims(ctx, functions)
@@ -205,7 +205,7 @@ func (s *server) check(ctx context.Context) ([]node.Function, error) {
 // of dynamic resource allocation as they publish.
 func (s *server) claims(ctx context.Context, functions []node.Function) ([]node.Claim, error) {
 	isGroup := func(id string) bool { return s.host.Exists("dev/vfio/" + id) }
-	out, err := s.kubelet.Claims(ctx, s.common.driver, functions, isGroup)
+	out, err := s.kubelet.Claims(ctx, s.driver, functions, isGroup)
 	if err != nil {
 		// The kubelet may start later, and has no plugins then.
 		s.say("cannot ask the kubelet what other device plugins give out: %v", err)
@@ -218,7 +218,7 @@ func (s *server) claims(ctx context.Context, functions []node.Function) ([]node.
 	}
 	for i := range list.Items {
 		spec := &list.Items[i].Spec
-		if spec.Driver == s.common.driver || spec.NodeName == nil || *spec.NodeName != s.node {
+		if spec.Driver == s.driver || spec.NodeName == nil || *spec.NodeName != s.node {
 			continue
 		}
 		for _, d := range spec.Devices {
@@ -236,22 +236,22 @@ func (s *server) claims(ctx context.Context, functions []node.Function) ([]node.
 
 // start starts what the kubelet calls.
 func (s *server) start(ctx context.Context, functions []node.Function) (err error) {
-	s.driver.Saw(functions)
+	s.dra.Saw(functions)
 	for i := range functions {
 		pool := functions[i].Pool
 		if s.settings.Provider(pool) != node.DevicePlugin || s.plugins[pool] != nil {
 			continue
 		}
 		s.plugins[pool] = plugin.New(plugin.Options{
-			Host: s.host, Domain: s.common.driver, Pool: pool, CDIDir: s.cdiDir, Ours: dra.Ours(s.common.driver),
-			Mark:  func(whom string) string { return dra.Mark(whom, s.common.driver) },
-			Count: s.metrics.count, Tell: s.tell, Changed: s.touch,
+			Host: s.host, Domain: s.driver, Pool: pool, CDIDir: s.cdiDir, Ours: dra.Ours(s.driver),
+			Mark:  func(whom string) string { return dra.Mark(whom, s.driver) },
+			Count: s.counts.count, Tell: s.tell, Changed: s.touch,
 		})
 		s.plugins[pool].Saw(functions)
 	}
 
-	s.helper, err = kubeletplugin.Start(ctx, s.driver,
-		kubeletplugin.DriverName(s.common.driver),
+	s.helper, err = kubeletplugin.Start(ctx, s.dra,
+		kubeletplugin.DriverName(s.driver),
 		kubeletplugin.KubeClient(s.client),
 		kubeletplugin.NodeName(s.node),
 		kubeletplugin.RollingUpdate(types.UID(s.podUID)),
@@ -277,8 +277,8 @@ func (s *server) look() ([]node.Function, *node.Facts, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	functions := node.Functions(facts, dra.Ours(s.common.driver))
-	return functions, facts, node.WritePools(s.cdiDir, s.common.driver, functions, facts.Nodes)
+	functions := node.Functions(facts, dra.Ours(s.driver))
+	return functions, facts, node.WritePools(s.cdiDir, s.driver, functions, facts.Nodes)
 }
 
 // again is how often the host is looked at although nothing was heard of it: not all that matters comes with an event.
@@ -315,12 +315,12 @@ func (s *server) watch(ctx context.Context) error {
 func (s *server) publish(ctx context.Context) error {
 	begun := time.Now()
 	functions, facts, err := s.look()
-	s.metrics.count("look", resultOf(err), time.Since(begun))
+	s.counts.count("look", resultOf(err), time.Since(begun))
 	if err != nil {
 		return err
 	}
-	s.metrics.see(functions, s.settings)
-	s.driver.Saw(functions)
+	s.counts.see(functions, s.settings)
+	s.dra.Saw(functions)
 	for _, p := range s.plugins {
 		p.Saw(functions)
 	}
@@ -331,7 +331,7 @@ func (s *server) publish(ctx context.Context) error {
 		s.recorded = now
 	}
 	err = s.helper.PublishResources(ctx, resourceslice.DriverResources{
-		Pools: map[string]resourceslice.Pool{s.node: dra.Pool(s.common.driver, functions, s.settings)},
+		Pools: map[string]resourceslice.Pool{s.node: dra.Pool(s.driver, functions, s.settings)},
 	})
 	return errors.Join(err, s.reclaim(ctx, facts.Leases))
 }
@@ -348,7 +348,7 @@ func (s *server) reclaim(ctx context.Context, leases []lease.Lease) error {
 	if len(s.plugins) == 0 {
 		return nil
 	}
-	used, err := s.kubelet.Used(ctx, s.common.driver)
+	used, err := s.kubelet.Used(ctx, s.driver)
 	if err != nil {
 		return fmt.Errorf("ask the kubelet which devices its pods have: %w", err)
 	}
@@ -372,7 +372,7 @@ func (s *server) hear(ctx context.Context) {
 	}
 	events := os.NewFile(uintptr(fd), "uevent")
 	defer events.Close()
-	stop := context.AfterFunc(ctx, func() { events.Close() })
+	stop := context.AfterFunc(ctx, func() { _ = events.Close() })
 	defer stop()
 	buf := make([]byte, 8192)
 	for {
@@ -456,14 +456,14 @@ func (s *server) event(of *core.ObjectReference, warning bool, reason, text stri
 
 // serveMetrics serves metrics until the context ends.
 func (s *server) serveMetrics(ctx context.Context) error {
-	listener, err := net.Listen("tcp", s.serveOptions.metrics)
+	listener, err := net.Listen("tcp", s.metrics)
 	if err != nil {
 		return fmt.Errorf("serve metrics: %w", err)
 	}
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) { s.metrics.write(w) })
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) { s.counts.write(w) })
 	web := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
-	context.AfterFunc(ctx, func() { web.Close() })
+	context.AfterFunc(ctx, func() { _ = web.Close() })
 	go func() {
 		if err := web.Serve(listener); err != nil && !errors.Is(err, http.ErrServerClosed) {
 			s.fail(fmt.Errorf("serve metrics: %w", err))

@@ -80,20 +80,9 @@ exec sleep 2000000000`
 func opened(t *testing.T, name string) (*core.Pod, string) {
 	t.Helper()
 	p := awaitPod(t, name, "runs", running)
-	var group string
-	err := until("pod "+name+" opens its group", up.kubelet, func() error {
-		text := said(t, p)
-		var ok bool
-		if _, group, ok = strings.Cut(text, "opened "); !ok {
-			return fmt.Errorf("it says %q", text)
-		}
-		group = strings.TrimSpace(group)
-		return nil
-	})
-	if err != nil {
-		t.Fatalf("%v\n%s", err, events(name))
-	}
-	return p, group
+	awaitWords(t, p, "opened ")
+	_, group, _ := strings.Cut(said(t, p), "opened ")
+	return p, strings.TrimSpace(group)
 }
 
 // allocated is the function that a claim was given, "" if none.

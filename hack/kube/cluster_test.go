@@ -1,8 +1,9 @@
 //go:build lab
 
 // Package kube holds the proofs that need a cluster: etcd, the API server, scheduler, controllers, a kubelet and containerd,
-// all of them real, on one host of the lab (hack/lab), or, for what needs no device, in namespaces of the build machine.
-// `hack/kube/run` runs them. Nothing listens beyond the loopback interface.
+// all of them real. The node is a host of the lab (hack/lab), where the tests run; the control plane is in namespaces of the
+// machine that emulates it, where it is ten times as fast, and is reached by a pipe that QEMU makes. What needs no device
+// has both there. `hack/kube/run` runs all of it. Nothing listens beyond a loopback interface.
 package kube
 
 import (
@@ -30,12 +31,33 @@ import (
 
 const (
 	node    = "lab"
-	service = "10.96.0.1" // the API server's address, for pods too; like the node's it is on the loopback interface
-	nodeIP  = "10.99.0.1"
-	state   = "/var/lib/viaduct-kube-lab" // all that outlives a boot
-	logs    = state + "/log"
+	service = "10.96.0.1"                       // the API server's address, for pods too
+	state   = "/var/lib/viaduct-kube-lab"       // all that outlives a boot
 	socket  = "/run/containerd/containerd.sock" // containerd's
 )
+
+// A part of the cluster is what one process starts.
+const (
+	whole   = ""        // on one machine, without devices
+	control = "control" // all but the node
+	nodes   = "node"
+	pipe    = "pipe" // one connection of the node's to the API server
+)
+
+var (
+	part = os.Getenv("KUBE_PART")
+	// shared is the folder that the control plane shares with the machine that it is on.
+	shared = os.Getenv("KUBE_SHARED")
+	logs   = cmp.Or(os.Getenv("KUBE_LOGS"), state+"/log")
+)
+
+// nodeIP is the node's address: on the loopback interface, or on the network card that QEMU has the pipe for.
+func nodeIP() string {
+	if part == nodes {
+		return "10.96.0.15"
+	}
+	return "10.99.0.1"
+}
 
 // programs is the folder with the programs, which hack/kube/run puts there.
 var programs = os.Getenv("KUBE_PROGRAMS")
@@ -53,7 +75,7 @@ var users = map[string]string{
 
 // A cluster is what runs of it, and the administrator's ways to it.
 type cluster struct {
-	etcd, api, scheduler, controllers, containerd, kubelet *process
+	etcd, api, scheduler, controllers, containerd, kubelet, driver *process
 
 	config  *rest.Config
 	client  kubernetes.Interface
@@ -65,17 +87,29 @@ var up *cluster
 
 func TestMain(m *testing.M) {
 	os.Exit(func() int {
+		if part == pipe {
+			return dial()
+		}
 		up = &cluster{}
 		defer up.stop()
 		if err := up.start(); err != nil {
 			fmt.Fprintf(os.Stderr, "the cluster does not come up: %v\n%s", err, up.whatTheySay())
 			return 1
 		}
+		if part == control {
+			return relay()
+		}
 		return m.Run()
 	}())
 }
 
-// start starts all of it and returns when a pod can be made.
+// A step is one of those to a cluster.
+type step struct {
+	what string
+	do   func() error
+}
+
+// start starts this part of it. With the node, a pod can be made when it returns.
 func (c *cluster) start() error {
 	began := time.Now()
 	told := func(what string) { fmt.Printf("cluster: %s after %.1f s\n", what, time.Since(began).Seconds()) }
@@ -84,19 +118,16 @@ func (c *cluster) start() error {
 			return err
 		}
 	}
-	for _, step := range []struct {
-		what string
-		do   func() error
-	}{
-		{"the host", c.ground},
-		{"what is declared of it", c.declared},
-		{"etcd", c.startStore},
-		{"API server", c.startAPI},
-		{"scheduler and controllers", c.startControl},
-		{"containerd", c.startRuntime},
-		{"kubelet", c.startKubelet},
-		{"node", c.nodeReady},
-	} {
+	steps := []step{{"host", c.ground}}
+	if part != nodes {
+		steps = append(steps, step{"etcd", c.startStore}, step{"API server", c.startAPI},
+			step{"scheduler and controllers", c.startControl})
+	}
+	if part != control {
+		steps = append(steps, step{"declared host", c.declared}, step{"connection", c.connect},
+			step{"containerd", c.startRuntime}, step{"kubelet", c.startKubelet}, step{"node", c.nodeReady})
+	}
+	for _, step := range steps {
 		if err := step.do(); err != nil {
 			return fmt.Errorf("%s: %w", step.what, err)
 		}
@@ -124,15 +155,21 @@ func (c *cluster) whatTheySay() string {
 	return b.String()
 }
 
-// ground makes the host one that a cluster can run on. The loopback interface gets the service's address and the node's,
-// so that both are reached without a network.
+// ground makes the host one that a cluster can run on. The control plane's network has a loopback interface alone, which
+// gets the service's address and the node's.
 func (c *cluster) ground() error {
-	for _, line := range []string{
+	lines := []string{
 		"mountpoint -q /sys/fs/cgroup || mount -t cgroup2 cgroup /sys/fs/cgroup",
 		"mount --make-rshared /", // as systemd does; mounts are handed to pods and back
-		"ip address replace " + service + "/32 dev lo",
-		"ip address replace " + nodeIP + "/32 dev lo",
-	} {
+	}
+	if part == nodes {
+		lines = append(lines, "cp ca.crt "+certificate,
+			"card=$(ip -brief link | awk '/52:54:00:00:09:01/ { print $1 }'); ip link set $card up && "+
+				"ip address replace "+nodeIP()+"/24 dev $card")
+	} else {
+		lines = append(lines, "ip address replace "+service+"/32 dev lo", "ip address replace "+nodeIP()+"/32 dev lo")
+	}
+	for _, line := range lines {
 		if out, err := exec.Command("sh", "-c", line).CombinedOutput(); err != nil {
 			return fmt.Errorf("%s: %w: %s", line, err, out)
 		}
@@ -184,7 +221,7 @@ func (c *cluster) startAPI() (err error) {
 	}
 	c.api, err = begin("kube-apiserver", nil, programs+"/cluster", "kube-apiserver",
 		"--etcd-servers=http://127.0.0.1:2379", "--bind-address="+service, "--secure-port=443",
-		"--advertise-address="+nodeIP, "--endpoint-reconciler-type=none", "--service-cluster-ip-range=10.96.0.0/24",
+		"--advertise-address="+nodeIP(), "--endpoint-reconciler-type=none", "--service-cluster-ip-range=10.96.0.0/24",
 		"--cert-dir="+state+"/certificates", "--token-auth-file="+tokens, "--authorization-mode=Node,RBAC",
 		"--enable-admission-plugins=NodeRestriction", "--allow-privileged=true", "--profiling=false",
 		"--service-account-issuer=https://kubernetes.default.svc", "--service-account-signing-key-file="+key,
@@ -198,12 +235,7 @@ func (c *cluster) startAPI() (err error) {
 	}); err != nil {
 		return err
 	}
-	if err := c.connect(); err != nil {
-		return err
-	}
-	return until("the API server is ready", c.api, func() error {
-		return c.client.Discovery().RESTClient().Get().AbsPath("/readyz").Do(context.Background()).Error()
-	})
+	return c.connect()
 }
 
 // certificate is the API server's, with the authority that it made itself.
@@ -221,8 +253,12 @@ func (c *cluster) connect() (err error) {
 	if c.client, err = kubernetes.NewForConfig(c.config); err != nil {
 		return err
 	}
-	c.objects, err = dynamic.NewForConfig(c.config)
-	return err
+	if c.objects, err = dynamic.NewForConfig(c.config); err != nil {
+		return err
+	}
+	return until("the API server is ready", c.api, func() error {
+		return c.client.Discovery().RESTClient().Get().AbsPath("/readyz").Do(context.Background()).Error()
+	})
 }
 
 func (c *cluster) startControl() error {
@@ -280,7 +316,7 @@ func (c *cluster) startKubelet() error {
 		return err
 	}
 	c.kubelet, err = begin("kubelet", nil, programs+"/cluster", "kubelet", "--kubeconfig="+config,
-		"--config="+state+"/kubelet.yaml", "--hostname-override="+node, "--node-ip="+nodeIP)
+		"--config="+state+"/kubelet.yaml", "--hostname-override="+node, "--node-ip="+nodeIP())
 	return err
 }
 
@@ -307,20 +343,24 @@ func makeKey(file string) error {
 	return os.WriteFile(file, b, 0o600)
 }
 
-// until asks again until there is no error, for as long as the process lives. It is for programs that tell nobody when
-// they are ready.
+// until asks again until there is no error, for as long as the process lives, if there is one. It is for what tells nobody
+// when it is so.
 func until(what string, p *process, ask func() error) error {
 	var err error
 	tick := time.NewTicker(100 * time.Millisecond)
 	defer tick.Stop()
 	late := time.After(patience)
+	var ended chan struct{}
+	if p != nil {
+		ended = p.ended
+	}
 	for {
 		if err = ask(); err == nil {
 			return nil
 		}
 		select {
 		case <-tick.C:
-		case <-p.ended:
+		case <-ended:
 			return fmt.Errorf("%s has ended: %s", p.name, p.cmd.ProcessState)
 		case <-late:
 			return fmt.Errorf("waited %s until %s: %w", patience, what, err)

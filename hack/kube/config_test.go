@@ -50,6 +50,7 @@ failCgroupV1: false
 failSwapOn: false
 containerRuntimeEndpoint: unix://%s
 imageServiceEndpoint: unix://%s
-nodeStatusUpdateFrequency: 5s
+nodeStatusUpdateFrequency: 20s
+nodeLeaseDurationSeconds: 240
 shutdownGracePeriod: 0s
 `

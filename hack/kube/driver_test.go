@@ -18,11 +18,20 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 )
 
-// The lab puts everything into the folder that it runs the tests in.
-const (
-	viaduct = "/job/viaduct"
-	driver  = "/job/viaduct-kube"
+// What is tested is in the folder that has the tests' program.
+var (
+	viaduct = beside("viaduct")
+	driver  = beside("viaduct-kube")
+	killAt  = beside("killat")
 )
+
+func beside(name string) string {
+	program, err := os.Executable()
+	if err != nil {
+		panic(err)
+	}
+	return filepath.Join(filepath.Dir(program), name)
+}
 
 const devicesDir = "/sys/bus/pci/devices"
 
@@ -108,6 +117,13 @@ func do(t *testing.T, args ...string) string {
 	return stdout.String()
 }
 
+// try runs a program, and returns all that it says, and its exit status.
+func try(name string, args ...string) (string, int) {
+	cmd := exec.Command(name, args...)
+	out, _ := cmd.CombinedOutput()
+	return string(out), cmd.ProcessState.ExitCode()
+}
+
 // declared is the host that all scenarios have.
 const declared = `pfs:
   - select: mac=52:54:00:00:01:01
@@ -144,7 +160,7 @@ func write(t *testing.T, file, text string) {
 // manifests are the objects that the driver prints for a cluster.
 func manifests(t *testing.T, args ...string) []*unstructured.Unstructured {
 	t.Helper()
-	out, err := exec.Command(driver, append([]string{"manifests"}, args...)...).Output()
+	out, err := exec.Command(driver, append(append([]string{"manifests"}, args...), "net")...).Output()
 	if err != nil {
 		t.Fatalf("viaduct-kube manifests: %v", err)
 	}
@@ -159,7 +175,17 @@ func manifests(t *testing.T, args ...string) []*unstructured.Unstructured {
 // account that the manifests have, and its rights alone.
 func served(t *testing.T) *process {
 	t.Helper()
+	endDriver(t)
 	declare(t, declared)
+	installed(t)
+	p := serve(t, nil)
+	awaitDevices(t, "are published", func(all []resource.Device) bool { return len(all) >= 7 })
+	return p
+}
+
+// installed has the cluster know the driver: what the manifests have, without the daemon set.
+func installed(t *testing.T) {
+	t.Helper()
 	for _, o := range manifests(t) {
 		if o.GetKind() != "DaemonSet" {
 			if err := up.set(o); err != nil {
@@ -167,12 +193,23 @@ func served(t *testing.T) *process {
 			}
 		}
 	}
-	p := serve(t, nil)
-	awaitDevices(t, "are published", func(all []resource.Device) bool { return len(all) >= 7 })
-	return p
 }
 
-// serve starts the driver. Its words are in the log when the test fails.
+// endDriver ends the driver that runs when the test ends. It is to be said before pods are made: those need the driver to end.
+func endDriver(t *testing.T) {
+	t.Helper()
+	t.Cleanup(func() {
+		if up.driver == nil {
+			return
+		}
+		up.driver.end(syscall.SIGTERM)
+		if t.Failed() {
+			t.Logf("the driver:\n%s", lastLines("viaduct-kube", 60))
+		}
+	})
+}
+
+// serve starts the driver.
 func serve(t *testing.T, through []string) *process {
 	t.Helper()
 	line := append(through, driver, "serve", "--node", node, "--kubeconfig", accountConfig(t))
@@ -180,12 +217,7 @@ func serve(t *testing.T, through []string) *process {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		p.end(syscall.SIGTERM)
-		if t.Failed() {
-			t.Logf("the driver:\n%s", lastLines("viaduct-kube", 60))
-		}
-	})
+	up.driver = p
 	return p
 }
 

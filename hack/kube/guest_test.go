@@ -42,14 +42,7 @@ func TestGuest(t *testing.T) {
 			c.SecurityContext = &core.SecurityContext{Capabilities: &core.Capabilities{Add: []core.Capability{"IPC_LOCK"}}}
 		}))
 	p := awaitPod(t, "guest", "runs", running)
-	if err := until("the guest ends", up.kubelet, func() error {
-		if strings.Contains(said(t, p), "the guest has ended") {
-			return nil
-		}
-		return os.ErrNotExist
-	}); err != nil {
-		t.Fatalf("%v\n%s", err, said(t, p))
-	}
+	awaitWords(t, p, "the guest has ended")
 	words := strings.ReplaceAll(said(t, p), "\r", "")
 	for _, want := range []string{"driver igbvf eth0 52:54:00:aa:00:02", "3 packets transmitted, 3 packets received"} {
 		if !strings.Contains(words, want) {

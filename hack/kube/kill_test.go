@@ -25,7 +25,7 @@ func TestKillsDriver(t *testing.T) {
 	for n := 1; ; n += step {
 		name := fmt.Sprintf("killed-%d", n)
 		last.end(os.Interrupt)
-		p := serve(t, []string{"/job/killat", fmt.Sprint(n), "both"})
+		p := serve(t, []string{killAt, fmt.Sprint(n), "both"})
 		claimFor(t, name, vf)
 		makePod(t, newPod(name, holds, ofClaim(name)))
 

@@ -204,7 +204,21 @@ func said(t *testing.T, p *core.Pod) string {
 	return b.String()
 }
 
-// client is the one for an object's kind.
+// awaitWords waits until the pod's container has printed this.
+func awaitWords(t *testing.T, p *core.Pod, words string) {
+	t.Helper()
+	err := until("pod "+p.Name+" says "+words, up.kubelet, func() error {
+		if text := said(t, p); !strings.Contains(text, words) {
+			return fmt.Errorf("it says %q", text)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatalf("%v\n%s", err, events(p.Name))
+	}
+}
+
+// clientFor is the client for an object's kind.
 func (c *cluster) clientFor(o *unstructured.Unstructured) (dynamic.ResourceInterface, error) {
 	mapper := restmapper.NewDeferredDiscoveryRESTMapper(memory.NewMemCacheClient(c.client.Discovery()))
 	kind := o.GroupVersionKind()

@@ -5,7 +5,6 @@ package kube
 import (
 	"fmt"
 	"os"
-	"strings"
 	"testing"
 
 	core "k8s.io/api/core/v1"
@@ -43,6 +42,7 @@ func TestAfterReboot(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	endDriver(t)
 	serve(t, nil)
 	p := awaitPod(t, "stays", "runs again", func(p *core.Pod) bool {
 		return running(p) && p.Status.ContainerStatuses[0].RestartCount > 0
@@ -52,14 +52,7 @@ func TestAfterReboot(t *testing.T) {
 	if now == string(before) {
 		t.Fatalf("the groups have the numbers that they had: %s is in %s", vf, now)
 	}
-	if err := until("the pod opens its group", up.kubelet, func() error {
-		if strings.Contains(said(t, p), "opened "+now) {
-			return nil
-		}
-		return os.ErrNotExist
-	}); err != nil {
-		t.Errorf("%v: it says\n%s", err, said(t, p))
-	}
+	awaitWords(t, p, "opened "+now)
 	deletePod(t, "stays")
 	noLease(t, vf)
 }

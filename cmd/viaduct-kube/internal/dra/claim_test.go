@@ -93,19 +93,4 @@ func TestPlanRefuses(t *testing.T) {
 	if _, err := PlanOf(&resource.ResourceClaim{}, "viaduct.dev", "n1"); err == nil {
 		t.Error("one that is not allocated")
 	}
-	for _, kind := range []string{`{}`, `{"apiVersion":"v2","kind":"DeviceConfig"}`, `{"apiVersion":"viaduct.dev/v1","kind":"X"}`, `[]`} {
-		if c, err := ParseConfig([]byte(kind)); err == nil {
-			t.Errorf("%s: %+v", kind, c)
-		}
-	}
-}
-
-// A configuration may be anything.
-func FuzzParseConfig(f *testing.F) {
-	f.Add([]byte(`{"apiVersion":"viaduct.dev/v1","kind":"DeviceConfig","vlan":1,"mac":"stable","settings":{"trust":"on"}}`))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		if c, err := ParseConfig(b); err == nil && c.APIVersion != ConfigVersion {
-			t.Errorf("%q: %+v", b, c)
-		}
-	})
 }

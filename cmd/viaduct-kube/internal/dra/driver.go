@@ -128,6 +128,8 @@ func (d *Driver) served(p *Plan, functions []node.Function) error {
 		case i < 0:
 			return fmt.Errorf("%s is not a device that host.yaml declares for guests", want.Address)
 		case functions[i].Lease != nil && functions[i].Lease.Guest == p.Request.Guest:
+		case functions[i].Lease != nil:
+			return functions[i].Taken()
 		case !d.Settings.Serves(node.DRA, &functions[i]):
 			return fmt.Errorf("%s is served by the provider %s, not by DRA (%s)", want.Address,
 				d.Settings.Provider(functions[i].Pool), node.SettingsFile)
@@ -190,8 +192,8 @@ func where(p *Plan, made *lease.Lease, fresh bool, i int) (lease.Device, error) 
 		}
 	}
 	if fresh || len(made.Devices) != len(p.Devices) {
-		return lease.Device{}, fmt.Errorf("%s is not what was assigned: delete the pod, and the claim is allocated again",
-			want)
+		return lease.Device{}, fmt.Errorf("%s is not what was assigned: delete the pod, so that the claim is "+
+			"allocated again", want)
 	}
 	return made.Devices[i], nil
 }

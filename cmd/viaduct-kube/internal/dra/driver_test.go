@@ -155,7 +155,7 @@ func TestDriver(t *testing.T) {
 		}
 	}
 	if _, err := prepare(newDriver(t, k, cdi, &node.Settings{}), claim("uid-2", n1)); err == nil ||
-		!strings.Contains(err.Error(), "assigned") {
+		!strings.Contains(err.Error(), `assigned to guest "uid-1" (pod default/web by claim default/nic`) {
 		t.Errorf("for another claim: %v", err)
 	}
 	for range 2 {

@@ -2,10 +2,13 @@ package dra
 
 import (
 	"context"
+	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -14,8 +17,11 @@ import (
 	core "k8s.io/api/core/v1"
 	resource "k8s.io/api/resource/v1"
 	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/kubernetes/fake"
+	clienttesting "k8s.io/client-go/testing"
 	"k8s.io/dynamic-resource-allocation/api/metadata/v1alpha1"
 	"k8s.io/dynamic-resource-allocation/api/metadata/v1beta1"
 	"k8s.io/dynamic-resource-allocation/kubeletplugin"
@@ -42,6 +48,15 @@ type site struct {
 func newSite(t *testing.T, k *hosttest.Kernel, claims ...*resource.ResourceClaim) *site {
 	t.Helper()
 	s := &site{client: fake.NewClientset(&core.Node{ObjectMeta: meta.ObjectMeta{Name: "n1", UID: "node-uid"}}), cdi: t.TempDir()}
+	// What the fake does not do as the API server does: names that begin with a prefix.
+	var made atomic.Int64
+	s.client.PrependReactor("create", "resourceslices", func(a clienttesting.Action) (bool, runtime.Object, error) {
+		slice := a.(clienttesting.CreateAction).GetObject().(*resource.ResourceSlice)
+		if slice.Name == "" {
+			slice.Name = fmt.Sprintf("%s%d", slice.GenerateName, made.Add(1))
+		}
+		return false, nil, nil
+	})
 	var err error
 	// The path of a socket has an end.
 	if s.dir, err = os.MkdirTemp("", "dra"); err != nil {
@@ -141,25 +156,35 @@ func (s *site) await(t *testing.T, what string, is func([]resource.Device) bool)
 		t.Fatal(err)
 	}
 	defer w.Stop()
+	list, err := s.client.ResourceV1().ResourceSlices().List(ctx, meta.ListOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	has := map[string][]resource.Device{}
+	for _, one := range list.Items {
+		has[one.Name] = one.Spec.Devices
+	}
 	for {
-		list, err := s.client.ResourceV1().ResourceSlices().List(ctx, meta.ListOptions{})
-		if err != nil {
-			t.Fatalf("%s: %v", what, err)
-		}
 		var all []resource.Device
-		for _, one := range list.Items {
-			all = append(all, one.Spec.Devices...)
+		for _, name := range sorted(has) {
+			all = append(all, has[name]...)
 		}
 		if is(all) {
 			return
 		}
 		select {
-		case <-w.ResultChan():
+		case e := <-w.ResultChan():
+			one := e.Object.(*resource.ResourceSlice)
+			if has[one.Name] = one.Spec.Devices; e.Type == watch.Deleted {
+				delete(has, one.Name)
+			}
 		case <-ctx.Done():
 			t.Fatalf("%s: %+v", what, all)
 		}
 	}
 }
+
+func sorted[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
 
 // What a node has is published, is tainted when it is lost, and is returned; the kubelet hears of its health.
 func TestPublish(t *testing.T) {

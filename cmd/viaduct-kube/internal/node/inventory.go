@@ -4,6 +4,7 @@ package node
 
 import (
 	"cmp"
+	"fmt"
 	"slices"
 	"strings"
 
@@ -210,6 +211,15 @@ func (f *Facts) wrong(d *iommu.Device, one *Function, ours func(*lease.Lease) bo
 // Has reports whether something of that kind is wrong with the function.
 func (f *Function) Has(reason Reason) bool {
 	return slices.ContainsFunc(f.Wrong, func(p Problem) bool { return p.Reason == reason })
+}
+
+// Taken says who has the function.
+func (f *Function) Taken() error {
+	whom := ""
+	if f.Lease.For != "" {
+		whom = " (" + f.Lease.For + ")"
+	}
+	return fmt.Errorf("%s is assigned to guest %q%s", f.Address, f.Lease.Guest, whom)
 }
 
 // Why is all that is wrong with a function, as one text; "" if nothing is.

@@ -107,7 +107,8 @@ func (s *Settings) Effect(reason Reason) Effect {
 // CheckPool refuses a pool whose name cannot be part of a resource's, a device class's and a CDI kind's name.
 func CheckPool(pool string) error {
 	bad := func(r rune) bool { return (r < 'a' || r > 'z') && (r < '0' || r > '9') && r != '-' }
-	if pool == "" || len(pool) > 63 || strings.ContainsFunc(pool, bad) || pool[0] < 'a' || strings.HasSuffix(pool, "-") {
+	if pool == "" || len(pool) > 63 || strings.ContainsFunc(pool, bad) || pool[0] < 'a' ||
+		strings.HasSuffix(pool, "-") {
 		return fmt.Errorf("pool %q cannot be served: rename it in host.yaml to lower-case letters, digits and dashes, "+
 			"with a letter first", pool)
 	}

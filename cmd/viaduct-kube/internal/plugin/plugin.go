@@ -292,9 +292,12 @@ func (p *Plugin) assign(ctx context.Context, ids []string) (fresh []string, err 
 }
 
 func (p *Plugin) assignOne(ctx context.Context, id, whom string) (fresh bool, err error) {
-	i := slices.IndexFunc(p.functions(), func(f node.Function) bool { return f.Address.String() == id })
-	if i < 0 {
+	if !p.has(id) {
 		return false, fmt.Errorf("%s is not a device of pool %s", id, p.Pool)
+	}
+	address, err := iommu.ParseAddress(id)
+	if err != nil {
+		return false, err
 	}
 	books, err := lease.Open(p.Host, lease.Options{Tell: func(note string) { p.Tell(false, "Note", note) }})
 	if err != nil {
@@ -305,29 +308,36 @@ func (p *Plugin) assignOne(ctx context.Context, id, whom string) (fresh bool, er
 		Guest: p.guest(id), For: p.Mark(cmp.Or(whom, "a pod by "+p.Resource())), Persist: true,
 		Sources: []lease.Source{{From: id}},
 	}
-	if l, known, err := p.known(books, id); err != nil {
+	of, err := leaseOf(books, address)
+	switch {
+	case err != nil:
 		return false, err
-	} else if known && whom == "" {
-		r.For = l.For
+	case of != nil && of.Guest != r.Guest:
+		other := node.Function{Address: address, Lease: of}
+		return false, other.Taken()
+	case of != nil && whom == "":
+		r.For = of.For
 	}
 	made, fresh, err := books.Assign(ctx, r)
-	if err == nil && fresh && !made.Has(p.functions()[i].Address) {
+	if err == nil && fresh && !made.Has(address) {
 		_, undone := books.Release(ctx, r.Guest, 0)
 		err = errors.Join(fmt.Errorf("%s is not what was assigned", id), undone)
 	}
 	return fresh, err
 }
 
-func (p *Plugin) known(books *lease.Books, id string) (*lease.Lease, bool, error) {
+// leaseOf is the lease that has a function; nil if none has.
+func leaseOf(books *lease.Books, a iommu.Address) (*lease.Lease, error) {
 	all, err := books.Leases()
 	if err != nil {
-		return nil, false, err
+		return nil, err
 	}
-	i := slices.IndexFunc(all, func(l lease.Lease) bool { return l.Guest == p.guest(id) })
-	if i < 0 {
-		return nil, false, nil
+	for i := range all {
+		if all[i].Has(a) {
+			return &all[i], nil
+		}
 	}
-	return &all[i], true, nil
+	return nil, nil
 }
 
 // write writes the pool's CDI specification as the kernel's numbers are now.

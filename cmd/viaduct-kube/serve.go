@@ -65,9 +65,6 @@ func serveCommand(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	defer h.Close()
-	if err := os.MkdirAll(o.cdiDir, 0o755); err != nil {
-		return err
-	}
 	if err := node.Preflight(h, node.Needs(o.kubeletDir, o.cdiDir)); err != nil {
 		return fmt.Errorf("this node cannot be served:\n%w", err)
 	}
@@ -389,10 +386,9 @@ func (s *server) hear(ctx context.Context) {
 	}
 }
 
-// concerns reports whether an event is of a device that could be given out, or of a PF's interface.
+// concerns reports whether an event is of a device that could be given out. Of a link that is lost there is none.
 func concerns(event string) bool {
-	return strings.Contains(event, "SUBSYSTEM=pci\x00") || strings.Contains(event, "SUBSYSTEM=vfio") ||
-		strings.Contains(event, "SUBSYSTEM=net\x00")
+	return strings.Contains(event, "SUBSYSTEM=pci\x00") || strings.Contains(event, "SUBSYSTEM=vfio")
 }
 
 // touch has the host looked at soon.

@@ -234,9 +234,8 @@ func (s *server) claims(ctx context.Context, functions []node.Function) ([]node.
 // start starts what the kubelet calls.
 func (s *server) start(ctx context.Context, functions []node.Function) (err error) {
 	s.dra.Saw(functions)
-	for i := range functions {
-		pool := functions[i].Pool
-		if s.settings.Provider(pool) != node.DevicePlugin || s.plugins[pool] != nil {
+	for pool, provider := range s.settings.Pools {
+		if provider != node.DevicePlugin {
 			continue
 		}
 		s.plugins[pool] = plugin.New(plugin.Options{

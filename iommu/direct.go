@@ -10,8 +10,8 @@ import (
 
 // Direct is a range of memory that the firmware wants to stay where it is for some devices.
 type Direct struct {
-	// Region is of type direct, or direct-relaxable if it is that for all its devices. Of an exclusion range it is of the
-	// type that the kernel has it: reserved, or direct.
+	// Region is of type direct, or direct-relaxable if it is that for all its devices. An exclusion range is of the
+	// type that the kernel gives it: reserved, or direct.
 	Region
 	Kind      string // the block's name: IVMD, RMRR or RMR
 	Exclusion bool   // AMD: left out of translation, rather than mapped one to one
@@ -143,10 +143,11 @@ func streamDevices(b *acpi.Block) string {
 	var out []string
 	for i := range b.Entries {
 		if m, ok := b.Entries[i].Fields.(*acpi.IDMapping); ok {
-			out = append(out, fmt.Sprintf("stream %#x", m.OutputBase))
+			text := fmt.Sprintf("stream %#x", m.OutputBase)
 			if m.IDCount > 0 {
-				out[len(out)-1] = fmt.Sprintf("streams %#x to %#x", m.OutputBase, uint64(m.OutputBase)+uint64(m.IDCount))
+				text = fmt.Sprintf("streams %#x to %#x", m.OutputBase, uint64(m.OutputBase)+uint64(m.IDCount))
 			}
+			out = append(out, text)
 		}
 	}
 	return strings.Join(out, ", ")

@@ -84,8 +84,8 @@ type directRange struct {
 	table  string
 	offset int
 	whose  string // the devices, as the table names them
-	// exclusion is of an IVMD that is left out of translation. Some kernels keep guests' memory off it, and others take it
-	// for one that is mapped one to one (drivers/iommu/amd/iommu.c, amd_iommu_get_resv_regions).
+	// exclusion is of an IVMD that is left out of translation. Some kernels keep guests' memory off it, and others take
+	// it for one that is mapped one to one (drivers/iommu/amd/iommu.c, amd_iommu_get_resv_regions).
 	exclusion bool
 	covers    func(d *placed) bool
 	// relaxable reports whether the range is needed only until the device's driver has it.

@@ -10,7 +10,8 @@ type Isolation struct {
 	// Reason continues a sentence that begins with the function's address.
 	Reason string
 
-	cause cause
+	cause   cause
+	missing ACSFlags // that are off, of causeACSOff
 }
 
 // needed are the services without which a port or a function among several is not isolated (drivers/iommu/iommu.c,
@@ -159,7 +160,9 @@ func (g *Grouping) acs(n *node) Isolation {
 	}
 	switch missing := want &^ control; {
 	case missing != 0:
-		return open(causeACSOff, "does not isolate: its ACS is off (%s)", missing)
+		v := open(causeACSOff, "does not isolate: its ACS is off (%s)", missing)
+		v.missing = missing
+		return v
 	case want == 0:
 		return isolated("isolates: its ACS is always on")
 	}

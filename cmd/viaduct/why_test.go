@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -55,6 +56,64 @@ func override(t *testing.T, tree hosttest.Tree) hosttest.Tree {
 	})
 }
 
+// merged is a tree in which ports have no ACS on, and each is in one group with the functions below it, as the kernel would
+// have them.
+func merged(t *testing.T, tree hosttest.Tree, port string) hosttest.Tree {
+	t.Helper()
+	const root = "sys/devices/pci0000:00/"
+	group := path.Base(tree[root+port+"/iommu_group"])
+	out := tree.With(nil)
+	config := []byte(tree[root+port+"/config"])
+	at := 0x100
+	for at != 0 && binary.LittleEndian.Uint16(config[at:]) != 0x000d {
+		at = int(binary.LittleEndian.Uint16(config[at+2:]) >> 4)
+	}
+	if at == 0 {
+		t.Fatalf("%s has no ACS", port)
+	}
+	copy(config[at+6:], "\x00\x00")
+	out[root+port+"/config"] = string(config)
+	for name, link := range tree {
+		dir, ok := strings.CutSuffix(name, "/iommu_group")
+		if !ok || path.Dir(dir) != root+port {
+			continue
+		}
+		device := path.Base(dir)
+		old := "sys/kernel/iommu_groups/" + path.Base(link) + "/devices/" + device
+		out["sys/kernel/iommu_groups/"+group+"/devices/"+device] = tree[old]
+		delete(out, old)
+		out[name] = strings.TrimSuffix(link, path.Base(link)) + group
+	}
+	return out
+}
+
+// many is a tree with a card of eight functions in the place of one with two.
+func many(tree hosttest.Tree) hosttest.Tree {
+	const from = "sys/devices/pci0000:00/0000:00:09.0/0000:0c:00.1"
+	out := tree.With(nil)
+	for f := 2; f < 8; f++ {
+		device := fmt.Sprintf("0000:0c:00.%d", f)
+		for name, content := range tree {
+			if rest, ok := strings.CutPrefix(name, from+"/"); ok {
+				out[path.Dir(from)+"/"+device+"/"+rest] = content
+			}
+		}
+		out["sys/bus/pci/devices/"+device] = strings.ReplaceAll(tree["sys/bus/pci/devices/0000:0c:00.1"], "0000:0c:00.1", device)
+		out["sys/kernel/iommu_groups/18/devices/"+device] = strings.ReplaceAll(
+			tree["sys/kernel/iommu_groups/18/devices/0000:0c:00.1"], "0000:0c:00.1", device)
+	}
+	return out
+}
+
+// behindVMD is a host with a disk behind a Volume Management Device.
+func behindVMD() hosttest.Tree {
+	return hosttest.Made(
+		hosttest.PCI{At: "0000:00:0e.0", ID: "8086:467f", Class: "010400", Group: 6, Driver: "vmd"},
+		hosttest.PCI{At: "0000:00:0e.0/pci10000:e0/10000:e0:06.0", ID: "8086:09ab", Class: "060400", Group: 6, Driver: "pcieport"},
+		hosttest.PCI{At: "0000:00:0e.0/pci10000:e0/10000:e0:06.0/10000:e1:00.0", ID: "144d:a808", Class: "010802", Group: 6, Driver: "nvme"},
+	)
+}
+
 // TestGoldenWhy runs why on a captured host of the lab: as a folder and a snapshot, with part of config space, and with
 // groups that config space does not give.
 func TestGoldenWhy(t *testing.T) {
@@ -83,6 +142,9 @@ func TestGoldenWhy(t *testing.T) {
 		"none":           {whole, "why 00:04.0"},
 		"none.json":      {whole, "why 00:04.0 --json"},
 		"all.json":       {whole, "why --all --json"},
+		"functions-many": {many(whole), "why 0c:00.1"},
+		"functions-open": {merged(t, whole, "0000:00:09.0"), "why 0c:00.1"},
+		"vmd":            {behindVMD(), "why 10000:e1:00.0"},
 		"part":           {cutConfig(whole), "why 0c:00.1"},
 		"part.json":      {cutConfig(whole), "why 0c:00.1 --json"},
 		"override":       {override(t, whole), "why 0c:00.1"},

@@ -229,7 +229,8 @@ func (c *list) holders() error {
 		return nil
 	}
 	if len(strangers) > 0 {
-		l.Answer, l.Text, l.Evidence = Unknown, "a process has its devices open, and whether it is the guest is not known", nil
+		l.Answer, l.Evidence = Unknown, nil
+		l.Text = "a process has its devices open, and whether it is the guest is not known"
 		var pids []string
 		for _, h := range strangers {
 			l.Evidence = append(l.Evidence, opened(h))

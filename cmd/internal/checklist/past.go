@@ -45,7 +45,10 @@ func (c *list) kernel() error {
 // said judges the newest line of trouble since the lease was made. What is older, as that a BAR found no room when the
 // host booted, did not keep the device from being assigned.
 func (c *list) said(d *iommu.Device, lines []iommu.LogLine) Line {
-	l := Line{Name: "kernel", Device: d.Name, Answer: OK, Text: "the kernel has reported no trouble with it since the lease was made"}
+	l := Line{
+		Name: "kernel", Device: d.Name, Answer: OK,
+		Text: "the kernel has reported no trouble with it since the lease was made",
+	}
 	// Intel's driver leaves the domain out.
 	short := "[" + strings.TrimPrefix(d.Name, "0000:") + "]"
 	var last, trouble *iommu.LogLine
@@ -114,8 +117,11 @@ func (c *list) last() error {
 		if e.Device != nil {
 			what = *e.Device + ": " + what + " (" + e.Command + ")"
 		}
-		if e.Result != changelog.Done {
-			what += ", which " + map[changelog.Result]string{changelog.Failed: "failed", changelog.Refused: "was refused"}[e.Result]
+		switch e.Result {
+		case changelog.Failed:
+			what += ", which failed"
+		case changelog.Refused:
+			what += ", which was refused"
 		}
 		l.Text += fmt.Sprintf("; viaduct last did this, for %s, at %s: %s", e.User, e.Time.Local().Format(moment), what)
 		l.Evidence = append(l.Evidence, Evidence{changelog.File, e.Time.Format(time.RFC3339)})
@@ -133,7 +139,8 @@ func (c *list) about(e *changelog.Entry) bool {
 	if e.Device == nil {
 		return slices.Contains(strings.Fields(e.Command), c.lease.Guest)
 	}
-	if slices.ContainsFunc(c.devices, func(d *iommu.Device) bool { return d.PhysFn != nil && d.PhysFn.String() == *e.Device }) {
+	of := func(d *iommu.Device) bool { return d.PhysFn != nil && d.PhysFn.String() == *e.Device }
+	if slices.ContainsFunc(c.devices, of) {
 		return true
 	}
 	for i := range c.lease.Devices {

@@ -42,7 +42,7 @@ type Edge struct {
 // those beside each other. What only stands on a bus that isolates nothing has no reasons beside that, but functions of
 // one device, which are together in any other slot too.
 func (g *Grouping) Edges(devices []Address) []Edge {
-	g.unsure = map[Address]bool{}
+	g.unsure = map[Address]string{}
 	var members []*node
 	for _, a := range devices {
 		if n := g.nodes[a]; n != nil && !slices.Contains(members, n) {

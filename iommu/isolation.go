@@ -1,6 +1,12 @@
 package iommu
 
-import "fmt"
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+
+	"viaduct/internal/host"
+)
 
 // Isolation is whether a function keeps apart what goes through it or comes from it: the kernel's pci_acs_enabled, for
 // the services that a group of its own takes (drivers/pci/pci.c).
@@ -39,10 +45,20 @@ func open(why cause, format string, a ...any) Isolation {
 
 // unread is for what could not be read.
 func (n *node) unread() Isolation {
-	if n.failed != nil {
-		return Isolation{Reason: fmt.Sprintf("may or may not isolate: %v", n.failed)}
+	return Isolation{Reason: "may or may not isolate: its config space " + n.gap()}
+}
+
+// gap says how the node's config space is not known.
+func (n *node) gap() string {
+	switch {
+	case n.failed == nil:
+		return "could be read only in part (that takes root)"
+	case host.Absent(n.failed):
+		return "is not there, or was not captured"
+	case errors.Is(n.failed, fs.ErrPermission):
+		return "cannot be read (that takes root)"
 	}
-	return Isolation{Reason: "may or may not isolate: its config space could be read only in part (that takes root)"}
+	return fmt.Sprintf("cannot be read: %v", n.failed)
 }
 
 // function is what the node's config space says, as far as it could be read.

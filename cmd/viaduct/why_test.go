@@ -127,6 +127,10 @@ func TestGoldenWhy(t *testing.T) {
 		line string
 	}{
 		"bare":           {bare, "why 00:01.0"},
+		"bare-all":       {bare, "why --all"},
+		"no-table":       {whole.With(hosttest.Tree{"sys/firmware/acpi/tables/IVRS": hosttest.Gone}), "why 0c:00.1"},
+		"bad-table":      {whole.With(hosttest.Tree{"sys/firmware/acpi/tables/IVRS": "IVRS"}), "why 0c:00.1"},
+		"no-config":      {whole.With(hosttest.Tree{"sys/devices/pci0000:00/0000:00:09.0/config": hosttest.Gone}), "why 0c:00.1"},
 		"bare.json":      {bare, "why 00:01.0 --json"},
 		"late":           {late, "why 00:04.0"},
 		"port":           {whole, "why 00:06.0"},

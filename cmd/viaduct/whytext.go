@@ -69,7 +69,7 @@ func (w *why) verdict() string {
 	case w.group == nil && w.computed.Known && len(w.computed.Members) == 0:
 		return "No IOMMU is in front of it."
 	case agrees == nil && !w.computed.Known:
-		return "Whether config space says the same is not known: " + w.unknown()
+		return "Whether config space says the same is not known: " + strings.Join(w.computed.Missing, "; ") + "."
 	case agrees == nil:
 		return "By config space it would be in one with " + others(w.ours(), w.device.Name) + "."
 	case *agrees:
@@ -84,19 +84,6 @@ func others(names []string, but string) string {
 		return "nothing else"
 	}
 	return strings.Join(names, ", ")
-}
-
-// unknown says what could not be read.
-func (w *why) unknown() string {
-	var of []string
-	for _, a := range w.computed.Unread {
-		of = append(of, a.String())
-	}
-	if len(of) > 4 {
-		of = append(of[:4], fmt.Sprintf("%d others", len(of)-4))
-	}
-	return "not all of it could be read (of " + strings.Join(of, ", ") + "). That takes root (CAP_SYS_ADMIN), of a captured " +
-		"host when it is captured."
 }
 
 // differences says, where the kernel's group is another one, why that may be.

@@ -22,6 +22,7 @@ func libvirtHookCommand(e *env) *cli.Command {
 		ArgsUsage: "DOMAIN OPERATION SUBOPERATION [EXTRA] < XML",
 		Description: "prepare begin: fails the start of a domain that does not have exactly what is assigned to it, or has what is another's; else\n" +
 			"configures and takes it. start begin: writes down what the domain drew from a network made of a pool. release end: scrubs.\n" +
+			"migrate begin: fails the coming of a domain that has what is another's here. One that viaduct migrate brings starts without its device.\n" +
 			"It never calls libvirt, and always succeeds at reconnect. With --network, of a network: port-created gives a domain the lease of\n" +
 			"what it drew, also while it runs, and port-deleted scrubs that.",
 		Hidden: true,
@@ -35,7 +36,7 @@ func libvirtHookCommand(e *env) *cli.Command {
 			if c.Bool("network") {
 				return runNetworkHook(c.Context, e, c.Args().Get(1))
 			}
-			err := runLibvirtHook(c.Context, e, c.Args().Get(0), c.Args().Get(1), c.Args().Get(2))
+			err := runLibvirtHook(c.Context, e, c.Args().Slice())
 			if op := c.Args().Get(1); err != nil && (op == "reconnect" || op == "started") {
 				// The domain runs.
 				e.note("%v", err)
@@ -89,13 +90,18 @@ func (e *env) tellQuarantined(certificates []lease.Certificate) {
 	}
 }
 
-func runLibvirtHook(ctx context.Context, e *env, name, op, sub string) error {
+// runLibvirtHook is called with a domain's name, an operation and a part of it, and what libvirt tells beside that.
+func runLibvirtHook(ctx context.Context, e *env, args []string) error {
+	name, op, sub, extra := args[0], args[1], args[2], ""
+	if len(args) > 3 {
+		extra = args[3]
+	}
 	text, err := handedOver()
 	if err != nil {
 		return err
 	}
 	switch op + " " + sub {
-	case "prepare begin", "start begin", "started begin", "release end", "reconnect begin":
+	case "migrate begin", "prepare begin", "start begin", "started begin", "release end", "reconnect begin":
 	default:
 		// Nothing of ours is done then, whatever is wrong.
 		return nil
@@ -108,7 +114,7 @@ func runLibvirtHook(ctx context.Context, e *env, name, op, sub string) error {
 	}
 
 	d.Name = name
-	if op == "prepare" || op == "start" || op == "release" {
+	if op != "started" && op != "reconnect" {
 		h, err := e.open()
 		if err != nil {
 			return err
@@ -128,7 +134,7 @@ func runLibvirtHook(ctx context.Context, e *env, name, op, sub string) error {
 	}
 
 	does := endsLeases
-	if op == "prepare" || op == "start" {
+	if op == "migrate" || op == "prepare" || op == "start" {
 		does = checksLease
 	}
 	ctx, stop, m, err := e.beginLeases(ctx, bind.DefaultTimeout, does)
@@ -136,7 +142,7 @@ func runLibvirtHook(ctx context.Context, e *env, name, op, sub string) error {
 		return err
 	}
 	defer stop()
-	certificates, err := m.Hook(ctx, d, op, sub)
+	certificates, err := m.Hook(ctx, d, op, sub, extra)
 	e.tellQuarantined(certificates)
 	return err
 }

@@ -23,6 +23,7 @@ import (
 // migrateOptions are what migrate is asked for.
 type migrateOptions struct {
 	guest, to, by, bandwidth string
+	uri                      string // of libvirt on the other host
 	wish                     migrate.Wish
 	check, cancel, resume    bool
 	takeBack, peer           bool
@@ -53,6 +54,7 @@ func migrateCommand(e *env) *cli.Command {
 			&cli.BoolFlag{Name: "check", Usage: "only report whether the guest is ready", Destination: &o.check},
 			&cli.StringFlag{Name: "from", Usage: "draw from this `POOL` of the other host (default: the name of the one here)", Destination: &o.wish.Pool},
 			&cli.StringFlag{Name: "by", Usage: "move the device by `failover|replug` (default: failover if there is a pair)", Destination: &o.by},
+			&cli.StringFlag{Name: "libvirt", Usage: "the `URI` of the other host's libvirt (default: qemu+ssh://HOST/system)", Destination: &o.uri},
 			&cli.DurationFlag{Name: "downtime", Usage: "let QEMU stop the guest for this long (default: QEMU's own)", Destination: &o.limits.Downtime},
 			&cli.StringFlag{Name: "bandwidth", Usage: "send at most this `SIZE` of memory a second (e.g. 100M)", Destination: &o.bandwidth},
 			&cli.DurationFlag{Name: "unplug-wait", Usage: "give the guest this long to let go of its device", Value: 30 * time.Second, Destination: &o.limits.Unplug},

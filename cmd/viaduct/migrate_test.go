@@ -178,7 +178,9 @@ var pairs = map[string]pair{
 		"firmware": "refuse 3.30", "device-state": "unknown", "way": "refuse", "device-driver": "ok",
 		"virtio": "", "pair": "", "bridge": "", "vlan": "", "same-network": ""}},
 	"libvirt's guest": {vm: strings.Replace(vm, `"format": "qemu"`, `"format": "libvirt"`, 1), lines: map[string]string{
-		"vmm": "refuse for libvirt"}},
+		"vmm": "unknown whether it is on b.snapshot"}},
+	"Incus's guest": {vm: strings.Replace(vm, `"format": "qemu"`, `"format": "incus"`, 1), lines: map[string]string{
+		"vmm": "refuse for incus"}},
 	"no socket": {vm: strings.Replace(vm, `, "socket": "/run/viaduct/qmp-web"`, "", 1), lines: map[string]string{
 		"vmm": "refuse --movable"}},
 	"no virtio NIC": {vm: strings.Replace(vm, `"standby": "br0", `, "", 1), lines: map[string]string{

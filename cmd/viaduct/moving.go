@@ -115,7 +115,12 @@ func (e *env) readiness(ctx context.Context, o *migrateOptions,
 	if err != nil {
 		return nil, nil, err
 	}
-	if g.Asked, err = migrate.AskGuest(ctx, g.VM); err != nil {
+	if g.VM.Libvirt() {
+		g.Asked, err = migrate.AskDomain(ctx, g)
+	} else {
+		g.Asked, err = migrate.AskGuest(ctx, g.VM)
+	}
+	if err != nil {
 		return nil, nil, err
 	}
 	name := o.to
@@ -137,7 +142,7 @@ func (e *env) newRecord(ctx context.Context, h *iommu.Host, o *migrateOptions, r
 	if err != nil {
 		return nil, err
 	}
-	if l == nil || l.VM == nil || l.VM.Socket == "" {
+	if l == nil || l.VM == nil || l.VM.Socket == "" && !l.VM.Libvirt() {
 		return nil, fmt.Errorf("%s: its QEMU has no socket of viaduct's (assign or run it with --failover or --movable)", o.guest)
 	}
 	words, err := book.Words(o.guest)
@@ -164,10 +169,27 @@ func (e *env) newRecord(ctx context.Context, h *iommu.Host, o *migrateOptions, r
 		Order: migrate.Order{Way: report.By, From: pool, Count: len(l.Devices), Settings: settings, Address: address, VM: *l.VM,
 			Words: words},
 	}
+	if l.VM.Libvirt() {
+		r.URI, err = o.libvirtURI()
+		return r, err
+	}
 	if r.Started, err = migrate.ProcessOf(ctx, h, r.Socket); err != nil {
 		return nil, err
 	}
 	return r, nil
+}
+
+// libvirtURI is how libvirt here reaches libvirt on the other host (docs/uri.rst of libvirt).
+func (o *migrateOptions) libvirtURI() (string, error) {
+	switch {
+	case o.limits.Downtime != 0:
+		return "", usagef("migrate: --downtime is not for guests of libvirt's, which chooses it itself")
+	case o.uri != "":
+		return o.uri, nil
+	case strings.HasPrefix(o.to, "exec:"):
+		return "", usagef("migrate: by which way does libvirt here reach libvirt there? (--libvirt URI)")
+	}
+	return "qemu+ssh://" + o.to + "/system", nil
 }
 
 const noAddress = "00:00:00:00:00:00"

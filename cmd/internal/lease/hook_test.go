@@ -30,7 +30,8 @@ func hook(k *hosttest.Kernel, name, op, sub string, devices ...string) (out []Ce
 		d.Devices = append(d.Devices, DomainDevice{Address: a, Managed: managed})
 	}
 	err = on(k, func(ctx context.Context, m *Manager) (err error) {
-		out, err = m.Hook(ctx, d, op, sub)
+		sub, extra, _ := strings.Cut(sub, " ")
+		out, err = m.Hook(ctx, d, op, sub, extra)
 		return err
 	})
 	return out, err
@@ -102,6 +103,48 @@ func TestHookOfAssigned(t *testing.T) {
 		if l := leaseOf(t, k, "web"); l == nil || !l.Ready || driversOf(t, k, vf0)[0] != "vfio-pci/vfio-pci" {
 			t.Errorf("started again, it has %+v", l)
 		}
+	}
+}
+
+// A domain that comes from another host starts without the device that is kept for it, which stays without the guest's
+// address, and its lease is the move's to end; one with another's device does not come. The lease of a domain that was
+// moved by hand ends with its scrub.
+func TestHookOfMoved(t *testing.T) {
+	k, _ := poolHost(t)
+	err := on(k, func(ctx context.Context, m *Manager) error {
+		_, _, err := m.Expect(ctx, &Request{Guest: "web", Sources: []Source{{From: vf0, Count: 1}}, Persist: true})
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	steps := []string{"migrate begin", "prepare begin", "start begin", "started begin", "release end failed"}
+	for _, step := range steps {
+		op, sub, _ := strings.Cut(step, " ")
+		if out, err := hook(k, "web", op, sub); err != nil || len(out) > 0 {
+			t.Errorf("%s of one that comes: %+v, %v", step, out, err)
+		}
+	}
+	if l := leaseOf(t, k, "web"); l == nil || l.Moving != Incoming || !l.Ready || l.Devices[0].Now["mac"] == guestMAC {
+		t.Errorf("the lease of one that comes is %+v", l)
+	}
+	if _, err := hook(k, "db", "migrate", "begin", vf0); !errors.Is(err, holder.ErrRefused) {
+		t.Errorf("one comes with what is another's: %v", err)
+	}
+
+	set := func(state State) {
+		if err := on(k, func(ctx context.Context, m *Manager) error { return m.SetMoving(ctx, "web", state) }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	set(Leaving)
+	if out, err := hook(k, "web", "release", "end migrated"); err != nil || len(out) > 0 || leaseOf(t, k, "web") == nil {
+		t.Errorf("one that viaduct moves is scrubbed by the hook: %+v, %v", out, err)
+	}
+	set("")
+	out, err := hook(k, "web", "release", "end migrated", vf0)
+	if err != nil || len(out) != 1 || out[0].Result != Clean || leaseOf(t, k, "web") != nil {
+		t.Errorf("one that moved by hand: %+v, %v, has %+v", out, err, leaseOf(t, k, "web"))
 	}
 }
 

@@ -126,6 +126,8 @@ func (d *Domain) mismatch(l *Lease, all []*Lease, quarantined func(iommu.Address
 	for _, dev := range l.Devices {
 		x := d.has(dev.Address)
 		switch want, vlan := dev.Now[sriov.MAC], dev.Now[sriov.VLAN]; {
+		case x == nil && l.Moving == Incoming:
+			// It is plugged when the domain runs here.
 		case x == nil:
 			out = append(
 				out,
@@ -151,9 +153,13 @@ func (d *Domain) mismatch(l *Lease, all []*Lease, quarantined func(iommu.Address
 }
 
 // Hook does what libvirt's hook is for (docs/hooks.rst of libvirt): before a domain starts its devices are checked,
-// configured and taken, or its start fails; when it has stopped they are scrubbed. It never calls libvirt.
-func (m *Manager) Hook(ctx context.Context, d *Domain, op, sub string) ([]Certificate, error) {
+// configured and taken, or its start fails; when it has stopped, extra says why (migrated, e.g.), they are scrubbed. It
+// never calls libvirt.
+func (m *Manager) Hook(ctx context.Context, d *Domain, op, sub, extra string) ([]Certificate, error) {
 	switch op + " " + sub {
+	case "migrate begin":
+		_, err := m.match(d)
+		return nil, err
 	case "prepare begin":
 		return nil, m.prepare(ctx, d)
 	case "start begin":
@@ -163,7 +169,7 @@ func (m *Manager) Hook(ctx context.Context, d *Domain, op, sub string) ([]Certif
 		_, err := m.Look()
 		return nil, err
 	case "release end":
-		return m.stopped(ctx, d)
+		return m.stopped(ctx, d, extra)
 	case "reconnect begin":
 		// The domain runs, whatever the books say.
 		_, _ = m.Look()
@@ -173,7 +179,8 @@ func (m *Manager) Hook(ctx context.Context, d *Domain, op, sub string) ([]Certif
 
 func (m *Manager) prepare(ctx context.Context, d *Domain) error {
 	l, err := m.match(d)
-	if l == nil || err != nil {
+	if l == nil || err != nil || l.Moving == Incoming {
+		// What a domain that comes is to have is as it must be while it comes.
 		return err
 	}
 	return m.Again(ctx, d.Name)
@@ -252,11 +259,16 @@ func (d *Domain) refuse(device iommu.Address, format string, a ...any) error {
 	return holder.Because("start "+d.Name, why, "")
 }
 
-// stopped scrubs what a domain had, whose VMM has ended. A lease that outlives the boot waits for its next start.
-func (m *Manager) stopped(ctx context.Context, d *Domain) ([]Certificate, error) {
+// stopped scrubs what a domain had, whose VMM has ended. A lease that outlives the boot waits for its next start, unless
+// that is on another host; one of a move of viaduct's is the move's to end.
+func (m *Manager) stopped(ctx context.Context, d *Domain, extra string) ([]Certificate, error) {
 	l, err := m.Book.Get(d.Name)
-	if l == nil || err != nil {
+	const wait = 20 * time.Second
+	switch {
+	case l == nil || err != nil || l.Moving != "":
 		return nil, err
+	case extra == "migrated":
+		return m.Release(ctx, d.Name, wait)
 	}
-	return m.Rest(ctx, d.Name, 20*time.Second)
+	return m.Rest(ctx, d.Name, wait)
 }

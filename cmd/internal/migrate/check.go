@@ -216,8 +216,14 @@ func checkVMM(m *move) Line {
 	switch {
 	case vm == nil:
 		return unknown(inLease, "what VMM the guest has is not known: its lease was made by an older viaduct")
+	case vm.Libvirt() && !m.to.Live:
+		return unknown(inLease, "libvirt runs the guest; whether it is on %s is not known", m.to.Host)
+	case vm.Libvirt() && m.to.Libvirt == "":
+		return refuse(inLease+", virsh", "libvirt runs the guest, and on %s none answers", m.to.Host)
+	case vm.Libvirt():
+		return ok(inLease+", virsh", "libvirt runs the guest, and on %s it is %s", m.to.Host, m.to.Libvirt)
 	case !strings.HasPrefix(vm.Format, "qemu"):
-		return refuse(inLease, "the guest's devices were assigned for %s: only guests that QEMU runs by itself can "+
+		return refuse(inLease, "the guest's devices were assigned for %s: only guests of QEMU and libvirt can "+
 			"move", cmp.Or(vm.Format, "another VMM"))
 	case vm.Socket == "":
 		return refuse(inLease, "the guest's QEMU has no socket of viaduct's (assign or run it with --failover or "+

@@ -48,6 +48,8 @@ func checkPair(m *move) Line {
 		return refuse(inLease, "the guest has no virtio NIC that stands in for its VF (assign --failover BRIDGE)")
 	case asked == nil:
 		return unknown(inQMP, "whether the guest has taken its pair is not known: its QEMU was not asked")
+	case m.guest.VM.Libvirt() && asked.Pluggable:
+		return unknown("virsh dumpxml", "the domain has its VF; libvirt does not report whether the guest has taken it")
 	case asked.Primary == nil:
 		return refuse(inQMP, "the guest's QEMU has no pair of viaduct's (-device "+
 			"virtio-net-pci,id=viaduct-standby,...)")

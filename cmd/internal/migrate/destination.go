@@ -5,6 +5,7 @@ import "fmt"
 // DestinationView is all that decides what the destination answers.
 type DestinationView struct {
 	Way     Way
+	Libvirt bool  // libvirt runs the guest: one that has come runs, before anybody has said that it may
 	Phase   Phase // "" if it knows nothing of the move
 	Leased  bool  // a device is reserved
 	Guest   Runs
@@ -104,7 +105,7 @@ func (v *DestinationView) Tasks(ask Action) ([]Task, error) {
 
 // MayRefuse reports whether the destination may say that it will never run the guest: it was not told that it is its.
 func (v *DestinationView) MayRefuse() bool {
-	return v.Phase != "" && v.Phase != Mine && v.Phase != Arrived
+	return v.Phase != "" && v.Phase != Mine && v.Phase != Arrived && (!v.Libvirt || v.Peer() != PeerLoaded)
 }
 
 // Abandoned are what the destination does when the source is gone from the other end of the pipe: what has nothing of

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"time"
 
+	"viaduct/cmd/internal/lease"
 	"viaduct/cmd/internal/vmm"
 )
 
@@ -50,9 +51,10 @@ type Driver struct {
 	Progress func(done, total uint64)
 	Outcome  Outcome
 
-	vm     *machine
+	vm     runner
 	pipe   *Pipe
 	relay  *relay
+	sent   *sending // libvirt's way of sending a guest
 	copied progress
 	// loading is why the destination's QEMU could not load what came.
 	loading string
@@ -157,6 +159,9 @@ func (d *Driver) close() {
 	if d.relay != nil {
 		d.relay.close()
 	}
+	if d.sent != nil {
+		d.sent.close()
+	}
 	if d.pipe != nil {
 		d.pipe.Close()
 	}
@@ -165,7 +170,8 @@ func (d *Driver) close() {
 // look sees how everything is.
 func (d *Driver) look(ctx context.Context) (*SourceView, error) {
 	r := d.Record
-	v := &SourceView{Way: r.Order.Way, Phase: r.Phase, Asked: r.Asked, Guest: Gone, Peer: PeerUnreachable}
+	v := &SourceView{Way: r.Order.Way, Libvirt: r.Order.libvirt(), Phase: r.Phase, Asked: r.Asked, Guest: Gone,
+		Peer: PeerUnreachable}
 	if err := d.connect(ctx); err != nil {
 		return nil, err
 	}
@@ -205,7 +211,31 @@ func (d *Driver) connect(ctx context.Context) (err error) {
 	if d.vm != nil && d.vm.Ended() == nil {
 		return nil
 	}
-	d.vm, err = reach(ctx, d.Record.Socket, func() bool { return d.Home.Alive(d.Record) })
+	if d.Record.Order.libvirt() {
+		return d.connectDomain(ctx)
+	}
+	d.vm = nil
+	m, err := reach(ctx, d.Record.Socket, func() bool { return d.Home.Alive(d.Record) })
+	if m != nil {
+		d.vm = m
+	}
+	return err
+}
+
+// connectDomain is connect of a guest of libvirt's.
+func (d *Driver) connectDomain(ctx context.Context) error {
+	m := &domain{name: d.Record.Guest, sent: d.sent}
+	args, err := d.Home.Device(d.Record)
+	if err == nil {
+		m.host, _ = args["host"].(string)
+	} else if _, none := errors.AsType[*lease.NoLeaseError](err); !none {
+		return err
+	}
+	d.vm = nil
+	there, err := m.there(ctx)
+	if there {
+		d.vm = m
+	}
 	return err
 }
 
@@ -271,7 +301,7 @@ func (d *Driver) act(ctx context.Context, a Action) (over bool, err error) {
 	case Await:
 		return false, d.await(ctx)
 	case Cancel:
-		if err := d.vm.do("migrate_cancel", nil, nil); err != nil {
+		if err := d.vm.cancel(); err != nil {
 			return false, err
 		}
 		_, err := d.vm.settled(ctx, nil)
@@ -328,11 +358,14 @@ func (d *Driver) request(ctx context.Context, a Action) error {
 	if !t.Plugged.IsZero() {
 		d.Outcome.Plugged = t.Plugged
 	}
+	if t.Downtime != nil {
+		d.Outcome.Downtime = t.Downtime
+	}
 	return nil
 }
 
 // send begins the copy, over a second run of the transport.
-func (d *Driver) send(ctx context.Context) error {
+func (d *Driver) send(ctx context.Context) (err error) {
 	d.clock(ctx)
 	limits := map[string]any{}
 	if d.Limits.Downtime > 0 {
@@ -347,12 +380,16 @@ func (d *Driver) send(ctx context.Context) error {
 		return err
 	}
 	*d.Record = next
+	if m, is := d.vm.(*domain); is {
+		d.sent, err = m.send(ctx, next.URI, d.Limits.Bandwidth)
+		return err
+	}
 	relay, err := newRelay(d.Remote, d.Record)
 	if err != nil {
 		return err
 	}
 	d.relay = relay
-	return d.vm.send(relay.socket, limits)
+	return d.vm.(*machine).send(relay.socket, limits)
 }
 
 // await waits for the end of the copy, for as long as it may take.
@@ -373,11 +410,7 @@ func (d *Driver) await(ctx context.Context) error {
 	}
 	d.copied = p
 	d.Outcome.Downtime, d.Outcome.Memory = p.Downtime, p.RAM.Transferred
-	for _, e := range d.vm.Since(0) {
-		if e.Name == "STOP" {
-			d.Outcome.Stopped = e.Time
-		}
-	}
+	d.Outcome.Stopped = d.vm.stopped()
 	if copied(p.Status) != Completed {
 		return nil
 	}

@@ -31,7 +31,9 @@ type Facts struct {
 	Heard  map[string]string `json:"heard"`
 	Guests []string          `json:"guests"` // that have leases
 	QEMU   *QEMU             `json:"qemu"`
-	Live   bool              `json:"live"` // the host itself answers, and no snapshot
+	// Libvirt is its version, where libvirt runs the guest; "" if it does not answer, or was not asked.
+	Libvirt string `json:"libvirt,omitempty"`
+	Live    bool   `json:"live"` // the host itself answers, and no snapshot
 }
 
 // CPU is the first CPU of a host; all others are taken to be as it.

@@ -9,7 +9,8 @@ import (
 // world is both hosts, and the viaducts at work on them. All that can happen to it is tried from each state that can be
 // reached.
 type world struct {
-	way Way
+	way     Way
+	libvirt bool
 
 	// The source: what is written down, its QEMU, the device.
 	phase                   Phase
@@ -42,17 +43,26 @@ type end struct {
 func (e *end) busy() bool { return e.tasks[0] != "" }
 
 func (w *world) view() *SourceView {
-	v := &SourceView{Way: w.way, Phase: w.phase, Guest: w.guest, Copy: w.copy, Plugged: w.plugged, Asked: w.asked,
+	v := &SourceView{Way: w.way, Libvirt: w.libvirt, Phase: w.phase, Guest: w.guest, Copy: w.copy, Plugged: w.plugged, Asked: w.asked,
 		Address: w.address, Peer: PeerUnreachable}
 	if w.there.open && !w.fenced && !w.there.busy() {
-		v.Peer = w.there.view(w.way).Peer()
+		v.Peer = w.viewThere().Peer()
 	}
 	return v
 }
 
-func (e *end) view(way Way) *DestinationView {
-	return &DestinationView{Way: way, Phase: e.phase, Leased: e.lease, Guest: e.guest, Loaded: e.loaded,
+func (w *world) viewThere() *DestinationView {
+	e := &w.there
+	v := &DestinationView{Way: w.way, Libvirt: w.libvirt, Phase: e.phase, Leased: e.lease, Guest: e.guest, Loaded: e.loaded,
 		Address: e.address, Plugged: e.plugged}
+	if comes := e.phase == Waiting || e.phase == Loading; w.libvirt && comes {
+		// As Server.viewDomain has it.
+		v.Guest, v.Loaded = Awaits, e.guest == Running
+		if v.Loaded {
+			v.Guest = Paused
+		}
+	}
+	return v
 }
 
 // work does the next thing of the destination's tasks.
@@ -69,7 +79,7 @@ func (w *world) work() {
 	case Reserve:
 		e.lease = true
 	case Start:
-		if e.guest == Gone {
+		if e.guest == Gone && !w.libvirt {
 			e.guest = Awaits
 		}
 	case Load:
@@ -114,7 +124,7 @@ func (w *world) act(a Action) error {
 	case RecordReturning:
 		w.phase = Returning
 	case AskReserve, AskStart, AskLoad, AskTake, AskArrive, AskRefuse, AskGiveUp, AskForget:
-		tasks, err := w.there.view(w.way).Tasks(a)
+		tasks, err := w.viewThere().Tasks(a)
 		if err != nil {
 			return err
 		}
@@ -165,6 +175,9 @@ func (w world) alone() (out []world) {
 		n.unplug, n.plugged = false, false
 		out = append(out, n)
 	}
+	if w.libvirt {
+		return append(out, w.byLibvirt()...)
+	}
 	if w.copy == Underway && w.there.guest == Awaits && w.guest == Running {
 		n := w
 		n.copy, n.guest, n.there.guest, n.there.loaded = Completed, Paused, Paused, true
@@ -177,6 +190,31 @@ func (w world) alone() (out []world) {
 			n.there.guest = Gone // whose stream broke off
 		}
 		out = append(out, n)
+	}
+	return out
+}
+
+// byLibvirt is how a copy of libvirt's may end: the guest runs there, and is gone here or, where that was not heard,
+// stands still; it goes on here, which a viaduct that was started later does not know the reason of; or nobody heard of
+// the end, and it runs nowhere.
+func (w world) byLibvirt() (out []world) {
+	if w.copy != Underway {
+		return nil
+	}
+	add := func(here, there Runs, c Copy) {
+		n := w
+		n.guest, n.copy, n.there.guest = here, c, there
+		n.there.took = n.there.took || there == Running
+		out = append(out, n)
+	}
+	if w.guest == Running && !w.fenced && w.there.lease {
+		add(Gone, Running, NoCopy)
+		add(Paused, Running, NoCopy)
+	}
+	add(w.guest, w.there.guest, Failed)
+	add(w.guest, w.there.guest, NoCopy)
+	if w.guest == Running {
+		add(Paused, w.there.guest, NoCopy)
 	}
 	return out
 }
@@ -225,7 +263,7 @@ func (w world) faults() (out []world) {
 			add(func(n *world) {
 				n.kills++
 				n.driver, n.waits, n.there.open = false, "", false
-				copy(n.there.tasks[:], n.there.view(n.way).Abandoned())
+				copy(n.there.tasks[:], n.viewThere().Abandoned())
 			})
 		}
 		// The one there is killed, or the pipe breaks.
@@ -274,7 +312,7 @@ func (w *world) wrong() string {
 	switch {
 	case w.guest == Running && e.guest == Running:
 		return "the guest runs twice"
-	case w.guest == Running && e.took && !w.forced:
+	case w.guest == Running && e.took && !w.forced && w.want != TakeBack:
 		return "the guest goes on here after it has run there"
 	case w.address && e.address && !w.fenced:
 		return "both devices carry the guest's address"
@@ -299,10 +337,11 @@ func mended(w world) error {
 			break
 		}
 		if want == TakeBack && !w.fenced {
-			if w.there.guest != Gone || w.there.phase != Mine && w.there.phase != Arrived {
+			ended := w.there.phase == Mine || w.there.phase == Arrived || w.libvirt && w.guest != Running
+			if w.there.guest != Gone || !ended {
 				break
 			}
-			// Its QEMU ended there after it took the guest: only a user can say what is to be done.
+			// It ended there after it took the guest, or libvirt does not know: only a user can say what is to be done.
 		}
 		w.driver, w.want, w.there.open, w.waits = true, want, true, ""
 		for n := 0; w.driver; n++ {
@@ -326,7 +365,7 @@ func mended(w world) error {
 			}
 		}
 	}
-	if v := w.there.view(w.way); !w.record && !w.fenced && v.MayRefuse() {
+	if v := w.viewThere(); !w.record && !w.fenced && v.MayRefuse() {
 		// The source could not tell it: who looks at the leases there does, or its time ends.
 		tasks, err := v.Tasks(AskRefuse)
 		if err != nil {
@@ -360,21 +399,21 @@ func mended(w world) error {
 // Every order of steps, kills, turns and ends of both QEMUs: never is the guest there twice, or nowhere where nobody
 // could mend it, and no device is lost.
 func TestModel(t *testing.T) {
-	for _, way := range []Way{ByFailover, ByReplug, ByVFIO} {
-		first := world{way: way, phase: Checked, guest: Running, plugged: true, address: true, lease: true,
-			record: true,
-			want:   Forward, driver: true, there: end{guest: Gone, open: true}}
+	for _, kind := range []world{{way: ByFailover}, {way: ByReplug}, {way: ByVFIO}, {way: ByFailover, libvirt: true}} {
+		name := fmt.Sprintf("%s, of libvirt: %v", kind.way, kind.libvirt)
+		first := world{way: kind.way, libvirt: kind.libvirt, phase: Checked, guest: Running, plugged: true, address: true,
+			lease: true, record: true, want: Forward, driver: true, there: end{guest: Gone, open: true}}
 		seen := map[world]world{first: {}}
 		for todo := []world{first}; len(todo) > 0; {
 			w := todo[0]
 			todo = todo[1:]
 			if why := w.wrong(); why != "" {
 				tell(t, seen, w)
-				t.Fatalf("%s: %s", way, why)
+				t.Fatalf("%s: %s", name, why)
 			}
 			if err := mended(w); err != nil {
 				tell(t, seen, w)
-				t.Fatalf("%s: %v", way, err)
+				t.Fatalf("%s: %v", name, err)
 			}
 			next := append(w.alone(), w.faults()...)
 			if n, ok, _ := w.step(); ok {
@@ -387,9 +426,9 @@ func TestModel(t *testing.T) {
 				}
 			}
 		}
-		t.Logf("%s: %d states", way, len(seen))
+		t.Logf("%s: %d states", name, len(seen))
 		if len(seen) < 500 {
-			t.Errorf("%s: only %d states", way, len(seen))
+			t.Errorf("%s: only %d states", name, len(seen))
 		}
 	}
 }

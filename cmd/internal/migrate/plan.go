@@ -18,6 +18,9 @@ func Plan(r *Record) []string {
 		b, _ := json.Marshal(args)
 		step(where, "qmp   %s %s", command, b)
 	}
+	if o.libvirt() {
+		return planDomain(r)
+	}
 	socket := "unix:" + dataSocket(r)
 
 	step("there", "keep %d of %s for %s, without its address", o.Count, o.From, r.Guest)
@@ -49,4 +52,24 @@ func Plan(r *Record) []string {
 	qmp("here", "quit", struct{}{})
 	step("here", "reset the VF, give it the settings it had, and end the lease")
 	return out
+}
+
+// planDomain is Plan of a guest of libvirt's.
+func planDomain(r *Record) []string {
+	o := &r.Order
+	out := []string{
+		fmt.Sprintf("there keep %d of %s for %s, without its address", o.Count, o.From, r.Guest),
+		fmt.Sprintf("here  write %q", Unplugging),
+		"here  virsh detach-device " + r.Guest + ", and wait until the guest has let go",
+	}
+	if o.Address != "" {
+		out = append(out, "here  take "+o.Address+" off the VF")
+	}
+	out = append(out, fmt.Sprintf("here  write %q", Copying), "here  virsh migrate --live --p2p --tunnelled "+r.Guest+" "+r.URI,
+		fmt.Sprintf("here  write %q", Committed), fmt.Sprintf("there write %q", Mine))
+	if o.Address != "" {
+		out = append(out, "there give the VF "+o.Address)
+	}
+	return append(out, "there virsh attach-device "+r.Guest, fmt.Sprintf("here  write %q", Quitting),
+		"here  reset the VF, give it the settings it had, and end the lease")
 }

@@ -87,6 +87,7 @@ type Record struct {
 	Phase   Phase       `json:"phase"`
 	Source  bool        `json:"source"`         // this side had the guest first
 	Peer    string      `json:"peer,omitempty"` // of the source: how the other side is reached
+	URI     string      `json:"uri,omitempty"`  // and libvirt there, by libvirt here
 	Began   time.Time   `json:"began"`
 	Asked   bool        `json:"asked,omitempty"`  // the guest may have been asked to let go of its device
 	Sent    bool        `json:"sent,omitempty"`   // QEMU may have been told to send the guest, for this move

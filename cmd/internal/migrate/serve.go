@@ -61,7 +61,7 @@ type Server struct {
 
 	guest string
 	move  string
-	vm    *machine
+	vm    runner
 	why   string // QEMU could not load what came
 	times Times
 }
@@ -206,7 +206,7 @@ func (s *Server) look(ctx context.Context, q *Question) (*Record, *DestinationVi
 }
 
 func (s *Server) view(ctx context.Context, r *Record) (*DestinationView, error) {
-	v := &DestinationView{Way: r.Order.Way, Phase: r.Phase, Guest: Gone}
+	v := &DestinationView{Way: r.Order.Way, Libvirt: r.Order.libvirt(), Phase: r.Phase, Guest: Gone}
 	var err error
 	if v.Leased, err = s.House.Leased(r.Guest); err != nil {
 		return nil, err
@@ -218,14 +218,20 @@ func (s *Server) view(ctx context.Context, r *Record) (*DestinationView, error) 
 		}
 		v.Address = now == r.Order.Address
 	}
+	if v.Libvirt {
+		return v, s.viewDomain(ctx, r, v)
+	}
 	if r.Socket == "" {
 		return v, nil
 	}
 
 	if s.vm == nil || s.vm.Ended() != nil {
-		if s.vm, err = reach(ctx, r.Socket, func() bool { return s.House.Alive(r) }); err != nil || s.vm == nil {
+		s.vm = nil
+		m, err := reach(ctx, r.Socket, func() bool { return s.House.Alive(r) })
+		if err != nil || m == nil {
 			return v, err
 		}
+		s.vm = m
 	}
 	status, p, err := s.vm.look()
 	if err != nil {
@@ -238,6 +244,35 @@ func (s *Server) view(ctx context.Context, r *Record) (*DestinationView, error) 
 	}
 	v.Plugged, err = s.vm.has(vmm.PrimaryID)
 	return v, err
+}
+
+// viewDomain is view of a guest of libvirt's, which begins to be here when it comes.
+func (s *Server) viewDomain(ctx context.Context, r *Record, v *DestinationView) error {
+	m := &domain{name: r.Guest}
+	if v.Leased {
+		args, err := s.House.Device(r)
+		if err != nil {
+			return err
+		}
+		m.host, _ = args["host"].(string)
+	}
+	s.vm = m
+	status, _, err := m.look()
+	comes := v.Phase == Waiting || v.Phase == Loading
+	switch {
+	case err != nil:
+		return err
+	case status == "running" && comes:
+		v.Guest, v.Loaded = Paused, true
+	case status == "running":
+		v.Guest = Running
+	case comes:
+		v.Guest = Awaits
+	case status != "":
+		v.Guest = Paused
+	}
+	v.Plugged, err = m.has(vmm.PrimaryID)
+	return err
 }
 
 // work does tasks in their order.
@@ -278,6 +313,9 @@ func (s *Server) task(ctx context.Context, r *Record, t Task) (err error) {
 		return s.vm.load(dataSocket(r))
 	case Go:
 		s.times.Resumed, err = s.vm.goOn(ctx)
+		if m, is := s.vm.(*domain); is && err == nil {
+			s.times.Downtime, err = m.downtime(ctx)
+		}
 		return err
 	case GiveAddress:
 		return s.House.SetAddress(ctx, r.Guest, r.Order.Address)
@@ -293,7 +331,7 @@ func (s *Server) task(ctx context.Context, r *Record, t Task) (err error) {
 
 // start starts QEMU, and writes down how it is reached.
 func (s *Server) start(ctx context.Context, r *Record) error {
-	if r.Socket != "" && s.House.Alive(r) {
+	if !r.Order.libvirt() && r.Socket != "" && s.House.Alive(r) {
 		return nil
 	}
 	if err := s.House.Start(ctx, r); err != nil {

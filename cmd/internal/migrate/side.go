@@ -168,7 +168,7 @@ func (s *Side) SetAddress(ctx context.Context, guest, mac string) error {
 	return nil
 }
 
-// Device are QEMU's words for a guest's device, as device_add takes them.
+// Device are QEMU's words for a guest's device, as device_add takes them, or, as "xml", libvirt's.
 func (s *Side) Device(r *Record) (map[string]any, error) {
 	l, err := lease.BookOf(s.Host).Get(r.Guest)
 	if err != nil {
@@ -181,7 +181,19 @@ func (s *Side) Device(r *Record) (map[string]any, error) {
 	if !known {
 		format, _ = vmm.Find("qemu")
 	}
-	return format.Plugged(l.Devices[0].Address, r.Order.VM.Standby != ""), nil
+	if !r.Order.libvirt() {
+		return format.Plugged(l.Devices[0].Address, r.Order.VM.Standby != ""), nil
+	}
+	d := l.Devices[0]
+	vlan := d.Wanted[sriov.VLAN]
+	if vlan == "0" {
+		vlan = ""
+	}
+	text := vmm.PluggedLibvirt(&vmm.Guest{Name: r.Guest, Standby: r.Order.VM.Standby, Devices: []vmm.Device{{
+		Address: d.Address, VF: d.PF != nil, NIC: true, MAC: r.Order.Address, VLAN: vlan,
+		QoS: d.Wanted[sriov.QoS], Proto: d.Wanted[sriov.Proto],
+	}}})
+	return map[string]any{"host": d.Address.String(), "xml": text}, nil
 }
 
 // Release gets a guest's device back clean, and ends its lease.
@@ -275,6 +287,11 @@ func (d destinationSide) Facts(ctx context.Context, w *FactsWish) (*FactsAnswer,
 		// It is not known.
 		f.Heard = nil
 	}
+	if w.VM.Libvirt() {
+		if f.Libvirt, err = libvirtVersion(ctx); err != nil {
+			d.Note("libvirt: %v", err)
+		}
+	}
 	if w.Program != "" {
 		if f.QEMU, err = TryQEMU(ctx, d.Host, w.Program, &w.VM); err != nil {
 			d.Note("QEMU could not be tried: %v", err)
@@ -324,8 +341,11 @@ func (d destinationSide) Reserve(ctx context.Context, r *Record) error {
 	vm := r.Order.VM
 	vm.Socket = d.Socket(r)
 	settings := hostfile.Plain(r.Order.Settings)
+	if r.Order.libvirt() {
+		vm.Socket = ""
+	}
 	request := &lease.Request{
-		Guest: r.Guest, Memory: vm.Memory, VM: &vm,
+		Guest: r.Guest, Memory: vm.Memory, VM: &vm, Persist: r.Order.libvirt(),
 		Sources: []lease.Source{{From: r.Order.From, Count: r.Order.Count, Settings: settings}},
 	}
 	_, notes, err := m.Expect(ctx, request)
@@ -347,8 +367,10 @@ func (d destinationSide) Stay(ctx context.Context, r *Record) error {
 			d.Note("bridges may send what is for %s to its virtio NIC for a while: %v", r.Guest, err)
 		}
 	}
-	if err := lease.BookOf(d.Host).KeepWords(r.Guest, r.Order.Words); err != nil {
-		return err
+	if len(r.Order.Words) > 0 {
+		if err := lease.BookOf(d.Host).KeepWords(r.Guest, r.Order.Words); err != nil {
+			return err
+		}
 	}
 	return d.setMoving(ctx, r.Guest, "")
 }
@@ -389,6 +411,14 @@ func (d destinationSide) guest(r *Record) (*vmm.Guest, *vmm.Format, error) {
 }
 
 func (d destinationSide) Start(ctx context.Context, r *Record) error {
+	if r.Order.libvirt() {
+		// It starts the guest itself, when it comes.
+		there, err := (&domain{name: r.Guest}).there(ctx)
+		if there {
+			err = fmt.Errorf("libvirt has a domain %s here already", r.Guest)
+		}
+		return err
+	}
 	g, format, err := d.guest(r)
 	if err != nil {
 		return err

@@ -8,6 +8,7 @@ import (
 // SourceView is all that decides what the source does next.
 type SourceView struct {
 	Way     Way
+	Libvirt bool // libvirt runs the guest, and lets it go on there when all of it has come
 	Phase   Phase
 	Guest   Runs
 	Copy    Copy
@@ -61,6 +62,9 @@ var ErrGoesOn = errors.New("the guest is the destination's by now")
 // Next is what the source does next, of what it sees, until it is Done. It is asked again after each action, and after
 // a crash, with what is seen then.
 func (v *SourceView) Next(want Wants) (Action, error) {
+	if a, err := v.byLibvirt(want); a != Done || err != nil {
+		return a, err
+	}
 	switch {
 	case v.Phase == Quitting:
 		return v.quitting(want)
@@ -86,6 +90,21 @@ func (v *SourceView) Next(want Wants) (Action, error) {
 		return v.copying()
 	}
 	return Done, fmt.Errorf("a move cannot be in phase %q", v.Phase)
+}
+
+// byLibvirt is what libvirt has decided while the guest was on its way: once all of it has come, it runs there, whoever
+// wants it back. Where libvirt has left it standing here, or does not have it any more, and the destination does not say
+// that it has it, libvirt does not know either.
+func (v *SourceView) byLibvirt(want Wants) (Action, error) {
+	switch onItsWay := v.Libvirt && (v.Phase == Copying || v.Phase == Returning); {
+	case !onItsWay:
+	case v.Peer == PeerLoaded:
+		return RecordCommitted, nil
+	case v.Copy == Underway || want == TakeBack:
+	case v.Guest == Paused, v.Guest == Gone && v.Peer == PeerUnreachable:
+		return Done, fmt.Errorf("the guest does not run here: %w (it is %s)", ErrInDoubt, v.Peer)
+	}
+	return Done, nil
 }
 
 func (v *SourceView) checked() (Action, error) {
@@ -139,7 +158,7 @@ func (v *SourceView) committed(want Wants) (Action, error) {
 	case PeerArrived:
 		return RecordQuitting, nil
 	case PeerLoaded:
-		if want == Forward || v.Guest == Gone {
+		if want == Forward || v.Guest == Gone || v.Libvirt {
 			return AskTake, nil
 		}
 		return AskRefuse, nil

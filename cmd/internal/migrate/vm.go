@@ -15,7 +15,35 @@ import (
 	"viaduct/cmd/internal/vmm"
 )
 
-// machine is a guest's QEMU. It is nil of one that has ended.
+// runner is what runs a guest on one side: its QEMU, by the machine protocol, or libvirt. It is nil of one that has
+// ended.
+type runner interface {
+	// look asks what it does with the guest, in QEMU's words, and how far a copy is.
+	look() (status string, p progress, err error)
+	// has reports whether there is a device that it and the guest have taken.
+	has(device string) (bool, error)
+	// unplug asks the guest to let go of a device, and waits until it has.
+	unplug(ctx context.Context, device string, wait time.Duration) (time.Time, error)
+	// plug plugs a device, and sees that it is there.
+	plug(ctx context.Context, device string, args map[string]any) error
+	// announce has the guest's address announced to the network, over its virtio NIC.
+	announce() error
+	// load begins to wait for a guest's memory at a socket.
+	load(socket string) error
+	// settled waits until a copy has come to an end, and tells how far it is meanwhile.
+	settled(ctx context.Context, tell func(progress)) (progress, error)
+	cancel() error
+	// stopped is when it last stopped the guest; zero if it did not tell.
+	stopped() time.Time
+	// goOn lets the guest run, and sees that it does.
+	goOn(ctx context.Context) (time.Time, error)
+	// quit ends the guest, and waits until it has gone.
+	quit(ctx context.Context) error
+	Ended() error
+	Close() error
+}
+
+// machine is a guest's QEMU.
 type machine struct{ *qmp.Client }
 
 // dialMost is how long a QEMU may take to greet; one that serves another client never does.
@@ -223,6 +251,17 @@ func (m *machine) load(socket string) error {
 		return m.do("migrate-incoming", map[string]any{"uri": "unix:" + socket}, nil)
 	}
 	return err
+}
+
+func (m *machine) cancel() error { return m.do("migrate_cancel", nil, nil) }
+
+func (m *machine) stopped() (at time.Time) {
+	for _, e := range m.Since(0) {
+		if e.Name == "STOP" {
+			at = e.Time
+		}
+	}
+	return at
 }
 
 // settled waits until a copy has come to an end, and tells how far it is meanwhile.

@@ -86,6 +86,9 @@ type Order struct {
 	Words []string `json:"words"`
 }
 
+// libvirt reports whether libvirt runs the guest, on both sides.
+func (o *Order) libvirt() bool { return o.VM.Libvirt() }
+
 // FactsWish is what the destination is asked beside its own facts.
 type FactsWish struct {
 	VM      vmm.Machine `json:"vm"`      // is tried with its QEMU
@@ -104,6 +107,8 @@ type Times struct {
 	Now     time.Time `json:"now"`
 	Resumed time.Time `json:"resumed,omitzero"` // the guest went on
 	Plugged time.Time `json:"plugged,omitzero"` // it had its device again
+	// Downtime is libvirt's, in ms, which only the destination can be asked for.
+	Downtime *int `json:"downtime_ms,omitempty"`
 }
 
 // line is a pipe of JSON lines.

@@ -18,6 +18,9 @@ type Machine struct {
 	Words   bool   `json:"words,omitempty"`   // the command line is known: what is empty was not said there
 }
 
+// Libvirt reports whether libvirt runs the guest; false of what is not known.
+func (m *Machine) Libvirt() bool { return m != nil && m.Format == "libvirt" }
+
 // option is one option of QEMU's command line, and its value.
 type option struct{ name, value string }
 

@@ -242,43 +242,60 @@ func escape(s string) string {
 // (docs/formatdomain.rst). Its managed='no' leaves drivers to viaduct; it relabels and owns the nodes itself.
 func libvirt(g *Guest) (string, error) {
 	var b strings.Builder
-	for i, d := range g.Devices {
-		if !d.VF || !d.NIC || d.MAC == "" || d.QoS != "" && d.QoS != "0" ||
-			d.Proto != "" && d.Proto != "802.1q" {
-			// Which libvirt does not know, and would undo.
-			fmt.Fprintf(&b,
-				"<hostdev mode='subsystem' type='pci' managed='no'>\n  <source>\n    %s\n  </source>\n</hostdev>\n",
-				// Which its schema does not have there.
-				strings.Replace(addressXML(d.Address), " type='pci'", "", 1))
-			continue
-		}
-		teaming := ""
-		if i == 0 && g.Standby != "" {
-			fmt.Fprintf(
-				&b,
-				"<interface type='bridge'>\n  <mac address='%s'/>\n  <source bridge='%s'/>\n"+
-					"  <model type='virtio'/>\n  <teaming type='persistent'/>\n"+
-					"  <alias name='ua-viaduct-standby'/>\n</interface>\n",
-				d.MAC,
-				escape(g.Standby),
-			)
-			teaming = "  <teaming type='transient' persistent='ua-viaduct-standby'/>\n"
-		}
-		vlan := ""
-		if d.VLAN != "" {
-			vlan = fmt.Sprintf("  <vlan>\n    <tag id='%s'/>\n  </vlan>\n", d.VLAN)
-		}
+	if g.Standby != "" && len(g.Devices) > 0 && g.Devices[0].interfaceXML() {
 		fmt.Fprintf(
 			&b,
-			"<interface type='hostdev' managed='no'>\n  <mac address='%s'/>\n  <source>\n    %s\n"+
-				"  </source>\n%s%s</interface>\n",
-			d.MAC,
-			addressXML(d.Address),
-			vlan,
-			teaming,
+			"<interface type='bridge'>\n  <mac address='%s'/>\n  <source bridge='%s'/>\n"+
+				"  <model type='virtio'/>\n  <teaming type='persistent'/>\n"+
+				"  <alias name='ua-viaduct-standby'/>\n</interface>\n",
+			g.Devices[0].MAC,
+			escape(g.Standby),
 		)
 	}
+	for i, d := range g.Devices {
+		d.libvirt(&b, i == 0 && g.Standby != "")
+	}
 	return b.String(), nil
+}
+
+// PluggedLibvirt is what is plugged into a domain that runs, for its first device.
+func PluggedLibvirt(g *Guest) string {
+	var b strings.Builder
+	g.Devices[0].libvirt(&b, g.Standby != "")
+	return b.String()
+}
+
+// interfaceXML reports whether libvirt has a device as an interface. It does not know all that a VF may have, and would
+// undo that.
+func (d *Device) interfaceXML() bool {
+	return d.VF && d.NIC && d.MAC != "" && (d.QoS == "" || d.QoS == "0") && (d.Proto == "" || d.Proto == "802.1q")
+}
+
+// libvirt writes one device, which may have a virtio NIC to stand in.
+func (d *Device) libvirt(b *strings.Builder, paired bool) {
+	if !d.interfaceXML() {
+		fmt.Fprintf(b,
+			"<hostdev mode='subsystem' type='pci' managed='no'>\n  <source>\n    %s\n  </source>\n</hostdev>\n",
+			// Which its schema does not have there.
+			strings.Replace(addressXML(d.Address), " type='pci'", "", 1))
+		return
+	}
+	teaming, vlan := "", ""
+	if paired {
+		teaming = "  <teaming type='transient' persistent='ua-viaduct-standby'/>\n"
+	}
+	if d.VLAN != "" {
+		vlan = fmt.Sprintf("  <vlan>\n    <tag id='%s'/>\n  </vlan>\n", d.VLAN)
+	}
+	fmt.Fprintf(
+		b,
+		"<interface type='hostdev' managed='no'>\n  <mac address='%s'/>\n  <source>\n    %s\n"+
+			"  </source>\n%s%s</interface>\n",
+		d.MAC,
+		addressXML(d.Address),
+		vlan,
+		teaming,
+	)
 }
 
 // LibvirtNetwork is a libvirt network from which domains draw VFs (docs/formatnetwork.rst).

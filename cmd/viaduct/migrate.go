@@ -53,7 +53,7 @@ func migrateCommand(e *env) *cli.Command {
 			&cli.StringFlag{Name: "to", Usage: "the other `HOST`, as ssh knows it, or exec:COMMAND; with --check also a snapshot", Destination: &o.to},
 			&cli.BoolFlag{Name: "check", Usage: "only report whether the guest is ready", Destination: &o.check},
 			&cli.StringFlag{Name: "from", Usage: "draw from this `POOL` of the other host (default: the name of the one here)", Destination: &o.wish.Pool},
-			&cli.StringFlag{Name: "by", Usage: "move the device by `failover|replug` (default: failover if there is a pair)", Destination: &o.by},
+			&cli.StringFlag{Name: "by", Usage: "move the device by `failover|vfio|replug` (default: the first that can be)", Destination: &o.by},
 			&cli.StringFlag{Name: "libvirt", Usage: "the `URI` of the other host's libvirt (default: qemu+ssh://HOST/system)", Destination: &o.uri},
 			&cli.DurationFlag{Name: "downtime", Usage: "let QEMU stop the guest for this long (default: QEMU's own)", Destination: &o.limits.Downtime},
 			&cli.StringFlag{Name: "bandwidth", Usage: "send at most this `SIZE` of memory a second (e.g. 100M)", Destination: &o.bandwidth},
@@ -121,8 +121,6 @@ func (o *migrateOptions) parse() error {
 			"off, say so (--take-back --force=split-brain)")
 	case o.force != "" && !o.takeBack:
 		return usagef("migrate: --force is for --take-back")
-	case o.wish.By == migrate.ByVFIO && !o.check && mends == 0:
-		return usagef("migrate: --by vfio can only be checked so far")
 	}
 	var err error
 	if o.limits.Bandwidth, err = parseSize(o.bandwidth); err != nil {

@@ -314,7 +314,6 @@ func TestMovable(t *testing.T) {
 		"migrate web":                               exitUsage,
 		"migrate web --to -x":                       exitUsage,
 		"migrate web --to host --by ship":           exitUsage,
-		"migrate web --to host --by vfio":           exitUsage,
 		"migrate web --resume --cancel":             exitUsage,
 		"migrate web --take-back":                   exitUsage,
 		"migrate web --to host --force=split-brain": exitUsage,

@@ -111,6 +111,7 @@ var checks = []check{
 // Check answers whether a guest can move from one host to another, line by line. It looks at nothing but what it is
 // given.
 func Check(g *Guest, from, to *Facts, wish Wish) *Report {
+	g.readMoves()
 	m := &move{guest: g, from: from, to: to, pool: cmp.Or(wish.Pool, g.From), by: wish.By}
 	if m.by == "" {
 		m.by = m.best()
@@ -126,6 +127,20 @@ func Check(g *Guest, from, to *Facts, wish Wish) *Report {
 		r.Lines = append(r.Lines, line)
 	}
 	return r
+}
+
+// readMoves reads whether the states of the guest's devices can move out of what its QEMU says keeps it from moving: it
+// has asked each device (VFIO_DEVICE_FEATURE_MIGRATION), but for the one of a failover pair, of which it says nothing.
+func (g *Guest) readMoves() {
+	if g.Asked == nil || g.VM == nil || g.VM.Standby != "" || g.VM.Libvirt() {
+		return
+	}
+	for i := range g.Devices {
+		moves := !slices.ContainsFunc(g.Asked.Blocked, func(why string) bool {
+			return strings.Contains(why, g.Devices[i].Address) || strings.Contains(strings.ToLower(why), "vfio")
+		})
+		g.Devices[i].Moves = &moves
+	}
 }
 
 // best is the way that costs the guest least.

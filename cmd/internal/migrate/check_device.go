@@ -67,14 +67,13 @@ func checkState(m *move) Line {
 	for _, d := range m.guest.Devices {
 		switch {
 		case d.Moves == nil:
-			return unknown("VFIO_DEVICE_FEATURE_MIGRATION", "whether the state of %s can be read is not known",
-				d.Address)
+			return unknown(inQMP, "whether the state of %s can be read is not known: its QEMU was not asked", d.Address)
 		case !*d.Moves:
-			return refuse("VFIO_DEVICE_FEATURE_MIGRATION", "%s has no state that can be read: driver %s has no "+
-				"migration protocol for it", d.Address, d.Driver)
+			return refuse(inQMP, "%s has no state that can be read: driver %s has no migration protocol for it",
+				d.Address, d.Driver)
 		}
 	}
-	return ok("VFIO_DEVICE_FEATURE_MIGRATION", "the state of every device can be read")
+	return ok(inQMP, "the state of every device can be read")
 }
 
 func checkIDs(m *move) Line {
@@ -83,6 +82,10 @@ func checkIDs(m *move) Line {
 		return Line{}
 	}
 	a, b := m.guest.Devices[0].ID, c.vf.ID
+	if from, to := m.guest.Devices[0].Kind, c.vf.Kind; from != to {
+		return refuse("mdev_type", "the guest has a device of type %s, and %s of %s is of type %s: the state of one is not the "+
+			"other's", from, c.vf.Address, m.to.Host, to)
+	}
 	name := func(id iommu.ID) string { return fmt.Sprintf("%04x:%04x", id.Vendor, id.Device) }
 	switch {
 	case a == b:

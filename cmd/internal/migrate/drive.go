@@ -70,6 +70,7 @@ type Outcome struct {
 	Clock    Clock     `json:"clock"`
 	Downtime *int      `json:"qemu_downtime_ms"` // as QEMU tells it
 	Memory   uint64    `json:"bytes_sent"`
+	Device   uint64    `json:"device_bytes"` // of that, the state of devices
 }
 
 // Clock is by how much the destination's clock is ahead of the source's, and by how much that may be wrong.
@@ -384,12 +385,18 @@ func (d *Driver) send(ctx context.Context) (err error) {
 		d.sent, err = m.send(ctx, next.URI, d.Limits.Bandwidth)
 		return err
 	}
+	vm := d.vm.(*machine)
+	if next.Order.Way == ByVFIO {
+		if err := vm.able(switchoverAck); err != nil {
+			return err
+		}
+	}
 	relay, err := newRelay(d.Remote, d.Record)
 	if err != nil {
 		return err
 	}
 	d.relay = relay
-	return d.vm.(*machine).send(relay.socket, limits)
+	return vm.send(relay.socket, limits)
 }
 
 // await waits for the end of the copy, for as long as it may take.
@@ -410,9 +417,15 @@ func (d *Driver) await(ctx context.Context) error {
 	}
 	d.copied = p
 	d.Outcome.Downtime, d.Outcome.Memory = p.Downtime, p.RAM.Transferred
+	if p.VFIO != nil {
+		d.Outcome.Device = p.VFIO.Transferred
+	}
 	d.Outcome.Stopped = d.vm.stopped()
-	if copied(p.Status) != Completed {
+	switch {
+	case copied(p.Status) != Completed:
 		return nil
+	case d.Record.Order.Way == ByVFIO && d.Outcome.Device == 0:
+		return errors.New("QEMU has sent no state of the device")
 	}
 	// The destination sees a little later that it has all.
 	until, cancel := context.WithTimeout(ctx, most)

@@ -78,6 +78,7 @@ type VF struct {
 	Index   int            `json:"index"`
 	Address string         `json:"address"`
 	ID      iommu.ID       `json:"id"`
+	Kind    string         `json:"kind,omitempty"` // of a mediated device, its type
 	Driver  string         `json:"driver"`
 	Pool    string         `json:"pool"`
 	Free    bool           `json:"free"`
@@ -115,6 +116,7 @@ type GuestDevice struct {
 	Driver   string         `json:"driver"`
 	PF       string         `json:"pf"` // the PF's address; "" of what is no VF
 	Settings sriov.Settings `json:"settings"`
+	Kind     string         `json:"kind,omitempty"` // of a mediated device, its type
 	// Moves reports whether the device's state can be read and written (VFIO's migration protocol); nil: not known.
 	Moves *bool `json:"moves"`
 }

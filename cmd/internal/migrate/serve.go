@@ -310,6 +310,11 @@ func (s *Server) task(ctx context.Context, r *Record, t Task) (err error) {
 	case Start:
 		return s.start(ctx, r)
 	case Load:
+		if m, is := s.vm.(*machine); is && r.Order.Way == ByVFIO {
+			if err := m.able(switchoverAck); err != nil {
+				return err
+			}
+		}
 		return s.vm.load(dataSocket(r))
 	case Go:
 		s.times.Resumed, err = s.vm.goOn(ctx)

@@ -341,6 +341,10 @@ func (d destinationSide) Reserve(ctx context.Context, r *Record) error {
 	vm := r.Order.VM
 	vm.Socket = d.Socket(r)
 	settings := hostfile.Plain(r.Order.Settings)
+	if r.Order.Way == ByVFIO && r.Order.Address != "" {
+		// It is the host's, and no part of the device's state; the VF takes no frames before the guest goes on.
+		settings[sriov.MAC] = hostfile.Value(r.Order.Address)
+	}
 	if r.Order.libvirt() {
 		vm.Socket = ""
 	}
@@ -395,7 +399,7 @@ func (d destinationSide) guest(r *Record) (*vmm.Guest, *vmm.Format, error) {
 			r.Order.VM.Format)
 	}
 	g := &vmm.Guest{Name: r.Guest, Standby: r.Order.VM.Standby, Movable: true, Absent: r.Order.Way != ByVFIO,
-		Socket: r.Socket}
+		Migrates: r.Order.Way == ByVFIO, Socket: r.Socket}
 	for _, dev := range l.Devices {
 		found, err := m.Topology.Find(dev.Address)
 		if err != nil {

@@ -81,6 +81,10 @@ func (m *machine) able(names ...string) error {
 	return m.do("migrate-set-capabilities", map[string]any{"capabilities": all}, nil)
 }
 
+// switchoverAck has the source wait until the destination's devices have what they need before the guest is stopped
+// (QEMU 8.1).
+const switchoverAck = "switchover-ack"
+
 // most is how long a command may take.
 const most = 20 * time.Second
 

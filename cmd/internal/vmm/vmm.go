@@ -24,6 +24,8 @@ type Guest struct {
 	Movable bool
 	// Absent says that the first device is plugged later, by the machine protocol.
 	Absent bool
+	// Migrates says that the devices' state comes from another host: one that cannot take it is an error at the start.
+	Migrates bool
 	// Socket is of QEMU's machine protocol, for viaduct alone; "" for none.
 	Socket string
 }
@@ -158,6 +160,9 @@ const (
 // unplugged from (docs/system/virtio-net-failover.rst).
 func qemuDevices(g *Guest, more string) []string {
 	var out []string
+	if g.Migrates {
+		more += ",enable-migration=on"
+	}
 	port := func(id, number string) {
 		out = append(out, "-device", "pcie-root-port,id="+id+",chassis="+number+",slot="+number)
 	}

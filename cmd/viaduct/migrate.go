@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -24,6 +25,8 @@ import (
 type migrateOptions struct {
 	guest, to, by, bandwidth string
 	uri                      string // of libvirt on the other host
+	probe                    string
+	probed                   netip.Addr // probe, as an address
 	wish                     migrate.Wish
 	check, cancel, resume    bool
 	takeBack, peer           bool
@@ -55,6 +58,7 @@ func migrateCommand(e *env) *cli.Command {
 			&cli.StringFlag{Name: "from", Usage: "draw from this `POOL` of the other host (default: the name of the one here)", Destination: &o.wish.Pool},
 			&cli.StringFlag{Name: "by", Usage: "move the device by `failover|vfio|replug` (default: the first that can be)", Destination: &o.by},
 			&cli.StringFlag{Name: "libvirt", Usage: "the `URI` of the other host's libvirt (default: qemu+ssh://HOST/system)", Destination: &o.uri},
+			&cli.StringFlag{Name: "probe", Usage: "meanwhile ask the guest by ARP whether it hears, at this IPv4 `ADDRESS` of it, and count what is lost", Destination: &o.probe},
 			&cli.DurationFlag{Name: "downtime", Usage: "let QEMU stop the guest for this long (default: QEMU's own)", Destination: &o.limits.Downtime},
 			&cli.StringFlag{Name: "bandwidth", Usage: "send at most this `SIZE` of memory a second (e.g. 100M)", Destination: &o.bandwidth},
 			&cli.DurationFlag{Name: "unplug-wait", Usage: "give the guest this long to let go of its device", Value: 30 * time.Second, Destination: &o.limits.Unplug},
@@ -123,6 +127,11 @@ func (o *migrateOptions) parse() error {
 		return usagef("migrate: --force is for --take-back")
 	}
 	var err error
+	if o.probe != "" {
+		if o.probed, err = netip.ParseAddr(o.probe); err != nil || !o.probed.Is4() {
+			return usagef("migrate: --probe %s: want an IPv4 address of the guest", o.probe)
+		}
+	}
 	if o.limits.Bandwidth, err = parseSize(o.bandwidth); err != nil {
 		return usagef("migrate: --bandwidth %q: want a size, e.g. 100M", o.bandwidth)
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path"
 	"slices"
 	"strings"
 	"time"
@@ -102,10 +103,20 @@ func runMigrate(ctx context.Context, e *env, o *migrateOptions) error {
 		}
 		return nil
 	}
+	var probe *migrate.Probe
+	if o.probe != "" {
+		netdev, err := probeOver(h, r, g)
+		if err != nil {
+			return err
+		}
+		if probe, err = migrate.NewProbe(netdev, o.probed); err != nil {
+			return err
+		}
+	}
 	if err := side.Home().Save(ctx, r); err != nil {
 		return err
 	}
-	return e.drive(ctx, o, side, way, r, migrate.Forward)
+	return e.drive(ctx, o, side, way, r, migrate.Forward, probe)
 }
 
 // readiness asks both hosts, and the guest's QEMU, and checks.
@@ -192,11 +203,24 @@ func (o *migrateOptions) libvirtURI() (string, error) {
 	return "qemu+ssh://" + o.to + "/system", nil
 }
 
+// probeOver is the network interface over which a guest is reached from here, wherever it is: that of its bridge, or of
+// its PF.
+func probeOver(h *iommu.Host, r *migrate.Record, g *migrate.Guest) (string, error) {
+	if r.Order.VM.Standby != "" {
+		return r.Order.VM.Standby, nil
+	}
+	netdevs, err := h.Names(path.Join("sys/bus/pci/devices", g.Devices[0].PF, "net"))
+	if err != nil || len(netdevs) == 0 {
+		return "", errors.Join(fmt.Errorf("migrate: --probe %s: the guest's PF has no network interface", r.Guest), err)
+	}
+	return netdevs[0], nil
+}
+
 const noAddress = "00:00:00:00:00:00"
 
-// drive drives a move until it is over, or cannot go on.
+// drive drives a move until it is over, or cannot go on; a probe, if any, ends with it.
 func (e *env) drive(ctx context.Context, o *migrateOptions, side *migrate.Side, way *migrate.Transport, r *migrate.Record,
-	want migrate.Wants) error {
+	want migrate.Wants, probe *migrate.Probe) error {
 	ctx, stop := untilSignal(ctx)
 	defer stop()
 	d := &migrate.Driver{
@@ -212,6 +236,10 @@ func (e *env) drive(ctx context.Context, o *migrateOptions, side *migrate.Side, 
 		d.Progress = func(done, total uint64) { e.note("%d of %d MiB", done>>20, total>>20) }
 	}
 	err := d.Run(ctx, want)
+	if probe != nil {
+		probed := probe.End()
+		d.Outcome.Probed = &probed
+	}
 	if d.Outcome.Moved || err == nil {
 		return errors.Join(err, e.tellOutcome(r, &d.Outcome))
 	}
@@ -227,18 +255,30 @@ func (e *env) drive(ctx context.Context, o *migrateOptions, side *migrate.Side, 
 
 // outcomeView is what a move took, in JSON. What is not known is null.
 type outcomeView struct {
-	Guest    string   `json:"guest"`
-	Moved    bool     `json:"moved"`
-	To       string   `json:"to"`
-	Downtime *int     `json:"qemu_downtime_ms"`  // as the source's QEMU tells it
-	Stopped  *float64 `json:"stop_to_resume_ms"` // by both clocks
-	Error    *float64 `json:"clock_error_ms"`    // by which that may be wrong
-	Without  *float64 `json:"without_device_ms"` // from when the VF had left the guest until it had one again
-	Sent     uint64   `json:"memory_bytes"`
+	Guest    string     `json:"guest"`
+	Moved    bool       `json:"moved"`
+	To       string     `json:"to"`
+	Downtime *int       `json:"qemu_downtime_ms"`  // as the source's QEMU tells it
+	Stopped  *float64   `json:"stop_to_resume_ms"` // by both clocks
+	Error    *float64   `json:"clock_error_ms"`    // by which that may be wrong
+	Without  *float64   `json:"without_device_ms"` // from when the VF had left the guest until it had one again
+	Sent     uint64     `json:"memory_bytes"`
+	Device   uint64     `json:"device_bytes"` // of that, the state of devices
+	Probe    *probeView `json:"probe"`
+}
+
+// probeView is what --probe has heard.
+type probeView struct {
+	migrate.Probed
+
+	Silence float64 `json:"longest_silence_ms"`
 }
 
 func (e *env) tellOutcome(r *migrate.Record, o *migrate.Outcome) error {
-	v := outcomeView{Guest: r.Guest, Moved: o.Moved, To: r.Peer, Downtime: o.Downtime, Sent: o.Memory}
+	v := outcomeView{Guest: r.Guest, Moved: o.Moved, To: r.Peer, Downtime: o.Downtime, Sent: o.Memory, Device: o.Device}
+	if p := o.Probed; p != nil {
+		v.Probe = &probeView{*p, float64(p.Silence.Microseconds()) / 1000}
+	}
 	between := func(here, there time.Time) *float64 {
 		if here.IsZero() || there.IsZero() || !o.Clock.Known {
 			return nil
@@ -266,7 +306,15 @@ func (e *env) tellOutcome(r *migrate.Record, o *migrate.Outcome) error {
 		fmt.Fprintf(e.stdout, "stopped until it went on %.1f ms (the clocks are known to %.1f ms)\n", *v.Stopped, *v.Error)
 	}
 	if v.Without != nil {
-		fmt.Fprintf(e.stdout, "without its VF %.1f ms\n", *v.Without)
+		what := "without its VF"
+		if r.Order.VM.Standby != "" {
+			what = "on its virtio NIC"
+		}
+		fmt.Fprintf(e.stdout, "%s %.1f ms\n", what, *v.Without)
+	}
+	if p := v.Probe; p != nil {
+		fmt.Fprintf(e.stdout, "%d of %d questions to %s were lost, and the longest silence was %.1f ms\n", max(p.Sent-p.Answered, 0),
+			p.Sent, p.Address, p.Silence)
 	}
 	return nil
 }
@@ -321,7 +369,7 @@ func runMigrateMend(ctx context.Context, e *env, o *migrateOptions) error {
 	case o.takeBack:
 		want = migrate.TakeBack
 	}
-	return e.drive(ctx, o, side, way, r, want)
+	return e.drive(ctx, o, side, way, r, want, nil)
 }
 
 // runMigratePeer is the other side of a move: it answers what is asked on standard input.

@@ -71,6 +71,7 @@ type Outcome struct {
 	Downtime *int      `json:"qemu_downtime_ms"` // as QEMU tells it
 	Memory   uint64    `json:"bytes_sent"`
 	Device   uint64    `json:"device_bytes"` // of that, the state of devices
+	Probed   *Probed   `json:"probed"`       // by who asked the guest meanwhile; nil: nobody
 }
 
 // Clock is by how much the destination's clock is ahead of the source's, and by how much that may be wrong.

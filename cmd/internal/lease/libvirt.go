@@ -259,8 +259,8 @@ func (d *Domain) refuse(device iommu.Address, format string, a ...any) error {
 	return holder.Because("start "+d.Name, why, "")
 }
 
-// stopped scrubs what a domain had, whose VMM has ended. A lease that outlives the boot waits for its next start, unless
-// that is on another host; one of a move of viaduct's is the move's to end.
+// stopped scrubs what a domain had, whose VMM has ended. A lease that outlives the boot waits for its next start,
+// unless that is on another host; one of a move of viaduct's is the move's to end.
 func (m *Manager) stopped(ctx context.Context, d *Domain, extra string) ([]Certificate, error) {
 	l, err := m.Book.Get(d.Name)
 	const wait = 20 * time.Second

@@ -65,7 +65,8 @@ func planDomain(r *Record) []string {
 	if o.Address != "" {
 		out = append(out, "here  take "+o.Address+" off the VF")
 	}
-	out = append(out, fmt.Sprintf("here  write %q", Copying), "here  virsh migrate --live --p2p --tunnelled "+r.Guest+" "+r.URI,
+	out = append(out, fmt.Sprintf("here  write %q", Copying),
+		"here  virsh migrate --live --p2p --tunnelled "+r.Guest+" "+r.URI,
 		fmt.Sprintf("here  write %q", Committed), fmt.Sprintf("there write %q", Mine))
 	if o.Address != "" {
 		out = append(out, "there give the VF "+o.Address)

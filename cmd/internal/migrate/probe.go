@@ -141,7 +141,8 @@ func whoHas(own net.HardwareAddr, address netip.Addr) []byte {
 
 // answers reports whether a frame is the answer of who has an address.
 func answers(b []byte, address netip.Addr) bool {
-	if len(b) < arpLength || binary.BigEndian.Uint16(b[12:]) != typeARP || binary.BigEndian.Uint16(b[20:]) != arpAnswer {
+	word := func(at int) uint16 { return binary.BigEndian.Uint16(b[at:]) }
+	if len(b) < arpLength || word(12) != typeARP || word(20) != arpAnswer {
 		return false
 	}
 	from, _ := netip.AddrFromSlice(b[28:32])

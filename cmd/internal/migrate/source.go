@@ -92,9 +92,9 @@ func (v *SourceView) Next(want Wants) (Action, error) {
 	return Done, fmt.Errorf("a move cannot be in phase %q", v.Phase)
 }
 
-// byLibvirt is what libvirt has decided while the guest was on its way: once all of it has come, it runs there, whoever
-// wants it back. Where libvirt has left it standing here, or does not have it any more, and the destination does not say
-// that it has it, libvirt does not know either.
+// byLibvirt is what libvirt has decided while the guest was on its way: once all of it has come, it runs there,
+// whoever wants it back. Where libvirt has left it standing here, or does not have it any more, and the destination
+// does not say that it has it, libvirt does not know either.
 func (v *SourceView) byLibvirt(want Wants) (Action, error) {
 	switch onItsWay := v.Libvirt && (v.Phase == Copying || v.Phase == Returning); {
 	case !onItsWay:

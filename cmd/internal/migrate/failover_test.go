@@ -104,6 +104,26 @@ func TestFailover(t *testing.T) {
 	p.here(t)
 	says(t, p.consoles[0], both, time.Minute)
 
+	t.Log("it stands still when it is asked for its device, and is taken back")
+	p.to = place{}
+	r = newRemote(p, nil)
+	stopped := false
+	d = p.driver(r, p.record(), nil)
+	d.Tell = func(a Action) error {
+		if a != Unplug || stopped {
+			return nil
+		}
+		stopped = true
+		return d.vm.(*machine).do("stop", nil, nil)
+	}
+	d.Limits.Unplug = 10 * time.Second
+	if err := d.Run(t.Context(), Forward); err == nil || !strings.Contains(err.Error(), "has not let go of it") {
+		t.Fatalf("%v: %+v", err, p.from.record)
+	}
+	r.serve.Wait()
+	p.here(t)
+	says(t, p.consoles[0], both, time.Minute)
+
 	t.Log("it moves")
 	p.to = place{}
 	r = newRemote(p, nil)

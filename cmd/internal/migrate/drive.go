@@ -1,6 +1,7 @@
 package migrate
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -51,11 +52,13 @@ type Driver struct {
 	Progress func(done, total uint64)
 	Outcome  Outcome
 
-	vm     runner
-	pipe   *Pipe
-	relay  *relay
-	sent   *sending // libvirt's way of sending a guest
-	copied progress
+	vm    runner
+	pipe  *Pipe
+	relay *relay
+	sent  *sending // libvirt's way of sending a guest
+	// libvirt is the one here; "" is the system's.
+	libvirt libvirt
+	copied  progress
 	// loading is why the destination's QEMU could not load what came.
 	loading string
 }
@@ -226,7 +229,7 @@ func (d *Driver) connect(ctx context.Context) (err error) {
 
 // connectDomain is connect of a guest of libvirt's.
 func (d *Driver) connectDomain(ctx context.Context) error {
-	m := &domain{name: d.Record.Guest, sent: d.sent}
+	m := &domain{libvirt: cmp.Or(d.libvirt, libvirtHere), name: d.Record.Guest, sent: d.sent}
 	args, err := d.Home.Device(d.Record)
 	if err == nil {
 		m.host, _ = args["host"].(string)

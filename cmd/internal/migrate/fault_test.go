@@ -170,6 +170,18 @@ func (x *trial) mend() (tried []error) {
 	return tried
 }
 
+// some are n of all, by a seed that is told, or with VIADUCT_SWEEP=all all of them.
+func some[T any](t *testing.T, all []T, n int) []T {
+	t.Helper()
+	if os.Getenv("VIADUCT_SWEEP") == "all" {
+		return all
+	}
+	seed := rand.Uint64()
+	t.Logf("%d points, of which %d are tried, by seed %d", len(all), n, seed)
+	rand.New(rand.NewPCG(seed, 0)).Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+	return all[:n]
+}
+
 func cmpErr(err error) error {
 	if err == nil {
 		return errors.New("done")
@@ -182,14 +194,7 @@ func cmpErr(err error) error {
 // few
 // points are tried, by a seed that is told, or with VIADUCT_SWEEP=all each of them.
 func TestFaults(t *testing.T) {
-	all := faults()
-	if os.Getenv("VIADUCT_SWEEP") != "all" {
-		seed := rand.Uint64()
-		t.Logf("%d points, of which 8 are tried, by seed %d", len(all), seed)
-		rand.New(rand.NewPCG(seed, 0)).Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
-		all = all[:8]
-	}
-	for _, w := range all {
+	for _, w := range some(t, faults(), 8) {
 		t.Run(w.String(), func(t *testing.T) {
 			x := &trial{t: t, p: newPair(t), w: w}
 			x.r = newRemote(x.p, x.task)

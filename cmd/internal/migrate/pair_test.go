@@ -248,6 +248,7 @@ type remote struct {
 	last  *Server // the last that served
 	serve sync.WaitGroup
 	lock  chan struct{}
+	house func() *Server // who serves; nil: the destination of hostPair
 }
 
 func newRemote(p *hostPair, tell func(Task) error) *remote {
@@ -281,11 +282,15 @@ func (r *remote) Connect(ctx context.Context) (*Pipe, error) {
 	r.serve.Go(func() {
 		defer ends[1].Close()
 		locked := false
-		s := &Server{House: destination{r.p}, Version: "test", Tell: r.tell, Lock: func(context.Context, string) error {
+		s := &Server{House: destination{r.p}, Version: "test", Tell: r.tell}
+		if r.house != nil {
+			s = r.house()
+		}
+		s.Lock = func(context.Context, string) error {
 			r.lock <- struct{}{}
 			locked = true
 			return nil
-		}}
+		}
 		r.mu.Lock()
 		r.last = s
 		r.mu.Unlock()

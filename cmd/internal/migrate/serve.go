@@ -1,6 +1,7 @@
 package migrate
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -64,6 +65,8 @@ type Server struct {
 	vm    runner
 	why   string // QEMU could not load what came
 	times Times
+	// libvirt is the one here; "" is the system's.
+	libvirt libvirt
 }
 
 // errStop ends a conversation.
@@ -248,7 +251,7 @@ func (s *Server) view(ctx context.Context, r *Record) (*DestinationView, error) 
 
 // viewDomain is view of a guest of libvirt's, which begins to be here when it comes.
 func (s *Server) viewDomain(ctx context.Context, r *Record, v *DestinationView) error {
-	m := &domain{name: r.Guest}
+	m := &domain{libvirt: cmp.Or(s.libvirt, libvirtHere), name: r.Guest}
 	if v.Leased {
 		args, err := s.House.Device(r)
 		if err != nil {

@@ -417,7 +417,7 @@ func (d destinationSide) guest(r *Record) (*vmm.Guest, *vmm.Format, error) {
 func (d destinationSide) Start(ctx context.Context, r *Record) error {
 	if r.Order.libvirt() {
 		// It starts the guest itself, when it comes.
-		there, err := (&domain{name: r.Guest}).there(ctx)
+		there, err := (&domain{libvirt: libvirtHere, name: r.Guest}).there(ctx)
 		if there {
 			err = fmt.Errorf("libvirt has a domain %s here already", r.Guest)
 		}

@@ -21,20 +21,25 @@ import (
 
 // This file is the one that starts virsh, which says to libvirt what is to be done with its domains (virsh(1)).
 
-const virshProgram = "/usr/bin/virsh"
+var virshProgram = "/usr/bin/virsh"
 
-// virshCommand is virsh with these words, in words of its own that no locale changes.
-func virshCommand(ctx context.Context, args ...string) *exec.Cmd {
-	cmd := exec.CommandContext(ctx, virshProgram, append([]string{"-q", "-c", "qemu:///system"}, args...)...)
+// libvirt is the libvirt of one host, by its URI.
+type libvirt string
+
+const libvirtHere libvirt = "qemu:///system"
+
+// command is virsh with these words, in words of its own that no locale changes.
+func (l libvirt) command(ctx context.Context, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, virshProgram, append([]string{"-q", "-c", string(l)}, args...)...)
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
 	return cmd
 }
 
 // virsh runs virsh to its end, and returns what it printed.
-func virsh(ctx context.Context, args ...string) (string, error) {
+func (l libvirt) virsh(ctx context.Context, args ...string) (string, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, time.Minute, errors.New("libvirt does not answer within a minute"))
 	defer cancel()
-	out, err := virshCommand(ctx, args...).Output()
+	out, err := l.command(ctx, args...).Output()
 	if exit, is := errors.AsType[*exec.ExitError](err); is {
 		err = fmt.Errorf("virsh %s: %s", args[0], cmp.Or(virshSaid(exit.Stderr), exit.Error()))
 	}
@@ -49,7 +54,7 @@ func virshSaid(text []byte) string {
 
 // libvirtVersion is the version of the libvirt that runs here.
 func libvirtVersion(ctx context.Context) (string, error) {
-	text, err := virsh(ctx, "version", "--daemon")
+	text, err := libvirtHere.virsh(ctx, "version", "--daemon")
 	return virshField(text, "Running against daemon"), err
 }
 
@@ -65,6 +70,8 @@ func virshField(text, name string) string {
 
 // domain is a guest that libvirt runs.
 type domain struct {
+	libvirt
+
 	name string
 	host string   // the PCI address of its device that moves; "" if it has none
 	sent *sending // that this process has begun; nil if none
@@ -96,7 +103,7 @@ func (*domain) Close() error { return nil }
 
 // there reports whether libvirt has the domain running, or standing still.
 func (m *domain) there(ctx context.Context) (bool, error) {
-	text, err := virsh(ctx, "list", "--name")
+	text, err := m.virsh(ctx, "list", "--name")
 	return slices.Contains(strings.Split(text, "\n"), m.name), err
 }
 
@@ -106,11 +113,11 @@ func (m *domain) look() (status string, p progress, err error) {
 	if err != nil || !there {
 		return "", p, err
 	}
-	status, err1 := virsh(ctx, "domstate", m.name)
+	status, err1 := m.virsh(ctx, "domstate", m.name)
 	if status == "idle" {
 		status = "running"
 	}
-	job, err2 := virsh(ctx, "domjobinfo", m.name)
+	job, err2 := m.virsh(ctx, "domjobinfo", m.name)
 	switch kind := virshField(job, "Job type"); {
 	case kind != "" && kind != "None" && virshField(job, "Operation") == "Outgoing migration",
 		m.sent != nil && !m.sent.over():
@@ -123,7 +130,7 @@ func (m *domain) look() (status string, p progress, err error) {
 
 // xml is the domain as it is now, or, with --inactive, as it is started next.
 func (m *domain) xml(ctx context.Context, more ...string) ([]byte, error) {
-	text, err := virsh(ctx, append([]string{"dumpxml", m.name}, more...)...)
+	text, err := m.virsh(ctx, append([]string{"dumpxml", m.name}, more...)...)
 	return []byte(text), err
 }
 
@@ -178,7 +185,7 @@ func (m *domain) device(ctx context.Context, what string, text []byte, where str
 	if err = errors.Join(err, f.Close()); err != nil {
 		return err
 	}
-	_, err = virsh(ctx, what, m.name, f.Name(), where)
+	_, err = m.virsh(ctx, what, m.name, f.Name(), where)
 	return err
 }
 
@@ -205,7 +212,7 @@ func (m *domain) next(ctx context.Context, what string, text []byte, had bool) e
 
 // kept reports whether libvirt keeps the domain when it has ended.
 func (m *domain) kept(ctx context.Context) (bool, error) {
-	text, err := virsh(ctx, "list", "--persistent", "--all", "--name")
+	text, err := m.virsh(ctx, "list", "--persistent", "--all", "--name")
 	return slices.Contains(strings.Split(text, "\n"), m.name), err
 }
 
@@ -283,7 +290,7 @@ func (m *domain) send(ctx context.Context, uri string, bandwidth uint64) (*sendi
 	}
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	s := &sending{ended: make(chan struct{}), cancel: cancel}
-	cmd := virshCommand(ctx, append(words, m.name, uri)...)
+	cmd := m.command(ctx, append(words, m.name, uri)...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	var said bytes.Buffer
 	cmd.Stderr = &said
@@ -320,7 +327,7 @@ func (m *domain) settled(ctx context.Context, _ func(progress)) (progress, error
 }
 
 func (m *domain) cancel() error {
-	_, err := virsh(context.Background(), "domjobabort", m.name)
+	_, err := m.virsh(context.Background(), "domjobabort", m.name)
 	return err
 }
 
@@ -331,7 +338,7 @@ func (m *domain) goOn(ctx context.Context) (time.Time, error) {
 	if err != nil || status == "running" {
 		return time.Time{}, err
 	}
-	_, err = virsh(ctx, "resume", m.name)
+	_, err = m.virsh(ctx, "resume", m.name)
 	return time.Now(), err
 }
 
@@ -340,13 +347,13 @@ func (m *domain) quit(ctx context.Context) error {
 	if err != nil || !there {
 		return err
 	}
-	_, err = virsh(ctx, "destroy", m.name)
+	_, err = m.virsh(ctx, "destroy", m.name)
 	return err
 }
 
 // downtime is for how long the guest stood still when it came, in ms, as libvirt tells; nil if it does not.
 func (m *domain) downtime(ctx context.Context) (*int, error) {
-	text, err := virsh(ctx, "domjobinfo", m.name, "--completed", "--keep-completed")
+	text, err := m.virsh(ctx, "domjobinfo", m.name, "--completed", "--keep-completed")
 	value, _, _ := strings.Cut(virshField(text, "Total downtime"), " ")
 	n, wrong := strconv.Atoi(value)
 	if err != nil || wrong != nil {
@@ -382,7 +389,7 @@ type domainFacts struct {
 
 // AskDomain asks libvirt for a guest of its own; nil if it has none of this name that runs.
 func AskDomain(ctx context.Context, g *Guest) (*Asked, error) {
-	m := &domain{name: g.Name}
+	m := &domain{libvirt: libvirtHere, name: g.Name}
 	if len(g.Devices) > 0 {
 		m.host = g.Devices[0].Address
 	}
@@ -392,7 +399,7 @@ func AskDomain(ctx context.Context, g *Guest) (*Asked, error) {
 	}
 	text, err1 := m.xml(ctx)
 	status, p, err2 := m.look()
-	hypervisor, err3 := virsh(ctx, "version")
+	hypervisor, err3 := m.virsh(ctx, "version")
 	if err := errors.Join(err1, err2, err3); err != nil {
 		return nil, err
 	}

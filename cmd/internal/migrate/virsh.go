@@ -107,23 +107,46 @@ func (m *domain) there(ctx context.Context) (bool, error) {
 	return slices.Contains(strings.Split(text, "\n"), m.name), err
 }
 
+// gone reports whether an error is of a domain that has gone meanwhile.
+func (m *domain) gone(ctx context.Context, err error) bool {
+	if err == nil {
+		return false
+	}
+	there, err := m.there(ctx)
+	return err == nil && !there
+}
+
 func (m *domain) look() (status string, p progress, err error) {
 	ctx := context.Background()
 	there, err := m.there(ctx)
-	if err != nil || !there {
+	if err != nil {
 		return "", p, err
 	}
+	if there {
+		if status, p, err = m.state(ctx); m.gone(ctx, err) {
+			status, err = "", nil
+		}
+	}
+	switch {
+	case m.sent == nil:
+	case !m.sent.over():
+		p.Status = "active"
+	case m.sent.why != nil && p.Status == "":
+		p.Status, p.Why = "failed", m.sent.why.Error()
+	}
+	return status, p, err
+}
+
+// state is look of a domain that is there.
+func (m *domain) state(ctx context.Context) (status string, p progress, err error) {
 	status, err1 := m.virsh(ctx, "domstate", m.name)
 	if status == "idle" {
 		status = "running"
 	}
 	job, err2 := m.virsh(ctx, "domjobinfo", m.name)
-	switch kind := virshField(job, "Job type"); {
-	case kind != "" && kind != "None" && virshField(job, "Operation") == "Outgoing migration",
-		m.sent != nil && !m.sent.over():
+	kind := virshField(job, "Job type")
+	if kind != "" && kind != "None" && virshField(job, "Operation") == "Outgoing migration" {
 		p.Status = "active"
-	case m.sent != nil && m.sent.why != nil:
-		p.Status, p.Why = "failed", m.sent.why.Error()
 	}
 	return status, p, errors.Join(err1, err2)
 }
@@ -136,6 +159,9 @@ func (m *domain) xml(ctx context.Context, more ...string) ([]byte, error) {
 
 func (m *domain) has(string) (bool, error) {
 	text, err := m.xml(context.Background())
+	if m.gone(context.Background(), err) {
+		return false, nil
+	}
 	if err != nil {
 		return false, err
 	}

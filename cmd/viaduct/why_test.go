@@ -440,6 +440,26 @@ func TestWhyGuestStrangers(t *testing.T) {
 	}
 }
 
+// A VMM that a wrapper of the lease's owner has started is the guest.
+func TestWhyGuestWrapper(t *testing.T) {
+	for parent, want := range map[int]string{4710: "ok: the guest has its devices open", 1: "no: another uses it"} {
+		k := hosttest.NewLab(t, nil)
+		k.Process(4710, "sh")
+		mustOnKernel(t, k, "assign", "web", "--from", "0000:02:10.0", "--owner-pid", "4710")
+		put(t, k, "proc/4711/stat", fmt.Sprintf("4711 (a ) S) S %d 1 1 0 -1 0 1 0 0 0 0 0 0 0 20 0 1 0 5000 0 0 0\n", parent))
+		k.Process(4711, "qemu-system-x86_64", "/dev/vfio/18")
+		got := ""
+		for what, line := range guestLines(t, k, "why", "guest=web") {
+			if strings.HasPrefix(what, "holders") {
+				got = line
+			}
+		}
+		if !strings.HasPrefix(got, want) {
+			t.Errorf("below %d: %q, want %q", parent, got, want)
+		}
+	}
+}
+
 // The limit of a process that may be anybody's says nothing of the guest.
 func TestWhyGuestStrangersLimit(t *testing.T) {
 	k := hosttest.NewLab(t, nil)

@@ -53,12 +53,32 @@ const (
 // lease is for. Where the lease names none, a process without a guest may be anybody's.
 func (c *list) relation(h holder.Holder) relation {
 	switch own := c.own(); {
-	case h.PID != 0 && slices.Contains(own, h.PID), h.Guest != "" && h.Guest == c.lease.Guest:
+	case h.PID != 0 && c.descends(h.PID, own), h.Guest != "" && h.Guest == c.lease.Guest:
 		return mine
 	case h.PID != 0 && h.Guest == "" && len(own) == 0:
 		return unclear
 	}
 	return another
+}
+
+// descends reports whether a process is one of these, or was started below one: a wrapper starts the VMM itself.
+func (c *list) descends(pid int, from []int) bool {
+	const deepest = 64
+	for range deepest {
+		if slices.Contains(from, pid) {
+			return true
+		}
+		stat, err := c.host.String(fmt.Sprintf("proc/%d/stat", pid))
+		// The name, which comes before, may hold anything; the state and the parent follow (proc_pid_stat(5)).
+		f := strings.Fields(stat[strings.LastIndexByte(stat, ')')+1:])
+		if err != nil || len(f) < 2 {
+			return false
+		}
+		if pid, err = strconv.Atoi(f[1]); err != nil || pid <= 1 {
+			return false
+		}
+	}
+	return false
 }
 
 // memory is the guest's, in bytes: what was asked for, else what one of its processes was started with; 0 if it is not

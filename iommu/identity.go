@@ -40,7 +40,8 @@ func Identify(h *Host, d *Device) (Identity, error) {
 // is an error if that cannot be read.
 func (was *Identity) Differs(h *Host, d *Device) (string, error) {
 	if d.ID != was.ID {
-		return fmt.Sprintf("it is a %04x:%04x, and was a %04x:%04x", d.Vendor, d.Device, was.ID.Vendor, was.ID.Device), nil
+		return fmt.Sprintf("it is a %04x:%04x, and was a %04x:%04x", d.Vendor, d.Device, was.ID.Vendor,
+			was.ID.Device), nil
 	}
 	if d.PhysFn != nil {
 		// It has no serial number of its own, and may have any MAC address.

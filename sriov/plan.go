@@ -401,7 +401,7 @@ func (p *Plan) noteNew() {
 		p.Notes = append(p.Notes, "then each VF"+unlessAll(p.VFs, onVFIO)+" is taken as viaduct bind does")
 	}
 	if len(p.PF.Netdevs) > 0 {
-		p.Notes = append(p.Notes, fmt.Sprintf("the link of %s may flap", p.PF.Netdevs[0]))
+		p.Notes = append(p.Notes, fmt.Sprintf("the link of %s may flap while its VFs change", p.PF.Netdevs[0]))
 	}
 }
 

@@ -316,3 +316,19 @@ func TestExplain(t *testing.T) {
 		}
 	}
 }
+
+// TestSavingStopped: who does not save any more gets nothing, and the device runs on.
+func TestSavingStopped(t *testing.T) {
+	_, device, d := newMigration(t)
+	device.Migration = 1
+	stopped, stop := context.WithCancel(t.Context())
+	stop()
+	s := must2(d.Save())(t)
+	var got bytes.Buffer
+	if n, err := s.Finish(stopped, &got); n != 0 || got.Len() > 0 || !errors.Is(err, context.Canceled) {
+		t.Errorf("%d bytes, %d written, %v", n, got.Len(), err)
+	}
+	if state, err := d.State(); err != nil || state != StateRunning {
+		t.Errorf("it is %s, %v", state, err)
+	}
+}

@@ -51,6 +51,18 @@ func TestVectors(t *testing.T) {
 		if n, err := i.Wait(t.Context(), last); n == 0 || err != nil {
 			t.Errorf("%s: %d, %v", want.Kind, n, err)
 		}
+		// Who does not wait any more takes no signal away.
+		stopped, stop := context.WithCancel(t.Context())
+		stop()
+		if err := i.Trigger(last); err != nil {
+			t.Error(err)
+		}
+		if n, err := i.Wait(stopped, last); n != 0 || !errors.Is(err, context.Canceled) {
+			t.Errorf("%s, stopped: %d, %v", want.Kind, n, err)
+		}
+		if n, err := i.Wait(t.Context(), last); n == 0 || err != nil {
+			t.Errorf("%s: %d, %v", want.Kind, n, err)
+		}
 		masks := want.Maskable
 		if err := i.Mask(0); (err == nil) != masks {
 			t.Errorf("%s: %v", want.Kind, err)

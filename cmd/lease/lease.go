@@ -214,7 +214,9 @@ type Request struct {
 func (b *Books) Assign(ctx context.Context, r Request) (l Lease, fresh bool, err error) {
 	ask := &books.Request{Guest: r.Guest, For: r.For, Persist: r.Persist, TTL: r.TTL}
 	for _, s := range r.Sources {
-		ask.Sources = append(ask.Sources, books.Source{From: s.From, Count: max(s.Count, 1), Settings: hostfile.Plain(s.Settings)})
+		ask.Sources = append(ask.Sources, books.Source{
+			From: s.From, Count: max(s.Count, 1), Settings: hostfile.Plain(s.Settings),
+		})
 	}
 	made, fresh, notes, err := b.manager.Assign(ctx, ask)
 	for _, n := range notes {

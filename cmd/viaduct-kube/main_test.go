@@ -89,8 +89,7 @@ func TestManifests(t *testing.T) {
 		"ServiceAccount viaduct-kube", "ClusterRole viaduct-kube", "ClusterRoleBinding viaduct-kube",
 		"ValidatingAdmissionPolicy viaduct-kube", "ValidatingAdmissionPolicyBinding viaduct-kube", "DaemonSet viaduct-kube",
 	}
-	if !slices.Equal(kinds, want) || !strings.Contains(text, "system:serviceaccount:devices:viaduct-kube") ||
-		strings.Contains(text, "privileged") && !strings.Contains(text, "# Not all of privileged") {
+	if !slices.Equal(kinds, want) || !strings.Contains(text, "system:serviceaccount:devices:viaduct-kube") {
 		t.Errorf("%q", kinds)
 	}
 }

@@ -50,7 +50,7 @@ func serveCommand(ctx context.Context, args []string, stderr io.Writer) error {
 	f := flag.NewFlagSet("serve", flag.ContinueOnError)
 	o.flags(f)
 	f.StringVar(&o.node, "node", os.Getenv("NODE_NAME"), "`name` of this node in the cluster (default $NODE_NAME)")
-	f.StringVar(&o.kubeconfig, "kubeconfig", "", "`file` that says how to reach the cluster; in a pod there is none")
+	f.StringVar(&o.kubeconfig, "kubeconfig", "", "`file` that says how to reach the cluster; leave it out in a pod")
 	f.StringVar(&o.metrics, "metrics", "", "`address` to serve metrics at, e.g. 127.0.0.1:9400; none if it is empty")
 	f.StringVar(&o.podUID, "pod-uid", os.Getenv("POD_UID"),
 		"`uid` of the pod that this runs in, for a rolling update (default $POD_UID)")
@@ -65,9 +65,6 @@ func serveCommand(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	defer h.Close()
-	if err := os.MkdirAll(o.cdiDir, 0o755); err != nil {
-		return err
-	}
 	if err := node.Preflight(h, node.Needs(o.kubeletDir, o.cdiDir)); err != nil {
 		return fmt.Errorf("this node cannot be served:\n%w", err)
 	}
@@ -208,7 +205,7 @@ func (s *server) claims(ctx context.Context, functions []node.Function) ([]node.
 	out, err := s.kubelet.Claims(ctx, s.driver, functions, isGroup)
 	if err != nil {
 		// The kubelet may start later, and has no plugins then.
-		s.say("the kubelet does not tell what other device plugins give out: %v", err)
+		s.say("cannot ask the kubelet what other device plugins give out: %v", err)
 	}
 	list, err := s.client.ResourceV1().ResourceSlices().List(ctx, meta.ListOptions{
 		FieldSelector: resource.ResourceSliceSelectorNodeName + "=" + s.node,
@@ -237,9 +234,8 @@ func (s *server) claims(ctx context.Context, functions []node.Function) ([]node.
 // start starts what the kubelet calls.
 func (s *server) start(ctx context.Context, functions []node.Function) (err error) {
 	s.dra.Saw(functions)
-	for i := range functions {
-		pool := functions[i].Pool
-		if s.settings.Provider(pool) != node.DevicePlugin || s.plugins[pool] != nil {
+	for pool, provider := range s.settings.Pools {
+		if provider != node.DevicePlugin {
 			continue
 		}
 		s.plugins[pool] = plugin.New(plugin.Options{
@@ -389,10 +385,9 @@ func (s *server) hear(ctx context.Context) {
 	}
 }
 
-// concerns reports whether an event is of a device that could be given out, or of a PF's interface.
+// concerns reports whether an event is of a device that could be given out. Of a link that is lost there is none.
 func concerns(event string) bool {
-	return strings.Contains(event, "SUBSYSTEM=pci\x00") || strings.Contains(event, "SUBSYSTEM=vfio") ||
-		strings.Contains(event, "SUBSYSTEM=net\x00")
+	return strings.Contains(event, "SUBSYSTEM=pci\x00") || strings.Contains(event, "SUBSYSTEM=vfio")
 }
 
 // touch has the host looked at soon.

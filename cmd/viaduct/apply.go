@@ -220,7 +220,9 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 	errs = append(errs, m.Apply(ctx, items, func(i *declared.Item, err error) {
 		touched = true
 		for _, n := range i.Notes {
-			e.note("%s", n)
+			if !followsSteps(n) {
+				e.note("%s", n)
+			}
 		}
 		if err == nil {
 			changed++

@@ -435,7 +435,7 @@ func resolveAsked(h *iommu.Host, t *iommu.Topology, sel []iommu.Selector, goal b
 				}
 				return nil, holder.Because("take "+s.String(), why, "name the device itself")
 			}
-		case len(devices) > 1 && !many && s.Form() != iommu.BySlot:
+		case len(devices) > 1 && !many && s.Form() != iommu.BySlot && !oneGroup(devices):
 			_, err := s.One(h, t)
 			// Several where one was meant: too easily too many.
 			return nil, fmt.Errorf("%w (--all takes all of them)", err)
@@ -447,6 +447,13 @@ func resolveAsked(h *iommu.Host, t *iommu.Topology, sel []iommu.Selector, goal b
 		}
 	}
 	return asked, nil
+}
+
+// oneGroup reports whether devices are of one IOMMU group, all of which goes along with whichever of them is named.
+func oneGroup(devices []*iommu.Device) bool {
+	return !slices.ContainsFunc(devices, func(d *iommu.Device) bool {
+		return d.Group == nil || devices[0].Group == nil || *d.Group != *devices[0].Group
+	})
 }
 
 // tellRecovered tells what became of interrupted changes.

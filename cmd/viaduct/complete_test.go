@@ -42,7 +42,7 @@ func TestComplete(t *testing.T) {
 		"why guest=":                          "guest=web",
 		"list -o ":                            "wide json",
 		"adopt -o ":                           "", // a file
-		"migrate web --by ":                   "failover replug",
+		"migrate web --by ":                   "failover vfio replug",
 		"vf create 0000:01:00.0 --eswitch s":  "switchdev",
 		"vf create 0000:01:00.0 4 sp":         "spoofchk=",
 		"vf set 0000:01:00.0/vf":              "0000:01:00.0/vf0 0000:01:00.0/vf1",

@@ -264,7 +264,10 @@ func (e *env) printItems(items []*declared.Item) error {
 	for _, i := range items {
 		views = append(views, viewItem(i))
 	}
-	return errors.Join(writeJSON(e.stdout, views), differs(items))
+	if err := writeJSON(e.stdout, views); err != nil {
+		return err
+	}
+	return differs(items)
 }
 
 func itemName(i *declared.Item) string {

@@ -66,7 +66,8 @@ func TestHookOfBrokenFile(t *testing.T) {
 		{with, []string{"web", "start", "begin", "-"}, true},
 		{with, []string{"web", "release", "end", "-"}, false},
 		{with, []string{"web", "reconnect", "begin", "-"}, false},
-		{with, []string{"web", "migrate", "begin", "-"}, false},
+		{with, []string{"web", "migrate", "begin", "-"}, true},
+		{plain, []string{"web", "migrate", "begin", "-"}, false},
 		{plain, []string{"web", "prepare", "begin", "-"}, false},
 		{plain, []string{"--", "prepare", "begin", "-"}, false},
 		{with, []string{"--help", "prepare", "begin", "-"}, true},
@@ -74,6 +75,22 @@ func TestHookOfBrokenFile(t *testing.T) {
 		if status, said := hook(t, k, c.domain, c.args...); (status != 0) != c.fails {
 			t.Errorf("%q: status %d, %s", c.args, status, said)
 		}
+	}
+
+	// A lease that cannot be read may be of any device: what has some does not start, and what has none does.
+	put(t, k, "run/viaduct/lease-web.json", "{")
+	if status, said := hook(t, k, with, "web", "prepare", "begin", "-"); status == 0 {
+		t.Errorf("with a lease that cannot be read: %s", said)
+	}
+	if status, said := hook(t, k, plain, "web", "prepare", "begin", "-"); status != 0 || said == "" {
+		t.Errorf("without devices: status %d, %s", status, said)
+	}
+	if status, said := hook(t, k, "<domain", "web", "prepare", "begin", "-"); status == 0 {
+		t.Errorf("what is no domain: %s", said)
+	}
+	put(t, k, "run/viaduct/lease-web.json", "")
+	if err := os.Remove(filepath.Join(k.Dir(), "run/viaduct/lease-web.json")); err != nil {
+		t.Fatal(err)
 	}
 
 	if err := declared.Of(&iommu.Host{Host: k.Host()}).Ended(&hostfile.Host{}); err != nil {

@@ -78,7 +78,7 @@ func TestUses(t *testing.T) {
 			t.Errorf("list does not say %q: %d, %s%s", want, status, out, said)
 		}
 	}
-	if out, _, _ := do("show enp1s0"); !strings.Contains(out, "used by     (enp1s0) carries the default route") {
+	if out, _, _ := do("show enp1s0"); !strings.Contains(out, "used by     enp1s0 carries the default route") {
 		t.Errorf("show:\n%s", out)
 	}
 	out, _, _ = do("show enp1s0 --json")

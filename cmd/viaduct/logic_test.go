@@ -178,7 +178,21 @@ func TestVFCommands(t *testing.T) {
 	if a := onKernel(k, "vf", "set", sweptPF+"/vf9", "vlan=8"); a.status == exitDone {
 		t.Errorf("one that is not there: %+v", a)
 	}
+	if a := mustOnKernel(t, k, "vf", "create", sweptPF, "2"); !strings.Contains(a.stdout, "has 2 of 7 VFs already") {
+		t.Errorf("again: %+v", a)
+	}
 	mustOnKernel(t, k, "vf", "destroy", sweptPF)
+	k.Net.Routes = []hosttest.Route{{To: "default", Over: []string{"enp1s0"}}}
+	a := mustOnKernel(t, k, "vf", "create", "--dry-run", sweptPF, "1")
+	b := mustOnKernel(t, k, "vf", "create", "--dry-run", "--json", sweptPF, "1")
+	if !strings.Contains(a.stderr, "the link of enp1s0 may flap") || b.stderr != "" || !strings.Contains(b.stdout, "may flap") {
+		t.Errorf("what may flap is told: %+v, %+v", a, b)
+	}
+	for line, says := range map[string]string{"vf create 0000:01:00.0 8": "7", "vf create 0000:00:05.0 1": "PF", "doctor 0000:77:00.0": "0000:77:00.0"} {
+		if a := onKernel(k, strings.Fields(line)...); a.status == exitDone || a.stdout != "" || !strings.Contains(a.stderr, says) {
+			t.Errorf("%s: %+v", line, a)
+		}
+	}
 	if n, _ := k.Host().Int("sys/bus/pci/devices/" + sweptPF + "/sriov_numvfs"); n != 0 {
 		t.Errorf("%d VFs are left", n)
 	}

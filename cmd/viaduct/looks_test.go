@@ -1,13 +1,17 @@
 package main
 
 import (
+	"bytes"
+	"io"
 	"regexp"
 	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
+	"viaduct/internal/host"
 	"viaduct/internal/host/hosttest"
+	"viaduct/iommu"
 )
 
 // looks are lines of commands that change nothing, on a littered host.
@@ -23,6 +27,26 @@ var looks = []string{
 	"vf create --dry-run 0000:02:00.0 2 vlan=7", "vf destroy --dry-run 0000:01:00.0", "vf set --dry-run 0000:01:00.0/vf2 vlan=9",
 	"vf sync --dry-run 0000:01:00.0", "assign --dry-run new --from 0000:02:00.0", "assign --dry-run new --from net --memory 1G --json",
 	"assign --dry-run web --from net --vlan 7", "install --dry-run",
+}
+
+// Output of whatever command that could not be written is a failure.
+func TestNothingCanBeWritten(t *testing.T) {
+	k := littered(t)
+	open := func(string) (*iommu.Host, error) {
+		h, err := host.Fake(k.Dir(), k)
+		return &iommu.Host{Host: h}, err
+	}
+	for _, line := range append([]string{"schema", "help", "help topics", "help gpu", "help bind", "version", "assign --formats"}, looks...) {
+		usual := onKernel(k, strings.Fields(line)...)
+		if usual.stdout == "" {
+			continue
+		}
+		var stderr bytes.Buffer
+		status := runOn(open, append([]string{"viaduct"}, strings.Fields(line)...), full{}, &stderr)
+		if status == exitDone || status == exitDiffers || !strings.Contains(stderr.String(), io.ErrShortWrite.Error()) {
+			t.Errorf("%s: exit status %d: %s", line, status, stderr.String())
+		}
+	}
 }
 
 // A look that fails is told: a command ends with an error or a note that it does not have otherwise, calls more unknown,
@@ -56,12 +80,16 @@ func TestLooksThatFail(t *testing.T) {
 	}
 }
 
-var moment = regexp.MustCompile(`\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?Z?|\b\d+s\b`)
+var moment = regexp.MustCompile(`\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?Z?|\b(\d+h)?(\d+m)?\d+s\b`)
+
+var blanks = regexp.MustCompile(` +`)
 
 // saysNow is what a command line says, but when.
 func saysNow(k *hosttest.Kernel, line string) answer {
 	a := onKernel(k, strings.Fields(line)...)
 	a.stdout, a.stderr = moment.ReplaceAllString(a.stdout, "WHEN"), moment.ReplaceAllString(a.stderr, "WHEN")
+	// A longer time takes a wider column.
+	a.stdout = blanks.ReplaceAllString(a.stdout, " ")
 	return a
 }
 

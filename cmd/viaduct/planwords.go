@@ -92,8 +92,7 @@ func (e *env) planWords(items []*declared.Item) error {
 			line(4, terminal.Plain, "  %s", words)
 		}
 		for _, n := range i.Notes {
-			// What is to be done by steps that follow from others is said above.
-			if !strings.HasPrefix(n, "then ") {
+			if !followsSteps(n) {
 				line(4, terminal.Dim, "  note: %s", n)
 			}
 		}
@@ -186,6 +185,9 @@ func unmanagedText(d *iommu.Device) string {
 	}
 	return "is on " + d.Driver + " and is not declared"
 }
+
+// followsSteps reports whether a note says what is done behind the last of the steps, which is of interest only below them.
+func followsSteps(note string) bool { return strings.HasPrefix(note, "then ") }
 
 // moveWords prints where devices would go, in words: the units of a job that are not refused.
 func (e *env) moveWords(goal bind.Goal, job *bind.Job, results []bind.Result, asked []*iommu.Device) error {

@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -14,39 +13,6 @@ import (
 	"viaduct/internal/host/hosttest"
 	"viaduct/iommu"
 )
-
-// What is typed next is completed with what it can be.
-func TestCompletes(t *testing.T) {
-	k := hosttest.NewSmallLab(t, "0000:00:05.0", sweptPF, "0000:00:08.0", sweptNIC)
-	put(t, k, hostfile.File, "pfs:\n  - select: "+sweptPF+"\n    count: 2\n    vfs: [{range: 0-1, driver: none, pool: net}]\n")
-	mustOnKernel(t, k, "apply")
-	mustOnKernel(t, k, "assign", "web", "--from", "net", "--persist")
-	for line, c := range map[string]struct{ has, lacks string }{
-		"list --color": {"auto always never", "wide"}, "list --output": {"wide json", "auto"}, "assign --format": {"qemu libvirt crosvm", "libvirt-network"},
-		"pool --format": {"libvirt-network", "qemu"}, "bind --force": {"route lease process", "vfio-pci"}, "release --force": {"", "route"},
-		"vf create --driver": {"none vfio home vfio-pci", "auto"}, "bind --driver": {"vfio none vfio-pci pci-stub", "home igb"},
-		"assign web --from": {"net 0000:01:00.0 enp1s0 0000:07:01.0", "web"}, "vf create --eswitch": {"legacy switchdev", "link"},
-		"vf create --inline-mode": {"link network", "basic"}, "vf create --encap": {"none basic", "link"}, "vf create --hw-tc-offload": {"on off", "none"},
-		"assign --mac": {"stable", "net"}, "assign --vlan": {"", "stable"}, "assign --set": {"vlan= mac= trust=", "vlan"},
-		"vf set 0000:01:00.0/vf0": {"vlan= mac=", "net"}, "vf set": {"0000:01:10.0 0000:01:00.0/vf1 --dry-run", "0000:07:01.0 vlan="},
-		"vf create": {"0000:01:00.0 enp1s0 --eswitch", "0000:01:10.0 0000:07:01.0"}, "bind": {"0000:07:01.0 group=7 class=0200 8086:10c9 nic --driver", "web"},
-		"release": {"web", "net"}, "pool": {"net", "web"}, "why": {"guest=web 0000:07:01.0", "net"}, "help": {"bind gpu vfs", "net"},
-		"man": {"viaduct host.yaml viaduct-json", "net"}, "completion": {"bash zsh fish", "net"}, "bind --timeout": {"", "0000:07:01.0"},
-	} {
-		a := mustOnKernel(t, k, append(strings.Fields(line), generate)...)
-		words := strings.Fields(a.stdout)
-		for w := range strings.FieldsSeq(c.has) {
-			if !slices.Contains(words, w) {
-				t.Errorf("%s: %s is missing of %q", line, w, words)
-			}
-		}
-		for w := range strings.FieldsSeq(c.lacks) {
-			if slices.Contains(words, w) {
-				t.Errorf("%s: %s is there", line, w)
-			}
-		}
-	}
-}
 
 // What cannot be meant of commands that look is told too.
 func TestWrongLooks(t *testing.T) {
@@ -127,6 +93,25 @@ func TestApplySays(t *testing.T) {
 	step(exitUsage, "host.yaml", "pool")
 }
 
+// A boot with a file that cannot be read fails after it has used what was in force, and takes nothing where nothing ever
+// was.
+func TestBootWithBrokenFile(t *testing.T) {
+	k := hosttest.NewSmallLab(t, "0000:00:05.0", sweptPF, "0000:00:08.0", sweptNIC, sweptEDU)
+	put(t, k, "proc/sys/kernel/random/boot_id", "this\n")
+	put(t, k, hostfile.File, "pfs: [")
+	k.Log = nil
+	if a := onKernel(k, "apply", "--boot", "--wait", "0s"); a.status == exitDone || !strings.Contains(a.stderr, "host.yaml") || len(k.Log) > 0 {
+		t.Errorf("where nothing was: %+v, written %q", a, k.Log)
+	}
+
+	k = booted(t)
+	want := sweptState(t, sweptHost(t))
+	put(t, k, hostfile.File, "pfs: [")
+	if a := onKernel(k, "apply", "--boot", "--wait", "0s"); a.status == exitDone || !strings.Contains(a.stderr, "host.yaml") || sweptState(t, k) != want {
+		t.Errorf("%+v\nis %s\nto be %s", a, sweptState(t, k), want)
+	}
+}
+
 // An apply that nobody confirms is undone by the guard, and what was in force before is in force again.
 func TestGuardUndoes(t *testing.T) {
 	k := hosttest.NewSmallLab(t, "0000:00:05.0", sweptPF, "0000:00:08.0", sweptNIC, sweptEDU)
@@ -174,6 +159,18 @@ func TestReleaseSays(t *testing.T) {
 	if a := onKernel(k, "leases"); !strings.Contains(a.stdout, "reserved") || !strings.Contains(a.stdout, sweptVF) {
 		t.Errorf("%+v", a)
 	}
+	nodes, err := k.Host().Names("sys/bus/pci/devices/" + sweptVF + "/vfio-dev")
+	if err != nil || len(nodes) != 1 {
+		t.Fatal(nodes, err)
+	}
+	k.Process(4711, "qemu", "/dev/vfio/devices/"+nodes[0])
+	if a := onKernel(k, "release", "web"); a.status != exitRefused || a.stdout != "" || !strings.Contains(a.stderr, "process 4711") {
+		t.Errorf("while it runs: %+v", a)
+	}
+	if a := onKernel(k, "release", "web", "--json"); a.status != exitRefused || !strings.Contains(a.stdout, `"pid": 4711`) {
+		t.Errorf("while it runs: %+v", a)
+	}
+	k.End(4711)
 	a := mustOnKernel(t, k, "release", "web", "--json")
 	for _, part := range []string{`"guest": "web"`, `"result": "clean"`, `"vendor": "8086"`, `"device": "10ca"`, `"class": "020000"`, `"vlan": "7"`, `"why": null`} {
 		if !strings.Contains(a.stdout, part) {

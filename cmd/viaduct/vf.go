@@ -324,7 +324,9 @@ func (c *changing) count(ctx context.Context, plan *sriov.Plan) (countView, erro
 	}
 	if !e.json {
 		for _, n := range plan.Notes {
-			e.note("%s", n)
+			if e.dryRun || !followsSteps(n) {
+				e.note("%s", n)
+			}
 		}
 	}
 

@@ -134,15 +134,20 @@ func viewGuest(l *lease.Lease, lines []checklist.Line) guestView {
 	return v
 }
 
-// printGuest keeps the order of the list, from the firmware to the VMM, and tells first how it ends.
+// printGuest tells first how the list ends, then what is missing, and then the rest, from the firmware to the VMM.
 func printGuest(w io.Writer, l *lease.Lease, lines []checklist.Line) {
 	count := map[checklist.Answer]int{}
 	for i := range lines {
 		count[lines[i].Answer]++
 	}
 	fmt.Fprintf(w, "guest %s: %d no, %d unknown, %d ok\n\n", l.Guest, count[checklist.No], count[checklist.Unknown], count[checklist.OK])
-	for i := range lines {
-		line := &lines[i]
+	sorted := slices.Clone(lines)
+	slices.SortStableFunc(sorted, func(a, b checklist.Line) int {
+		missing := map[bool]int{true: -1}
+		return missing[a.Answer == checklist.No] - missing[b.Answer == checklist.No]
+	})
+	for i := range sorted {
+		line := &sorted[i]
 		what := line.Name
 		if line.Device != "" {
 			what = line.Device + " " + what

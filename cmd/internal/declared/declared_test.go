@@ -603,6 +603,11 @@ func TestRenumbered(t *testing.T) {
 			{At: port + "/0000:" + bus + ":00.0", ID: "10de:20b5", Class: "030200", Driver: "nvidia", Group: group + 1},
 		}
 	}
+	numbered := func(root, bus, serial string, group int) []hosttest.PCI {
+		both := card(root, bus, group)
+		both[1].Class, both[1].Files = "010802", hosttest.Tree{"nvme/nvme" + bus + "/serial": serial + "\n"}
+		return both
+	}
 	const text = "devices:\n  - select: path=0000:17:00.0/00.0\n"
 	for name, c := range map[string]struct {
 		now  []hosttest.PCI
@@ -613,8 +618,13 @@ func TestRenumbered(t *testing.T) {
 		"all moved":                   {slices.Concat(card("16", "17", 1), card("39", "3a", 3)), Missing},
 		"the other is where this was": {slices.Concat(card("16", "18", 1), card("17", "3b", 3)), Changed},
 		"one is gone":                 {card("17", "18", 1), Changed},
+		"one with a number is gone":   {numbered("17", "18", "S1", 1), Differs},
+		"another number is there":     {slices.Concat(numbered("17", "18", "S2", 1), numbered("3a", "3b", "S1", 3)), Changed},
 	} {
 		first := hosttest.NewKernel(t, hosttest.Made(slices.Concat(card("17", "18", 1), card("3a", "3b", 3))...))
+		if strings.Contains(name, "number") {
+			first = hosttest.NewKernel(t, hosttest.Made(slices.Concat(numbered("17", "18", "S1", 1), numbered("3a", "3b", "S2", 3))...))
+		}
 		m := newManager(t, first, Options{})
 		if err := m.Remember(plan(t, m, text)); err != nil {
 			t.Fatal(err)

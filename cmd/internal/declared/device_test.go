@@ -3,6 +3,7 @@ package declared
 import (
 	"context"
 	"errors"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -10,9 +11,11 @@ import (
 	"testing"
 	"time"
 
+	"viaduct/internal/host/hosttest"
 	"viaduct/iommu"
 	"viaduct/sriov"
 	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
 )
 
 // The devices of a group are taken together: what their entries say must agree, and what one leaves open another says.
@@ -200,6 +203,134 @@ func TestWordsOfEach(t *testing.T) {
 	} {
 		if got := nouns(devices); got != want {
 			t.Errorf("%q, want %q", got, want)
+		}
+	}
+}
+
+// A boot takes no disk or NIC that may be one that protect names and that is not known by that yet, nor any NIC before it
+// is known which of them the host needs; nothing but a boot is so careful.
+func TestBootIsCareful(t *testing.T) {
+	const unseen = "\"mac=52:54:00:99:99:99\""
+	for name, c := range map[string]struct {
+		boot     bool
+		protect  string
+		driver   bool
+		class    uint32
+		vfio     bool
+		refused  string // "" if it is taken
+		recorded bool   // something was written down of what carries the host
+	}{
+		"not a boot":               {false, unseen, false, 0x020000, false, "", false},
+		"may be the one":           {true, pf + ", " + unseen, false, 0x020000, false, "it may be this one", false},
+		"may be the disk":          {true, pf + ", " + unseen, false, 0x010802, false, "it may be this one", false},
+		"has a driver":             {true, pf + ", " + unseen, true, 0x020000, false, "", false},
+		"is something else":        {true, pf + ", " + unseen, false, 0x030000, false, "", false},
+		"all are seen":             {true, pf, false, 0x020000, false, "", false},
+		"nothing is known":         {true, "", true, 0x020000, false, "does not know which NICs", false},
+		"it was looked":            {true, "", true, 0x020000, false, "", true},
+		"nothing is known of GPUs": {true, "", true, 0x030000, false, "", false},
+		"taken already":            {true, "", true, 0x020000, true, "", false},
+	} {
+		m := newManager(t, sweptHost(t), Options{Boot: c.boot})
+		if c.recorded {
+			if err := m.state.Put(protectedKey, []protected{}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		g, err := m.guard(parse(t, "pfs: []\nprotect: ["+c.protect+"]\n"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		d := &iommu.Device{Name: nic, ID: iommu.ID{Class: c.class}, PCI: true, VFIO: c.vfio}
+		if c.driver {
+			d.Driver = "e1000"
+		}
+		if err := g.take([]*iommu.Device{d}); (err == nil) != (c.refused == "") || err != nil && !strings.Contains(err.Error(), c.refused) {
+			t.Errorf("%s: %v", name, err)
+		}
+		vf := *d
+		vf.PhysFn = &iommu.Address{}
+		if err := g.take([]*iommu.Device{&vf}); name == "nothing is known" && err != nil {
+			t.Errorf("%s: a VF: %v", name, err)
+		}
+	}
+}
+
+// What was recorded is known again by its own numbers wherever it is, and else by its place; a function of a card by the
+// card's number and its own.
+func TestSame(t *testing.T) {
+	k := sweptHost(t)
+	m := newManager(t, k, Options{})
+	d := found(t, m)
+	now := identify(t, m, d)
+	if len(now.MACs) == 0 || now.Path == "" {
+		t.Fatal(now)
+	}
+	other := map[string]string{"x": "02:00:00:00:ff:ff"}
+	for name, c := range map[string]struct {
+		change func(*iommu.Identity)
+		want   bool
+	}{
+		"as it was":                {func(*iommu.Identity) {}, true},
+		"elsewhere":                {func(id *iommu.Identity) { id.Path = "0000:00:1f.0/00.0" }, true},
+		"other ids":                {func(id *iommu.Identity) { id.ID.Device++ }, false},
+		"another address":          {func(id *iommu.Identity) { id.MACs = other }, false},
+		"no address then":          {func(id *iommu.Identity) { id.MACs = nil }, true},
+		"none then, elsewhere":     {func(id *iommu.Identity) { id.MACs, id.Path = nil, "0000:00:1f.0/00.0" }, false},
+		"another number":           {func(id *iommu.Identity) { id.Serial = "00-00" }, now.Serial == ""},
+		"function of the card":     {func(id *iommu.Identity) { id.MACs, id.Path = nil, "0000:00:1f.0/00.0" }, now.Serial != ""},
+		"other function of a card": {func(id *iommu.Identity) { id.MACs, id.Path = nil, "0000:00:1f.0/00.1" }, false},
+	} {
+		id := now
+		id.MACs = maps.Clone(now.MACs)
+		c.change(&id)
+		if got, err := m.Same(&id, d); got != c.want || err != nil {
+			t.Errorf("%s: %v, %v", name, got, err)
+		}
+	}
+}
+
+// What the change of an item would take from somebody refuses the item before anything is changed, and is a note where it
+// is forced.
+func TestCheckRefuses(t *testing.T) {
+	const vf = "0000:01:10.0"
+	pfs := func(first, more string) string {
+		return "pfs:\n  - select: " + pf + "\n    count: 2\n    vfs: [{range: 0, " + first + "}, {range: 1, driver: none}]\n" + more
+	}
+	usual := pfs("driver: vfio, vlan: 7", "")
+	open := holder.Process
+	for name, c := range map[string]struct {
+		text  string
+		force []holder.Kind
+		state State
+		says  string
+	}{
+		"nothing changes":     {usual, nil, OK, ""},
+		"a NIC with a route":  {usual + "devices:\n  - select: " + nic + "\n", nil, Refused, "carries the default route"},
+		"forced":              {usual + "devices:\n  - select: " + nic + "\n", []holder.Kind{holder.Route}, Differs, ""},
+		"settings":            {pfs("driver: vfio, vlan: 8", ""), nil, Refused, vf + " is open in process 4711"},
+		"settings, forced":    {pfs("driver: vfio, vlan: 8", ""), []holder.Kind{open}, Differs, "its settings would change while " + vf},
+		"settings of another": {strings.Replace(usual, "driver: none", "driver: none, vlan: 9", 1), nil, Differs, ""},
+		"home":                {pfs("driver: home, vlan: 7", ""), nil, Refused, vf + " is open in process 4711"},
+		"fewer":               {strings.Replace(strings.Replace(usual, "count: 2", "count: 1", 1), ", {range: 1, driver: none}", "", 1), nil, Refused, vf + " is open in process 4711"},
+	} {
+		k := sweptHost(t)
+		if err := applyAll(k, usual); err != nil {
+			t.Fatal(err)
+		}
+		k.ChangeNet(func(n *hosttest.Network) { n.Routes = []hosttest.Route{{To: "default", Over: []string{"ens1"}}} })
+		k.Process(4711, "qemu", "/dev/vfio/devices/vfio0")
+		m := newManager(t, k, Options{Force: c.force})
+		items := plan(t, m, c.text)
+		k.Log = nil
+		m.Check(items)
+		i := items[len(items)-1]
+		said := strings.Join(i.Notes, "; ")
+		if i.Err != nil {
+			said += i.Err.Error()
+		}
+		if i.State != c.state || !strings.Contains(said, c.says) || (i.State == Refused) != errors.Is(i.Err, holder.ErrRefused) || len(k.Log) > 0 {
+			t.Errorf("%s: %s: %s; written %q", name, i.State, said, k.Log)
 		}
 	}
 }

@@ -260,6 +260,27 @@ func TestWait(t *testing.T) {
 		t.Error("it has no driver")
 	}
 
+	// A device without a driver has not the numbers yet that tell whether it is the one of the last time, if it had any.
+	if err := k.Write("sys/bus/pci/drivers/e1000/unbind", nic); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		was  *known
+		want bool
+	}{
+		{nil, true}, {&known{}, true}, {&known{Identity: iommu.Identity{Serial: "1"}}, false},
+		{&known{Identity: iommu.Identity{MACs: map[string]string{"a": "b"}}}, false},
+	} {
+		if c.was != nil {
+			if err := Of(&iommu.Host{Host: k.Host()}).state.Put(knownKey(nic), c.was); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := there("devices:\n  - select: " + nic + "\n"); got != c.want {
+			t.Errorf("a device without a driver that was %+v: %v", c.was, got)
+		}
+	}
+
 	// It ends when that comes, or with its time.
 	m := newManager(t, k, Options{Boot: true})
 	ended := make(chan error, 1)

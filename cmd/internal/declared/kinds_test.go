@@ -189,3 +189,22 @@ func TestEach(t *testing.T) {
 		t.Errorf("declared twice: %d items", len(items))
 	}
 }
+
+// What is adopted says of VFs what is not as VFs begin, and nothing else; VFs that are alike are one range.
+func TestAdoptedSettings(t *testing.T) {
+	k := sweptHost(t)
+	if err := applyAll(k, "pfs:\n  - select: "+pf+"\n    count: 4\n    vfs:\n      - {range: 0, driver: none, vlan: 7, qos: 0, trust: off}\n"+
+		"      - {range: 1-2, driver: none}\n      - {range: 3, driver: vfio, trust: on}\n"); err != nil {
+		t.Fatal(err)
+	}
+	s, _, err := newManager(t, k, Options{}).Adopt()
+	if err != nil {
+		t.Fatal(err)
+	}
+	yaml, err := s.YAML(nil)
+	const want = "pfs:\n  - select: \"mac=52:54:00:00:00:01\"\n    count: 4\n    vfs:\n      - range: 0\n        driver: none\n        vlan: 7\n" +
+		"      - range: 1-2\n        driver: none\n      - range: 3\n        driver: vfio\n        trust: on\n"
+	if err != nil || string(yaml) != want {
+		t.Errorf("%v\n%s", err, yaml)
+	}
+}

@@ -59,4 +59,13 @@ func TestUnmanaged(t *testing.T) {
 	if i := plan(t, again(t, m), some)[0]; i.State != OK {
 		t.Errorf("at rest: %s, %q", i.State, bind.Commands(i.Steps))
 	}
+
+	const none = "pfs:\n  - {select: " + pf + ", count: 2, vfs: [{range: 0-1, driver: home}]}\n"
+	i := plan(t, again(t, m), none)[0]
+	if text := strings.Join(bind.Commands(i.Steps), "; "); i.State != Differs || text != "rm /run/viaduct/unmanaged-0000:01:10.2.json" {
+		t.Errorf("all are managed again: %s, %q", i.State, text)
+	}
+	if err := apply(t, again(t, m), none); err != nil || len(marked()) != 0 {
+		t.Errorf("all are managed again: %v, marked %q", err, marked())
+	}
 }

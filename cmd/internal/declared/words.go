@@ -160,25 +160,25 @@ type vfRow struct {
 	parts map[string]string
 }
 
-// vfWords are what changes of the VFs: all of those that are made, and else what differs.
+// is begins the key of what a part of a row is now, where that is known.
+const is = "is "
+
+// vfWords are what changes of the VFs: all of those that are made, and else what differs, and what that is now.
 func (i *Item) vfWords() []string {
 	declared := i.pf.Each()
-	row := func(n int) map[string]string {
-		parts := map[string]string{}
-		if declared[n].Pool != "" {
-			parts["pool"] = declared[n].Pool
-		}
-		return parts
-	}
+	made := i.count != nil && i.count.Have != i.count.Want
 	rows := map[int]map[string]string{}
 	at := func(n int) map[string]string {
 		if rows[n] == nil && n < len(declared) {
-			rows[n] = row(n)
+			rows[n] = map[string]string{}
+			if made && declared[n].Pool != "" {
+				rows[n]["pool"] = declared[n].Pool
+			}
 		}
 		return rows[n]
 	}
 
-	if p := i.count; p != nil && p.Have != p.Want {
+	if p := i.count; made {
 		for n, vf := range p.VFs {
 			parts := at(n)
 			for k, v := range vf.Settings {
@@ -195,8 +195,12 @@ func (i *Item) vfWords() []string {
 		for _, change := range s.Settings {
 			for _, k := range change.Keys {
 				if v, wanted := s.Want[k]; wanted && change.From[k] != v {
+					parts := at(s.VF.VFIndex)
 					// As it is declared, where that is a word for an address of its own.
-					at(s.VF.VFIndex)[string(k)] = cmp.Or(declared[s.VF.VFIndex].Settings[k], v)
+					parts[string(k)] = cmp.Or(declared[s.VF.VFIndex].Settings[k], v)
+					if now, known := change.From[k]; known {
+						parts[is+string(k)] = now
+					}
 				}
 			}
 		}
@@ -205,7 +209,7 @@ func (i *Item) vfWords() []string {
 	maps.Copy(drivers, i.take)
 	for use, vfs := range drivers {
 		for _, vf := range vfs {
-			at(vf.VFIndex)["driver"] = use
+			at(vf.VFIndex)["driver"], at(vf.VFIndex)[is+"driver"] = use, cmp.Or(vf.Driver, bind.None)
 		}
 	}
 
@@ -251,6 +255,14 @@ func follows(first, last, next vfRow) bool {
 	return true
 }
 
+// span is what goes from one value to another.
+func span(from, to string) string {
+	if from == to {
+		return from
+	}
+	return from + "-" + to
+}
+
 func rowWords(first, last vfRow) string {
 	text := fmt.Sprintf("vf%d", first.index)
 	if last.index > first.index {
@@ -262,9 +274,9 @@ func rowWords(first, last vfRow) string {
 		if !known {
 			return
 		}
-		value := from
-		if to := last.parts[key]; to != from {
-			value += "-" + to
+		value := span(from, last.parts[key])
+		if now, known := first.parts[is+key]; known {
+			value += " (is " + span(now, last.parts[is+key]) + ")"
 		}
 		parts = append(parts, strings.ReplaceAll(key, "_", " ")+" "+value)
 	}

@@ -69,7 +69,7 @@ func TestWords(t *testing.T) {
 			t.Errorf("as declared: %q", words)
 		}
 	}
-	if got := strings.Join(plan(t, m, strings.ReplaceAll(text, "100+index", "7"))[0].Words(), "|"); got != "vf0-1: vlan 7" {
+	if got := strings.Join(plan(t, m, strings.ReplaceAll(text, "100+index", "7"))[0].Words(), "|"); got != "vf0-1: vlan 7 (is 100-101)" {
 		t.Errorf("another VLAN: %q", got)
 	}
 }

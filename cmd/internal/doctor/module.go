@@ -98,8 +98,8 @@ func blacklist(f *Facts) Check {
 	case i < 0:
 		c.set(Warned, "%s is loaded, and /%s would keep it from being loaded again: %q", name, r.File, r.Line)
 	case r.Own:
-		c.set(Unknown, "whether %s can be loaded is not known, as a command of this host does it: /%s has %q", name, r.File,
-			r.Line)
+		c.set(Unknown, "whether %s can be loaded is not known, as a command of this host does it: /%s has %q", name,
+			r.File, r.Line)
 		c.Cure = fmt.Sprintf("run `modprobe %s`, and see whether /sys/module/%s is there", name, r.Module)
 		return c
 	case r.Hard:

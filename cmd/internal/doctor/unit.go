@@ -297,8 +297,8 @@ func directRanges(f *Facts) Check {
 	}
 	if f.older(6, 6) && f.has(iommu.KindAMDVi) {
 		// The rule for all IOMMUs came after 6.1, where Intel's driver alone had one.
-		c.set(Warned, "the firmware wants memory of %s left where it is (%s); Linux %s may give such a device away, and "+
-			"newer kernels refuse it", some(c.Devices), f.rangeKind(), f.Release)
+		c.set(Warned, "the firmware wants memory of %s left where it is (%s); Linux %s may give such a device away, "+
+			"and newer kernels refuse it", some(c.Devices), f.rangeKind(), f.Release)
 	}
 	c.Cure = "turn off what uses it in the firmware's menu (shared memory of a management controller, USB legacy " +
 		"support, " +

@@ -173,7 +173,7 @@ func walked(t *testing.T, k *hosttest.Kernel, s *site, before *world, events []s
 		_, none := errors.AsType[*NoLeaseError](err)
 		told := err == nil
 		if want != nil {
-			told = errors.Is(err, want) || want == errNone && none
+			told = errors.Is(err, want) || errors.Is(want, errNone) && none
 		}
 		if !told || (now.lease != nil) != o.leased || now.resets[s.devices[0]] != o.resets || !o.leased && now.devices != before.devices ||
 			len(now.changes)+len(now.quarantined) > 0 {

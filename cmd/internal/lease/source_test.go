@@ -3,12 +3,18 @@ package lease
 import (
 	"context"
 	"errors"
+	"os"
+	"slices"
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"viaduct/cmd/internal/hostfile"
 	"viaduct/internal/host/hosttest"
+	"viaduct/iommu"
 	"viaduct/sriov"
+	"viaduct/vfio/bind"
 	"viaduct/vfio/holder"
 )
 
@@ -38,6 +44,7 @@ func TestSourceSays(t *testing.T) {
 		"a VF of the host": {host("2", "1"), Source{From: "0000:01:10.0"}, "", false},
 		"several":          {host("0", "1"), Source{From: "1af4:1001"}, "everything that 1af4:1001 names are on drivers of the host", false},
 		"more than are":    {host("2", "0"), Source{From: pf, Count: 3}, "3 are wanted", false},
+		"no PCI device":    {hosttest.NewKernel(t, hosttest.Platform()), Source{From: "0000:00:01.0"}, "fe000000.dma, in IOMMU group 5, is not a PCI device", true},
 		"not a VF":         {host("0", "1"), Source{From: "0000:07:01.0", Settings: hostfile.Plain(settings)}, "it is not a VF", true},
 	} {
 		c.from.Count = max(c.from.Count, 1)
@@ -48,6 +55,52 @@ func TestSourceSays(t *testing.T) {
 		if (err == nil) != (c.says == "") || err != nil && !strings.Contains(err.Error(), c.says) || errors.Is(err, holder.ErrRefused) != c.refused {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// What is declared in protect is assigned to nobody, and nothing is left of it.
+func TestProtectedIsNotAssigned(t *testing.T) {
+	const card = "0000:07:01.0"
+	k := hosttest.NewLab(t, nil)
+	m := managerOf(t, k, "pfs: []\nprotect: [\""+card+"\"]\n")
+	before := driversOf(t, k, card)
+	r := &Request{Guest: "a", Sources: []Source{{From: card, Count: 1}}, NoReset: true}
+	if _, _, _, err := m.Assign(t.Context(), r); !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), "in protect") {
+		t.Errorf("assigned: %v", err)
+	}
+	if l := leaseOf(t, k, "a"); l != nil || !slices.Equal(driversOf(t, k, card), before) {
+		t.Errorf("left of it: %+v, %v", l, driversOf(t, k, card))
+	}
+}
+
+// The processes of a unit are none where it has just gone, and an error where they cannot be read.
+func TestUnitPIDs(t *testing.T) {
+	const group = "sys/fs/cgroup/system.slice/vm.service"
+	k, _ := poolHost(t)
+	h := &iommu.Host{Host: k.Host()}
+	pids := func(want []int, fails error, what string) {
+		t.Helper()
+		got, err := UnitPIDs(h, "vm.service")
+		if !slices.Equal(got, want) || !errors.Is(err, fails) {
+			t.Errorf("%s: %v, %v", what, got, err)
+		}
+	}
+	pids(nil, nil, "there is none")
+	if got, err := UnitPIDs(h, ""); got != nil || err != nil {
+		t.Errorf("no unit: %v, %v", got, err)
+	}
+	write(t, k, group+"/cgroup.events", "populated 1\n")
+	pids(nil, nil, "it has just gone")
+	write(t, k, group+"/cgroup.procs", "600\n0\nx\n601\n")
+	pids([]int{600, 0, 601}, nil, "there are two, and one of another PID namespace")
+	for _, name := range []string{group + "/cgroup.procs", "sys/fs/cgroup/system.slice", "sys/fs/cgroup"} {
+		k.SetFault(func(_, asked string) error {
+			if asked == name {
+				return unix.EIO
+			}
+			return nil
+		})
+		pids(nil, unix.EIO, name+" cannot be read")
 	}
 }
 
@@ -90,5 +143,79 @@ func TestStateOf(t *testing.T) {
 		if got, why := m.state(&l, nil, 2); got != c.want || !strings.Contains(why, c.why) || (why == "") != (c.why == "") {
 			t.Errorf("%s: %s, %q", name, got, why)
 		}
+	}
+}
+
+// While its guest is elsewhere a VF has the address of before, or one that is no guest's.
+func TestParking(t *testing.T) {
+	const own = "02:76:00:01:80:01"
+	d := Device{LeaseDevice: holder.LeaseDevice{Address: iommu.Address{Bus: 1, Device: 0x10}}, Index: 1}
+	for was, want := range map[string][]string{
+		"": {noMAC, own}, guestMAC: {noMAC, own}, "52:54:00:00:00:09": {"52:54:00:00:00:09", noMAC, own},
+	} {
+		d.Before = sriov.Settings{sriov.MAC: was}
+		if got := d.parking(guestMAC); !slices.Equal(got, want) {
+			t.Errorf("it had %q: %q, want %q", was, got, want)
+		}
+	}
+}
+
+// Who runs a guest is written down, or that fails and is told.
+func TestStartedIsWritten(t *testing.T) {
+	for n := 0; ; n++ {
+		k, _ := poolHost(t)
+		k.Process(os.Getpid(), "viaduct")
+		book := BookOf(&iommu.Host{Host: k.Host()})
+		err := on(k, func(ctx context.Context, m *Manager) error {
+			_, _, _, err := m.Assign(ctx, &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1}}, OwnerPID: os.Getpid()})
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		l := leaseOf(t, k, "a")
+		failed := k.FailNth(n, unix.ENOSPC)
+		err = book.Started(t.Context(), l, 4711, "qemu")
+		k.Revive()
+		l = leaseOf(t, k, "a")
+		if written := l.Runner != nil && l.Runner.PID == 4711 && l.Owner == nil; written != (err == nil) {
+			t.Errorf("%s fails: %v; written %+v", failed(), err, l.Runner)
+		}
+		if failed() == "" {
+			return
+		}
+	}
+}
+
+// A preview says of each device that the guest gets, and of no other, how it is reset afterwards, and refuses what nothing
+// can reset.
+func TestPreviewOfReset(t *testing.T) {
+	const card = "0000:00:03.0" // on the root bus, without a way to reset it
+	k, _ := poolHost(t)
+	preview := func(k *hosttest.Kernel, r *Request) (resets []string, err error) {
+		err = on(k, func(_ context.Context, m *Manager) error {
+			steps, err := m.Preview(r)
+			for _, line := range bind.Commands(steps) {
+				if about, _, found := strings.Cut(line, " is reset afterwards "); found {
+					resets = append(resets, strings.TrimPrefix(about, "# "))
+				}
+			}
+			return err
+		})
+		return resets, err
+	}
+	got, err := preview(k, &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1, Settings: hostfile.Plain(tagged)}}})
+	if err != nil || !slices.Equal(got, []string{vf1}) {
+		t.Errorf("of a VF: %q, %v", got, err)
+	}
+
+	lab := hosttest.NewKernel(t, hosttest.Made(hosttest.PCI{At: card, ID: "8086:10d3", Class: "020000", Driver: "e1000e", Group: 5}))
+	r := &Request{Guest: "a", Sources: []Source{{From: card, Count: 1}}}
+	if got, err := preview(lab, r); !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), "--no-reset") {
+		t.Errorf("of what nothing resets: %q, %v", got, err)
+	}
+	r.NoReset = true
+	if got, err := preview(lab, r); err != nil || !slices.Contains(got, card) {
+		t.Errorf("that goes as it is: %q, %v", got, err)
 	}
 }

@@ -83,8 +83,8 @@ func checkIDs(m *move) Line {
 	}
 	a, b := m.guest.Devices[0].ID, c.vf.ID
 	if from, to := m.guest.Devices[0].Kind, c.vf.Kind; from != to {
-		return refuse("mdev_type", "the guest has a device of type %s, and %s of %s is of type %s: the state of one is "+
-			"not the other's", from, c.vf.Address, m.to.Host, to)
+		return refuse("mdev_type", "the guest has a device of type %s, and %s of %s is of type %s: the state of one "+
+			"is not the other's", from, c.vf.Address, m.to.Host, to)
 	}
 	name := func(id iommu.ID) string { return fmt.Sprintf("%04x:%04x", id.Vendor, id.Device) }
 	switch {

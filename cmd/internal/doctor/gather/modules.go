@@ -113,8 +113,8 @@ func (g *gatherer) rules(words []string) []doctor.ModuleRule {
 // doNothing are commands that load no module.
 var doNothing = []string{"/bin/false", "/bin/true", "/usr/bin/false", "/usr/bin/true", ":", "true", "false"}
 
-// modprobeRules are the lines of one file that are about a needed module. Some hosts install VFIO's modules by a command
-// of their own, of which it is not known what it does, unless it is one that does nothing.
+// modprobeRules are the lines of one file that are about a needed module. Some hosts install VFIO's modules by a
+// command of their own, of which it is not known what it does, unless it is one that does nothing.
 func modprobeRules(file, text string) []doctor.ModuleRule {
 	var out []doctor.ModuleRule
 	for line := range strings.Lines(strings.ReplaceAll(text, "\\\n", " ")) {

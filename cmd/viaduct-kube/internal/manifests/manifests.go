@@ -16,12 +16,10 @@ type Options struct {
 // Print prints manifests as YAML.
 func Print(w io.Writer, o *Options) error { return all.Execute(w, o) }
 
-// all is all that a cluster needs. What the driver may do: read the claims of pods, say what its own node has,
-// and tell events. A policy keeps it from what other nodes have. It is not privileged, but it needs the host's
-// processes to see who uses a device, the host's network to configure VFs, and these capabilities: SYS_ADMIN to write
-// to sysfs and ask for VF settings, NET_ADMIN for VF settings, SYS_PTRACE to see who has a device open, DAC_OVERRIDE and
-// DAC_READ_SEARCH for the files of others, SYS_RESOURCE and IPC_LOCK for the memory of what is proved clean, and
-// SYS_MODULE, SYS_RAWIO and CHOWN for modules, config space, and the owners of nodes.
+// all is all that a cluster needs. What the driver may do there: read the claims of pods, say what its own node has,
+// and tell events. A policy keeps it from what other nodes have. On the node it is privileged, as a container runtime
+// lets no other container open VFIO's nodes, by which it is proved that nobody has a function and that it is clean; it
+// needs the host's processes to see who uses a device, and the host's network to configure VFs.
 var all = template.Must(template.New("manifests").Parse(`apiVersion: v1
 kind: Namespace
 metadata:
@@ -156,16 +154,10 @@ spec:
           resources:
             requests: {cpu: 20m, memory: 64Mi}
           securityContext:
-            # Not all of privileged: these, and a sysfs that can be written to.
-            allowPrivilegeEscalation: false
+            # No other container may open the nodes of VFIO.
+            privileged: true
             readOnlyRootFilesystem: true
             runAsUser: 0
-            seccompProfile: {type: Unconfined}
-            appArmorProfile: {type: Unconfined}
-            capabilities:
-              drop: [ALL]
-              add: [SYS_ADMIN, NET_ADMIN, SYS_PTRACE, SYS_MODULE, SYS_RAWIO, SYS_RESOURCE, IPC_LOCK, DAC_OVERRIDE,
-                DAC_READ_SEARCH, CHOWN, FOWNER, SYS_NICE]
           volumeMounts:
             - {name: sys, mountPath: /sys}
             - {name: dev, mountPath: /dev}

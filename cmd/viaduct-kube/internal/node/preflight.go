@@ -48,6 +48,10 @@ func Preflight(h *iommu.Host, needs []Need) error {
 			"configured: set hostNetwork: true, and add the capability SYS_PTRACE"))
 	}
 	for _, n := range needs {
+		if n.Writes {
+			// Which is the host's only if process 1 sees it too.
+			_ = os.MkdirAll(n.Path, 0o755)
+		}
 		if err := n.check(); err != nil {
 			errs = append(errs, fmt.Errorf("%s, for %s: %w", n.Path, n.For, err))
 		}

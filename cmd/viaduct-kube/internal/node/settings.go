@@ -69,8 +69,14 @@ func ParseSettings(text []byte) (*Settings, error) {
 		if !slices.Contains([]Provider{DRA, DevicePlugin, Nobody}, p) {
 			return nil, fmt.Errorf("pool %s: unknown provider %q: want dra, device-plugin or none", pool, p)
 		}
-		if p == DevicePlugin && pool == "" {
+		if p != DevicePlugin {
+			continue
+		}
+		if pool == "" {
 			return nil, errors.New("a device plugin needs the name of a pool: declare the devices in one")
+		}
+		if err := CheckPool(pool); err != nil {
+			return nil, err
 		}
 	}
 	for reason, e := range s.Taints {

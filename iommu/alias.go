@@ -1,6 +1,9 @@
 package iommu
 
 import (
+	"errors"
+	"fmt"
+	"io/fs"
 	"slices"
 	"strings"
 
@@ -10,9 +13,8 @@ import (
 
 // aliases are the functions as which the firmware's IVRS table says that the DMA of others comes.
 type aliases struct {
-	// known is false where there is such a table and it could not be read.
-	known  bool
-	blocks []*acpi.Block // the IVHDs that Linux uses
+	unknown string        // what is missing of such a table, or why it could not be read; "" if nothing is
+	blocks  []*acpi.Block // the IVHDs that Linux uses
 }
 
 // readAliases reads the table. A host with an IOMMU of AMD's has one, although a captured one may lack it.
@@ -21,10 +23,13 @@ func readAliases(h *Host) (aliases, error) {
 		if f.Signature != "IVRS" {
 			continue
 		}
-		if f.Table == nil || f.Table.Fields == nil {
-			return aliases{}, nil
+		if errors.Is(f.Err, fs.ErrPermission) {
+			return aliases{unknown: theTable + "takes root to read"}, nil
 		}
-		out, kind := aliases{known: true}, ivhdType(f.Table)
+		if f.Table == nil || f.Table.Fields == nil {
+			return aliases{unknown: fmt.Sprintf("%scannot be read: %v", theTable, f.Err)}, nil
+		}
+		out, kind := aliases{}, ivhdType(f.Table)
 		for i := range f.Table.Blocks {
 			if b := &f.Table.Blocks[i]; b.Type == kind {
 				out.blocks = append(out.blocks, b)
@@ -37,8 +42,13 @@ func readAliases(h *Host) (aliases, error) {
 		err = nil
 	}
 	amd := slices.ContainsFunc(units, func(name string) bool { return strings.HasPrefix(name, "ivhd") })
-	return aliases{known: !amd}, err
+	if amd {
+		return aliases{unknown: theTable + "is not there, or was not captured"}, err
+	}
+	return aliases{}, err
 }
+
+const theTable = "the firmware's IVRS table, by which devices do DMA as others, "
 
 // of is the function as which the DMA of another one comes; false if it comes as its own. Of several entries for one
 // the last counts (drivers/iommu/amd/init.c, init_iommu_from_acpi).

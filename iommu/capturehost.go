@@ -64,8 +64,12 @@ func (c *capture) system() {
 			c.add(path.Join("proc/self", file), keptLines(string(b), line))
 		}
 	}
-	if lines := KernelLines(c.h); len(lines) > 0 {
-		c.add(kernelLines, []byte(strings.Join(lines, "\n")+"\n"))
+	var log []byte
+	for _, line := range KernelLog(c.h) {
+		log = fmt.Appendln(log, line)
+	}
+	if len(log) > 0 {
+		c.add(kernelLines, log)
 	}
 	cpu, _ := c.h.Read("proc/cpuinfo")
 	first, _, _ := strings.Cut(string(cpu), "\n\n")

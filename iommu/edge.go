@@ -3,7 +3,6 @@ package iommu
 import (
 	"fmt"
 	"slices"
-	"strings"
 )
 
 // EdgeKind is how two devices are connected.
@@ -29,14 +28,21 @@ type Edge struct {
 	Isolated *bool
 	// Reason is a sentence.
 	Reason string
+	// Of is the device that isolates or does not, or of which that is not known, and Because says so, beginning with a
+	// verb.
+	Of      Address
+	Because string
 	// Cure is what would make it isolated, as a sentence; "" where it is, or where that is not known.
 	Cure string
+	// Fixed reports that the two are together in any slot and with any setting.
+	Fixed bool
 }
 
 // Edges are the reasons why PCI devices are in one group or in several: from each of them up to the root, and between
-// those beside each other. What only stands on a bus that isolates nothing has no reasons beside that.
+// those beside each other. What only stands on a bus that isolates nothing has no reasons beside that, but functions of
+// one device, which are together in any other slot too.
 func (g *Grouping) Edges(devices []Address) []Edge {
-	g.unsure = map[Address]bool{}
+	g.unsure = map[Address]string{}
 	var members []*node
 	for _, a := range devices {
 		if n := g.nodes[a]; n != nil && !slices.Contains(members, n) {
@@ -55,9 +61,12 @@ func (g *Grouping) Edges(devices []Address) []Edge {
 	}
 	for i, m := range members {
 		if m.dma != m {
-			out = append(out, Edge{m.at, &m.dma.at, EdgeAlias, new(false),
-				fmt.Sprintf("%s does its DMA as %s, whose driver made its bus.", m.at, m.dma.at),
-				fmt.Sprintf("turn off the mode (e.g. VMD) of %s in the firmware", m.dma.at)})
+			because := fmt.Sprintf("does its DMA as %s, whose driver made its bus", m.dma.at)
+			out = append(out, Edge{
+				From: m.at, To: &m.dma.at, Kind: EdgeAlias, Isolated: new(false),
+				Of: m.at, Because: because, Reason: fmt.Sprintf("%s %s.", m.at, because),
+				Cure: fmt.Sprintf("turn off the mode (e.g. VMD) of %s in the firmware", m.dma.at),
+			})
 		}
 		for _, other := range members[i+1:] {
 			if busOf(m.at) != busOf(other.at) {
@@ -67,7 +76,8 @@ func (g *Grouping) Edges(devices []Address) []Edge {
 				out = append(out, aliasEdge(m, other, why))
 			}
 		}
-		if v := g.above(m); g.isVF(m) || v.Known && !v.Isolated {
+		// Also where a bridge above has them in one group: in another slot they would still be functions of one device.
+		if g.isVF(m) {
 			continue
 		}
 		for _, other := range g.siblings(m) {
@@ -80,26 +90,22 @@ func (g *Grouping) Edges(devices []Address) []Edge {
 	return out
 }
 
-// above is the isolation of the bridge above a device; a root bus isolates.
-func (g *Grouping) above(n *node) Isolation {
-	if n.up == nil {
-		return Isolation{Known: true, Isolated: true}
-	}
-	return g.isolation(n.up)
-}
-
 func (g *Grouping) pathEdge(n *node) Edge {
 	if n.up == nil {
-		return Edge{n.at, nil, EdgePath, new(true), n.at.String() + " is on a root bus: no bridge is above it.", ""}
+		const because = "is on a root bus: no bridge is above it"
+		return Edge{
+			From: n.at, Kind: EdgePath, Isolated: new(true), Of: n.at, Because: because,
+			Reason: fmt.Sprintf("%s %s.", n.at, because),
+		}
 	}
-	e := Edge{From: n.at, To: &n.up.at, Kind: EdgePath}
 	v := g.isolation(n.up)
+	e := Edge{From: n.at, To: &n.up.at, Kind: EdgePath, Of: n.up.at, Because: v.Reason}
 	e.Reason = fmt.Sprintf("%s %s.", n.up.at, v.Reason)
 	if v.Known {
 		e.Isolated = &v.Isolated
 	}
 	if v.Known && !v.Isolated {
-		e.Cure = g.portCure(n.up, v.cause)
+		e.Cure = g.cure(n.up, v)
 	}
 	return e
 }
@@ -107,61 +113,35 @@ func (g *Grouping) pathEdge(n *node) Edge {
 func (g *Grouping) functionEdge(a, b *node) Edge {
 	e := Edge{From: a.at, To: &b.at, Kind: EdgeFunction}
 	one, other := g.isolation(a), g.isolation(b)
+	n, v := a, one
+	if !one.Isolated && other.Isolated || one.Known && !one.Isolated && !other.Known {
+		n, v = b, other
+	}
+	e.Of, e.Because = n.at, v.Reason
 	switch {
-	case one.Isolated || other.Isolated:
-		n, v := a, one
-		if !one.Isolated {
-			n, v = b, other
-		}
+	case v.Isolated:
 		e.Isolated = new(true)
 		e.Reason = fmt.Sprintf("%s and %s are functions of one device, but %s %s.", a.at, b.at, n.at, v.Reason)
-	case !one.Known:
-		e.Reason = fmt.Sprintf("%s %s.", a.at, one.Reason)
-	case !other.Known:
-		e.Reason = fmt.Sprintf("%s %s.", b.at, other.Reason)
+	case !v.Known:
+		e.Reason = fmt.Sprintf("%s %s.", n.at, v.Reason)
 	default:
 		e.Isolated = new(false)
-		e.Reason = fmt.Sprintf("%s and %s are functions of one device, and %s %s.", a.at, b.at, a.at, one.Reason)
-		e.Cure = "nothing separates these functions: only a guest that gets them all can have one"
+		e.Reason = fmt.Sprintf("%s and %s are functions of one device, and %s %s.", a.at, b.at, a.at, v.Reason)
+		e.Cure, e.Fixed = g.functionCure(a, b)
 	}
 	return e
 }
 
 func aliasEdge(a, b *node, why aliasKind) Edge {
-	e := Edge{From: a.at, To: &b.at, Kind: EdgeAlias, Isolated: new(false)}
+	e := Edge{From: a.at, To: &b.at, Kind: EdgeAlias, Isolated: new(false), Of: a.at}
+	e.Because = fmt.Sprintf("does DMA as %s, or the other way round", b.at)
 	switch why {
 	case aliasFirmware:
 		e.Reason = fmt.Sprintf("By the firmware's IVRS table, one of %s and %s does DMA as the other.", a.at, b.at)
 		e.Cure = "a newer firmware may leave that alias out of its IVRS table"
 	default:
 		e.Reason = fmt.Sprintf("By the kernel's list, one of %s and %s does DMA as the other.", a.at, b.at)
-		e.Cure = "nothing separates these: the device does DMA with a wrong requester ID"
+		e.Cure, e.Fixed = "nothing separates these: the device does DMA with a wrong requester ID", true
 	}
 	return e
-}
-
-// portCure says what would have a bridge isolate, or what is below it be elsewhere.
-func (g *Grouping) portCure(n *node, why cause) string {
-	t, _, _ := g.express(n)
-	switch why {
-	case causeACSOff:
-		line, _ := g.host.String("proc/cmdline")
-		for _, parameter := range []string{"disable_acs_redir=", "config_acs="} {
-			if strings.Contains(line, parameter) {
-				return "take " + parameter + " from the kernel command line, and boot again"
-			}
-		}
-		return "boot again with the IOMMU on: the kernel then turns ACS on, before it groups"
-	case causeNoACS:
-		if t == RootPort {
-			return "use a slot whose port has ACS, as those at the processor mostly have, or a firmware that shows " +
-				"ACS (\"ACS\" or \"AER\" in its menu)"
-		}
-		return "use a slot that is not behind this switch"
-	case causeConventional:
-		return "use a slot that is not behind this bridge: nothing separates what is"
-	case causeVendor:
-		return "use another slot, or a newer firmware"
-	}
-	return ""
 }

@@ -43,19 +43,20 @@ func ReadFirmware(h *Host) []Firmware {
 
 // described is an IOMMU that a table describes.
 type described struct {
-	table     string
-	block     *acpi.Block
-	kind      UnitKind
-	segment   uint32
-	base      uint64   // of its registers; 0 if it is a PCI function
-	own       *Address // its PCI function
-	bits      int      // width of physical addresses, as the table has it
-	input     int      // width of the addresses that devices may use
-	efr       acpi.EFR // the images of AMD's registers
-	efr2      acpi.EFR2
-	efrUsable bool
-	iotlb     bool // AMD: devices may keep translations
-	covers    func(d *placed) bool
+	table    string
+	block    *acpi.Block
+	kind     UnitKind
+	segment  uint32
+	base     uint64    // of its registers; 0 if it is a PCI function
+	own      *Address  // its PCI function
+	bits     int       // width of physical addresses, as the table has it
+	input    int       // width of the addresses that devices may use
+	efr      *acpi.EFR // the images of AMD's registers; nil if the table has none to go by
+	efr2     *acpi.EFR2
+	noHost   bool // AMD: host page tables cannot be used
+	noX2APIC bool // Intel: the firmware asks that x2APIC mode be left off
+	iotlb    bool // AMD: devices may keep translations
+	covers   func(d *placed) bool
 }
 
 // placed is a device with the PCI functions above it, from the root bus down to itself. Of a VF it is the PF's place.
@@ -82,7 +83,11 @@ type directRange struct {
 	kind   string // the block's name: IVMD ...
 	table  string
 	offset int
-	covers func(d *placed) bool
+	whose  string // the devices, as the table names them
+	// exclusion is of an IVMD that is left out of translation. Some kernels keep guests' memory off it, and others take
+	// it for one that is mapped one to one (drivers/iommu/amd/iommu.c, amd_iommu_get_resv_regions).
+	exclusion bool
+	covers    func(d *placed) bool
 	// relaxable reports whether the range is needed only until the device's driver has it.
 	relaxable func(d *placed) bool
 }
@@ -123,15 +128,19 @@ func (out *decoded) ivrs(t *acpi.Table) {
 		if h, ok := b.Fields.(*acpi.IVHD); ok && b.Type == kind {
 			segment := uint32(h.Segment)
 			own := addressOf(segment, h.DeviceID)
-			out.units = append(out.units, described{
+			unit := described{
 				table: t.Signature, block: b, kind: KindAMDVi, segment: segment, base: uint64(h.BaseAddress),
 				own:  &own,
-				bits: info.PhysicalBits(), input: info.VirtualBits(), efr: h.EFR, efr2: h.EFR2,
-				efrUsable: b.Type != 0x10 && info.EFRValid(), iotlb: h.Flags.IOTLB(),
+				bits: info.PhysicalBits(), input: info.VirtualBits(), iotlb: h.Flags.IOTLB(),
+				noHost: h.Attributes != nil && h.Attributes.HostTablesDisabled(),
 				covers: func(d *placed) bool {
 					return d.Address.Domain == segment && d.Address != own && ivhdCovers(b, d.id())
 				},
-			})
+			}
+			if info.EFRValid() {
+				unit.efr, unit.efr2 = h.EFR, h.EFR2
+			}
+			out.units = append(out.units, unit)
 		}
 
 		m, ok := b.Fields.(*acpi.IVMD)
@@ -140,7 +149,7 @@ func (out *decoded) ivrs(t *acpi.Table) {
 		}
 		out.ranges = append(out.ranges, directRange{
 			Region: Region{uint64(m.Start), uint64(m.Start) + uint64(m.Size) - 1, "direct"}, kind: b.Name,
-			table: t.Signature, offset: b.Offset,
+			table: t.Signature, offset: b.Offset, whose: ivmdDevices(b.Type, m), exclusion: m.Flags.Exclusion(),
 			covers:    func(d *placed) bool { return m.Covers(b.Type, uint16(d.Address.Domain), d.id()) },
 			relaxable: func(*placed) bool { return false },
 		})
@@ -210,7 +219,7 @@ func ivhdCovers(b *acpi.Block, id acpi.RequesterID) bool {
 // dmar takes a unit's own scopes before the one that includes all that no other names (drivers/iommu/intel/dmar.c,
 // dmar_find_matched_drhd_unit).
 func (out *decoded) dmar(t *acpi.Table) {
-	bits := t.Fields.(*acpi.DMAR).AddressBits()
+	head := t.Fields.(*acpi.DMAR)
 	var named []func(d *placed) bool
 	for i := range t.Blocks {
 		b := &t.Blocks[i]
@@ -229,14 +238,15 @@ func (out *decoded) dmar(t *acpi.Table) {
 			}
 			out.units = append(out.units, described{
 				table: t.Signature, block: b, kind: KindVTd, segment: segment, base: uint64(f.RegisterBase),
-				bits:   bits,
-				covers: covers,
+				bits:   head.AddressBits(),
+				covers: covers, noX2APIC: head.Flags.X2APICOptOut(),
 			})
 		case *acpi.RMRR:
 			segment := uint32(f.Segment)
 			out.ranges = append(out.ranges, directRange{
 				Region: Region{uint64(f.Base), uint64(f.Limit), "direct"}, kind: b.Name, table: t.Signature,
-				offset: b.Offset, covers: func(d *placed) bool { return inScopes(b, segment, d) }, relaxable: byClass,
+				offset: b.Offset, whose: scopeDevices(b, segment),
+				covers: func(d *placed) bool { return inScopes(b, segment, d) }, relaxable: byClass,
 			})
 		}
 	}
@@ -335,7 +345,7 @@ func (out *decoded) rmr(t *acpi.Table, b *acpi.Block, f *acpi.RMR, at map[int]*a
 		}
 		out.ranges = append(out.ranges, directRange{
 			Region: Region{uint64(r.Base), uint64(r.Base) + uint64(r.Size) - 1, "direct"}, kind: b.Name,
-			table: t.Signature, offset: b.Entries[i].Offset, covers: covers,
+			table: t.Signature, offset: b.Entries[i].Offset, whose: streamDevices(b), covers: covers,
 			relaxable: func(*placed) bool { return f.Flags.RemapPermitted() },
 		})
 	}

@@ -2,9 +2,11 @@ package iommu
 
 import (
 	"errors"
+	"fmt"
 	"maps"
 	"path"
 	"slices"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -22,8 +24,8 @@ type Grouping struct {
 	noLinks *bool               // no device has a link to its IOMMU; nil: not looked at
 	ivrs    bool
 	aliases aliases
-	// unsure are the devices that were not known enough for what was computed last.
-	unsure map[Address]bool
+	// unsure are the devices that were not known enough for what was computed last, with what was not.
+	unsure map[Address]string
 }
 
 // node is a device in the tree. What it is, is read when it is asked for.
@@ -119,7 +121,7 @@ func (g *Grouping) has(n *node, link string, memory **bool) bool {
 	}
 	_, err := g.host.Link(path.Join(pciDevices, n.at.String(), link))
 	if err != nil && !host.Absent(err) && !errors.Is(err, unix.EINVAL) {
-		g.doubt(n)
+		g.doubt(n, "the links of "+devicesHere+" in sysfs cannot be read")
 		return false
 	}
 	*memory = new(err == nil)
@@ -132,7 +134,7 @@ func (g *Grouping) id(n *node) ID {
 		text, err := g.host.Steady(path.Join(pciDevices, n.at.String(), "modalias"))
 		id, wrong := ParseModalias(text)
 		if err != nil || wrong != nil {
-			g.doubt(n)
+			g.doubt(n, "what "+devicesHere+" is cannot be read (its modalias)")
 			return ID{}
 		}
 		n.id = &id
@@ -167,14 +169,26 @@ func (g *Grouping) inOrder(nodes []*node) {
 	})
 }
 
-// doubt remembers a device that is not known enough.
-func (g *Grouping) doubt(n *node) { g.unsure[n.at] = true }
+// devicesHere stands in what is doubted for the names of the devices of which that is so.
+const devicesHere = "\x00"
+
+// doubt remembers a device that is not known enough, and why.
+func (g *Grouping) doubt(n *node, why string) {
+	if g.unsure[n.at] == "" {
+		g.unsure[n.at] = why
+	}
+}
+
+// doubtConfig is for config space that could not be read as far as it matters.
+func (g *Grouping) doubtConfig(n *node) {
+	g.doubt(n, "config space of "+devicesHere+" "+n.gap())
+}
 
 // apart is isolation for the computation: what is not known is doubted.
 func (g *Grouping) apart(n *node) bool {
 	v := g.isolation(n)
 	if !v.Known {
-		g.doubt(n)
+		g.doubtConfig(n)
 	}
 	return v.Isolated
 }
@@ -197,7 +211,7 @@ func (g *Grouping) senders(n *node) []*node {
 	for b := n.dma.up; b != nil; b = b.up {
 		t, express, known := g.express(b)
 		if !known {
-			g.doubt(b)
+			g.doubtConfig(b)
 		}
 		if !express || t == PCIeToPCIBridge || t == PCIToPCIeBridge {
 			out = append(out, b)
@@ -211,15 +225,15 @@ func (g *Grouping) senders(n *node) []*node {
 func (g *Grouping) alias(a, b *node) (yes bool, why aliasKind) {
 	for _, pair := range [][2]*node{{a, b}, {b, a}} {
 		one, other := pair[0], pair[1]
-		if !g.aliases.known {
-			g.doubt(one)
+		if g.aliases.unknown != "" {
+			g.doubt(one, g.aliases.unknown)
 		}
 		if as, ok := g.aliases.of(one.at); ok && as == other.at {
 			return true, aliasFirmware
 		}
 		quirk, known := appearsAs(one.at, g.id(one), other.at.devfn())
 		if !known {
-			g.doubt(one)
+			g.doubt(one, "as which functions "+devicesHere+" does DMA stands in its own memory alone")
 		}
 		if quirk {
 			return true, aliasQuirk
@@ -363,7 +377,7 @@ func (g *Grouping) ofFunctions(of groups, n *node, been map[*node]bool) int {
 	}
 	many, known := g.multifunction(n)
 	if !known {
-		g.doubt(n)
+		g.doubtConfig(n)
 	}
 	if !many || g.apart(n) {
 		return 0
@@ -396,6 +410,8 @@ type Computed struct {
 	Known bool
 	// Unread are the devices that are not known enough for that.
 	Unread []Address
+	// Missing says, each in words that begin a sentence or follow a colon, what could not be read; nil if Known.
+	Missing []string
 	// Members are the addresses of the group's devices, sorted: none of a device that no IOMMU is in front of.
 	Members []Address
 }
@@ -403,15 +419,19 @@ type Computed struct {
 // Of computes the group of the PCI device at an address.
 func (g *Grouping) Of(a Address) Computed {
 	n := g.nodes[a]
-	g.unsure = map[Address]bool{}
+	g.unsure = map[Address]string{}
 	if n == nil || !g.managed(n) {
 		// Of what is in a group although it seems that no IOMMU is in front of it nothing is known.
 		grouped, err := g.host.Has(path.Join(pciDevices, a.String(), "iommu_group"))
-		return Computed{Known: n != nil && !grouped && err == nil && len(g.unsure) == 0, Unread: []Address{a}}
+		c := Computed{Known: n != nil && !grouped && err == nil && len(g.unsure) == 0, Unread: []Address{a}}
+		if c.Missing = g.missing(); !c.Known && len(c.Missing) == 0 {
+			c.Missing = []string{"which IOMMU is in front of " + a.String() + " is not told"}
+		}
+		return c
 	}
 	of := g.assign(g.near(g.rest(n)))
 	if len(g.unsure) > 0 {
-		return Computed{Unread: slices.SortedFunc(maps.Keys(g.unsure), Address.Compare)}
+		return Computed{Unread: slices.SortedFunc(maps.Keys(g.unsure), Address.Compare), Missing: g.missing()}
 	}
 	c := Computed{Known: true}
 	for other, id := range of {
@@ -421,4 +441,26 @@ func (g *Grouping) Of(a Address) Computed {
 	}
 	slices.SortFunc(c.Members, Address.Compare)
 	return c
+}
+
+// missing says what was doubted, each thing once.
+func (g *Grouping) missing() []string {
+	const most = 4
+	of := map[string][]string{}
+	var order []string
+	for _, a := range slices.SortedFunc(maps.Keys(g.unsure), Address.Compare) {
+		why := g.unsure[a]
+		if of[why] == nil {
+			order = append(order, why)
+		}
+		of[why] = append(of[why], a.String())
+	}
+	for i, why := range order {
+		names := of[why]
+		if len(names) > most {
+			names = append(names[:most:most], fmt.Sprintf("%d others", len(names)-most))
+		}
+		order[i] = strings.Replace(why, devicesHere, strings.Join(names, ", "), 1)
+	}
+	return order
 }

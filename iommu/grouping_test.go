@@ -460,3 +460,41 @@ func TestGroupsOfLab(t *testing.T) {
 		t.Errorf("%+v", c)
 	}
 }
+
+// What could not be read is named as what it is: config space, the firmware's table, or a device's own memory.
+func TestMissing(t *testing.T) {
+	const dir = "sys/devices/pci0000:00/0000:00:01.0/0000:01:00.0"
+	parts := []part{
+		{path: port, kind: RootPort, acs: on}, {path: port + "/0000:01:00.0", many: true}, {path: port + "/0000:01:00.1"},
+	}
+	const table = "the firmware's IVRS table, by which devices do DMA as others, "
+	for name, c := range map[string]struct {
+		parts []part
+		more  hosttest.Tree
+		want  []string
+	}{
+		"nothing":           {parts, nil, nil},
+		"config space":      {parts, hosttest.Tree{dir + "/config": hosttest.Gone}, []string{"config space of 0000:01:00.0 is not there, or was not captured"}},
+		"part of it":        {parts, hosttest.Tree{dir + "/config": parts[1].config()[:64]}, []string{"config space of 0000:01:00.0 could be read only in part (that takes root)"}},
+		"no table":          {parts, hosttest.Tree{"sys/class/iommu/ivhd0/x": ""}, []string{table + "is not there, or was not captured"}},
+		"a table cut short": {parts, hosttest.Tree{"sys/firmware/acpi/tables/IVRS": "IVRS"}, []string{table + "cannot be read: "}},
+		"a device's memory": {append(parts[:2:2], part{path: port + "/0000:01:00.1", ids: "11f8:4000", class: 0x068000}), nil,
+			[]string{"as which functions 0000:01:00.1 does DMA stands in its own memory alone"}},
+	} {
+		h, _ := openTree(t, tree(c.parts).With(c.more))
+		g, err := NewGrouping(h)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := g.Of(Address{Bus: 1})
+		if len(got.Missing) != len(c.want) || got.Known != (len(c.want) == 0) {
+			t.Errorf("%s: %+v, want %q", name, got, c.want)
+			continue
+		}
+		for i, want := range c.want {
+			if !strings.HasPrefix(got.Missing[i], want) {
+				t.Errorf("%s: %q, want %q", name, got.Missing[i], want)
+			}
+		}
+	}
+}

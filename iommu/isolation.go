@@ -1,6 +1,12 @@
 package iommu
 
-import "fmt"
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+
+	"viaduct/internal/host"
+)
 
 // Isolation is whether a function keeps apart what goes through it or comes from it: the kernel's pci_acs_enabled, for
 // the services that a group of its own takes (drivers/pci/pci.c).
@@ -10,7 +16,8 @@ type Isolation struct {
 	// Reason continues a sentence that begins with the function's address.
 	Reason string
 
-	cause cause
+	cause   cause
+	missing ACSFlags // that are off, of causeACSOff
 }
 
 // needed are the services without which a port or a function among several is not isolated (drivers/iommu/iommu.c,
@@ -38,10 +45,20 @@ func open(why cause, format string, a ...any) Isolation {
 
 // unread is for what could not be read.
 func (n *node) unread() Isolation {
-	if n.failed != nil {
-		return Isolation{Reason: fmt.Sprintf("may or may not isolate: %v", n.failed)}
+	return Isolation{Reason: "may or may not isolate: its config space " + n.gap()}
+}
+
+// gap says how the node's config space is not known.
+func (n *node) gap() string {
+	switch {
+	case n.failed == nil:
+		return "could be read only in part (that takes root)"
+	case host.Absent(n.failed):
+		return "is not there, or was not captured"
+	case errors.Is(n.failed, fs.ErrPermission):
+		return "cannot be read (that takes root)"
 	}
-	return Isolation{Reason: "may or may not isolate: its config space could be read only in part (that takes root)"}
+	return fmt.Sprintf("cannot be read: %v", n.failed)
 }
 
 // function is what the node's config space says, as far as it could be read.
@@ -159,7 +176,9 @@ func (g *Grouping) acs(n *node) Isolation {
 	}
 	switch missing := want &^ control; {
 	case missing != 0:
-		return open(causeACSOff, "does not isolate: its ACS is off (%s)", missing)
+		v := open(causeACSOff, "does not isolate: its ACS is off (%s)", missing)
+		v.missing = missing
+		return v
 	case want == 0:
 		return isolated("isolates: its ACS is always on")
 	}

@@ -45,27 +45,13 @@ type Features struct {
 	ATS, PRI           *bool
 	PASIDBits          *int // 0: no PASIDs
 	Nested             *bool
+	HostTables         *bool // AMD's alone: page tables of the kind that track what is written
 	FiveLevels         *bool
 	SNP                *bool // AMD's alone
 	SnoopControl       *bool // Intel's alone
 	Emulated           *bool // a hypervisor's, for which each mapping is dear
 	InputBits          *int  // width of the addresses that devices may use
 	PhysicalBits       *int  // width of the host's addresses
-}
-
-// Direct is a range of memory that the firmware wants mapped one to one for some devices.
-type Direct struct {
-	Region         // of type direct, or direct-relaxable if it is that for all its devices
-	Kind    string // the block's name: IVMD, RMRR or RMR
-	Table   string
-	Offset  int // in the table
-	Devices []DirectDevice
-}
-
-// DirectDevice is a device of this host's that such a range belongs to.
-type DirectDevice struct {
-	Name      string
-	Relaxable bool // only until the device's driver has it, so that it can be given to a guest all the same
 }
 
 // ReadUnits tells of each IOMMU of the host, those that only the firmware describes last. A table that cannot be read
@@ -105,7 +91,9 @@ func ReadUnits(h *Host, t *Topology, tables []Firmware) ([]UnitDetails, error) {
 	}
 
 	for i := range out {
-		out[i].direct(said.ranges, devices)
+		if err := out[i].direct(h, said.ranges, devices); err != nil {
+			return nil, err
+		}
 	}
 	return out, nil
 }
@@ -215,31 +203,6 @@ func (said *decoded) image(i int) *described {
 	return &said.units[i]
 }
 
-// direct adds the ranges of the firmware's that belong to devices behind the unit.
-func (d *UnitDetails) direct(ranges []directRange, devices map[string]*placed) {
-	behind := d.Devices
-	if !d.Active {
-		behind = d.Described
-	}
-	for i := range ranges {
-		r := &ranges[i]
-		out := Direct{Region: r.Region, Kind: r.kind, Table: r.table, Offset: r.offset}
-		relaxed := true
-		for _, name := range behind {
-			if p := devices[name]; p != nil && r.covers(p) {
-				out.Devices = append(out.Devices, DirectDevice{name, r.relaxable(p)})
-				relaxed = relaxed && r.relaxable(p)
-			}
-		}
-		if len(out.Devices) > 0 {
-			if relaxed {
-				out.Type = "direct-relaxable"
-			}
-			d.Ranges = append(d.Ranges, out)
-		}
-	}
-}
-
 // registers reads the unit's registers, and says what they mean.
 func (d *UnitDetails) registers(h *Host, image *described) error {
 	dir := path.Join(unitsDir, d.Name)
@@ -247,7 +210,7 @@ func (d *UnitDetails) registers(h *Host, image *described) error {
 	case KindAMDVi:
 		return d.amd(h, path.Join(dir, "amd-iommu"), image)
 	case KindVTd:
-		return d.intel(h, path.Join(dir, "intel-iommu"))
+		return d.intel(h, path.Join(dir, "intel-iommu"), image)
 	case KindVirtio:
 		// It has no other way to tell interrupts apart than the host's; the guest's memory is the host's business.
 		d.Features.Emulated = new(true)
@@ -269,8 +232,8 @@ func (d *UnitDetails) amd(h *Host, dir string, image *described) error {
 	}
 	release, _ := h.String("proc/sys/kernel/osrelease")
 	known := acpi.EFR(0)
-	if image != nil && image.efrUsable {
-		known = image.efr
+	if image != nil && image.efr != nil {
+		known = *image.efr
 	}
 	if efr, efr2, ok := amdFeatures(text, known, release); ok {
 		d.EFR, d.EFR2 = &efr, efr2
@@ -327,13 +290,11 @@ func olderThan(release string, major, minor int) bool {
 // amdMeaning says what an AMD IOMMU's registers mean, or where the kernel does not tell them the table's images of
 // them. Interrupts can always be remapped; whether they are is the host's: see Topology.
 func (d *UnitDetails) amdMeaning(image *described) {
-	if image != nil && image.efrUsable {
-		if d.EFR == nil {
-			d.EFR = &image.efr
-		}
-		if d.EFR2 == nil {
-			d.EFR2 = &image.efr2
-		}
+	if image != nil && d.EFR == nil {
+		d.EFR = image.efr
+	}
+	if image != nil && d.EFR2 == nil {
+		d.EFR2 = image.efr2
 	}
 	f := &d.Features
 	f.InterruptRemapping = new(true)
@@ -348,12 +309,17 @@ func (d *UnitDetails) amdMeaning(image *described) {
 		return
 	}
 	e := *d.EFR
-	f.X2APIC, f.PostedInterrupts, f.DirtyTracking = new(e.X2APIC()), new(e.AVIC()), new(e.DirtyTracking())
+	// Without tables of its own the kernel has the guests' (drivers/iommu/amd/init.c, early_amd_iommu_init), which note
+	// nothing that a device wrote.
+	host := e.HostLevels() > 0 && (image == nil || !image.noHost)
+	f.HostTables = &host
+	f.X2APIC, f.PostedInterrupts = new(e.X2APIC()), new(e.AVIC())
+	f.DirtyTracking = new(host && e.DirtyTracking())
 	f.PRI, f.PASIDBits, f.Nested = new(e.PageRequests()), new(e.PASIDBits()), new(e.GuestTables())
-	f.FiveLevels, f.SNP = new(e.HostLevels() >= 5 || e.GuestTables() && e.GuestLevels() == 5), new(e.SNP())
-	if levels := e.HostLevels(); levels > 0 {
+	f.FiveLevels, f.SNP = new(host && e.HostLevels() >= 5 || e.GuestTables() && e.GuestLevels() == 5), new(e.SNP())
+	if host {
 		// Linux: the least of what the table has and of what its page tables reach.
-		width := min(64, 12+9*levels)
+		width := min(64, 12+9*e.HostLevels())
 		if image != nil {
 			width = min(width, image.input)
 		}
@@ -361,7 +327,7 @@ func (d *UnitDetails) amdMeaning(image *described) {
 	}
 }
 
-func (d *UnitDetails) intel(h *Host, dir string) error {
+func (d *UnitDetails) intel(h *Host, dir string, image *described) error {
 	number := func(name string) (*uint64, error) {
 		text, err := optional(h.String(path.Join(dir, name)))
 		if err != nil || text == "" {
@@ -392,8 +358,10 @@ func (d *UnitDetails) intel(h *Host, dir string) error {
 	if ecap != nil {
 		e := acpi.VTdECap(*ecap)
 		d.ECap = &e
-		f.InterruptRemapping, f.X2APIC, f.DirtyTracking = new(e.InterruptRemapping()), new(e.X2APIC()),
-			new(e.DirtyTracking())
+		f.InterruptRemapping, f.DirtyTracking = new(e.InterruptRemapping()), new(e.DirtyTracking())
+		// drivers/iommu/intel/irq_remapping.c, dmar_x2apic_optout
+		optOut := image != nil && image.noX2APIC && !slices.Contains(CommandLine(h), "intremap=no_x2apic_optout")
+		f.X2APIC = new(e.X2APIC() && !optOut)
 		f.ATS, f.PRI, f.PASIDBits = new(e.DeviceTLB()), new(e.PageRequests()), new(e.PASIDBits())
 		f.Nested, f.SnoopControl = new(e.Nested()), new(e.SnoopControl())
 	}

@@ -41,6 +41,7 @@ type iommuReport struct {
 	InterruptRemapping *bool            `json:"interrupt_remapping"`
 	Tables             []firmwareView   `json:"tables"`
 	Units              []unitReportView `json:"units"`
+	Others             []directView     `json:"other_ranges"`
 }
 
 // firmwareView is a table: the members of acpi.Table, and what is wrong with it.
@@ -95,6 +96,7 @@ type featuresView struct {
 	PRI                *bool `json:"pri"`
 	PASIDBits          *int  `json:"pasid_bits"`
 	Nested             *bool `json:"nested"`
+	HostTables         *bool `json:"host_tables"`
 	FiveLevels         *bool `json:"five_levels"`
 	SNP                *bool `json:"snp"`
 	SnoopControl       *bool `json:"snoop_control"`
@@ -103,10 +105,20 @@ type featuresView struct {
 
 type directView struct {
 	regionView
-	Kind    string   `json:"kind"`
-	Table   string   `json:"table"`
-	Offset  int      `json:"offset"`
-	Devices []string `json:"devices"`
+	Kind      string   `json:"kind"`
+	Exclusion bool     `json:"exclusion"`
+	Table     string   `json:"table"`
+	Offset    int      `json:"offset"`
+	Whose     string   `json:"table_devices"`
+	Devices   []string `json:"devices"`
+}
+
+func directOf(r *iommu.Direct) directView {
+	v := directView{regionOf(r.Region), r.Kind, r.Exclusion, r.Table, r.Offset, r.Whose, []string{}}
+	for _, device := range r.Devices {
+		v.Devices = append(v.Devices, device.Name)
+	}
+	return v
 }
 
 func runIOMMU(e *env) error {
@@ -150,12 +162,17 @@ func runIOMMU(e *env) error {
 func iommuReportOf(t *iommu.Topology, tables []iommu.Firmware, units []iommu.UnitDetails) iommuReport {
 	r := iommuReport{
 		Present: present(t), InterruptRemapping: t.InterruptRemapping, Tables: []firmwareView{}, Units: []unitReportView{},
+		Others: []directView{},
 	}
 	for i := range tables {
 		r.Tables = append(r.Tables, firmwareView{&tables[i]})
 	}
 	for i := range units {
 		r.Units = append(r.Units, unitReportOf(&units[i]))
+	}
+	others := iommu.OtherRanges(tables, units)
+	for i := range others {
+		r.Others = append(r.Others, directOf(&others[i]))
 	}
 	return r
 }
@@ -167,7 +184,7 @@ func unitReportOf(u *iommu.UnitDetails) unitReportView {
 		Devices: u.Devices, Described: u.Described, Input: f.InputBits, Physical: f.PhysicalBits,
 		Features: featuresView{
 			f.InterruptRemapping, f.X2APIC, f.PostedInterrupts, f.DirtyTracking, f.ATS, f.PRI, f.PASIDBits, f.Nested,
-			f.FiveLevels, f.SNP, f.SnoopControl, f.Emulated,
+			f.HostTables, f.FiveLevels, f.SNP, f.SnoopControl, f.Emulated,
 		},
 		Registers: registers(u), Windows: []regionView{}, Ranges: []directView{},
 	}
@@ -183,12 +200,8 @@ func unitReportOf(u *iommu.UnitDetails) unitReportView {
 	for _, r := range u.Windows {
 		v.Windows = append(v.Windows, regionOf(r))
 	}
-	for _, r := range u.Ranges {
-		d := directView{regionOf(r.Region), r.Kind, r.Table, r.Offset, []string{}}
-		for _, device := range r.Devices {
-			d.Devices = append(d.Devices, device.Name)
-		}
-		v.Ranges = append(v.Ranges, d)
+	for i := range u.Ranges {
+		v.Ranges = append(v.Ranges, directOf(&u.Ranges[i]))
 	}
 	return v
 }
@@ -232,6 +245,14 @@ func printIOMMU(w io.Writer, t *iommu.Topology, tables []iommu.Firmware, units [
 	for i := range units {
 		fmt.Fprintln(w)
 		printUnit(w, &units[i])
+	}
+	others := iommu.OtherRanges(tables, units)
+	if len(others) > 0 {
+		fmt.Fprintln(w)
+	}
+	for i := range others {
+		r := &others[i]
+		add("direct", "%#x - %#x for %s, behind no IOMMU here: %s", r.Start, r.End, r.Whose, directText(r))
 	}
 }
 
@@ -296,7 +317,8 @@ func printUnit(w io.Writer, u *iommu.UnitDetails) {
 	for _, r := range u.Windows {
 		add("window", "%#x - %#x %s", r.Start, r.End, r.Type)
 	}
-	for _, r := range u.Ranges {
+	for i := range u.Ranges {
+		r := &u.Ranges[i]
 		var names []string
 		for _, d := range r.Devices {
 			names = append(names, d.Name)
@@ -312,11 +334,21 @@ func ofHost(bits *int) string {
 	return fmt.Sprintf(", %d bits of the host's", *bits)
 }
 
-func directText(r iommu.Direct) string {
-	if r.Type == "direct-relaxable" {
-		return fmt.Sprintf("%s, until their driver has them", r.Kind)
+func directText(r *iommu.Direct) string {
+	kind := r.Kind
+	if r.Exclusion {
+		kind += " that is left out of translation"
 	}
-	return fmt.Sprintf("%s, so no guest can have them", r.Kind)
+	switch r.Type {
+	case "direct-relaxable":
+		return kind + ", until their driver has them"
+	case "reserved":
+		return kind + ", which a guest's memory is kept off"
+	}
+	if r.Kind == "RMRR" && len(r.Devices) == 0 {
+		return kind + ", so no guest can have what is no USB controller and no display"
+	}
+	return kind + ", so no guest can have them"
 }
 
 // some are the first of many names.
@@ -391,17 +423,24 @@ func featureLines(u *iommu.UnitDetails) []featureLine {
 	}
 	add("remapping", f.InterruptRemapping, "it can remap interrupts, without which VFIO refuses devices",
 		"it cannot remap interrupts, so VFIO refuses devices behind it")
-	add("x2APIC", f.X2APIC, "interrupts reach all processors", "interrupts reach the first 255 processors only")
+	less := "interrupts reach the first 255 processors only"
+	if u.ECap != nil && u.ECap.X2APIC() {
+		less += ", as the firmware asks (X2APIC_OPT_OUT; intremap=no_x2apic_optout overrides it)"
+	}
+	add("x2APIC", f.X2APIC, "interrupts reach all processors", less)
 	add(posted, f.PostedInterrupts, "interrupts reach a running guest without the host",
 		"each interrupt for a guest goes through the host")
 	add("dirty pages", f.DirtyTracking, tracks, "live migration needs a device that tracks what it writes")
 	add("ATS", f.ATS, "devices may keep their own translations", "devices cannot keep translations")
 	add("PRI", f.PRI, "devices may touch pages that are not there yet", "all of a guest's memory must be there")
 	if f.PASIDBits != nil {
-		add("PASID", new(*f.PASIDBits > 0), fmt.Sprintf("%d bits: several address spaces for one device", *f.PASIDBits),
+		add("PASID", new(*f.PASIDBits > 0), count(*f.PASIDBits, "bit")+": several address spaces for one device",
 			"one address space for each device")
 	}
 	add("nesting", f.Nested, "a guest's IOMMU can be backed by it", "a guest's IOMMU must be emulated")
+	if f.HostTables != nil && !*f.HostTables {
+		add("v1 tables", f.HostTables, "", "the kernel uses v2 page tables, which do not track what a device writes")
+	}
 	add("5 levels", f.FiveLevels, "page tables for 57 bits of address", "page tables for 48 bits of address")
 	add("SNP", f.SNP, "for SEV-SNP guests; with SNP on, identity domains (iommu=pt) are not allowed", "")
 	add("snooping", f.SnoopControl, "DMA can be kept coherent with the processors' caches",

@@ -121,6 +121,8 @@ func (e *env) tellEmpty(h *iommu.Host, t *iommu.Topology) {
 	switch {
 	case len(t.Groups)+len(t.Ungrouped) == 0:
 		e.note("this host has no PCI devices")
+	case len(t.Groups) == 0 && t.LateGroups():
+		e.note("no device is in a group yet: here one gets its group when a driver is first bound to it (viaduct bind)")
 	case len(t.Groups) == 0:
 		e.note("no IOMMU is active on this host, so no device is in a group: %s", iommu.WhyOff(h, t))
 	}

@@ -363,6 +363,10 @@ func runWhyAll(e *env) error {
 		}
 		return writeJSON(e.stdout, v)
 	}
+	if len(all) == 0 {
+		e.tellEmpty(h, t)
+		return nil
+	}
 	names := iommu.OpenNames(h)
 	defer names.Close()
 	out := bufio.NewWriter(e.stdout)

@@ -69,7 +69,7 @@ func (w *why) verdict() string {
 	case w.group == nil && w.computed.Known && len(w.computed.Members) == 0:
 		return "No IOMMU is in front of it."
 	case agrees == nil && !w.computed.Known:
-		return "Whether config space says the same is not known: " + w.unknown()
+		return "Whether config space says the same is not known: " + strings.Join(w.computed.Missing, "; ") + "."
 	case agrees == nil:
 		return "By config space it would be in one with " + others(w.ours(), w.device.Name) + "."
 	case *agrees:
@@ -84,19 +84,6 @@ func others(names []string, but string) string {
 		return "nothing else"
 	}
 	return strings.Join(names, ", ")
-}
-
-// unknown says what could not be read.
-func (w *why) unknown() string {
-	var of []string
-	for _, a := range w.computed.Unread {
-		of = append(of, a.String())
-	}
-	if len(of) > 4 {
-		of = append(of[:4], fmt.Sprintf("%d others", len(of)-4))
-	}
-	return "not all of it could be read (of " + strings.Join(of, ", ") + "). That takes root (CAP_SYS_ADMIN), of a captured " +
-		"host when it is captured."
 }
 
 // differences says, where the kernel's group is another one, why that may be.
@@ -133,56 +120,6 @@ func (w *why) differences(h *iommu.Host) []string {
 		"kernels take a whole switch without ACS for one.")
 }
 
-// writeReasons draws the tree from the root to the group, with a reason at each bridge, and then those between devices
-// beside each other.
-func writeReasons(out io.Writer, t *iommu.Topology, names *iommu.Names, w *why) {
-	children, reasons := map[string][]string{}, map[string]string{}
-	var between []string
-	for _, e := range w.edges {
-		switch {
-		case e.Kind != iommu.EdgePath:
-			between = append(between, e.Reason)
-		case e.To == nil:
-			children[""] = append(children[""], e.From.String())
-		default:
-			up := e.To.String()
-			children[up] = append(children[up], e.From.String())
-			_, reasons[up], _ = strings.Cut(e.Reason, " ")
-		}
-	}
-
-	var draw func(name, first, rest string)
-	draw = func(name, first, rest string) {
-		fmt.Fprintln(out, cut(first+whyLine(t, names, name)))
-		below := children[name]
-		slices.Sort(below)
-		if reason := reasons[name]; reason != "" {
-			bar := rest + "│  "
-			text := wrapAt("It "+reason, len([]rune(bar)))
-			fmt.Fprintln(out, bar+strings.ReplaceAll(text, "\n"+strings.Repeat(" ", len([]rune(bar))), "\n"+bar))
-		}
-		for i, b := range below {
-			if i < len(below)-1 {
-				draw(b, rest+"├─ ", rest+"│  ")
-			} else {
-				draw(b, rest+"└─ ", rest+"   ")
-			}
-		}
-	}
-	slices.Sort(children[""])
-	for _, name := range children[""] {
-		draw(name, "", "")
-	}
-	const most = 6
-	for i, s := range between {
-		if i == most && len(between) > most+1 {
-			fmt.Fprintf(out, "... and so are %d other pairs (--json has them all)\n", len(between)-most)
-			break
-		}
-		fmt.Fprintln(out, wrapAt(s, 0))
-	}
-}
-
 func whyLine(t *iommu.Topology, names *iommu.Names, name string) string {
 	a, err := iommu.ParseAddress(name)
 	if err != nil {
@@ -206,38 +143,82 @@ func cut(line string) string {
 
 // cures are what would split the group, each once.
 func (w *why) cures() []string {
-	if taken := w.group.Endpoints(); len(taken) == 1 {
-		return []string{"nothing has to: the others are ports, which stay as they are, and only " + taken[0].Name + " is taken."}
+	var out []string
+	taken := w.group.Endpoints()
+	if len(taken) == 1 {
+		children := w.group.Children()
+		if len(children) == 0 {
+			return []string{"nothing has to: the others are ports, which stay as they are, and only " + taken[0].Name + " is taken."}
+		}
+		var names []string
+		for _, d := range children {
+			names = append(names, d.Name)
+		}
+		out = append(out, fmt.Sprintf("nothing has to, where a guest gets all of %s: what its driver made (%s) goes with it.",
+			taken[0].Name, strings.Join(names, ", ")))
 	}
-	member := func(a iommu.Address) bool {
-		return slices.ContainsFunc(w.group.Devices, func(d iommu.Device) bool { return d.PCI && d.Address == a })
-	}
+
+	apart := w.separable(taken)
 	var order []string
 	of := map[string][]string{}
 	for _, e := range w.edges {
-		if e.Cure == "" || e.Kind != iommu.EdgePath && (!member(e.From) || e.To == nil || !member(*e.To)) {
+		if e.Cure == "" || e.Kind == iommu.EdgePath && !apart || e.Kind != iommu.EdgePath && !w.within(e) {
 			continue
 		}
-		at := e.From.String()
-		if e.Kind == iommu.EdgePath {
-			at = e.To.String()
+		at := []string{e.From.String()}
+		switch e.Kind {
+		case iommu.EdgePath:
+			at[0] = e.To.String()
+		case iommu.EdgeFunction:
+			at = append(at, e.To.String())
 		}
 		if of[e.Cure] == nil {
 			order = append(order, e.Cure)
 		}
-		if !slices.Contains(of[e.Cure], at) {
-			of[e.Cure] = append(of[e.Cure], at)
+		for _, name := range at {
+			if !slices.Contains(of[e.Cure], name) {
+				of[e.Cure] = append(of[e.Cure], name)
+			}
 		}
 	}
-	var out []string
 	for _, cure := range order {
 		at := of[cure]
+		slices.Sort(at)
 		if len(at) > 3 {
 			at = append(at[:3:3], fmt.Sprintf("%d others", len(at)-3))
 		}
 		out = append(out, strings.Join(at, ", ")+": "+cure+".")
 	}
 	return out
+}
+
+// within reports whether both ends of an edge are in the group.
+func (w *why) within(e iommu.Edge) bool {
+	member := func(a iommu.Address) bool {
+		return slices.ContainsFunc(w.group.Devices, func(d iommu.Device) bool { return d.PCI && d.Address == a })
+	}
+	return e.To != nil && member(e.From) && member(*e.To)
+}
+
+// separable reports whether not all of these stay together wherever they are plugged, as functions of one device do.
+func (w *why) separable(taken []*iommu.Device) bool {
+	if len(taken) < 2 {
+		return false
+	}
+	together := []iommu.Address{taken[0].Address}
+	for i := 0; i < len(together); i++ {
+		for _, e := range w.edges {
+			if !e.Fixed || !w.within(e) {
+				continue
+			}
+			for _, ends := range [][2]iommu.Address{{e.From, *e.To}, {*e.To, e.From}} {
+				if ends[0] == together[i] && !slices.Contains(together, ends[1]) {
+					together = append(together, ends[1])
+				}
+			}
+		}
+	}
+	return slices.ContainsFunc(taken, func(d *iommu.Device) bool { return !slices.Contains(together, d.Address) })
 }
 
 // losses are what the host has no longer when a guest gets the group.

@@ -250,3 +250,27 @@ func FuzzParse(f *testing.F) {
 		check(t, b, true)
 	})
 }
+
+// What a block's type has is in JSON also where it is 0, and what it has not is never there.
+func TestIVHDZeros(t *testing.T) {
+	const head = "0200 4000 0000f0fd00000000 0000 0000 00000000"
+	table, err := Parse(hosttest.ACPITable("IVRS", 2, "43302000 0000000000000000",
+		hosttest.IVRSBlock("10 00", head+"01000000"), hosttest.IVRSBlock("11 00", head+"0000000000000000 0000000000000000 01000000")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, want := range []map[string]bool{
+		{"features": true, "attributes": false, "efr": false, "efr2": false},
+		{"features": false, "attributes": true, "efr": true, "efr2": true},
+	} {
+		b, err := json.Marshal(table.Blocks[i])
+		if err != nil {
+			t.Fatal(err)
+		}
+		for name, there := range want {
+			if strings.Contains(string(b), `"`+name+`":{"raw"`) != there {
+				t.Errorf("type %xh: %s is there: %v; %s", table.Blocks[i].Type, name, !there, b)
+			}
+		}
+	}
+}

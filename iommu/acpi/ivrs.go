@@ -42,16 +42,16 @@ func (i IVInfo) VirtualBits() int {
 
 // IVHD describes an IOMMU. The same one is usually described by several blocks, for older and newer kernels.
 type IVHD struct {
-	Flags            IVHDFlags    `json:"flags"`
-	DeviceID         RequesterID  `json:"device_id"` // the IOMMU's own PCI function
-	CapabilityOffset uint16       `json:"capability_offset"`
-	BaseAddress      Hex          `json:"base_address"`
-	Segment          uint16       `json:"segment"`
-	Info             uint16       `json:"info"`                // MSI number and unit id: see MSINumber and UnitID
-	Features         IVHDFeatures `json:"features,omitzero"`   // of type 10h
-	Attributes       Attributes   `json:"attributes,omitzero"` // of types 11h and 40h, as the two after it
-	EFR              EFR          `json:"efr,omitzero"`
-	EFR2             EFR2         `json:"efr2,omitzero"`
+	Flags            IVHDFlags     `json:"flags"`
+	DeviceID         RequesterID   `json:"device_id"` // the IOMMU's own PCI function
+	CapabilityOffset uint16        `json:"capability_offset"`
+	BaseAddress      Hex           `json:"base_address"`
+	Segment          uint16        `json:"segment"`
+	Info             uint16        `json:"info"`                 // MSI number and unit id: see MSINumber and UnitID
+	Features         *IVHDFeatures `json:"features,omitempty"`   // of type 10h, nil of the others
+	Attributes       *Attributes   `json:"attributes,omitempty"` // of types 11h and 40h, as the two after it
+	EFR              *EFR          `json:"efr,omitempty"`
+	EFR2             *EFR2         `json:"efr2,omitempty"`
 }
 
 // MSINumber is that of the IOMMU's own interrupt.
@@ -194,9 +194,9 @@ func (block *Block) ivhd(r *reader) error {
 	h.DeviceID, h.CapabilityOffset, h.BaseAddress = RequesterID(r.u16()), r.u16(), r.hex()
 	h.Segment, h.Info = r.u16(), r.u16()
 	if block.Type == 0x10 {
-		h.Features = IVHDFeatures(r.u32())
+		h.Features = new(IVHDFeatures(r.u32()))
 	} else {
-		h.Attributes, h.EFR, h.EFR2 = Attributes(r.u32()), EFR(r.u64()), EFR2(r.u64())
+		h.Attributes, h.EFR, h.EFR2 = new(Attributes(r.u32())), new(EFR(r.u64())), new(EFR2(r.u64()))
 	}
 	block.Name, block.Fields = "IVHD", h
 

@@ -3,8 +3,12 @@
 package checklist
 
 import (
+	"cmp"
+	"fmt"
 	"net/url"
 	"path"
+	"slices"
+	"strconv"
 	"strings"
 
 	"viaduct/cmd/internal/declared"
@@ -37,7 +41,7 @@ type Line struct {
 // Evidence is where something was seen.
 type Evidence struct {
 	File  string // from the host's root
-	Value string // what it holds, or the part of it that counts; "" if the file is not there
+	Value string // what it holds, or the part of it that counts, or why that is not known; "" if the file is not there
 }
 
 // Options are what is known of the guest beside its lease.
@@ -55,6 +59,7 @@ type list struct {
 	options  Options
 	unitPIDs []int           // of the lease's systemd unit
 	devices  []*iommu.Device // of the lease that are there
+	back     string          // what brings back the first one that is not
 	lines    []Line
 }
 
@@ -108,7 +113,7 @@ func (c *list) iommu() {
 	}
 	l := Line{
 		Name: "iommu", Answer: OK, Text: "an IOMMU is on",
-		Evidence: []Evidence{{"sys/class/iommu", strings.Join(names, ", ")}},
+		Evidence: []Evidence{{"sys/class/iommu", cmp.Or(strings.Join(names, ", "), "empty")}},
 	}
 	if len(names) == 0 {
 		off := iommu.WhyOff(c.host, c.topology)
@@ -123,6 +128,7 @@ func (c *list) interrupts() {
 	switch on := c.topology.InterruptRemapping; {
 	case on == nil:
 		l.Answer, l.Text = Unknown, "whether interrupts are remapped is not known"
+		l.Evidence[0].Value = "none tells"
 	case *on:
 		l.Answer, l.Text, l.Evidence[0].Value = OK, "interrupts are remapped", "IR- or ITS-"
 	default:
@@ -141,7 +147,7 @@ func (c *list) present(of *lease.Device) *iommu.Device {
 	d, err := c.topology.Find(of.Address)
 	switch {
 	case err != nil:
-		l.Answer, l.Text, l.Cure = No, "it is not there", "echo 1 > /sys/bus/pci/rescan"
+		c.absent(&l, of)
 	case d.ID != of.ID || of.Nowhere:
 		l.Answer, l.Text, l.Evidence[0].Value = No, "another device is there than was assigned", d.Modalias()
 		l.Cure = release(c.lease.Guest)
@@ -153,6 +159,42 @@ func (c *list) present(of *lease.Device) *iommu.Device {
 		return nil
 	}
 	return d
+}
+
+// absent says what brings a device back. A rescan of the bus finds no VF: its PF has to make it again.
+func (c *list) absent(l *Line, of *lease.Device) {
+	l.Answer, l.Text, l.Cure = No, "it is not there", "echo 1 > /sys/bus/pci/rescan"
+	if of.PF != nil {
+		l.Text += ": it was a VF"
+		l.Cure = "viaduct apply, or viaduct vf create PF N"
+		if pf, all := c.parent(of.Address); pf != nil {
+			has, needs := len(pf.SRIOV.VFs), 0
+			for i, vf := range all {
+				if slices.ContainsFunc(c.lease.Devices, func(d lease.Device) bool { return d.Address == vf }) {
+					needs = i + 1
+				}
+			}
+			l.Text = fmt.Sprintf("it is not there: it was a VF of %s, which has %d", pf.Name, has)
+			l.Evidence = append(l.Evidence, Evidence{path.Join(devicesDir, pf.Name, "sriov_numvfs"), strconv.Itoa(has)})
+			l.Cure = fmt.Sprintf("viaduct apply, or viaduct vf create %s %d", pf.Name, max(needs, has))
+		}
+	}
+	c.back = cmp.Or(c.back, l.Cure)
+}
+
+// parent is the PF of which a VF would be at an address, with where all of its VFs would be; nil if there is none.
+func (c *list) parent(vf iommu.Address) (pf *iommu.Device, vfs []iommu.Address) {
+	c.topology.All(func(d *iommu.Device) bool {
+		if !d.PCI || d.SRIOV == nil {
+			return true
+		}
+		all, err := iommu.VFAddresses(c.host, d.Address)
+		if err == nil && slices.Contains(all, vf) {
+			pf, vfs = d, all
+		}
+		return pf == nil
+	})
+	return pf, vfs
 }
 
 func release(guest string) string { return "viaduct release " + quote(guest) }

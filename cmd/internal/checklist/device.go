@@ -1,9 +1,7 @@
 package checklist
 
 import (
-	"errors"
 	"fmt"
-	"io/fs"
 	"path"
 	"strconv"
 	"strings"
@@ -12,7 +10,6 @@ import (
 	"viaduct/internal/host"
 	"viaduct/iommu"
 	"viaduct/vfio"
-	"viaduct/vfio/bind"
 )
 
 // unit is whether an IOMMU is in front of a device.
@@ -63,7 +60,7 @@ func (c *list) group(d *iommu.Device) error {
 	}
 	if g.NoIOMMU {
 		l.Answer, l.Cure = No, "viaduct doctor"
-		l.Text = fmt.Sprintf("group %d is of VFIO's noiommu mode, which keeps the device from no memory", g.ID)
+		l.Text = fmt.Sprintf("group %d is of VFIO's noiommu mode, which does not keep the device from any memory", g.ID)
 	}
 	c.add(l)
 	return nil
@@ -86,70 +83,6 @@ func (c *list) driver(d *iommu.Device) error {
 	}
 	c.add(l)
 	return nil
-}
-
-// nodes is whether the files that the VMM opens are there, and whose they are.
-func (c *list) nodes(d *iommu.Device) error {
-	if !d.VFIO {
-		// What a device on another driver lacks is told by that.
-		return nil
-	}
-	names, err := vfio.Nodes(c.host, d)
-	if err != nil {
-		return err
-	}
-	l := Line{Name: "nodes", Device: d.Name, Answer: OK}
-	var owners []string
-	for _, n := range names {
-		text, err := c.owner(n)
-		if err != nil {
-			return err
-		}
-		if text == "" {
-			l.Answer = No
-		}
-		owners = append(owners, text)
-		l.Evidence = append(l.Evidence, Evidence{strings.TrimPrefix(n, "/"), text})
-	}
-	switch {
-	case !c.host.Live():
-		l.Answer, l.Text = Unknown, "a captured host does not show who owns its nodes"
-	case len(names) == 0:
-		l.Answer, l.Text, l.Cure = No, "the kernel has made no node for it", "viaduct verify "+d.Name
-	case l.Answer == No:
-		l.Text = "a node of it is not in /dev"
-		l.Cure = "udevadm trigger --subsystem-match=vfio --subsystem-match=vfio-dev"
-	default:
-		l.Text = "its nodes are there, for " + owners[0]
-	}
-	if owner := c.lease.NodeOwner; owner != "" && l.Answer == OK {
-		kept, err := bind.ParseNodeOwner(owner)
-		if err != nil || !kept.Keeps(c.host, d) {
-			l.Answer, l.Text = No, "its nodes are not kept for "+owner+", as the lease has it"
-			l.Cure = fmt.Sprintf("chown %s %s", quote(owner), strings.Join(names, " "))
-		}
-	}
-	c.add(l)
-	return nil
-}
-
-// owner says whose a node is; "" if it is not there, or on a captured host.
-func (c *list) owner(node string) (string, error) {
-	if !c.host.Live() {
-		return "", nil
-	}
-	o, err := c.host.Owner(strings.TrimPrefix(node, "/"))
-	if errors.Is(err, fs.ErrNotExist) {
-		return "", nil
-	}
-	if err != nil {
-		return "", err
-	}
-	text := fmt.Sprintf("user %d, group %d, mode %04o", o.UID, o.GID, o.Mode&0o7777)
-	if o.Private() {
-		text = "root alone"
-	}
-	return text, nil
 }
 
 // regions is whether the guest can have its memory where it wants it, of each group once.

@@ -6,14 +6,12 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 
 	"viaduct/cmd/internal/declared"
 	"viaduct/cmd/internal/guest"
 	"viaduct/cmd/internal/lease"
 	"viaduct/internal/journal"
 	"viaduct/internal/shell"
-	"viaduct/iommu"
 	"viaduct/vfio/holder"
 )
 
@@ -31,24 +29,36 @@ func (c *list) own() []int {
 	return append(out, c.unitPIDs...)
 }
 
-// processes are those that run the guest, as far as that is known: else those that have its devices open.
+// processes are those that are known to run the guest.
 func (c *list) processes() []int {
 	out := c.own()
 	for _, h := range c.look.Now {
-		if h.PID != 0 && !slices.Contains(out, h.PID) && c.mine(h) {
+		if h.PID != 0 && !slices.Contains(out, h.PID) && c.relation(h) == mine {
 			out = append(out, h.PID)
 		}
 	}
 	return out
 }
 
-// mine reports whether a user of a device is the guest, or may be.
-func (c *list) mine(h holder.Holder) bool {
-	if h.PID == 0 || h.Guest != "" {
-		return h.Guest == c.lease.Guest
+// relation is what a user of a device is to the guest.
+type relation int
+
+const (
+	unclear relation = iota // neither the lease nor the process says whose it is
+	mine
+	another
+)
+
+// relation goes by what is known of a process: the guest that its VMM was started for, or that it is one of those the
+// lease is for. Where the lease names none, a process without a guest may be anybody's.
+func (c *list) relation(h holder.Holder) relation {
+	switch own := c.own(); {
+	case h.PID != 0 && slices.Contains(own, h.PID), h.Guest != "" && h.Guest == c.lease.Guest:
+		return mine
+	case h.PID != 0 && h.Guest == "" && len(own) == 0:
+		return unclear
 	}
-	own := c.own()
-	return len(own) == 0 || slices.Contains(own, h.PID)
+	return another
 }
 
 // memory is the guest's, in bytes: what was asked for, else what one of its processes was started with; 0 if it is not
@@ -124,6 +134,9 @@ func (c *list) phase() error {
 	default:
 		l.Answer, l.Cure = No, release(c.lease.Guest)
 	}
+	if c.look.State == lease.Lost && c.back != "" {
+		l.Cure = c.back + ", or give the lease up: " + l.Cure
+	}
 	if !c.host.Live() {
 		l.Answer, l.Text, l.Cure = Unknown, "a captured host has no processes, by which a lease lives", ""
 		l.Evidence[0].Value = "there"
@@ -191,12 +204,17 @@ func (c *list) holders() error {
 	if err != nil && !errors.Is(err, holder.ErrBlind) {
 		return err
 	}
+	var strangers []holder.Holder
 	for _, h := range all {
-		if c.mine(h) {
+		switch c.relation(h) {
+		case mine:
 			if h.PID != 0 {
 				l.Text = "the guest has its devices open"
-				l.Evidence = append(l.Evidence, Evidence{fmt.Sprintf("proc/%d/fd", h.PID), h.String()})
+				l.Evidence = append(l.Evidence, opened(h))
 			}
+			continue
+		case unclear:
+			strangers = append(strangers, h)
 			continue
 		}
 		l.Answer, l.Text, l.Device = No, "another uses it: "+h.What, h.Device
@@ -210,6 +228,18 @@ func (c *list) holders() error {
 		c.add(l)
 		return nil
 	}
+	if len(strangers) > 0 {
+		l.Answer, l.Evidence = Unknown, nil
+		l.Text = "a process has its devices open, and whether it is the guest is not known"
+		var pids []string
+		for _, h := range strangers {
+			l.Evidence = append(l.Evidence, opened(h))
+			if pid := strconv.Itoa(h.PID); !slices.Contains(pids, pid) {
+				pids = append(pids, pid)
+			}
+		}
+		l.Cure = "ps -o pid,user,args -p " + strings.Join(pids, ",")
+	}
 	if err != nil {
 		l.Answer, l.Text, l.Cure = Unknown, "not all processes can be seen", "run it as root"
 	}
@@ -217,59 +247,4 @@ func (c *list) holders() error {
 	return nil
 }
 
-// troubles are words of what the kernel says when something is wrong with a device.
-var troubles = []string{
-	"fail", "error", "fault", "denied", "refus", "not support", "timed out", "timeout", "event logged", "unable",
-	"cannot",
-}
-
-// kernel is what the kernel has said of the devices.
-func (c *list) kernel() error {
-	lines := iommu.KernelLines(c.host)
-	for _, d := range c.devices {
-		l := Line{Name: "kernel", Device: d.Name, Answer: OK, Text: "the kernel reports no trouble with it"}
-		if len(lines) == 0 {
-			l.Answer, l.Text, l.Evidence = Unknown, "the kernel's log cannot be read", []Evidence{{"dev/kmsg", ""}}
-			c.add(l)
-			continue
-		}
-		// Intel's driver leaves the domain out.
-		short := "[" + strings.TrimPrefix(d.Name, "0000:") + "]"
-		for _, line := range slices.Backward(lines) {
-			if !strings.Contains(line, d.Name) && !strings.Contains(line, short) {
-				continue
-			}
-			lower := strings.ToLower(line)
-			bad := slices.ContainsFunc(troubles, func(word string) bool { return strings.Contains(lower, word) })
-			if len(l.Evidence) == 0 || bad {
-				l.Evidence = []Evidence{{"dev/kmsg", line}}
-			}
-			if bad {
-				l.Answer, l.Text, l.Cure = No, "the kernel reports trouble with it", "viaduct doctor "+d.Name
-				break
-			}
-		}
-		if len(l.Evidence) == 0 {
-			l.Evidence = []Evidence{{"dev/kmsg", "nothing of it"}}
-		}
-		c.add(l)
-	}
-	return nil
-}
-
-// last is what changed last.
-func (c *list) last() error {
-	l := Line{
-		Name: "last_change", Answer: OK, Text: "the lease was made " + c.lease.Made.Format(time.DateTime),
-		Evidence: []Evidence{{c.record(), c.lease.Made.Format(time.RFC3339)}},
-	}
-	if c.host.Live() {
-		at := journal.In(c.host.Host, journal.Dir).Changed()
-		if !at.IsZero() {
-			l.Text += ", and viaduct changed a record last " + at.Format(time.DateTime)
-			l.Evidence = append(l.Evidence, Evidence{journal.Dir, at.Format(time.RFC3339)})
-		}
-	}
-	c.add(l)
-	return nil
-}
+func opened(h holder.Holder) Evidence { return Evidence{fmt.Sprintf("proc/%d/fd", h.PID), h.String()} }

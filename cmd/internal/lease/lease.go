@@ -125,13 +125,14 @@ func (l *Lease) began(h *iommu.Host) {
 	l.Boot, l.Since, _ = h.Boot()
 }
 
-// age is how long ago it was made. What is of another boot, or of a viaduct that kept no such time, has the clock of
-// the day.
-func (l *Lease) age(h *iommu.Host) time.Duration {
+// Age is how long ago it was made; of a captured host, when it was captured. What is of another boot, or of a viaduct
+// that kept no such time, has the clock of the day.
+func (l *Lease) Age(h *iommu.Host) time.Duration {
 	if boot, now, err := h.Boot(); err == nil && l.Since != 0 && l.Boot == boot {
 		return now - l.Since
 	}
-	return time.Since(l.Made)
+	now, _ := h.Now()
+	return now.Time.Sub(l.Made)
 }
 
 // Book is where leases are written down. Those that outlive a boot are in State too, and so is what is quarantined.

@@ -85,7 +85,7 @@ func (m *Manager) stillDead(guest string) (*Lease, error) {
 	if err != nil && !errors.Is(err, holder.ErrTooMany) {
 		return nil, err
 	}
-	if state, _ := m.state(l, holders, l.age(m.host)); state != Dead || len(present) == 0 {
+	if state, _ := m.state(l, holders, l.Age(m.host)); state != Dead || len(present) == 0 {
 		return nil, nil
 	}
 	return l, nil

@@ -72,7 +72,7 @@ func (m *Manager) look() (out []Look, blind bool, err error) {
 				look.Now = append(look.Now, h)
 			}
 		}
-		look.State, look.Why = m.state(l, look.Now, l.age(m.host))
+		look.State, look.Why = m.state(l, look.Now, l.Age(m.host))
 		out = append(out, look)
 	}
 	return out, blind, nil
@@ -284,6 +284,6 @@ func (m *Manager) LookAt(l *Lease) Look {
 	look := Look{Lease: l}
 	// Who cannot see all is told what was seen last.
 	look.Now, _ = holder.Processes(m.host, m.present(l))
-	look.State, look.Why = m.state(l, look.Now, l.age(m.host))
+	look.State, look.Why = m.state(l, look.Now, l.Age(m.host))
 	return look
 }

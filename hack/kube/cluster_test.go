@@ -1,9 +1,9 @@
 //go:build lab
 
-// Package kube holds the proofs that need a cluster: etcd, the API server, scheduler, controllers, a kubelet and containerd,
-// all of them real. The node is a host of the lab (hack/lab), where the tests run; the control plane is in namespaces of the
-// machine that emulates it, where it is ten times as fast, and is reached by a pipe that QEMU makes. What needs no device
-// has both there. `hack/kube/run` runs all of it. Nothing listens beyond a loopback interface.
+// Package kube holds the proofs that need a cluster: etcd, the API server, scheduler, controllers, a kubelet and
+// containerd, all of them real. The node is a host of the lab (hack/lab), where the tests run; the control plane is in
+// namespaces of the machine that emulates it, where it is ten times as fast, and is reached by a pipe that QEMU makes.
+// What needs no device has both there. `hack/kube/run` runs all of it. Nothing listens beyond a loopback interface.
 package kube
 
 import (
@@ -155,8 +155,8 @@ func (c *cluster) whatTheySay() string {
 	return b.String()
 }
 
-// ground makes the host one that a cluster can run on. The control plane's network has a loopback interface alone, which
-// gets the service's address and the node's.
+// ground makes the host one that a cluster can run on. The control plane's network has a loopback interface alone,
+// which gets the service's address and the node's.
 func (c *cluster) ground() error {
 	lines := []string{
 		"mountpoint -q /sys/fs/cgroup || mount -t cgroup2 cgroup /sys/fs/cgroup",
@@ -312,7 +312,8 @@ func (c *cluster) startKubelet() error {
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(state+"/kubelet.yaml", fmt.Appendf(nil, kubeletConfig, cmp.Or(os.Getenv("KUBE_CGROUP"), "/"), socket, socket), 0o644); err != nil {
+	text := fmt.Appendf(nil, kubeletConfig, cmp.Or(os.Getenv("KUBE_CGROUP"), "/"), socket, socket)
+	if err := os.WriteFile(state+"/kubelet.yaml", text, 0o644); err != nil {
 		return err
 	}
 	c.kubelet, err = begin("kubelet", nil, programs+"/cluster", "kubelet", "--kubeconfig="+config,
@@ -343,8 +344,8 @@ func makeKey(file string) error {
 	return os.WriteFile(file, b, 0o600)
 }
 
-// until asks again until there is no error, for as long as the process lives, if there is one. It is for what tells nobody
-// when it is so.
+// until asks again until there is no error, for as long as the process lives, if there is one. It is for what tells
+// nobody when it is so.
 func until(what string, p *process, ask func() error) error {
 	var err error
 	tick := time.NewTicker(100 * time.Millisecond)

@@ -36,7 +36,8 @@ disabled_plugins = ['io.containerd.nri.v1.nri']
 // noNetwork makes the node ready. All pods have the host's network: no plugin is ever called.
 const noNetwork = `{"cniVersion": "1.0.0", "name": "none", "plugins": [{"type": "none"}]}`
 
-// kubeletConfig: the cgroup for pods, and containerd's socket, twice. The kubelet takes no notice of how much memory and disk the host has left.
+// kubeletConfig: the cgroup for pods, and containerd's socket, twice. The kubelet takes no notice of how much memory
+// and disk the host has left.
 const kubeletConfig = `apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 address: 127.0.0.1

@@ -4,6 +4,7 @@ package kube
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -171,8 +172,8 @@ func manifests(t *testing.T, args ...string) []*unstructured.Unstructured {
 	return objects
 }
 
-// served serves the host's functions for as long as the test runs: by a process of the host, with the token of the service
-// account that the manifests have, and its rights alone.
+// served serves the host's functions for as long as the test runs: by a process of the host, with the token of the
+// service account that the manifests have, and its rights alone.
 func served(t *testing.T) *process {
 	t.Helper()
 	endDriver(t)
@@ -195,7 +196,8 @@ func installed(t *testing.T) {
 	}
 }
 
-// endDriver ends the driver that runs when the test ends. It is to be said before pods are made: those need the driver to end.
+// endDriver ends the driver that runs when the test ends. It is to be said before pods are made: those need the
+// driver to end.
 func endDriver(t *testing.T) {
 	t.Helper()
 	t.Cleanup(func() {
@@ -203,6 +205,12 @@ func endDriver(t *testing.T) {
 			return
 		}
 		up.driver.end(syscall.SIGTERM)
+		// What it published stays for half a minute, for the next one: pods would be scheduled before the kubelet knows it.
+		err := up.client.ResourceV1().ResourceSlices().DeleteCollection(context.Background(), meta.DeleteOptions{},
+			meta.ListOptions{FieldSelector: resource.ResourceSliceSelectorDriver + "=" + driverName})
+		if err != nil {
+			t.Error(err)
+		}
 		if t.Failed() {
 			t.Logf("the driver:\n%s", lastLines("viaduct-kube", 60))
 		}
@@ -221,7 +229,8 @@ func serve(t *testing.T, through []string) *process {
 	return p
 }
 
-// accountConfig is a file with which a program has the driver's rights: with a token of its service account for this node.
+// accountConfig is a file with which a program has the driver's rights: with a token of its service account for this
+// node.
 func accountConfig(t *testing.T) string {
 	t.Helper()
 	for _, o := range manifests(t) {

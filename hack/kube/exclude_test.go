@@ -44,8 +44,9 @@ const (
 `
 )
 
-// TestPF: a PF and its VFs exclude each other. No host has both declared; while a pod has a VF the host cannot be made one
-// that gives out the PF, and while a pod has the PF none that gives out VFs, and either refusal names the pod's claim.
+// TestPF: a PF and its VFs exclude each other. No host has both declared; while a pod has a VF the host cannot be
+// made one that gives out the PF, and while a pod has the PF none that gives out VFs, and either refusal names the
+// pod's claim.
 func TestPF(t *testing.T) {
 	pf := functions(firstNIC)[1]
 	served(t)
@@ -64,7 +65,9 @@ func TestPF(t *testing.T) {
 	}
 	deletePod(t, "vf")
 	do(t, "apply")
-	awaitDevices(t, "are the PF", func(all []resource.Device) bool { return offered(all, "pf") == 1 && offered(all, "vf") == 0 })
+	awaitDevices(t, "are the PF", func(all []resource.Device) bool {
+		return offered(all, "pf") == 1 && offered(all, "vf") == 0
+	})
 
 	claimAt(t, "pf", pf)
 	makePod(t, newPod("pf", holds, ofClaim("pf")))

@@ -11,19 +11,22 @@ import (
 	core "k8s.io/api/core/v1"
 )
 
-// guestScript runs a virtual machine with the VF that the pod has, whose address the file with the device's attributes says.
+// guestScript runs a virtual machine with the VF that the pod has, whose address the file with the device's
+// attributes says.
 const guestScript = `vf=$(grep -ho '[0-9a-f]\{4\}:[0-9a-f]\{2\}:[0-9a-f]\{2\}\.[0-7]' \
 	/var/run/kubernetes.io/dra-device-attributes/resourceclaims/guest/device/*.json | head -n 1)
 echo the VF is $vf
-qemu-system-x86_64 -nodefaults -display none -serial stdio -no-reboot -machine q35,accel=tcg,sata=off -cpu qemu64 -m 256M \
+qemu-system-x86_64 -nodefaults -display none -serial stdio -no-reboot -machine q35,accel=tcg,sata=off \
+	-cpu qemu64 -m 256M \
 	-kernel /guest/vmlinuz -initrd /guest/initrd -device vfio-pci,host=$vf \
-	-append "console=ttyS0 quiet panic=-1 nokaslr no_timer_check noapic mitigations=off tsc=reliable guest.ip=10.7.0.2 guest.ping=10.7.0.1" \
+	-append "console=ttyS0 quiet panic=-1 nokaslr no_timer_check noapic mitigations=off tsc=reliable \
+		guest.ip=10.7.0.2 guest.ping=10.7.0.1" \
 	</dev/null
 echo the guest has ended with $?
 exec sleep 2000000000`
 
-// TestGuest: a virtual machine in a pod drives the VF by the VF's own driver, with the MAC address of the claim; when the
-// pod is gone the VF is as new.
+// TestGuest: a virtual machine in a pod drives the VF by the VF's own driver, with the MAC address of the claim; when
+// the pod is gone the VF is as new.
 func TestGuest(t *testing.T) {
 	served(t)
 	pf := functions(firstNIC)[0]

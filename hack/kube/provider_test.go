@@ -16,8 +16,8 @@ import (
 // settingsFile says which provider serves each pool.
 const settingsFile = "/etc/viaduct/kube.yaml"
 
-// TestProviders: one function has one provider. The driver refuses to serve what another driver publishes, and to change
-// over to its device plugin while a pod has a function of that pool.
+// TestProviders: one function has one provider. The driver refuses to serve what another driver publishes, and to
+// change over to its device plugin while a pod has a function of that pool.
 func TestProviders(t *testing.T) {
 	last := served(t)
 	claimOf(t, "has", poolClass)
@@ -47,8 +47,8 @@ spec:
 	refused(t, other)
 }
 
-// TestDevicePlugin: with the pool's functions served by the device plugin a pod gets one by a plain resource, and names in
-// its environment; none is published for claims.
+// TestDevicePlugin: with the pool's functions served by the device plugin a pod gets one by a plain resource, and
+// names in its environment; none is published for claims.
 func TestDevicePlugin(t *testing.T) {
 	served(t).end(os.Interrupt)
 	write(t, settingsFile, "pools: {net: device-plugin}\n")

@@ -33,7 +33,8 @@ func TestBeforeReboot(t *testing.T) {
 	write(t, groupFile, group)
 }
 
-// TestAfterReboot: the node is up again, and the kernel has given its groups other numbers. The pod comes back with its VF.
+// TestAfterReboot: the node is up again, and the kernel has given its groups other numbers. The pod comes back with
+// its VF.
 func TestAfterReboot(t *testing.T) {
 	if os.Getenv("KUBE_BOOT") != "after" {
 		t.Skip("KUBE_BOOT is not after: hack/kube/run says so of the second of two boots")

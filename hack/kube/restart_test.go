@@ -9,8 +9,8 @@ import (
 	core "k8s.io/api/core/v1"
 )
 
-// TestKubeletRestart: a pod keeps its VF and its container when the kubelet is killed and started again, and the next pod
-// gets another one.
+// TestKubeletRestart: a pod keeps its VF and its container when the kubelet is killed and started again, and the next
+// pod gets another one.
 func TestKubeletRestart(t *testing.T) {
 	served(t)
 	claimOf(t, "kept", poolClass)
@@ -29,8 +29,8 @@ func TestKubeletRestart(t *testing.T) {
 	unchanged(t, before)
 }
 
-// TestDriverRestart: a pod keeps its VF when the driver is killed; one that ends while there is no driver is waited for,
-// and its VF is given back when there is one again.
+// TestDriverRestart: a pod keeps its VF when the driver is killed; one that ends while there is no driver is waited
+// for, and its VF is given back when there is one again.
 func TestDriverRestart(t *testing.T) {
 	first := served(t)
 	claimOf(t, "kept", poolClass)

@@ -32,8 +32,9 @@ var rights = map[string]string{
 
 var verbs = []string{"create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"}
 
-// TestRights: the driver's service account may do what is written here with each resource that the API server has, and
-// nothing else; and of slices it may write those of its own driver and node alone. All other tests show that it suffices.
+// TestRights: the driver's service account may do what is written here with each resource that the API server has,
+// and nothing else; and of slices it may write those of its own driver and node alone. All other tests show that it
+// suffices.
 func TestRights(t *testing.T) {
 	installed(t)
 	_, lists, err := up.client.Discovery().ServerGroupsAndResources()

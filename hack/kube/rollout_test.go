@@ -22,8 +22,8 @@ const (
 	newDriver = "viaduct.test/driver:2"
 )
 
-// TestRollout: the driver as its manifests run it, in a pod of a daemon set. A rolling update goes by under a pod with a VF,
-// which keeps it; the next pod gets one, and both are given back.
+// TestRollout: the driver as its manifests run it, in a pod of a daemon set. A rolling update goes by under a pod
+// with a VF, which keeps it; the next pod gets one, and both are given back.
 func TestRollout(t *testing.T) {
 	declare(t, declared)
 	program, err := os.ReadFile(driver)

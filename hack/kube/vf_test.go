@@ -18,8 +18,8 @@ const (
 	allClass  = driverName
 )
 
-// TestClaim: a pod gets a VF by a claim, with a MAC address and a VLAN. It opens the VF's group, and when the pod is gone
-// the VF is as it was before.
+// TestClaim: a pod gets a VF by a claim, with a MAC address and a VLAN. It opens the VF's group, and when the pod is
+// gone the VF is as it was before.
 func TestClaim(t *testing.T) {
 	served(t)
 	claimWith(t, "web", poolClass, `mac: "52:54:00:aa:00:01", vlan: 100`)

@@ -1,5 +1,5 @@
-// Command cluster is a cluster's store, its control plane and a node's kubelet in one file: they share most of their code,
-// and the file is carried into an emulated host. The first argument is the one to be.
+// Command cluster is a cluster's store, its control plane and a node's kubelet in one file: they share most of their
+// code, and the file is carried into an emulated host. The first argument is the one to be.
 package main
 
 import (

@@ -34,7 +34,7 @@ func Ask(socket string) (*Kubelet, error) {
 }
 
 // Close ends it.
-func (k *Kubelet) Close() error { return k.conn.Close() }
+func (k *Kubelet) Close() { _ = k.conn.Close() }
 
 // patience is how long the kubelet may take for an answer.
 const patience = 10 * time.Second

@@ -86,7 +86,7 @@ func (p *Plugin) register(ctx context.Context, socket, endpoint string) error {
 	if err != nil {
 		return err
 	}
-	defer conn.Close()
+	defer func() { _ = conn.Close() }()
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	options, _ := p.GetDevicePluginOptions(ctx, nil)

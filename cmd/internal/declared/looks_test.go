@@ -82,6 +82,7 @@ func TestLooksThatFail(t *testing.T) {
 			return described(s, nil, err)
 		},
 		"plan":         planned(many, Options{}),
+		"unmanaged":    planned(strings.ReplaceAll(many, "driver: home", "driver: home, network: unmanaged"), Options{}),
 		"another plan": planned(strings.ReplaceAll(many, "vlan: 7", "vlan: 8, mac: stable"), Options{}),
 		"boot":         planned("pfs:\n  - {each: [\"8086:10c9\"], count: 3}\nprotect: ["+nic+"]\n", Options{Boot: true}),
 		"pool": func(m *Manager) (any, error) {

@@ -340,20 +340,17 @@ func (d destinationSide) Reserve(ctx context.Context, r *Record) error {
 	defer stop()
 	vm := r.Order.VM
 	vm.Socket = d.Socket(r)
-	settings := r.Order.Settings
-	if settings == nil {
-		settings = sriov.Settings{}
-	}
+	settings := hostfile.Plain(r.Order.Settings)
 	if r.Order.Way == ByVFIO && r.Order.Address != "" {
 		// It is the host's, and no part of the device's state; the VF takes no frames before the guest goes on.
-		settings[sriov.MAC] = r.Order.Address
+		settings[sriov.MAC] = hostfile.Value(r.Order.Address)
 	}
 	if r.Order.libvirt() {
 		vm.Socket = ""
 	}
 	request := &lease.Request{
 		Guest: r.Guest, Memory: vm.Memory, VM: &vm, Persist: r.Order.libvirt(),
-		Sources: []lease.Source{{From: r.Order.From, Count: r.Order.Count, Settings: hostfile.Plain(settings)}},
+		Sources: []lease.Source{{From: r.Order.From, Count: r.Order.Count, Settings: settings}},
 	}
 	_, notes, err := m.Expect(ctx, request)
 	for _, n := range notes {

@@ -109,7 +109,8 @@ func runMigrate(ctx context.Context, e *env, o *migrateOptions) error {
 		if err != nil {
 			return err
 		}
-		if probe, err = migrate.NewProbe(netdev, o.probed); err != nil {
+		mac, _ := net.ParseMAC(r.Order.Address) // none: all are asked
+		if probe, err = migrate.NewProbe(netdev, mac, o.probed); err != nil {
 			return err
 		}
 	}

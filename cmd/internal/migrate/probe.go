@@ -12,8 +12,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// probeEvery is how often a guest is asked.
+// probeEvery is how often a guest is asked that answers. One that does not is asked more and more seldom, as one that
+// is overwhelmed would have no time for anything else.
 const probeEvery = 10 * time.Millisecond
+
+// probeAfter is when to ask next, after so many questions without an answer.
+func probeAfter(unanswered int) time.Duration {
+	const patience, most = 10, 20
+	return probeEvery * time.Duration(min(1+unanswered/patience, most))
+}
 
 // Probe asks a guest over and over, during its move, whether it hears: by ARP (RFC 826), which every guest answers that
 // has an IPv4 address, and for which this host needs none.
@@ -26,6 +33,7 @@ type Probe struct {
 	mu     sync.Mutex
 	probed Probed
 	heard  time.Time
+	asked  int // since then
 }
 
 // Probed is what a probe has heard. An answer does not say which question it is to, so an answer that took longer than
@@ -45,8 +53,9 @@ type packets interface {
 	Close() error
 }
 
-// NewProbe begins to ask who has an address, over a network interface.
-func NewProbe(netdev string, address netip.Addr) (*Probe, error) {
+// NewProbe begins to ask who has an address, over a network interface: the guest alone, by its MAC address, or, if that is
+// not known, all.
+func NewProbe(netdev string, mac net.HardwareAddr, address netip.Addr) (*Probe, error) {
 	i, err := net.InterfaceByName(netdev)
 	if err != nil {
 		return nil, fmt.Errorf("probe %s: %w", address, err)
@@ -55,11 +64,11 @@ func NewProbe(netdev string, address netip.Addr) (*Probe, error) {
 	if err != nil {
 		return nil, fmt.Errorf("probe %s over %s: %w", address, netdev, err)
 	}
-	return probe(conn, i.HardwareAddr, address), nil
+	return probe(conn, i.HardwareAddr, mac, address), nil
 }
 
-func probe(conn packets, own net.HardwareAddr, address netip.Addr) *Probe {
-	p := &Probe{conn: conn, ask: whoHas(own, address), of: address, stop: make(chan struct{}), heard: time.Now()}
+func probe(conn packets, own, to net.HardwareAddr, address netip.Addr) *Probe {
+	p := &Probe{conn: conn, ask: whoHas(own, to, address), of: address, stop: make(chan struct{}), heard: time.Now()}
 	p.probed.Address = address.String()
 	p.done.Go(p.sends)
 	p.done.Go(p.hears)
@@ -79,18 +88,18 @@ func (p *Probe) End() Probed {
 func (p *Probe) silent(now time.Time) { p.probed.Silence = max(p.probed.Silence, now.Sub(p.heard)) }
 
 func (p *Probe) sends() {
-	tick := time.NewTicker(probeEvery)
-	defer tick.Stop()
 	for {
 		// What could not be sent is a frame that was lost, too.
 		_ = p.conn.send(p.ask)
 		p.mu.Lock()
 		p.probed.Sent++
+		p.asked++
+		next := probeAfter(p.asked - 1)
 		p.mu.Unlock()
 		select {
 		case <-p.stop:
 			return
-		case <-tick.C:
+		case <-time.After(next):
 		}
 	}
 }
@@ -111,7 +120,7 @@ func (p *Probe) hears() {
 		p.mu.Lock()
 		p.probed.Answered++
 		p.silent(now)
-		p.heard = now
+		p.heard, p.asked = now, 0
 		p.mu.Unlock()
 	}
 }
@@ -123,12 +132,14 @@ const (
 	typeARP, typeIPv4     = 0x0806, 0x0800
 )
 
-// whoHas is the frame that asks all who has an address. It tells none of the asker's (RFC 5227), so nobody learns a
-// wrong one.
-func whoHas(own net.HardwareAddr, address netip.Addr) []byte {
+// whoHas is the frame that asks who has an address: one of a MAC address, or all. It tells none of the asker's (RFC
+// 5227), so nobody learns a wrong one.
+func whoHas(own, to net.HardwareAddr, address netip.Addr) []byte {
+	if to == nil {
+		to = net.HardwareAddr{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
+	}
 	b := make([]byte, 0, arpLength)
-	b = append(b, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff)
-	b = append(b, own...)
+	b = append(append(b, to...), own...)
 	b = binary.BigEndian.AppendUint16(b, typeARP)
 	b = binary.BigEndian.AppendUint16(b, 1)
 	b = binary.BigEndian.AppendUint16(b, typeIPv4)

@@ -50,7 +50,7 @@ func TestProbe(t *testing.T) {
 		}
 	}
 	n.there.Store(true)
-	p := probe(n, net.HardwareAddr{2, 0, 0, 0, 0, 1}, netip.MustParseAddr("10.7.0.5"))
+	p := probe(n, net.HardwareAddr{2, 0, 0, 0, 0, 1}, nil, netip.MustParseAddr("10.7.0.5"))
 	until(3)
 	n.there.Store(false)
 	began := time.Now()
@@ -65,10 +65,20 @@ func TestProbe(t *testing.T) {
 	}
 }
 
+// A guest that answers is asked every 10 ms, and one that does not, more and more seldom.
+func TestProbeAfter(t *testing.T) {
+	for unanswered, want := range map[int]time.Duration{0: 10 * time.Millisecond, 9: 10 * time.Millisecond,
+		10: 20 * time.Millisecond, 100: 110 * time.Millisecond, 1000: 200 * time.Millisecond} {
+		if got := probeAfter(unanswered); got != want {
+			t.Errorf("%d: %s, want %s", unanswered, got, want)
+		}
+	}
+}
+
 // A frame of any bytes is an answer only if it is one.
 func FuzzAnswers(f *testing.F) {
 	address := netip.MustParseAddr("10.7.0.5")
-	f.Add(whoHas(net.HardwareAddr{2, 0, 0, 0, 0, 1}, address))
+	f.Add(whoHas(net.HardwareAddr{2, 0, 0, 0, 0, 1}, nil, address))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if answers(b, address) && len(b) < arpLength {
 			t.Errorf("%x is an answer", b)

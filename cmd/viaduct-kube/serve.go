@@ -283,9 +283,13 @@ const again = 10 * time.Second
 // settle is how long after an event the host is looked at, as many come together.
 const settle = 200 * time.Millisecond
 
+// registration is how long the kubelet is waited for before anything is published.
+const registration = time.Minute
+
 // watch publishes the functions, and again when they change.
 func (s *server) watch(ctx context.Context) error {
 	go s.hear(ctx)
+	s.registered(ctx)
 	tick := time.NewTicker(again)
 	defer tick.Stop()
 	for {
@@ -304,6 +308,27 @@ func (s *server) watch(ctx context.Context) error {
 				return nil
 			case <-time.After(settle):
 			}
+		}
+	}
+}
+
+// registered waits until the kubelet has taken the driver: what is published before that is scheduled at once, and the
+// kubelet, which cannot prepare it, tries again only after a minute. A kubelet that does not come is not waited for: its
+// node has no pods.
+func (s *server) registered(ctx context.Context) {
+	ctx, stop := context.WithTimeout(ctx, registration)
+	defer stop()
+	// The helper has no event for it.
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		if status := s.helper.RegistrationStatus(); status != nil && status.PluginRegistered || len(s.fatal) > 0 {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
 		}
 	}
 }

@@ -53,8 +53,8 @@ type packets interface {
 	Close() error
 }
 
-// NewProbe begins to ask who has an address, over a network interface: the guest alone, by its MAC address, or, if that is
-// not known, all.
+// NewProbe begins to ask who has an address, over a network interface: the guest alone, by its MAC address, or, if that
+// is not known, all.
 func NewProbe(netdev string, mac net.HardwareAddr, address netip.Addr) (*Probe, error) {
 	i, err := net.InterfaceByName(netdev)
 	if err != nil {

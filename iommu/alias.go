@@ -85,5 +85,6 @@ func (a *aliases) of(at Address) (to Address, is bool) {
 			}
 		}
 	}
+
 	return to, is && to != at
 }

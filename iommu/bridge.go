@@ -59,6 +59,7 @@ func Bridges(h *Host) ([]Bridge, error) {
 	if err != nil {
 		return nil, unlessAbsent(err)
 	}
+
 	var out []Bridge
 	var vlans map[string][]PortVLAN
 	for _, n := range names {
@@ -88,6 +89,7 @@ func Bridges(h *Host) ([]Bridge, error) {
 		}
 		out = append(out, b)
 	}
+
 	return out, nil
 }
 

@@ -40,10 +40,12 @@ func TestBridges(t *testing.T) {
 	if err := Capture(source, &b); err != nil {
 		t.Fatal(err)
 	}
+
 	file := filepath.Join(t.TempDir(), "snapshot")
 	if err := os.WriteFile(file, b.Bytes(), 0o644); err != nil {
 		t.Fatal(err)
 	}
+
 	snapshot, err := Open(file)
 	if err != nil {
 		t.Fatal(err)
@@ -63,6 +65,7 @@ func TestBridges(t *testing.T) {
 			t.Errorf("%s: firmware %q, %v", what, got, err)
 		}
 	}
+
 	if text, _ := snapshot.String("proc/cpuinfo"); strings.Count(text, "vendor_id") != 1 {
 		t.Errorf("cpuinfo of more than one CPU: %q", text)
 	}

@@ -46,6 +46,7 @@ func checkDevices(h *Host, devices []string) (inGroups bool, err error) {
 	if len(devices) == 0 {
 		return false, nil
 	}
+
 	all, err := h.Open(pciDevices)
 	if err != nil {
 		return false, err
@@ -73,6 +74,7 @@ func checkDevices(h *Host, devices []string) (inGroups bool, err error) {
 			return false, err
 		}
 	}
+
 	return inGroups, nil
 }
 

@@ -95,6 +95,7 @@ func (c *capture) kernel() {
 	if err != nil {
 		return
 	}
+
 	if config := KernelConfig(c.h); config != nil {
 		var b strings.Builder
 		for name, value := range config {
@@ -108,6 +109,7 @@ func (c *capture) kernel() {
 		slices.Sort(lines)
 		c.add("boot/config-"+release, []byte(strings.TrimPrefix(strings.Join(lines, "\n")+"\n", "\n")))
 	}
+
 	for _, dir := range []string{"lib/modules", "usr/lib/modules"} {
 		for _, name := range []string{"modules.dep", "modules.builtin"} {
 			at := path.Join(dir, release, name)

@@ -39,6 +39,7 @@ func (d *UnitDetails) direct(h *Host, ranges []directRange, devices map[string]*
 	if !d.Active {
 		behind = d.Described
 	}
+
 	for i := range ranges {
 		r := &ranges[i]
 		out := r.direct()
@@ -64,6 +65,7 @@ func (d *UnitDetails) direct(h *Host, ranges []directRange, devices map[string]*
 		}
 		d.Ranges = append(d.Ranges, out)
 	}
+
 	return nil
 }
 

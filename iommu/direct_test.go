@@ -30,10 +30,12 @@ func TestExclusion(t *testing.T) {
 		h := firmwareHost(t, tables, hosttest.Tree{
 			"sys/class/iommu/ivhd0": hosttest.Gone, "sys/kernel/iommu_groups/4/reserved_regions": c.regions,
 		})
+
 		all, _ := units(t, h)
 		if len(all) != 1 || len(all[0].Ranges) != 1 {
 			t.Fatalf("%s: %+v", name, all)
 		}
+
 		r := all[0].Ranges[0]
 		if r.Exclusion != c.exclusion || r.Type != c.kind || r.Whose != "0000:03:00.0" {
 			t.Errorf("%s: %+v", name, r)
@@ -105,6 +107,7 @@ func TestFeaturesTheFirmwareTakesAway(t *testing.T) {
 			t.Errorf("%s: %+v", name, f)
 		}
 	}
+
 	for name, c := range map[string]struct {
 		flags, line string
 		x2apic      bool

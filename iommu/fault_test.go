@@ -15,6 +15,7 @@ func TestLooksThatFail(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+
 	h := &Host{k.Host()}
 	pf := Address{Bus: 1}
 	for what, look := range map[string]func() (any, error){

@@ -62,6 +62,7 @@ func (c *faults) blocks(t *acpi.Table) {
 	for _, b := range t.Blocks {
 		nodes[b.Offset] = true
 	}
+
 	for i := range t.Blocks {
 		b := &t.Blocks[i]
 		switch f := b.Fields.(type) {

@@ -119,6 +119,7 @@ func TestCoverage(t *testing.T) {
 				t.Errorf("%s: %+v is active", name, u)
 			}
 		}
+
 		if !slices.Equal(got, c.want) || !slices.Equal(ranges, c.ranges) {
 			t.Errorf("%s:\n%q %q\nwant\n%q %q", name, got, ranges, c.want, c.ranges)
 		}
@@ -147,6 +148,7 @@ func TestFeatureOrder(t *testing.T) {
 			t.Errorf("%s: %x, %v, %v", name, got, second, ok)
 		}
 	}
+
 	// Both may be one: then the table, and without it the version, decides.
 	both := "c0:40"
 	if got, _, _ := amdFeatures(both, 0x40, "6.12.0"); got != 0x40 {
@@ -199,9 +201,11 @@ func TestCheckFirmware(t *testing.T) {
 		return map[string][]byte{"IVRS": hosttest.ACPITable("IVRS", 2, "43302000 0000000000000000",
 			hosttest.IVRSBlock("11 00", id+ivhd+entries))}
 	}
+
 	dmar := func(blocks ...[]byte) map[string][]byte {
 		return map[string][]byte{"DMAR": hosttest.ACPITable("DMAR", 1, "2605 00000000000000000000", blocks...)}
 	}
+
 	all := hosttest.DMARBlock(0, "01 00 0000 0010d9fe00000000")
 	for name, c := range map[string]struct {
 		tables map[string][]byte

@@ -279,9 +279,11 @@ func (f *Function) extended(r *registers) {
 			f.ACS.Vector = d[0]
 		}
 	}
+
 	if d, ok := r.of(at(0x000e), 2); ok {
 		f.ARI = &ARI{d[1]&1 != 0, d[1]&2 != 0, uint8(d[1] >> 8)}
 	}
+
 	if d, ok := r.of(at(0x000f), 2); ok {
 		depth := int(d[1] & 0x1f)
 		if depth == 0 {
@@ -289,6 +291,7 @@ func (f *Function) extended(r *registers) {
 		}
 		f.ATS = &ATS{depth, d[1]&(1<<31) != 0, uint8(d[1] >> 16 & 0x1f)}
 	}
+
 	if d, ok := r.of(at(0x0010), 8); ok {
 		f.SRIOV = &SRIOVCapability{
 			Enabled: d[2]&1 != 0, ARI: d[2]&(1<<4) != 0,
@@ -296,6 +299,7 @@ func (f *Function) extended(r *registers) {
 			Offset: int(d[5] & 0xffff), Stride: int(d[5] >> 16), VFDevice: uint16(d[6] >> 16), PageSizes: d[7],
 		}
 	}
+
 	if d, ok := r.of(at(0x0013), 4); ok {
 		f.PRI = &PRI{d[1]&1 != 0, d[1]&(1<<24) != 0, d[2], d[3]}
 	}

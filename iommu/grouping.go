@@ -55,6 +55,7 @@ func NewGrouping(h *Host) (*Grouping, error) {
 	if g.aliases, err = readAliases(h); err != nil {
 		return nil, err
 	}
+
 	names, err := h.Names(pciDevices)
 	if err != nil && !host.Absent(err) || len(names) == 0 {
 		if host.Absent(err) {
@@ -62,6 +63,7 @@ func NewGrouping(h *Host) (*Grouping, error) {
 		}
 		return g, err
 	}
+
 	for _, name := range names {
 		if a, ok := parseAddress(name); ok {
 			n := &node{at: a}
@@ -69,6 +71,7 @@ func NewGrouping(h *Host) (*Grouping, error) {
 			g.nodes[a] = n
 		}
 	}
+
 	all, err := h.Open(pciDevices)
 	if err != nil {
 		return nil, err
@@ -82,6 +85,7 @@ func NewGrouping(h *Host) (*Grouping, error) {
 		}
 		g.place(n, pathAddresses(target))
 	}
+
 	return g, nil
 }
 
@@ -284,6 +288,7 @@ func (g *Grouping) near(rest *node) []*node {
 			}
 		}
 	}
+
 	var all []*node
 	var below func([]*node)
 	below = func(nodes []*node) {
@@ -292,6 +297,7 @@ func (g *Grouping) near(rest *node) []*node {
 			below(n.down)
 		}
 	}
+
 	below(found)
 	for _, n := range g.nodes {
 		// What is behind a device of these, in a domain of its own.
@@ -299,6 +305,7 @@ func (g *Grouping) near(rest *node) []*node {
 			all = append(all, n)
 		}
 	}
+
 	g.inOrder(all)
 	return all
 }

@@ -36,6 +36,7 @@ func (p part) config() string {
 	if p.kind == none {
 		size = 0x100
 	}
+
 	b := make([]byte, size)
 	put := func(at int, v uint32) { binary.LittleEndian.PutUint32(b[at:], v) }
 	id := p.id()
@@ -47,10 +48,12 @@ func (p part) config() string {
 	if p.many {
 		b[0x0e] |= 0x80
 	}
+
 	if p.kind != none {
 		b[0x06], b[0x34] = 0x10, 0x40
 		put(0x40, 0x0010|uint32(p.kind)<<20|2<<16)
 	}
+
 	if p.acs != "" {
 		var capability, control uint32
 		if _, err := fmt.Sscanf(p.acs, "%x/%x", &capability, &control); err != nil {
@@ -59,9 +62,11 @@ func (p part) config() string {
 		put(0x100, 0x0001000d)
 		put(0x104, control<<16|capability)
 	}
+
 	for at, v := range p.bytes {
 		put(at, v)
 	}
+
 	return string(b)
 }
 
@@ -467,6 +472,7 @@ func TestMissing(t *testing.T) {
 	parts := []part{
 		{path: port, kind: RootPort, acs: on}, {path: port + "/0000:01:00.0", many: true}, {path: port + "/0000:01:00.1"},
 	}
+
 	const table = "the firmware's IVRS table, by which devices do DMA as others, "
 	for name, c := range map[string]struct {
 		parts []part

@@ -76,11 +76,13 @@ func HasInfiniBand(h *Host, d *Device) (bool, error) {
 	if err != nil || len(guids) == 0 {
 		return false, err
 	}
+
 	const class = "sys/class/infiniband"
 	all, err := h.Names(class)
 	if err != nil && !host.Absent(err) {
 		return false, err
 	}
+
 	ethernet := false
 	for _, n := range all {
 		target, err := h.Link(path.Join(class, n))
@@ -102,5 +104,6 @@ func HasInfiniBand(h *Host, d *Device) (bool, error) {
 			ethernet = true
 		}
 	}
+
 	return !ethernet, nil
 }

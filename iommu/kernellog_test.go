@@ -21,14 +21,17 @@ func TestKernelLog(t *testing.T) {
 	if got := KernelLines(snapshot); !reflect.DeepEqual(got, []string{want[0].Text, want[1].Text, want[2].Text}) {
 		t.Errorf("without times: %v", got)
 	}
+
 	for _, l := range want {
 		if again := parseLogLine(l.String()); again != l {
 			t.Errorf("%q is read back as %v", l, again)
 		}
 	}
+
 	if got := KernelLog(live); got != nil {
 		t.Errorf("of a host without a log: %v", got)
 	}
+
 	for head, is := range map[string]time.Duration{
 		"6,1,2500000,-": 2500 * time.Millisecond, "6,1,2500000,-,caller=T1": 2500 * time.Millisecond,
 		"6,1": -1, "": -1, "6,1,-5,-": -1, "6,1,99999999999999999999,-": -1,
@@ -37,6 +40,7 @@ func TestKernelLog(t *testing.T) {
 			t.Errorf("%q: %v, want %v", head, got, is)
 		}
 	}
+
 	if got := recordTime("6,1,1000000,-", time.Minute); got != 61*time.Second {
 		t.Errorf("of a host that has slept: %v", got)
 	}

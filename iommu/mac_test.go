@@ -42,6 +42,7 @@ func TestPermanentMAC(t *testing.T) {
 		}
 		return out
 	}
+
 	bond := hosttest.Tree{"proc/net/bonding/bond0": "Ethernet Channel Bonding Driver\n\nSlave Interface: eth1\nPermanent HW addr: " +
 		one + "\n\nSlave Interface: eth2\nMII Status: up\nPermanent HW addr: " + two + "\n"}
 	for name, c := range map[string]struct {
@@ -90,10 +91,12 @@ func TestCapturedMAC(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(k.Dir(), "sys/class/net/enp2s0/address"), []byte(shared+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+
 	kind := filepath.Join(k.Dir(), "sys/class/net/enp2s0/addr_assign_type")
 	if err := os.WriteFile(kind, []byte("3\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+
 	h := &Host{k.Host()}
 	for _, from := range []string{"the host", "its snapshot"} {
 		// And what is captured of a snapshot.
@@ -136,6 +139,7 @@ func TestRecordedMAC(t *testing.T) {
 		}
 		return string(b)
 	}
+
 	for device, found := range map[uint16]bool{0x1572: true, 0x1573: false} {
 		tree := nicsTree(nil).With(hosttest.Tree{
 			journal.Dir + "/taken-0000:00:01.0.json":                 record(device),

@@ -168,10 +168,12 @@ func TestRealHWDB(t *testing.T) {
 	if file == "" {
 		file = "/usr/lib/udev/hwdb.bin"
 	}
+
 	b, err := os.ReadFile(file)
 	if err != nil {
 		t.Skipf("no hwdb.bin to read (VIADUCT_TEST_HWDB names one): %v", err)
 	}
+
 	n := &Names{file: inMemory(b), hwdb: true, cache: map[[2]uint16]string{}}
 	if got := n.Vendor(0x8086); got != "Intel Corporation" {
 		t.Errorf("8086 is %q", got)
@@ -182,11 +184,13 @@ func TestRealHWDB(t *testing.T) {
 	if got := n.Device(0x8086, 0xfffe); got != "" {
 		t.Errorf("8086:fffe is %q", got)
 	}
+
 	text, err := os.ReadFile(os.Getenv("VIADUCT_TEST_IDS"))
 	if err != nil {
 		t.Logf("not compared with a pci.ids (VIADUCT_TEST_IDS names one): %v", err)
 		return
 	}
+
 	other := &Names{file: inMemory(text), cache: map[[2]uint16]string{}}
 	compared, unequal := 0, 0
 	var vendor, device uint16
@@ -210,6 +214,7 @@ func TestRealHWDB(t *testing.T) {
 			}
 		}
 	}
+
 	t.Logf("%d of %d differ", unequal, compared)
 	if compared < 1000 || unequal > compared/10 { // the two files may be of different years
 		t.Error("too many differ")

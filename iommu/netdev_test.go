@@ -82,10 +82,12 @@ func TestAlternativeNames(t *testing.T) {
 	if err := Capture(live, &b); err != nil {
 		t.Fatal(err)
 	}
+
 	file := filepath.Join(t.TempDir(), "host.tar.gz")
 	if err := os.WriteFile(file, b.Bytes(), 0o600); err != nil {
 		t.Fatal(err)
 	}
+
 	captured, err := Open(file)
 	if err != nil {
 		t.Fatal(err)

@@ -157,6 +157,7 @@ func KernelConfig(h *Host) map[string]string {
 			break
 		}
 	}
+
 	if text == nil {
 		b, err := h.Read("proc/config.gz")
 		if err != nil {
@@ -171,12 +172,14 @@ func KernelConfig(h *Host) map[string]string {
 			return nil
 		}
 	}
+
 	out := map[string]string{}
 	for line := range strings.Lines(string(text)) {
 		if name, value, ok := strings.Cut(strings.TrimSpace(line), "="); ok && strings.HasPrefix(name, "CONFIG_") {
 			out[name] = value
 		}
 	}
+
 	return out
 }
 
@@ -239,6 +242,7 @@ func (s *setting) whyOff() Off {
 	if s.last("acpi", "off", "force") == "off" {
 		return s.turnedOff("acpi", "off")
 	}
+
 	for _, signature := range acpi.Signatures {
 		f := s.tables[signature]
 		if errors.Is(f.Err, acpi.ErrTable) && (signature == "IVRS" || !errors.Is(f.Err, acpi.ErrSum)) {
@@ -250,12 +254,14 @@ func (s *setting) whyOff() Off {
 			}
 		}
 	}
+
 	for _, f := range s.faults {
 		return Off{
 			Why: f.String(), File: path.Join(tablesDir, f.Signature), Value: f.Text,
 			Cure: "update the firmware, or tell its maker",
 		}
 	}
+
 	_, ivrs := s.tables["IVRS"]
 	_, dmar := s.tables["DMAR"]
 	_, iort := s.tables["IORT"]
@@ -272,6 +278,7 @@ func (s *setting) whyOff() Off {
 	case iort && (s.arch == "" || s.isArm()):
 		return s.arm()
 	}
+
 	return s.noTable()
 }
 
@@ -407,6 +414,7 @@ func (s *setting) noTable() Off {
 	if place := s.guestOf(); place.Cure != "" {
 		return place
 	}
+
 	o := Off{Why: "the firmware describes no IOMMU"}
 	switch {
 	case s.isArm():
@@ -432,6 +440,7 @@ func (s *setting) noTable() Off {
 		o.Why = "this kernel shows no IOMMU"
 		o.Cure = "see that the kernel has the driver of this machine's IOMMU (" + s.arch + ")"
 	}
+
 	return o
 }
 
@@ -477,18 +486,21 @@ func (s *setting) guestOf() Off {
 			}
 		}
 	}
+
 	if s.xen == "guest" {
 		return Off{
 			Why: "Xen gives this guest no IOMMU", File: "sys/hypervisor/type", Value: "xen",
 			Cure: "use a machine of your own: Xen gives its guests none",
 		}
 	}
+
 	if s.hypervisor {
 		return Off{
 			Why: "the hypervisor gives this guest no IOMMU", File: "proc/cpuinfo", Value: "hypervisor",
 			Cure: "turn on a virtual IOMMU where this guest is defined, or use a machine of your own",
 		}
 	}
+
 	return Off{}
 }
 

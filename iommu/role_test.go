@@ -44,27 +44,32 @@ func TestChildren(t *testing.T) {
 		},
 		hosttest.PCI{At: "0000:00:01.0", ID: "8086:10c9", Class: "020000", Driver: "igb", Group: 7},
 	))
+
 	h := &iommu.Host{Host: k.Host()}
 	topology, err := iommu.Scan(h)
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	g, err := topology.Group(6)
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	names := func(devices []*iommu.Device) (out []string) {
 		for _, d := range devices {
 			out = append(out, d.Name)
 		}
 		return out
 	}
+
 	if got := names(g.Endpoints()); len(got) != 1 || got[0] != "0000:00:0e.0" {
 		t.Errorf("endpoints %q", got)
 	}
 	if got := names(g.Children()); len(got) != 1 || got[0] != "10000:e1:00.0" || g.Children()[0].Parent.String() != "0000:00:0e.0" {
 		t.Errorf("children %q", got)
 	}
+
 	hosttest.EachFailure(t, k, "scan", func() (any, error) {
 		now, err := iommu.Scan(h)
 		if err != nil {

@@ -316,17 +316,20 @@ func TestTopology(t *testing.T) {
 	if g, err := top.Group(11); err != nil || g != &top.Groups[2] {
 		t.Errorf("group 11: %v, %v", g, err)
 	}
+
 	for _, id := range []int{0, 3, 41, -1} {
 		if g, err := top.Group(id); !errors.Is(err, ErrNotFound) || g != nil {
 			t.Errorf("group %d: %v, %v", id, g, err)
 		}
 	}
+
 	if d, err := top.Find(addr(t, "0000:01:10.2")); err != nil || d != &top.Ungrouped[1] {
 		t.Errorf("%v, %v", d, err)
 	}
 	if d, err := top.Find(Address{}); !errors.Is(err, ErrNotFound) || d != nil { // the mdev's address is zero
 		t.Errorf("%v, %v", d, err)
 	}
+
 	for id, want := range map[int][2][]string{1: {{}, {}}, 2: {{}, {"0000:01:10.0"}}, 11: {{"0000:01:00.0"}, {"0000:01:00.0"}}, 40: {{"10000:e1:00.0", "arm-smmu-test"}, {"10000:e1:00.0", "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001", "arm-smmu-test"}}} {
 		g, err := top.Group(id)
 		if err != nil {
@@ -336,12 +339,14 @@ func TestTopology(t *testing.T) {
 			t.Errorf("group %d: blockers and endpoints %v, want %v", id, got, want)
 		}
 	}
+
 	got, err := Parents(hostOf(t, rich()), top)
 	want := map[string]string{
 		"0000:01:00.0": "0000:00:01.0",
 		"0000:01:10.0": "0000:01:00.0",
 		"0000:01:10.2": "0000:01:00.0",
 	}
+
 	if err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("parents %v, %v", got, err)
 	}
@@ -409,10 +414,12 @@ func TestCapture(t *testing.T) {
 	if err := Capture(source, &b); err != nil {
 		t.Fatal(err)
 	}
+
 	file := filepath.Join(t.TempDir(), "snapshot")
 	if err := os.WriteFile(file, b.Bytes(), 0o644); err != nil {
 		t.Fatal(err)
 	}
+
 	snapshot, err := Open(file)
 	if err != nil {
 		t.Fatal(err)

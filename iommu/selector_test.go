@@ -43,6 +43,7 @@ func TestParseSelector(t *testing.T) {
 			t.Errorf("%q: group %d, %v", text, n, ok)
 		}
 	}
+
 	for _, text := range []string{
 		"", ".", "..", "-x", "--dry-run", "a b", strings.Repeat("x", 128), "a\tb", "01:2", "000:01:00", "01:20", "0000:01:20.0", "8086:", ":10c9", "8086:10c", "8086:10c9:0",
 		"808g:10c9", "8086:*", "enp1s0/", "enp1s0/vf", "enp1s0/vf-1", "enp1s0/vf+1", "enp1s0/vf65536", "enp1s0/3", "enp1s0/VF3", "/vf1", "8086:10c9/vf1",
@@ -88,6 +89,7 @@ func TestResolve(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		for text, want := range map[string]string{
 			"0000:01:00.0": "0000:01:00.0", "01:10.2": "0000:01:10.2", "eth0b": "0000:01:00.0", "ens3": "0000:00:03.0",
 			"eth0/vf0": "0000:01:10.0", "01:00.0/vf1": "0000:01:10.2", "8086:10ca": "0000:01:10.0 0000:01:10.2", "144d:a808": "10000:e1:00.0",
@@ -117,6 +119,7 @@ func TestResolve(t *testing.T) {
 				t.Errorf("%s: %s: %v, %v", kind, text, one, err)
 			}
 		}
+
 		vfs := []string{"0000:01:00.0/vf0", "0000:01:00.0/vf1"}
 		ids, classes := []string{
 			"144d:a808",
@@ -129,6 +132,7 @@ func TestResolve(t *testing.T) {
 			"class=0200",
 			"class=0604",
 		}
+
 		for text, want := range map[string]*NotFoundError{
 			"0000:09:00.0":          {What: "no such device", Candidates: []string{"0000:00:01.0", "0000:00:03.0", "0000:01:00.0", "0000:01:10.0", "0000:01:10.2", "10000:e1:00.0"}},
 			"eth9":                  {What: "no network interface of a PCI device has this name", Candidates: []string{"ens3", "eth0", "eth0b"}},
@@ -223,6 +227,7 @@ func TestWords(t *testing.T) {
 			t.Errorf("a file's nic: %v", err)
 		}
 	}
+
 	tree := rich()
 	maps.Copy(tree, hosttest.Tree{"sys/class/net/nic": "-> ../../devices/virtual/net/nic"})
 	h := hostOf(t, tree)
@@ -230,6 +235,7 @@ func TestWords(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	if sel, err := ParseArgument("nic"); err != nil {
 		t.Fatal(err)
 	} else if _, err := sel.Resolve(h, top); !errors.Is(err, ErrNotFound) {

@@ -67,21 +67,25 @@ func TestACSCure(t *testing.T) {
 			"proc/cmdline": c.line + "\n", "usr/sbin/update-grub": "",
 			"etc/default/grub": "GRUB_CMDLINE_LINUX=\"" + c.line + "\"\n",
 		}
+
 		if c.units {
 			more["sys/class/iommu/ivhd0"] = "-> ../../devices/virtual/iommu/ivhd0"
 			more["sys/devices/virtual/iommu/ivhd0/"] = ""
 		}
+
 		h, _ := openTree(t, tree([]part{{path: port, kind: RootPort, acs: c.acs}, {path: port + "/0000:01:00.0"}}).With(more))
 		g, err := NewGrouping(h)
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		var got string
 		for _, e := range g.Edges([]Address{{Bus: 1}}) {
 			if e.Cure != "" {
 				got = e.Cure
 			}
 		}
+
 		if !strings.HasPrefix(got, c.want) {
 			t.Errorf("%s: %q, want %q", name, got, c.want)
 		}
@@ -107,6 +111,7 @@ func TestFunctionsBelowAnOpenPort(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		var got string
 		for _, e := range g.Edges([]Address{{Bus: 1}, {Bus: 1, Function: 1}}) {
 			if e.Kind == EdgeFunction && e.Cure != "" {
@@ -116,6 +121,7 @@ func TestFunctionsBelowAnOpenPort(t *testing.T) {
 				t.Errorf("%s: %+v", name, e)
 			}
 		}
+
 		if !strings.HasPrefix(got, c.want) || (got == "") != (c.want == "") {
 			t.Errorf("%s: %q, want %q", name, got, c.want)
 		}

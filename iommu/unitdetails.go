@@ -296,6 +296,7 @@ func (d *UnitDetails) amdMeaning(image *described) {
 	if image != nil && d.EFR2 == nil {
 		d.EFR2 = image.efr2
 	}
+
 	f := &d.Features
 	f.InterruptRemapping = new(true)
 	const iotlb, npCache = 1 << 24, 1 << 26
@@ -308,6 +309,7 @@ func (d *UnitDetails) amdMeaning(image *described) {
 	if d.EFR == nil {
 		return
 	}
+
 	e := *d.EFR
 	// Without tables of its own the kernel has the guests' (drivers/iommu/amd/init.c, early_amd_iommu_init), which note
 	// nothing that a device wrote.

@@ -25,16 +25,19 @@ func TestUSBDevices(t *testing.T) {
 			hub + "/1-2.4/manufacturer": "Logitech\n", hub + "/1-2.4/product": "USB Receiver\n",
 		},
 	})
+
 	want := []USBDevice{{"1-2", 0x05e3, 0x0610, ""}, {"1-2.4", 0x046d, 0xc52b, "Logitech USB Receiver"}}
 	var snapshot bytes.Buffer
 	h := hostOf(t, tree)
 	if err := Capture(h, &snapshot); err != nil {
 		t.Fatal(err)
 	}
+
 	file := filepath.Join(t.TempDir(), "host.tar.gz")
 	if err := os.WriteFile(file, snapshot.Bytes(), 0o600); err != nil {
 		t.Fatal(err)
 	}
+
 	captured, err := Open(file)
 	if err != nil {
 		t.Fatal(err)

@@ -334,6 +334,7 @@ func TestForecast(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+
 		port, err := filepath.EvalSymlinks(filepath.Join(k.Dir(), pfDir))
 		if err != nil {
 			t.Fatal(err)
@@ -341,6 +342,7 @@ func TestForecast(t *testing.T) {
 		if err := os.WriteFile(filepath.Join(port, "../subordinate_bus_number"), []byte("1\n"), 0o600); err != nil {
 			t.Fatal(err)
 		}
+
 		s := open(t, k)
 		err = forecast(s.Host(), device(t, s, pf), 3)
 		if c.says == "" && err != nil || c.says != "" && (err == nil || !strings.Contains(err.Error(), c.says)) {

@@ -253,9 +253,11 @@ func TestPFOnVFIO(t *testing.T) {
 		!strings.Contains(err.Error(), "is on vfio-pci, which cannot make VFs") {
 		t.Errorf("%v, writes %q", err, k.Log)
 	}
+
 	if err := os.WriteFile(k.Dir()+"/"+may, []byte("Y\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+
 	k.EnableSRIOV = true
 	for _, use := range []Use{UseNone, UseVFIO} {
 		plan, err := setCount(t, context.Background(), k, alike(2, use))
@@ -270,6 +272,7 @@ func TestPFOnVFIO(t *testing.T) {
 			t.Errorf("%s: left %s", use, got)
 		}
 	}
+
 	k.Fail[pfDir+"/sriov_drivers_autoprobe"] = nil
 	k.Partial = 1
 	if _, err := setCount(t, context.Background(), k, alike(2, UseVFIO)); err == nil || state(t, k) != "1" {
@@ -466,12 +469,14 @@ func TestLooksThatFail(t *testing.T) {
 			return do(s, d)
 		}
 	}
+
 	steps := func(p *Plan, err error) (any, error) {
 		if err != nil {
 			return nil, err
 		}
 		return p.Steps(), nil
 	}
+
 	for what, do := range map[string]func() (any, error){
 		"port": look(func(s *Handle, d *iommu.Device) (any, error) {
 			port, err := ReadPort(s.Host(), d)
@@ -549,6 +554,7 @@ func TestForgotten(t *testing.T) {
 		}
 		return fmt.Sprint(taken, all)
 	}
+
 	for _, c := range []struct {
 		wish Wish
 		want string

@@ -27,6 +27,7 @@ func (n *nic) ioctl(_ int, request uintptr, arg unsafe.Pointer) (int, error) {
 	if request != unix.SIOCETHTOOL {
 		return 0, unix.ENOTTY
 	}
+
 	command := *(*unsafe.Pointer)(unsafe.Add(arg, unix.IFNAMSIZ))
 	words := unsafe.Slice((*uint32)(command), 3)
 	switch words[0] {
@@ -59,6 +60,7 @@ func (n *nic) ioctl(_ int, request uintptr, arg unsafe.Pointer) (int, error) {
 	default:
 		return 0, unix.EOPNOTSUPP
 	}
+
 	return 0, nil
 }
 
@@ -87,6 +89,7 @@ func TestOffload(t *testing.T) {
 			s.Close()
 			_, err = setCount(t, context.Background(), k, Wish{VFs: Repeat(1, VFWish{Use: UseNone}), Offload: c.want})
 		}
+
 		if (err == nil) != (c.says == "") || err != nil && !strings.Contains(err.Error(), c.says) {
 			t.Errorf("%s: %v, want %q", name, err, c.says)
 		}
@@ -157,6 +160,7 @@ func (c *controller) ioctl(_ int, request uintptr, arg unsafe.Pointer) (int, err
 	if request != ioctlAdmin {
 		return 0, unix.ENOTTY
 	}
+
 	cmd := (*passthru)(arg)
 	switch {
 	case cmd.Opcode == opIdentify && c.unknown:
@@ -190,6 +194,7 @@ func (c *controller) ioctl(_ int, request uintptr, arg unsafe.Pointer) (int, err
 		}
 		c.all[i].Has[resource(cmd.CDW10>>8&7)] = cmd.Result
 	}
+
 	return 0, nil
 }
 
@@ -289,6 +294,7 @@ func TestWords(t *testing.T) {
 			t.Errorf("%s: %q, want %q", name, c.got, c.want)
 		}
 	}
+
 	if d := DefaultSettings(); d[VLAN] != "0" || d[Trust] != off || d[MAC] != "" {
 		t.Errorf("what VFs begin with: %v", d)
 	}
@@ -298,6 +304,7 @@ func TestWords(t *testing.T) {
 	if _, known := MAC.Default(); known {
 		t.Error("an address is known that a VF begins with")
 	}
+
 	p := &SetPlan{Want: Settings{VLAN: "7", Trust: on}, Settings: planSettings(Settings{VLAN: "0", Trust: off}, Settings{VLAN: "7", Trust: on})}
 	if p.Restores(Settings{VLAN: "7"}) || !p.Restores(Settings{VLAN: "7", Trust: on}) {
 		t.Error("what was asked for before is not told from what is new")

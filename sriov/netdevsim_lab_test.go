@@ -263,6 +263,7 @@ func TestNetdevsimEswitch(t *testing.T) {
 			}
 		}
 	}
+
 	own := interfaces(t, pf)
 	for _, want := range []string{off, on} {
 		changes, err := offloadsBut(h, own, want)
@@ -279,6 +280,7 @@ func TestNetdevsimEswitch(t *testing.T) {
 			}
 		}
 	}
+
 	err := setEswitch(h, "netdevsim", pf.Name, Eswitch{Inline: "link"})
 	if !errors.Is(err, unix.EOPNOTSUPP) {
 		t.Errorf("an inline mode, which netdevsim has not: %v", err)

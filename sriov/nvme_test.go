@@ -77,9 +77,11 @@ func TestShareOut(t *testing.T) {
 		{1, assign, queues, 4}, {2, assign, queues, 4}, {3, assign, queues, 4}, {4, assign, queues, 4},
 		{1, assign, interrupts, 2}, {2, assign, interrupts, 2}, {3, assign, interrupts, 2}, {4, assign, interrupts, 2},
 	}
+
 	if err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("%v, %v\nwant %v", got, err, want)
 	}
+
 	has := controllers(8, 2, 1) // of eight, to four: first those that get none give theirs back
 	got, err = shareOut(pools, has, 4)
 	want = []action{
@@ -88,16 +90,19 @@ func TestShareOut(t *testing.T) {
 		{1, assign, queues, 4}, {2, assign, queues, 4}, {3, assign, queues, 4}, {4, assign, queues, 4},
 		{1, assign, interrupts, 2}, {2, assign, interrupts, 2}, {3, assign, interrupts, 2}, {4, assign, interrupts, 2},
 	}
+
 	if err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("%v, %v\nwant %v", got, err, want)
 	}
 	if got, err = shareOut(pools, has, 8); err != nil || len(got) != 0 {
 		t.Errorf("what is right already: %v, %v", got, err)
 	}
+
 	pools[queues] = pool{Total: 16, Primary: 2, Most: 8, Unit: 4}
 	if got, err = shareOut(pools, has, 4); err == nil {
 		t.Errorf("units of 4 for three and a half each: %v", got)
 	}
+
 	if got := goOnline([]secondary{{ID: 1, VF: 1, Online: true}, {ID: 2, VF: 2}, {ID: 3, VF: 3}}, 2); !reflect.DeepEqual(
 		got,
 		[]action{{Controller: 2, Act: online}},

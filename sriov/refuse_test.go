@@ -149,6 +149,7 @@ func TestOddRecords(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	for name, c := range map[string]struct {
 		host func(*testing.T) *hosttest.Kernel
 		pf   string
@@ -194,6 +195,7 @@ func TestPortsThatFail(t *testing.T) {
 		"sys/devices/virtual/net/not-a-port/operstate":        "up\n",
 		"sys/devices/virtual/net/not-a-port/addr_assign_type": "0\n",
 	})
+
 	h := &iommu.Host{Host: k.Host()}
 	port := &Port{PF: &iommu.Device{Address: parse(pf)}, SwitchID: "deadbeef"}
 	hosttest.EachFailure(t, k, "ports", func() (any, error) {
@@ -203,11 +205,13 @@ func TestPortsThatFail(t *testing.T) {
 		}
 		return ports, err
 	})
+
 	for _, none := range []*Port{nil, {}} {
 		if ports, err := ReadPorts(h, none); err != nil || len(ports.VFs) > 0 {
 			t.Errorf("%+v, %v", ports, err)
 		}
 	}
+
 	k.SetFault(func(op, name string) error {
 		if strings.HasSuffix(name, "phys_switch_id") {
 			return unix.EOPNOTSUPP

@@ -33,6 +33,7 @@ func TestParseSettings(t *testing.T) {
 			"node_guid=00:11:22:33:44:55:66:77",
 		},
 	)
+
 	want := Settings{
 		MAC:       "52:54:00:ab:cd:ef",
 		VLAN:      "100",
@@ -41,9 +42,11 @@ func TestParseSettings(t *testing.T) {
 		Proto:     dot1ad,
 		NodeGUID:  "00:11:22:33:44:55:66:77",
 	}
+
 	if err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("%v, %v, want %v", got, err, want)
 	}
+
 	for word, says := range map[string]string{
 		"mac": "invalid setting", "speed=1": "invalid setting", "spoof=on": "did you mean spoofchk?", "mac=": "want a MAC", "mac=01:00:5e:00:00:01": "multicast",
 		"mac=00:11:22:33:44:55:66:77": "want a MAC", "vlan=4095": "0 to 4094", "vlan=-1": "0 to 4094", "qos=8": "0 to 7",
@@ -54,6 +57,7 @@ func TestParseSettings(t *testing.T) {
 			t.Errorf("%s: %v, want an error that says %q", word, err, says)
 		}
 	}
+
 	if _, err := ParseSettings([]string{"link=auto", "state=auto"}); err == nil ||
 		!strings.Contains(err.Error(), "twice") {
 		t.Errorf("two words for one setting: %v", err)

@@ -289,6 +289,7 @@ func look(t *testing.T, k *hosttest.Kernel) (out hostState) {
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	topology.All(func(d *iommu.Device) bool {
 		if d.PCI && (d.Name == e1000 || d.Name == edu || d.SRIOV != nil || d.PhysFn != nil) {
 			fmt.Fprintf(&text, "%s %s %q", d.Name, d.Driver, d.DriverOverride)
@@ -300,11 +301,13 @@ func look(t *testing.T, k *hosttest.Kernel) (out hostState) {
 		}
 		return true
 	})
+
 	out.devices = text.String()
 	port, err := ReadPort(s.Host(), device(t, s, pf))
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	if port != nil {
 		b, err := json.Marshal(port.VFs)
 		if err != nil {
@@ -316,18 +319,21 @@ func look(t *testing.T, k *hosttest.Kernel) (out hostState) {
 			out.settings += fmt.Sprintf(", %s %s %v", file, text, err)
 		}
 	}
+
 	if k.OnIoctl != nil {
 		off, err := offloadsBut(s.Host(), device(t, s, pf), on)
 		if err == nil && len(off) == 0 {
 			out.settings += ", offloads"
 		}
 	}
+
 	if out.changes, err = s.journal.Keys("change-"); err != nil {
 		t.Fatal(err)
 	}
 	if out.taken, err = s.journal.Keys("taken-"); err != nil {
 		t.Fatal(err)
 	}
+
 	return out
 }
 

@@ -25,6 +25,7 @@ func TestTransfer(t *testing.T) {
 		n   int
 		err error
 	}
+
 	for name, c := range map[string]struct {
 		size   int
 		offset int64
@@ -66,6 +67,7 @@ func TestTransfer(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
+
 	if _, err := r.ReadAt(make([]byte, 1), 0); !errors.Is(err, ErrUnsupported) {
 		t.Errorf("a region that cannot be read: %v", err)
 	}
@@ -93,10 +95,12 @@ func TestAccess(t *testing.T) {
 		4: func(at int64) error { _, err := m.Load32(at); return err },
 		8: func(at int64) error { _, err := m.Load64(at); return err },
 	}
+
 	stores := map[int64]func(at int64) error{
 		1: func(at int64) error { return m.Store8(at, 1) }, 2: func(at int64) error { return m.Store16(at, 1) },
 		4: func(at int64) error { return m.Store32(at, 1) }, 8: func(at int64) error { return m.Store64(at, 1) },
 	}
+
 	for width := range loads {
 		for at, want := range map[int64]error{
 			page: nil, 2*page - width: nil, 2 * page: nil, 4*page - width: nil,
@@ -118,6 +122,7 @@ func TestAccess(t *testing.T) {
 			}
 		}
 	}
+
 	// Within a batch what is not mapped is a fault, which tells where.
 	for at, want := range map[int64]error{
 		0: ErrRange, page - 8: ErrRange, page: nil, 4*page - 8: nil,
@@ -133,6 +138,7 @@ func TestAccess(t *testing.T) {
 			}
 		}
 	}
+
 	if err := m.Batch(func(r Registers) error { r.Load32(6); return nil }); !errors.Is(err, ErrAlignment) {
 		t.Error(err)
 	}
@@ -268,6 +274,7 @@ func TestNotMapped(t *testing.T) {
 		}
 		return strings.Count(string(maps), "memfd:")
 	}
+
 	before := mappings()
 	for name, c := range map[string]struct {
 		info RegionInfo
@@ -291,10 +298,12 @@ func TestNotMapped(t *testing.T) {
 			t.Errorf("%s: %d mappings, before %d", name, after, before)
 		}
 	}
+
 	whole := must2((&Region{RegionInfo{Size: page, Read: true, Mappable: []Area{{0, page}}}, d}).Map())(t)
 	if err := whole.Close(); err != nil || mappings() != before {
 		t.Errorf("%v, %d mappings, before %d", err, mappings(), before)
 	}
+
 	gone := &Device{context: d.context, target: d.target, file: &file{fd: -1}}
 	if _, err := (&Region{whole.region.RegionInfo, gone}).Map(); !errors.Is(err, fs.ErrClosed) {
 		t.Errorf("of a device that is closed: %v", err)

@@ -30,6 +30,7 @@ func TestRange(t *testing.T) {
 			t.Errorf("%s and %s", r, c.other)
 		}
 	}
+
 	for _, c := range []struct {
 		ranges, gaps []Range
 		ordered      bool
@@ -99,6 +100,7 @@ func TestPlace(t *testing.T) {
 			t.Errorf("%#x bytes at %#x: place %d, %#x bytes, %v", c.Size, c.IOVA, at, asked.Size, err)
 		}
 	}
+
 	// What is not told, or tells nothing, forbids nothing.
 	for _, info := range []Info{{}, {Alignment: 1}} {
 		odd := part(0x7001, 1, 1)
@@ -106,6 +108,7 @@ func TestPlace(t *testing.T) {
 			t.Errorf("%+v: %v", info, err)
 		}
 	}
+
 	two := part(0x7002, 3, 2)
 	if _, err := placeOf(there, &two, Info{Alignment: 2}); !errors.Is(err, ErrAlignment) {
 		t.Error(err)
@@ -198,6 +201,7 @@ func TestMemoryBounds(t *testing.T) {
 			t.Errorf("%d bytes in pages of %d: %v, %v", c.size, c.page, m, err)
 		}
 	}
+
 	for _, c := range [][3]int{{1, 0, own}, {own, own, own}, {own + 1, own, 2 * own}, {2 * own, 0, 2 * own}} {
 		m := must2(NewMemory(c[0], c[1]))(t)
 		if m.Size() != c[2] || m.PageSize() != own || len(m.Bytes()) != c[2] || slices.Max(m.Bytes()) != 0 {
@@ -227,6 +231,7 @@ func TestMemoryBounds(t *testing.T) {
 			t.Errorf("memory that is closed: %v", err)
 		}
 	}
+
 	// Huge pages are those of the size that was asked for: there are none of so large a one.
 	if m, err := NewMemory(1, 1<<40); err == nil || errors.Is(err, ErrAlignment) || errors.Is(err, ErrRange) {
 		t.Errorf("%v, %v", m, err)
@@ -243,6 +248,7 @@ func TestNames(t *testing.T) {
 			t.Errorf("%d is %s, not %s", int(kind), kind, want)
 		}
 	}
+
 	for state, want := range map[State]string{
 		StateError: "ERROR", StateStop: "STOP", StateRunning: "RUNNING", StateStopCopy: "STOP_COPY",
 		StateResuming: "RESUMING", StateRunningP2P: "RUNNING_P2P", StatePreCopy: "PRE_COPY",
@@ -252,6 +258,7 @@ func TestNames(t *testing.T) {
 			t.Errorf("%d is %s, not %s", uint32(state), state, want)
 		}
 	}
+
 	const first = "; take the whole group from the host first (viaduct bind)"
 	both := []*iommu.Device{{Name: "a", Driver: "b"}, {Name: "c", Driver: "d"}}
 	for err, want := range map[error]string{
@@ -266,6 +273,7 @@ func TestNames(t *testing.T) {
 			t.Errorf("%s, not %s", err, want)
 		}
 	}
+
 	if !errors.Is(&NotViableError{}, ErrNotViable) || errors.Is(&NotViableError{}, ErrNotOwned) ||
 		!errors.Is(&NotOwnedError{}, ErrNotOwned) || errors.Is(&NotOwnedError{}, ErrNotViable) {
 		t.Error("an error matches another's, or not its own")
@@ -290,18 +298,22 @@ func TestWays(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+
 		d, err := iommu.ReadDevice(host, iommu.Address{Bus: 1})
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		ways, err := Ways(host, &d)
 		if err != nil || !slices.Equal(ways, c.want) {
 			t.Errorf("%s: %v, %v", name, ways, err)
 		}
+
 		found := must2(findTarget(host, nic))(t)
 		if again, err := found.ways(); err != nil || !reflect.DeepEqual(again, ways) {
 			t.Errorf("%s: the device to be opened has %v, %v", name, again, err)
 		}
+
 		opened, err := newContext(t, host, Options{}).Open(nic)
 		switch {
 		case len(c.want) == 0 && !errors.Is(err, ErrUnsupported), len(c.want) > 0 && err != nil:
@@ -309,6 +321,7 @@ func TestWays(t *testing.T) {
 		case err == nil && opened.context.Way() != c.want[0]:
 			t.Errorf("%s: it was opened by %s", name, opened.context.Way())
 		}
+
 		hosttest.EachFailure(t, k, "Ways", func() (any, error) { return Ways(host, &d) })
 		hosttest.EachFailure(t, k, "findTarget", func() (any, error) {
 			f, err := findTarget(host, nic)

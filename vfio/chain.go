@@ -115,11 +115,13 @@ func decodeRegion(b []byte) (RegionInfo, error) {
 	if raw.Size > 1<<62 || raw.Offset > 1<<62 {
 		return RegionInfo{}, fmt.Errorf("vfio: a region of %#x bytes at %#x of a file cannot be", raw.Size, raw.Offset)
 	}
+
 	info := RegionInfo{
 		Index: int(raw.Index), Size: int64(raw.Size), offset: int64(raw.Offset),
 		Read:  raw.Flags&uapi.VFIO_REGION_INFO_FLAG_READ != 0,
 		Write: raw.Flags&uapi.VFIO_REGION_INFO_FLAG_WRITE != 0,
 	}
+
 	mmap := raw.Flags&uapi.VFIO_REGION_INFO_FLAG_MMAP != 0
 	sparse := false
 	if raw.Flags&uapi.VFIO_REGION_INFO_FLAG_CAPS != 0 {
@@ -141,12 +143,14 @@ func decodeRegion(b []byte) (RegionInfo, error) {
 			return RegionInfo{}, err
 		}
 	}
+
 	switch {
 	case !mmap:
 		info.Mappable = nil
 	case !sparse && info.Size > 0:
 		info.Mappable = []Area{{0, info.Size}}
 	}
+
 	return info, nil
 }
 

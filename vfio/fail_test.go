@@ -25,6 +25,7 @@ func TestEachRequest(t *testing.T) {
 		}
 		return err
 	}
+
 	// These are no requests to a device, which then would not answer.
 	ofSpace := []string{"Info", "Map", "Hardware", "TrackDirty", "Dirty"}
 	for name, c := range map[string]struct {

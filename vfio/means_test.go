@@ -95,6 +95,7 @@ func TestMeans(t *testing.T) {
 			}
 		}
 	}
+
 	for way, node := range map[Way]string{IOMMUFD: "dev/iommu", Container: "dev/vfio/vfio"} {
 		for errno, want := range map[unix.Errno]error{unix.ENOENT: ErrUnsupported, unix.ENODEV: ErrUnsupported,
 			unix.ENXIO: ErrUnsupported, unix.EACCES: unix.EACCES} {
@@ -111,6 +112,7 @@ func TestMeans(t *testing.T) {
 			}
 		}
 	}
+
 	if err := failure("op", "", nil, nil); err != nil {
 		t.Error(err)
 	}

@@ -207,9 +207,11 @@ func TestFaultOfOpen(t *testing.T) {
 			}
 			return c.Unmap(1<<20, 4096)
 		}
+
 		if err := use(); err != nil {
 			t.Fatal(err)
 		}
+
 		before := openFiles(t)
 		n := 0
 		for ; ; n++ {
@@ -225,6 +227,7 @@ func TestFaultOfOpen(t *testing.T) {
 				t.Fatalf("operation %d: %d files open, before %d (%v)", n, after, before, err)
 			}
 		}
+
 		t.Logf("%d operations", n)
 		if err := memory.Close(); err != nil {
 			t.Error(err)
@@ -750,12 +753,14 @@ func TestTokenOfVF(t *testing.T) {
 	if _, err := newContext(t, host, Options{Way: IOMMUFD}).OpenToken(nic, token); !errors.Is(err, ErrToken) {
 		t.Errorf("a kernel whose iommufd takes no token: %v", err)
 	}
+
 	c := newContext(t, host, Options{})
 	if d, err := c.OpenToken(nic, token); err != nil || c.Way() != Container {
 		t.Errorf("%v, by %s", err, c.Way())
 	} else if err := d.Close(); err != nil {
 		t.Error(err)
 	}
+
 	c = newContext(t, host, Options{Way: Container})
 	if _, err := c.Open(nic); !errors.Is(err, ErrToken) {
 		t.Error(err)
@@ -769,6 +774,7 @@ func TestTokenOfVF(t *testing.T) {
 	if _, err := c.OpenToken(nic, token); err != nil {
 		t.Error(err)
 	}
+
 	for _, wrong := range []string{"", "8ce5d3a63e0c4b0c9d2e5f1a7c1b2d3e", "8ce5d3a6-3e0c-4b0c-9d2e-5f1a7c1b2d3", "x"} {
 		if _, err := ParseToken(wrong); err == nil {
 			t.Errorf("%q is a token", wrong)

@@ -110,15 +110,18 @@ func (d *Device) HotReset() error {
 	if err != nil {
 		return err
 	}
+
 	var others []iommu.Address
 	for _, o := range dependents {
 		if !o.Owned {
 			others = append(others, o.Address)
 		}
 	}
+
 	if len(others) > 0 {
 		return &NotOwnedError{d.Name(), others}
 	}
+
 	slices.Sort(groups)
 	err = d.context.space.hotReset(d, slices.Compact(groups))
 	if errors.Is(err, unix.EINVAL) {
@@ -132,6 +135,7 @@ func (d *Device) HotReset() error {
 			return &NotOwnedError{d.Name(), others}
 		}
 	}
+
 	return err
 }
 

@@ -25,6 +25,7 @@ func TestTargets(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+
 	real := "sys/bus/pci/devices/" + nic
 	for name, want := range map[string]string{
 		nic: nic, "01:00.0": nic, "/" + real: nic, real: nic, "/" + real + "/": nic,
@@ -39,11 +40,13 @@ func TestTargets(t *testing.T) {
 			t.Errorf("%s: %+v", name, d)
 		}
 	}
+
 	write := func(file, value string) {
 		if err := k.Write("sys/bus/pci/"+file, value); err != nil {
 			t.Fatal(err)
 		}
 	}
+
 	write("drivers/vfio-pci/unbind", nic)
 	write("drivers/vfio-pci/unbind", other)
 	write("devices/"+other+"/driver_override", "nvme")
@@ -141,6 +144,7 @@ func TestContainer(t *testing.T) {
 			t.Errorf("%s: %d files are open, before %d", name, after, before)
 		}
 	}
+
 	for _, request := range []uintptr{0x3b64, 0x3b65} {
 		_, v, host := newVFIO(t)
 		before := openFiles(t)
@@ -152,6 +156,7 @@ func TestContainer(t *testing.T) {
 			t.Errorf("request %#x: %d files are open, before %d", request, after, before)
 		}
 	}
+
 	own := "sys/bus/pci/devices/" + nic + "/vfio-dev"
 	for way, node := range map[Way]string{Container: "sys/class/vfio", IOMMUFD: own} {
 		k, _, host := newVFIO(t)
@@ -173,6 +178,7 @@ func TestGroup(t *testing.T) {
 		takeFor(t, k, a)
 		v.Devices[a] = &hosttest.VFIODevice{}
 	}
+
 	host := &iommu.Host{Host: k.Host()}
 	c := newContext(t, host, Options{Way: Container})
 	count := func(request uintptr) int {
@@ -184,6 +190,7 @@ func TestGroup(t *testing.T) {
 		}
 		return n
 	}
+
 	a, b, alone := must2(c.Open(one))(t), must2(c.Open(two))(t), must2(c.Open(nic))(t)
 	group := *a.target.group
 	if count(0x3b68) != 2 || count(0x3b66) != 1 || !c.space.ownsGroup(group) || c.space.ownsGroup(group+100) {
@@ -198,15 +205,18 @@ func TestGroup(t *testing.T) {
 	if err := must2(c.Open(two))(t).Close(); err != nil || count(0x3b68) != 3 {
 		t.Errorf("%v: the group was put into the container %d times", err, count(0x3b68))
 	}
+
 	// A device that does not open takes its group along.
 	v.Fail = failing(0x3b6a, unix.EIO)
 	if _, err := c.Open(one); !errors.Is(err, unix.EIO) || c.space.ownsGroup(group) {
 		t.Errorf("%v: the group stays open", err)
 	}
+
 	v.Fail = failing(0x3b6b, unix.EIO)
 	if _, err := c.Open(one); !errors.Is(err, unix.EIO) || c.space.ownsGroup(group) {
 		t.Errorf("%v: the group stays open", err)
 	}
+
 	v.Fail = nil
 	if !c.space.ownsGroup(*alone.target.group) {
 		t.Error("another group was closed")
@@ -214,18 +224,22 @@ func TestGroup(t *testing.T) {
 	if err := must2(c.Open(one))(t).Close(); err != nil {
 		t.Error(err)
 	}
+
 	// One whose IOMMU cannot be set leaves the container again.
 	fresh := newContext(t, host, Options{Way: Container})
 	v.Fail = failing(0x3b66, unix.EPERM)
 	if _, err := fresh.Open(one); !errors.Is(err, ErrNotIsolated) || count(0x3b69) != 1 {
 		t.Errorf("%v, taken out %d times", err, count(0x3b69))
 	}
+
 	v.Fail = func(request uintptr) error {
 		return map[uintptr]error{0x3b66: unix.EPERM, 0x3b69: unix.EBUSY}[request]
 	}
+
 	if _, err := fresh.Open(one); !errors.Is(err, ErrNotIsolated) || !errors.Is(err, unix.EBUSY) {
 		t.Errorf("%v", err)
 	}
+
 	v.Fail = nil
 }
 
@@ -535,6 +549,7 @@ func TestManyTogether(t *testing.T) {
 			t.Errorf("%d of %d, %v", len(all), n, err)
 		}
 	}
+
 	v.Devices[nic].Together = slices.Repeat([]string{nic}, 1<<16+1)
 	if all, err := d.HotResetInfo(); all != nil || !errors.Is(err, unix.ENOSPC) {
 		t.Errorf("%d, %v", len(all), err)
@@ -542,23 +557,27 @@ func TestManyTogether(t *testing.T) {
 	if err := d.HotReset(); !errors.Is(err, unix.ENOSPC) || v.Devices[nic].Resets != 0 {
 		t.Error(err)
 	}
+
 	v.Devices[nic].Together = []string{nic, "0001:ff:1f.7"}
 	want := iommu.Address{Domain: 1, Bus: 0xff, Device: 0x1f, Function: 7}
 	if all, err := d.HotResetInfo(); err != nil || len(all) != 2 || all[1] != (Dependent{want, false}) {
 		t.Errorf("%+v, %v", all, err)
 	}
+
 	// A group that two of them are in is given once, and what the kernel then refuses stays its own word.
 	v.Devices[nic].Together = []string{nic, nic}
 	v.Fail = failing(0x3b71, unix.EINVAL)
 	if err := d.HotReset(); !errors.Is(err, unix.EINVAL) || errors.Is(err, ErrNotOwned) {
 		t.Error(err)
 	}
+
 	for count, ok := range map[uint32]bool{0: true, 1: true, 2: false} {
 		_, all, err := decodeHotReset(words(20, 3, count, 9, 0x08000000))
 		if (err == nil) != ok || ok && len(all) != int(count) {
 			t.Errorf("%d in the room for one: %v, %v", count, all, err)
 		}
 	}
+
 	flags, all, err := decodeHotReset(words(20, 3, 1, 9, 0x08070001))
 	if err != nil || flags != 3 || all[0].GroupId != 9 {
 		t.Errorf("%d, %+v, %v", flags, all, err)
@@ -604,14 +623,17 @@ func TestSized(t *testing.T) {
 			t.Errorf("%d areas: %v", n, err)
 		}
 	}
+
 	v.Devices[nic].Sparse = append(v.Devices[nic].Sparse, [2]uint64{1 << 29, 4096})
 	if _, err := d.Region(BAR0); err == nil || !strings.Contains(err.Error(), "too much") {
 		t.Errorf("more than that: %v", err)
 	}
+
 	v.Devices[nic].Sparse = [][2]uint64{{1 << 30, 4096}}
 	if _, err := d.Region(BAR0); err == nil || !strings.Contains(err.Error(), nic+": region 0") {
 		t.Errorf("an area beyond the end: %v", err)
 	}
+
 	for way, most := range map[Way]int{IOMMUFD: 1 << 16, Container: (maxInfo - 24 - 16 - 12) / 16} {
 		c, _ := openOne(t, host, Options{Way: way}, other)
 		for _, n := range []int{1, 15, 16, 17, most, most + 1} {
@@ -641,10 +663,12 @@ func TestSetToken(t *testing.T) {
 	if err := d.SetToken(token); !errors.Is(err, ErrUnsupported) {
 		t.Errorf("no PF: %v", err)
 	}
+
 	v.Devices[nic].PF = true
 	if err := d.SetToken(token); err != nil || v.Devices[nic].Token != token.String() {
 		t.Errorf("%v, %s, not %s", err, v.Devices[nic].Token, token)
 	}
+
 	// All of its bits are random, but those that say that it is.
 	var ever, always Token
 	for i := range 100 {
@@ -666,16 +690,19 @@ func TestSetToken(t *testing.T) {
 			}
 		}
 	}
+
 	set, all := Token{6: 0x40, 8: 0x80}, Token(bytes.Repeat([]byte{0xff}, 16))
 	all[6], all[8] = 0x4f, 0xbf
 	if always != set || ever != all {
 		t.Errorf("of a hundred tokens each has %x, and none more than %x", always, ever)
 	}
+
 	counting := Token{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
 	const text = "00010203-0405-0607-0809-0a0b0c0d0e0f"
 	if again, err := ParseToken(text); again != counting || err != nil || counting.String() != text {
 		t.Errorf("%s, %s, %v", counting, again, err)
 	}
+
 	for _, wrong := range []string{text + "00", text[:34], "g" + text[1:], "0-0010203-0405-0607-0809-0a0b0c0d0e0f"} {
 		if got, err := ParseToken(wrong); err == nil || got != (Token{}) {
 			t.Errorf("%q is token %s", wrong, got)
@@ -708,6 +735,7 @@ func TestHardwareBounds(t *testing.T) {
 			t.Errorf("kind %d, too short: %+v, %v", c.kind, got, err)
 		}
 	}
+
 	for oas, want := range []int{32, 36, 40, 42, 44, 48, 52, 56} {
 		for _, others := range []uint32{0, 0xfffffff8} {
 			if got := (SMMUInfo{IDR: [6]uint32{5: uint32(oas) | others}}).Width(); got != want {
@@ -715,6 +743,7 @@ func TestHardwareBounds(t *testing.T) {
 			}
 		}
 	}
+
 	for mgaw, want := range map[uint64]int{0: 1, 38: 39, 63: 64} {
 		for _, others := range []uint64{0, ^uint64(0x3f << 16)} {
 			if got := (VTdInfo{Capability: mgaw<<16 | others}).Width(); got != want {
@@ -722,6 +751,7 @@ func TestHardwareBounds(t *testing.T) {
 			}
 		}
 	}
+
 	_, v, host := newVFIO(t)
 	_, d := openOne(t, host, Options{}, nic)
 	// A kernel that has more to say than there is room for.
@@ -729,6 +759,7 @@ func TestHardwareBounds(t *testing.T) {
 	if hw, err := d.Hardware(); err != nil || hw.SMMU == nil || hw.SMMU.AIDR != 10 || hw.DirtyTracking {
 		t.Errorf("%+v, %v", hw, err)
 	}
+
 	_, d = openOne(t, host, Options{Way: Container}, other)
 	if _, err := d.Hardware(); !errors.Is(err, ErrUnsupported) {
 		t.Error(err)

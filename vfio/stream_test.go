@@ -35,15 +35,18 @@ func TestMigration(t *testing.T) {
 			t.Errorf("%d: %+v, %v", flags, got, err)
 		}
 	}
+
 	for state := StateError; state <= StatePreCopyP2P; state++ {
 		device.State = uint32(state)
 		if got, err := d.State(); err != nil || got != state {
 			t.Errorf("%s, not %s: %v", got, state, err)
 		}
 	}
+
 	if n, err := d.DataSize(); err != nil || n != uint64(len(device.Content)) {
 		t.Errorf("%d, %v", n, err)
 	}
+
 	for _, c := range []struct {
 		can  Migration
 		has  []State
@@ -273,12 +276,14 @@ func TestStreamWaits(t *testing.T) {
 			t.Error(err)
 		}
 	}
+
 	if b.String() != "onetwo" || s.sent != 6 {
 		t.Errorf("%q, %d bytes", b.String(), s.sent)
 	}
 	if err := s.stream.Close(); err != nil {
 		t.Error(err)
 	}
+
 	folder := must2(unix.Open(t.TempDir(), unix.O_RDONLY|unix.O_CLOEXEC, 0))(t)
 	s.stream = must2(newStream(d, folder))(t)
 	if _, err := s.PreCopy(t.Context(), &b); !errors.Is(err, unix.EISDIR) {

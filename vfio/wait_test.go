@@ -288,11 +288,13 @@ func fewFiles(t *testing.T, left int) (again func()) {
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
 		t.Fatal(err)
 	}
+
 	was := limit
 	limit.Cur = 256
 	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
 		t.Fatal(err)
 	}
+
 	var all []int
 	for {
 		fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
@@ -301,9 +303,11 @@ func fewFiles(t *testing.T, left int) (again func()) {
 		}
 		all = append(all, fd)
 	}
+
 	for _, fd := range all[len(all)-left:] {
 		_ = unix.Close(fd)
 	}
+
 	return func() {
 		for _, fd := range all[:len(all)-left] {
 			_ = unix.Close(fd)
@@ -403,6 +407,7 @@ func TestCloseFails(t *testing.T) {
 			_ = context.Close() // which may tell it again
 		}
 	})
+
 	m := must2(NewMemory(4096, 0))(t)
 	whole := m.bytes
 	m.bytes = m.bytes[:1]

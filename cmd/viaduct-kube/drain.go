@@ -45,6 +45,7 @@ func drainCommand(ctx context.Context, args []string, stdout, stderr io.Writer) 
 			"drain.\n\n")
 		f.PrintDefaults()
 	}
+
 	var err error
 	if o.selectors, err = parse(f, args, stderr); err != nil {
 		return err
@@ -55,10 +56,12 @@ func drainCommand(ctx context.Context, args []string, stdout, stderr io.Writer) 
 	if o.node == "" {
 		return usageError{errors.New("drain: name the node")}
 	}
+
 	client, err := connect(o.kubeconfig)
 	if err != nil {
 		return err
 	}
+
 	ctx, cancel := context.WithTimeout(ctx, o.timeout)
 	defer cancel()
 	return drain(ctx, client, &o, stdout)

@@ -59,6 +59,7 @@ func TestManifests(t *testing.T) {
 	if status != exitDone {
 		t.Fatal(stderr)
 	}
+
 	var kinds []string
 	for doc := range strings.SplitSeq(text, "\n---\n") {
 		var head meta.PartialObjectMetadata
@@ -84,11 +85,13 @@ func TestManifests(t *testing.T) {
 			t.Errorf("rights %q", rights)
 		}
 	}
+
 	want := []string{
 		"Namespace devices", "DeviceClass viaduct.dev", "DeviceClass net.viaduct.dev", "DeviceClass gpu.viaduct.dev",
 		"ServiceAccount viaduct-kube", "ClusterRole viaduct-kube", "ClusterRoleBinding viaduct-kube",
 		"ValidatingAdmissionPolicy viaduct-kube", "ValidatingAdmissionPolicyBinding viaduct-kube", "DaemonSet viaduct-kube",
 	}
+
 	if !slices.Equal(kinds, want) || !strings.Contains(text, "system:serviceaccount:devices:viaduct-kube") {
 		t.Errorf("%q", kinds)
 	}
@@ -254,12 +257,14 @@ func TestServe(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	w, err := client.ResourceV1().ResourceSlices().Watch(ctx, meta.ListOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	ended := make(chan error, 1)
 	go func() { ended <- s.run(ctx) }()
 	select {
@@ -273,15 +278,18 @@ func TestServe(t *testing.T) {
 	case <-ctx.Done():
 		t.Fatal("nothing is published")
 	}
+
 	var page bytes.Buffer
 	s.counts.write(&page)
 	if !strings.Contains(page.String(), `viaduct_functions{pool="net",provider="dra"} 2`) {
 		t.Errorf("metrics\n%s", page.String())
 	}
+
 	record, err := node.ReadRecord(s.recordFile())
 	if err != nil || len(record) != 2 {
 		t.Errorf("who serves what is written down as %v, %v", record, err)
 	}
+
 	cancel()
 	if err := <-ended; err != nil {
 		t.Errorf("at its end: %v", err)

@@ -60,6 +60,7 @@ func serveCommand(ctx context.Context, args []string, stderr io.Writer) error {
 	if o.node == "" {
 		return usageError{errors.New("serve: --node is missing: name this node as the cluster does")}
 	}
+
 	h, err := iommu.Open("")
 	if err != nil {
 		return err
@@ -68,14 +69,17 @@ func serveCommand(ctx context.Context, args []string, stderr io.Writer) error {
 	if err := node.Preflight(h, node.Needs(o.kubeletDir, o.cdiDir)); err != nil {
 		return fmt.Errorf("this node cannot be served:\n%w", err)
 	}
+
 	client, err := connect(o.kubeconfig)
 	if err != nil {
 		return err
 	}
+
 	s, err := newServer(h, client, &o, stderr)
 	if err != nil {
 		return err
 	}
+
 	return s.run(ctx)
 }
 

@@ -61,19 +61,23 @@ func (o *assignOptions) parse(c *cli.Context, format *vmm.Format) error {
 	if err := o.parseSources(c); err != nil {
 		return err
 	}
+
 	var err error
 	if o.Memory, err = parseSize(o.memory); err != nil {
 		return usagef("%s: invalid --memory %q: want a size, e.g. 512M or 8G", c.Command.Name, o.memory)
 	}
+
 	if c.IsSet("numa") {
 		node := c.Int("numa")
 		o.NUMA = &node
 	}
+
 	if o.NodeOwner != "" {
 		if _, err := bind.ParseNodeOwner(o.NodeOwner); err != nil {
 			return usagef("--node-owner: %w", err)
 		}
 	}
+
 	if o.standby != "" && (format == nil || !format.Standby) {
 		return usagef("%s: --failover needs the format qemu, qemu-iommufd or libvirt", c.Command.Name)
 	}
@@ -83,6 +87,7 @@ func (o *assignOptions) parse(c *cli.Context, format *vmm.Format) error {
 	if o.movable && (format == nil || !format.Standby || format.Args == nil) {
 		return usagef("%s: --movable is for the formats qemu and qemu-iommufd", c.Command.Name)
 	}
+
 	o.VM = &vmm.Machine{Format: o.format, Memory: o.Memory, Standby: o.standby}
 	o.AvoidsReservedRange, o.OwnDriver = format != nil && format.AvoidsReservedRange, format != nil && format.OwnDriver
 	return checkTimeout(o.timeout)
@@ -258,6 +263,7 @@ func runAssign(ctx context.Context, e *env, o *assignOptions, format *vmm.Format
 			return err
 		}
 	}
+
 	return e.assign(ctx, o, func(m *lease.Manager, l *lease.Lease) error {
 		if format == nil {
 			return writeJSON(e.stdout, viewLease(m, m.LookAt(l)))
@@ -319,6 +325,7 @@ func (e *env) assign(ctx context.Context, o *assignOptions, then func(*lease.Man
 	if o.standby != "" || o.movable {
 		o.socket(m.Host())
 	}
+
 	if e.dryRun {
 		steps, l, err := m.PreviewLease(&o.Request)
 		if err != nil {
@@ -329,20 +336,24 @@ func (e *env) assign(ctx context.Context, o *assignOptions, then func(*lease.Man
 		}
 		return e.printPreview(o.Guest, steps)
 	}
+
 	l, fresh, notes, err := m.Assign(ctx, &o.Request)
 	for _, n := range notes {
 		e.note("%s", n)
 	}
+
 	if err != nil {
 		return err
 	}
 	if err = then(m, l); err == nil && ctx.Err() != nil {
 		err = errors.New("interrupted")
 	}
+
 	if err != nil && fresh { // nobody was told of it
 		_, undone := m.Release(context.WithoutCancel(ctx), l.Guest, 0)
 		err = errors.Join(err, undone)
 	}
+
 	return err
 }
 

@@ -446,6 +446,7 @@ func resolveAsked(h *iommu.Host, t *iommu.Topology, sel []iommu.Selector, goal b
 			}
 		}
 	}
+
 	return asked, nil
 }
 

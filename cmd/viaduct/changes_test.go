@@ -37,6 +37,7 @@ func TestChangesThatFail(t *testing.T) {
 		pools = "pfs:\n  - select: " + sweptPF + "\n    count: 2\n    vfs: [{range: 0-1, driver: none, pool: net}]\n"
 		nic   = "devices:\n  - select: " + sweptNIC + "\n"
 	)
+
 	for _, c := range []struct {
 		file   string
 		before []string

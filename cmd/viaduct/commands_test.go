@@ -145,6 +145,7 @@ func TestCommandSights(t *testing.T) {
 		text := strings.ReplaceAll(all.String(), host, "HOST")
 		compareGolden(t, filepath.Join("testdata", "commands", strings.ReplaceAll(name, " ", "-")+".golden"), text)
 	}
+
 	for name := range sightOf {
 		if !slices.Contains(visible(t), name) {
 			t.Errorf("there is no command %s", name)

@@ -38,14 +38,17 @@ func TestPages(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	files := map[string]string{"README.md": "../../README.md"}
 	for _, topic := range topics {
 		files[topic.Name] = filepath.Join("docs", topic.Name+".md")
 	}
+
 	root, err := filepath.Abs("../..")
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	for name, file := range files {
 		t.Run(name, func(t *testing.T) {
 			file := filepath.Join(root, "cmd/viaduct", file)
@@ -152,18 +155,21 @@ func (p *page) line(typed string, want []string) string {
 		}
 		said += text
 	}
+
 	if len(want) == 0 || len(commands) == 1 && commands[0][0] != "viaduct" {
 		return typed + strings.Join(want, "")
 	}
 	if !like(want, said) && !*update {
 		p.t.Errorf("%sprints\n%snot\n%s", typed, said, strings.Join(want, ""))
 	}
+
 	if slices.ContainsFunc(want, func(l string) bool { return strings.TrimSpace(l) == "..." }) {
 		if !like(want, said) {
 			p.t.Errorf("%sprints\n%snot\n%s", typed, said, strings.Join(want, ""))
 		}
 		return typed + strings.Join(want, "")
 	}
+
 	return typed + said
 }
 
@@ -230,6 +236,7 @@ func splitLine(line string) (commands [][]string) {
 		}
 		words = nil
 	}
+
 	fields := strings.Fields(line)
 	for i := 0; i < len(fields); i++ {
 		switch f := fields[i]; {
@@ -250,6 +257,7 @@ func splitLine(line string) (commands [][]string) {
 			words = append(words, strings.Trim(f, `'"`))
 		}
 	}
+
 	end()
 	return commands
 }
@@ -284,6 +292,7 @@ func knownWords(words []string) error {
 		}
 		commands = nil
 	}
+
 	return nil
 }
 
@@ -313,6 +322,7 @@ func TestHelp(t *testing.T) {
 			}
 		}
 	}
+
 	check("viaduct", docs.Text(appHelp(app)), false)
 	var walk func(name string, commands []*cli.Command)
 	walk = func(name string, commands []*cli.Command) {
@@ -321,11 +331,13 @@ func TestHelp(t *testing.T) {
 			walk(name+" "+c.Name, c.Subcommands)
 		}
 	}
+
 	walk("viaduct", app.Commands)
 	topics, err := manual(app)
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	for _, topic := range topics {
 		check(topic.Name, proseOf(topic.Text), false)
 	}

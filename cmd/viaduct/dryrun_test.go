@@ -104,20 +104,24 @@ func TestDryRunWritesNothing(t *testing.T) {
 		if a.status == exitUsage {
 			t.Errorf("%s: exit status %d: %s", line, a.status, a.stderr)
 		}
+
 		after := allOf(t, k)
 		for name := range before {
 			if after[name] != before[name] {
 				t.Errorf("%s: /%s was %q, is %q", line, name, before[name], after[name])
 			}
 		}
+
 		for name := range after {
 			if _, was := before[name]; !was {
 				t.Errorf("%s: /%s was made", line, name)
 			}
 		}
+
 		if len(k.Log) > 0 || !maps.Equal(k.Owners, owners) {
 			t.Errorf("%s: written %q, owners %v", line, k.Log, k.Owners)
 		}
+
 		before, k.Log = after, nil
 	}
 }

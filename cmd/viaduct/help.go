@@ -117,11 +117,13 @@ func flagText(f cli.Flag) (name, text string) {
 	for _, n := range f.Names() {
 		names = append(names, strings.Repeat("-", min(len(n), 2))+n)
 	}
+
 	name = strings.Join(names, ", ")
 	d, ok := f.(cli.DocGenerationFlag)
 	if !ok {
 		return name, ""
 	}
+
 	parts := strings.SplitN(d.GetUsage(), "`", 3)
 	value := "VALUE"
 	switch {
@@ -135,14 +137,17 @@ func flagText(f cli.Flag) (name, text string) {
 			value = "N"
 		}
 	}
+
 	text = strings.Join(parts, "")
 	if !d.TakesValue() {
 		return name, text
 	}
+
 	unset := []string{"", `""`, "0", "-1", "0s"}
 	if normal := strings.Trim(d.GetDefaultText(), `"`); !slices.Contains(unset, normal) {
 		text += " (default: " + normal + ")"
 	}
+
 	return name + " " + value, text
 }
 

@@ -292,15 +292,18 @@ func printUnit(w io.Writer, u *iommu.UnitDetails) {
 	if !u.Active {
 		name = "not in use"
 	}
+
 	what := string(u.Kind)
 	if u.Function != nil && u.Function.String() != u.Name {
 		what += " at " + u.Function.String()
 	} else if u.Base != 0 {
 		what += " at " + acpi.Hex(u.Base).String()
 	}
+
 	if u.Table != "" {
 		what += fmt.Sprintf(", %s at %#x", u.Table, u.Block)
 	}
+
 	add("unit", "%s: %s", name, what)
 	if u.Active {
 		add("devices", "%s", some(u.Devices))
@@ -311,12 +314,15 @@ func printUnit(w io.Writer, u *iommu.UnitDetails) {
 	if u.Features.InputBits != nil {
 		add("addresses", "%d bits for devices%s", *u.Features.InputBits, ofHost(u.Features.PhysicalBits))
 	}
+
 	for _, line := range featureLines(u) {
 		add(line.name, "%s", line.text)
 	}
+
 	for _, r := range u.Windows {
 		add("window", "%#x - %#x %s", r.Start, r.End, r.Type)
 	}
+
 	for i := range u.Ranges {
 		r := &u.Ranges[i]
 		var names []string
@@ -372,6 +378,7 @@ func differences(u *iommu.UnitDetails) string {
 	if !u.Active {
 		return "it would cover " + some(u.Described)
 	}
+
 	has := func(list []string) map[string]bool {
 		out := map[string]bool{}
 		for _, n := range list {
@@ -379,6 +386,7 @@ func differences(u *iommu.UnitDetails) string {
 		}
 		return out
 	}
+
 	kernel, table := has(u.Devices), has(u.Described)
 	var onlyTable, onlyKernel []string
 	for _, n := range u.Described {
@@ -386,11 +394,13 @@ func differences(u *iommu.UnitDetails) string {
 			onlyTable = append(onlyTable, n)
 		}
 	}
+
 	for _, n := range u.Devices {
 		if !table[n] {
 			onlyKernel = append(onlyKernel, n)
 		}
 	}
+
 	var text []string
 	if len(onlyTable) > 0 {
 		text = append(text, "the table has "+some(onlyTable)+" too")
@@ -398,6 +408,7 @@ func differences(u *iommu.UnitDetails) string {
 	if len(onlyKernel) > 0 {
 		text = append(text, "the table does not name "+some(onlyKernel))
 	}
+
 	return strings.Join(text, "; ")
 }
 
@@ -415,18 +426,21 @@ func featureLines(u *iommu.UnitDetails) []featureLine {
 			out = append(out, featureLine{name, strings.TrimSuffix(text, ": ")})
 		}
 	}
+
 	posted := "AVIC"
 	tracks := "live migration can ask the IOMMU what a device wrote"
 	if u.Kind == iommu.KindVTd {
 		posted = "posting"
 		tracks += ", with intel_iommu=sm_on"
 	}
+
 	add("remapping", f.InterruptRemapping, "it can remap interrupts, without which VFIO refuses devices",
 		"it cannot remap interrupts, so VFIO refuses devices behind it")
 	less := "interrupts reach the first 255 processors only"
 	if u.ECap != nil && u.ECap.X2APIC() {
 		less += ", as the firmware asks (X2APIC_OPT_OUT; intremap=no_x2apic_optout overrides it)"
 	}
+
 	add("x2APIC", f.X2APIC, "interrupts reach all processors", less)
 	add(posted, f.PostedInterrupts, "interrupts reach a running guest without the host",
 		"each interrupt for a guest goes through the host")
@@ -437,10 +451,12 @@ func featureLines(u *iommu.UnitDetails) []featureLine {
 		add("PASID", new(*f.PASIDBits > 0), count(*f.PASIDBits, "bit")+": several address spaces for one device",
 			"one address space for each device")
 	}
+
 	add("nesting", f.Nested, "a guest's IOMMU can be backed by it", "a guest's IOMMU must be emulated")
 	if f.HostTables != nil && !*f.HostTables {
 		add("v1 tables", f.HostTables, "", "the kernel uses v2 page tables, which do not track what a device writes")
 	}
+
 	add("5 levels", f.FiveLevels, "page tables for 57 bits of address", "page tables for 48 bits of address")
 	add("SNP", f.SNP, "for SEV-SNP guests; with SNP on, identity domains (iommu=pt) are not allowed", "")
 	add("snooping", f.SnoopControl, "DMA can be kept coherent with the processors' caches",

@@ -48,9 +48,11 @@ func viewLease(m *lease.Manager, look lease.Look) leaseView {
 		seconds := l.TTL.Seconds()
 		v.TTL = &seconds
 	}
+
 	if l.Owner != nil {
 		v.Owner = &l.Owner.PID
 	}
+
 	if len(look.Now) > 0 {
 		for _, h := range look.Now {
 			v.Holders = append(v.Holders, h.String())
@@ -60,6 +62,7 @@ func viewLease(m *lease.Manager, look lease.Look) leaseView {
 			v.Holders = append(v.Holders, h.Name)
 		}
 	}
+
 	for _, of := range l.Devices {
 		d := leaseDeviceView{Address: of.Address.String(), Nodes: []string{}, Settings: sriov.Settings{}}
 		if of.Now != nil {
@@ -77,6 +80,7 @@ func viewLease(m *lease.Manager, look lease.Look) leaseView {
 		d.MAC, d.VLAN = known(of.Now[sriov.MAC]), known(of.Now[sriov.VLAN])
 		v.Devices = append(v.Devices, d)
 	}
+
 	return v
 }
 
@@ -139,20 +143,25 @@ func runLeases(e *env) error {
 	if err != nil {
 		return err
 	}
+
 	view := leasesView{Leases: []leaseView{}, Quarantine: []quarantineView{}}
 	for _, look := range looks {
 		view.Leases = append(view.Leases, viewLease(m, look))
 	}
+
 	for _, q := range quarantine {
 		view.Quarantine = append(view.Quarantine, quarantineView{q.Address.String(), q.Place, q.Guest, q.Since, q.Why})
 	}
+
 	if e.tellUnknownBooks(m.Book); !m.Book.Known() && len(view.Leases)+len(view.Quarantine) == 0 {
 		view = leasesView{}
 	}
+
 	slices.SortFunc(view.Quarantine, func(a, b quarantineView) int { return strings.Compare(a.Path, b.Path) })
 	if e.json {
 		return writeJSON(e.stdout, view)
 	}
+
 	rows := [][]string{{"GUEST", "STATE", "DEVICES", "FROM", "AGE", "WHAT"}}
 	for _, v := range view.Leases {
 		var devices []string
@@ -165,13 +174,16 @@ func runLeases(e *env) error {
 		}
 		rows = append(rows, []string{v.Guest, string(v.State), strings.Join(devices, " "), v.From, ageAt(m.Host(), v.Made), what})
 	}
+
 	for _, q := range view.Quarantine {
 		rows = append(rows, []string{q.Guest, "quarantine", q.Address, "", ageAt(m.Host(), q.Since), q.Why})
 	}
+
 	if len(rows) == 1 {
 		e.note("no guest has a device, and nothing is in quarantine")
 		return nil
 	}
+
 	return e.screen.PrintRows(rows)
 }
 

@@ -66,26 +66,31 @@ func TestUses(t *testing.T) {
 	k := hosttest.NewLab(t, hosttest.Tree{
 		"run/viaduct/lease-web.json": `{"guest":"web","devices":[{"address":"0000:06:00.0"}]}`,
 	})
+
 	k.Net.Routes = []hosttest.Route{{To: "default", Over: []string{"enp1s0"}}}
 	k.Process(4711, "qemu-system-x86", "/dev/vfio/20")
 	do := func(line string) (stdout, stderr string, status int) {
 		a := onKernel(k, strings.Fields(line)...)
 		return a.stdout, a.stderr, a.status
 	}
+
 	out, said, status := do("list")
 	for _, want := range []string{"enp1s0: default route", "guest web"} {
 		if !strings.Contains(out, want) || status != 0 {
 			t.Errorf("list does not say %q: %d, %s%s", want, status, out, said)
 		}
 	}
+
 	if out, _, _ := do("show enp1s0"); !strings.Contains(out, "used by     enp1s0 carries the default route") {
 		t.Errorf("show:\n%s", out)
 	}
+
 	out, _, _ = do("show enp1s0 --json")
 	var v struct {
 		Holders []struct{ Kind, What string }
 		Guest   *string
 	}
+
 	if err := json.Unmarshal([]byte(out), &v); err != nil || len(v.Holders) != 1 || v.Holders[0].Kind != "route" || v.Guest != nil {
 		t.Errorf("%v: %s", err, out)
 	}

@@ -160,6 +160,7 @@ func TestVFCommands(t *testing.T) {
 		}
 		return got.Settings
 	}
+
 	mustOnKernel(t, k, "vf", "create", sweptPF, "2", "--driver", "vfio", "vlan=5")
 	if boundTo(k, sweptVF) != "vfio-pci" || get()[sriov.VLAN] != "5" {
 		t.Errorf("made: on %s, with %v", boundTo(k, sweptVF), get())
@@ -167,10 +168,12 @@ func TestVFCommands(t *testing.T) {
 	if a := onKernel(k, "vf", "set", sweptPF+"/vf0", "vlan=7", "trust=on", "--json"); a.status != exitDone || get()[sriov.VLAN] != "7" || get()[sriov.Trust] != "on" {
 		t.Errorf("set: %+v, %v", a, get())
 	}
+
 	k.Net.Refuse = map[int]unix.Errno{unix.IFLA_VF_VLAN: unix.EPERM}
 	if a := onKernel(k, "vf", "set", sweptPF+"/vf0", "vlan=8"); a.status != exitFailed || get()[sriov.VLAN] != "7" {
 		t.Errorf("refused: %+v, %v", a, get())
 	}
+
 	k.Net.Refuse = nil
 	if a := onKernel(k, "vf", "sync", sweptPF); a.status != exitDone {
 		t.Errorf("in sync: %+v", a)
@@ -181,6 +184,7 @@ func TestVFCommands(t *testing.T) {
 	if a := mustOnKernel(t, k, "vf", "create", sweptPF, "2"); !strings.Contains(a.stdout, "has 2 of 7 VFs already") {
 		t.Errorf("again: %+v", a)
 	}
+
 	mustOnKernel(t, k, "vf", "destroy", sweptPF)
 	k.Net.Routes = []hosttest.Route{{To: "default", Over: []string{"enp1s0"}}}
 	a := mustOnKernel(t, k, "vf", "create", "--dry-run", sweptPF, "1")
@@ -188,11 +192,13 @@ func TestVFCommands(t *testing.T) {
 	if !strings.Contains(a.stderr, "the link of enp1s0 may flap") || b.stderr != "" || !strings.Contains(b.stdout, "may flap") {
 		t.Errorf("what may flap is told: %+v, %+v", a, b)
 	}
+
 	for line, says := range map[string]string{"vf create 0000:01:00.0 8": "7", "vf create 0000:00:05.0 1": "PF", "doctor 0000:77:00.0": "0000:77:00.0"} {
 		if a := onKernel(k, strings.Fields(line)...); a.status == exitDone || a.stdout != "" || !strings.Contains(a.stderr, says) {
 			t.Errorf("%s: %+v", line, a)
 		}
 	}
+
 	if n, _ := k.Host().Int("sys/bus/pci/devices/" + sweptPF + "/sriov_numvfs"); n != 0 {
 		t.Errorf("%d VFs are left", n)
 	}

@@ -144,6 +144,7 @@ func keepsPromise(t *testing.T, tree hosttest.Tree, a iommu.Address) {
 		})
 		return out
 	}
+
 	before := state()
 	d, err := iommu.ReadDevice(b.Host(), a)
 	if err != nil {
@@ -152,6 +153,7 @@ func keepsPromise(t *testing.T, tree hosttest.Tree, a iommu.Address) {
 	if d.VFIO {
 		return
 	}
+
 	_, err = b.Move(t.Context(), bind.Take(bind.Auto), a)
 	switch {
 	case errors.Is(err, holder.ErrRefused):
@@ -162,6 +164,7 @@ func keepsPromise(t *testing.T, tree hosttest.Tree, a iommu.Address) {
 		}
 		return
 	}
+
 	if _, err := b.Move(t.Context(), bind.GiveBack(), a); err != nil {
 		t.Errorf("%s: given back: %v", a, err)
 	}

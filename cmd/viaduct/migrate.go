@@ -102,17 +102,20 @@ func (o *migrateOptions) parse() error {
 	if err := lease.CheckGuest(o.guest); err != nil {
 		return usageError{err}
 	}
+
 	switch o.wish.By = migrate.Way(o.by); o.wish.By {
 	case "", migrate.ByFailover, migrate.ByReplug, migrate.ByVFIO:
 	default:
 		return usagef("migrate: --by %q: want failover, vfio or replug", o.by)
 	}
+
 	mends := 0
 	for _, set := range []bool{o.cancel, o.resume, o.takeBack} {
 		if set {
 			mends++
 		}
 	}
+
 	switch {
 	case mends > 1:
 		return usagef("migrate: --cancel, --resume or --take-back: one of them")
@@ -126,15 +129,18 @@ func (o *migrateOptions) parse() error {
 	case o.force != "" && !o.takeBack:
 		return usagef("migrate: --force is for --take-back")
 	}
+
 	var err error
 	if o.probe != "" {
 		if o.probed, err = netip.ParseAddr(o.probe); err != nil || !o.probed.Is4() {
 			return usagef("migrate: --probe %s: want an IPv4 address of the guest", o.probe)
 		}
 	}
+
 	if o.limits.Bandwidth, err = parseSize(o.bandwidth); err != nil {
 		return usagef("migrate: --bandwidth %q: want a size, e.g. 100M", o.bandwidth)
 	}
+
 	return checkTimeout(o.timeout)
 }
 

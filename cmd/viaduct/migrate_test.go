@@ -52,6 +52,7 @@ func pairHost() hosttest.Tree {
 				"vfio-dev/vfio" + fmt.Sprint(n) + "/dev": fmt.Sprintf("511:%d\n", n)},
 		}
 	}
+
 	return hosttest.Made(
 		hosttest.PCI{At: "0000:00:01.0", ID: "8086:1901", Class: "060400", Driver: "pcieport", Group: 1},
 		hosttest.PCI{At: "0000:00:01.0/0000:01:00.0", ID: "8086:10c9", Class: "020000", Driver: "igb", Group: 2, Files: hosttest.Tree{
@@ -193,6 +194,7 @@ func TestMigratePairs(t *testing.T) {
 	if len(pairs) < 24 {
 		t.Errorf("%d pairs", len(pairs))
 	}
+
 	for name, p := range pairs {
 		t.Run(name, func(t *testing.T) {
 			cpu, settings, machine := cmp.Or(p.cpu, "Nehalem"), cmp.Or(p.settings, mac), cmp.Or(p.vm, vm)

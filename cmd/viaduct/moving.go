@@ -157,37 +157,45 @@ func (e *env) newRecord(ctx context.Context, h *iommu.Host, o *migrateOptions, r
 	if l == nil || l.VM == nil || l.VM.Socket == "" && !l.VM.Libvirt() {
 		return nil, fmt.Errorf("%s: its QEMU has no socket of viaduct's (assign or run it with --failover or --movable)", o.guest)
 	}
+
 	words, err := book.Words(o.guest)
 	if err != nil {
 		return nil, err
 	}
+
 	settings := sriov.Settings{}
 	for k, v := range l.Devices[0].Wanted {
 		if k != sriov.MAC {
 			settings[k] = v
 		}
 	}
+
 	address := l.Devices[0].Now[sriov.MAC]
 	if address == noAddress {
 		address = ""
 	}
+
 	pool := o.wish.Pool
 	if pool == "" {
 		pool = g.From
 	}
+
 	r := &migrate.Record{
 		ID: migrate.NewID(), Guest: o.guest, Phase: migrate.Checked, Source: true, Peer: o.to, Began: time.Now(),
 		Socket: l.VM.Socket,
 		Order: migrate.Order{Way: report.By, From: pool, Count: len(l.Devices), Settings: settings, Address: address, VM: *l.VM,
 			Words: words},
 	}
+
 	if l.VM.Libvirt() {
 		r.URI, err = o.libvirtURI()
 		return r, err
 	}
+
 	if r.Started, err = migrate.ProcessOf(ctx, h, r.Socket); err != nil {
 		return nil, err
 	}
+
 	return r, nil
 }
 
@@ -233,17 +241,21 @@ func (e *env) drive(ctx context.Context, o *migrateOptions, side *migrate.Side, 
 			return nil
 		},
 	}
+
 	if _, err := unix.IoctlGetTermios(2, unix.TCGETS); err == nil && !e.json {
 		d.Progress = func(done, total uint64) { e.note("%d of %d MiB", done>>20, total>>20) }
 	}
+
 	err := d.Run(ctx, want)
 	if probe != nil {
 		probed := probe.End()
 		d.Outcome.Probed = &probed
 	}
+
 	if d.Outcome.Moved || err == nil {
 		return errors.Join(err, e.tellOutcome(r, &d.Outcome))
 	}
+
 	switch left, unread := side.Record(r.Guest); {
 	case unread != nil:
 	case left == nil:
@@ -251,6 +263,7 @@ func (e *env) drive(ctx context.Context, o *migrateOptions, side *migrate.Side, 
 	default:
 		e.note("the move of %s is not over: viaduct migrate %s --resume, or --cancel", r.Guest, shell.Quote(r.Guest))
 	}
+
 	return err
 }
 
@@ -280,6 +293,7 @@ func (e *env) tellOutcome(r *migrate.Record, o *migrate.Outcome) error {
 	if p := o.Probed; p != nil {
 		v.Probe = &probeView{*p, float64(p.Silence.Microseconds()) / 1000}
 	}
+
 	between := func(here, there time.Time) *float64 {
 		if here.IsZero() || there.IsZero() || !o.Clock.Known {
 			return nil
@@ -287,18 +301,22 @@ func (e *env) tellOutcome(r *migrate.Record, o *migrate.Outcome) error {
 		ms := float64(there.Add(-o.Clock.Ahead).Sub(here).Microseconds()) / 1000
 		return &ms
 	}
+
 	v.Stopped, v.Without = between(o.Stopped, o.Resumed), between(o.Unplug, o.Plugged)
 	if o.Clock.Known {
 		ms := float64(o.Clock.Error.Microseconds()) / 1000
 		v.Error = &ms
 	}
+
 	if e.json {
 		return writeJSON(e.stdout, v)
 	}
+
 	if !o.Moved {
 		fmt.Fprintf(e.stdout, "%s is here, as it was\n", r.Guest)
 		return nil
 	}
+
 	fmt.Fprintf(e.stdout, "%s is on %s\n", r.Guest, r.Peer)
 	if v.Downtime != nil {
 		fmt.Fprintf(e.stdout, "QEMU's downtime %d ms\n", *v.Downtime)
@@ -306,6 +324,7 @@ func (e *env) tellOutcome(r *migrate.Record, o *migrate.Outcome) error {
 	if v.Stopped != nil {
 		fmt.Fprintf(e.stdout, "stopped until it went on %.1f ms (the clocks are known to %.1f ms)\n", *v.Stopped, *v.Error)
 	}
+
 	if v.Without != nil {
 		what := "without its VF"
 		if r.Order.VM.Standby != "" {
@@ -313,10 +332,12 @@ func (e *env) tellOutcome(r *migrate.Record, o *migrate.Outcome) error {
 		}
 		fmt.Fprintf(e.stdout, "%s %.1f ms\n", what, *v.Without)
 	}
+
 	if p := v.Probe; p != nil {
 		fmt.Fprintf(e.stdout, "%d of %d questions to %s were lost, and the longest silence was %.1f ms\n", max(p.Sent-p.Answered, 0),
 			p.Sent, p.Address, p.Silence)
 	}
+
 	return nil
 }
 

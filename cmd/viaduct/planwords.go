@@ -139,13 +139,16 @@ func (e *env) statusWords(items []*declared.Item, verbose bool) error {
 		)
 		return nil
 	}
+
 	t := &terminal.Table{
 		Shrink: []terminal.Shrink{{Column: 3, Least: 20}, {Column: 2, Least: 14}, {Column: 3, Least: 8}},
 	}
+
 	head := terminal.Cells("STATE", "DEVICE", "DECLARED AS", "WHAT")
 	for n := range head.Cells {
 		head.Cells[n].Style = terminal.Bold
 	}
+
 	t.Rows = append(t.Rows, head)
 	for _, i := range items {
 		words := i.Words()
@@ -175,6 +178,7 @@ func (e *env) statusWords(items []*declared.Item, verbose bool) error {
 			}
 		}
 	}
+
 	return e.screen.Print(t)
 }
 

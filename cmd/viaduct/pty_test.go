@@ -203,6 +203,7 @@ func TestProgressAtTerminal(t *testing.T) {
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
+
 	for name, c := range map[string]struct {
 		keys, says string
 		status     int

@@ -100,6 +100,7 @@ func runRelease(ctx context.Context, e *env, timeout time.Duration, do func(cont
 		}
 		return mixed(errors.Join(err, writeJSON(e.stdout, views)), len(views) > 0)
 	}
+
 	for _, c := range certificates {
 		switch c.Result {
 		case lease.Clean:
@@ -113,6 +114,7 @@ func runRelease(ctx context.Context, e *env, timeout time.Duration, do func(cont
 			fmt.Fprintf(e.stdout, "%s of %s: lost: %s\n", c.Address, c.Guest, c.Why)
 		}
 	}
+
 	return mixed(err, len(certificates) > 0)
 }
 

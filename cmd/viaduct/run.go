@@ -250,6 +250,7 @@ func (e *env) moved(ctx context.Context, guest string) (bool, error) {
 	if r == nil || !r.Source || err != nil {
 		return false, err
 	}
+
 	const mostEnd = 10 * time.Minute
 	held, err := lease.BookOf(h).LockMove(context.WithoutCancel(ctx), guest, mostEnd)
 	if err != nil {
@@ -261,6 +262,7 @@ func (e *env) moved(ctx context.Context, guest string) (bool, error) {
 	if err := errors.Join(err1, err2); err != nil {
 		return false, err
 	}
+
 	switch {
 	case l == nil && now == nil:
 		e.note("%s is on %s now", guest, r.Peer)
@@ -270,6 +272,7 @@ func (e *env) moved(ctx context.Context, guest string) (bool, error) {
 			"--cancel)", guest, shell.Quote(guest))
 		return true, nil
 	}
+
 	return false, nil
 }
 

@@ -207,22 +207,27 @@ func (f *facts) identity(d *iommu.Device, v *showView) {
 		}
 		f.add(class, "%s", strings.Join(names, ", "))
 	}
+
 	if d.PCI {
 		f.add("class", "%s (%s)", className(d), *v.Class)
 		f.add("ids", "%s, subsystem %s:%s, revision %s", idText(d), v.SubsystemVendor, v.SubsystemDevice, v.Revision)
 	}
+
 	f.text("serial", v.Serial)
 	if v.Path != "" {
 		f.add("path", "%s", v.Path)
 	}
+
 	f.text("iommu", v.Unit)
 	if v.NUMANode != nil {
 		f.add("numa node", "%d", *v.NUMANode)
 	}
+
 	f.text("power", v.PowerState)
 	if v.Link != nil {
 		f.add("link", "%s x%d (at most %s x%d)", v.Link.Speed, v.Link.Width, v.Link.MaxSpeed, v.Link.MaxWidth)
 	}
+
 	for _, b := range v.BARs {
 		f.add(fmt.Sprintf("bar %d", b.Index), "%s %s%s", size(b.Size), b.Kind,
 			map[bool]string{true: " prefetchable"}[b.Prefetchable])

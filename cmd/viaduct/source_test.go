@@ -31,10 +31,12 @@ func TestParseSource(t *testing.T) {
 			}
 			continue
 		}
+
 		words := strings.Fields(want)
 		if got := strings.Fields(s.Settings.Text()); s.From != words[0] || len(got) != len(words)-2 {
 			t.Errorf("%s: %+v", text, s)
 		}
+
 		for _, w := range words[2:] {
 			if !strings.Contains(s.Settings.Text(), w) {
 				t.Errorf("%s: %s is missing of %s", text, w, s.Settings.Text())

@@ -115,6 +115,7 @@ func TestFaultSweep(t *testing.T) {
 	line := func(words ...string) func(*hosttest.Kernel) answer {
 		return func(k *hosttest.Kernel) answer { return onKernel(k, words...) }
 	}
+
 	for name, c := range map[string]struct {
 		host func(*testing.T) *hosttest.Kernel
 		do   func(*hosttest.Kernel) answer

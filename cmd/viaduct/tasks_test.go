@@ -110,6 +110,7 @@ func TestTasks(t *testing.T) {
 			}
 			out.WriteString("\n")
 		}
+
 		number, _, _ := strings.Cut(task.name, " ")
 		compareGolden(t, filepath.Join("testdata", "tasks", number+".golden"), out.String())
 	}

@@ -206,6 +206,7 @@ func TestIOMMUTexts(t *testing.T) {
 	} {
 		wants(t, "table", tableText(f), want)
 	}
+
 	names := strings.Fields("a b c d e f g h i j")
 	wants(t, "none", some(nil), "none")
 	wants(t, "eight", some(names[:8]), "a b c d e f g h")
@@ -218,6 +219,7 @@ func TestIOMMUTexts(t *testing.T) {
 	} {
 		wants(t, "differences", differences(u), want)
 	}
+
 	u := &iommu.UnitDetails{
 		Base: 0x1000, Table: "DMAR", Block: 0x30,
 		Ranges: []iommu.Direct{
@@ -225,6 +227,7 @@ func TestIOMMUTexts(t *testing.T) {
 			{Region: iommu.Region{Start: 3, End: 4, Type: "direct-relaxable"}, Kind: "IVMD", Devices: []iommu.DirectDevice{{Name: "b"}}},
 		},
 	}
+
 	u.Kind = "vt-d"
 	wants(t, "unit", said(func(out *bytes.Buffer) { printUnit(out, u) }), "unit not in use: vt-d at 0x1000, DMAR at 0x30 "+
 		"direct 0x1 - 0x2 for a: RMRR, so no guest can have them direct 0x3 - 0x4 for b: IVMD, until their driver has them")

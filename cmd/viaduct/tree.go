@@ -16,9 +16,11 @@ func (s *sight) tree(parents map[string]string) *terminal.Table {
 		children[parents[d.Name]] = append(children[parents[d.Name]], d)
 		return true
 	})
+
 	for _, below := range children {
 		slices.SortFunc(below, func(a, b *iommu.Device) int { return iommu.CompareDevices(*a, *b) })
 	}
+
 	has := s.branches(children)
 	table := &terminal.Table{Shrink: treeShrink, Wrap: true}
 	var draw func(parent, indent string)
@@ -44,6 +46,7 @@ func (s *sight) tree(parents map[string]string) *terminal.Table {
 			draw(d.Name, indent+next)
 		}
 	}
+
 	draw("", "")
 	return finish(table, s.undrawn(has), "ADDRESS", "GROUP", "CLASS", "DEVICE", "DRIVER", "USED BY")
 }

@@ -61,6 +61,7 @@ func printWay(w io.Writer, way vfio.Way, r *verify.Way, usable bool) {
 	default:
 		return
 	}
+
 	fmt.Fprintln(w)
 	fmt.Fprintf(w, "By %s: it works\n", way)
 	f := fields{w}
@@ -68,16 +69,19 @@ func printWay(w io.Writer, way vfio.Way, r *verify.Way, usable bool) {
 		f.add("  addresses", "%s (%d bits)", spanText(r.IOVARanges), *r.AddressWidth)
 		f.add("  reserved", "%s", spanText(r.Reserved))
 	}
+
 	if r.PageSizes != nil {
 		f.add("  page sizes", "%s", pageSizes(r.PageSizes))
 	}
 	if r.MappingsLeft != nil {
 		f.add("  mappings", "%d more can be made", *r.MappingsLeft)
 	}
+
 	for _, t := range r.Mapping {
 		f.add("  map", "%s in pages of %s: %s, unmap: %s", size(t.Size), size(t.PageSize),
 			time.Duration(t.Map).Round(10*time.Microsecond), time.Duration(t.Unmap).Round(10*time.Microsecond))
 	}
+
 	if r.Interrupt != nil {
 		f.add("  interrupt", "arrives")
 	}

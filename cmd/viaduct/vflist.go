@@ -127,6 +127,7 @@ func tableOfVFs(view vfListView) *terminal.Table {
 	table := &terminal.Table{
 		Indent: 2, Wrap: true, Shrink: []terminal.Shrink{{Column: 4, Least: 16}, {Column: 5, Least: 12}, {Column: 4, Least: 8}},
 	}
+
 	for _, p := range view.PFs {
 		head := p.Address
 		if len(p.Netdevs) > 0 {
@@ -154,6 +155,7 @@ func tableOfVFs(view vfListView) *terminal.Table {
 			table.Rows = append(table.Rows, r)
 		}
 	}
+
 	return finish(table, hidden{}, "VF", "ADDRESS", "DRIVER", "MAC", "SETTINGS", "USED BY")
 }
 

@@ -122,6 +122,7 @@ func TestGoldenWhy(t *testing.T) {
 	late := whole.With(hosttest.Tree{
 		"sys/class/iommu/ivhd0": hosttest.Gone, "sys/class/iommu/smmu3.0x9050000": whole["sys/class/iommu/ivhd0"],
 	})
+
 	for name, c := range map[string]struct {
 		tree hosttest.Tree
 		line string
@@ -326,6 +327,7 @@ func TestWhyGuestFaults(t *testing.T) {
 		group = "sys/kernel/iommu_groups/18/"
 		later = "4000000000000000" // in microseconds since the boot
 	)
+
 	for what, c := range map[string]struct {
 		change func(t *testing.T, k *hosttest.Kernel)
 		also   []string

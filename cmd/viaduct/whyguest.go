@@ -71,6 +71,7 @@ func runWhyGuest(e *env, name string, memory uint64) error {
 	if err := lease.CheckGuest(name); err != nil {
 		return usageError{err}
 	}
+
 	stop, s, err := e.openLook()
 	if err != nil {
 		return err
@@ -80,6 +81,7 @@ func runWhyGuest(e *env, name string, memory uint64) error {
 	if err != nil {
 		return err
 	}
+
 	l, err := m.Book.Get(name)
 	if err != nil {
 		return err
@@ -87,6 +89,7 @@ func runWhyGuest(e *env, name string, memory uint64) error {
 	if l == nil {
 		return noGuest(m.Book, name)
 	}
+
 	lines, err := checklist.Guest(m, l, checklist.Options{Memory: memory})
 	if err != nil {
 		return err
@@ -94,6 +97,7 @@ func runWhyGuest(e *env, name string, memory uint64) error {
 	if e.json {
 		return writeJSON(e.stdout, viewGuest(l, lines))
 	}
+
 	w := bufio.NewWriter(e.stdout)
 	printGuest(w, l, lines)
 	return w.Flush()

@@ -92,17 +92,21 @@ func (w *why) differences(h *iommu.Host) []string {
 	if w.group == nil || agrees != nil && *agrees {
 		return nil
 	}
+
 	line, err := h.String("proc/cmdline")
 	if err != nil && !host.Absent(err) {
 		return []string{"Whether the kernel was started with pcie_acs_override= is not known: " + err.Error() + "."}
 	}
+
 	if strings.Contains(line, "pcie_acs_override=") {
 		return []string{"The kernel was started with pcie_acs_override=: its groups claim more isolation than the hardware has, " +
 			"and devices of different groups may reach each other."}
 	}
+
 	if agrees == nil {
 		return nil
 	}
+
 	var out []string
 	// What the kernel has in this group, as config space has it.
 	var apart []string
@@ -112,9 +116,11 @@ func (w *why) differences(h *iommu.Host) []string {
 			apart = append(apart, d.Name)
 		}
 	}
+
 	if len(apart) > 0 {
 		out = append(out, "By config space these are not in one group with it: "+strings.Join(apart, ", ")+".")
 	}
+
 	return append(out, "The kernel's group is what counts. It may know something of this hardware that viaduct does not (a "+
 		"quirk), have grouped these before one of them came or was set otherwise, or group by other rules: some makers' "+
 		"kernels take a whole switch without ACS for one.")

@@ -101,6 +101,7 @@ func wordsOf(t *testing.T, name string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	var text func(e ast.Expr) string
 	text = func(e ast.Expr) string {
 		switch e := e.(type) {
@@ -113,6 +114,7 @@ func wordsOf(t *testing.T, name string) {
 		}
 		return "X"
 	}
+
 	ast.Inspect(file, func(n ast.Node) bool {
 		e, ok := n.(ast.Expr)
 		if !ok {
@@ -139,6 +141,7 @@ func TestREADME(t *testing.T) {
 	if n := len(strings.Fields(string(b))); n > 700 {
 		t.Errorf("README has %d words", n)
 	}
+
 	for _, name := range []string{"README.md", "CONTRIBUTING.md"} {
 		b, err := os.ReadFile("../../" + name)
 		if err != nil {
@@ -150,15 +153,18 @@ func TestREADME(t *testing.T) {
 			}
 		}
 	}
+
 	topics, err := docs.Topics(nil)
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	for _, topic := range topics {
 		if file := topic.Name + ".md"; !strings.Contains(string(b), file) && !inPage(topic.Name) {
 			t.Errorf("neither README nor a manual page leads to %s", file)
 		}
 	}
+
 	for _, command := range []string{"    hack/demo ", "    hack/test "} {
 		if !strings.Contains(string(b), command) {
 			t.Errorf("README does not name %s", command)

@@ -18,15 +18,18 @@ func relay() int {
 	if err == nil {
 		err = os.WriteFile(shared+"/ca.crt", certificate, 0o644)
 	}
+
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
+
 	listener, err := net.Listen("unix", shared+"/api")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
+
 	end := make(chan os.Signal, 1)
 	signal.Notify(end, syscall.SIGTERM)
 	go func() {
@@ -45,6 +48,7 @@ func relay() int {
 			}()
 		}
 	}()
+
 	<-end
 	return 0
 }

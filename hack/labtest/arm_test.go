@@ -154,6 +154,7 @@ func TestArm64(t *testing.T) {
 	if _, err := os.Stat(viaduct); err != nil {
 		t.Skipf("this is no host of the lab: %v", err)
 	}
+
 	unit(t, true)
 	for i, address := range byID(t, 2, "1234", "11e8") {
 		t.Run("edu"+[]string{" on the root bus", " behind a port"}[i], func(t *testing.T) {
@@ -161,6 +162,7 @@ func TestArm64(t *testing.T) {
 			life(t, address)
 		})
 	}
+
 	for _, ids := range [][3]string{{"igb", "8086", "10c9"}, {"nvme", "1b36", "0010"}} {
 		module, pf := ids[0], byID(t, 1, ids[1], ids[2])[0]
 		t.Run("VFs of "+module, func(t *testing.T) {

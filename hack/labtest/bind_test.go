@@ -121,18 +121,21 @@ func TestSSH(t *testing.T) {
 		"ip link set "+pf+" up; ip addr add 10.9.0.1/24 dev "+pf+"; ip netns add client; ip link set "+vf+" netns client; "+
 			"ip -n client link set lo up; ip -n client link set "+vf+" up; ip -n client addr add 10.9.0.2/24 dev "+vf,
 	)
+
 	shell(
 		t,
 		"mkdir -p /root/.ssh /run/sshd; chmod 700 /root/.ssh; rm -f /root/.ssh/id_ed25519; ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/id_ed25519; "+
 			"cp /root/.ssh/id_ed25519.pub /root/.ssh/authorized_keys; ssh-keygen -A >/dev/null; "+
 			"/usr/sbin/sshd -o PidFile=/run/sshd-test.pid -o ListenAddress=10.9.0.1 -o UsePAM=no -o UseDNS=no",
 	)
+
 	shell(
 		t,
 		"until ip netns exec client ping -c 1 -W 1 10.9.0.1 >/dev/null; do ip -n client link set "+vf+" down; ip -n client link set "+vf+" up; done; "+ // the PF's own start may have made it deaf
 			"ip netns exec client ssh -o StrictHostKeyChecking=no -o BatchMode=yes root@10.9.0.1 'touch /run/logged-in; exec sleep 1000' </dev/null >/dev/null 2>&1 & "+
 			"echo $! >/run/ssh.pid; until [ -e /run/logged-in ]; do sleep 0.2; done",
 	)
+
 	for _, way := range []string{
 		"env -i setsid -w " + viaduct + " bind " + spare,
 		"ip netns exec client ssh -o StrictHostKeyChecking=no -o BatchMode=yes root@10.9.0.1 sudo -i " + viaduct + " bind " + spare,
@@ -146,6 +149,7 @@ func TestSSH(t *testing.T) {
 			t.Errorf("%s\nthe port somebody is logged in over: exit status %d, %s", way, r.status, r.stderr)
 		}
 	}
+
 	shell(t, "kill $(cat /run/ssh.pid) $(cat /run/sshd-test.pid); ip netns del client; ip addr flush dev "+pf)
 	do(t, "vf", "destroy", spare)
 }
@@ -233,6 +237,7 @@ func TestReprobe(t *testing.T) {
 	if n, err := strconv.Atoi(os.Getenv("LAB_ROUNDS")); err == nil {
 		rounds = n
 	}
+
 	rule := "/run/udev/rules.d/99-reprobe.rules"
 	shell(
 		t,
@@ -258,6 +263,7 @@ func TestReprobe(t *testing.T) {
 			}
 		}
 	}
+
 	t.Logf("%d rounds of 3 devices", rounds)
 	do(t, "vf", "destroy", spare)
 }
@@ -285,6 +291,7 @@ func TestNodeOwner(t *testing.T) {
 			t.Errorf("rules are left: %v", left)
 		}
 	}
+
 	t.Cleanup(forget)
 	do(t, "bind", vf) // and then an owner is declared
 	file := declare(t, "devices:\n  - select: "+vf+"\n    node_owner: nobody\n")
@@ -293,6 +300,7 @@ func TestNodeOwner(t *testing.T) {
 	if owner := shell(t, "stat -c '%U %a' /dev/vfio/"+link(devicesDir, vf, "iommu_group")); owner != "nobody 600" {
 		t.Errorf("as declared, its node belongs to %s", owner)
 	}
+
 	status(t, 0, "plan", "-f", file)
 	do(t, "unbind", vf)
 	do(t, "vf", "destroy", spare)
@@ -318,10 +326,12 @@ func TestFailures(t *testing.T) {
 			t.Errorf("%s: exit status %d, %s", f.what, r.status, r.stderr)
 		}
 	}
+
 	if r := run(t, "setpriv", "--reuid=nobody", viaduct, "bind", vf); r.status != 1 ||
 		!strings.Contains(r.stderr, "needs root") {
 		t.Errorf("not root: exit status %d, %s", r.status, r.stderr)
 	}
+
 	do(t, "bind", vf)
 	do(t, "unbind", vf)
 	hidden := func(what, hide, show, says string) {
@@ -336,6 +346,7 @@ func TestFailures(t *testing.T) {
 				attr(devicesDir, vf, "driver_override"))
 		}
 	}
+
 	hidden("no module", "modprobe -r vfio_pci; mount -t tmpfs none /lib/modules",
 		"umount /lib/modules; modprobe vfio_pci", "vfio_pci")
 	hidden("no node", "mount -t tmpfs none /dev/vfio", "umount /dev/vfio", "did not appear")
@@ -343,10 +354,12 @@ func TestFailures(t *testing.T) {
 	if bound(vf) != "pci-stub" {
 		t.Errorf("--driver pci-stub: it is on %q", bound(vf))
 	}
+
 	do(t, "unbind", vf)
 	if bound(vf) != "" || attr(devicesDir, vf, "driver_override") != "none" {
 		t.Errorf("given back from pci-stub: on %q", bound(vf))
 	}
+
 	do(t, "vf", "destroy", spare)
 }
 
@@ -410,19 +423,23 @@ func guestWith(t *testing.T, name string, more ...string) vmm {
 			"stdio",
 		},
 		more...)
+
 	qemu := exec.Command("qemu-system-x86_64", args...)
 	monitor, err := qemu.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	out, err := qemu.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	qemu.Stderr = os.Stderr
 	if err := qemu.Start(); err != nil {
 		t.Fatal(err)
 	}
+
 	_, _ = monitor.Write([]byte("info status\n")) // answered once all devices are there
 	for lines := bufio.NewScanner(out); ; {
 		if !lines.Scan() {
@@ -576,6 +593,7 @@ func kill(t *testing.T, vf string, state func() string, taken, home string, ever
 			}
 		}
 	}
+
 	t.Logf("%d kills", kills)
 	do(t, "unbind", vf)
 }

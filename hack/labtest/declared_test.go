@@ -211,14 +211,17 @@ func TestDeclaredRefused(t *testing.T) {
 			t,
 		)+"\n  - select: mac=52:54:00:00:00:01\n",
 	)
+
 	r := status(t, 3, "apply", "-f", file)
 	if !strings.Contains(r.stderr, "mounted") || !strings.Contains(r.stderr, "default route") || fingerprint() != was {
 		t.Errorf("%s\nthe host was touched: %v", r.stderr, fingerprint() != was)
 	}
+
 	status(t, 1, "apply", "--keep-going", "-f", file)
 	if len(vfs(spare)) != 1 || bound(uplink) != "igb" {
 		t.Errorf("with --keep-going: VFs %v, %s on %q", vfs(spare), uplink, bound(uplink))
 	}
+
 	// At a boot nobody holds anything yet: what carried the host when it last ran is refused.
 	shell(t, "ip addr flush dev "+netdev(t, spare)+"; ip addr add 192.0.2.9/24 dev "+netdev(t, spare))
 	do(t, "vf", "destroy", spare)
@@ -230,15 +233,18 @@ func TestDeclaredRefused(t *testing.T) {
 	if !strings.Contains(r.stderr, "was using it") || bound(spare) != "igb" {
 		t.Errorf("%s, and it is on %q", r.stderr, bound(spare))
 	}
+
 	shell(t, "rm -rf /var/lib/viaduct")
 	r = status(t, 3, "apply", "--boot", "-f", mine)
 	if !strings.Contains(r.stderr, "does not know which NICs") || bound(spare) != "igb" {
 		t.Errorf("%s, and it is on %q", r.stderr, bound(spare))
 	}
+
 	do(t, "apply", "-f", mine)
 	if bound(spare) != "vfio-pci" {
 		t.Errorf("%s is on %q", spare, bound(spare))
 	}
+
 	do(t, "undo")
 }
 
@@ -250,11 +256,13 @@ func TestSideBySide(t *testing.T) {
 	file := func(count int) string {
 		return declare(t, fmt.Sprintf("pfs:\n  - select: mac=52:54:00:00:00:02\n    count: %d\n", count))
 	}
+
 	do(t, "apply", "-f", file(1)) // from now on, the host is not as host.yaml says on purpose
 	rounds := 6
 	if everyWrite() {
 		rounds = 60
 	}
+
 	var wg sync.WaitGroup
 	loop := func(files []string, args ...string) {
 		wg.Go(func() {
@@ -265,6 +273,7 @@ func TestSideBySide(t *testing.T) {
 			}
 		})
 	}
+
 	loop([]string{file(2), file(6)}, "apply")
 	loop([]string{file(6), file(3)}, "apply")
 	loop([]string{file(7)}, "watch", "--once")
@@ -275,6 +284,7 @@ func TestSideBySide(t *testing.T) {
 	if left, _ := filepath.Glob("/run/viaduct/*-*.json"); len(left) > 0 {
 		t.Errorf("records %v", left)
 	}
+
 	do(t, "vf", "destroy", spare)
 }
 
@@ -393,10 +403,12 @@ func TestKillsApply(t *testing.T) {
 		t,
 		"pfs:\n  - select: mac=52:54:00:00:00:02\n    count: 2\n    vfs:\n      - range: 0\n        mac: 52:54:00:66:00:00\n        driver: home\n        vlan: 5\n      - range: 1\n        driver: home\n        vlan: 6\n",
 	)
+
 	settings := declare(
 		t,
 		"pfs:\n  - select: mac=52:54:00:00:00:02\n    count: 2\n    vfs:\n      - range: 0\n        mac: 52:54:00:66:00:01\n        vlan: 7\n        driver: vfio\n      - range: 1\n        vlan: 8\n        driver: none\n",
 	)
+
 	count := declare(t,
 		"pfs:\n  - select: mac=52:54:00:00:00:02\n    count: 3\n    vfs:\n      - vlan: 9\n        driver: vfio\n")
 	kills := 0
@@ -445,6 +457,7 @@ func TestKillsApply(t *testing.T) {
 			}
 		}
 	}
+
 	t.Logf("%d kills", kills)
 	do(t, "vf", "destroy", spare)
 }

@@ -252,6 +252,7 @@ func TestKillsLease(t *testing.T) {
 	if everyWrite() {
 		every = 1
 	}
+
 	kills := 0
 	for _, unit := range []struct {
 		from    string
@@ -292,6 +293,7 @@ func TestKillsLease(t *testing.T) {
 			}
 		}
 	}
+
 	t.Logf("%d kills", kills)
 }
 

@@ -154,6 +154,7 @@ func device(name string) map[string]any {
 		"vf_index":        nil,
 		"sriov":           nil,
 	}
+
 	d["role"] = "guest"
 	switch class := d["class"].(string); {
 	case strings.HasPrefix(class, "0604"):
@@ -161,24 +162,29 @@ func device(name string) map[string]any {
 	case strings.HasPrefix(class, "06"), strings.HasPrefix(class, "08"), strings.HasPrefix(class, "0c05"):
 		d["role"] = "companion"
 	}
+
 	if n, err := strconv.Atoi(attr(dir, "numa_node")); err == nil && n >= 0 {
 		d["numa_node"] = float64(n)
 	}
+
 	for _, pattern := range []string{"net/*", "virtio*/net/*"} {
 		found, _ := filepath.Glob(filepath.Join(dir, pattern))
 		for _, f := range found {
 			d["netdevs"] = append(d["netdevs"].([]any), filepath.Base(f))
 		}
 	}
+
 	if total, err := strconv.Atoi(attr(dir, "sriov_totalvfs")); err == nil {
 		enabled, _ := strconv.Atoi(attr(dir, "sriov_numvfs"))
 		d["sriov"] = map[string]any{"total": float64(total), "enabled": float64(enabled)}
 	}
+
 	for i := range 256 {
 		if d["physfn"] != nil && link(dir, "physfn", fmt.Sprintf("virtfn%d", i)) == name {
 			d["vf_index"] = float64(i)
 		}
 	}
+
 	return d
 }
 

@@ -15,10 +15,12 @@ func TestBadInput(t *testing.T) {
 	if err := os.WriteFile(existing, []byte("precious\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
+
 	garbage := t.TempDir() + "/garbage.tar.gz"
 	if err := os.WriteFile(garbage, []byte("this is no archive"), 0o644); err != nil {
 		t.Fatal(err)
 	}
+
 	pf := netdev(t, spare)
 	for _, c := range []struct {
 		line   string
@@ -76,6 +78,7 @@ func TestBadInput(t *testing.T) {
 			t.Errorf("viaduct %s changed the host", c.line)
 		}
 	}
+
 	if b, err := os.ReadFile(existing); err != nil || string(b) != "precious\n" {
 		t.Errorf("the file that was there: %q, %v", b, err)
 	}

@@ -456,6 +456,7 @@ func TestLeaseUnit(t *testing.T) {
 			pair = append(pair, n)
 		}
 	}
+
 	for range 3 {
 		do(t, "assign", "tenant", "--from", pair[0])
 		write := func(value uint32) (was uint32) {
@@ -482,6 +483,7 @@ func TestLeaseUnit(t *testing.T) {
 			}
 		}
 	}
+
 	if r := do(t, "leases", "--json"); !strings.Contains(r, `"quarantine": []`) {
 		t.Errorf("leases: %s", r)
 	}

@@ -124,6 +124,7 @@ func TestListLikeLspci(t *testing.T) {
 		}
 		want = append(want, d)
 	}
+
 	var got []device
 	text := do(t, "list", "-o", "wide")
 	for line := range strings.Lines(text) {
@@ -138,6 +139,7 @@ func TestListLikeLspci(t *testing.T) {
 		}
 		got = append(got, d)
 	}
+
 	slices.SortFunc(got, func(a, b device) int { return strings.Compare(a.Address, b.Address) })
 	if !slices.Equal(got, want) {
 		t.Errorf("list:\n%s\nlspci:\n%v\n got %v", text, want, got)
@@ -173,6 +175,7 @@ func TestTree(t *testing.T) {
 			t.Errorf("%s is drawn below %q, the kernel has it below %q", name, parent, want)
 		}
 	}
+
 	if want := len(names(devicesDir)); seen != want {
 		t.Errorf("%d devices in the tree, the kernel has %d", seen, want)
 	}
@@ -226,6 +229,7 @@ func TestShow(t *testing.T) {
 			Parents         []string
 			BARs            []struct{ Size uint64 }
 		}
+
 		decode(t, do(t, "show", name, "--json"), &got)
 		dir := filepath.Join(devicesDir, name)
 		is := func(what, got, want string) {
@@ -233,12 +237,14 @@ func TestShow(t *testing.T) {
 				t.Errorf("%s: %s is %q, the kernel says %q", name, what, got, want)
 			}
 		}
+
 		text := func(s *string) string {
 			if s == nil {
 				return ""
 			}
 			return *s
 		}
+
 		is("revision", "0x"+got.Revision, attr(dir, "revision"))
 		is("subsystem vendor", "0x"+got.SubsystemVendor, attr(dir, "subsystem_vendor"))
 		is("subsystem device", "0x"+got.SubsystemDevice, attr(dir, "subsystem_device"))
@@ -249,16 +255,19 @@ func TestShow(t *testing.T) {
 		for _, n := range names(dir, "net") {
 			is("MAC of "+n, got.MACs[n], attr(dir, "net", n, "address"))
 		}
+
 		for _, n := range names(dir, "nvme") {
 			if !slices.Contains(got.ClassDevices["nvme"], n) {
 				t.Errorf("%s: nvme device %s is missing in %v", name, n, got.ClassDevices)
 			}
 		}
+
 		real, _ := filepath.EvalSymlinks(dir)
 		var parents []string
 		for up := filepath.Dir(real); strings.Count(filepath.Base(up), ":") == 2; up = filepath.Dir(up) {
 			parents = append([]string{filepath.Base(up)}, parents...)
 		}
+
 		is("parents", strings.Join(got.Parents, " "), strings.Join(parents, " "))
 		for i, b := range got.BARs {
 			if b.Size == 0 || b.Size&(b.Size-1) != 0 {

@@ -29,6 +29,7 @@ func TestSnapshot(t *testing.T) {
 			t.Errorf("%s: %+v\nfrom the snapshot\n%+v", line, here, there)
 		}
 	}
+
 	lines := []string{
 		"vf list --json",
 		"vf get " + spare + "/vf2",
@@ -45,9 +46,11 @@ func TestSnapshot(t *testing.T) {
 		"show group=0 --json",
 		"vf create --dry-run --json " + uplink + " 7",
 	}
+
 	for _, n := range names(devicesDir) {
 		lines = append(lines, "show "+n, "show --json "+n)
 	}
+
 	for i, line := range lines {
 		base := fmt.Sprintf("/out/expect/%03d", i)
 		if err := os.MkdirAll("/out/expect", 0o755); err != nil {

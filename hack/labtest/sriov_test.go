@@ -201,6 +201,7 @@ func TestKillsVF(t *testing.T) {
 			}
 		}
 	}
+
 	t.Logf("%d kills", kills)
 	do(t, "vf", "destroy", spare)
 }
@@ -212,6 +213,7 @@ func TestRace(t *testing.T) {
 	if everyWrite() {
 		rounds = 100
 	}
+
 	pf := netdev(t, spare)
 	set := 0
 	for i := range rounds {
@@ -237,6 +239,7 @@ func TestRace(t *testing.T) {
 			t.Errorf("round %d: autoprobe is %s", i, autoprobe)
 		}
 	}
+
 	t.Logf("%d rounds, in %d the setting came through", rounds, set)
 	do(t, "vf", "destroy", spare)
 }
@@ -327,6 +330,7 @@ func TestFaults(t *testing.T) {
 			}
 		}
 	}
+
 	t.Logf("%d faults", faults)
 	do(t, "vf", "create", spare, "2")
 	do(t, "vf", "destroy", spare)
@@ -340,10 +344,12 @@ func TestStuckCount(t *testing.T) {
 	if len(cdevs) != 1 {
 		t.Skip("this kernel has no node a device: opening that of the group does not block a removal")
 	}
+
 	node, err := os.OpenFile("/dev/vfio/devices/"+cdevs[0], os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	cmd := exec.Command(viaduct, "vf", "destroy", spare, "--force=process", "--timeout", "4s")
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
@@ -351,6 +357,7 @@ func TestStuckCount(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
+
 	for time.Since(begin) < 3*time.Second {
 		for _, args := range [][]string{{"list"}, {"vf", "list"}, {"show", spare}} {
 			asked := time.Now()
@@ -360,23 +367,28 @@ func TestStuckCount(t *testing.T) {
 			}
 		}
 	}
+
 	_ = cmd.Wait()
 	if s := stderr.String(); cmd.ProcessState.ExitCode() != 1 || !strings.Contains(s, "is stuck") ||
 		!strings.Contains(s, fmt.Sprintf("process %d", os.Getpid())) {
 		t.Errorf("exit status %d, %s", cmd.ProcessState.ExitCode(), s)
 	}
+
 	if r := run(t, viaduct, "vf", "create", spare, "4"); r.status != 3 || !strings.Contains(r.stderr, "is stuck") {
 		t.Errorf("create while it is stuck: exit status %d, %s", r.status, r.stderr)
 	}
+
 	node.Close()
 	shell(
 		t,
 		"until [ ! -e /sys/bus/pci/devices/"+spare+"/virtfn0 ] && [ \"$(cat /sys/bus/pci/devices/"+spare+"/sriov_numvfs)\" = 0 ]; do sleep 0.1; done",
 	)
+
 	do(t, "vf", "create", spare, "4")
 	if n := len(vfs(spare)); n != 4 {
 		t.Errorf("%d VFs, want 4", n)
 	}
+
 	do(t, "vf", "destroy", spare)
 	if left, _ := filepath.Glob("/run/viaduct/*.json"); len(left) > 0 {
 		t.Errorf("records are left: %v", left)

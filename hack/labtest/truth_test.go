@@ -183,6 +183,7 @@ func TestWrapper(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
+
 	await := func(file string) {
 		t.Helper()
 		for end := time.Now().Add(60 * time.Second); !there(filepath.Join(dir, file)); time.Sleep(10 * time.Millisecond) {
@@ -191,6 +192,7 @@ func TestWrapper(t *testing.T) {
 			}
 		}
 	}
+
 	for n := 1; n <= 2; n++ {
 		await(fmt.Sprintf("up%d", n))
 		if l := leases(t)["web"]; l.State != "active" {
@@ -207,6 +209,7 @@ func TestWrapper(t *testing.T) {
 		}
 		shell(t, "echo >"+dir+"/go")
 	}
+
 	if err := cmd.Wait(); err != nil {
 		t.Errorf("the wrapper: %v", err)
 	}

@@ -132,6 +132,7 @@ func verifyUsable(t *testing.T, vf string) {
 	if got := attr(pages); got != "32" {
 		t.Errorf("there are %s huge pages, and were 32", got)
 	}
+
 	shell(t, "echo 0 >"+pages)
 	for name, node := range map[string]string{"iommufd": "/dev/iommu", "container": "/dev/vfio/vfio"} {
 		_, err := os.Stat(node)
@@ -153,6 +154,7 @@ func verifyUsable(t *testing.T, vf string) {
 		}
 		sameRanges(t, vf, way.IOVARanges)
 	}
+
 	if v.Reset.Worked == nil || !*v.Reset.Worked {
 		t.Errorf("%s: reset %+v", vf, v.Reset)
 	}

@@ -150,11 +150,13 @@ func TestNVMeVFs(t *testing.T) {
 	if len(all) != 8 {
 		t.Fatalf("VFs %v, want 8", all)
 	}
+
 	for _, vf := range all {
 		if bound(vf) != "" {
 			t.Errorf("%s met driver %s", vf, bound(vf))
 		}
 	}
+
 	secondary := shell(t, "nvme list-secondary /dev/"+names(devicesDir, nvme, "nvme")[0]+" -o json")
 	var list struct {
 		Controllers []struct {
@@ -164,6 +166,7 @@ func TestNVMeVFs(t *testing.T) {
 			VI    int `json:"num-virtual-interrupts"`
 		} `json:"secondary-controllers"`
 	}
+
 	decode(t, secondary, &list)
 	ready := 0
 	for _, c := range list.Controllers {
@@ -171,29 +174,36 @@ func TestNVMeVFs(t *testing.T) {
 			ready++
 		}
 	}
+
 	if ready != 8 {
 		t.Errorf("%d of 8 VFs are online with 2 queues and an interrupt: %s", ready, secondary)
 	}
+
 	do(t, "bind", nvme+"/vf0", nvme+"/vf7")
 	if got := byDriver("vfio-pci"); !slices.Equal(got, []string{all[0], all[7]}) {
 		t.Errorf("on vfio-pci: %v", got)
 	}
+
 	do(t, "unbind", nvme+"/vf0", nvme+"/vf7")
 	if got := byDriver("vfio-pci"); len(got) != 0 {
 		t.Errorf("left on vfio-pci: %v", got)
 	}
+
 	r := run(t, viaduct, "bind", nvme)
 	if r.status != 3 || !strings.Contains(r.stderr, "8 VFs") || bound(nvme) != "nvme" {
 		t.Errorf("bind of a PF with VFs: exit status %d, %s", r.status, r.stderr)
 	}
+
 	r = run(t, viaduct, "vf", "set", nvme+"/vf0", "mac=52:54:00:00:00:09")
 	if r.status != 1 || !strings.Contains(r.stderr, "no network interface") {
 		t.Errorf("a MAC address for an NVMe VF: exit status %d, %s", r.status, r.stderr)
 	}
+
 	do(t, "vf", "destroy", nvme)
 	if len(vfs(nvme)) != 0 {
 		t.Errorf("after destroy: %v", vfs(nvme))
 	}
+
 	do(t, "vf", "create", nvme, "4", "--driver", "home")
 	for _, vf := range vfs(nvme) {
 		if state := attr(devicesDir, vf, "nvme", strings.Join(names(devicesDir, vf, "nvme"), ""), "state"); bound(
@@ -203,6 +213,7 @@ func TestNVMeVFs(t *testing.T) {
 			t.Errorf("%s for the host: on %q, %q", vf, bound(vf), state)
 		}
 	}
+
 	do(t, "vf", "destroy", nvme)
 }
 

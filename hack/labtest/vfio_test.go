@@ -581,6 +581,7 @@ func TestVFIOLeaks(t *testing.T) {
 	if os.Getenv("LAB_ROUNDS") != "15" {
 		rounds = 1000
 	}
+
 	eachWay(t, func(t *testing.T, way vfio.Way) {
 		memory := must(vfio.NewMemory(1<<20, 0))
 		defer func() { check(t, memory.Close()) }()

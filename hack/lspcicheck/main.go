@@ -61,16 +61,19 @@ func check(lspci func(dump string) ([]byte, error), file string) (count, error) 
 	if err != nil {
 		return nil, err
 	}
+
 	configs := parseDump(string(dump))
 	text, err := lspci(file)
 	if err != nil {
 		return nil, fmt.Errorf("lspci: %w", err)
 	}
+
 	n := count{}
 	blocks := strings.Split(strings.TrimSpace(string(text)), "\n\n")
 	if len(blocks) != len(configs) {
 		return nil, fmt.Errorf("lspci tells of %d devices, and the dump has %d", len(blocks), len(configs))
 	}
+
 	var wrong []error
 	for _, block := range blocks {
 		name, _, _ := strings.Cut(block, " ")
@@ -99,6 +102,7 @@ func check(lspci func(dump string) ([]byte, error), file string) (count, error) 
 			}
 		}
 	}
+
 	return n, errors.Join(wrong...)
 }
 
@@ -226,6 +230,7 @@ func describe(f *iommu.Function) map[string]string {
 			out["FLReset"] = sign("FLReset", x.FunctionReset)
 		}
 	}
+
 	if f.AF != nil {
 		out["AFCap"] = sign("FLR", f.AF.FunctionReset)
 	}
@@ -241,18 +246,22 @@ func describe(f *iommu.Function) map[string]string {
 	if a := f.ARI; a != nil {
 		out["ARICap"] = fmt.Sprintf("%s %s, Next Function: %d", sign("MFVC", a.FunctionGroups), sign("ACS", a.ACSGroups), a.Next)
 	}
+
 	if a := f.ATS; a != nil {
 		out["ATSCap"] = fmt.Sprintf("Invalidate Queue Depth: %02x", a.QueueDepth%32)
 		out["ATSCtl"] = fmt.Sprintf("%s, Smallest Translation Unit: %02x", sign("Enable", a.Enabled), a.SmallestTU)
 	}
+
 	if p := f.PRI; p != nil {
 		out["PRICtl"], out["PRISta"] = sign("Enable", p.Enabled), sign("Stopped", p.Stopped)
 		out["PRICapacity"] = fmt.Sprintf("Page Request Capacity: %08x, Page Request Allocation: %08x", p.Capacity, p.Allocation)
 	}
+
 	if p := f.PASID; p != nil {
 		out["PASIDCap"] = fmt.Sprintf("%s %s, Max PASID Width: %02x", sign("Exec", p.Execute), sign("Priv", p.Privileged), p.Width)
 		out["PASIDCtl"] = sign("Enable", p.Enabled)
 	}
+
 	if s := f.SRIOV; s != nil {
 		out["IOVCap"] = "IOVCap"
 		out["IOVCtl"] = sign("Enable", s.Enabled) + " " + sign("ARIHierarchy", s.ARI)
@@ -261,5 +270,6 @@ func describe(f *iommu.Function) map[string]string {
 		out["IOVOffset"] = fmt.Sprintf("VF offset: %d, stride: %d, Device ID: %04x", s.Offset, s.Stride, s.VFDevice)
 		out["IOVPages"] = fmt.Sprintf("Supported Page Size: %08x", s.PageSizes)
 	}
+
 	return out
 }

@@ -91,6 +91,7 @@ func pack(format, version, arch, source, root, work, out string) (string, error)
 	if err != nil {
 		return "", err
 	}
+
 	scripts := filepath.Join(source, "hack/package/scripts")
 	info := nfpm.WithDefaults(&nfpm.Info{
 		Name: "viaduct", Arch: arch, Platform: "linux", Version: version, VersionSchema: "none", Section: "admin",
@@ -108,19 +109,23 @@ func pack(format, version, arch, source, root, work, out string) (string, error)
 			},
 		},
 	})
+
 	packager, err := nfpm.Get(format)
 	if err != nil {
 		return "", err
 	}
+
 	name := filepath.Join(out, packager.ConventionalFileName(info))
 	f, err := os.Create(name)
 	if err != nil {
 		return "", err
 	}
+
 	if err := packager.Package(info, f); err != nil {
 		f.Close()
 		return "", err
 	}
+
 	return name, f.Close()
 }
 
@@ -135,6 +140,7 @@ func contentsOf(format, source, root, work string) (files.Contents, error) {
 		{Source: filepath.Join(source, "hack/package/host.yaml"), Destination: doc + "examples/host.yaml"},
 		{Destination: "/etc/viaduct", Type: files.TypeDir, FileInfo: &files.ContentFileInfo{Mode: 0o755}},
 	}
+
 	err := filepath.WalkDir(root, func(name string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
 			return err
@@ -158,6 +164,7 @@ func contentsOf(format, source, root, work string) (files.Contents, error) {
 		})
 		return nil
 	})
+
 	return all, err
 }
 

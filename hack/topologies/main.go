@@ -109,10 +109,12 @@ func (g *generator) subtree(slot int) string {
 		bridge := g.device("i82801b11-bridge", root, at(slot, 0))
 		return "dmi-bridge(" + g.conventionals(bridge, 1) + ")"
 	}
+
 	n := 1
 	if g.random.IntN(3) == 0 {
 		n = 2 + g.random.IntN(2)
 	}
+
 	var shapes []string
 	for f := range n {
 		options := append(g.port(), place(slot, f, n)...)
@@ -128,6 +130,7 @@ func (g *generator) subtree(slot int) string {
 		port := g.device(model, root, options...)
 		shapes = append(shapes, name+"("+g.below(port, 2)+")")
 	}
+
 	return strings.Join(shapes, "+")
 }
 

@@ -159,11 +159,13 @@ func (p *loaded) structure(out *bufio.Writer, s *ast.TypeSpec, isNewer bool) (sk
 	if isNewer {
 		return 1
 	}
+
 	t := p.info.Defs[s.Name].Type().Underlying().(*types.Struct)
 	fields := make([]*types.Var, t.NumFields())
 	for i := range fields {
 		fields[i] = t.Field(i)
 	}
+
 	offsets := p.sizes.Offsetsof(fields)
 	cName := snake(s.Name.Name)
 	size := p.sizes.Sizeof(t)
@@ -188,6 +190,7 @@ func (p *loaded) structure(out *bufio.Writer, s *ast.TypeSpec, isNewer bool) (sk
 			i++
 		}
 	}
+
 	fmt.Fprintf(out, "S(%s, %d, %d)\n", cName, size, older)
 	return skipped
 }

@@ -31,9 +31,11 @@ func TestWrite(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+
 	if err := os.WriteFile(h.Path("dir/file"), []byte("old content\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
+
 	dir, err := h.Open("dir")
 	if err != nil {
 		t.Fatal(err)
@@ -68,6 +70,7 @@ func TestWrite(t *testing.T) {
 			t.Errorf("after %s: %q, %v", c.name, s, err)
 		}
 	}
+
 	if names, err := h.Names("dir"); err != nil || !reflect.DeepEqual(names, []string{"file"}) {
 		t.Errorf("names %v, %v: a write made a file", names, err)
 	}

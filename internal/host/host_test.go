@@ -85,9 +85,11 @@ func TestAnswers(t *testing.T) {
 		}
 		return a
 	}
+
 	none := func(e unix.Errno, exists bool) answers {
 		return answers{errs: [6]error{e, e, e, e, e, e}, exists: exists}
 	}
+
 	dir := func(names ...string) answers {
 		return answers{
 			names:  names,
@@ -95,10 +97,12 @@ func TestAnswers(t *testing.T) {
 			errs:   [6]error{unix.EISDIR, unix.EISDIR, unix.EINVAL, unix.EINVAL, unix.EISDIR, nil},
 		}
 	}
+
 	link := func(target, base string, to answers) answers {
 		to.link, to.base, to.errs[2], to.errs[3], to.exists = target, base, nil, nil, true
 		return to
 	}
+
 	want := map[string]answers{
 		"sys/bus/dev/id":                 text("0x8086\n", 0x8086, false),
 		"sys/devices/root/dev/number":    text("-1\n", -1, false),
@@ -120,6 +124,7 @@ func TestAnswers(t *testing.T) {
 		"sys/bus/dev/id/x":     none(unix.ENOTDIR, false),
 		"../../sys/bus/dev/id": text("0x8086\n", 0x8086, false),
 	}
+
 	for kind, h := range sample.Hosts(t) {
 		for name, want := range want {
 			if got := ask(&h.Dir, name); !reflect.DeepEqual(got, want) {
@@ -198,6 +203,7 @@ func TestErrors(t *testing.T) {
 			t.Errorf("path %q, want %q", got, want)
 		}
 	}
+
 	if _, err := host.Open(dir + "/gone"); !errors.Is(err, fs.ErrNotExist) ||
 		!strings.Contains(err.Error(), dir+"/gone") {
 		t.Errorf("open of nothing: %v", err)
@@ -224,6 +230,7 @@ func TestConfined(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(outside, "secret"), []byte("secret"), 0o644); err != nil {
 		t.Fatal(err)
 	}
+
 	up := strings.Repeat("../", 20)
 	tree := hosttest.Tree{
 		"sys/abs":            "-> " + outside + "/secret",
@@ -238,6 +245,7 @@ func TestConfined(t *testing.T) {
 		"sys/bus/own":        "-> /etc/hostname",
 		"sys/bus/deep/climb": "-> " + up + "etc/hostname",
 	}
+
 	h := tree.Host(t)
 	for _, n := range []string{
 		"sys/abs", "sys/absdir/secret", "sys/climb", "sys/climbdir/secret", "sys/root" + outside + "/secret", "sys/chain",
@@ -250,6 +258,7 @@ func TestConfined(t *testing.T) {
 			t.Errorf("link %s/x: %q, %v", n, s, err)
 		}
 	}
+
 	for _, n := range []string{"sys/absdir", "sys/climbdir", outside, up + outside[1:]} {
 		if names, err := h.Names(n); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%s: %q, %v", n, names, err)
@@ -258,6 +267,7 @@ func TestConfined(t *testing.T) {
 			t.Errorf("%s: %v, %v", n, d, err)
 		}
 	}
+
 	// What is in the tree itself is found, from its root.
 	d, err := h.Open("sys/bus")
 	if err != nil {
@@ -292,12 +302,14 @@ func TestSpecialFilesDoNotHang(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+
 	zero := unix.Mkdev(1, 5)
 	if err := unix.Mknod(filepath.Join(dir, "zero"), unix.S_IFCHR|0o644, int(zero)); err == nil {
 		files["zero"] = unix.S_IFCHR
 	} else {
 		t.Logf("without a device node, which only root can make: %v", err)
 	}
+
 	h, err := host.Open(dir)
 	if err != nil {
 		t.Fatal(err)
@@ -318,6 +330,7 @@ func TestSpecialFilesDoNotHang(t *testing.T) {
 			}
 		}
 	}()
+
 	select {
 	case <-done:
 	case <-time.After(20 * time.Second):

@@ -126,17 +126,20 @@ func TestModprobe(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+
 	t.Setenv("MODPROBE_OPTIONS", "--config /somewhere")
 	script(`[ "$*$MODPROBE_OPTIONS" = "-b -- pci:v1" ] || { echo "bad words $*" >&2; exit 3; }`)
 	run := func(ctx context.Context, module string) error {
 		return host.RunModprobe(ctx, hosttest.Tree{"proc/sys/kernel/modprobe": program + "\n"}.Host(t), module)
 	}
+
 	if err := run(context.Background(), "pci:v1"); err != nil {
 		t.Error(err)
 	}
 	if err := run(context.Background(), "igb"); err == nil || !strings.Contains(err.Error(), "bad words -- igb") {
 		t.Error(err)
 	}
+
 	script("exec sleep 1000")
 	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
 	defer cancel()
@@ -144,6 +147,7 @@ func TestModprobe(t *testing.T) {
 	if err := run(ctx, "igb"); !errors.Is(err, context.DeadlineExceeded) || time.Since(began) > 10*time.Second {
 		t.Errorf("after %s: %v", time.Since(began), err)
 	}
+
 	program += ".not"
 	if err := run(context.Background(), "igb"); !errors.Is(err, os.ErrNotExist) {
 		t.Error(err)

@@ -221,6 +221,7 @@ func TestSnapshotRefused(t *testing.T) {
 	} {
 		refused(t, what, archive(t, entries...))
 	}
+
 	whole := archive(t, goodManifest, good)
 	refused(t, "no gzip", []byte("no gzip at all, but long enough"))
 	refused(t, "something behind it", append(bytes.Clone(whole), "more"...))
@@ -258,6 +259,7 @@ func TestSnapshotBombs(t *testing.T) {
 		}
 		return b.Bytes()
 	}
+
 	repeat := func(n int, b []byte) func(io.Writer) error {
 		return func(w io.Writer) error {
 			var err error
@@ -267,6 +269,7 @@ func TestSnapshotBombs(t *testing.T) {
 			return err
 		}
 	}
+
 	each := func(n int, header func(i int) *tar.Header) func(io.Writer) error {
 		return func(w io.Writer) error {
 			var err error
@@ -276,6 +279,7 @@ func TestSnapshotBombs(t *testing.T) {
 			return err
 		}
 	}
+
 	manifest := append(block(&tar.Header{Name: manifestName, Typeflag: tar.TypeReg, Size: 12}), goodManifest.content...)
 	manifest = append(manifest, make([]byte, 500)...)
 	zero := make([]byte, 1<<20)
@@ -286,6 +290,7 @@ func TestSnapshotBombs(t *testing.T) {
 			PAXRecords: map[string]string{"VIADUCT.x": strings.Repeat("x", 1<<18)},
 		},
 	)
+
 	pax = pax[:len(pax)-512] // tar reads it, and looks for the entry that it belongs to
 	for _, c := range []struct {
 		name  string
@@ -353,6 +358,7 @@ func FuzzSnapshot(f *testing.F) {
 		}
 		return raw
 	}
+
 	f.Add(sampleSnapshot(f), false)
 	f.Add(
 		unpack(
@@ -361,6 +367,7 @@ func FuzzSnapshot(f *testing.F) {
 		),
 		true,
 	)
+
 	f.Add(
 		unpack(
 			archive(f, goodManifest, entry{name: "d/", kind: tar.TypeDir},
@@ -368,6 +375,7 @@ func FuzzSnapshot(f *testing.F) {
 		),
 		true,
 	)
+
 	f.Fuzz(func(t *testing.T, b []byte, compress bool) { // compressed here, the fuzzer sees the archive itself
 		if compress {
 			var out bytes.Buffer

@@ -116,6 +116,7 @@ func TestReplaceFails(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "file"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
+
 	below := strings.TrimPrefix(dir, "/")
 	if err := h.Replace(below+"/file/in", []byte("x")); err == nil {
 		t.Error("a file was made below a file")
@@ -156,6 +157,7 @@ func TestReplaceFails(t *testing.T) {
 	if _, err := h.InUse(below + "/file/in"); err == nil {
 		t.Error("what is below a file is not in use")
 	}
+
 	entries, err := os.ReadDir(dir)
 	if err != nil || len(entries) != 2 {
 		t.Errorf("left: %v, %v", entries, err)

@@ -21,6 +21,7 @@ func TestJournal(t *testing.T) {
 	if known, err := j.Get("a", &e); known || err != nil {
 		t.Errorf("before anything was put: %v, %v", known, err)
 	}
+
 	for _, driver := range []string{"igb", "e1000"} { // the second takes the first one's place
 		if err := j.Put("a", entry{driver}); err != nil {
 			t.Fatal(err)
@@ -29,14 +30,17 @@ func TestJournal(t *testing.T) {
 			t.Errorf("put %s: %v, %v, %v", driver, known, err, e)
 		}
 	}
+
 	if left, err := os.ReadDir(dir); err != nil || len(left) != 1 {
 		t.Errorf("the folder has %v, %v; want the one record", left, err)
 	}
+
 	for range 2 { // deleting what is gone is no error
 		if err := j.Delete("a"); err != nil {
 			t.Error(err)
 		}
 	}
+
 	if known, err := j.Get("a", &e); known || err != nil {
 		t.Errorf("after it was deleted: %v, %v", known, err)
 	}

@@ -145,6 +145,7 @@ func (l *Link) decode(kind uint16, value []byte) {
 		}
 		return int(int32(native.Uint32(value)))
 	}
+
 	switch kind {
 	case unix.IFLA_IFNAME:
 		l.Name = unix.ByteSliceToString(value)

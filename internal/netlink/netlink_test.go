@@ -281,10 +281,12 @@ func TestLinks(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	byName := map[string]*Link{}
 	for _, l := range links {
 		byName[l.Name] = l
 	}
+
 	if l := byName[nic]; l == nil || l.Permanent.String() != "02:00:00:00:00:99" || l.MTU != 1500 || len(l.VFs) != 0 {
 		t.Errorf("%+v", l)
 	}
@@ -297,6 +299,7 @@ func TestLinks(t *testing.T) {
 	if _, err := c.LinkByName("not-there"); !Gone(err) {
 		t.Errorf("an interface that is not there: %v", err)
 	}
+
 	permanent, err := Permanent(k.Host(), []string{nic, "not-there", other})
 	if err != nil || len(permanent) != 1 || permanent[nic].String() != "02:00:00:00:00:99" {
 		t.Errorf("permanent addresses: %v, %v", permanent, err)
@@ -342,6 +345,7 @@ func TestRoutes(t *testing.T) {
 			Protocol: unix.RTPROT_KERNEL,
 		}, {To: "default", Over: []string{other, nic}},
 	}
+
 	c := dial(t, k, unix.NETLINK_ROUTE)
 	one, _ := c.LinkByName(nic)
 	two, _ := c.LinkByName(other)
@@ -349,17 +353,21 @@ func TestRoutes(t *testing.T) {
 	if err != nil || len(routes) != 2 {
 		t.Fatalf("%+v, %v", routes, err)
 	}
+
 	if r := routes[0]; r.Default() || r.To.String() != "192.0.2.0/24" || !slices.Equal(r.Over, []int{one.Index}) ||
 		r.Protocol != unix.RTPROT_KERNEL {
 		t.Errorf("%+v", r)
 	}
+
 	if r := routes[1]; !r.Default() || !slices.Equal(r.Over, []int{two.Index, one.Index}) ||
 		r.Kind != unix.RTN_UNICAST {
 		t.Errorf("%+v", r)
 	}
+
 	if over, err := c.RouteTo(net.ParseIP("192.0.2.7"), nil); err != nil || !slices.Equal(over, []int{one.Index}) {
 		t.Errorf("over %v, %v", over, err)
 	}
+
 	k.ChangeNet(func(n *hosttest.Network) { n.Routes = nil })
 	if over, err := c.RouteTo(net.ParseIP("192.0.2.7"), net.ParseIP("192.0.2.1")); !errors.Is(err, unix.ENETUNREACH) {
 		t.Errorf("over %v, %v", over, err)
@@ -521,6 +529,7 @@ func TestDecodeMessage(t *testing.T) {
 	if err := errors.Join(decodeDone(nil), decodeDone(make([]byte, 4))); err != nil {
 		t.Errorf("a dump that ends: %v", err)
 	}
+
 	for _, length := range []uint32{0, 15, 17} {
 		b := answer(unix.RTM_NEWLINK, 7, nil)
 		binary.NativeEndian.PutUint32(b, length)
@@ -550,12 +559,14 @@ func TestDecodeLink(t *testing.T) {
 	} {
 		b = append(b, a.Serialize()...)
 	}
+
 	l, err := DecodeLink(b)
 	if err != nil || l.Index != 5 || l.Flags != unix.IFF_UP || l.Elsewhere == nil || *l.Elsewhere != 7 || l.Over != 7 ||
 		l.SwitchID != "dead" || l.PortName != "pf0vf1" || l.Permanent.String() != "02:00:00:00:00:01" || l.MTU != 0 ||
 		!slices.Equal(l.Alternative, []string{"one", "two"}) {
 		t.Errorf("%+v, %v", l, err)
 	}
+
 	if l, err := DecodeLink(b[:unix.SizeofIfInfomsg-1]); !errors.Is(err, ErrCut) {
 		t.Errorf("a cut header: %+v, %v", l, err)
 	}
@@ -565,6 +576,7 @@ func TestDecodeLink(t *testing.T) {
 	if r, ok := decodeRoute(make([]byte, unix.SizeofRtMsg-1)); ok {
 		t.Errorf("a cut route: %+v", r)
 	}
+
 	hops := append(append([]byte{8, 0, 0, 0}, number...), 200, 0, 0, 0, 1, 0, 0, 0)
 	if over := decodeHops(hops); !slices.Equal(over, []int{7}) {
 		t.Errorf("a hop that is longer than its list: %v", over)
@@ -630,18 +642,21 @@ func TestKernel(t *testing.T) {
 	if err != nil {
 		t.Skip("there is no loopback interface here:", err)
 	}
+
 	byName, err1 := c.LinkByName("lo")
 	byIndex, err2 := c.LinkByIndex(lo.Index)
 	if err := errors.Join(err1, err2); err != nil || byName.Index != lo.Index || byIndex.Name != "lo" ||
 		byName.MTU != lo.MTU {
 		t.Errorf("%+v, %+v, %v", byName, byIndex, err)
 	}
+
 	if l, err := c.LinkWithVFs("lo", 0); err != nil || l.NumVF != 0 || len(l.VFs) != 0 {
 		t.Errorf("%+v, %v", l, err)
 	}
 	if _, err := c.LinkByName("not-there"); !Gone(err) {
 		t.Errorf("an interface that is not there: %v", err)
 	}
+
 	addresses, err := c.Addresses()
 	theirs, _ := lo.Addrs()
 	for _, a := range theirs {

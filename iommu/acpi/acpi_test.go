@@ -25,6 +25,7 @@ func TestParse(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%s: %v", signature, err)
 		}
+
 		var got []string
 		for _, b := range table.Blocks {
 			got = append(got, fmtBlock(signature, b))
@@ -41,6 +42,7 @@ func TestParse(t *testing.T) {
 				}
 			}
 		}
+
 		if text := strings.Join(got, " "); text != want {
 			t.Errorf("%s:\n%s\nwant\n%s", signature, text, want)
 		}
@@ -136,6 +138,7 @@ func TestFaults(t *testing.T) {
 	change := func(signature string, f func(b []byte) []byte) []byte {
 		return f(slices.Clone(hosttest.ACPITables()[signature]))
 	}
+
 	for name, c := range map[string]struct {
 		table  []byte
 		error  string

@@ -188,6 +188,7 @@ func compare(t *testing.T, name string, table *Table, lines []said) int {
 			t.Errorf("%s, and here it is %v", where, f.value)
 		}
 	}
+
 	return len(lines)
 }
 
@@ -275,6 +276,7 @@ func flat(table *Table) map[int]field {
 			f.walk(reflect.ValueOf(e.Fields).Elem())
 		}
 	}
+
 	return f.out
 }
 
@@ -297,14 +299,17 @@ func (f *flattener) walk(v reflect.Value) {
 		if f.at == f.skip {
 			f.at += 2
 		}
+
 		size := int(value.Type().Size())
 		if f.kind == "IVHD" && i >= 6 && (name == "Features") != (f.first == 0x10) {
 			// Of the other types.
 			continue
 		}
+
 		if name == "Reserved" && f.kind == "ANDD" {
 			value, size = reflect.ValueOf(uint64(0)), 3
 		}
+
 		switch {
 		case name == "Reserved" && value.Kind() == reflect.Slice && value.Len() == 6:
 			value, size = reflect.ValueOf(uint64(0)), 6
@@ -329,9 +334,11 @@ func (f *flattener) walk(v reflect.Value) {
 		case value.Kind() == reflect.Slice:
 			size = value.Len()
 		}
+
 		if size > 0 {
 			f.put(f.at, name, size, value)
 		}
+
 		f.at += size
 	}
 }

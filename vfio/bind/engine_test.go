@@ -300,6 +300,7 @@ func TestCheckTake(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	for _, c := range []struct{ address, says string }{
 		{"0000:00:08.0", "is a bridge"},
 		{"0000:02:00.0", "is a PF with 3 VFs"},
@@ -323,6 +324,7 @@ func TestCheckTake(t *testing.T) {
 			t.Errorf("%s: %v, want %q", c.address, err, c.says)
 		}
 	}
+
 	a, _ := iommu.ParseAddress(edu)
 	d, _ := topology.Find(a)
 	units, err := Units(topology, []*iommu.Device{d, d})

@@ -185,6 +185,7 @@ func TestWriterLeavesNoDescriptor(t *testing.T) {
 		}
 		return len(entries)
 	}
+
 	c := child{host: h, locks: &locks{name: t.TempDir() + "/lock"}}
 	if _, err := c.locks.open(); err != nil {
 		t.Fatal(err)
@@ -192,10 +193,12 @@ func TestWriterLeavesNoDescriptor(t *testing.T) {
 	if _, err := h.Names("proc/self/ns"); err != nil { // what Go opens once for all
 		t.Fatal(err)
 	}
+
 	w, err := c.get()
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	before := open()
 	for range 3 {
 		p, err := os.FindProcess(w.process.PID)
@@ -214,9 +217,11 @@ func TestWriterLeavesNoDescriptor(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+
 	if now := open(); now != before {
 		t.Errorf("%d descriptors, before three children died %d", now, before)
 	}
+
 	c.close()
 	<-w.ended
 	if now := open(); now >= before {
@@ -414,6 +419,7 @@ func TestTryLock(t *testing.T) {
 	if ok, err := b.TryLock(one); !ok || err != nil {
 		t.Fatal(ok, err)
 	}
+
 	done := make(chan struct{})
 	var wg sync.WaitGroup
 	for range 4 { // who is refused looks at the lock all the same
@@ -432,6 +438,7 @@ func TestTryLock(t *testing.T) {
 			}
 		})
 	}
+
 	for range 300 {
 		if ok, err := a.TryLock(two); !ok || err != nil {
 			t.Fatalf("a lock that nobody has: %v, %v", ok, err)
@@ -442,6 +449,7 @@ func TestTryLock(t *testing.T) {
 		a.Close()
 		a = open(t, k, Options{})
 	}
+
 	close(done)
 	wg.Wait()
 }
@@ -456,6 +464,7 @@ func TestLooksThatFail(t *testing.T) {
 			return nil
 		})
 	}
+
 	for what, c := range map[string]struct {
 		op, name string
 		call     func(b *Handle) error
@@ -535,6 +544,7 @@ func TestPlansThatFail(t *testing.T) {
 	if _, err := b.Move(context.Background(), Take(Auto), read(t, b, igb).Address); err != nil {
 		t.Fatal(err)
 	}
+
 	taken, free := read(t, b, igb), read(t, b, e1000)
 	look := func(do func(b *Handle) (any, error)) func() (any, error) {
 		return func() (any, error) {
@@ -546,6 +556,7 @@ func TestPlansThatFail(t *testing.T) {
 			return do(b)
 		}
 	}
+
 	for what, do := range map[string]func() (any, error){
 		"take":  look(func(b *Handle) (any, error) { return b.Plan(free, Take(Auto)) }),
 		"give":  look(func(b *Handle) (any, error) { return b.Plan(taken, GiveBack()) }),

@@ -110,6 +110,7 @@ func TestLateNode(t *testing.T) {
 		if comes {
 			patience = DefaultTimeout
 		}
+
 		b := open(t, k, Options{Timeout: patience})
 		node := filepath.Join(k.Dir(), "dev/vfio", groupOf(t, b, igb))
 		made := make(chan bool, 1)
@@ -124,10 +125,12 @@ func TestLateNode(t *testing.T) {
 				}()
 			}
 		}
+
 		_, err := b.Move(context.Background(), Take(Auto), read(t, b, igb).Address)
 		if (err == nil) != comes || err != nil && !strings.Contains(err.Error(), "did not appear") {
 			t.Errorf("comes %v: %v", comes, err)
 		}
+
 		if comes {
 			<-made
 		} else if got := bound(t, b, igb); got != [2]string{"igb", ""} {
@@ -305,11 +308,13 @@ func TestAwaitHome(t *testing.T) {
 		if what == "never" {
 			patience = time.Second
 		}
+
 		b := open(t, k, Options{Timeout: patience})
 		a := read(t, b, igb).Address
 		if _, err := b.Move(context.Background(), Take(Auto), a); err != nil {
 			t.Fatal(err)
 		}
+
 		ctx, cancel := context.WithCancel(context.Background())
 		link, away := filepath.Join(k.Dir(), "sys/class/net/enp1s0"), filepath.Join(k.Dir(), "enp1s0")
 		made := make(chan error, 1)
@@ -325,18 +330,22 @@ func TestAwaitHome(t *testing.T) {
 				cancel()
 			}
 		}
+
 		_, err := b.Move(ctx, GiveBack(), a)
 		if (err == nil) != (says == "") || err != nil && !strings.Contains(err.Error(), says) {
 			t.Errorf("%s: %v", what, err)
 		}
+
 		if what == "late" {
 			if err := <-made; err != nil {
 				t.Error(err)
 			}
 		}
+
 		if got := bound(t, b, igb); got != [2]string{"igb", ""} {
 			t.Errorf("%s: %q", what, got)
 		}
+
 		cancel()
 	}
 }

@@ -59,14 +59,17 @@ func TestBusy(t *testing.T) {
 				t.Errorf("%s: %v, wrote %q", what, err, k.Log)
 			}
 		}
+
 		if ours, err := b.TryLock(a); ours || err != nil {
 			t.Errorf("tried: %v, %v", ours, err)
 		}
+
 		ctx, cancel := context.WithCancel(context.Background())
 		cancel()
 		if err := b.LockAt(ctx, a); !errors.Is(err, context.Canceled) {
 			t.Errorf("interrupted: %v", err)
 		}
+
 		free()
 		if ours, err := b.TryLock(a); !ours || err != nil {
 			t.Errorf("free: %v, %v", ours, err)
@@ -174,6 +177,7 @@ func TestNodesThatFail(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	for what, break_ := range map[string]func(k *hosttest.Kernel){
 		"own": func(k *hosttest.Kernel) {
 			k.SetFault(func(op, _ string) error {
@@ -255,10 +259,12 @@ func TestOddRecords(t *testing.T) {
 			return "", nil
 		},
 	}})
+
 	gone, err := iommu.ParseAddress("0000:0f:00.0")
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	here := read(t, b, igb).Address
 	for key, content := range map[string]any{
 		changeKey(gone): changeRecord{Op: "other", Unit: []iommu.Address{gone}, Change: Change{Device: gone}},
@@ -269,6 +275,7 @@ func TestOddRecords(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+
 	all, err := b.Recover(context.Background())
 	if err != nil || len(all) != 2 {
 		t.Fatalf("%+v, %v", all, err)
@@ -366,16 +373,19 @@ func TestBlind(t *testing.T) {
 			other.Close()
 			k.Log = nil
 		}
+
 		k.SetFault(func(_, name string) error {
 			if strings.HasPrefix(name, "proc/4712") || strings.HasPrefix(name, "proc/self/ns/pid") {
 				return unix.EACCES
 			}
 			return nil
 		})
+
 		goal := Take(Auto)
 		if dry {
 			goal = GiveBack()
 		}
+
 		results, err := b.Move(context.Background(), goal, a)
 		k.Revive()
 		if (err == nil) != dry || !dry && len(results) > 0 || len(k.Log) > 0 {

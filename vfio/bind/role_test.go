@@ -160,11 +160,13 @@ func TestSiblings(t *testing.T) {
 		hosttest.PCI{At: "0000:00:01.0/0000:c3:00.0", ID: "1002:73ff", Class: "030000", Driver: "amdgpu", Group: 2},
 		hosttest.PCI{At: "0000:00:01.0/0000:c3:00.1", ID: "1002:ab28", Class: "040300", Driver: "snd_hda_intel", Group: 3},
 	))
+
 	b := open(t, k, Options{DryRun: true})
 	topology, err := b.Topology()
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	find := func(address string) *iommu.Device {
 		d, err := topology.Find(read(t, b, address).Address)
 		if err != nil {
@@ -172,6 +174,7 @@ func TestSiblings(t *testing.T) {
 		}
 		return d
 	}
+
 	for _, asked := range [][]*iommu.Device{{find("0000:c3:00.0")}, {find("0000:c3:00.0"), find("0000:c3:00.1")}} {
 		j, err := b.Prepare(context.Background(), Request{Devices: asked, Goal: Take(Auto)})
 		if err != nil {

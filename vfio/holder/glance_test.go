@@ -42,10 +42,12 @@ func TestGlance(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		all, err := Glance(h, topology)
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
+
 		var briefs []string
 		for _, u := range all {
 			if u.Device == c.device {
@@ -55,6 +57,7 @@ func TestGlance(t *testing.T) {
 				t.Errorf("%s: %+v is not brief", name, u)
 			}
 		}
+
 		if got := strings.Join(briefs, ", "); got != c.brief {
 			t.Errorf("%s: %q, want %q", name, got, c.brief)
 		}

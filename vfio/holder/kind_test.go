@@ -409,6 +409,7 @@ func TestKinds(t *testing.T) {
 			}
 		}
 	}
+
 	if _, err := ParseKind("nobody"); err == nil || !strings.Contains(err.Error(), KindNames()) {
 		t.Error(err)
 	}

@@ -65,6 +65,7 @@ func TestOwners(t *testing.T) {
 			<address domain="0x0000" bus="0x09" slot="0x00" function="0x0"/></source></disk>`),
 		"run/libvirt/qemu/autostart/not-a-domain.txt": "",
 	})
+
 	for address, want := range map[string][]string{
 		igb:           {"is given to libvirt domain web", "is managed by the SR-IOV network operator"},
 		e1000:         {"is given to libvirt domain vf", "is reserved for Proxmox guest 104", "is set to driver e1000e by driverctl"},

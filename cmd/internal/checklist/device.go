@@ -41,10 +41,12 @@ func (c *list) group(d *iommu.Device) error {
 		c.add(l)
 		return nil
 	}
+
 	g, err := c.topology.Group(*d.Group)
 	if err != nil {
 		return err
 	}
+
 	file := fmt.Sprintf("sys/kernel/iommu_groups/%d/devices", g.ID)
 	l.Evidence = []Evidence{{file, fmt.Sprintf("%d of them", len(g.Devices))}}
 	l.Text = fmt.Sprintf("group %d can be handed over: no host driver has any of it", g.ID)
@@ -58,10 +60,12 @@ func (c *list) group(d *iommu.Device) error {
 		l.Text = fmt.Sprintf("group %d cannot be handed over: the host uses %s of it", g.ID, strings.Join(names, ", "))
 		l.Cure = "viaduct bind " + d.Name
 	}
+
 	if g.NoIOMMU {
 		l.Answer, l.Cure = No, "viaduct doctor"
 		l.Text = fmt.Sprintf("group %d is of VFIO's noiommu mode, which does not keep the device from any memory", g.ID)
 	}
+
 	c.add(l)
 	return nil
 }
@@ -116,16 +120,19 @@ func (c *list) reserved(d *iommu.Device, all []iommu.Region) Line {
 			l.Evidence = append(l.Evidence, Evidence{file, text})
 		}
 	}
+
 	if len(l.Evidence) == 0 {
 		l.Text, l.Evidence = "no range is kept from the guest's memory", []Evidence{{file, "none that counts"}}
 		return l
 	}
+
 	memory := c.memory()
 	if memory == 0 {
 		l.Answer, l.Text = Unknown, "the guest's memory is not known, and some ranges are kept from it"
 		l.Cure = fmt.Sprintf("viaduct why guest=%s --memory SIZE", quote(c.lease.Guest))
 		return l
 	}
+
 	l.Text = "the ranges that are kept from it are not where the guest has its memory"
 	for _, r := range all {
 		for _, span := range guest.Layout(c.arch(), memory, true) {
@@ -136,6 +143,7 @@ func (c *list) reserved(d *iommu.Device, all []iommu.Region) Line {
 			}
 		}
 	}
+
 	return l
 }
 

@@ -108,6 +108,7 @@ func (c *list) memlock() error {
 		c.add(l)
 		return nil
 	}
+
 	memory := c.memory()
 	for _, pid := range pids {
 		file := fmt.Sprintf("proc/%d/limits", pid)
@@ -132,6 +133,7 @@ func (c *list) memlock() error {
 		c.add(l)
 		return nil
 	}
+
 	l.Text = "the guest's memory may be locked"
 	c.add(l)
 	return nil
@@ -220,10 +222,12 @@ func (c *list) holders() error {
 		c.add(l)
 		return nil
 	}
+
 	all, err := holder.Find(c.host, c.devices)
 	if err != nil && !errors.Is(err, holder.ErrBlind) {
 		return err
 	}
+
 	var strangers []holder.Holder
 	for _, h := range all {
 		switch c.relation(h) {
@@ -248,6 +252,7 @@ func (c *list) holders() error {
 		c.add(l)
 		return nil
 	}
+
 	if len(strangers) > 0 {
 		l.Answer, l.Evidence = Unknown, nil
 		l.Text = "a process has its devices open, and whether it is the guest is not known"
@@ -260,9 +265,11 @@ func (c *list) holders() error {
 		}
 		l.Cure = "ps -o pid,user,args -p " + strings.Join(pids, ",")
 	}
+
 	if err != nil {
 		l.Answer, l.Text, l.Cure = Unknown, "not all processes can be seen", "run it as root"
 	}
+
 	c.add(l)
 	return nil
 }

@@ -86,11 +86,13 @@ func (c *list) reach(l *Line, d *iommu.Device, owners []host.Owner) {
 		l.Answer = Unknown
 		l.Text += "; which user the guest's VMM runs as is not known"
 	}
+
 	for _, pid := range pids {
 		if c.hasOpen(pid, d) {
 			return
 		}
 	}
+
 	for _, pid := range pids {
 		user, known := guest.UserOf(c.host, pid)
 		for i, o := range owners {

@@ -105,10 +105,12 @@ func (c *list) last() error {
 		Name: "last_change", Answer: OK, Text: "the lease was made " + c.lease.Made.Local().Format(moment),
 		Evidence: []Evidence{{c.record(), c.lease.Made.Format(time.RFC3339)}},
 	}
+
 	all, err := changelog.Read(c.host)
 	if err != nil && !errors.Is(err, fs.ErrPermission) {
 		return err
 	}
+
 	for _, e := range slices.Backward(all) {
 		if !c.about(&e) {
 			continue
@@ -127,9 +129,11 @@ func (c *list) last() error {
 		l.Evidence = append(l.Evidence, Evidence{changelog.File, e.Time.Format(time.RFC3339)})
 		break
 	}
+
 	if err != nil {
 		l.Text += "; what was changed since takes root to read"
 	}
+
 	c.add(l)
 	return nil
 }

@@ -324,6 +324,7 @@ func (m *Manager) wish(pf *hostfile.PF, d *iommu.Device, waits bool,
 	wish := sriov.Wish{
 		Eswitch: sriov.Eswitch{Mode: pf.Eswitch, Inline: pf.Inline, Encap: pf.Encap}, Offload: pf.Offload, MTU: pf.MTU,
 	}
+
 	var places []iommu.Address
 	if len(leased) > 0 {
 		var err error
@@ -331,6 +332,7 @@ func (m *Manager) wish(pf *hostfile.PF, d *iommu.Device, waits bool,
 			return wish, err
 		}
 	}
+
 	for n, vf := range pf.Each() {
 		use := vf.Use
 		if waits {
@@ -350,6 +352,7 @@ func (m *Manager) wish(pf *hostfile.PF, d *iommu.Device, waits bool,
 		}
 		wish.VFs = append(wish.VFs, sriov.VFWish{Use: use, Settings: vf.Settings})
 	}
+
 	return wish, nil
 }
 

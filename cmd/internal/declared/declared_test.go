@@ -434,16 +434,19 @@ echo none > /DIR/virtfn1/driver_override
 echo 1 > /DIR/sriov_drivers_autoprobe`, "DIR", pfDir); got != want || !early.Waits {
 		t.Errorf("early, waits %v:\n%s\nwant\n%s", early.Waits, got, want)
 	}
+
 	if err := apply(t, m, text); err != nil {
 		t.Fatal(err)
 	}
 	if k.Net.Eswitch[pf][0] != 1 {
 		t.Errorf("the e-switch is %v", k.Net.Eswitch[pf])
 	}
+
 	m = again(t, m)
 	if i := plan(t, m, text)[0]; i.State != OK {
 		t.Errorf("early, when it is done: %s %q", i.State, i.Steps)
 	}
+
 	m.options.Late = true
 	late := plan(t, m, text)[0]
 	if got, want := strings.Join(bind.Commands(late.Steps), "\n"), `echo vfio-pci > /sys/bus/pci/devices/0000:01:10.0/driver_override
@@ -528,15 +531,18 @@ func TestImport(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+
 	m := newManager(t, k, Options{})
 	d, err := m.topology.Find(mustParse(t, pf))
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	first, err := m.stable(d)
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	for source, want := range map[string]struct{ text, note string }{
 		"driverctl": {"devices:\n  - select: \"" + first.String() + "\"\n    driver: vfio-pci\n  - select: \"0000:7f:00.0\"\n    driver: vfio-pci\n", "uio_pci_generic"},
 		"netplan": {"pfs:\n  - select: \"mac=52:54:00:aa:00:01\"\n    count: 2\n    vfs:\n      - driver: home\n" +
@@ -603,11 +609,13 @@ func TestRenumbered(t *testing.T) {
 			{At: port + "/0000:" + bus + ":00.0", ID: "10de:20b5", Class: "030200", Driver: "nvidia", Group: group + 1},
 		}
 	}
+
 	numbered := func(root, bus, serial string, group int) []hosttest.PCI {
 		both := card(root, bus, group)
 		both[1].Class, both[1].Files = "010802", hosttest.Tree{"nvme/nvme" + bus + "/serial": serial + "\n"}
 		return both
 	}
+
 	const text = "devices:\n  - select: path=0000:17:00.0/00.0\n"
 	for name, c := range map[string]struct {
 		now  []hosttest.PCI
@@ -662,17 +670,20 @@ func TestGroupDeclaredTwice(t *testing.T) {
 			}
 			continue
 		}
+
 		if items[0].State != Differs || items[1].State != Differs || len(items[1].Steps) > 0 || len(items[1].Notes) == 0 {
 			t.Errorf("%s: %+v, %+v", name, items[0], items[1])
 		}
 		if err := apply(t, again(t, m), "devices:\n"+c.text); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
+
 		for _, i := range plan(t, again(t, m), "devices:\n"+c.text) {
 			if i.State != OK {
 				t.Errorf("%s: %s is %s: %v %q", name, i.Name, i.State, i.Err, i.Steps)
 			}
 		}
+
 		smbus, err := iommu.ReadDevice(&iommu.Host{Host: k.Host()}, iommu.Address{Device: 0x14})
 		if want := map[bool]string{true: "vfio-pci"}[name == "the companion too"]; err != nil || smbus.Driver != want {
 			t.Errorf("%s: the companion is on %q, %v", name, smbus.Driver, err)
@@ -687,6 +698,7 @@ func TestRoles(t *testing.T) {
 	if err := k.Host().Replace(hostfile.File, []byte(text)); err != nil {
 		t.Fatal(err)
 	}
+
 	h := &iommu.Host{Host: k.Host()}
 	topology, err := iommu.Scan(h)
 	if err == nil {
@@ -695,14 +707,17 @@ func TestRoles(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	g, err := topology.Group(12)
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	var handed []string
 	for _, d := range g.Handed() {
 		handed = append(handed, d.Name)
 	}
+
 	if want := []string{"0000:00:14.0", "0000:03:00.0"}; !slices.Equal(handed, want) {
 		t.Errorf("handed over are %q, want %q", handed, want)
 	}

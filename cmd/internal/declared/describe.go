@@ -109,6 +109,7 @@ func (m *Manager) Adopt() (*hostfile.Host, map[string]string, error) {
 		all = append(all, d)
 		return true
 	})
+
 	names := iommu.OpenNames(m.host)
 	defer names.Close()
 	// By the first of each.
@@ -138,6 +139,7 @@ func (m *Manager) Adopt() (*hostfile.Host, map[string]string, error) {
 			comments[match.String()] = comment(names, d)
 		}
 	}
+
 	return out, comments, nil
 }
 

@@ -143,10 +143,12 @@ func TestRecoverRecords(t *testing.T) {
 	if r, err := m.Recover(); err != nil || len(r) != 1 || r[0].Err == nil || !strings.Contains(r[0].What, "cannot be read") {
 		t.Errorf("%+v, %v", r, err)
 	}
+
 	put(`{"device":"` + nic + `","release":["` + nic + `"]}`)
 	if interrupted, err := m.Interrupted(); !interrupted || err != nil {
 		t.Errorf("%v, %v", interrupted, err)
 	}
+
 	other := newManager(t, k, Options{})
 	d, err := other.topology.Find(mustParse(t, nic))
 	if err := errors.Join(err, other.handle.Lock(t.Context(), []*iommu.Device{d})); err != nil {
@@ -155,6 +157,7 @@ func TestRecoverRecords(t *testing.T) {
 	if r, err := m.Recover(); err != nil || len(r) > 0 {
 		t.Errorf("while another viaduct has it: %+v, %v", r, err)
 	}
+
 	other.handle.Close()
 	if r, err := m.Recover(); err != nil || len(r) != 1 || r[0].Err != nil || r[0].Device.String() != nic {
 		t.Errorf("%+v, %v", r, err)
@@ -189,6 +192,7 @@ func TestWordsOfEach(t *testing.T) {
 			t.Errorf("%q, want %q", got, want)
 		}
 	}
+
 	of := func(classes ...uint32) []*iommu.Device {
 		var out []*iommu.Device
 		for _, c := range classes {
@@ -196,6 +200,7 @@ func TestWordsOfEach(t *testing.T) {
 		}
 		return out
 	}
+
 	for want, devices := range map[string][]*iommu.Device{
 		"NIC": of(0x020000), "2 NICs, GPU": of(0x020000, 0x030000, 0x020000), "2 GPUs": of(0x030000, 0x030200),
 		"2 NVMes, USB, SMBus": of(0x010802, 0x010802, 0x0c0330, 0x0c0500), "2 SATA": of(0x010601, 0x010601),
@@ -237,10 +242,12 @@ func TestBootIsCareful(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+
 		g, err := m.guard(parse(t, "pfs: []\nprotect: ["+c.protect+"]\n"))
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		d := &iommu.Device{Name: nic, ID: iommu.ID{Class: c.class}, PCI: true, VFIO: c.vfio}
 		if c.driver {
 			d.Driver = "e1000"
@@ -248,6 +255,7 @@ func TestBootIsCareful(t *testing.T) {
 		if err := g.take([]*iommu.Device{d}); (err == nil) != (c.refused == "") || err != nil && !strings.Contains(err.Error(), c.refused) {
 			t.Errorf("%s: %v", name, err)
 		}
+
 		vf := *d
 		vf.PhysFn = &iommu.Address{}
 		if err := g.take([]*iommu.Device{&vf}); name == "nothing is known" && err != nil {
@@ -266,6 +274,7 @@ func TestSame(t *testing.T) {
 	if len(now.MACs) == 0 || now.Path == "" {
 		t.Fatal(now)
 	}
+
 	other := map[string]string{"x": "02:00:00:00:ff:ff"}
 	for name, c := range map[string]struct {
 		change func(*iommu.Identity)
@@ -297,6 +306,7 @@ func TestCheckRefuses(t *testing.T) {
 	pfs := func(first, more string) string {
 		return "pfs:\n  - select: " + pf + "\n    count: 2\n    vfs: [{range: 0, " + first + "}, {range: 1, driver: none}]\n" + more
 	}
+
 	usual := pfs("driver: vfio, vlan: 7", "")
 	open := holder.Process
 	for name, c := range map[string]struct {

@@ -66,6 +66,7 @@ func (m *Manager) pfs(s *hostfile.Host) ([]hostfile.PF, error) {
 			}
 		}
 	}
+
 	return out, nil
 }
 

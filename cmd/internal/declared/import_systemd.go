@@ -273,6 +273,7 @@ func (i *importer) absent(files []*netFile) error {
 		}
 		byWord[word] = append(byWord[word], f)
 	}
+
 	for _, word := range words {
 		match, d, err := i.match(word)
 		if word != "" && err == nil && d == nil {
@@ -289,6 +290,7 @@ func (i *importer) absent(files []*netFile) error {
 			}
 		}
 	}
+
 	return nil
 }
 

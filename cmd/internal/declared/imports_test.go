@@ -42,6 +42,7 @@ func TestImportedPlans(t *testing.T) {
 		first, second = `"mac=3c:fd:fe:00:00:01"`, `"mac=3c:fd:fe:00:00:02"`
 		network       = "etc/systemd/network/"
 	)
+
 	for name, c := range map[string]struct {
 		files  hosttest.Tree
 		source string

@@ -78,6 +78,7 @@ func applyAll(k *hosttest.Kernel, text string) error {
 	if err != nil {
 		return err
 	}
+
 	return with(k, Options{}, func(ctx context.Context, m *Manager) error {
 		items, err := m.Plan(s)
 		if err != nil {
@@ -147,10 +148,12 @@ func lookAt(t *testing.T, k *hosttest.Kernel) *declaredWorld {
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	w.pf = state(t, k)
 	for _, vf := range port.VFs {
 		w.pf += ", " + vf.Settings.Text()
 	}
+
 	for _, name := range []string{nic, beside} {
 		d, err := iommu.ReadDevice(m.host, mustParse(t, name))
 		if err != nil {
@@ -158,6 +161,7 @@ func lookAt(t *testing.T, k *hosttest.Kernel) *declaredWorld {
 		}
 		w.nic += d.Driver + "/" + d.DriverOverride + " "
 	}
+
 	for _, prefix := range []string{journal.Changing, applying} {
 		keys, err := m.run.Keys(prefix)
 		if err != nil {
@@ -165,10 +169,12 @@ func lookAt(t *testing.T, k *hosttest.Kernel) *declaredWorld {
 		}
 		w.left = append(w.left, keys...)
 	}
+
 	_, w.undo, err = m.Last()
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	return w
 }
 
@@ -255,12 +261,14 @@ func TestFaultOfUndo(t *testing.T) {
 		}
 		return k, before
 	}
+
 	k, _ := prepare()
 	var err error
 	all := k.Operations(func() { err = undoAll(k) })
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	for _, n := range hosttest.EveryNth(3, hosttest.Sample(all)) {
 		k, before := prepare()
 		failed := k.FailNth(n, failures[n%3])
@@ -346,6 +354,7 @@ func TestFaultOfConfirm(t *testing.T) {
 			}
 			return k, m, token
 		}
+
 		for n := 0; ; n++ {
 			k, m, token := prepare()
 			failed := k.FailNth(n, failures[n%3])
@@ -420,6 +429,7 @@ func TestNoDriverIsTold(t *testing.T) {
 		}
 		return k
 	}
+
 	told := func(k *hosttest.Kernel, err error, what string) {
 		t.Helper()
 		none, _ := errors.AsType[*NoDriverError](err)
@@ -427,6 +437,7 @@ func TestNoDriverIsTold(t *testing.T) {
 			t.Errorf("%s: %v; its VFs are on %s", what, err, now)
 		}
 	}
+
 	k := prepare()
 	var err error
 	all := k.Operations(func() { err = applyAll(k, text) })

@@ -35,14 +35,17 @@ func (m *Manager) planUnmanaged(i *Item) error {
 	if err != nil {
 		return err
 	}
+
 	each := i.pf.Each()
 	if len(marked) == 0 && !slices.ContainsFunc(each, func(vf hostfile.VF) bool { return vf.Unmanaged }) {
 		return nil
 	}
+
 	places, err := iommu.VFAddresses(m.host, i.Device.Address)
 	if err != nil {
 		return err
 	}
+
 	for n, a := range places {
 		want := n < len(each) && each[n].Unmanaged
 		if has := slices.Contains(marked, unmanagedKey+a.String()); has == want {
@@ -56,10 +59,12 @@ func (m *Manager) planUnmanaged(i *Item) error {
 		}
 		i.Steps = append(i.Steps, bind.Action{Command: command})
 	}
+
 	if len(i.marks) > 0 && m.host.Live() && !m.hasRule() {
 		i.Notes = append(i.Notes, "network: unmanaged goes by a rule of udev's that viaduct install writes: it is not "+
 			"there")
 	}
+
 	return nil
 }
 

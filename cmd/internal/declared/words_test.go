@@ -22,6 +22,7 @@ func TestFoldRows(t *testing.T) {
 		}
 		return out
 	}
+
 	for name, c := range map[string]struct {
 		rows []vfRow
 		want []string
@@ -41,6 +42,7 @@ func TestFoldRows(t *testing.T) {
 			t.Errorf("%s: %q, want %q", name, got, c.want)
 		}
 	}
+
 	gap := []vfRow{{0, map[string]string{"vlan": "7"}}, {2, map[string]string{"vlan": "7"}}}
 	if got := foldRows(gap); len(got) != 2 {
 		t.Errorf("with one left out: %q", got)

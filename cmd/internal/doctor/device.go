@@ -42,9 +42,11 @@ func nodes(f *Facts) Check {
 			c.see(n.Path, fmt.Sprintf("mode %04o", n.Mode))
 		}
 	}
+
 	has := func(path string) bool {
 		return slices.ContainsFunc(f.Nodes, func(n Node) bool { return n.Path == path })
 	}
+
 	loaded := f.Modules["vfio"].Loaded || f.Modules["vfio"].Builtin
 	switch {
 	case len(open) > 0:
@@ -62,6 +64,7 @@ func nodes(f *Facts) Check {
 	default:
 		c.set(Passed, "they come with the first device that is taken")
 	}
+
 	return c
 }
 
@@ -72,6 +75,7 @@ func sriovRoom(f *Facts) Check {
 		return f.Selected == nil || slices.ContainsFunc(f.Selected,
 			func(d *iommu.Device) bool { return d.Name == name })
 	}
+
 	var memory, buses []string
 	count := 0
 	for _, pf := range f.PFs {
@@ -88,6 +92,7 @@ func sriovRoom(f *Facts) Check {
 			c.see("sys/bus/pci/devices/"+pf.Port+"/subordinate_bus_number", itoa(pf.Buses))
 		}
 	}
+
 	c.Devices = slices.Concat(memory, buses)
 	switch {
 	case len(memory) > 0:
@@ -103,9 +108,11 @@ func sriovRoom(f *Facts) Check {
 	default:
 		c.set(Passed, "enough for the VFs of %s", plural(count, "device"))
 	}
+
 	if f.Selected != nil && c.Status == Warned {
 		c.Status = Failed
 	}
+
 	return c
 }
 
@@ -134,6 +141,7 @@ func resets(f *Facts) Check {
 			c.see("sys/bus/pci/devices/"+d.Name+"/reset_method", value)
 		}
 	}
+
 	switch {
 	case len(problems) > 0:
 		c.set(Warned, "%s", strings.Join(problems, "; "))
@@ -146,6 +154,7 @@ func resets(f *Facts) Check {
 	default:
 		c.set(Passed, "%s can be reset", some(namesOf(f.Wanted)))
 	}
+
 	return c
 }
 
@@ -242,12 +251,14 @@ func numa(f *Facts) Check {
 		c.see(file, "0")
 		return c
 	}
+
 	for _, d := range f.Wanted {
 		if d.PCI && d.NUMANode == nil {
 			c.Devices = append(c.Devices, d.Name)
 			c.see("sys/bus/pci/devices/"+d.Name+"/numa_node", "-1")
 		}
 	}
+
 	if len(c.Devices) == 0 {
 		c.set(Passed, "%d nodes", f.NUMANodes)
 		for _, d := range f.Wanted {
@@ -258,6 +269,7 @@ func numa(f *Facts) Check {
 		}
 		return c
 	}
+
 	c.set(Warned, "%d nodes, and the firmware does not say which one %s is near to", f.NUMANodes, some(c.Devices))
 	c.Cure = "update the firmware; until then, pin the guest by hand to the node of the card's slot"
 	return c

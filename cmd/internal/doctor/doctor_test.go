@@ -188,10 +188,12 @@ func TestFaults(t *testing.T) {
 				}
 			}
 		}
+
 		if first == nil {
 			t.Errorf("%s: nothing was found", name)
 			continue
 		}
+
 		if first.Name != c.check || first.Status != c.status || !strings.Contains(first.Text, c.text) || !strings.Contains(first.Cure, c.cure) {
 			t.Errorf("%s: %+v, want %s %s with %q and %q", name, first, c.check, c.status, c.text, c.cure)
 		}

@@ -31,6 +31,7 @@ func modules(f *Facts) Check {
 		c.see(dir+"/modules.dep", "")
 		return c
 	}
+
 	var missing []string
 	if !f.Modules["vfio_pci"].There() {
 		missing = append(missing, "vfio-pci")
@@ -38,6 +39,7 @@ func modules(f *Facts) Check {
 	if !f.Modules["vfio_iommu_type1"].There() && !f.Modules["iommufd"].There() {
 		missing = append(missing, "vfio_iommu_type1 (or iommufd)")
 	}
+
 	if len(missing) == 0 {
 		var there []string
 		for _, m := range []string{"vfio_pci", "vfio_iommu_type1", "iommufd"} {
@@ -49,6 +51,7 @@ func modules(f *Facts) Check {
 		c.see(dir+"/modules.dep", strings.Join(there, " "))
 		return c
 	}
+
 	c.set(Failed, "this kernel has no %s", strings.Join(missing, " and no "))
 	c.see(dir+"/modules.dep", "")
 	c.see(dir+"/modules.builtin", "")
@@ -58,6 +61,7 @@ func modules(f *Facts) Check {
 		c.see("boot/config-"+f.Release, "# CONFIG_VFIO_PCI is not set")
 		c.Cure = "boot a kernel with CONFIG_VFIO_PCI"
 	}
+
 	return c
 }
 
@@ -179,6 +183,7 @@ func unsafeModes(f *Facts) Check {
 			}
 		}
 	}
+
 	switch {
 	case len(on) == 0 && !f.Whole && len(f.Params) == 0:
 		return f.unseen(c, "sys/module/vfio/parameters")
@@ -191,6 +196,7 @@ func unsafeModes(f *Facts) Check {
 		c.set(Failed, "%s %s on, and no IOMMU is active: a guest reaches all of the host's memory",
 			strings.Join(on, " and "), verb(len(on)))
 	}
+
 	return c
 }
 
@@ -222,6 +228,7 @@ func defaultDomain(f *Facts) Check {
 	if !f.present() {
 		return c.without()
 	}
+
 	kinds := map[string]int{}
 	for i := range f.Topology.Groups {
 		g := &f.Topology.Groups[i]
@@ -230,25 +237,30 @@ func defaultDomain(f *Facts) Check {
 			kinds[g.Type]++
 		}
 	}
+
 	var text []string
 	for kind, n := range kinds {
 		text = append(text, fmt.Sprintf("%s of %s", kind, plural(n, "group")))
 	}
+
 	slices.Sort(text)
 	if len(text) == 0 {
 		c.set(Passed, "the kernel does not show it")
 		return c
 	}
+
 	c.set(Passed, "%s", strings.Join(text, ", "))
 	c.see("sys/kernel/iommu_groups/*/type", c.Text)
 	if kinds["identity"] > 0 {
 		c.Text += "; identity (passthrough mode) leaves the host's own devices untranslated, which guests do not mind"
 	}
+
 	for _, name := range []string{"iommu", "iommu.passthrough"} {
 		if v, is := f.parameter(name); is {
 			c.see("proc/cmdline", name+"="+v)
 		}
 	}
+
 	return c
 }
 

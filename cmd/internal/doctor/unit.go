@@ -140,6 +140,7 @@ func coverage(f *Facts) Check {
 	if !f.present() {
 		return c.without()
 	}
+
 	var bare []*iommu.Device
 	f.each(func(d *iommu.Device) {
 		// The host's own machinery needs none; where groups come late, a device without a driver has none yet.
@@ -148,30 +149,36 @@ func coverage(f *Facts) Check {
 			bare = append(bare, d)
 		}
 	})
+
 	if len(bare) == 0 {
 		if c.set(Passed, "an IOMMU covers each device"); f.Selected != nil {
 			c.set(Passed, "an IOMMU covers what was asked about")
 		}
 		return c
 	}
+
 	c.Devices = namesOf(bare)
 	c.set(Warned, "no IOMMU covers %s", some(c.Devices))
 	if f.Selected != nil {
 		c.Status = Failed
 	}
+
 	for _, d := range bare[:1] {
 		c.see("sys/bus/pci/devices/"+d.Name+"/iommu_group", "")
 	}
+
 	c.Cure = "put the device into another slot, or update the firmware"
 	if signature := f.leftOut(c.Devices); signature != "" {
 		c.set(Failed, "the firmware's %s table leaves out %s, so no IOMMU covers it", signature, some(c.Devices))
 		c.see(path.Join(tablesDir, signature), "without it")
 		c.Cure = "update the firmware, or tell its maker; another slot may help"
 	}
+
 	if value, word := iommu.LastOf(f.Words, "intel_iommu", "igfx_off"); value != "" {
 		c.Cure = f.Loader.RemoveValue(word, value)
 		f.seeLine(&c)
 	}
+
 	return c
 }
 
@@ -270,6 +277,7 @@ func directRanges(f *Facts) Check {
 	if !f.present() {
 		return c.without()
 	}
+
 	var ranges []GroupRange
 	for _, r := range f.Direct {
 		asked := func(d *iommu.Device) bool { return d.InGroup(r.Group) }
@@ -277,11 +285,13 @@ func directRanges(f *Facts) Check {
 			ranges = append(ranges, r)
 		}
 	}
+
 	if len(ranges) == 0 {
 		c.set(Passed, "the firmware keeps no device from guests")
 		c.see("sys/kernel/iommu_groups/*/reserved_regions", "no line with direct")
 		return c
 	}
+
 	for _, r := range ranges {
 		for _, n := range r.Devices {
 			if !slices.Contains(c.Devices, n) {
@@ -290,19 +300,23 @@ func directRanges(f *Facts) Check {
 		}
 		c.see("sys/kernel/iommu_groups/"+itoa(r.Group)+"/reserved_regions", hexRange(r.Region)+" direct")
 	}
+
 	c.set(Warned, "the firmware wants memory of %s left where it is (%s), and VFIO refuses such a device",
 		some(c.Devices), f.rangeKind())
 	if f.Selected != nil {
 		c.Status = Failed
 	}
+
 	if f.older(6, 6) && f.has(iommu.KindAMDVi) {
 		// The rule for all IOMMUs came after 6.1, where Intel's driver alone had one.
 		c.set(Warned, "the firmware wants memory of %s left where it is (%s); Linux %s may give such a device away, "+
 			"and newer kernels refuse it", some(c.Devices), f.rangeKind(), f.Release)
 	}
+
 	c.Cure = "turn off what uses it in the firmware's menu (shared memory of a management controller, USB legacy " +
 		"support, " +
 		"Intel graphics), or update the firmware; such a device cannot be given to a guest"
+
 	return c
 }
 

@@ -18,6 +18,7 @@ func TestLockLimit(t *testing.T) {
 		first     = "-> user:[4026531837]"
 		another   = "-> user:[4026532301]"
 	)
+
 	for name, c := range map[string]struct {
 		tree  hosttest.Tree
 		limit uint64

@@ -24,6 +24,7 @@ func UserOf(h *iommu.Host, pid int) (u User, known bool) {
 	if err != nil {
 		return u, false
 	}
+
 	uids := false
 	for line := range strings.Lines(status) {
 		name, value, _ := strings.Cut(line, ":")
@@ -56,6 +57,7 @@ func UserOf(h *iommu.Host, pid int) (u User, known bool) {
 			u.any = err == nil && caps>>override&1 == 1 && inFirstNamespace(h, dir)
 		}
 	}
+
 	return u, uids
 }
 

@@ -36,6 +36,7 @@ func TestUserOpens(t *testing.T) {
 			t.Errorf("%s: %+v, known %v, opens %v", name, u, known, u.Opens(c.owner))
 		}
 	}
+
 	if _, known := UserOf(&iommu.Host{Host: hosttest.Tree{"proc/7/": ""}.Host(t)}, 7); known {
 		t.Error("who cannot be read is known")
 	}

@@ -22,11 +22,13 @@ func TestMalformed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	var out []string
 	cases := strings.Split(strings.TrimPrefix(string(all), "== "), "\n== ")
 	if len(cases) < 40 {
 		t.Fatalf("%d cases", len(cases))
 	}
+
 	for _, c := range cases {
 		name, rest, _ := strings.Cut(c, "\n")
 		content, want, ok := strings.Cut(rest, "=>\n")
@@ -50,6 +52,7 @@ func TestMalformed(t *testing.T) {
 		}
 		out = append(out, "== "+name+"\n"+content+"=>\n"+got+"\n")
 	}
+
 	if *update {
 		if err := os.WriteFile(golden, []byte(strings.Join(out, "\n")), 0o644); err != nil {
 			t.Fatal(err)
@@ -142,6 +145,7 @@ func TestSchema(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	var s struct {
 		AdditionalProperties bool
 		Properties           map[string]struct {
@@ -156,19 +160,23 @@ func TestSchema(t *testing.T) {
 			}
 		}
 	}
+
 	if err := json.Unmarshal(text, &s); err != nil {
 		t.Fatal(err)
 	}
+
 	pf := s.Properties["pfs"].Items
 	if s.AdditionalProperties || len(s.Properties) != 4 ||
 		!reflect.DeepEqual(pf.Required, []string{"count"}) ||
 		s.Properties["protect"].Items.Type != "string" {
 		t.Errorf("%s", text)
 	}
+
 	if e := pf.Properties["eswitch"].Enum; !reflect.DeepEqual(e, []string{"legacy", "switchdev"}) ||
 		pf.Properties["count"].Maximum != 65535 {
 		t.Errorf("eswitch %v, count %+v", e, pf.Properties["count"])
 	}
+
 	for key, p := range pf.Properties {
 		if p.Description == "" {
 			t.Errorf("%s has no description", key)

@@ -26,14 +26,17 @@ pfs:
 devices:
   - {select: serial=1e3, driver: vfio-pci, node_owner: "1000:36"}
 `
+
 	declared, err := Parse("host.yaml", []byte(text))
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	b, err := json.Marshal(declared)
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	var back Host
 	if err := json.Unmarshal(b, &back); err != nil {
 		t.Fatal(err)
@@ -41,6 +44,7 @@ devices:
 	if !reflect.DeepEqual(*declared, back) {
 		t.Errorf("%s\nbecame\n%+v\nof\n%+v", b, back, *declared)
 	}
+
 	for i := range declared.PFs {
 		if !reflect.DeepEqual(declared.PFs[i].Each(), back.PFs[i].Each()) {
 			t.Errorf("the VFs of PF %d are others", i)

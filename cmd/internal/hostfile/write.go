@@ -33,6 +33,7 @@ func nodeOf(v reflect.Value, comments map[string]string) *yaml.Node {
 	if s, ok := reflect.TypeAssert[scalar](v.Addr()); ok {
 		return word(s.String())
 	}
+
 	switch v.Kind() {
 	case reflect.Struct:
 		if f, ok := onlyScalar(v.Type()); ok {
@@ -63,6 +64,7 @@ func nodeOf(v reflect.Value, comments map[string]string) *yaml.Node {
 	case reflect.String:
 		return word(v.String())
 	}
+
 	return nil
 }
 

@@ -220,16 +220,19 @@ func (o *Options) Files(initramfs Generator) ([]File, error) {
 			all = append(all, File{Path: filepath.Join(wanted, u.name), Link: filepath.Join(folder, u.name)})
 		}
 	}
+
 	if o.Units == "" {
 		all = append(all, File{Path: "/etc/udev/rules.d/" + ruleName, Content: rule, Mode: 0o644},
 			File{Path: "/etc/systemd/network/" + networkName, Content: networkd, Mode: 0o644})
 	}
+
 	if o.Libvirt {
 		for _, hook := range [][2]string{{LibvirtHook, ""}, {networkHook, " --network"}} {
 			content := fmt.Sprintf(libvirtHook, shell.Quote(o.Program), hook[1])
 			all = append(all, File{Path: hook[0], Content: content, Mode: 0o755})
 		}
 	}
+
 	if o.Initramfs != nil {
 		more, err := initramfs.files(o)
 		if err != nil {
@@ -237,6 +240,7 @@ func (o *Options) Files(initramfs Generator) ([]File, error) {
 		}
 		all = append(all, more...)
 	}
+
 	return all, nil
 }
 

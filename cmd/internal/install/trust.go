@@ -19,13 +19,16 @@ func Trusted(program string) error {
 	if err != nil {
 		return err
 	}
+
 	refused := &holder.RefusedError{
 		What: "install " + program, Cure: "put it where only root can write, e.g. /usr/local/sbin",
 	}
+
 	reason := func(format string, a ...any) {
 		why := holder.Reason{Kind: holder.Program, Text: fmt.Sprintf(format, a...)}
 		refused.Reasons = append(refused.Reasons, why)
 	}
+
 	for _, file := range []string{real, program} {
 		for {
 			var st unix.Stat_t
@@ -48,6 +51,7 @@ func Trusted(program string) error {
 			file = filepath.Dir(file)
 		}
 	}
+
 	return nil
 }
 

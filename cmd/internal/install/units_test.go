@@ -55,6 +55,7 @@ func marks(t *testing.T, action, subsystem string, attributes map[string]string)
 			return true
 		}
 	}
+
 	return false
 }
 
@@ -88,10 +89,12 @@ func TestUnitsOrder(t *testing.T) {
 	if !strings.Contains(hotplugPath, "\nPathExists="+mark+"\n") || !strings.Contains(hotplugPath, "TriggerLimitIntervalSec=0") {
 		t.Errorf("started once and not again:\n%s", hotplugPath)
 	}
+
 	taken, looks := strings.Index(hotplug, "ExecStartPre=/bin/rm -f "+mark), strings.Index(hotplug, "ExecStart=%s watch --once")
 	if taken < 0 || looks < taken || !strings.Contains(hotplug, "StartLimitIntervalSec=0") {
 		t.Errorf("the mark is taken away after the look:\n%s", hotplug)
 	}
+
 	before := func(unit string) []string {
 		var out []string
 		for line := range strings.Lines(unit) {
@@ -101,6 +104,7 @@ func TestUnitsOrder(t *testing.T) {
 		}
 		return out
 	}
+
 	for line := range strings.Lines(early) {
 		key, names, _ := strings.Cut(strings.TrimSpace(line), "=")
 		for name := range strings.FieldsSeq(names) {
@@ -113,6 +117,7 @@ func TestUnitsOrder(t *testing.T) {
 			}
 		}
 	}
+
 	if !slices.Contains(before(early), "network-pre.target") || !strings.Contains(early, "DefaultDependencies=no") {
 		t.Errorf("the boot is not before the network:\n%s", early)
 	}

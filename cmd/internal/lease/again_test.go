@@ -79,6 +79,7 @@ func TestFaultThenAgain(t *testing.T) {
 			return nil
 		}
 	}
+
 	s := &sites[0]
 	both := *s
 	both.devices = []string{vf0, vf1}
@@ -273,6 +274,7 @@ func TestLooksThatFail(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+
 		hosttest.EachFailure(t, k, name, func() (out any, err error) {
 			err = on(k, func(ctx context.Context, m *Manager) (err error) {
 				out, err = c.look(ctx, m)

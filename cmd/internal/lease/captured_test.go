@@ -37,21 +37,25 @@ func TestHostileRecords(t *testing.T) {
 			"run/viaduct/lease-a.json": text, "var/lib/viaduct/lease-b.json": text, "var/lib/viaduct/quarantine-a.json": text,
 			"viaduct/leases.json": `{"leases":null}`,
 		})
+
 		s, err := sriov.Open(&iommu.Host{Host: tree.Host(t)}, bind.Options{DryRun: true})
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		t.Cleanup(func() { s.Close() })
 		m, err := New(s, Options{})
 		if err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
+
 		looks, err := m.Look()
 		for _, l := range looks {
 			if l.State != Unknown && l.State != Lost {
 				t.Errorf("%s: %+v", name, l)
 			}
 		}
+
 		if _, err2 := m.Book.Quarantined(); err != nil || err2 != nil {
 			t.Logf("%s: %v, %v", name, err, err2)
 		}

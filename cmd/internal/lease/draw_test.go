@@ -101,10 +101,12 @@ func TestLeaseOfUnit(t *testing.T) {
 	if runs, err := UnitRuns(&iommu.Host{Host: k.Host()}, "vm.service"); runs || err != nil {
 		t.Errorf("a user's unit: %v, %v", runs, err)
 	}
+
 	write(t, k, group+"/cgroup.procs", "600\n")
 	if _, err := ask(k, Request{Unit: "vm.service"}, false); err != nil {
 		t.Fatal(err)
 	}
+
 	state := func() (s State) {
 		t.Helper()
 		err := on(k, func(_ context.Context, m *Manager) error {
@@ -123,21 +125,26 @@ func TestLeaseOfUnit(t *testing.T) {
 		}
 		return s
 	}
+
 	if got := state(); got != Reserved {
 		t.Errorf("while it runs: %s", got)
 	}
+
 	write(t, k, group+"/cgroup.procs", "")
 	if got := state(); got != Dead {
 		t.Errorf("without a process: %s", got)
 	}
+
 	write(t, k, group+"/cgroup.events", "populated 1\nfrozen 0\n")
 	if got := state(); got != Reserved {
 		t.Errorf("with one in a group below its own: %s", got)
 	}
+
 	write(t, k, group+"/cgroup.events", "populated 0\nfrozen 0\n")
 	if got := state(); got != Dead {
 		t.Errorf("when it has ended: %s", got)
 	}
+
 	for _, fails := range []string{"sys/fs/cgroup", "sys/fs/cgroup/user.slice", group + "/cgroup.events"} {
 		k.SetFault(func(_, name string) error {
 			if name == fails {
@@ -150,6 +157,7 @@ func TestLeaseOfUnit(t *testing.T) {
 		}
 		k.Revive()
 	}
+
 	if err := os.RemoveAll(filepath.Join(k.Dir(), group)); err != nil {
 		t.Fatal(err)
 	}
@@ -173,6 +181,7 @@ func TestDrawOrder(t *testing.T) {
 			vf.Driver, vf.VFIO = driver, strings.Contains(driver, "vfio")
 		}
 	}
+
 	first := func(node *int) string {
 		t.Helper()
 		c := choice{Source{From: pf, Count: 1}, [][]*iommu.Device{{vfs[0]}, {vfs[1]}, {vfs[2]}}}
@@ -182,10 +191,12 @@ func TestDrawOrder(t *testing.T) {
 		}
 		return units[0][0].Name
 	}
+
 	one := 1
 	if got := first(nil); got != vfs[0].Name {
 		t.Errorf("of the same, %s is first", got)
 	}
+
 	place(vfs[1], 0, "vfio-pci")
 	place(vfs[2], 1, "")
 	if got := first(nil); got != vfs[1].Name {
@@ -194,6 +205,7 @@ func TestDrawOrder(t *testing.T) {
 	if got := first(&one); got != vfs[2].Name {
 		t.Errorf("of the node is another than %s", got)
 	}
+
 	place(vfs[0], 1, "igbvf")
 	if got := first(&one); got != vfs[2].Name {
 		t.Errorf("of the node, and without a driver, is another than %s", got)

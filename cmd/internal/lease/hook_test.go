@@ -202,6 +202,7 @@ func TestUnreadable(t *testing.T) {
 		if err := errors.Join(os.MkdirAll(filepath.Dir(name), 0o755), os.WriteFile(name, []byte("{"), 0o600)); err != nil {
 			t.Fatal(err)
 		}
+
 		lease := strings.Contains(file, "lease")
 		k.Log = nil
 		for what, do := range map[string]func() error{
@@ -248,6 +249,7 @@ func TestUnreadable(t *testing.T) {
 				t.Errorf("%s with an unreadable %s", what, file)
 			}
 		}
+
 		if len(k.Log) > 0 || leaseOf(t, k, "b") != nil || leaseOf(t, k, "a") == nil {
 			t.Errorf("with an unreadable %s: written %q", file, k.Log)
 		}
@@ -380,6 +382,7 @@ func TestRunWhileOpen(t *testing.T) {
 	if err := s.assign(k); err != nil {
 		t.Fatal(err)
 	}
+
 	k.End(keeperOfLease)
 	alone := func() error {
 		return on(k, func(ctx context.Context, m *Manager) error {
@@ -388,23 +391,28 @@ func TestRunWhileOpen(t *testing.T) {
 			return err
 		})
 	}
+
 	nodes, err := filepath.Glob(filepath.Join(k.Dir(), "sys/bus/pci/devices", vf1, "vfio-dev/*"))
 	if err != nil || len(nodes) != 1 {
 		t.Fatal(nodes, err)
 	}
+
 	k.Process(5001, "qemu", "/dev/vfio/devices/"+filepath.Base(nodes[0]))
 	if err := alone(); !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), "5001") {
 		t.Errorf("somebody has it: %v", err)
 	}
+
 	k.SetFault(func(op, name string) error {
 		if strings.HasPrefix(name, "proc/5001/fd") || op == "readdir" && name == "proc" {
 			return unix.EIO
 		}
 		return nil
 	})
+
 	if err := alone(); !errors.Is(err, unix.EIO) {
 		t.Errorf("it cannot be seen whether somebody has it: %v", err)
 	}
+
 	k.Revive()
 	k.End(5001)
 	if err := alone(); err != nil {
@@ -419,11 +427,13 @@ func TestReleaseWaits(t *testing.T) {
 	if err := sites[0].assign(k); err != nil {
 		t.Fatal(err)
 	}
+
 	nodes, _ := filepath.Glob(filepath.Join(k.Dir(), "sys/bus/pci/devices", vf1, "vfio-dev/*"))
 	k.Process(1<<29, "qemu", "/dev/vfio/devices/"+filepath.Base(nodes[0]))
 	if err := release(k); !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), "--wait 60s") {
 		t.Errorf("while it is open: %v", err)
 	}
+
 	seen := make(chan bool, 1)
 	k.SetFault(func(_, name string) error {
 		if strings.HasPrefix(name, "proc/536870912/fd/") {
@@ -434,10 +444,12 @@ func TestReleaseWaits(t *testing.T) {
 		}
 		return nil
 	})
+
 	go func() {
 		<-seen
 		k.End(1 << 29)
 	}()
+
 	err := on(k, func(ctx context.Context, m *Manager) error {
 		out, err := m.Release(ctx, "a", bind.DefaultTimeout)
 		if len(out) != 1 || out[0].Result != Clean {
@@ -445,6 +457,7 @@ func TestReleaseWaits(t *testing.T) {
 		}
 		return err
 	})
+
 	if err != nil || slices.Contains(driversOf(t, k, vf1), "vfio-pci/vfio-pci") {
 		t.Errorf("%v, on %q", err, driversOf(t, k, vf1))
 	}

@@ -36,18 +36,22 @@ func TestNoGuests(t *testing.T) {
 		if c.liveOnly {
 			continue
 		}
+
 		h, err := sriov.Open(&iommu.Host{Host: c.tree.Host(t)}, bind.Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		captured, err := New(h, Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		steps, err := captured.Preview(&Request{Guest: "a", Sources: []Source{{From: c.from, Count: 1}}, NoReset: true})
 		if !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), c.says) {
 			t.Errorf("%s: the dry run of a captured host: %v, %q", name, err, steps)
 		}
+
 		h.Close()
 	}
 }

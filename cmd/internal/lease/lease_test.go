@@ -130,9 +130,11 @@ func TestAssign(t *testing.T) {
 		}
 		got = append(got, a)
 	}
+
 	if again, err := assign(t, k, "b", "net"); err != nil || again.Devices[0].Address != got[1] {
 		t.Errorf("asked again, b has %+v, %v", again, err)
 	}
+
 	_, err := assign(t, k, "d", "net")
 	if e, ok := errors.AsType[*ExhaustedError](err); !ok || e.Of != 3 || e.Leased != 3 {
 		t.Errorf("of an exhausted pool: %v", err)
@@ -143,11 +145,13 @@ func TestAssign(t *testing.T) {
 	if l, err := assign(t, k, "d", pf); err != nil || slices.Contains(got, l.Devices[0].Address) {
 		t.Errorf("from the PF itself: %+v, %v", l, err)
 	}
+
 	for _, from := range []string{"nopool", pf + "/vf9", nvme} {
 		if l, err := assign(t, k, "e", from); err == nil {
 			t.Errorf("from %s: %+v", from, l)
 		}
 	}
+
 	if l, err := book.Get("e"); l != nil || err != nil {
 		t.Errorf("what was refused is in the books: %+v, %v", l, err)
 	}
@@ -176,6 +180,7 @@ func TestManyAtOnce(t *testing.T) {
 	for range 20 {
 		managers = append(managers, newManager(t, k))
 	}
+
 	var wg sync.WaitGroup
 	for i, m := range managers {
 		wg.Go(func() {
@@ -194,6 +199,7 @@ func TestManyAtOnce(t *testing.T) {
 			}
 		})
 	}
+
 	wg.Wait()
 	if len(got) != 7 || exhausted != 13 {
 		t.Errorf("%d got one, %d were told that there is none", len(got), exhausted)
@@ -239,6 +245,7 @@ func TestStates(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	gone := holder.Proc{PID: 1 << 30, Start: 1}
 	here := Holder{Proc: m.self(), Name: "this"}
 	for _, c := range []struct {
@@ -305,11 +312,13 @@ func TestBootWithoutItsVF(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	m.handle.Close()
 	numvfs := "sys/bus/pci/devices/" + pf + "/sriov_numvfs"
 	if err := k.Write(numvfs, "0"); err != nil {
 		t.Fatal(err)
 	}
+
 	book := m.Book
 	reboot(t, k)
 	if done, err := newManager(t, k).Restore(context.Background()); err == nil || len(done) > 0 {
@@ -324,6 +333,7 @@ func TestBootWithoutItsVF(t *testing.T) {
 	if other, err := assign(t, k, "b", pf); err == nil {
 		t.Errorf("another guest got %s", other.Devices[0].Address)
 	}
+
 	m = newManager(t, k)
 	if done, err := m.Restore(context.Background()); err != nil || !slices.Equal(done, []string{"a"}) {
 		t.Errorf("restored %v, %v", done, err)

@@ -60,11 +60,13 @@ func TestMismatch(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	vf := Device{
 		LeaseDevice: holder.LeaseDevice{Address: at(t, "0000:01:10.2")},
 		PF:          &iommu.Identity{},
 		Now:         sriov.Settings{sriov.MAC: "52:54:00:aa:00:01", sriov.VLAN: "100"},
 	}
+
 	own := &Lease{LeaseHead: holder.LeaseHead{Guest: "web"}, From: "net", Devices: []Device{vf}}
 	vf.Wanted = vf.Now
 	other := vf

@@ -74,6 +74,7 @@ func (x *life) happens(what string, kept bool) bool {
 	case "late":
 		x.late = true
 	}
+
 	return true
 }
 

@@ -84,6 +84,7 @@ func (o *order) happens(event string, next int) (want error) {
 		}
 		o.ends()
 	}
+
 	return nil
 }
 

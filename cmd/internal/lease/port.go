@@ -123,6 +123,7 @@ func (m *Manager) reserveMore(ctx context.Context, p *Port, pool string, d *iomm
 	if err != nil {
 		return nil, err
 	}
+
 	var mine *Lease
 	for _, l := range all {
 		switch {
@@ -132,16 +133,19 @@ func (m *Manager) reserveMore(ctx context.Context, p *Port, pool string, d *iomm
 			mine = l
 		}
 	}
+
 	if mine == nil {
 		return nil, &NoLeaseError{Guest: p.Domain}
 	}
 	if err := m.handle.Refresh([]*iommu.Device{d}); err != nil {
 		return nil, err
 	}
+
 	dev, err := m.describe(d, nil)
 	if err != nil {
 		return nil, err
 	}
+
 	mine.Devices = append(mine.Devices, dev)
 	mine.Sources = append(mine.Sources, one(pool, p.Device))
 	return mine, m.Book.putLocked(mine)

@@ -102,5 +102,6 @@ func (m *Manager) relocate(l *Lease) error {
 		}
 		dev.Nowhere = !found
 	}
+
 	return nil
 }

@@ -171,6 +171,7 @@ func (m *Manager) clear(ctx context.Context, l *Lease, s *scrubbing, done resett
 	if ctx.Err() != nil {
 		return errors.New("interrupted before it was touched")
 	}
+
 	foreign := l.OwnDriver && d.Driver == "pciback"
 	if d.Blocks() && !dev.Home && !foreign {
 		return fmt.Errorf(
@@ -179,22 +180,27 @@ func (m *Manager) clear(ctx context.Context, l *Lease, s *scrubbing, done resett
 			d.Name,
 		)
 	}
+
 	if d.Blocks() && !foreign || l.Unmade && !d.VFIO {
 		// It was never taken, or is back already, and its own driver has made it anew.
 		return nil
 	}
+
 	err := m.reset(l, d, &s.c, done, held)
 	if errors.Is(err, errNoReset) && dev.Clean {
 		// It was reset before, together with what has gone home since.
 		s.c.Reset, err = "before the release was interrupted", nil
 	}
+
 	if err == nil {
 		err = m.answers(d)
 	}
+
 	if err != nil && (l.force || l.NoReset && errors.Is(err, errNoReset)) {
 		s.c.Result, s.c.Why, s.c.Reset = Unreset, err.Error(), ""
 		return nil
 	}
+
 	return err
 }
 

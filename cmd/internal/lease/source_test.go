@@ -28,6 +28,7 @@ func TestSourceSays(t *testing.T) {
 		}
 		return k
 	}
+
 	settings := sriov.Settings{sriov.VLAN: "7"}
 	for name, c := range map[string]struct {
 		host    *hosttest.Kernel
@@ -110,6 +111,7 @@ func TestStateOf(t *testing.T) {
 	if err := lasting(k); err != nil {
 		t.Fatal(err)
 	}
+
 	made := leaseOf(t, k, "a")
 	m := newManager(t, k)
 	me := m.self()

@@ -58,10 +58,12 @@ func (m *machine) asked(vm *vmm.Machine) (*Asked, error) {
 	if copied(p.Status) == Underway {
 		a.Migration = "active"
 	}
+
 	var kind string
 	if m.do("qom-get", map[string]string{"path": "/machine", "property": "type"}, &kind) == nil {
 		a.Machine = strings.TrimSuffix(kind, "-machine")
 	}
+
 	if vm.Standby != "" {
 		paired, err := m.has(vmm.StandbyID)
 		if err == nil && paired {
@@ -75,6 +77,7 @@ func (m *machine) asked(vm *vmm.Machine) (*Asked, error) {
 		has, err3 = m.has(vmm.PrimaryID)
 		a.Pluggable = has
 	}
+
 	var jobs []struct{ Status string }
 	if m.do("query-jobs", nil, &jobs) == nil {
 		for _, j := range jobs {
@@ -83,15 +86,18 @@ func (m *machine) asked(vm *vmm.Machine) (*Asked, error) {
 			}
 		}
 	}
+
 	var blocks []struct {
 		Inserted *struct{ File string }
 	}
+
 	err4 := m.do("query-block", nil, &blocks)
 	for _, b := range blocks {
 		if b.Inserted != nil && strings.HasPrefix(b.Inserted.File, "/") {
 			a.Disks = append(a.Disks, Disk{Path: b.Inserted.File})
 		}
 	}
+
 	return a, errors.Join(err1, err2, err3, err4)
 }
 
@@ -125,12 +131,14 @@ func AskHost(ctx context.Context, r Remote, g *Guest, name string) (*Facts, erro
 	if g.VM != nil {
 		w.VM = *g.VM
 	}
+
 	if g.Asked != nil {
 		w.VM.Machine = cmp.Or(g.Asked.Machine, w.VM.Machine)
 		for _, d := range g.Asked.Disks {
 			w.Disks = append(w.Disks, d.Path)
 		}
 	}
+
 	var a FactsAnswer
 	if _, err := p.Ask(ctx, &Question{Do: askFacts}, w, &a); err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
@@ -138,6 +146,7 @@ func AskHost(ctx context.Context, r Remote, g *Guest, name string) (*Facts, erro
 	if a.Facts == nil {
 		return nil, fmt.Errorf("%s: the other side told nothing of its host", name)
 	}
+
 	if g.Asked != nil {
 		for i, d := range g.Asked.Disks {
 			if there, known := a.Disks[d.Path]; known {
@@ -145,6 +154,7 @@ func AskHost(ctx context.Context, r Remote, g *Guest, name string) (*Facts, erro
 			}
 		}
 	}
+
 	a.Facts.Host = name
 	a.Facts.Live = true
 	return a.Facts, nil

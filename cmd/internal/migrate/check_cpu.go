@@ -141,10 +141,12 @@ func checkFlags(m *move) Line {
 	if line != nil {
 		return *line
 	}
+
 	gone := missing(a, b)
 	if len(gone) == 0 {
 		return ok(inCPUInfo, "%s has every feature that the guest can use of %s's CPU", m.to.Host, m.from.Host)
 	}
+
 	var named []string
 	if m.words() {
 		if m.guest.VM.LikeHost() {
@@ -156,6 +158,7 @@ func checkFlags(m *move) Line {
 			}
 		}
 	}
+
 	switch {
 	case m.to.QEMU != nil && m.to.QEMU.Refused == "":
 		return ok(inQMP, "%s lacks %s, and the guest's model does not need it", m.to.Host, strings.Join(gone, " "))
@@ -164,6 +167,7 @@ func checkFlags(m *move) Line {
 			"next",
 			m.to.Host, strings.Join(named, " "), baseline(a, b))
 	}
+
 	return unknown(inCPUInfo, "%s lacks %s; whether the guest's model has that is for QEMU to say (--to a running "+
 		"host)",
 		m.to.Host, strings.Join(gone, " "))

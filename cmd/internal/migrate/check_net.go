@@ -207,10 +207,12 @@ func checkVLAN(m *move) Line {
 	if name == "" || c == nil || len(m.guest.Devices) == 0 {
 		return Line{}
 	}
+
 	b := bridgeOf(m.to, name)
 	if b == nil {
 		return Line{}
 	}
+
 	const where = inSysNet + ", proc/net/vlan/config, bridge's VLANs"
 	want := 0
 	if v := m.guest.Devices[0].Settings[sriov.VLAN]; v != "" {
@@ -218,6 +220,7 @@ func checkVLAN(m *move) Line {
 			return unknown(where, "the guest's VLAN %q is invalid", v)
 		}
 	}
+
 	ways := m.to.uplinks(b, c.pf)
 	for port, tag := range ways {
 		if b.Filtering && portOf(b, port).VLANs == nil {
@@ -231,13 +234,16 @@ func checkVLAN(m *move) Line {
 			return ok(where, "bridge %s of %s leads to VLAN %d, as the VF does", name, m.to.Host, want)
 		}
 	}
+
 	if len(ways) == 0 {
 		return Line{}
 	}
+
 	if want == 0 {
 		return refuse(where, "bridge %s of %s tags what the guest sends, and the VF does not: on the virtio NIC the "+
 			"guest would be in another network", name, m.to.Host)
 	}
+
 	return refuse(where, "the VF is in VLAN %d, and bridge %s of %s does not lead there: on the virtio NIC the guest "+
 		"would be in another network (give the bridge %s.%d as a port, or VLAN filtering with that PVID)", want, name,
 		m.to.Host,

@@ -103,6 +103,7 @@ func (d *Driver) Run(ctx context.Context, want Wants) error {
 			want = Back
 		}
 	}
+
 	backs := 0
 	for {
 		if ctx.Err() != nil {
@@ -180,6 +181,7 @@ func (d *Driver) look(ctx context.Context) (*SourceView, error) {
 	if err := d.connect(ctx); err != nil {
 		return nil, err
 	}
+
 	if d.vm != nil {
 		status, p, err := d.vm.look()
 		if err != nil {
@@ -195,6 +197,7 @@ func (d *Driver) look(ctx context.Context) (*SourceView, error) {
 			return nil, err
 		}
 	}
+
 	if r.Order.Address != "" {
 		now, err := d.Home.Address(r.Guest)
 		if err != nil && v.Guest != Gone {
@@ -205,9 +208,11 @@ func (d *Driver) look(ctx context.Context) (*SourceView, error) {
 		// It has none that could be taken off; it is as if it were always so.
 		v.Address = v.Plugged || r.Phase == Returning
 	}
+
 	if a, err := d.ask(ctx, askLook, nil, nil); err == nil {
 		v.Peer, d.loading = a.Peer, a.Why
 	}
+
 	return v, nil
 }
 
@@ -325,6 +330,7 @@ func (d *Driver) act(ctx context.Context, a Action) (over bool, err error) {
 	case Keep, Lose:
 		return true, d.Home.Drop(ctx, r, true)
 	}
+
 	return false, d.request(ctx, a)
 }
 
@@ -379,26 +385,31 @@ func (d *Driver) send(ctx context.Context) (err error) {
 	if d.Limits.Bandwidth > 0 {
 		limits["max-bandwidth"] = d.Limits.Bandwidth
 	}
+
 	next := *d.Record
 	next.Sent = true
 	if err := d.Home.Save(ctx, &next); err != nil {
 		return err
 	}
+
 	*d.Record = next
 	if m, is := d.vm.(*domain); is {
 		d.sent, err = m.send(ctx, next.URI, d.Limits.Bandwidth)
 		return err
 	}
+
 	vm := d.vm.(*machine)
 	if next.Order.Way == ByVFIO {
 		if err := vm.able(switchoverAck); err != nil {
 			return err
 		}
 	}
+
 	relay, err := newRelay(d.Remote, d.Record)
 	if err != nil {
 		return err
 	}
+
 	d.relay = relay
 	return vm.send(relay.socket, limits)
 }
@@ -411,19 +422,23 @@ func (d *Driver) await(ctx context.Context) error {
 			d.Limits.Whole))
 		defer cancel()
 	}
+
 	p, err := d.vm.settled(ctx, func(p progress) {
 		if d.Progress != nil && p.RAM.Total > 0 {
 			d.Progress(p.RAM.Total-min(p.RAM.Remaining, p.RAM.Total), p.RAM.Total)
 		}
 	})
+
 	if err != nil {
 		return err
 	}
+
 	d.copied = p
 	d.Outcome.Downtime, d.Outcome.Memory = p.Downtime, p.RAM.Transferred
 	if p.VFIO != nil {
 		d.Outcome.Device = p.VFIO.Transferred
 	}
+
 	d.Outcome.Stopped = d.vm.stopped()
 	switch {
 	case copied(p.Status) != Completed:
@@ -431,6 +446,7 @@ func (d *Driver) await(ctx context.Context) error {
 	case d.Record.Order.Way == ByVFIO && d.Outcome.Device == 0:
 		return errors.New("QEMU has sent no state of the device")
 	}
+
 	// The destination sees a little later that it has all.
 	until, cancel := context.WithTimeout(ctx, most)
 	defer cancel()

@@ -191,6 +191,7 @@ func TestDomain(t *testing.T) {
 		}
 		p.ended(t, true)
 	})
+
 	for how, want := range map[string]error{"fails": nil, "lost": nil, "doubt": ErrInDoubt} {
 		t.Run("libvirt: "+how, func(t *testing.T) {
 			p := newDomainPair(t)

@@ -154,6 +154,7 @@ func (w *world) act(a Action) error {
 	case Keep, Lose:
 		w.record, w.driver = false, false
 	}
+
 	return nil
 }
 
@@ -250,6 +251,7 @@ func (w world) faults() (out []world) {
 		change(&n)
 		out = append(out, n)
 	}
+
 	if w.driver && w.kills < 2 {
 		// The viaduct here is killed; the one there does what it was asked, or not; and what it does when it is alone.
 		add(func(n *world) { n.kills++; n.driver, n.waits, n.there.open = false, "", false })
@@ -271,6 +273,7 @@ func (w world) faults() (out []world) {
 		// The user turns round.
 		add(func(n *world) { n.kills++; n.want = Back })
 	}
+
 	if w.deaths < 1 && w.guest != Gone {
 		add(func(n *world) {
 			n.deaths++
@@ -283,9 +286,11 @@ func (w world) faults() (out []world) {
 			}
 		})
 	}
+
 	if w.deaths < 1 && w.there.guest != Gone {
 		add(func(n *world) { n.deaths++; n.endThere() })
 	}
+
 	if !w.fenced && w.breaks < 1 {
 		// The other host is off for good.
 		add(func(n *world) {
@@ -295,6 +300,7 @@ func (w world) faults() (out []world) {
 			n.there.tasks = [4]Task{}
 		})
 	}
+
 	if !w.driver && w.record {
 		for _, want := range []Wants{Forward, Back} {
 			add(func(n *world) { n.driver, n.want, n.there.open = true, want, true })
@@ -303,6 +309,7 @@ func (w world) faults() (out []world) {
 			add(func(n *world) { n.driver, n.want = true, TakeBack })
 		}
 	}
+
 	return out
 }
 
@@ -365,6 +372,7 @@ func mended(w world) error {
 			}
 		}
 	}
+
 	if v := w.viewThere(); !w.record && !w.fenced && v.MayRefuse() {
 		// The source could not tell it: who looks at the leases there does, or its time ends.
 		tasks, err := v.Tasks(AskRefuse)
@@ -373,14 +381,17 @@ func mended(w world) error {
 		}
 		copy(w.there.tasks[:], tasks)
 	}
+
 	for w.there.busy() {
 		w.work()
 	}
+
 	here := w.guest == Running && w.lease && w.address && w.plugged
 	there := w.there.guest == Running && w.there.lease && w.there.address && w.there.plugged
 	if w.way == ByVFIO {
 		here, there = w.guest == Running && w.lease, w.there.guest == Running && w.there.lease
 	}
+
 	// The lease of a guest that has ended there, which is released as any other.
 	dead := w.there.guest == Gone && (w.there.phase == Mine || w.there.phase == Arrived)
 	switch {
@@ -393,6 +404,7 @@ func mended(w world) error {
 	case there && (w.lease || w.guest != Gone):
 		return errors.New("something of it is left here")
 	}
+
 	return nil
 }
 
@@ -426,6 +438,7 @@ func TestModel(t *testing.T) {
 				}
 			}
 		}
+
 		t.Logf("%s: %d states", name, len(seen))
 		if len(seen) < 500 {
 			t.Errorf("%s: only %d states", name, len(seen))

@@ -262,10 +262,12 @@ func (r *remote) Connect(ctx context.Context) (*Pipe, error) {
 	if off {
 		return nil, errors.New("no route to the other host")
 	}
+
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM, 0)
 	if err != nil {
 		return nil, err
 	}
+
 	var ends []net.Conn
 	for _, fd := range fds {
 		f := os.NewFile(uintptr(fd), "pipe")
@@ -276,6 +278,7 @@ func (r *remote) Connect(ctx context.Context) (*Pipe, error) {
 		}
 		ends = append(ends, c)
 	}
+
 	r.mu.Lock()
 	r.open = append(r.open, ends...)
 	r.mu.Unlock()
@@ -299,6 +302,7 @@ func (r *remote) Connect(ctx context.Context) (*Pipe, error) {
 			<-r.lock
 		}
 	})
+
 	return Converse(ctx, ends[0], "test")
 }
 
@@ -468,6 +472,7 @@ func TestInDoubt(t *testing.T) {
 		}
 		return nil
 	})
+
 	record := p.record()
 	p.from.save(record)
 	d := p.driver(r, record, func(a Action) error {
@@ -478,9 +483,11 @@ func TestInDoubt(t *testing.T) {
 		}
 		return nil
 	})
+
 	if err := d.Run(t.Context(), Forward); !errors.Is(err, ErrInDoubt) {
 		t.Errorf("%v", err)
 	}
+
 	r.cut()
 	r.serve.Wait()
 	for _, want := range []Wants{Forward, Back} {
@@ -489,6 +496,7 @@ func TestInDoubt(t *testing.T) {
 			t.Errorf("%s: %v", want, err)
 		}
 	}
+
 	p.there().Kill() // who fences it
 	again := *p.from.record
 	if err := p.driver(r, &again, nil).Run(t.Context(), TakeBack); err != nil || !running(t, p.from.qemu) {

@@ -80,6 +80,7 @@ func (p *Pipe) Ask(ctx context.Context, q *Question, body, out any) (*Answer, er
 		}
 		q.Body = b
 	}
+
 	var a Answer
 	err := p.during(ctx, func() error {
 		if err := p.line.write(q); err != nil {
@@ -87,6 +88,7 @@ func (p *Pipe) Ask(ctx context.Context, q *Question, body, out any) (*Answer, er
 		}
 		return p.line.read(&a)
 	})
+
 	switch {
 	case err != nil:
 		return nil, fmt.Errorf("the other side does not answer: %w", err)
@@ -97,11 +99,13 @@ func (p *Pipe) Ask(ctx context.Context, q *Question, body, out any) (*Answer, er
 	case a.Error != "":
 		return &a, fmt.Errorf("on the other side: %s", a.Error)
 	}
+
 	if out != nil && a.Body != nil {
 		if err := json.Unmarshal(a.Body, out); err != nil {
 			return &a, fmt.Errorf("the other side's answer: %w", err)
 		}
 	}
+
 	return &a, nil
 }
 

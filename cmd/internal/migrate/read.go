@@ -267,6 +267,7 @@ func ReadGuest(m *lease.Manager, name string) (*Guest, error) {
 	if err != nil {
 		return nil, err
 	}
+
 	none := &lease.NoLeaseError{Guest: name}
 	for _, l := range all {
 		if l.Guest != name {
@@ -294,5 +295,6 @@ func ReadGuest(m *lease.Manager, name string) (*Guest, error) {
 		}
 		return g, nil
 	}
+
 	return nil, none
 }

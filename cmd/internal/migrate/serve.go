@@ -298,6 +298,7 @@ func (s *Server) task(ctx context.Context, r *Record, t Task) (err error) {
 	if slices.Contains(needs, t) && s.vm == nil {
 		return errors.New("the guest's QEMU has ended")
 	}
+
 	switch t {
 	case NoteReserved, NoteWaiting, NoteLoading, NoteMine, NoteArrived, NoteRefused:
 		r.Phase = Phase(t[len("note "):])
@@ -334,6 +335,7 @@ func (s *Server) task(ctx context.Context, r *Record, t Task) (err error) {
 	case Release:
 		return s.House.Release(ctx, r.Guest)
 	}
+
 	return fmt.Errorf("unknown task %q", t)
 }
 

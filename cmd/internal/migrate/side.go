@@ -283,25 +283,30 @@ func (d destinationSide) Facts(ctx context.Context, w *FactsWish) (*FactsAnswer,
 	if err != nil {
 		return nil, err
 	}
+
 	if f.Heard, err = d.heard(); err != nil {
 		// It is not known.
 		f.Heard = nil
 	}
+
 	if w.VM.Libvirt() {
 		if f.Libvirt, err = libvirtVersion(ctx); err != nil {
 			d.Note("libvirt: %v", err)
 		}
 	}
+
 	if w.Program != "" {
 		if f.QEMU, err = TryQEMU(ctx, d.Host, w.Program, &w.VM); err != nil {
 			d.Note("QEMU could not be tried: %v", err)
 		}
 	}
+
 	disks := map[string]bool{}
 	for _, p := range w.Disks {
 		_, err := os.Stat(p)
 		disks[p] = err == nil
 	}
+
 	return &FactsAnswer{Facts: f, Disks: disks}, nil
 }
 
@@ -393,11 +398,13 @@ func (d destinationSide) guest(r *Record) (*vmm.Guest, *vmm.Format, error) {
 	if l == nil {
 		return nil, nil, &lease.NoLeaseError{Guest: r.Guest}
 	}
+
 	format, known := vmm.Find(r.Order.VM.Format)
 	if !known || format.Args == nil || !format.Standby {
 		return nil, nil, fmt.Errorf("guests of format %q cannot be started to wait for one that comes",
 			r.Order.VM.Format)
 	}
+
 	g := &vmm.Guest{Name: r.Guest, Standby: r.Order.VM.Standby, Movable: true, Absent: r.Order.Way != ByVFIO,
 		Migrates: r.Order.Way == ByVFIO, Socket: r.Socket}
 	for _, dev := range l.Devices {
@@ -411,6 +418,7 @@ func (d destinationSide) guest(r *Record) (*vmm.Guest, *vmm.Format, error) {
 		}
 		g.Devices = append(g.Devices, v)
 	}
+
 	return g, format, nil
 }
 
@@ -423,28 +431,34 @@ func (d destinationSide) Start(ctx context.Context, r *Record) error {
 		}
 		return err
 	}
+
 	g, format, err := d.guest(r)
 	if err != nil {
 		return err
 	}
+
 	words := d.Command
 	if len(words) == 0 {
 		words = r.Order.Words
 	}
+
 	if len(words) == 0 {
 		return errors.New("the command that starts the guest's VMM is not known: viaduct run keeps it, or give the " +
 			"other side one (viaduct migrate --peer -- COMMAND)")
 	}
+
 	program, err := findProgram(words[0], len(d.Command) > 0)
 	if err != nil {
 		return err
 	}
+
 	all := waitingWords(format.Substitute(words[1:], g), &r.Order.VM)
 	_ = os.Remove(r.Socket)
 	pid, err := startQEMU(ctx, d.Side, r, program, all)
 	if err != nil {
 		return err
 	}
+
 	r.Started = holder.NameProcess(d.Host, pid)
 	ctx, stop, m, err := d.Leases(ctx)
 	if err != nil {

@@ -126,6 +126,7 @@ func TryQEMU(ctx context.Context, h *iommu.Host, program string, vm *vmm.Machine
 	if err != nil {
 		return nil, nil
 	}
+
 	dir, err := os.MkdirTemp(h.Path(journal.Dir), "try-")
 	if err != nil {
 		return nil, err
@@ -144,6 +145,7 @@ func TryQEMU(ctx context.Context, h *iommu.Host, program string, vm *vmm.Machine
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
+
 	ended := make(chan struct{})
 	go func() {
 		_ = cmd.Wait()
@@ -153,6 +155,7 @@ func TryQEMU(ctx context.Context, h *iommu.Host, program string, vm *vmm.Machine
 		_ = cmd.Process.Kill()
 		<-ended
 	}()
+
 	for {
 		m, err := dial(ctx, socket)
 		if m != nil && err == nil {

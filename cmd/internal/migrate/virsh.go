@@ -419,41 +419,50 @@ func AskDomain(ctx context.Context, g *Guest) (*Asked, error) {
 	if len(g.Devices) > 0 {
 		m.host = g.Devices[0].Address
 	}
+
 	there, err := m.there(ctx)
 	if err != nil || !there {
 		return nil, err
 	}
+
 	text, err1 := m.xml(ctx)
 	status, p, err2 := m.look()
 	hypervisor, err3 := m.virsh(ctx, "version")
 	if err := errors.Join(err1, err2, err3); err != nil {
 		return nil, err
 	}
+
 	var x domainFacts
 	if err := xml.Unmarshal(text, &x); err != nil {
 		return nil, fmt.Errorf("read the domain from libvirt: %w", err)
 	}
+
 	a := &Asked{Status: status, Machine: x.OS.Type.Machine}
 	_, a.Version, _ = strings.Cut(virshField(hypervisor, "Running hypervisor"), " ")
 	if copied(p.Status) == Underway {
 		a.Migration = "active"
 	}
+
 	a.Pluggable, err = m.has("")
 	if g.VM.Standby != "" {
 		a.Primary = &a.Pluggable
 	}
+
 	for _, d := range x.Devices.Disks {
 		if d.Source.File != "" {
 			a.Disks = append(a.Disks, Disk{Path: d.Source.File})
 		}
 	}
+
 	g.VM.CPU, g.VM.Words = x.CPU.Model, true
 	if x.CPU.Mode == "host-passthrough" || x.CPU.Mode == "maximum" {
 		g.VM.CPU = "host"
 	}
+
 	g.VM.Accel = map[string]string{"qemu": "tcg"}[x.Type]
 	if g.VM.Memory == 0 && x.Memory.Unit == "KiB" {
 		g.VM.Memory = x.Memory.Size << 10
 	}
+
 	return a, err
 }

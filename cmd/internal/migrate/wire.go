@@ -186,6 +186,7 @@ func (o *Order) check() error {
 	default:
 		return fmt.Errorf("unknown way %q to move a device", o.Way)
 	}
+
 	const mostDevices, mostWords, mostWord = 64, 4096, 64 << 10
 	if o.Count < 1 || o.Count > mostDevices {
 		return fmt.Errorf("%d devices cannot move", o.Count)
@@ -193,32 +194,39 @@ func (o *Order) check() error {
 	if !printable(o.From) || !printable(o.VM.Standby) || !printable(o.VM.CPU) || !printable(o.VM.Machine) {
 		return errors.New("a name has signs that no name has")
 	}
+
 	var settings []string
 	for k, v := range o.Settings {
 		settings = append(settings, string(k)+"="+v)
 	}
+
 	if len(settings) > 0 {
 		if _, err := sriov.ParseSettings(settings); err != nil {
 			return err
 		}
 	}
+
 	if o.Settings[sriov.MAC] != "" {
 		return errors.New("a device must not have the guest's address before the guest is there")
 	}
+
 	if o.Address != "" {
 		mac, err := net.ParseMAC(o.Address)
 		if err != nil || len(mac) != 6 || mac[0]&1 == 1 || strings.Trim(o.Address, "0:") == "" {
 			return fmt.Errorf("%q is no MAC address of a guest", o.Address)
 		}
 	}
+
 	if len(o.Words) > mostWords {
 		return fmt.Errorf("a command of %d words", len(o.Words))
 	}
+
 	for _, w := range o.Words {
 		if len(w) > mostWord || strings.ContainsRune(w, 0) {
 			return errors.New("the command has an invalid word")
 		}
 	}
+
 	return nil
 }
 

@@ -86,12 +86,14 @@ func TestDistrust(t *testing.T) {
 		q, _ := json.Marshal(Question{Number: 1, Do: do, Move: move, Guest: guest, Body: b})
 		return hello + string(q) + "\n"
 	}
+
 	good := Order{Way: ByFailover, From: "net", Count: 1, Address: theAddress}
 	order := func(change func(*Order)) Order {
 		o := good
 		change(&o)
 		return o
 	}
+
 	for name, text := range map[string]string{
 		"no id":               question("reserve", "1", "web", good),
 		"an id that is a way": question("reserve", "../../../../etc/passwd/00000000", "web", good),
@@ -131,6 +133,7 @@ func TestDistrust(t *testing.T) {
 			t.Errorf("%s: %+v", name, answers)
 		}
 	}
+
 	// And what one asks is done, and let go of when nobody waits for it any more.
 	e := &empty{}
 	answers, err := said(t, e, question("reserve", anID, "web", good))

@@ -35,14 +35,17 @@ func (v *verification) allocate() error {
 	if err != nil {
 		return err
 	}
+
 	free, err := freeHuge(v.host, hugePage)
 	if err != nil {
 		return err
 	}
+
 	limit := available / 4
 	if lock, may := guest.LockLimit(v.host, os.Getpid()); !may {
 		limit = min(limit, lock/2)
 	}
+
 	for _, kind := range []struct {
 		size uint64
 		page int
@@ -60,11 +63,13 @@ func (v *verification) allocate() error {
 		v.samples = append(v.samples, m)
 		populate(m)
 	}
+
 	if len(v.samples) == 0 {
 		v.note("there is not enough free memory to map some of it")
 	} else if free < 4 {
 		v.note("no huge pages of 2 MiB are reserved (vm.nr_hugepages), so mapping them was not timed")
 	}
+
 	return nil
 }
 

@@ -115,6 +115,7 @@ func TestNotUsable(t *testing.T) {
 			}
 		}
 	}
+
 	for name, c := range map[string]struct {
 		change       func(*hosttest.Kernel, *hosttest.VFIO)
 		reason, note string

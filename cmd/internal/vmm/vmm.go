@@ -163,9 +163,11 @@ func qemuDevices(g *Guest, more string) []string {
 	if g.Migrates {
 		more += ",enable-migration=on"
 	}
+
 	port := func(id, number string) {
 		out = append(out, "-device", "pcie-root-port,id="+id+",chassis="+number+",slot="+number)
 	}
+
 	for i, d := range g.Devices {
 		pair := ""
 		if i == 0 && g.Standby != "" {
@@ -184,9 +186,11 @@ func qemuDevices(g *Guest, more string) []string {
 			out = append(out, "-device", "vfio-pci,host="+d.Address.String()+more+pair)
 		}
 	}
+
 	if g.Socket != "" {
 		out = append(out, "-qmp", "unix:"+comma(g.Socket)+",server=on,wait=off")
 	}
+
 	return out
 }
 

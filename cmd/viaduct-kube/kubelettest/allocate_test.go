@@ -81,6 +81,7 @@ func TestAllocate(t *testing.T) {
 			{Address: at(t, "0000:08:00.0"), Kind: node.PCI, Group: &alone},
 		}
 	}
+
 	for what, c := range map[string]struct {
 		change     func([]node.Function)
 		asks, gets []string

@@ -88,6 +88,7 @@ func TestClasses(t *testing.T) {
 	if err := manifests.Print(&text, &manifests.Options{Driver: "viaduct.dev", Namespace: "viaduct", Pools: []string{"net", "gpu"}}); err != nil {
 		t.Fatal(err)
 	}
+
 	functions := many(t, 1, 1) // a PF that is in no pool, and a VF of net
 	selected := map[string]string{}
 	for doc := range strings.SplitSeq(text.String(), "\n---\n") {
@@ -119,6 +120,7 @@ func TestClasses(t *testing.T) {
 			}
 		}
 	}
+
 	want := map[string]string{"viaduct.dev": "pf vf ", "net.viaduct.dev": "vf "}
 	if fmt.Sprint(selected) != fmt.Sprint(want) {
 		t.Errorf("selected %v, want %v", selected, want)

@@ -34,6 +34,7 @@ func parse(text string) (out []block) {
 		}
 		return &out[len(out)-1]
 	}
+
 	open := false // the last block goes on with the next line
 	for line := range strings.SplitSeq(text, "\n") {
 		code, indented := strings.CutPrefix(line, "    ")
@@ -64,11 +65,13 @@ func parse(text string) (out []block) {
 			out, open = append(out, block{paragraph, words}), true
 		}
 	}
+
 	for i := range out {
 		if out[i].kind == verbatim {
 			out[i].text = strings.TrimRight(out[i].text, "\n") + "\n"
 		}
 	}
+
 	return out
 }
 
@@ -102,6 +105,7 @@ func Text(text string) string {
 			}
 		}
 	}
+
 	return out.String()
 }
 

@@ -13,10 +13,12 @@ func ACPITables() map[string][]byte {
 		"4000000000000000" + "4200010000a50000" + "4300ff0000a50000" + "04ffff00" + // pad, aliases
 		"4610000000000080" + "4711000000000010" + "04120000" + // extended
 		"480000d721a00001" + "4800000000a00002" // IO-APIC, HPET
+
 	named := "f0a50040" + asciiHex("AMDI0020") + "0000000000000000" + "0209" + asciiHex(`\_SB.FUR0`) +
 		"f0a60000" + "d041000000000000" + asciiHex("PNP0C02\x00") + "0100" +
 		"f0a70000" + asciiHex("MSFT0201") + "0000000000000000" + "0108" + "0102000000000000" +
 		"f0a80000" + asciiHex("AMDI0095") + "0000000000000000" + "0000"
+
 	return map[string][]byte{
 		"IVRS": ACPITable("IVRS", 2, "43302000 0000000000000000",
 			IVRSBlock("10 b0", ivhd+"6f8f0480"+entries),

@@ -52,6 +52,7 @@ func NewDesktop(tb testing.TB) *Kernel {
 	bridge := func(at string, group int) PCI {
 		return PCI{At: at, ID: "1022:14db", Class: "060400", Driver: "pcieport", Group: group}
 	}
+
 	k := NewKernel(tb, Made(
 		bridge("0000:00:01.1", 10), bridge("0000:00:01.2", 11), bridge("0000:00:02.1", 12), bridge("0000:00:08.1", 13),
 		PCI{At: "0000:00:14.0", ID: "1022:790b", Class: "0c0500", Driver: "piix4_smbus", Group: 8},
@@ -72,12 +73,14 @@ func NewDesktop(tb testing.TB) *Kernel {
 		},
 		PCI{At: "0000:00:08.1/0000:0e:00.3", ID: "1022:43f7", Class: "0c0330", Driver: "xhci_hcd", Group: 19, Files: resets},
 	).With(links).With(more).With(Tree{"usr/share/misc/pci.ids": pciIDs, "proc/cmdline": "root=/dev/nvme0n1 quiet\n"}))
+
 	for driver, id := range map[string]string{
 		"nouveau": "10de:2684", "snd_hda_intel": "10de:22ba", "igc": "8086:125c", "amdgpu": "1002:164e", "nvme": "144d:a80c",
 		"xhci_hcd": "1022:43f7",
 	} {
 		k.IDs[driver] = []string{id}
 	}
+
 	k.Net.Addresses = []Address{{Interface: "enp5s0", CIDR: "192.0.2.10/24"}}
 	k.Net.Routes = []Route{{To: "default", Over: []string{"enp5s0"}}}
 	return k
@@ -92,10 +95,12 @@ func NewServer(tb testing.TB) *Kernel {
 	bridge := func(at string, group int) PCI {
 		return PCI{At: at, ID: "1022:14db", Class: "060400", Driver: "pcieport", Group: group}
 	}
+
 	functions := []PCI{
 		bridge("0000:00:01.2", 11), bridge("0000:00:01.3", 12), bridge("0000:00:03.1", 13), bridge("0000:00:03.2", 14), disk,
 		{At: nic, ID: "8086:125c", Class: "020000", Driver: "igc", Group: 17, Files: resets.With(files)},
 	}
+
 	for i, at := range []string{
 		"0000:00:03.1/0000:41:00.0", "0000:00:03.1/0000:41:00.1", "0000:00:03.2/0000:42:00.0", "0000:00:03.2/0000:42:00.1",
 	} {
@@ -109,14 +114,17 @@ func NewServer(tb testing.TB) *Kernel {
 			}),
 		})
 	}
+
 	k := NewKernel(tb, Made(functions...).With(links).With(more).With(Tree{
 		"usr/share/misc/pci.ids": pciIDs, "proc/cmdline": "root=/dev/nvme0n1 quiet\n", "sys/bus/pci/drivers/iavf/": "",
 	}))
+
 	for driver, id := range map[string]string{
 		"iavf": "8086:154c", "i40e": "8086:1572", "igc": "8086:125c", "nvme": "144d:a80c",
 	} {
 		k.IDs[driver] = []string{id}
 	}
+
 	k.Net.Addresses = []Address{{Interface: "eno1", CIDR: "192.0.2.20/24"}}
 	k.Net.Routes = []Route{{To: "default", Over: []string{"eno1"}}}
 	k.ResetVFs = true

@@ -198,6 +198,7 @@ func (k *Kernel) store(file, value string) error {
 	if err := k.writable(file); err != nil {
 		return err
 	}
+
 	dir, attribute := path.Dir(file), path.Base(file)
 	// sysfs_streq.
 	name := strings.TrimSuffix(value, "\n")

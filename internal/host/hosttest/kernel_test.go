@@ -136,6 +136,7 @@ func TestKernelRebind(t *testing.T) {
 	writes := []string{
 		override + "=vfio-pci\n", "sys/bus/pci/drivers/igb/unbind=0000:01:00.0\n", probe + "=0000:01:00.0",
 	}
+
 	do(t, k, nil, writes...)
 	if got := driverOf(t, k, "0000:01:00.0"); got != "vfio-pci" {
 		t.Errorf("driver %q", got)
@@ -143,26 +144,32 @@ func TestKernelRebind(t *testing.T) {
 	if got, _ := k.Host().Names(pfFiles + "vfio-dev"); !slices.Equal(got, []string{"vfio0"}) {
 		t.Errorf("vfio-dev has %v", got)
 	}
+
 	if k.Host().Exists("sys/class/net/eth0") || k.Host().Exists(pfFiles+"net") ||
 		k.Host().Exists("sys/bus/pci/drivers/igb/0000:01:00.0") {
 		t.Error("the interface outlived its driver")
 	}
+
 	if !slices.Equal(seen, writes) || !slices.Equal(k.Log, writes) {
 		t.Errorf("After saw %q, the log has %q", seen, k.Log)
 	}
+
 	do(t, k, nil, override+"=") // a write of nothing reaches nobody
 	if s, _ := k.Host().String(override); s != "vfio-pci" {
 		t.Errorf("override is %q", s)
 	}
+
 	do(t, k, nil, override+"=\n", "sys/bus/pci/drivers/vfio-pci/unbind=0000:01:00.0", probe+"=0000:01:00.0",
 		probe+"=0000:01:00.0")
 	if got := driverOf(t, k, "0000:01:00.0"); got != "igb" {
 		t.Errorf("driver %q", got)
 	}
+
 	if s, _ := k.Host().String("sys/class/net/eth0/address"); s != "52:54:00:00:00:01" ||
 		k.Host().Exists(pfFiles+"vfio-dev") {
 		t.Errorf("address %q", s)
 	}
+
 	if s, _ := k.Host().String(override); s != "(null)" {
 		t.Errorf("override is %q", s)
 	}
@@ -206,34 +213,42 @@ func TestKernelVFs(t *testing.T) {
 			t.Errorf("VF %d: %q, %v, driver %q", i, vf, err, driverOf(t, k, address))
 		}
 	}
+
 	got := map[string]string{}
 	for _, f := range []string{"vendor", "device", "class", "modalias", "driver_override"} {
 		got[f], _ = k.Host().String("sys/bus/pci/devices/0000:01:10.0/" + f)
 	}
+
 	for _, f := range []string{"physfn", "iommu_group", "driver"} {
 		got[f], _ = k.Host().Link("sys/bus/pci/devices/0000:01:10.0/" + f)
 	}
+
 	want := map[string]string{
 		"vendor": "0x8086", "device": "0x10ca", "class": "0x020000", "driver_override": "(null)",
 		"modalias": "pci:v00008086d000010CAsv00001AF4sd00001100bc02sc00i00",
 		"physfn":   "../0000:01:00.0", "iommu_group": "../../../../kernel/iommu_groups/1", "driver": "../../../../bus/pci/drivers/igbvf",
 	}
+
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("VF 0 is %v\nwant %v", got, want)
 	}
+
 	groups, _ := k.Host().Names("sys/kernel/iommu_groups")
 	if !slices.Equal(groups, []string{"0", "1", "2", "3", "4", "5", "6", "7", "8"}) {
 		t.Errorf("groups %v", groups)
 	}
+
 	do(t, k, nil, numvfs+"=7", numvfs+"=0")
 	if after := readTree(t, k.Dir()); !reflect.DeepEqual(before, after) {
 		t.Errorf("after removal\n%s\nwant\n%s", Format(after), Format(before))
 	}
+
 	k.Partial = 2
 	do(t, k, nil, numvfs+"=5")
 	if s, _ := k.Host().String(numvfs); s != "2" || k.Host().Exists(pfFiles+"virtfn2") {
 		t.Errorf("sriov_numvfs is %q", s)
 	}
+
 	do(t, k, nil, "sys/bus/pci/drivers/igb/unbind=0000:01:00.0") // takes the VFs along
 	if k.Host().Exists("sys/bus/pci/devices/0000:01:10.0") {
 		t.Error("VFs outlived the PF's driver")

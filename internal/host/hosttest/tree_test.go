@@ -98,8 +98,10 @@ func readTree(t *testing.T, dir string) Tree {
 		out[name] = string(b)
 		return err
 	})
+
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	return out
 }

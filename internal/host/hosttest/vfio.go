@@ -221,9 +221,11 @@ func (v *VFIO) open(name string) (int, bool, error) {
 			}
 		}
 	}
+
 	if f == nil {
 		return -1, false, nil
 	}
+
 	fd, err := v.file(f)
 	return fd, true, err
 }
@@ -252,10 +254,12 @@ func (v *VFIO) ioctl(fd int, request uintptr, arg unsafe.Pointer) (int, error) {
 			return 0, err
 		}
 	}
+
 	name, f := v.of(fd)
 	if f == nil {
 		return 0, unix.EBADF
 	}
+
 	word := *(*uint32)(arg)
 	sized := func() vfioArg { return unsafe.Slice((*byte)(arg), word) }
 	number := request - ';'<<8
@@ -279,6 +283,7 @@ func (v *VFIO) ioctl(fd int, request uintptr, arg unsafe.Pointer) (int, error) {
 	case f.kind == "data" && number == 121:
 		return 0, v.preCopy(fd, f, sized())
 	}
+
 	return 0, unix.ENOTTY
 }
 
@@ -309,6 +314,7 @@ func (v *VFIO) container(c *vfioFile, number uintptr, a vfioArg) error {
 	if !c.set {
 		return unix.EINVAL
 	}
+
 	switch number {
 	case 112: // GET_INFO
 		ranges := uint32(16 + 16*len(v.Allowed))
@@ -344,6 +350,7 @@ func (v *VFIO) container(c *vfioFile, number uintptr, a vfioArg) error {
 		delete(c.maps, a.u64(8))
 		return nil
 	}
+
 	return unix.ENOTTY
 }
 
@@ -406,6 +413,7 @@ func (v *VFIO) groupRequest(name string, g *vfioFile, number uintptr, arg unsafe
 		}
 		return v.file(&vfioFile{kind: "device", name: address, in: name, attached: true})
 	}
+
 	return 0, nil
 }
 
@@ -457,6 +465,7 @@ func (v *VFIO) iommufd(f *vfioFile, number uintptr, a vfioArg) error {
 	default:
 		return unix.ENOTTY
 	}
+
 	return nil
 }
 
@@ -479,6 +488,7 @@ func (v *VFIO) device(f *vfioFile, number uintptr, a vfioArg) (int, error) {
 	if d == nil {
 		return 0, unix.ENODEV
 	}
+
 	switch {
 	case number == 118:
 		return 0, v.bind(f, a)
@@ -514,6 +524,7 @@ func (v *VFIO) device(f *vfioFile, number uintptr, a vfioArg) (int, error) {
 	case number == 117:
 		return 0, v.feature(f, d, a)
 	}
+
 	return 0, unix.ENOTTY
 }
 
@@ -578,6 +589,7 @@ func (d *VFIODevice) region(a vfioArg) error {
 	if i >= 9 || i == 8 && d.Regions[8] == 0 {
 		return unix.EINVAL
 	}
+
 	a.put64(16, d.Regions[i])
 	a.put64(24, uint64(i)<<40)
 	a.put32(12, 0)
@@ -585,6 +597,7 @@ func (d *VFIODevice) region(a vfioArg) error {
 	if i < 6 {
 		flags |= 4
 	}
+
 	if i == 0 && d.Sparse != nil {
 		flags |= 8
 		need := 32 + 16 + 16*len(d.Sparse)
@@ -601,6 +614,7 @@ func (d *VFIODevice) region(a vfioArg) error {
 			}
 		}
 	}
+
 	a.put32(4, flags)
 	return nil
 }
@@ -613,6 +627,7 @@ func (d *VFIODevice) irqs(a vfioArg) (int, error) {
 	if d.Events == nil {
 		d.Events = map[uint32][]int{}
 	}
+
 	switch {
 	case flags == 0x21 && count == 0:
 		delete(d.Events, kind)
@@ -634,6 +649,7 @@ func (d *VFIODevice) irqs(a vfioArg) (int, error) {
 	case kind != 0:
 		return 0, unix.EINVAL
 	}
+
 	return 0, nil
 }
 
@@ -641,12 +657,14 @@ func (v *VFIO) hotInfo(f *vfioFile, d *VFIODevice, a vfioArg) error {
 	if len(d.Together) == 0 {
 		return unix.ENODEV
 	}
+
 	cdev := v.bound(f)
 	a.put32(4, map[bool]uint32{true: 3}[cdev])
 	a.put32(8, uint32(len(d.Together)))
 	if len(a) < 12+8*len(d.Together) {
 		return unix.ENOSPC
 	}
+
 	for i, address := range d.Together {
 		var domain, bus, dev, fn uint32
 		if _, err := fmt.Sscanf(address, "%04x:%02x:%02x.%d", &domain, &bus, &dev, &fn); err != nil {
@@ -670,6 +688,7 @@ func (v *VFIO) hotInfo(f *vfioFile, d *VFIODevice, a vfioArg) error {
 		binary.NativeEndian.PutUint16(a[16+8*i:], uint16(domain))
 		a[18+8*i], a[19+8*i] = byte(bus), byte(dev<<3|fn)
 	}
+
 	return nil
 }
 
@@ -707,6 +726,7 @@ func (v *VFIO) feature(f *vfioFile, d *VFIODevice, a vfioArg) error {
 		0: d.PF, 1: d.Migration != 0, 2: d.Migration != 0, 3: d.Sleeps, 4: d.Sleeps, 5: d.Sleeps, 6: d.Log, 7: d.Log,
 		8: d.Log, 9: d.Migration != 0,
 	}
+
 	n := flags & 0xffff
 	if !has[n] {
 		return unix.ENOTTY
@@ -714,6 +734,7 @@ func (v *VFIO) feature(f *vfioFile, d *VFIODevice, a vfioArg) error {
 	if probe {
 		return nil
 	}
+
 	switch n {
 	case 0:
 		t := fmt.Sprintf("%x", a[8:24])
@@ -749,6 +770,7 @@ func (v *VFIO) feature(f *vfioFile, d *VFIODevice, a vfioArg) error {
 	case 9:
 		a.put64(8, uint64(len(d.Content)))
 	}
+
 	return nil
 }
 
@@ -760,6 +782,7 @@ func (v *VFIO) setState(f *vfioFile, d *VFIODevice, a vfioArg) error {
 	if to == 0 || to > 7 || d.State == 0 || p2p && d.Migration&2 == 0 || preCopy && d.Migration&4 == 0 {
 		return unix.EINVAL
 	}
+
 	if d.State == 4 && to != 4 {
 		for name, f := range v.files {
 			if f.kind != "data" || !f.load {
@@ -773,12 +796,14 @@ func (v *VFIO) setState(f *vfioFile, d *VFIODevice, a vfioArg) error {
 			d.Content = b
 		}
 	}
+
 	if to == 4 && d.State != 4 && d.Full {
 		fd, err := unix.Open("/dev/full", unix.O_WRONLY|unix.O_CLOEXEC, 0)
 		a.put32(12, uint32(fd))
 		d.State = to
 		return err
 	}
+
 	saves := func(state uint32) bool { return state == 3 || state >= 6 }
 	if saves(to) && !saves(d.State) || to == 4 && d.State != 4 {
 		fd, err := v.file(&vfioFile{kind: "data", name: f.name, load: to == 4})
@@ -792,11 +817,13 @@ func (v *VFIO) setState(f *vfioFile, d *VFIODevice, a vfioArg) error {
 		}
 		a.put32(12, uint32(fd))
 	}
+
 	if to == 3 && d.State != 3 {
 		if err := v.stopped(f.name, d); err != nil {
 			return err
 		}
 	}
+
 	d.State = to
 	return nil
 }

@@ -226,6 +226,7 @@ func (g *gatherer) lockLimit() (*uint64, bool) {
 	if err != nil {
 		return nil, false
 	}
+
 	for line := range strings.Lines(status) {
 		if hex, ok := strings.CutPrefix(line, "CapEff:"); ok {
 			caps, err := strconv.ParseUint(strings.TrimSpace(hex), 16, 64)
@@ -236,10 +237,12 @@ func (g *gatherer) lockLimit() (*uint64, bool) {
 			}
 		}
 	}
+
 	limits, err := g.String("proc/self/limits")
 	if err != nil {
 		return nil, false
 	}
+
 	for line := range strings.Lines(limits) {
 		if rest, ok := strings.CutPrefix(line, "Max locked memory"); ok {
 			fields := strings.Fields(rest)
@@ -253,6 +256,7 @@ func (g *gatherer) lockLimit() (*uint64, bool) {
 			return &n, true
 		}
 	}
+
 	return nil, false
 }
 

@@ -98,6 +98,7 @@ func TestFacts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	limit := uint64(8 << 20)
 	for name, pair := range map[string][2]any{
 		"whole":     {f.Whole, true},

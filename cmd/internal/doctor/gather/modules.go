@@ -88,6 +88,7 @@ func (g *gatherer) rules(words []string) []doctor.ModuleRule {
 			}
 		}
 	}
+
 	seen := map[string]bool{}
 	for _, dir := range iommu.ModprobeDirs {
 		names, err := g.Names(dir)
@@ -107,6 +108,7 @@ func (g *gatherer) rules(words []string) []doctor.ModuleRule {
 			out = append(out, modprobeRules(path.Join(dir, n), string(text))...)
 		}
 	}
+
 	return out
 }
 

@@ -19,10 +19,12 @@ func Kernel(tb testing.TB, init string, modules ...string) (kernel, initrd strin
 	if err != nil {
 		tb.Skipf("the lab has no busybox: %v", err)
 	}
+
 	var a archive
 	for _, dir := range []string{"bin", "dev", "modules", "proc", "sys"} {
 		a.add(dir, 0o40755, nil)
 	}
+
 	a.add("bin/busybox", 0o100755, busybox)
 	a.add("init", 0o100755, []byte(init))
 	var order bytes.Buffer
@@ -39,12 +41,14 @@ func Kernel(tb testing.TB, init string, modules ...string) (kernel, initrd strin
 		a.add("modules/"+name, 0o100644, text)
 		fmt.Fprintln(&order, name)
 	}
+
 	a.add("modules/order", 0o100644, order.Bytes())
 	a.add("TRAILER!!!", 0, nil)
 	initrd = filepath.Join(tb.TempDir(), "initrd")
 	if err := os.WriteFile(initrd, a.Bytes(), 0o600); err != nil {
 		tb.Fatal(err)
 	}
+
 	return kernel, initrd
 }
 

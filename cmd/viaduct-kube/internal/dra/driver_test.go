@@ -97,6 +97,7 @@ func world(t testing.TB, k *hosttest.Kernel, cdi string) string {
 		}
 		out = append(out, fmt.Sprintf("%s on %q, override %q", vf, d.Driver, d.DriverOverride))
 	}
+
 	b, err := lease.OpenToRelease(h, lease.Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -106,16 +107,20 @@ func world(t testing.TB, k *hosttest.Kernel, cdi string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	for _, l := range all {
 		out = append(out, "lease "+l.Guest)
 	}
+
 	files, err := os.ReadDir(cdi)
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	for _, f := range files {
 		out = append(out, f.Name())
 	}
+
 	return strings.Join(out, "\n")
 }
 
@@ -154,10 +159,12 @@ func TestDriver(t *testing.T) {
 			t.Errorf("metadata %+v", m)
 		}
 	}
+
 	if _, err := prepare(newDriver(t, k, cdi, &node.Settings{}), claim("uid-2", n1)); err == nil ||
 		!strings.Contains(err.Error(), `assigned to guest "uid-1" (pod default/web by claim default/nic`) {
 		t.Errorf("for another claim: %v", err)
 	}
+
 	for range 2 {
 		if err := unprepare(newDriver(t, k, cdi, &node.Settings{}), "uid-1"); err != nil {
 			t.Fatal(err)
@@ -193,6 +200,7 @@ func TestPrepareFails(t *testing.T) {
 		if c.spoil != nil {
 			c.spoil(k)
 		}
+
 		to := cdi
 		if c.cdi != "" {
 			to = c.cdi
@@ -281,6 +289,7 @@ func TestKilledAnywhere(t *testing.T) {
 			t.Fatal(err)
 		}
 	})
+
 	sample := hosttest.EveryNth(9, hosttest.Sample(all))
 	t.Logf("%d of %d operations", len(sample), len(all))
 	for _, n := range sample {

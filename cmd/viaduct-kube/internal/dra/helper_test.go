@@ -57,17 +57,20 @@ func newSite(t *testing.T, k *hosttest.Kernel, claims ...*resource.ResourceClaim
 		}
 		return false, nil, nil
 	})
+
 	var err error
 	// The path of a socket has an end.
 	if s.dir, err = os.MkdirTemp("", "dra"); err != nil {
 		t.Fatal(err)
 	}
+
 	t.Cleanup(func() { os.RemoveAll(s.dir) })
 	for _, c := range claims {
 		if _, err := s.client.ResourceV1().ResourceClaims(c.Namespace).Create(t.Context(), c, meta.CreateOptions{}); err != nil {
 			t.Fatal(err)
 		}
 	}
+
 	s.driver = newDriver(t, k, s.cdi, &node.Settings{})
 	s.helper, err = kubeletplugin.Start(t.Context(), s.driver,
 		kubeletplugin.DriverName("viaduct.dev"), kubeletplugin.KubeClient(s.client), kubeletplugin.NodeName("n1"),
@@ -75,14 +78,17 @@ func newSite(t *testing.T, k *hosttest.Kernel, claims ...*resource.ResourceClaim
 		kubeletplugin.CDIDirectory(s.cdi),
 		kubeletplugin.EnableDeviceMetadata(true, []schema.GroupVersion{v1beta1.SchemeGroupVersion, v1alpha1.SchemeGroupVersion}),
 	)
+
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	t.Cleanup(s.helper.Stop)
 	s.conn, err = grpc.NewClient("unix://"+filepath.Join(s.dir, "dra.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	t.Cleanup(func() { s.conn.Close() })
 	return s
 }
@@ -160,10 +166,12 @@ func (s *site) await(t *testing.T, what string, is func([]resource.Device) bool)
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	has := map[string][]resource.Device{}
 	for _, one := range list.Items {
 		has[one.Name] = one.Spec.Devices
 	}
+
 	for {
 		var all []resource.Device
 		for _, name := range sorted(has) {

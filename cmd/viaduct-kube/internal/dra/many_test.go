@@ -35,6 +35,7 @@ func TestFiveThousand(t *testing.T) {
 			VFIndex: i, Pool: "net", Group: &group, Root: "pci0000:00", Driver: "vfio-pci", VFIO: true,
 		})
 	}
+
 	s := newSite(t, newKernel(t))
 	publish := func(what string, is func([]resource.Device) bool) {
 		begun, computed := time.Now(), cpu(t)
@@ -45,6 +46,7 @@ func TestFiveThousand(t *testing.T) {
 		s.await(t, what, is)
 		t.Logf("%s: %d slices, %s of CPU, in %s", what, len(pool.Slices), cpu(t)-computed, time.Since(begun))
 	}
+
 	publish("published", func(d []resource.Device) bool { return len(d) == n })
 	all[77].Wrong = []node.Problem{{Reason: node.NoLink, Text: "no link"}}
 	publish("updated", func(d []resource.Device) bool {

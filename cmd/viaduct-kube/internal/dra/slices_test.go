@@ -54,6 +54,7 @@ func within(t *testing.T, p *resourceslice.Pool) (devices, sets int) {
 		sets += len(s.SharedCounters)
 		devices += len(s.Devices)
 	}
+
 	for _, s := range p.Slices {
 		for _, d := range s.Devices {
 			if len(d.ConsumesCounters) > resource.ResourceSliceMaxDeviceCounterConsumptionsPerDevice || len(d.Attributes) > 32 {
@@ -66,6 +67,7 @@ func within(t *testing.T, p *resourceslice.Pool) (devices, sets int) {
 			}
 		}
 	}
+
 	return devices, sets
 }
 
@@ -151,22 +153,27 @@ func TestDevices(t *testing.T) {
 		{Address: at(t, "0000:02:00.0"), Kind: node.PCI},
 		{Address: at(t, "0000:03:00.0"), Kind: node.PCI, Pool: "old"},
 	}
+
 	s := &node.Settings{
 		Pools:  map[string]node.Provider{"old": node.DevicePlugin},
 		Taints: map[node.Reason]node.Effect{node.NoPF: node.Ignore},
 	}
+
 	p := Pool("viaduct.dev", functions, s)
 	if len(p.Slices) != 1 || len(p.Slices[0].Devices) != 2 {
 		t.Fatalf("%+v", p)
 	}
+
 	vf, plain := p.Slices[0].Devices[0], p.Slices[0].Devices[1]
 	var taints []string
 	for _, t := range vf.Taints {
 		taints = append(taints, t.Key+" "+string(t.Effect))
 	}
+
 	if want := []string{"viaduct.dev/link NoSchedule", "viaduct.dev/driver NoExecute"}; !slices.Equal(taints, want) {
 		t.Errorf("taints %q", taints)
 	}
+
 	got := map[string]string{}
 	for name, a := range vf.Attributes {
 		switch {
@@ -178,15 +185,18 @@ func TestDevices(t *testing.T) {
 			got[string(name)] = fmt.Sprint(*a.BoolValue)
 		}
 	}
+
 	want := map[string]string{
 		"resource.kubernetes.io/pciBusID": "0000:01:10.0", "resource.kubernetes.io/pcieRoot": "pci0000:00",
 		"resource.kubernetes.io/numaNode": "0", "iommuGroup": "9", "driver": "vfio-pci", "vendor": "8086", "device": "10ca",
 		"subvendor": "0000", "subdevice": "0000", "class": "020000", "type": "vf", "pf": "0000:01:00.0", "vfIndex": "3",
 		"pool": "net", "iommufd": "false",
 	}
+
 	if fmt.Sprint(got) != fmt.Sprint(want) {
 		t.Errorf("attributes\n%v, want\n%v", got, want)
 	}
+
 	for _, none := range []resource.QualifiedName{"resource.kubernetes.io/numaNode", "iommuGroup", "driver", "pf", "vfIndex", "iommufd"} {
 		if _, known := plain.Attributes[none]; known {
 			t.Errorf("%s of a device of which it is not known", none)

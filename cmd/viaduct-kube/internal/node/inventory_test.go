@@ -35,10 +35,12 @@ func host(t *testing.T) *Facts {
 			ID: iommu.ID{Vendor: 0x8086, Device: 0x10ca, Class: 0x020000},
 		}
 	}
+
 	function := func(s string, class uint32) iommu.Device {
 		a := address(t, s)
 		return iommu.Device{Name: s, Address: a, PCI: true, ID: iommu.ID{Class: class}}
 	}
+
 	topology := &iommu.Topology{Groups: []iommu.Group{
 		{ID: 1, Devices: []iommu.Device{{Name: pf.String(), Address: pf, PCI: true, Driver: "igb", SRIOV: &iommu.SRIOV{Total: 7}}}},
 		{ID: 2, Devices: []iommu.Device{vf(0)}}, {ID: 3, Devices: []iommu.Device{vf(1)}},
@@ -46,11 +48,13 @@ func host(t *testing.T) *Facts {
 			function("0000:07:00.0", 0x030000), function("0000:07:00.1", 0x040300), function("0000:00:1f.0", 0x060100),
 		}},
 	}}
+
 	for i := range topology.Groups {
 		for j := range topology.Groups[i].Devices {
 			topology.Groups[i].Devices[j].Group = &topology.Groups[i].ID
 		}
 	}
+
 	find := func(s string) *iommu.Device {
 		d, err := topology.Find(address(t, s))
 		if err != nil {
@@ -58,6 +62,7 @@ func host(t *testing.T) *Facts {
 		}
 		return d
 	}
+
 	return &Facts{
 		Topology: topology,
 		Pools: []lease.Pool{
@@ -106,10 +111,12 @@ func TestWrong(t *testing.T) {
 	leased := func(whom string, ready bool) []lease.Lease {
 		return []lease.Lease{{Guest: "g", For: whom, Ready: ready, From: []string{vf.String()}, Devices: []lease.Device{{Address: vf}}}}
 	}
+
 	onVFIO := func(f *Facts) {
 		d, _ := f.Topology.Find(vf)
 		d.Driver, d.VFIO = "vfio-pci", true
 	}
+
 	for what, c := range map[string]struct {
 		change func(*Facts)
 		want   []string

@@ -295,10 +295,12 @@ func (p *Plugin) assignOne(ctx context.Context, id, whom string) (fresh bool, er
 	if !p.has(id) {
 		return false, fmt.Errorf("%s is not a device of pool %s", id, p.Pool)
 	}
+
 	address, err := iommu.ParseAddress(id)
 	if err != nil {
 		return false, err
 	}
+
 	books, err := lease.Open(p.Host, lease.Options{Tell: func(note string) { p.Tell(false, "Note", note) }})
 	if err != nil {
 		return false, err
@@ -308,6 +310,7 @@ func (p *Plugin) assignOne(ctx context.Context, id, whom string) (fresh bool, er
 		Guest: p.guest(id), For: p.Mark(cmp.Or(whom, "a pod by "+p.Resource())), Persist: true,
 		Sources: []lease.Source{{From: id}},
 	}
+
 	of, err := leaseOf(books, address)
 	switch {
 	case err != nil:
@@ -318,11 +321,13 @@ func (p *Plugin) assignOne(ctx context.Context, id, whom string) (fresh bool, er
 	case of != nil && whom == "":
 		r.For = of.For
 	}
+
 	made, fresh, err := books.Assign(ctx, r)
 	if err == nil && fresh && !made.Has(address) {
 		_, undone := books.Release(ctx, r.Guest, 0)
 		err = errors.Join(fmt.Errorf("%s is not what was assigned", id), undone)
 	}
+
 	return fresh, err
 }
 
@@ -415,6 +420,7 @@ func (p *Plugin) InUse(ctx context.Context, leases []lease.Lease, used map[strin
 			p.Changed()
 		}
 	}
+
 	maps.DeleteFunc(p.unused, func(id string, _ time.Time) bool { return !seen[id] })
 	return errors.Join(errs...)
 }

@@ -11,11 +11,14 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 	core "k8s.io/api/core/v1"
 	rbac "k8s.io/api/rbac/v1"
 	resource "k8s.io/api/resource/v1"
 	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes/fake"
+	registration "k8s.io/kubelet/pkg/apis/pluginregistration/v1"
 	"sigs.k8s.io/yaml"
 
 	"viaduct/cmd/viaduct-kube/internal/node"
@@ -267,6 +270,25 @@ func TestServe(t *testing.T) {
 
 	ended := make(chan error, 1)
 	go func() { ended <- s.run(ctx) }()
+	// Nothing is published before the kubelet has taken the driver.
+	registrar, err := grpc.NewClient("unix://"+filepath.Join(dir, "plugins_registry", s.driver+"-reg.sock"),
+		grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer registrar.Close()
+	kubelet := registration.NewRegistrationClient(registrar)
+	if _, err := kubelet.GetInfo(ctx, &registration.InfoRequest{}, grpc.WaitForReady(true)); err != nil {
+		t.Fatal(err)
+	}
+	if n := len(w.ResultChan()); n > 0 {
+		t.Errorf("%d slices are published before", n)
+	}
+	taken := &registration.RegistrationStatus{PluginRegistered: true}
+	if _, err := kubelet.NotifyRegistrationStatus(ctx, taken); err != nil {
+		t.Fatal(err)
+	}
+
 	select {
 	case e := <-w.ResultChan():
 		slice, is := e.Object.(*resource.ResourceSlice)

@@ -287,8 +287,8 @@ const again = 10 * time.Second
 // settle is how long after an event the host is looked at, as many come together.
 const settle = 200 * time.Millisecond
 
-// registration is how long the kubelet is waited for before anything is published.
-const registration = time.Minute
+// registrationWait is how long the kubelet is waited for before anything is published.
+const registrationWait = time.Minute
 
 // watch publishes the functions, and again when they change.
 func (s *server) watch(ctx context.Context) error {
@@ -317,10 +317,10 @@ func (s *server) watch(ctx context.Context) error {
 }
 
 // registered waits until the kubelet has taken the driver: what is published before that is scheduled at once, and the
-// kubelet, which cannot prepare it, tries again only after a minute. A kubelet that does not come is not waited for: its
-// node has no pods.
+// kubelet, which cannot prepare it, tries again only after a minute. A kubelet that does not come is not waited for: no
+// pod is on its node.
 func (s *server) registered(ctx context.Context) {
-	ctx, stop := context.WithTimeout(ctx, registration)
+	ctx, stop := context.WithTimeout(ctx, registrationWait)
 	defer stop()
 	// The helper has no event for it.
 	tick := time.NewTicker(100 * time.Millisecond)

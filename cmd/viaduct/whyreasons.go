@@ -90,8 +90,8 @@ func besideEachOther(edges []iommu.Edge) []string {
 	var out []string
 	for _, k := range order {
 		of := all[k]
-		if len(of) == 1 || k.isolated == "unknown" {
-			// It names one device, or is of two.
+		if len(of) == 1 || k.isolated == "unknown" || of[0].Kind != iommu.EdgeFunction {
+			// It names one device, is of two, or was said twice.
 			out = append(out, of[0].Reason)
 			continue
 		}

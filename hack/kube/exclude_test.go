@@ -60,10 +60,14 @@ func TestPF(t *testing.T) {
 	makePod(t, newPod("vf", holds, ofClaim("vf")))
 	opened(t, "vf")
 	write(t, "/etc/viaduct/host.yaml", asPF)
-	if out, status := try(viaduct, "apply"); status != 3 || !strings.Contains(out, "default/vf") {
+	if out, status := try(viaduct, "apply"); status != 3 || !strings.Contains(out, "a PF with 7 VFs") {
 		t.Errorf("apply takes the PF away from under a pod's VF: status %d\n%s", status, out)
 	}
+	if out, status := try(viaduct, "vf", "destroy", pf); status != 3 || !strings.Contains(out, "default/vf") {
+		t.Errorf("vf destroy takes a pod's VF away: status %d\n%s", status, out)
+	}
 	deletePod(t, "vf")
+	do(t, "vf", "destroy", pf)
 	do(t, "apply")
 	awaitDevices(t, "are the PF", func(all []resource.Device) bool {
 		return offered(all, "pf") == 1 && offered(all, "vf") == 0

@@ -3,6 +3,7 @@
 package kube
 
 import (
+	"context"
 	"strings"
 	"testing"
 
@@ -88,7 +89,7 @@ func inGroup(t *testing.T, group string) string {
 // deleteAll deletes all pods with a label, after what makes them.
 func deleteAll(t *testing.T, label string) {
 	t.Helper()
-	list, err := up.client.CoreV1().Pods(namespace).List(t.Context(), meta.ListOptions{LabelSelector: label})
+	list, err := up.client.CoreV1().Pods(namespace).List(context.Background(), meta.ListOptions{LabelSelector: label})
 	if err != nil {
 		t.Error(err)
 		return

@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"viaduct/internal/host"
+	"viaduct/internal/shell"
 )
 
 // Loader is how a host's command line is changed. Its zero value is a way that is not known.
@@ -133,7 +134,7 @@ func Find(h *host.Host) Loader {
 func (l Loader) Add(parameter string) string {
 	switch {
 	case l.add != "":
-		return "run `" + strings.ReplaceAll(l.add, "PARAMETER", parameter) + "` and reboot"
+		return "run `" + with(l.add, parameter) + "` and reboot"
 	case l.file == "":
 		return "add " + parameter + " to the kernel's command line, in the settings of this host's boot loader, and " +
 			"reboot"
@@ -158,9 +159,9 @@ func (l Loader) RemoveValue(word, value string) string {
 func (l Loader) change(word, rest string) string {
 	switch {
 	case l.remove != "":
-		commands := "`" + strings.ReplaceAll(l.remove, "PARAMETER", word) + "`"
+		commands := "`" + with(l.remove, word) + "`"
 		if rest != "" {
-			commands += " and `" + strings.ReplaceAll(l.add, "PARAMETER", rest) + "`"
+			commands += " and `" + with(l.add, rest) + "`"
 		}
 		return "run " + commands + " and reboot"
 	case l.file == "":
@@ -178,6 +179,11 @@ func (l Loader) change(word, rest string) string {
 		place = l.place()
 	}
 	return changing(word, rest) + " " + place + l.inForce()
+}
+
+// with is a command with a parameter in it, quoted for the shell.
+func with(command, parameter string) string {
+	return strings.ReplaceAll(command, "PARAMETER", shell.Quote(parameter))
 }
 
 func changing(word, rest string) string {

@@ -72,3 +72,12 @@ func TestRemoveValue(t *testing.T) {
 		}
 	}
 }
+
+// A word that the shell would take apart is quoted.
+func TestQuoted(t *testing.T) {
+	l := Find(hosttest.NewKernel(t, hosttest.Tree{"etc/default/grub": "", "usr/sbin/grubby": ""}).Host())
+	const want = "run `grubby --update-kernel=ALL --remove-args='pci=a;b'` and reboot"
+	if got := l.Remove("pci=a;b"); got != want {
+		t.Errorf("%s\nwant\n%s", got, want)
+	}
+}

@@ -75,7 +75,9 @@ func (p *Plugin) serveOnce(ctx context.Context, dir string) error {
 		case <-time.After(look):
 		}
 		now, err := os.Stat(theirs)
-		if _, gone := os.Lstat(own); err != nil || gone != nil || !os.SameFile(now, registered) {
+		// A file system may give a new socket the number of the one that has gone.
+		if _, gone := os.Lstat(own); err != nil || gone != nil || !os.SameFile(now, registered) ||
+			!now.ModTime().Equal(registered.ModTime()) {
 			return nil
 		}
 	}

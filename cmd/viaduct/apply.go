@@ -33,7 +33,7 @@ func applyCommand(e *env) *cli.Command {
 			"Examples:\n  viaduct apply\n" +
 			"  viaduct apply --dry-run\n" +
 			"  viaduct apply --confirm 60s && viaduct apply --confirmed",
-		Flags: append(o.flags(e),
+		Flags: append(append(o.flags(e), e.dryRunFlags()...),
 			&cli.BoolFlag{
 				Name:        "keep-going",
 				Usage:       "apply the rest when some items are refused",
@@ -64,8 +64,6 @@ func applyCommand(e *env) *cli.Command {
 				DefaultText: "30s, and 1s for each VF",
 				Destination: &o.timeout,
 			},
-			e.dryRunFlag(),
-			e.stepsFlag("of a --dry-run"),
 		),
 		Action: func(c *cli.Context) (err error) {
 			if c.Args().Present() {

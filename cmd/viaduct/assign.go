@@ -5,15 +5,19 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
 
+	"viaduct/cmd/internal/declared"
 	"viaduct/cmd/internal/hostfile"
 	"viaduct/cmd/internal/lease"
 	"viaduct/cmd/internal/migrate"
+	"viaduct/cmd/internal/terminal"
 	"viaduct/cmd/internal/vmm"
 	"viaduct/iommu"
 	"viaduct/sriov"
@@ -203,15 +207,15 @@ func assignCommand(e *env) *cli.Command {
 			"  viaduct assign web --from net,count=4,vlan=100+index\n" +
 			"  qemu-system-x86_64 ... $(viaduct assign web --from net --owner-pid $$)\n" +
 			"  viaduct assign db --from 0000:03:00.0 --memory 64G --format json",
-		Flags: append(o.flags(),
+		Flags: append(append(o.flags(),
 			&cli.StringFlag{Name: "format", Usage: "print in this format: `qemu|json|...` (see --formats)", Value: "qemu", Destination: &o.format},
 			&cli.DurationFlag{Name: "ttl", Usage: "end the lease if no process opens the devices in this time; 0 for no limit", Value: 10 * time.Minute, Destination: &o.TTL},
 			&cli.IntFlag{Name: "owner-pid", Usage: "end the lease with the process `PID`", Destination: &o.OwnerPID},
 			&cli.StringFlag{Name: "unit", Usage: "end the lease with this system `UNIT` of systemd (not a user's)", Destination: &o.Unit},
 			&cli.BoolFlag{Name: "persist", Usage: "keep the lease over a boot (the default for libvirt)"},
 			&cli.BoolFlag{Name: "formats", Usage: "list the formats, and what each cannot do"},
-			e.dryRunFlag(), e.jsonFlag(),
-		),
+			e.jsonFlag(),
+		), e.dryRunFlags()...),
 		BashComplete: e.completeGuests,
 		Action: func(c *cli.Context) (err error) {
 			if c.Bool("formats") {
@@ -233,7 +237,7 @@ func assignCommand(e *env) *cli.Command {
 			if err := o.parse(c, format); err != nil {
 				return err
 			}
-			o.preview = e.dryRun && c.IsSet("format") && format != nil
+			o.preview = e.dryRun && !e.steps && c.IsSet("format") && format != nil
 			if o.TTL < 0 {
 				return usagef("assign: invalid --ttl %s: want zero or more", o.TTL)
 			}
@@ -327,14 +331,17 @@ func (e *env) assign(ctx context.Context, o *assignOptions, then func(*lease.Man
 	}
 
 	if e.dryRun {
-		steps, l, err := m.PreviewLease(&o.Request)
+		p, err := m.Preview(&o.Request)
 		if err != nil {
 			return err
 		}
 		if o.preview {
-			return then(m, l)
+			return then(m, p.Lease)
 		}
-		return e.printPreview(o.Guest, steps)
+		if e.json {
+			return e.printPreview(o.Guest, p.Steps())
+		}
+		return e.preview(previewAssign(o.Guest, p))
 	}
 
 	l, fresh, notes, err := m.Assign(ctx, &o.Request)
@@ -414,14 +421,8 @@ type previewView struct {
 	Notes  []string    `json:"notes"`
 }
 
-// printPreview prints what an assignment would do; comments among the steps are for people, and notes in JSON.
+// printPreview prints what an assignment would do as JSON, where the comments among the steps are notes.
 func (e *env) printPreview(guest string, steps []bind.Action) error {
-	if !e.json {
-		for _, s := range steps {
-			fmt.Fprintln(e.stdout, s)
-		}
-		return nil
-	}
 	v := previewView{Guest: guest, Notes: []string{}}
 	var does []bind.Action
 	for _, s := range steps {
@@ -433,4 +434,76 @@ func (e *env) printPreview(guest string, steps []bind.Action) error {
 	}
 	v.Steps, v.Writes = viewSteps(does)
 	return writeJSON(e.stdout, v)
+}
+
+// previewAssign is what a guest would get: its VFs by their PF, then its other devices.
+func previewAssign(guest string, a *lease.Preview) *preview {
+	p := &preview{}
+	verb := guest + " gets "
+	if a.Again {
+		verb = guest + " has "
+	}
+	pfs := map[iommu.Address][]lease.PreviewDevice{}
+	var order []iommu.Address
+	var keeps []*iommu.Device
+	for _, of := range a.Devices {
+		switch d := of.Device; {
+		case d.PhysFn != nil:
+			if pfs[*d.PhysFn] == nil {
+				order = append(order, *d.PhysFn)
+			}
+			pfs[*d.PhysFn] = append(pfs[*d.PhysFn], of)
+		case of.Companion():
+			keeps = append(keeps, d)
+		default:
+			p.of(verb + d.Name)
+			p.says(assignText(&of))
+		}
+	}
+
+	for _, pf := range order {
+		p.vfsOf(verb, pf, pfs[pf])
+	}
+	p.says(declared.Along("takes", keeps)...)
+
+	for _, s := range a.Steps() {
+		if note, comment := strings.CutPrefix(s.Command, "# "); comment {
+			p.comment(note)
+		} else {
+			p.does(bind.Commands([]bind.Action{s})...)
+		}
+	}
+	return p
+}
+
+// vfsOf is what a guest would get of a PF's VFs: the settings, and what is the same of many once.
+func (p *preview) vfsOf(verb string, pf iommu.Address, vfs []lease.PreviewDevice) {
+	var all []int
+	var sets []*sriov.SetPlan
+	same := map[string][]int{}
+	for _, of := range vfs {
+		index := of.Device.VFIndex
+		all = append(all, index)
+		same[assignText(&of)] = append(same[assignText(&of)], index)
+		if of.Set != nil {
+			sets = append(sets, of.Set)
+		}
+	}
+	p.of(verb + terminal.Fold("vf", all) + " of " + pf.String())
+	p.says(declared.SetWords(sets, func(int) sriov.Settings { return nil })...)
+	for _, text := range slices.Sorted(maps.Keys(same)) {
+		p.says(terminal.Fold("vf", same[text]) + ": " + text)
+	}
+}
+
+// assignText is where a device of a guest's goes, and how it is reset for the guest.
+func assignText(of *lease.PreviewDevice) string {
+	if of.Change == nil {
+		return "left on " + driverText(known(of.Device.Driver)) + ", for the VMM to take it"
+	}
+	text := moveText(of.Change)
+	if of.Reset != nil {
+		text += ", then reset " + of.Reset.String()
+	}
+	return text
 }

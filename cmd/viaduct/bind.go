@@ -34,7 +34,7 @@ type changeOptions struct {
 }
 
 func (o *changeOptions) flags(e *env) []cli.Flag {
-	return []cli.Flag{
+	return append([]cli.Flag{
 		forceFlag("the device"),
 		&cli.BoolFlag{
 			Name:        "keep-going",
@@ -52,8 +52,8 @@ func (o *changeOptions) flags(e *env) []cli.Flag {
 			Value:       bind.DefaultTimeout,
 			Destination: &o.timeout,
 		},
-		e.dryRunFlag(), e.stepsFlag("of a --dry-run"), e.jsonFlag(),
-	}
+		e.jsonFlag(),
+	}, e.dryRunFlags()...)
 }
 
 // forceFlag is --force of a command that somebody's use of something stops.
@@ -323,8 +323,8 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, goal bind.Goal, 
 	on.tellClaimed(results)
 	switch {
 	case e.json:
-	case e.dryRun && !e.steps:
-		errs = append(errs, e.moveWords(goal, job, results, asked))
+	case e.dryRun:
+		errs = append(errs, e.preview(previewMove(goal, job, results, asked)))
 	default:
 		e.printChanges(views, lasts)
 	}
@@ -542,13 +542,6 @@ func (e *env) printChanges(views []changeView, lasts string) {
 		switch {
 		case v.Error != nil:
 			// Said by the error itself.
-		case e.dryRun:
-			if v.Role == iommu.RoleCompanion {
-				fmt.Fprintf(e.stdout, "# %s is a companion: viaduct only keeps it off the host's drivers\n", v.Address)
-			}
-			for _, s := range v.Steps {
-				fmt.Fprintln(e.stdout, s)
-			}
 		case !v.Changed:
 			fmt.Fprintf(e.stdout, "%s is already on %s%s\n", v.Address, driverText(v.To), companionText(v.Role))
 		default:

@@ -15,6 +15,7 @@ import (
 	"viaduct/cmd/internal/declared"
 	"viaduct/cmd/internal/hostfile"
 	"viaduct/cmd/internal/install"
+	"viaduct/iommu"
 	"viaduct/vfio/holder"
 )
 
@@ -35,7 +36,7 @@ func installCommand(e *env) *cli.Command {
 			"  viaduct install --watch\n" +
 			"  viaduct install --initramfs --dry-run\n" +
 			"  viaduct install --root debian/tmp --program /usr/sbin/viaduct",
-		Flags: []cli.Flag{
+		Flags: append([]cli.Flag{
 			&cli.BoolFlag{
 				Name:        "watch",
 				Usage:       "add a service that applies the configuration after driver reloads, hotplug and resets",
@@ -69,13 +70,7 @@ func installCommand(e *env) *cli.Command {
 				Value:       "/usr/sbin/viaduct",
 				Destination: &pkg.program,
 			},
-			&cli.BoolFlag{
-				Name:        "dry-run",
-				Aliases:     []string{"n"},
-				Usage:       "print the files and write nothing",
-				Destination: &e.dryRun,
-			},
-		},
+		}, e.dryRunFlags()...),
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
 				return usagef("install takes no arguments")
@@ -142,8 +137,7 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 		return err
 	}
 	if e.dryRun {
-		e.printFiles(files)
-		return nil
+		return e.previewInstall(b.Host(), files)
 	}
 
 	for _, volatile := range []string{"/tmp/", "/run/", "/dev/", "/home/", "/root/"} {
@@ -192,6 +186,36 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 		}
 	}
 	return reload(ctx, start)
+}
+
+// previewInstall prints which files an install would write and remove. A captured host has none of it.
+func (e *env) previewInstall(h *iommu.Host, files []install.File) error {
+	p := previewFiles(files)
+	var written, removed []string
+	for _, f := range files {
+		written = append(written, f.Path)
+	}
+	if h.Live() {
+		var err error
+		if written, removed, err = install.Changes("/", files); err != nil {
+			return err
+		}
+	}
+
+	for _, part := range []struct {
+		verb  string
+		names []string
+	}{{"writes ", written}, {"removes ", removed}} {
+		if len(part.names) > 0 {
+			p.of(part.verb + count(len(part.names), "file"))
+			p.says(part.names...)
+		}
+	}
+	if len(written)+len(removed) == 0 {
+		p.of("everything is installed already")
+	}
+	p.note("records which devices the host uses now: no boot takes those")
+	return e.preview(p)
 }
 
 func uninstallCommand(e *env) *cli.Command {

@@ -406,12 +406,25 @@ func (e *env) jsonFlag() cli.Flag {
 	return &cli.BoolFlag{Name: "json", Usage: "print JSON instead of text", Destination: &e.json}
 }
 
-func (e *env) dryRunFlag() cli.Flag {
+// dryRunFlags are those of each command that can say what it would do.
+func (e *env) dryRunFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.BoolFlag{
+			Name: "dry-run", Aliases: []string{"n"}, Usage: "print what would change, and change nothing",
+			Destination: &e.dryRun,
+		},
+		e.stepsFlag("the --dry-run", func(*cli.Context, bool) error {
+			// Whoever asks for the writes wants to see them, not to make them.
+			e.dryRun = e.dryRun || e.steps
+			return nil
+		}),
+	}
+}
+
+func (e *env) stepsFlag(of string, then func(*cli.Context, bool) error) cli.Flag {
 	return &cli.BoolFlag{
-		Name:        "dry-run",
-		Aliases:     []string{"n"},
-		Usage:       "print the writes in their order and make none",
-		Destination: &e.dryRun,
+		Name: "steps", Usage: "print the writes of " + of + " as shell commands, in their order",
+		Destination: &e.steps, Action: then,
 	}
 }
 

@@ -52,7 +52,7 @@ func migrateCommand(e *env) *cli.Command {
 			"if nothing refuses, 3 if something does.\n\n" +
 			"Examples:\n  viaduct migrate web --to host2 --check\n  viaduct migrate web --to host2 --from net\n  viaduct migrate web --resume\n" +
 			"  viaduct --host a.snapshot migrate web --to b.snapshot --check",
-		Flags: []cli.Flag{
+		Flags: append([]cli.Flag{
 			&cli.StringFlag{Name: "to", Usage: "the other `HOST`, as ssh knows it, or exec:COMMAND; with --check also a snapshot", Destination: &o.to},
 			&cli.BoolFlag{Name: "check", Usage: "only report whether the guest is ready", Destination: &o.check},
 			&cli.StringFlag{Name: "from", Usage: "draw from this `POOL` of the other host (default: the name of the one here)", Destination: &o.wish.Pool},
@@ -70,9 +70,8 @@ func migrateCommand(e *env) *cli.Command {
 			&cli.BoolFlag{Name: "peer", Usage: "serve the other side of a move on standard input and output", Destination: &o.peer},
 			&cli.StringFlag{Name: "data", Usage: "with --peer, take the memory of the move `ID`", Destination: &o.data},
 			&cli.DurationFlag{Name: "timeout", Usage: "wait this long for one write, and for another viaduct", Value: bind.DefaultTimeout, Destination: &o.timeout},
-			e.dryRunFlag(),
 			e.jsonFlag(),
-		},
+		}, e.dryRunFlags()...),
 		BashComplete: e.completeGuests,
 		Action: func(c *cli.Context) (err error) {
 			o.version = buildVersion().String()

@@ -98,10 +98,11 @@ func runMigrate(ctx context.Context, e *env, o *migrateOptions) error {
 		return err
 	}
 	if e.dryRun {
-		for _, line := range migrate.Plan(r) {
-			fmt.Fprintln(e.stdout, line)
-		}
-		return nil
+		p := &preview{what: "step"}
+		p.of(fmt.Sprintf("%s moves to %s, by %s", r.Guest, r.Peer, r.Order.Way))
+		p.says(migrate.Words(r)...)
+		p.does(migrate.Plan(r)...)
+		return e.preview(p)
 	}
 	var probe *migrate.Probe
 	if o.probe != "" {

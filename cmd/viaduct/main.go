@@ -243,13 +243,13 @@ func linesOf(err error) []string {
 	add("refused to " + refused.What + ":")
 	for _, r := range refused.Reasons {
 		line := "  " + r.Text
-		if r.Cure != "" {
-			line += " (" + r.Cure + ")"
+		if r.Hint != "" {
+			line += " (" + r.Hint + ")"
 		}
 		add(line)
 	}
-	if refused.Cure != "" {
-		add("  " + refused.Cure)
+	if refused.Hint != "" {
+		add("  " + refused.Hint)
 	}
 	return out
 }

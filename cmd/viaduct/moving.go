@@ -129,9 +129,9 @@ func (e *env) readiness(ctx context.Context, o *migrateOptions,
 		return nil, nil, err
 	}
 	if g.VM.Libvirt() {
-		g.Asked, err = migrate.AskDomain(ctx, g)
+		g.State, err = migrate.AskDomain(ctx, g)
 	} else {
-		g.Asked, err = migrate.AskGuest(ctx, g.VM)
+		g.State, err = migrate.AskGuest(ctx, g.VM)
 	}
 	if err != nil {
 		return nil, nil, err

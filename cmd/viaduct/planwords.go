@@ -159,8 +159,8 @@ func reasonsOf(err error) []string {
 	var out []string
 	for _, r := range holder.Reasons(err) {
 		text := r.Text
-		if r.Cure != "" {
-			text += " (" + r.Cure + ")"
+		if r.Hint != "" {
+			text += " (" + r.Hint + ")"
 		}
 		if !slices.Contains(out, text) {
 			out = append(out, text)

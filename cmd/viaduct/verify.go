@@ -182,7 +182,7 @@ func resetWith(t *iommu.Topology, d *iommu.Device) ([]*iommu.Device, error) {
 // refuseHeld refuses to open a device, which is the first, as long as somebody has one of them, or has been given it.
 func refuseHeld(h *iommu.Host, devices []*iommu.Device) error {
 	holders, err := holder.Find(h, devices)
-	refused := &holder.RefusedError{What: "open " + devices[0].Name, Cure: "verify it when nobody has it"}
+	refused := &holder.RefusedError{What: "open " + devices[0].Name, Hint: "verify it when nobody has it"}
 	for _, h := range holders {
 		if h.Kind.InUse() || h.Kind == holder.Lease {
 			refused.Reasons = append(refused.Reasons, *h.Reason())

@@ -105,7 +105,7 @@ type edgeView struct {
 	Kind     iommu.EdgeKind `json:"kind"`
 	Isolated *bool          `json:"isolated"`
 	Reason   string         `json:"reason"`
-	Cure     *string        `json:"cure"`
+	Hint     *string        `json:"cure"`
 }
 
 // why is what there is to tell of a group, or of a device in none.
@@ -153,7 +153,7 @@ func (w *why) view() whyView {
 		v.Computed = w.ours()
 	}
 	for _, e := range w.edges {
-		v.Edges = append(v.Edges, edgeView{e.From, e.To, e.Kind, e.Isolated, e.Reason, known(e.Cure)})
+		v.Edges = append(v.Edges, edgeView{e.From, e.To, e.Kind, e.Isolated, e.Reason, known(e.Hint)})
 	}
 	return v
 }

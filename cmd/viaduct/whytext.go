@@ -33,7 +33,7 @@ func writeWhy(out io.Writer, h *iommu.Host, t *iommu.Topology, names *iommu.Name
 	if w.group == nil || w.group.NoIOMMU || len(w.group.Devices) < 2 {
 		return
 	}
-	section("What would split it:", w.cures())
+	section("What would split it:", w.hints())
 	section("What a guest that gets it takes along:", w.losses())
 }
 
@@ -147,8 +147,8 @@ func cut(line string) string {
 	return string(runes[:columns-3]) + "..."
 }
 
-// cures are what would split the group, each once.
-func (w *why) cures() []string {
+// hints are what would split the group, each once.
+func (w *why) hints() []string {
 	var out []string
 	taken := w.group.Endpoints()
 	if len(taken) == 1 {
@@ -168,7 +168,7 @@ func (w *why) cures() []string {
 	var order []string
 	of := map[string][]string{}
 	for _, e := range w.edges {
-		if e.Cure == "" || e.Kind == iommu.EdgePath && !apart || e.Kind != iommu.EdgePath && !w.within(e) {
+		if e.Hint == "" || e.Kind == iommu.EdgePath && !apart || e.Kind != iommu.EdgePath && !w.within(e) {
 			continue
 		}
 		at := []string{e.From.String()}
@@ -178,22 +178,22 @@ func (w *why) cures() []string {
 		case iommu.EdgeFunction:
 			at = append(at, e.To.String())
 		}
-		if of[e.Cure] == nil {
-			order = append(order, e.Cure)
+		if of[e.Hint] == nil {
+			order = append(order, e.Hint)
 		}
 		for _, name := range at {
-			if !slices.Contains(of[e.Cure], name) {
-				of[e.Cure] = append(of[e.Cure], name)
+			if !slices.Contains(of[e.Hint], name) {
+				of[e.Hint] = append(of[e.Hint], name)
 			}
 		}
 	}
-	for _, cure := range order {
-		at := of[cure]
+	for _, hint := range order {
+		at := of[hint]
 		slices.Sort(at)
 		if len(at) > 3 {
 			at = append(at[:3:3], fmt.Sprintf("%d others", len(at)-3))
 		}
-		out = append(out, strings.Join(at, ", ")+": "+cure+".")
+		out = append(out, strings.Join(at, ", ")+": "+hint+".")
 	}
 	return out
 }

@@ -10,6 +10,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"sync"
 
 	"viaduct/internal/bootloader"
 	"viaduct/iommu/acpi"
@@ -44,13 +45,15 @@ type setting struct {
 	sign       string // the file that tells
 	xen        string // dom0, guest, or "" if it is none of Xen's
 	words      []string
-	config     map[string]string // options of the kernel, by name; nil if they are not known
 	tables     map[string]Firmware
 	modules    map[string]bool // those of IOMMUs that are loaded
-	log        []string
-	loader     bootloader.Loader
 	deviceTree bool
 	faults     []Fault // of the tables
+
+	// These are read when they are needed: a list of devices says why they are in no group, too.
+	config func() map[string]string // options of the kernel, by name; nil if they are not known
+	log    func() []string
+	loader func() bootloader.Loader
 }
 
 const commandLine = "proc/cmdline"
@@ -60,8 +63,10 @@ func readSetting(h *Host) *setting {
 	s := &setting{
 		arch: text("proc/sys/kernel/arch"), release: text("proc/sys/kernel/osrelease"), words: CommandLine(h),
 		maker:  strings.TrimSpace(text("sys/class/dmi/id/sys_vendor") + " " + text("sys/class/dmi/id/product_name")),
-		config: KernelConfig(h), tables: map[string]Firmware{}, modules: map[string]bool{}, log: KernelLines(h),
-		loader: bootloader.Find(h.Host), deviceTree: h.Exists("sys/firmware/devicetree/base"),
+		tables: map[string]Firmware{}, modules: map[string]bool{}, deviceTree: h.Exists("sys/firmware/devicetree/base"),
+		config: sync.OnceValue(func() map[string]string { return KernelConfig(h) }),
+		log:    sync.OnceValue(func() []string { return KernelLines(h) }),
+		loader: sync.OnceValue(func() bootloader.Loader { return bootloader.Find(h.Host) }),
 	}
 	for _, f := range ReadFirmware(h) {
 		s.tables[f.Signature] = f
@@ -188,7 +193,10 @@ func (s *setting) isArm() bool {
 }
 
 // lacks reports whether the kernel is known to have been built without an option.
-func (s *setting) lacks(option string) bool { return s.config != nil && s.config[option] == "" }
+func (s *setting) lacks(option string) bool {
+	config := s.config()
+	return config != nil && config[option] == ""
+}
 
 // last is LastOf of the kernel's command line.
 func (s *setting) last(name string, values ...string) string {
@@ -201,13 +209,13 @@ func (s *setting) turnedOff(name, value string) Off {
 	_, word := LastOf(s.words, name, value)
 	return Off{
 		Why: word + " on the kernel's command line turns it off", File: commandLine, Value: strings.Join(s.words, " "),
-		Hint: s.loader.RemoveValue(word, value),
+		Hint: s.loader().RemoveValue(word, value),
 	}
 }
 
 // said is the last line of the kernel's log that has one of these words.
 func (s *setting) said(words ...string) string {
-	for _, line := range slices.Backward(s.log) {
+	for _, line := range slices.Backward(s.log()) {
 		for _, w := range words {
 			if strings.Contains(line, w) {
 				return line
@@ -223,7 +231,7 @@ func (s *setting) complaint(words ...string) string {
 	for _, wrong := range [][]string{
 		{"fail", "error", "timed out", "invalid", "broken", "no supported", "unable"}, {"bug", "not ", "disabl"},
 	} {
-		for _, line := range s.log {
+		for _, line := range s.log() {
 			lower := strings.ToLower(line)
 			about := func(w string) bool { return strings.Contains(line, w) && !strings.HasPrefix(line, "ACPI: ") }
 			if slices.ContainsFunc(words, about) &&
@@ -315,7 +323,7 @@ func (s *setting) amd() Off {
 	if line := s.said("Disable IOMMU on Stoney Ridge"); line != "" {
 		return Off{
 			Why:  "Linux keeps the IOMMU of Stoney Ridge off, as its graphics may stop",
-			File: "dev/kmsg", Value: line, Hint: s.loader.Add("amd_iommu=force_enable"),
+			File: "dev/kmsg", Value: line, Hint: s.loader().Add("amd_iommu=force_enable"),
 		}
 	}
 	return s.refused("IVRS", "AMD-Vi", "CONFIG_AMD_IOMMU", "AMD-Vi", "IVRS")
@@ -327,16 +335,16 @@ func (s *setting) intel() Off {
 	if set == "off" {
 		return s.turnedOff("intel_iommu", "off")
 	}
-	if set == "" && s.config["CONFIG_INTEL_IOMMU_DEFAULT_ON"] != "y" && !s.lacks("CONFIG_INTEL_IOMMU") {
+	if set == "" && s.config()["CONFIG_INTEL_IOMMU_DEFAULT_ON"] != "y" && !s.lacks("CONFIG_INTEL_IOMMU") {
 		o := Off{
 			Why:  "the firmware has VT-d on, and this kernel uses it only with intel_iommu=on",
-			File: commandLine, Value: strings.Join(s.words, " "), Hint: s.loader.Add("intel_iommu=on"),
+			File: commandLine, Value: strings.Join(s.words, " "), Hint: s.loader().Add("intel_iommu=on"),
 		}
 		switch {
 		case s.words == nil:
 			o.Why = "the firmware has VT-d on, and many kernels use it only with intel_iommu=on; the command line of " +
 				"this one is not known"
-		case s.config == nil:
+		case s.config() == nil:
 			o.Why = "the firmware has VT-d on, and many kernels use it only with intel_iommu=on"
 		}
 		return o
@@ -431,8 +439,8 @@ func (s *setting) noTable() Off {
 		o.Hint += s.thenOn("amd_iommu")
 	case s.vendor == "GenuineIntel":
 		o.Hint = "turn on \"VT-d\" (Intel VT for Directed I/O) in the firmware's menu" + s.thenOn("intel_iommu")
-		if s.last("intel_iommu", "on") == "" && s.config["CONFIG_INTEL_IOMMU_DEFAULT_ON"] != "y" {
-			o.Hint += "; then " + s.loader.Add("intel_iommu=on")
+		if s.last("intel_iommu", "on") == "" && s.config()["CONFIG_INTEL_IOMMU_DEFAULT_ON"] != "y" {
+			o.Hint += "; then " + s.loader().Add("intel_iommu=on")
 		}
 	case s.arch == "" || s.arch == "x86_64" || s.arch == "i686":
 		o.Hint = "turn on \"IOMMU\" (AMD-Vi) or \"VT-d\" (Intel) in the firmware's menu"
@@ -449,7 +457,7 @@ func (s *setting) thenOn(parameter string) string {
 	var then strings.Builder
 	for _, name := range []string{parameter, "iommu"} {
 		if value, word := LastOf(s.words, name, "off", "on"); value == "off" {
-			then.WriteString("; then " + s.loader.RemoveValue(word, value))
+			then.WriteString("; then " + s.loader().RemoveValue(word, value))
 		}
 	}
 	return then.String()

@@ -176,8 +176,10 @@ func (d *Driver) close() {
 // look sees how everything is.
 func (d *Driver) look(ctx context.Context) (*SourceView, error) {
 	r := d.Record
-	v := &SourceView{Way: r.Order.Way, Libvirt: r.Order.libvirt(), Phase: r.Phase, UnplugAsked: r.UnplugAsked, Guest: Gone,
-		Peer: PeerUnreachable}
+	v := &SourceView{
+		Way: r.Order.Way, Libvirt: r.Order.libvirt(), Phase: r.Phase, UnplugAsked: r.UnplugAsked, Guest: Gone,
+		Peer: PeerUnreachable,
+	}
 	if err := d.connect(ctx); err != nil {
 		return nil, err
 	}

@@ -117,7 +117,8 @@ type GuestDevice struct {
 	PF       string         `json:"pf"` // the PF's address; "" of what is no VF
 	Settings sriov.Settings `json:"settings"`
 	Kind     string         `json:"kind,omitempty"` // of a mediated device, its type
-	// Migratable reports whether the device's state can be read and written (VFIO's migration protocol); nil: not known.
+	// Migratable reports whether the device's state can be read and written (VFIO's migration
+	// protocol); nil: not known.
 	Migratable *bool `json:"moves"`
 }
 

@@ -95,8 +95,8 @@ func bindCommand(e *env) *cli.Command {
 		Name:      "bind",
 		Usage:     "take devices, with their groups, from the host",
 		ArgsUsage: "SELECTOR...",
-		Description: "viaduct binds every device of the IOMMU group to a vfio driver, except for bridges. It refuses, " +
-			"with exit status 3 and before it changes anything, to take a device that the host uses (e.g. a " +
+		Description: "viaduct binds every device of the IOMMU group to a vfio driver, except for bridges. It " +
+			"refuses, with exit status 3 and before it changes anything, to take a device that the host uses (e.g. a " +
 			"mounted disk, an interface with an address or a route, the boot display), a PF that has VFs, and a " +
 			"device without an IOMMU.\n\n" +
 			"The binding lasts until the next boot. With `--save`, viaduct also declares the device in a file " +
@@ -143,8 +143,8 @@ func unbindCommand(e *env) *cli.Command {
 		Name:      "unbind",
 		Usage:     "give devices, with their groups, back to the host's drivers",
 		ArgsUsage: "SELECTOR...",
-		Description: "A device gets back the driver that it had when viaduct took it. A device that viaduct did not take " +
-			"gets the driver that the host would choose. viaduct refuses, with exit status 3, while a process " +
+		Description: "A device gets back the driver that it had when viaduct took it. A device that viaduct did not " +
+			"take gets the driver that the host would choose. viaduct refuses, with exit status 3, while a process " +
 			"has the device open.\n\n" +
 			"Examples:\n  viaduct unbind enp1s0/vf0\n" +
 			"  viaduct unbind group=8\n" +
@@ -240,8 +240,8 @@ func (e *env) tellSaved(m *declared.Manager, d *iommu.Device, forget bool) error
 	case forget:
 		return m.Forget(d)
 	case file != "":
-		e.note("%s is still declared in %s, so viaduct apply takes it again: viaduct unbind %s --save removes that", d.Name,
-			file, d.Name)
+		e.note("%s is still declared in %s, so viaduct apply takes it again: viaduct unbind %s --save removes that",
+			d.Name, file, d.Name)
 	}
 	return nil
 }
@@ -431,7 +431,8 @@ func resolveAsked(h *iommu.Host, t *iommu.Topology, sel []iommu.Selector, goal b
 				devices = g.Endpoints()
 			} else if len(devices) == 0 {
 				why := holder.Reason{
-					Kind: holder.Unsuitable, Text: "nothing in the group is for a guest (viaduct show " + s.String() + ")",
+					Kind: holder.Unsuitable,
+					Text: "nothing in the group is for a guest (viaduct show " + s.String() + ")",
 				}
 				return nil, holder.Because("take "+s.String(), why, "name the device itself")
 			}

@@ -110,11 +110,11 @@ func statusCommand(e *env) *cli.Command {
 	return command(&cli.Command{
 		Name:  "status",
 		Usage: "report differences from the declared configuration",
-		Description: "viaduct prints one line for each declared device: ok, differs, missing, refused, changed (there " +
-			"is another device now than when it was last applied), or unknown (a captured host does not show " +
+		Description: "viaduct prints one line for each declared device: ok, differs, missing, refused, changed " +
+			"(there is another device now than when it was last applied), or unknown (a captured host does not show " +
 			"what it takes to compare). A device that has VFs or is on a vfio driver " +
-			"without being declared is unmanaged. Exit status: 0 the host is as declared; 4 it is not, or that is not known.\n\n" +
-			"Examples:\n  viaduct status\n" +
+			"without being declared is unmanaged. Exit status: 0 the host is as declared; 4 it is not, or that is " +
+			"not known.\n\nExamples:\n  viaduct status\n" +
 			"  viaduct status --json",
 		Flags: append(o.flags(e), &cli.BoolFlag{
 			Name: "verbose", Aliases: []string{"v"}, Usage: "also what is different", Destination: &e.verbose,
@@ -132,7 +132,8 @@ func statusCommand(e *env) *cli.Command {
 type choice func(m *declared.Manager, o *declaredOptions, s *hostfile.Host, wrong error) (*hostfile.Host, error)
 
 // declaredByFile is what the next apply goes by: what was read. That something else is in force is told.
-func (e *env) declaredByFile(m *declared.Manager, o *declaredOptions, s *hostfile.Host, wrong error) (*hostfile.Host, error) {
+func (e *env) declaredByFile(m *declared.Manager, o *declaredOptions, s *hostfile.Host,
+	wrong error) (*hostfile.Host, error) {
 	if wrong != nil || o.file != "" {
 		return s, wrong
 	}
@@ -147,7 +148,8 @@ func (e *env) declaredByFile(m *declared.Manager, o *declaredOptions, s *hostfil
 }
 
 // declaredInForce is what a boot and the watch service go by.
-func (e *env) declaredInForce(m *declared.Manager, o *declaredOptions, s *hostfile.Host, wrong error) (*hostfile.Host, error) {
+func (e *env) declaredInForce(m *declared.Manager, o *declaredOptions, s *hostfile.Host,
+	wrong error) (*hostfile.Host, error) {
 	if o.file != "" {
 		return s, wrong
 	}
@@ -282,7 +284,8 @@ func (e *env) printPlan(_ *declared.Manager, items []*declared.Item) error {
 		return err
 	}
 	if len(items) == 0 {
-		e.note("nothing is declared in /%s or /%s: viaduct adopt writes a file that describes this host", hostfile.File, hostfile.Dir)
+		e.note("nothing is declared in /%s or /%s: viaduct adopt writes a file that describes this host", hostfile.File,
+			hostfile.Dir)
 	}
 	return differs(items)
 }

@@ -57,7 +57,8 @@ func documents(app *cli.App) ([]install.File, error) {
 		if err != nil {
 			return nil, err
 		}
-		all = append(all, install.File{Path: share + "man/man" + p.Section + "/" + p.Name + "." + p.Section, Content: text})
+		all = append(all, install.File{Path: share + "man/man" + p.Section + "/" + p.Name + "." + p.Section,
+			Content: text})
 	}
 	for i := range all {
 		all[i].Mode = 0o644

@@ -233,7 +233,8 @@ func unmanagedText(d *iommu.Device) string {
 	return "is on " + d.Driver + " and is not declared"
 }
 
-// followsSteps reports whether a note says what is done behind the last of the steps, which is of interest only below them.
+// followsSteps reports whether a note says what is done behind the last of the steps, which is of interest only below
+// them.
 func followsSteps(note string) bool { return strings.HasPrefix(note, "then ") }
 
 // previewMove is where devices would go: those of the units of a job that are not refused.

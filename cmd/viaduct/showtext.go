@@ -23,7 +23,8 @@ const factWidth = 14
 func (f *facts) add(name, format string, a ...any) { f.styled(terminal.Plain, name, format, a...) }
 
 func (f *facts) styled(style terminal.Style, name, format string, a ...any) {
-	f.rows = append(f.rows, terminal.Row{Lead: "  " + name, Line: fmt.Sprintf(format, a...), Style: style, Hang: factWidth})
+	f.rows = append(f.rows, terminal.Row{Lead: "  " + name, Line: fmt.Sprintf(format, a...), Style: style,
+		Hang: factWidth})
 }
 
 // text adds a line unless it is not known.
@@ -139,7 +140,8 @@ func (f *facts) group(s *sight, d *iommu.Device, v *showView) {
 	f.add("group", "%d, %s", g.ID, text)
 
 	label := map[iommu.Role]string{
-		iommu.RoleGuest: "goes along", iommu.RoleCompanion: "kept off", iommu.RolePort: "stays", iommu.RoleChild: "behind",
+		iommu.RoleGuest: "goes along", iommu.RoleCompanion: "kept off", iommu.RolePort: "stays",
+		iommu.RoleChild: "behind",
 	}
 	by := map[iommu.Role][]string{}
 	for i := range g.Devices {
@@ -265,7 +267,8 @@ func (e *env) printGroup(h *iommu.Host, t *iommu.Topology, g *iommu.Group, v sho
 }
 
 // warnings are what will go wrong when a guest gets the device.
-func warnings(h *iommu.Host, t *iommu.Topology, d *iommu.Device, v *showView, reset iommu.Reset) ([]warningView, error) {
+func warnings(h *iommu.Host, t *iommu.Topology, d *iommu.Device, v *showView,
+	reset iommu.Reset) ([]warningView, error) {
 	out := []warningView{}
 	if d.Group != nil {
 		regions, err := iommu.ReservedRegions(h, *d.Group)
@@ -299,9 +302,10 @@ func warnings(h *iommu.Host, t *iommu.Topology, d *iommu.Device, v *showView, re
 func directWarning(regions []regionView) (warningView, bool) {
 	for _, r := range regions {
 		if r.Type == "direct" {
-			hint := "turn off what needs it in the firmware's setup (shared memory of the card, legacy USB or network boot), " +
-				"or put the card into another slot"
-			what := fmt.Sprintf("QEMU will refuse it: the firmware keeps memory mapped for it (%s - %s, direct)", r.Start, r.End)
+			hint := "turn off what needs it in the firmware's setup (shared memory of the card, legacy USB or " +
+				"network boot), or put the card into another slot"
+			what := fmt.Sprintf("QEMU will refuse it: the firmware keeps memory mapped for it (%s - %s, direct)",
+				r.Start, r.End)
 			return warningView{what, &hint}, true
 		}
 	}

@@ -157,8 +157,8 @@ func (e *env) offer(ctx context.Context, d *iommu.Device, o verifyOptions) error
 	return fmt.Errorf("verify %s: %s", d.Name, reason)
 }
 
-// resetWith are a device, which is the first, and those that feel it when it is opened: the rest of its group, and the VFs
-// of a PF, which a reset makes anew.
+// resetWith are a device, which is the first, and those that feel it when it is opened: the rest of its group, and the
+// VFs of a PF, which a reset makes anew.
 func resetWith(t *iommu.Topology, d *iommu.Device) ([]*iommu.Device, error) {
 	out := []*iommu.Device{d}
 	for _, one := range append(out, t.VFs(d)...) {

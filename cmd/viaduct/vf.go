@@ -100,9 +100,9 @@ func vfCreateCommand(e *env) *cli.Command {
 		Name:      "create",
 		Usage:     "set the number of VFs of a PF to N",
 		ArgsUsage: "PF... N [KEY=VALUE...]",
-		Description: "N is the total afterwards: with 2 VFs there, `viaduct vf create enp1s0 4` ends with 4. The kernel " +
-			"removes all VFs before it makes another number of them; viaduct refuses that (exit status 3) while " +
-			"one is in use.\n\n" +
+		Description: "N is the total afterwards: with 2 VFs there, `viaduct vf create enp1s0 4` ends with 4. The " +
+			"kernel removes all VFs before it makes another number of them; viaduct refuses that (exit status 3) " +
+			"while one is in use.\n\n" +
 			"With `--driver none`, the default, the VFs have no driver until `bind`; the host's own driver " +
 			"never gets them. With `vfio` they go to a vfio driver at once, with `home` to the host's driver, " +
 			"and with the name of a vfio driver to that one. viaduct brings up a PF that is down, without an " +
@@ -126,8 +126,9 @@ func vfCreateCommand(e *env) *cli.Command {
 				Destination: &o.wish.MTU,
 			},
 			&cli.StringFlag{
-				Name:        "eswitch",
-				Usage:       "the mode of the PF's e-switch: `legacy|switchdev`, set where the driver needs it: before the VFs or after",
+				Name: "eswitch",
+				Usage: "the mode of the PF's e-switch: `legacy|switchdev`, set where the driver needs it: " +
+					"before the VFs or after",
 				Destination: &o.wish.Eswitch.Mode,
 			},
 			&cli.StringFlag{
@@ -179,7 +180,9 @@ func vfCreateCommand(e *env) *cli.Command {
 				flag, value string
 				all         []string
 			}{
-				{"eswitch", o.wish.Eswitch.Mode, sriov.EswitchModes()}, {"inline-mode", o.wish.Eswitch.Inline, sriov.InlineModes()}, {"encap", o.wish.Eswitch.Encap, sriov.EncapModes()},
+				{"eswitch", o.wish.Eswitch.Mode, sriov.EswitchModes()},
+				{"inline-mode", o.wish.Eswitch.Inline, sriov.InlineModes()},
+				{"encap", o.wish.Eswitch.Encap, sriov.EncapModes()},
 				{"hw-tc-offload", o.wish.Offload, []string{"on", "off"}},
 			} {
 				if c.IsSet(f.flag) && !slices.Contains(f.all, f.value) {

@@ -133,7 +133,8 @@ func (p *preview) sets(pf *iommu.Device, plans []*sriov.SetPlan, requested map[i
 }
 
 // set sets a VF of a PF that is locked.
-func (c *changing) set(ctx context.Context, pf, vf *iommu.Device, want sriov.Settings) (setView, *sriov.SetPlan, error) {
+func (c *changing) set(ctx context.Context, pf, vf *iommu.Device,
+	want sriov.Settings) (setView, *sriov.SetPlan, error) {
 	view := setView{VF: vf.Name, PF: pf.Name, Index: vf.VFIndex, Unverified: []sriov.Key{}}
 	view.Steps, view.Writes = viewSteps(nil)
 	if err := c.lock(ctx, []*iommu.Device{vf}); err != nil {
@@ -183,8 +184,8 @@ func vfGetCommand(e *env) *cli.Command {
 		Name:      "get",
 		Usage:     "print the settings of a VF that its PF reports",
 		ArgsUsage: "PF/vfN",
-		Description: "`vf set` takes the line as it is printed. A setting that is missing is not reported by the PF's " +
-			"driver.\n\n" +
+		Description: "`vf set` takes the line as it is printed. A setting that is missing is not reported by the " +
+			"PF's driver.\n\n" +
 			"Examples:\n  viaduct vf get enp1s0/vf0",
 		Flags:        []cli.Flag{e.jsonFlag()},
 		BashComplete: e.completeVFs,

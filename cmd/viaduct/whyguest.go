@@ -144,7 +144,8 @@ func printGuest(w io.Writer, l *lease.Lease, lines []checklist.Line) {
 	for i := range lines {
 		count[lines[i].Answer]++
 	}
-	fmt.Fprintf(w, "guest %s: %d no, %d unknown, %d ok\n\n", l.Guest, count[checklist.No], count[checklist.Unknown], count[checklist.OK])
+	fmt.Fprintf(w, "guest %s: %d no, %d unknown, %d ok\n\n", l.Guest, count[checklist.No], count[checklist.Unknown],
+		count[checklist.OK])
 	sorted := slices.Clone(lines)
 	slices.SortStableFunc(sorted, func(a, b checklist.Line) int {
 		missing := map[bool]int{true: -1}

@@ -124,10 +124,10 @@ RestartSec=5
 WantedBy=multi-user.target
 `
 
-// A device that comes later leaves a mark, by which the unit runs that brings it to what is declared: any that is neither
-// a VF nor a bridge, and a PF again when it has its interface. More than the mark the rule does not make, as udev waits
-// for what a rule runs, and kills it. The mark is there until a run that begins later takes it away, so that none is lost
-// while one ends (systemd.path(5)).
+// A device that comes later leaves a mark, by which the unit runs that brings it to what is declared: any that is
+// neither a VF nor a bridge, and a PF again when it has its interface. More than the mark the rule does not make, as
+// udev waits for what a rule runs, and kills it. The mark is there until a run that begins later takes it away, so that
+// none is lost while one ends (systemd.path(5)).
 const (
 	mark = "/run/viaduct-hotplug"
 	rule = `# ` + marker + `
@@ -201,7 +201,8 @@ var allUnits = [...]unit{
 
 // file is the unit in a folder, for a program.
 func (u *unit) file(folder, program string) File {
-	return File{Path: filepath.Join(folder, u.name), Content: strings.ReplaceAll(u.text, "%s", inUnit(program)), Mode: 0o644}
+	return File{Path: filepath.Join(folder, u.name), Content: strings.ReplaceAll(u.text, "%s", inUnit(program)),
+		Mode: 0o644}
 }
 
 // Files are what the options come to.

@@ -1,8 +1,8 @@
 // Package docs is the manual: topics, written in a little Markdown, and what prints them on a terminal and as manual
 // pages. The program embeds it; nothing is read from the host.
 //
-// A topic consists of headings (# and ##), paragraphs, items (- ) and, indented by four spaces, what is typed or read as
-// it stands. `Code` stands between backquotes. A line {{NAME}} is replaced by text that the program makes of its own
+// A topic consists of headings (# and ##), paragraphs, items (- ) and, indented by four spaces, what is typed or read
+// as it stands. `Code` stands between backquotes. A line {{NAME}} is replaced by text that the program makes of its own
 // tables, so that the manual lists what there is. A line <!-- host: NAME --> is for the tests that run its commands.
 package docs
 

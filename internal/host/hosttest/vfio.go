@@ -154,7 +154,8 @@ func (v *VFIO) alive(name string) bool {
 		if n != name {
 			continue
 		}
-		if at, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(fd)); err == nil && strings.HasPrefix(at, "/memfd:"+name+" ") {
+		if at, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(fd)); err == nil && strings.HasPrefix(at,
+			"/memfd:"+name+" ") {
 			return true
 		}
 		delete(v.byFD, fd)

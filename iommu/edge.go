@@ -32,8 +32,8 @@ type Edge struct {
 	// verb.
 	Of      Address
 	Because string
-	// Cure is what would make it isolated, as a sentence; "" where it is, or where that is not known.
-	Cure string
+	// Hint is what would make it isolated, as a sentence; "" where it is, or where that is not known.
+	Hint string
 	// Fixed reports that the two are together in any slot and with any setting.
 	Fixed bool
 }
@@ -65,7 +65,7 @@ func (g *Grouping) Edges(devices []Address) []Edge {
 			out = append(out, Edge{
 				From: m.at, To: &m.dma.at, Kind: EdgeAlias, Isolated: new(false),
 				Of: m.at, Because: because, Reason: fmt.Sprintf("%s %s.", m.at, because),
-				Cure: fmt.Sprintf("turn off the mode (e.g. VMD) of %s in the firmware", m.dma.at),
+				Hint: fmt.Sprintf("turn off the mode (e.g. VMD) of %s in the firmware", m.dma.at),
 			})
 		}
 		for _, other := range members[i+1:] {
@@ -105,7 +105,7 @@ func (g *Grouping) pathEdge(n *node) Edge {
 		e.Isolated = &v.Isolated
 	}
 	if v.Known && !v.Isolated {
-		e.Cure = g.cure(n.up, v)
+		e.Hint = g.hint(n.up, v)
 	}
 	return e
 }
@@ -127,7 +127,7 @@ func (g *Grouping) functionEdge(a, b *node) Edge {
 	default:
 		e.Isolated = new(false)
 		e.Reason = fmt.Sprintf("%s and %s are functions of one device, and %s %s.", a.at, b.at, a.at, v.Reason)
-		e.Cure, e.Fixed = g.functionCure(a, b)
+		e.Hint, e.Fixed = g.functionHint(a, b)
 	}
 	return e
 }
@@ -138,10 +138,10 @@ func aliasEdge(a, b *node, why aliasKind) Edge {
 	switch why {
 	case aliasFirmware:
 		e.Reason = fmt.Sprintf("By the firmware's IVRS table, one of %s and %s does DMA as the other.", a.at, b.at)
-		e.Cure = "a newer firmware may leave that alias out of its IVRS table"
+		e.Hint = "a newer firmware may leave that alias out of its IVRS table"
 	default:
 		e.Reason = fmt.Sprintf("By the kernel's list, one of %s and %s does DMA as the other.", a.at, b.at)
-		e.Cure, e.Fixed = "nothing separates these: the device does DMA with a wrong requester ID", true
+		e.Hint, e.Fixed = "nothing separates these: the device does DMA with a wrong requester ID", true
 	}
 	return e
 }

@@ -10,6 +10,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"sync"
 
 	"viaduct/internal/bootloader"
 	"viaduct/iommu/acpi"
@@ -20,10 +21,10 @@ type Off struct {
 	Why   string // a sentence without its end
 	File  string // where that was seen, from the host's root; "" if it follows from what is not there
 	Value string // what is there
-	Cure  string // an imperative: what to do on this very host
+	Hint  string // an imperative: what to do on this very host
 }
 
-func (o Off) String() string { return o.Why + "; " + o.Cure }
+func (o Off) String() string { return o.Why + "; " + o.Hint }
 
 // WhyOff says why a host has no active IOMMU, and what to do, by the firmware's tables, the kernel's command line and
 // configuration, and where the host runs. It is only for a host that has none: it does not look whether one is active.
@@ -44,13 +45,15 @@ type setting struct {
 	sign       string // the file that tells
 	xen        string // dom0, guest, or "" if it is none of Xen's
 	words      []string
-	config     map[string]string // options of the kernel, by name; nil if they are not known
 	tables     map[string]Firmware
 	modules    map[string]bool // those of IOMMUs that are loaded
-	log        []string
-	loader     bootloader.Loader
 	deviceTree bool
 	faults     []Fault // of the tables
+
+	// These are read when they are needed: a list of devices says why they are in no group, too.
+	config func() map[string]string // options of the kernel, by name; nil if they are not known
+	log    func() []string
+	loader func() bootloader.Loader
 }
 
 const commandLine = "proc/cmdline"
@@ -60,8 +63,10 @@ func readSetting(h *Host) *setting {
 	s := &setting{
 		arch: text("proc/sys/kernel/arch"), release: text("proc/sys/kernel/osrelease"), words: CommandLine(h),
 		maker:  strings.TrimSpace(text("sys/class/dmi/id/sys_vendor") + " " + text("sys/class/dmi/id/product_name")),
-		config: KernelConfig(h), tables: map[string]Firmware{}, modules: map[string]bool{}, log: KernelLines(h),
-		loader: bootloader.Find(h.Host), deviceTree: h.Exists("sys/firmware/devicetree/base"),
+		tables: map[string]Firmware{}, modules: map[string]bool{}, deviceTree: h.Exists("sys/firmware/devicetree/base"),
+		config: sync.OnceValue(func() map[string]string { return KernelConfig(h) }),
+		log:    sync.OnceValue(func() []string { return KernelLines(h) }),
+		loader: sync.OnceValue(func() bootloader.Loader { return bootloader.Find(h.Host) }),
 	}
 	for _, f := range ReadFirmware(h) {
 		s.tables[f.Signature] = f
@@ -188,7 +193,10 @@ func (s *setting) isArm() bool {
 }
 
 // lacks reports whether the kernel is known to have been built without an option.
-func (s *setting) lacks(option string) bool { return s.config != nil && s.config[option] == "" }
+func (s *setting) lacks(option string) bool {
+	config := s.config()
+	return config != nil && config[option] == ""
+}
 
 // last is LastOf of the kernel's command line.
 func (s *setting) last(name string, values ...string) string {
@@ -201,13 +209,13 @@ func (s *setting) turnedOff(name, value string) Off {
 	_, word := LastOf(s.words, name, value)
 	return Off{
 		Why: word + " on the kernel's command line turns it off", File: commandLine, Value: strings.Join(s.words, " "),
-		Cure: s.loader.RemoveValue(word, value),
+		Hint: s.loader().RemoveValue(word, value),
 	}
 }
 
 // said is the last line of the kernel's log that has one of these words.
 func (s *setting) said(words ...string) string {
-	for _, line := range slices.Backward(s.log) {
+	for _, line := range slices.Backward(s.log()) {
 		for _, w := range words {
 			if strings.Contains(line, w) {
 				return line
@@ -223,7 +231,7 @@ func (s *setting) complaint(words ...string) string {
 	for _, wrong := range [][]string{
 		{"fail", "error", "timed out", "invalid", "broken", "no supported", "unable"}, {"bug", "not ", "disabl"},
 	} {
-		for _, line := range s.log {
+		for _, line := range s.log() {
 			lower := strings.ToLower(line)
 			about := func(w string) bool { return strings.Contains(line, w) && !strings.HasPrefix(line, "ACPI: ") }
 			if slices.ContainsFunc(words, about) &&
@@ -250,7 +258,7 @@ func (s *setting) whyOff() Off {
 				Why: fmt.Sprintf("the firmware's %s table is not sound (%v), and the kernel refuses it", signature,
 					f.Err),
 				File: path.Join(tablesDir, signature), Value: f.Err.Error(),
-				Cure: "update the firmware, or tell its maker",
+				Hint: "update the firmware, or tell its maker",
 			}
 		}
 	}
@@ -258,7 +266,7 @@ func (s *setting) whyOff() Off {
 	for _, f := range s.faults {
 		return Off{
 			Why: f.String(), File: path.Join(tablesDir, f.Signature), Value: f.Text,
-			Cure: "update the firmware, or tell its maker",
+			Hint: "update the firmware, or tell its maker",
 		}
 	}
 
@@ -288,19 +296,19 @@ func (s *setting) elsewhere() (Off, bool) {
 	case s.container != "":
 		return Off{
 			Why: "this is a container, which is shown no IOMMU", File: s.sign, Value: s.container,
-			Cure: "run viaduct on the host itself",
+			Hint: "run viaduct on the host itself",
 		}, true
 	case s.xen == "dom0":
 		return Off{
 			Why:  "this is Xen's control domain, and Xen has the IOMMU to itself",
 			File: "proc/xen/capabilities", Value: "control_d",
-			Cure: "pass devices by Xen's own means (`xl pci-assignable-add`; see `xl dmesg | grep -i iommu`), or " +
+			Hint: "pass devices by Xen's own means (`xl pci-assignable-add`; see `xl dmesg | grep -i iommu`), or " +
 				"boot this kernel without Xen",
 		}, true
 	case strings.Contains(strings.ToLower(s.release), "microsoft"):
 		return Off{
 			Why:  "this is the Windows Subsystem for Linux, which gives Linux no IOMMU",
-			File: "proc/sys/kernel/osrelease", Value: s.release, Cure: "boot Linux on the machine itself",
+			File: "proc/sys/kernel/osrelease", Value: s.release, Hint: "boot Linux on the machine itself",
 		}, true
 	}
 	return Off{}, false
@@ -315,7 +323,7 @@ func (s *setting) amd() Off {
 	if line := s.said("Disable IOMMU on Stoney Ridge"); line != "" {
 		return Off{
 			Why:  "Linux keeps the IOMMU of Stoney Ridge off, as its graphics may stop",
-			File: "dev/kmsg", Value: line, Cure: s.loader.Add("amd_iommu=force_enable"),
+			File: "dev/kmsg", Value: line, Hint: s.loader().Add("amd_iommu=force_enable"),
 		}
 	}
 	return s.refused("IVRS", "AMD-Vi", "CONFIG_AMD_IOMMU", "AMD-Vi", "IVRS")
@@ -327,16 +335,16 @@ func (s *setting) intel() Off {
 	if set == "off" {
 		return s.turnedOff("intel_iommu", "off")
 	}
-	if set == "" && s.config["CONFIG_INTEL_IOMMU_DEFAULT_ON"] != "y" && !s.lacks("CONFIG_INTEL_IOMMU") {
+	if set == "" && s.config()["CONFIG_INTEL_IOMMU_DEFAULT_ON"] != "y" && !s.lacks("CONFIG_INTEL_IOMMU") {
 		o := Off{
 			Why:  "the firmware has VT-d on, and this kernel uses it only with intel_iommu=on",
-			File: commandLine, Value: strings.Join(s.words, " "), Cure: s.loader.Add("intel_iommu=on"),
+			File: commandLine, Value: strings.Join(s.words, " "), Hint: s.loader().Add("intel_iommu=on"),
 		}
 		switch {
 		case s.words == nil:
 			o.Why = "the firmware has VT-d on, and many kernels use it only with intel_iommu=on; the command line of " +
 				"this one is not known"
-		case s.config == nil:
+		case s.config() == nil:
 			o.Why = "the firmware has VT-d on, and many kernels use it only with intel_iommu=on"
 		}
 		return o
@@ -350,11 +358,11 @@ func (s *setting) refused(table, name, option string, words ...string) Off {
 	if s.lacks(option) {
 		o.Why = "this kernel was built without " + option
 		o.File, o.Value = "boot/config-"+s.release, "# "+option+" is not set"
-		o.Cure = "boot a kernel that has it"
+		o.Hint = "boot a kernel that has it"
 		return o
 	}
 	o.Why = fmt.Sprintf("the firmware describes %s (%s), and the kernel did not take it", name, table)
-	o.Cure = fmt.Sprintf("see why in the kernel's log (`dmesg | grep -e %s`); often newer firmware helps",
+	o.Hint = fmt.Sprintf("see why in the kernel's log (`dmesg | grep -e %s`); often newer firmware helps",
 		strings.Join(words, " -e "))
 	if line := s.complaint(words...); line != "" {
 		o.File, o.Value = "dev/kmsg", line
@@ -368,10 +376,10 @@ func (s *setting) virtio() Off {
 	switch {
 	case s.lacks("CONFIG_VIRTIO_IOMMU"):
 		o.Why = "there is a virtio-iommu, and this kernel was built without CONFIG_VIRTIO_IOMMU"
-		o.Cure = "boot a kernel that has it"
+		o.Hint = "boot a kernel that has it"
 	case !s.modules["virtio_iommu"]:
 		o.Why = "there is a virtio-iommu, and its module is not loaded"
-		o.Cure = "load the module virtio_iommu before the drivers of the devices, in the initramfs"
+		o.Hint = "load the module virtio_iommu before the drivers of the devices, in the initramfs"
 	default:
 		return s.refused("VIOT", "a virtio-iommu", "CONFIG_VIRTIO_IOMMU", "virtio_iommu", "VIOT")
 	}
@@ -384,7 +392,7 @@ func (s *setting) arm() Off {
 	if t == nil {
 		return Off{
 			Why: "no SMMU is in use", File: path.Join(tablesDir, "IORT"),
-			Cure: "run this as root, which may read the table that says whether there is one",
+			Hint: "run this as root, which may read the table that says whether there is one",
 		}
 	}
 	for _, b := range t.Blocks {
@@ -405,13 +413,13 @@ func (s *setting) smmu(option, module string) Off {
 	}
 	return Off{
 		Why: "the firmware describes an SMMU (IORT), and its module is not loaded", File: "sys/module/" + module,
-		Cure: "load the module " + module + " in the initramfs, before the drivers of the devices",
+		Hint: "load the module " + module + " in the initramfs, before the drivers of the devices",
 	}
 }
 
 // noTable is for firmware that describes no IOMMU at all.
 func (s *setting) noTable() Off {
-	if place := s.guestOf(); place.Cure != "" {
+	if place := s.guestOf(); place.Hint != "" {
 		return place
 	}
 
@@ -419,26 +427,26 @@ func (s *setting) noTable() Off {
 	switch {
 	case s.isArm():
 		o.Why = "the firmware describes no SMMU"
-		o.Cure = "turn on the SMMU in the firmware, if this machine has one"
+		o.Hint = "turn on the SMMU in the firmware, if this machine has one"
 		if s.deviceTree {
 			o.Why = "no SMMU is in use; whether the device tree has one was not looked at"
-			o.Cure = "boot with a device tree that has the SMMU, and a kernel with its driver, or with ACPI " +
+			o.Hint = "boot with a device tree that has the SMMU, and a kernel with its driver, or with ACPI " +
 				"(`acpi=force`)"
 		}
 	case s.vendor == "AuthenticAMD" || s.vendor == "HygonGenuine":
-		o.Cure = "turn on \"IOMMU\" (AMD-Vi) in the firmware's menu (often under AMD CBS, NBIO, or Advanced; " +
+		o.Hint = "turn on \"IOMMU\" (AMD-Vi) in the firmware's menu (often under AMD CBS, NBIO, or Advanced; " +
 			"\"Auto\" may mean off)"
-		o.Cure += s.thenOn("amd_iommu")
+		o.Hint += s.thenOn("amd_iommu")
 	case s.vendor == "GenuineIntel":
-		o.Cure = "turn on \"VT-d\" (Intel VT for Directed I/O) in the firmware's menu" + s.thenOn("intel_iommu")
-		if s.last("intel_iommu", "on") == "" && s.config["CONFIG_INTEL_IOMMU_DEFAULT_ON"] != "y" {
-			o.Cure += "; then " + s.loader.Add("intel_iommu=on")
+		o.Hint = "turn on \"VT-d\" (Intel VT for Directed I/O) in the firmware's menu" + s.thenOn("intel_iommu")
+		if s.last("intel_iommu", "on") == "" && s.config()["CONFIG_INTEL_IOMMU_DEFAULT_ON"] != "y" {
+			o.Hint += "; then " + s.loader().Add("intel_iommu=on")
 		}
 	case s.arch == "" || s.arch == "x86_64" || s.arch == "i686":
-		o.Cure = "turn on \"IOMMU\" (AMD-Vi) or \"VT-d\" (Intel) in the firmware's menu"
+		o.Hint = "turn on \"IOMMU\" (AMD-Vi) or \"VT-d\" (Intel) in the firmware's menu"
 	default:
 		o.Why = "this kernel shows no IOMMU"
-		o.Cure = "see that the kernel has the driver of this machine's IOMMU (" + s.arch + ")"
+		o.Hint = "see that the kernel has the driver of this machine's IOMMU (" + s.arch + ")"
 	}
 
 	return o
@@ -449,7 +457,7 @@ func (s *setting) thenOn(parameter string) string {
 	var then strings.Builder
 	for _, name := range []string{parameter, "iommu"} {
 		if value, word := LastOf(s.words, name, "off", "on"); value == "off" {
-			then.WriteString("; then " + s.loader.RemoveValue(word, value))
+			then.WriteString("; then " + s.loader().RemoveValue(word, value))
 		}
 	}
 	return then.String()
@@ -458,7 +466,7 @@ func (s *setting) thenOn(parameter string) string {
 // guestOf is what to do where a hypervisor's guest is to have an IOMMU; without a cure if this is no guest.
 func (s *setting) guestOf() Off {
 	arm := s.isArm()
-	for _, p := range [...]struct{ maker, name, cure string }{
+	for _, p := range [...]struct{ maker, name, hint string }{
 		{"Amazon EC2", "Amazon EC2", "use an instance type whose name ends in .metal: no other has one"},
 		{"Google", "Google Compute Engine", "use a bare metal instance: virtual ones have none"},
 		{"Microsoft Corporation Virtual Machine", "Hyper-V or Azure", "use a machine of your own or a bare metal " +
@@ -482,7 +490,7 @@ func (s *setting) guestOf() Off {
 		if strings.HasPrefix(s.maker, p.maker) && (s.hypervisor || arm || s.vendor == "" || p.name == "QEMU") {
 			return Off{
 				Why: p.name + " gives this guest no IOMMU", File: "sys/class/dmi/id/sys_vendor",
-				Value: s.maker, Cure: p.cure,
+				Value: s.maker, Hint: p.hint,
 			}
 		}
 	}
@@ -490,14 +498,14 @@ func (s *setting) guestOf() Off {
 	if s.xen == "guest" {
 		return Off{
 			Why: "Xen gives this guest no IOMMU", File: "sys/hypervisor/type", Value: "xen",
-			Cure: "use a machine of your own: Xen gives its guests none",
+			Hint: "use a machine of your own: Xen gives its guests none",
 		}
 	}
 
 	if s.hypervisor {
 		return Off{
 			Why: "the hypervisor gives this guest no IOMMU", File: "proc/cpuinfo", Value: "hypervisor",
-			Cure: "turn on a virtual IOMMU where this guest is defined, or use a machine of your own",
+			Hint: "turn on a virtual IOMMU where this guest is defined, or use a machine of your own",
 		}
 	}
 

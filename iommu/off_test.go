@@ -128,7 +128,7 @@ func TestWhyOff(t *testing.T) {
 				t.Errorf("%s: %q has %q", name, got, part)
 			}
 		}
-		if off.Why == "" || off.Cure == "" {
+		if off.Why == "" || off.Hint == "" {
 			t.Errorf("%s: %+v", name, off)
 		}
 	}

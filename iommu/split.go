@@ -9,11 +9,11 @@ import (
 	"viaduct/internal/bootloader"
 )
 
-// cure says what would have a port isolate, or what is below it be elsewhere.
-func (g *Grouping) cure(n *node, v Isolation) string {
+// hint says what would have a port isolate, or what is below it be elsewhere.
+func (g *Grouping) hint(n *node, v Isolation) string {
 	switch v.cause {
 	case causeACSOff:
-		return g.acsCure(n, v.missing)
+		return g.acsHint(n, v.missing)
 	case causeNoACS:
 		if t, _, _ := g.express(n); t == RootPort {
 			return "use a slot whose port has ACS, as those at the processor mostly have, or a firmware that shows " +
@@ -28,29 +28,29 @@ func (g *Grouping) cure(n *node, v Isolation) string {
 	return ""
 }
 
-// functionCure is for two functions that do not isolate. For ports that is what has them do so. Fixed says that
+// functionHint is for two functions that do not isolate. For ports that is what has them do so. Fixed says that
 // nothing does.
-func (g *Grouping) functionCure(a, b *node) (cure string, fixed bool) {
+func (g *Grouping) functionHint(a, b *node) (hint string, fixed bool) {
 	for _, n := range []*node{a, b} {
 		if v := g.isolation(n); v.cause == causeACSOff {
-			return g.acsCure(n, v.missing), false
+			return g.acsHint(n, v.missing), false
 		}
 	}
 	if t, express, _ := g.express(a); express && t.above() {
-		return g.cure(a, g.isolation(a)), false
+		return g.hint(a, g.isolation(a)), false
 	}
 	return "nothing separates these functions: only a guest that gets them all can have one", true
 }
 
-// acsCure is for services that a function has and that are off. The kernel turns them on when it finds the function, if
+// acsHint is for services that a function has and that are off. The kernel turns them on when it finds the function, if
 // an IOMMU is to be used (drivers/pci/pci.c, pci_enable_acs).
-func (g *Grouping) acsCure(n *node, missing ACSFlags) string {
+func (g *Grouping) acsHint(n *node, missing ACSFlags) string {
 	if word, rest := g.acsParameter(n, missing); word != "" {
-		cure := bootloader.Find(g.host.Host).Remove(word)
+		hint := bootloader.Find(g.host.Host).Remove(word)
 		if rest != "" {
-			cure += ", but keep " + rest
+			hint += ", but keep " + rest
 		}
-		return cure
+		return hint
 	}
 	units, err := g.host.Names(unitsDir)
 	if err == nil && len(units) > 0 || slices.ContainsFunc(g.order, g.linked) {

@@ -39,7 +39,7 @@ func TestNamed(t *testing.T) {
 
 // Where ACS is off that a port has, the parameter that has it off goes as this host's boot loader has it, and no other
 // parameter; else the kernel turns ACS on at a boot.
-func TestACSCure(t *testing.T) {
+func TestACSHint(t *testing.T) {
 	const again, off = "boot again: ", "turn the IOMMU on"
 	for name, c := range map[string]struct {
 		line, acs string
@@ -81,8 +81,8 @@ func TestACSCure(t *testing.T) {
 
 		var got string
 		for _, e := range g.Edges([]Address{{Bus: 1}}) {
-			if e.Cure != "" {
-				got = e.Cure
+			if e.Hint != "" {
+				got = e.Hint
 			}
 		}
 
@@ -114,8 +114,8 @@ func TestFunctionsBelowAnOpenPort(t *testing.T) {
 
 		var got string
 		for _, e := range g.Edges([]Address{{Bus: 1}, {Bus: 1, Function: 1}}) {
-			if e.Kind == EdgeFunction && e.Cure != "" {
-				got += fmt.Sprint(e.Kind, " ", e.Fixed, " ", e.Cure)
+			if e.Kind == EdgeFunction && e.Hint != "" {
+				got += fmt.Sprint(e.Kind, " ", e.Fixed, " ", e.Hint)
 			}
 			if !strings.Contains(e.Reason, e.Because) || e.Because == "" {
 				t.Errorf("%s: %+v", name, e)

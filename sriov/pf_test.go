@@ -245,7 +245,7 @@ func TestNoVLAN(t *testing.T) {
 }
 
 // Each error of the kernel's comes with what helps against it, and with the kernel's own line.
-func TestCures(t *testing.T) {
+func TestHints(t *testing.T) {
 	for errno, says := range map[unix.Errno]string{
 		unix.ENOMEM: "pci=realloc", unix.ENOENT: "cannot make VFs", unix.ERANGE: "now allows less", unix.EBUSY: "something else made VFs",
 		unix.EPERM: "SmartNIC", unix.EAGAIN: "try again in a moment", unix.ENOSPC: "not enough queues", unix.EINVAL: "make fewer",

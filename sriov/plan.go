@@ -477,8 +477,8 @@ func (s *Handle) locked(p *Plan) error {
 
 // forVFIO refuses VFs on a VFIO driver where no IOMMU would be in front of them.
 func forVFIO(h *iommu.Host, t *iommu.Topology) error {
-	refuse := func(cure, why string) error {
-		return holder.Because("make VFs on a vfio driver", holder.Reason{Kind: holder.IOMMU, Text: why}, cure)
+	refuse := func(hint, why string) error {
+		return holder.Because("make VFs on a vfio driver", holder.Reason{Kind: holder.IOMMU, Text: why}, hint)
 	}
 	if len(t.Groups)+len(t.Units) == 0 {
 		return refuse(iommu.WhyOff(h, t).String(), "no IOMMU is active on this host")
@@ -507,11 +507,11 @@ func (s *Handle) users(p *Plan, force []holder.Kind) error {
 	}
 
 	users := p.Victims
-	what, cure := fmt.Sprintf("remove the %d VFs of %s", p.Have, p.PF.Name), "end their users first"
+	what, hint := fmt.Sprintf("remove the %d VFs of %s", p.Have, p.PF.Name), "end their users first"
 	if p.Eswitch.Mode != "" {
 		// Which makes the PF's own interface anew.
 		users = append([]*iommu.Device{p.PF}, users...)
-		what, cure = "change the e-switch of "+p.PF.Name, "end the users of the PF and of its VFs first"
+		what, hint = "change the e-switch of "+p.PF.Name, "end the users of the PF and of its VFs first"
 	}
 	if len(users) == 0 {
 		return nil
@@ -520,5 +520,5 @@ func (s *Handle) users(p *Plan, force []holder.Kind) error {
 	if err != nil && (s.Changes() || !errors.Is(err, holder.ErrBlind)) {
 		return err
 	}
-	return holder.Refuse(what, holders, force, cure)
+	return holder.Refuse(what, holders, force, hint)
 }

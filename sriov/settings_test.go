@@ -204,9 +204,9 @@ func TestTable(t *testing.T) {
 		if !strings.Contains(helped, string(r.key)+"=") && !strings.Contains(helped, r.ipWord()+"=") {
 			t.Errorf("no line of help tells of %s", r.key)
 		}
-		if r.usual != "" {
-			if v, err := r.parse(r.usual); err != nil || v != r.usual {
-				t.Errorf("%s begins with %q, which is not how it is spelled: %q, %v", r.key, r.usual, v, err)
+		if r.byDefault != "" {
+			if v, err := r.parse(r.byDefault); err != nil || v != r.byDefault {
+				t.Errorf("%s begins with %q, which is not how it is spelled: %q, %v", r.key, r.byDefault, v, err)
 			}
 		}
 		if len(samples[r.key]) == 0 {

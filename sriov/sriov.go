@@ -180,7 +180,7 @@ func explain(h *iommu.Host, err error, p *Plan) error {
 		assigned = refuses + " while it regards a VF as assigned to a guest: end the guest, and take the VF off pciback"
 	}
 
-	for errno, cure := range map[unix.Errno]string{
+	for errno, hint := range map[unix.Errno]string{
 		unix.ENOMEM: "there is no room for the VFs' memory ranges or bus numbers: " + noRoom,
 		unix.ENOENT: "driver " + p.PF.Driver + " cannot make VFs",
 		unix.ERANGE: fmt.Sprintf("its driver now allows less than the %d VFs it did", p.Want),
@@ -195,7 +195,7 @@ func explain(h *iommu.Host, err error, p *Plan) error {
 		unix.EIO:        "the card and its firmware do not agree about its VFs: boot again, or update its firmware",
 	} {
 		if errors.Is(err, errno) {
-			return fmt.Errorf("%w (%s)", err, cure)
+			return fmt.Errorf("%w (%s)", err, hint)
 		}
 	}
 	return err

@@ -65,8 +65,8 @@ type row struct {
 	with Key
 	// order is when the message with this value is sent among others.
 	order func(value string) int
-	// usual is what a VF begins with on most drivers, "" if that is not known.
-	usual string
+	// byDefault is what a VF begins with on most drivers, "" if that is not known.
+	byDefault string
 
 	// attribute is what the kernel reports it in, and decode its value there; false if the driver reports none. Length
 	// is that of the PF's own address.
@@ -91,31 +91,31 @@ var table = [...]row{
 		attribute: nl.IFLA_VF_MAC, decode: decodeMAC, encode: encodeMAC,
 	},
 	{
-		key: VLAN, with: VLAN, order: at(3), usual: "0",
+		key: VLAN, with: VLAN, order: at(3), byDefault: "0",
 		help:      [2]string{"vlan=100 qos=3", "VLAN ID and priority of the VF's frames; vlan=0 for none"},
 		parse:     upTo(4094),
 		attribute: nl.IFLA_VF_VLAN, decode: decodeVLAN, encode: encodeVLAN,
 	},
 	{
-		key: QoS, with: VLAN, order: at(3), usual: "0",
+		key: QoS, with: VLAN, order: at(3), byDefault: "0",
 		parse:     upTo(7),
 		attribute: nl.IFLA_VF_VLAN, decode: number(8), encode: encodeVLAN,
 	},
 	{
-		key: Proto, with: VLAN, order: at(3), usual: dot1q,
+		key: Proto, with: VLAN, order: at(3), byDefault: dot1q,
 		help:      [2]string{"proto=802.1q|802.1ad", "protocol of the VLAN"},
 		parse:     oneOf(dot1q, dot1ad),
 		attribute: nl.IFLA_VF_VLAN_LIST, decode: decodeProto, encode: encodeVLAN,
 	},
 	{
-		key: Trust, with: Trust, order: at(5), usual: off,
+		key: Trust, with: Trust, order: at(5), byDefault: off,
 		help:      [2]string{"trust=on|off", "allow the guest to change its address and to be promiscuous"},
 		parse:     oneOf(on, off),
 		attribute: nl.IFLA_VF_TRUST, decode: onOff, encode: word(nl.IFLA_VF_TRUST, off, on),
 	},
 	{
 		// The address is set before it is checked, and not while it is.
-		key: SpoofChk, with: SpoofChk, usual: on,
+		key: SpoofChk, with: SpoofChk, byDefault: on,
 		order: func(value string) int {
 			if value == off {
 				return 1
@@ -127,25 +127,25 @@ var table = [...]row{
 		attribute: nl.IFLA_VF_SPOOFCHK, decode: onOff, encode: word(nl.IFLA_VF_SPOOFCHK, off, on),
 	},
 	{
-		key: LinkState, ip: "state", with: LinkState, order: at(6), usual: "auto",
+		key: LinkState, ip: "state", with: LinkState, order: at(6), byDefault: "auto",
 		help:      [2]string{"link=auto|enable|disable", "link state of the VF (also state=)"},
 		parse:     oneOf("auto", "enable", "disable"),
 		attribute: nl.IFLA_VF_LINK_STATE, decode: oneOfWords("auto", "enable", "disable"),
 		encode: word(nl.IFLA_VF_LINK_STATE, "auto", "enable", "disable"),
 	},
 	{
-		key: MaxRate, with: MinRate, order: at(4), usual: "0",
+		key: MaxRate, with: MinRate, order: at(4), byDefault: "0",
 		help:      [2]string{"max_tx_rate=N min_tx_rate=N", "rates in Mbit/s, 0 for no limit"},
 		parse:     upTo(1<<32 - 1),
 		attribute: nl.IFLA_VF_RATE, decode: number(8), encode: encodeRate,
 	},
 	{
-		key: MinRate, with: MinRate, order: at(4), usual: "0",
+		key: MinRate, with: MinRate, order: at(4), byDefault: "0",
 		parse:     upTo(1<<32 - 1),
 		attribute: nl.IFLA_VF_RATE, decode: number(4), encode: encodeRate,
 	},
 	{
-		key: RSSQuery, ip: "query_rss", with: RSSQuery, order: at(7), usual: off,
+		key: RSSQuery, ip: "query_rss", with: RSSQuery, order: at(7), byDefault: off,
 		help:      [2]string{"rss_query=on|off", "allow the guest to read the RSS configuration (also query_rss=)"},
 		parse:     oneOf(on, off),
 		attribute: nl.IFLA_VF_RSS_QUERY_EN, decode: onOff, encode: word(nl.IFLA_VF_RSS_QUERY_EN, off, on),
@@ -224,8 +224,8 @@ func Help() [][2]string {
 func DefaultSettings() Settings {
 	out := Settings{}
 	for i := range table {
-		if table[i].usual != "" {
-			out[table[i].key] = table[i].usual
+		if table[i].byDefault != "" {
+			out[table[i].key] = table[i].byDefault
 		}
 	}
 	return out
@@ -233,7 +233,7 @@ func DefaultSettings() Settings {
 
 // Default returns what a VF begins with on most drivers; false if that is not known.
 func (k Key) Default() (value string, known bool) {
-	usual := k.row().usual
+	usual := k.row().byDefault
 	return usual, usual != ""
 }
 

@@ -271,7 +271,7 @@ func TestMap(t *testing.T) {
 			}
 		}
 
-		asked := len(v.Asked)
+		asked := len(v.Requests)
 		for what, wrong := range map[string]struct {
 			Mapping
 			want error
@@ -289,7 +289,7 @@ func TestMap(t *testing.T) {
 				t.Errorf("%s: %v", what, err)
 			}
 		}
-		for _, request := range v.Asked[asked:] {
+		for _, request := range v.Requests[asked:] {
 			if request == 0x3b71 || request == 0x3b85 {
 				t.Error("the kernel was asked to map")
 			}

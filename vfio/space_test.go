@@ -183,7 +183,7 @@ func TestGroup(t *testing.T) {
 	c := newContext(t, host, Options{Way: Container})
 	count := func(request uintptr) int {
 		n := 0
-		for _, r := range v.Asked {
+		for _, r := range v.Requests {
 			if r == request {
 				n++
 			}
@@ -427,12 +427,12 @@ func TestTables(t *testing.T) {
 			fails = append(fails, 0x3b8b)
 		}
 		for _, at := range fails {
-			v.Asked = nil
+			v.Requests = nil
 			v.Fail = refuse(unix.EIO, at)
 			if _, err := c.Open(other); !errors.Is(err, unix.EIO) || len(s.tables) != 1 {
 				t.Errorf("request %#x fails: %v, %d tables", at, err, len(s.tables))
 			}
-			if destroyed := slices.Contains(v.Asked, 0x3b80); destroyed != (at != 0x3b89) {
+			if destroyed := slices.Contains(v.Requests, 0x3b80); destroyed != (at != 0x3b89) {
 				t.Errorf("request %#x fails: the table is destroyed: %v", at, destroyed)
 			}
 		}
@@ -478,9 +478,9 @@ func TestTables(t *testing.T) {
 		if err := c.TrackDirty(true); err != nil || v.Tracking() != 2 {
 			t.Errorf("%v, %d tables track", err, v.Tracking())
 		}
-		v.Asked = nil
-		if err := c.Dirty(b, true); err != nil || !slices.Equal(v.Asked, []uintptr{0x3b8c, 0x3b8c}) {
-			t.Errorf("%v, asked %#x", err, v.Asked)
+		v.Requests = nil
+		if err := c.Dirty(b, true); err != nil || !slices.Equal(v.Requests, []uintptr{0x3b8c, 0x3b8c}) {
+			t.Errorf("%v, asked %#x", err, v.Requests)
 		}
 		if err := c.TrackDirty(false); err != nil || v.Tracking() != 0 {
 			t.Errorf("%v, %d tables track", err, v.Tracking())

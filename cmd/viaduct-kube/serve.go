@@ -195,7 +195,7 @@ func (s *server) check(ctx context.Context) ([]node.Function, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := s.settings.Foreign(functions, claims); err != nil {
+	if err := s.settings.RefuseShared(functions, claims); err != nil {
 		return nil, err
 	}
 	s.recorded = s.settings.NewRecord(functions, s.recorded)

@@ -33,7 +33,7 @@ func applyCommand(e *env) *cli.Command {
 			"Examples:\n  viaduct apply\n" +
 			"  viaduct apply --dry-run\n" +
 			"  viaduct apply --confirm 60s && viaduct apply --confirmed",
-		Flags: append(o.flags(e),
+		Flags: append(append(o.flags(e), e.dryRunFlags()...),
 			&cli.BoolFlag{
 				Name:        "keep-going",
 				Usage:       "apply the rest when some items are refused",
@@ -47,8 +47,8 @@ func applyCommand(e *env) *cli.Command {
 			&cli.BoolFlag{Name: "confirmed", Usage: "keep what was applied with --confirm"},
 			&cli.BoolFlag{
 				Name: "boot",
-				Usage: "apply as the boot unit does: wait for devices, skip those that the host was using when it last " +
-					"ran, and keep going",
+				Usage: "apply as the boot unit does: wait for devices, skip those that the host was using when it " +
+					"last ran, and keep going",
 				Destination: &o.boot,
 			},
 			&cli.DurationFlag{
@@ -64,8 +64,6 @@ func applyCommand(e *env) *cli.Command {
 				DefaultText: "30s, and 1s for each VF",
 				Destination: &o.timeout,
 			},
-			e.dryRunFlag(),
-			e.stepsFlag("of a --dry-run"),
 		),
 		Action: func(c *cli.Context) (err error) {
 			if c.Args().Present() {
@@ -164,8 +162,8 @@ func (c *changing) planLocked(ctx context.Context, o *declaredOptions,
 	}
 }
 
-// runApply makes the host what is declared of it: what that is, the plan, who is against it, the changes, and what is to
-// be known of them afterwards.
+// runApply makes the host what is declared of it: what that is, the plan, who is against it, the changes, and what is
+// to be known of them afterwards.
 func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 	ctx, stop, c, err := e.beginChange(ctx, o.timeout)
 	if err != nil {
@@ -297,8 +295,8 @@ func (c *changing) awaitDeclared(ctx context.Context, o *declaredOptions, wanted
 	return err
 }
 
-// judge are the items that cannot be brought where they are to be, and the refusal that these come to unless one goes on
-// without them; what is only missing is none.
+// judge are the items that cannot be brought where they are to be, and the refusal that these come to unless one goes
+// on without them; what is only missing is none.
 func (e *env) judge(items []*declared.Item) (errs []error, refusal error) {
 	refused := false
 	for _, i := range items {
@@ -376,8 +374,8 @@ func undoCommand(e *env) *cli.Command {
 		Flags: []cli.Flag{
 			&cli.BoolFlag{
 				Name: "unless-confirmed",
-				Usage: "wait for viaduct apply --confirmed, and undo the apply when its time is over (apply --confirm " +
-					"starts this)",
+				Usage: "wait for viaduct apply --confirmed, and undo the apply when its time is over (apply " +
+					"--confirm starts this)",
 			},
 			forceFlag("a device that changes"),
 			&cli.DurationFlag{
@@ -478,8 +476,9 @@ func adoptCommand(e *env) *cli.Command {
 				TakesFile:   true,
 			},
 			&cli.StringFlag{
-				Name:        "import",
-				Usage:       "write what the files of this tool declare: `" + strings.Join(declared.Sources(), "|") + "`",
+				Name: "import",
+				Usage: "write what the files of this tool declare: " +
+					"`" + strings.Join(declared.Sources(), "|") + "`",
 				Destination: &source,
 			},
 		},

@@ -5,15 +5,19 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
 
+	"viaduct/cmd/internal/declared"
 	"viaduct/cmd/internal/hostfile"
 	"viaduct/cmd/internal/lease"
 	"viaduct/cmd/internal/migrate"
+	"viaduct/cmd/internal/terminal"
 	"viaduct/cmd/internal/vmm"
 	"viaduct/iommu"
 	"viaduct/sriov"
@@ -38,18 +42,65 @@ type assignOptions struct {
 
 func (o *assignOptions) flags() []cli.Flag {
 	return []cli.Flag{
-		&cli.StringSliceFlag{Name: "from", Usage: "draw from this pool of host.yaml, PF, or any `SELECTOR`[,count=N][,KEY=VALUE]..., where the keys are those of --set; may be repeated"},
-		&cli.IntFlag{Name: "count", Usage: "number of VFs, or of groups of other devices", Value: 1, Destination: &o.count},
-		&cli.StringFlag{Name: "mac", Usage: "VF MAC `ADDRESS`, or stable to derive one from the PF's address and the VF index", Destination: &o.mac},
-		&cli.StringFlag{Name: "vlan", Usage: "VLAN `ID` (0-4094, or e.g. 100+index) that the PF applies to the VF's frames", Destination: &o.vlan},
-		&cli.StringSliceFlag{Name: "set", Usage: "make another setting `KEY=VALUE` of the VF, as viaduct vf set takes it (may be repeated)"},
-		&cli.StringFlag{Name: "memory", Usage: "guest memory `SIZE` (e.g. 8G): check that the IOMMU can map it and the VMM may lock it", Destination: &o.memory},
+		&cli.StringSliceFlag{
+			Name: "from",
+			Usage: "draw from this pool of host.yaml, PF, or any `SELECTOR`[,count=N][,KEY=VALUE]..., where the keys " +
+				"are those of --set; may be repeated",
+		},
+		&cli.IntFlag{
+			Name:        "count",
+			Usage:       "number of VFs, or of groups of other devices",
+			Value:       1,
+			Destination: &o.count,
+		},
+		&cli.StringFlag{
+			Name:        "mac",
+			Usage:       "VF MAC `ADDRESS`, or stable to derive one from the PF's address and the VF index",
+			Destination: &o.mac,
+		},
+		&cli.StringFlag{
+			Name:        "vlan",
+			Usage:       "VLAN `ID` (0-4094, or e.g. 100+index) that the PF applies to the VF's frames",
+			Destination: &o.vlan,
+		},
+		&cli.StringSliceFlag{
+			Name:  "set",
+			Usage: "make another setting `KEY=VALUE` of the VF, as viaduct vf set takes it (may be repeated)",
+		},
+		&cli.StringFlag{
+			Name:        "memory",
+			Usage:       "guest memory `SIZE` (e.g. 8G): check that the IOMMU can map it and the VMM may lock it",
+			Destination: &o.memory,
+		},
 		&cli.IntFlag{Name: "numa", Usage: "prefer devices of this NUMA `NODE`", Value: -1},
-		&cli.StringFlag{Name: "node-owner", Usage: "let `USER[:GROUP]` own the devices' nodes", Destination: &o.NodeOwner},
-		&cli.BoolFlag{Name: "no-reset", Usage: "assign a device even if nothing can reset it: the next guest finds what this one leaves in it", Destination: &o.NoReset},
-		&cli.StringFlag{Name: "failover", Usage: "for migration: add a virtio NIC on `BRIDGE` that has the first VF's MAC address and replaces it", Destination: &o.standby},
-		&cli.BoolFlag{Name: "movable", Usage: "for migration without a virtio NIC: let the first device be unplugged", Destination: &o.movable},
-		&cli.DurationFlag{Name: "timeout", Usage: "wait this long for one write, and for another viaduct", Value: bind.DefaultTimeout, Destination: &o.timeout},
+		&cli.StringFlag{
+			Name:        "node-owner",
+			Usage:       "let `USER[:GROUP]` own the devices' nodes",
+			Destination: &o.NodeOwner,
+		},
+		&cli.BoolFlag{
+			Name: "no-reset",
+			Usage: "assign a device even if nothing can reset it: the next guest finds what this one leaves in " +
+				"it",
+			Destination: &o.NoReset,
+		},
+		&cli.StringFlag{
+			Name: "failover",
+			Usage: "for migration: add a virtio NIC on `BRIDGE` that has the first VF's MAC address and " +
+				"replaces it",
+			Destination: &o.standby,
+		},
+		&cli.BoolFlag{
+			Name:        "movable",
+			Usage:       "for migration without a virtio NIC: let the first device be unplugged",
+			Destination: &o.movable,
+		},
+		&cli.DurationFlag{
+			Name:        "timeout",
+			Usage:       "wait this long for one write, and for another viaduct",
+			Value:       bind.DefaultTimeout,
+			Destination: &o.timeout,
+		},
 	}
 }
 
@@ -177,7 +228,8 @@ func parseSize(s string) (uint64, error) {
 	}
 	digits := strings.TrimRight(strings.TrimSuffix(strings.ToUpper(s), "IB"), "KMGTB")
 	n, err := strconv.ParseUint(digits, 10, 32)
-	unit := map[string]uint{"": 20, "B": 0, "K": 10, "M": 20, "G": 30, "T": 40} // a plain number is MiB, as in QEMU's -m
+	// A plain number is MiB, as in QEMU's -m.
+	unit := map[string]uint{"": 20, "B": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 	shift, known := unit[strings.TrimSuffix(strings.ToUpper(s), "IB")[len(digits):]]
 	if err != nil || !known || n == 0 || n > 1<<20 && shift > 30 {
 		return 0, errors.New("no size")
@@ -191,8 +243,8 @@ func assignCommand(e *env) *cli.Command {
 		Name:      "assign",
 		Usage:     "assign devices to a guest, and print what its VMM needs",
 		ArgsUsage: "GUEST --from POOL|PF|SELECTOR...",
-		Description: "viaduct chooses devices that nobody has, configures and takes them, and records whose they are: a " +
-			"lease, which `viaduct release` ends. A second call for the same guest prints the same lease. Any " +
+		Description: "viaduct chooses devices that nobody has, configures and takes them, and records whose they " +
+			"are: a lease, which `viaduct release` ends. A second call for the same guest prints the same lease. Any " +
 			"number of calls may run at once.\n\n" +
 			"A lease is reserved until a process opens its devices, and then active. It is dead when that " +
 			"process is gone or nobody came within `--ttl`; `viaduct release --dead` ends it then.\n\n" +
@@ -203,15 +255,29 @@ func assignCommand(e *env) *cli.Command {
 			"  viaduct assign web --from net,count=4,vlan=100+index\n" +
 			"  qemu-system-x86_64 ... $(viaduct assign web --from net --owner-pid $$)\n" +
 			"  viaduct assign db --from 0000:03:00.0 --memory 64G --format json",
-		Flags: append(o.flags(),
-			&cli.StringFlag{Name: "format", Usage: "print in this format: `qemu|json|...` (see --formats)", Value: "qemu", Destination: &o.format},
-			&cli.DurationFlag{Name: "ttl", Usage: "end the lease if no process opens the devices in this time; 0 for no limit", Value: 10 * time.Minute, Destination: &o.TTL},
+		Flags: append(append(o.flags(),
+			&cli.StringFlag{
+				Name:        "format",
+				Usage:       "print in this format: `qemu|json|...` (see --formats)",
+				Value:       "qemu",
+				Destination: &o.format,
+			},
+			&cli.DurationFlag{
+				Name:        "ttl",
+				Usage:       "end the lease if no process opens the devices in this time; 0 for no limit",
+				Value:       10 * time.Minute,
+				Destination: &o.TTL,
+			},
 			&cli.IntFlag{Name: "owner-pid", Usage: "end the lease with the process `PID`", Destination: &o.OwnerPID},
-			&cli.StringFlag{Name: "unit", Usage: "end the lease with this system `UNIT` of systemd (not a user's)", Destination: &o.Unit},
+			&cli.StringFlag{
+				Name:        "unit",
+				Usage:       "end the lease with this system `UNIT` of systemd (not a user's)",
+				Destination: &o.Unit,
+			},
 			&cli.BoolFlag{Name: "persist", Usage: "keep the lease over a boot (the default for libvirt)"},
 			&cli.BoolFlag{Name: "formats", Usage: "list the formats, and what each cannot do"},
-			e.dryRunFlag(), e.jsonFlag(),
-		),
+			e.jsonFlag(),
+		), e.dryRunFlags()...),
 		BashComplete: e.completeGuests,
 		Action: func(c *cli.Context) (err error) {
 			if c.Bool("formats") {
@@ -228,18 +294,20 @@ func assignCommand(e *env) *cli.Command {
 			}
 			format, known := vmm.Find(o.format)
 			if !known && o.format != "json" {
-				return usagef("assign: unknown format %q; the formats are %s", o.format, strings.Join(vmm.Names(), ", "))
+				return usagef("assign: unknown format %q; the formats are %s", o.format,
+					strings.Join(vmm.Names(), ", "))
 			}
 			if err := o.parse(c, format); err != nil {
 				return err
 			}
-			o.preview = e.dryRun && c.IsSet("format") && format != nil
+			o.preview = e.dryRun && !e.steps && c.IsSet("format") && format != nil
 			if o.TTL < 0 {
 				return usagef("assign: invalid --ttl %s: want zero or more", o.TTL)
 			}
 			ends := o.OwnerPID != 0 || o.Unit != ""
 			if o.Persist = format != nil && format.Persist && !ends; ends && c.Bool("persist") {
-				return usagef("assign: --persist cannot be combined with --owner-pid or --unit: such a lease ends before the boot does")
+				return usagef("assign: --persist cannot be combined with --owner-pid or --unit: such a lease ends " +
+					"before the boot does")
 			}
 			if c.IsSet("persist") {
 				o.Persist = c.Bool("persist")
@@ -280,7 +348,8 @@ func runAssign(ctx context.Context, e *env, o *assignOptions, format *vmm.Format
 			e.note("%s", format.Cannot)
 		}
 		if format.Groups && l.Persist {
-			e.note("the lease outlives a boot, and the numbers of IOMMU groups in this may not: print it again after one")
+			e.note("the lease outlives a boot, and the numbers of IOMMU groups in this may not: print it again after " +
+				"one")
 		}
 		if more := needsMore(m.Host(), format, o.NodeOwner); more != "" {
 			e.note("%s", more)
@@ -327,14 +396,17 @@ func (e *env) assign(ctx context.Context, o *assignOptions, then func(*lease.Man
 	}
 
 	if e.dryRun {
-		steps, l, err := m.PreviewLease(&o.Request)
+		p, err := m.Preview(&o.Request)
 		if err != nil {
 			return err
 		}
 		if o.preview {
-			return then(m, l)
+			return then(m, p.Lease)
 		}
-		return e.printPreview(o.Guest, steps)
+		if e.json {
+			return e.printPreview(o.Guest, p.Steps())
+		}
+		return e.preview(previewAssign(o.Guest, p))
 	}
 
 	l, fresh, notes, err := m.Assign(ctx, &o.Request)
@@ -374,7 +446,8 @@ func guestOf(m *lease.Manager, l *lease.Lease, o *assignOptions) (*vmm.Guest, er
 		if err != nil {
 			return nil, err
 		}
-		v := vmm.Device{Address: of.Address, Group: groupOr(d, -1), VF: d.PhysFn != nil, NIC: d.Class>>16 == 0x02, MAC: of.Now[sriov.MAC], VLAN: of.Now[sriov.VLAN], QoS: of.Now[sriov.QoS], Proto: of.Now[sriov.Proto]}
+		v := vmm.Device{Address: of.Address, Group: groupOr(d, -1), VF: d.PhysFn != nil, NIC: d.Class>>16 == 0x02,
+			MAC: of.Now[sriov.MAC], VLAN: of.Now[sriov.VLAN], QoS: of.Now[sriov.QoS], Proto: of.Now[sriov.Proto]}
 		if v.MAC == "00:00:00:00:00:00" {
 			v.MAC = ""
 		}
@@ -414,14 +487,8 @@ type previewView struct {
 	Notes  []string    `json:"notes"`
 }
 
-// printPreview prints what an assignment would do; comments among the steps are for people, and notes in JSON.
+// printPreview prints what an assignment would do as JSON, where the comments among the steps are notes.
 func (e *env) printPreview(guest string, steps []bind.Action) error {
-	if !e.json {
-		for _, s := range steps {
-			fmt.Fprintln(e.stdout, s)
-		}
-		return nil
-	}
 	v := previewView{Guest: guest, Notes: []string{}}
 	var does []bind.Action
 	for _, s := range steps {
@@ -433,4 +500,76 @@ func (e *env) printPreview(guest string, steps []bind.Action) error {
 	}
 	v.Steps, v.Writes = viewSteps(does)
 	return writeJSON(e.stdout, v)
+}
+
+// previewAssign is what a guest would get: its VFs by their PF, then its other devices.
+func previewAssign(guest string, a *lease.Preview) *preview {
+	p := &preview{}
+	verb := guest + " gets "
+	if a.Again {
+		verb = guest + " has "
+	}
+	pfs := map[iommu.Address][]lease.PreviewDevice{}
+	var order []iommu.Address
+	var keeps []*iommu.Device
+	for _, of := range a.Devices {
+		switch d := of.Device; {
+		case d.PhysFn != nil:
+			if pfs[*d.PhysFn] == nil {
+				order = append(order, *d.PhysFn)
+			}
+			pfs[*d.PhysFn] = append(pfs[*d.PhysFn], of)
+		case of.Companion():
+			keeps = append(keeps, d)
+		default:
+			p.of(verb + d.Name)
+			p.says(assignText(&of))
+		}
+	}
+
+	for _, pf := range order {
+		p.vfsOf(verb, pf, pfs[pf])
+	}
+	p.says(declared.Along("takes", keeps)...)
+
+	for _, s := range a.Steps() {
+		if note, comment := strings.CutPrefix(s.Command, "# "); comment {
+			p.comment(note)
+		} else {
+			p.does(bind.Commands([]bind.Action{s})...)
+		}
+	}
+	return p
+}
+
+// vfsOf is what a guest would get of a PF's VFs: the settings, and what is the same of many once.
+func (p *preview) vfsOf(verb string, pf iommu.Address, vfs []lease.PreviewDevice) {
+	var all []int
+	var sets []*sriov.SetPlan
+	same := map[string][]int{}
+	for _, of := range vfs {
+		index := of.Device.VFIndex
+		all = append(all, index)
+		same[assignText(&of)] = append(same[assignText(&of)], index)
+		if of.Set != nil {
+			sets = append(sets, of.Set)
+		}
+	}
+	p.of(verb + terminal.Fold("vf", all) + " of " + pf.String())
+	p.says(declared.SetWords(sets, func(int) sriov.Settings { return nil })...)
+	for _, text := range slices.Sorted(maps.Keys(same)) {
+		p.says(terminal.Fold("vf", same[text]) + ": " + text)
+	}
+}
+
+// assignText is where a device of a guest's goes, and how it is reset for the guest.
+func assignText(of *lease.PreviewDevice) string {
+	if of.Change == nil {
+		return "left on " + driverText(known(of.Device.Driver)) + ", for the VMM to take it"
+	}
+	text := moveText(of.Change)
+	if of.Reset != nil {
+		text += ", then reset " + of.Reset.String()
+	}
+	return text
 }

@@ -34,7 +34,7 @@ type changeOptions struct {
 }
 
 func (o *changeOptions) flags(e *env) []cli.Flag {
-	return []cli.Flag{
+	return append([]cli.Flag{
 		forceFlag("the device"),
 		&cli.BoolFlag{
 			Name:        "keep-going",
@@ -52,8 +52,8 @@ func (o *changeOptions) flags(e *env) []cli.Flag {
 			Value:       bind.DefaultTimeout,
 			Destination: &o.timeout,
 		},
-		e.dryRunFlag(), e.stepsFlag("of a --dry-run"), e.jsonFlag(),
-	}
+		e.jsonFlag(),
+	}, e.dryRunFlags()...)
 }
 
 // forceFlag is --force of a command that somebody's use of something stops.
@@ -95,8 +95,8 @@ func bindCommand(e *env) *cli.Command {
 		Name:      "bind",
 		Usage:     "take devices, with their groups, from the host",
 		ArgsUsage: "SELECTOR...",
-		Description: "viaduct binds every device of the IOMMU group to a vfio driver, except for bridges. It refuses, " +
-			"with exit status 3 and before it changes anything, to take a device that the host uses (e.g. a " +
+		Description: "viaduct binds every device of the IOMMU group to a vfio driver, except for bridges. It " +
+			"refuses, with exit status 3 and before it changes anything, to take a device that the host uses (e.g. a " +
 			"mounted disk, an interface with an address or a route, the boot display), a PF that has VFs, and a " +
 			"device without an IOMMU.\n\n" +
 			"The binding lasts until the next boot. With `--save`, viaduct also declares the device in a file " +
@@ -143,8 +143,8 @@ func unbindCommand(e *env) *cli.Command {
 		Name:      "unbind",
 		Usage:     "give devices, with their groups, back to the host's drivers",
 		ArgsUsage: "SELECTOR...",
-		Description: "A device gets back the driver that it had when viaduct took it. A device that viaduct did not take " +
-			"gets the driver that the host would choose. viaduct refuses, with exit status 3, while a process " +
+		Description: "A device gets back the driver that it had when viaduct took it. A device that viaduct did not " +
+			"take gets the driver that the host would choose. viaduct refuses, with exit status 3, while a process " +
 			"has the device open.\n\n" +
 			"Examples:\n  viaduct unbind enp1s0/vf0\n" +
 			"  viaduct unbind group=8\n" +
@@ -240,8 +240,8 @@ func (e *env) tellSaved(m *declared.Manager, d *iommu.Device, forget bool) error
 	case forget:
 		return m.Forget(d)
 	case file != "":
-		e.note("%s is still declared in %s, so viaduct apply takes it again: viaduct unbind %s --save removes that", d.Name,
-			file, d.Name)
+		e.note("%s is still declared in %s, so viaduct apply takes it again: viaduct unbind %s --save removes that",
+			d.Name, file, d.Name)
 	}
 	return nil
 }
@@ -323,8 +323,8 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, goal bind.Goal, 
 	on.tellClaimed(results)
 	switch {
 	case e.json:
-	case e.dryRun && !e.steps:
-		errs = append(errs, e.moveWords(goal, job, results, asked))
+	case e.dryRun:
+		errs = append(errs, e.preview(previewMove(goal, job, results, asked)))
 	default:
 		e.printChanges(views, lasts)
 	}
@@ -431,7 +431,8 @@ func resolveAsked(h *iommu.Host, t *iommu.Topology, sel []iommu.Selector, goal b
 				devices = g.Endpoints()
 			} else if len(devices) == 0 {
 				why := holder.Reason{
-					Kind: holder.Unsuitable, Text: "nothing in the group is for a guest (viaduct show " + s.String() + ")",
+					Kind: holder.Unsuitable,
+					Text: "nothing in the group is for a guest (viaduct show " + s.String() + ")",
 				}
 				return nil, holder.Because("take "+s.String(), why, "name the device itself")
 			}
@@ -542,13 +543,6 @@ func (e *env) printChanges(views []changeView, lasts string) {
 		switch {
 		case v.Error != nil:
 			// Said by the error itself.
-		case e.dryRun:
-			if v.Role == iommu.RoleCompanion {
-				fmt.Fprintf(e.stdout, "# %s is a companion: viaduct only keeps it off the host's drivers\n", v.Address)
-			}
-			for _, s := range v.Steps {
-				fmt.Fprintln(e.stdout, s)
-			}
 		case !v.Changed:
 			fmt.Fprintf(e.stdout, "%s is already on %s%s\n", v.Address, driverText(v.To), companionText(v.Role))
 		default:

@@ -9,9 +9,9 @@ import (
 	"viaduct/vfio/holder"
 )
 
-// snapshotFacts is what a snapshot of a running host holds beside its files: what drivers say of VFs, who uses devices, and
-// how leases are. What cannot be had is left out, which people are told. Redacted, nobody is told who uses devices, which
-// has addresses and names of the host.
+// snapshotFacts is what a snapshot of a running host holds beside its files: what drivers say of VFs, who uses devices,
+// and how leases are. What cannot be had is left out, which people are told. Redacted, nobody is told who uses devices,
+// which has addresses and names of the host.
 func (e *env) snapshotFacts(h *iommu.Host, redacted bool) ([]iommu.Fact, error) {
 	if !h.Live() {
 		return nil, nil
@@ -32,7 +32,8 @@ func (e *env) snapshotFacts(h *iommu.Host, redacted bool) ([]iommu.Fact, error) 
 		what string
 		err  error
 	}{
-		{"everything that drivers report of VFs", err1}, {"all users of devices", err2}, {"leases and quarantine", err3},
+		{"everything that drivers report of VFs", err1}, {"all users of devices", err2},
+		{"leases and quarantine", err3},
 	} {
 		if part.err != nil {
 			e.note("the snapshot does not have %s: %v", part.what, part.err)
@@ -61,8 +62,8 @@ func (e *env) booksOf(h *iommu.Host) (fact iommu.Fact, err error) {
 }
 
 // errNoSettings is why a captured host shows no settings of VFs.
-var errNoSettings = errors.New("what its VFs are set to was not captured of this host (a snapshot that root makes with this " +
-	"version has it)")
+var errNoSettings = errors.New("what its VFs are set to was not captured of this host (a snapshot that root makes " +
+	"with this version has it)")
 
 // tellUnknownBooks tells people that a captured host does not say who has its devices.
 func (e *env) tellUnknownBooks(b *lease.Book) {

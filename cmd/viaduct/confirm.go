@@ -100,7 +100,8 @@ func leaveLogin(pid int) error {
 	for _, root := range []string{"sys/fs/cgroup/cgroup.procs", "sys/fs/cgroup/systemd/cgroup.procs"} {
 		if h.Exists(root) {
 			if err := h.Write(root, strconv.Itoa(pid)); err != nil {
-				return fmt.Errorf("the process that undoes an apply without confirmation would end with this login: %w", err)
+				return fmt.Errorf("the process that undoes an apply without confirmation would end with this login: "+
+					"%w", err)
 			}
 			break
 		}
@@ -111,8 +112,8 @@ func leaveLogin(pid int) error {
 // errNotDue is what an undo ends with that is not to be any more.
 var errNotDue = errors.New("the apply was confirmed, or another one was made")
 
-// runGuard is that process. What it has to say after it stands goes to the kernel's log, where that can be written to, as
-// nobody else may be there.
+// runGuard is that process. What it has to say after it stands goes to the kernel's log, where that can be written to,
+// as nobody else may be there.
 func runGuard(ctx context.Context, e *env, timeout time.Duration) error {
 	m, end, err := standGuard(e)
 	if err != nil {

@@ -1,13 +1,10 @@
 package main
 
 import (
-	"bufio"
 	"errors"
-	"fmt"
 	"io"
 	"os"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -98,7 +95,7 @@ func planCommand(e *env) *cli.Command {
 			"cannot be done.\n\n" +
 			"Examples:\n  viaduct plan\n" +
 			"  viaduct plan -f host.yaml --json",
-		Flags: append(o.flags(e), e.stepsFlag("of the plan")),
+		Flags: append(o.flags(e), e.stepsFlag("the plan", nil)),
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
 				return usagef("plan takes no arguments: it plans everything that is declared")
@@ -113,11 +110,11 @@ func statusCommand(e *env) *cli.Command {
 	return command(&cli.Command{
 		Name:  "status",
 		Usage: "report differences from the declared configuration",
-		Description: "viaduct prints one line for each declared device: ok, differs, missing, refused, changed (there " +
-			"is another device now than when it was last applied), or unknown (a captured host does not show " +
+		Description: "viaduct prints one line for each declared device: ok, differs, missing, refused, changed " +
+			"(there is another device now than when it was last applied), or unknown (a captured host does not show " +
 			"what it takes to compare). A device that has VFs or is on a vfio driver " +
-			"without being declared is unmanaged. Exit status: 0 the host is as declared; 4 it is not, or that is not known.\n\n" +
-			"Examples:\n  viaduct status\n" +
+			"without being declared is unmanaged. Exit status: 0 the host is as declared; 4 it is not, or that is " +
+			"not known.\n\nExamples:\n  viaduct status\n" +
 			"  viaduct status --json",
 		Flags: append(o.flags(e), &cli.BoolFlag{
 			Name: "verbose", Aliases: []string{"v"}, Usage: "also what is different", Destination: &e.verbose,
@@ -135,7 +132,8 @@ func statusCommand(e *env) *cli.Command {
 type choice func(m *declared.Manager, o *declaredOptions, s *hostfile.Host, wrong error) (*hostfile.Host, error)
 
 // declaredByFile is what the next apply goes by: what was read. That something else is in force is told.
-func (e *env) declaredByFile(m *declared.Manager, o *declaredOptions, s *hostfile.Host, wrong error) (*hostfile.Host, error) {
+func (e *env) declaredByFile(m *declared.Manager, o *declaredOptions, s *hostfile.Host,
+	wrong error) (*hostfile.Host, error) {
 	if wrong != nil || o.file != "" {
 		return s, wrong
 	}
@@ -150,7 +148,8 @@ func (e *env) declaredByFile(m *declared.Manager, o *declaredOptions, s *hostfil
 }
 
 // declaredInForce is what a boot and the watch service go by.
-func (e *env) declaredInForce(m *declared.Manager, o *declaredOptions, s *hostfile.Host, wrong error) (*hostfile.Host, error) {
+func (e *env) declaredInForce(m *declared.Manager, o *declaredOptions, s *hostfile.Host,
+	wrong error) (*hostfile.Host, error) {
 	if o.file != "" {
 		return s, wrong
 	}
@@ -281,42 +280,14 @@ func (e *env) printPlan(_ *declared.Manager, items []*declared.Item) error {
 	if e.json {
 		return e.printItems(items)
 	}
-	show := e.planWords
-	if e.steps {
-		show = e.planSteps
-	}
-	if err := show(items); err != nil {
+	if err := e.preview(previewItems(items)); err != nil {
 		return err
 	}
 	if len(items) == 0 {
-		e.note("nothing is declared in /%s or /%s: viaduct adopt writes a file that describes this host", hostfile.File, hostfile.Dir)
+		e.note("nothing is declared in /%s or /%s: viaduct adopt writes a file that describes this host", hostfile.File,
+			hostfile.Dir)
 	}
 	return differs(items)
-}
-
-// planSteps prints the writes of a plan.
-func (e *env) planSteps(items []*declared.Item) error {
-	w := bufio.NewWriter(e.stdout)
-	if files := filesOf(items); len(files) > 0 {
-		fmt.Fprintf(w, "# declared in %s\n", strings.Join(files, ", "))
-	}
-	for _, i := range items {
-		switch i.State {
-		case declared.OK:
-			continue
-		case declared.Differs:
-			fmt.Fprintf(w, "%s:\n", itemName(i))
-		default:
-			fmt.Fprintf(w, "%s: %s: %v\n", itemName(i), i.State, i.Err)
-		}
-		for _, s := range i.Steps {
-			fmt.Fprintf(w, "  %s\n", s)
-		}
-		for _, n := range i.Notes {
-			fmt.Fprintf(w, "  # %s\n", n)
-		}
-	}
-	return w.Flush()
 }
 
 // filesOf are the files that items are declared in, in their order.

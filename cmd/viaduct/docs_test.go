@@ -355,6 +355,9 @@ func TestManual(t *testing.T) {
 		if status := run([]string{"viaduct", "help", topic.Name}, &out, &out); status != 0 || out.Len() == 0 {
 			t.Errorf("help %s: exit status %d: %s", topic.Name, status, out.String())
 		}
+		if strings.Contains(topic.Text, "- ``:") || strings.Contains(topic.About, "Description") {
+			t.Errorf("%s (%s): a part of it has no name", topic.Name, topic.About)
+		}
 		if strings.Contains(topic.Text, "{{") {
 			t.Errorf("%s: nothing makes %s", topic.Name, topic.Text[strings.Index(topic.Text, "{{"):])
 		}

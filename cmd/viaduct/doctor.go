@@ -48,7 +48,7 @@ type checkView struct {
 	Text     string         `json:"text"`
 	Devices  []string       `json:"devices"`
 	Evidence []evidenceView `json:"evidence"`
-	Cure     *string        `json:"cure"`
+	Hint     *string        `json:"cure"`
 }
 
 type evidenceView struct {
@@ -98,7 +98,7 @@ func doctorViewOf(checks []doctor.Check) doctorView {
 	v := doctorView{Healthy: doctor.Healthy(checks), Checks: []checkView{}}
 	for _, c := range checks {
 		one := checkView{
-			Name: c.Name, Title: c.Title, Status: c.Status, Text: c.Text, Devices: c.Devices, Cure: known(c.Cure),
+			Name: c.Name, Title: c.Title, Status: c.Status, Text: c.Text, Devices: c.Devices, Hint: known(c.Hint),
 			Evidence: []evidenceView{},
 		}
 		if one.Devices == nil {
@@ -148,8 +148,8 @@ func printCheck(w io.Writer, c *doctor.Check) {
 		}
 		fmt.Fprintln(w, hang(fmt.Sprintf("%*ssee: /%s: %s", checkIndent, "", s.File, value)))
 	}
-	if c.Cure != "" {
-		fmt.Fprintln(w, hang(fmt.Sprintf("%*scure: %s", checkIndent, "", c.Cure)))
+	if c.Hint != "" {
+		fmt.Fprintln(w, hang(fmt.Sprintf("%*scure: %s", checkIndent, "", c.Hint)))
 	}
 }
 

@@ -12,7 +12,7 @@ import (
 
 // Hosts of the lab with one fault each, captured there: the fault is what doctor names first, and the exit status is 1.
 func TestDoctorFaults(t *testing.T) {
-	for name, want := range map[string]struct{ check, cure string }{
+	for name, want := range map[string]struct{ check, hint string }{
 		"amd-off":     {"iommu", "remove amd_iommu=off"},
 		"intel-off":   {"iommu", "remove intel_iommu=off"},
 		"table":       {"table", "update the firmware"},
@@ -51,7 +51,7 @@ func TestDoctorFaults(t *testing.T) {
 			if c.Status != "failed" {
 				continue
 			}
-			if c.Name != want.check || c.Cure == nil || !strings.Contains(*c.Cure, want.cure) || len(c.Evidence) == 0 {
+			if c.Name != want.check || c.Hint == nil || !strings.Contains(*c.Hint, want.hint) || len(c.Evidence) == 0 {
 				t.Errorf("%s: %+v, want %+v first", name, c, want)
 			}
 			break
@@ -60,7 +60,7 @@ func TestDoctorFaults(t *testing.T) {
 }
 
 // What list says of a host without an IOMMU is what bind and doctor say.
-func TestOneCure(t *testing.T) {
+func TestOneHint(t *testing.T) {
 	for _, name := range []string{"amd-off", "intel-off", "table"} {
 		file := hosttest.Load(t, filepath.Join("testdata/faults", name+".txt")).Snapshot(t)
 		said := func(args ...string) string {
@@ -70,13 +70,13 @@ func TestOneCure(t *testing.T) {
 		}
 		list := said("list")
 		_, why, _ := strings.Cut(list, "so no device is in a group: ")
-		_, cure, found := strings.Cut(why, "; ")
+		_, hint, found := strings.Cut(why, "; ")
 		if !found {
 			t.Fatalf("%s: %s", name, list)
 		}
 		for _, line := range []string{"bind --dry-run 01:00.0", "doctor", "iommu"} {
-			if got := said(strings.Fields(line)...); !strings.Contains(got, cure) {
-				t.Errorf("%s: %s: %q does not have %q", name, line, got, cure)
+			if got := said(strings.Fields(line)...); !strings.Contains(got, hint) {
+				t.Errorf("%s: %s: %q does not have %q", name, line, got, hint)
 			}
 		}
 	}

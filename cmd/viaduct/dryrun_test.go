@@ -1,11 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -123,5 +125,63 @@ func TestDryRunWritesNothing(t *testing.T) {
 		}
 
 		before, k.Log = after, nil
+	}
+}
+
+// dryRuns are lines of each command that has a dry run, on the host that busy is, with the first line of what they say.
+var dryRuns = map[string]struct{ line, says string }{
+	"bind":       {"bind 0000:07:02.0 --force=address --force=route", "0000:07:02.0: no driver -> vfio-pci"},
+	"unbind":     {"unbind 0000:02:00.0/vf1", "vf1 of 0000:02:00.0: vfio-pci -> no driver"},
+	"vf create":  {"vf create 0000:02:00.0 7 mac=stable vlan=100+index", "0000:02:00.0: 3 -> 7 of 7 VFs"},
+	"vf destroy": {"vf destroy 0000:02:00.0", "0000:02:00.0: 3 -> 0 of 7 VFs"},
+	"vf set":     {"vf set 0000:01:00.0/vf1 vlan=7 trust=on", "0000:01:00.0"},
+	"vf sync":    {"vf sync", "0000:01:00.0"},
+	"apply":      {"apply", "/etc/viaduct/host.yaml: 1 to change"},
+	"assign":     {"assign new --from 0000:02:00.0,count=2,vlan=7", "new gets vf0-1 of 0000:02:00.0"},
+	"install":    {"install --watch", "writes 9 files"},
+}
+
+// A dry run begins in words, and says how many writes --steps prints. These are a shell's, and none of them is made.
+func TestDryRunsAreInWords(t *testing.T) {
+	k := busy(t)
+	app := newApp(&env{})
+	for _, c := range append(app.Commands, app.Command("vf").Subcommands...) {
+		name := strings.TrimPrefix(c.HelpName, "viaduct ")
+		if slices.Contains(app.Command("vf").Subcommands, c) {
+			name = "vf " + c.Name
+		}
+		dry, ofSteps := flagNamed(c.Flags, "--dry-run") != nil, flagNamed(c.Flags, "--steps") != nil
+		of, known := dryRuns[cmp.Or(name, c.Name)]
+		switch {
+		case c.Name == "migrate":
+			// It needs a QEMU that runs: migrate.Words has a test of its own.
+			continue
+		case dry != known || dry && !ofSteps:
+			t.Errorf("%s: --dry-run %v, --steps %v, and a line here %v", c.Name, dry, ofSteps, known)
+		case !dry:
+			continue
+		}
+
+		k.Log = nil
+		words := onKernel(k, append(strings.Fields(of.line), "--dry-run")...)
+		steps := onKernel(k, append(strings.Fields(of.line), "--steps")...)
+		if len(k.Log) > 0 || words.status != steps.status {
+			t.Errorf("%s: %q written; status %d, and %d with --steps: %s", of.line, k.Log, words.status, steps.status, words.stderr)
+		}
+		first, _, _ := strings.Cut(words.stdout, "\n")
+		if first != of.says || strings.Contains(words.stdout, "echo ") || strings.Contains(words.stdout, "ip link") {
+			t.Errorf("%s: says\n%s", of.line, words.stdout)
+		}
+		writes := 0
+		for line := range strings.Lines(steps.stdout) {
+			if strings.HasPrefix(line, "echo ") || strings.HasPrefix(line, "ip link ") || strings.HasPrefix(line, "cat > ") || strings.HasPrefix(line, "ln -s ") {
+				writes++
+			} else if c.Name != "install" && !strings.HasPrefix(line, "# ") {
+				t.Errorf("%s: --steps prints %q", of.line, line)
+			}
+		}
+		if want := fmt.Sprintf("--steps prints the %s", count1(writes, map[bool]string{true: "file", false: "write"}[c.Name == "install"])); !strings.Contains(words.stdout, want) {
+			t.Errorf("%s: %d writes, and it says\n%s", of.line, writes, words.stdout)
+		}
 	}
 }

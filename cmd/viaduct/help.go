@@ -12,6 +12,7 @@ import (
 	"viaduct/cmd/internal/hostfile"
 	"viaduct/cmd/internal/vmm"
 	"viaduct/cmd/viaduct/docs"
+	"viaduct/iommu"
 	"viaduct/vfio/holder"
 )
 
@@ -155,7 +156,7 @@ func flagText(f cli.Flag) (name, text string) {
 func manual(app *cli.App) ([]docs.Topic, error) {
 	made := map[string]string{
 		"commands": commandsText(app), "kinds": kindsText(), "settings": settingsHelp(), "formats": formatsText(),
-		"keys": keysText(),
+		"keys": keysText(), "words": "`" + strings.Join(iommu.Words(), "`, `") + "`\n",
 	}
 	return docs.Topics(made)
 }

@@ -15,6 +15,7 @@ import (
 	"viaduct/cmd/internal/declared"
 	"viaduct/cmd/internal/hostfile"
 	"viaduct/cmd/internal/install"
+	"viaduct/iommu"
 	"viaduct/vfio/holder"
 )
 
@@ -25,8 +26,8 @@ func installCommand(e *env) *cli.Command {
 	return command(&cli.Command{
 		Name:  "install",
 		Usage: "apply the declared configuration at each boot",
-		Description: "viaduct writes units for systemd: one runs `viaduct apply --boot` before the network comes up and " +
-			"before guests start, one is started by a udev rule when a card appears later, and one waits for " +
+		Description: "viaduct writes units for systemd: one runs `viaduct apply --boot` before the network comes up " +
+			"and before guests start, one is started by a udev rule when a card appears later, and one waits for " +
 			"bonds if the configuration has after_bond. viaduct also records which devices the host uses now, " +
 			"and no boot takes those.\n\n" +
 			"With `--root`, viaduct writes the files of a package into a folder instead: units that are not " +
@@ -35,7 +36,7 @@ func installCommand(e *env) *cli.Command {
 			"  viaduct install --watch\n" +
 			"  viaduct install --initramfs --dry-run\n" +
 			"  viaduct install --root debian/tmp --program /usr/sbin/viaduct",
-		Flags: []cli.Flag{
+		Flags: append([]cli.Flag{
 			&cli.BoolFlag{
 				Name:        "watch",
 				Usage:       "add a service that applies the configuration after driver reloads, hotplug and resets",
@@ -47,8 +48,9 @@ func installCommand(e *env) *cli.Command {
 				Destination: &o.Libvirt,
 			},
 			&cli.BoolFlag{
-				Name:        "initramfs",
-				Usage:       "add a hook that keeps devices with `initramfs:` true from the host's drivers from the start",
+				Name: "initramfs",
+				Usage: "add a hook that keeps devices with `initramfs:` true from the host's drivers from the " +
+					"start",
 				Destination: &initramfs,
 			},
 			&cli.StringFlag{
@@ -69,13 +71,7 @@ func installCommand(e *env) *cli.Command {
 				Value:       "/usr/sbin/viaduct",
 				Destination: &pkg.program,
 			},
-			&cli.BoolFlag{
-				Name:        "dry-run",
-				Aliases:     []string{"n"},
-				Usage:       "print the files and write nothing",
-				Destination: &e.dryRun,
-			},
-		},
+		}, e.dryRunFlags()...),
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
 				return usagef("install takes no arguments")
@@ -122,8 +118,8 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 		err := m.Protect()
 		if errors.Is(err, holder.ErrBlind) && !systemd() {
 			// An image is made, which carries nothing yet.
-			e.note("viaduct cannot see which devices this host uses, and did not record them: run viaduct install again " +
-				"on the host itself")
+			e.note("viaduct cannot see which devices this host uses, and did not record them: run viaduct install " +
+				"again on the host itself")
 			err = nil
 		}
 		if err != nil {
@@ -142,8 +138,7 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 		return err
 	}
 	if e.dryRun {
-		e.printFiles(files)
-		return nil
+		return e.previewInstall(b.Host(), files)
 	}
 
 	for _, volatile := range []string{"/tmp/", "/run/", "/dev/", "/home/", "/root/"} {
@@ -170,7 +165,8 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 	}
 	if slices.Contains(changed, install.LibvirtHook) {
 		e.note(
-			"now restart libvirt, which looks for hooks when it starts: systemctl restart libvirtd (or virtqemud); running domains go on",
+			"now restart libvirt, which looks for hooks when it starts: systemctl restart libvirtd (or virtqemud); " +
+				"running domains go on",
 		)
 	}
 	if len(changed) == 0 {
@@ -179,7 +175,8 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 	}
 
 	if !systemd() {
-		e.note("systemd does not run here and finds the units enabled when it starts; another init system must run %s apply --boot",
+		e.note("systemd does not run here and finds the units enabled when it starts; another init system must run "+
+			"%s apply --boot",
 			o.Program)
 		return nil
 	}
@@ -192,6 +189,36 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 		}
 	}
 	return reload(ctx, start)
+}
+
+// previewInstall prints which files an install would write and remove. A captured host has none of it.
+func (e *env) previewInstall(h *iommu.Host, files []install.File) error {
+	p := previewFiles(files)
+	var written, removed []string
+	for _, f := range files {
+		written = append(written, f.Path)
+	}
+	if h.Live() {
+		var err error
+		if written, removed, err = install.Changes("/", files); err != nil {
+			return err
+		}
+	}
+
+	for _, part := range []struct {
+		verb  string
+		names []string
+	}{{"writes ", written}, {"removes ", removed}} {
+		if len(part.names) > 0 {
+			p.of(part.verb + count(len(part.names), "file"))
+			p.says(part.names...)
+		}
+	}
+	if len(written)+len(removed) == 0 {
+		p.of("everything is installed already")
+	}
+	p.note("records which devices the host uses now: no boot takes those")
+	return e.preview(p)
 }
 
 func uninstallCommand(e *env) *cli.Command {
@@ -211,7 +238,8 @@ func uninstallCommand(e *env) *cli.Command {
 				if err := systemctl(c.Context, "stop", "viaduct-watch.service"); err != nil && install.Watches() {
 					return err
 				}
-				// What was never installed cannot be stopped, and what is left of it looks for a mark that nobody makes.
+				// What was never installed cannot be stopped, and what is left of it looks for a mark that nobody
+				// makes.
 				_ = systemctl(c.Context, "stop", install.HotplugPath)
 			}
 
@@ -272,8 +300,8 @@ func watchCommand(e *env) *cli.Command {
 	return command(&cli.Command{
 		Name:  "watch",
 		Usage: "apply the declared configuration whenever the host differs",
-		Description: "viaduct checks the host when the kernel reports a change of a device or a link, and every minute. " +
-			"What `viaduct undo` or `viaduct apply -f` left different stays so until the next apply. The " +
+		Description: "viaduct checks the host when the kernel reports a change of a device or a link, and every " +
+			"minute. What `viaduct undo` or `viaduct apply -f` left different stays so until the next apply. The " +
 			"service of `install --watch` runs this command, and so does, with `--once`, the udev rule of " +
 			"`install`.\n\n" +
 			"Examples:\n  viaduct watch\n" +

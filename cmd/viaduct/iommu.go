@@ -59,7 +59,8 @@ func (v firmwareView) MarshalJSON() ([]byte, error) {
 		fault = string(b)
 	}
 	if v.Table == nil {
-		return fmt.Appendf(nil, `{"signature":%q,"length":null,"revision":null,"blocks":[],"error":%s}`, v.Signature, fault), nil
+		return fmt.Appendf(nil, `{"signature":%q,"length":null,"revision":null,"blocks":[],"error":%s}`, v.Signature,
+			fault), nil
 	}
 	b, err := json.Marshal(v.Table)
 	if err != nil {
@@ -161,8 +162,8 @@ func runIOMMU(e *env) error {
 
 func iommuReportOf(t *iommu.Topology, tables []iommu.Firmware, units []iommu.UnitDetails) iommuReport {
 	r := iommuReport{
-		Present: present(t), InterruptRemapping: t.InterruptRemapping, Tables: []firmwareView{}, Units: []unitReportView{},
-		Others: []directView{},
+		Present: present(t), InterruptRemapping: t.InterruptRemapping, Tables: []firmwareView{},
+		Units: []unitReportView{}, Others: []directView{},
 	}
 	for i := range tables {
 		r.Tables = append(r.Tables, firmwareView{&tables[i]})

@@ -126,8 +126,8 @@ func deviceViews(devices []iommu.Device, names *iommu.Names, keep map[string]boo
 
 func deviceOf(d *iommu.Device, names *iommu.Names) deviceView {
 	v := deviceView{
-		Address: d.Name, Driver: known(d.Driver), DriverOverride: known(d.DriverOverride), Netdevs: d.Netdevs, PhysFn: d.PhysFn,
-		Name: known(deviceName(names, d)), Role: d.Role(),
+		Address: d.Name, Driver: known(d.Driver), DriverOverride: known(d.DriverOverride), Netdevs: d.Netdevs,
+		PhysFn: d.PhysFn, Name: known(deviceName(names, d)), Role: d.Role(),
 	}
 	if v.Netdevs == nil {
 		v.Netdevs = []string{}

@@ -22,8 +22,10 @@ func (e *env) declarationFor(h *iommu.Host, does lease.Work) (*hostfile.Host, er
 	return use, err
 }
 
-// beginLeases begins what works on leases; the caller calls stop at the end. The child that writes is started when it is needed: most of many that ask at once are told that there is nothing.
-func (e *env) beginLeases(ctx context.Context, timeout time.Duration, does lease.Work) (context.Context, func(), *lease.Manager, error) {
+// beginLeases begins what works on leases; the caller calls stop at the end. The child that writes is started when it
+// is needed: most of many that ask at once are told that there is nothing.
+func (e *env) beginLeases(ctx context.Context, timeout time.Duration,
+	does lease.Work) (context.Context, func(), *lease.Manager, error) {
 	ctx, stop, c, err := e.beginLook(ctx, timeout)
 	if err != nil {
 		return nil, nil, nil, err

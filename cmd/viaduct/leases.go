@@ -43,7 +43,9 @@ type leaseDeviceView struct {
 
 func viewLease(m *lease.Manager, look lease.Look) leaseView {
 	l := look.Lease
-	v := leaseView{Guest: l.Guest, For: known(l.For), State: look.State, Why: known(look.Why), From: l.DrawnFrom(), Sources: l.Sources, Made: l.Made, Persist: l.Persist, Unit: known(l.Unit), Holders: []string{}, Devices: []leaseDeviceView{}}
+	v := leaseView{Guest: l.Guest, For: known(l.For), State: look.State, Why: known(look.Why), From: l.DrawnFrom(),
+		Sources: l.Sources, Made: l.Made, Persist: l.Persist, Unit: known(l.Unit), Holders: []string{},
+		Devices: []leaseDeviceView{}}
 	if l.TTL > 0 && !l.Persist {
 		seconds := l.TTL.Seconds()
 		v.TTL = &seconds
@@ -90,8 +92,8 @@ func leasesCommand(e *env) *cli.Command {
 		Usage: "list what is assigned to guests, and what is in quarantine",
 		Description: "A lease is making (viaduct is working on it), reserved (no process has its devices open yet), " +
 			"active (a process has them open), dead (that process is gone, or nobody came: `viaduct release " +
-			"--dead` ends it), lost (a device is not there any more), incoming or leaving (its guest is on its way between hosts: " +
-			"`viaduct help migrate`).\n\n" +
+			"--dead` ends it), lost (a device is not there any more), incoming or leaving (its guest is on its way " +
+			"between hosts: `viaduct help migrate`).\n\n" +
 			"Examples:\n  viaduct leases\n" +
 			"  viaduct leases --json",
 		Flags: []cli.Flag{e.jsonFlag()},
@@ -172,7 +174,8 @@ func runLeases(e *env) error {
 		if len(v.Holders) > 0 {
 			what = strings.Join(v.Holders, ", ")
 		}
-		rows = append(rows, []string{v.Guest, string(v.State), strings.Join(devices, " "), v.From, ageAt(m.Host(), v.Made), what})
+		rows = append(rows, []string{v.Guest, string(v.State), strings.Join(devices, " "), v.From,
+			ageAt(m.Host(), v.Made), what})
 	}
 
 	for _, q := range view.Quarantine {
@@ -187,7 +190,8 @@ func runLeases(e *env) error {
 	return e.screen.PrintRows(rows)
 }
 
-// ageAt is how old something is, and on a captured host, how old it was then; "" if neither that host nor a record says.
+// ageAt is how old something is, and on a captured host, how old it was then; "" if neither that host nor a record
+// says.
 func ageAt(h *iommu.Host, since time.Time) string {
 	now, known := h.Now()
 	if !known || since.IsZero() {

@@ -20,11 +20,12 @@ func libvirtHookCommand(e *env) *cli.Command {
 		Name:      "libvirt-hook",
 		Usage:     "serve libvirt when a domain starts and stops (viaduct install --libvirt)",
 		ArgsUsage: "DOMAIN OPERATION SUBOPERATION [EXTRA] < XML",
-		Description: "prepare begin: fails the start of a domain that does not have exactly what is assigned to it, or has what is another's; else\n" +
-			"configures and takes it. start begin: writes down what the domain drew from a network made of a pool. release end: scrubs.\n" +
-			"migrate begin: fails the coming of a domain that has what is another's here. One that viaduct migrate brings starts without its device.\n" +
-			"It never calls libvirt, and always succeeds at reconnect. With --network, of a network: port-created gives a domain the lease of\n" +
-			"what it drew, also while it runs, and port-deleted scrubs that.",
+		Description: "prepare begin: fails the start of a domain that does not have exactly what is assigned to it, " +
+			"or has what is another's; else\nconfigures and takes it. start begin: writes down what the domain drew " +
+			"from a network made of a pool. release end: scrubs.\nmigrate begin: fails the coming of a domain that " +
+			"has what is another's here. One that viaduct migrate brings starts without its device.\nIt never calls " +
+			"libvirt, and always succeeds at reconnect. With --network, of a network: port-created gives a domain " +
+			"the lease of\nwhat it drew, also while it runs, and port-deleted scrubs that.",
 		Hidden: true,
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "network", Usage: "be the hook of a network, and not of a domain"},

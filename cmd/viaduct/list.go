@@ -25,8 +25,8 @@ func listCommand(e *env) *cli.Command {
 		Usage:     "list the IOMMU groups and their devices",
 		Aliases:   []string{"ls"},
 		ArgsUsage: "[SELECTOR...]",
-		Description: "An IOMMU group is the smallest set of devices that a guest can be given. The heading of a group " +
-			"says how many devices `bind` takes off the host's drivers with it, which is not an error. USED BY " +
+		Description: "An IOMMU group is the smallest set of devices that a guest can be given. The heading of a " +
+			"group says how many devices `bind` takes off the host's drivers with it, which is not an error. USED BY " +
 			"shows what a quick look finds: guests, file systems, routes, addresses and the display.\n\n" +
 			"Examples:\n  viaduct list\n" +
 			"  viaduct list gpu\n" +
@@ -65,7 +65,8 @@ func listCommand(e *env) *cli.Command {
 func (e *env) outputFlag(to *string) cli.Flag {
 	return &cli.StringFlag{
 		Name: "output", Aliases: []string{"o"}, Destination: to,
-		Usage: "print `wide|json`: wide is one line for each device with its numbers, and marks the host's drivers with *",
+		Usage: "print `wide|json`: wide is one line for each device with its numbers, and marks the host's drivers " +
+			"with *",
 	}
 }
 
@@ -165,8 +166,8 @@ func (e *env) printList(h *iommu.Host, t *iommu.Topology, names *iommu.Names, ke
 }
 
 // usesOf are the uses of devices that a list shows, by the devices' names. That some may not be seen is told.
-func (e *env) usesOf(h *iommu.Host, t *iommu.Topology, keep map[string]bool, processes bool) (map[string][]holder.Holder,
-	error) {
+func (e *env) usesOf(h *iommu.Host, t *iommu.Topology, keep map[string]bool,
+	processes bool) (map[string][]holder.Holder, error) {
 	found, err := holder.Glance(h, t)
 	if err != nil {
 		// A broken file of another tool keeps nobody from seeing the devices.

@@ -28,8 +28,8 @@ func logCommand(e *env) *cli.Command {
 		Name:      "log",
 		Usage:     "show what viaduct changed on this host, when, and for whom",
 		ArgsUsage: "[SELECTOR|GUEST...]",
-		Description: "Each change is a line: of the driver of a device, the VFs of a PF, or the settings of a VF; and so " +
-			"is each command that failed or was refused. The file is bounded, and its oldest lines go first. " +
+		Description: "Each change is a line: of the driver of a device, the VFs of a PF, or the settings of a VF; " +
+			"and so is each command that failed or was refused. The file is bounded, and its oldest lines go first. " +
 			"The journal of the system has the same lines (`journalctl -t viaduct`).\n\n" +
 			"Examples:\n  viaduct log\n" +
 			"  viaduct log enp1s0 web\n" +

@@ -133,7 +133,7 @@ func TestAssignPreview(t *testing.T) {
 			t.Errorf("%s: %s%s, wrote %q", format, a.stdout, a.stderr, k.Log)
 		}
 	}
-	if a := mustOnKernel(t, k, "assign", "web", "--from", "0000:05:00.0", "--dry-run", "--no-reset"); !strings.Contains(a.stdout, "driver_override") {
+	if a := mustOnKernel(t, k, "assign", "web", "--from", "0000:05:00.0", "--steps", "--no-reset"); !strings.Contains(a.stdout, "driver_override") {
 		t.Errorf("without a format: %s", a.stdout)
 	}
 	if a := mustOnKernel(t, k, "assign", "web", "--from", "0000:02:00.0", "--mac", "stable", "--dry-run", "--format", "libvirt"); !strings.Contains(a.stdout, "<mac address=") {

@@ -163,8 +163,8 @@ func runOn(open func(string) (*iommu.Host, error), args []string, stdout, stderr
 	out := &checkedWriter{w: line.Over(stdout)}
 	text, said := terminal.NewPrintable(out), terminal.NewPrintable(line.Over(stderr))
 	e := &env{
-		stdout: text, stderr: said, noteWidth: max(notes.Width-2, 0), openHost: open, commandLine: changelog.Command(args),
-		progress: &progress{line: line, pfs: map[string]*pfProgress{}},
+		stdout: text, stderr: said, noteWidth: max(notes.Width-2, 0), openHost: open,
+		commandLine: changelog.Command(args), progress: &progress{line: line, pfs: map[string]*pfProgress{}},
 	}
 	app := newApp(e)
 	before := app.Before
@@ -243,13 +243,13 @@ func linesOf(err error) []string {
 	add("refused to " + refused.What + ":")
 	for _, r := range refused.Reasons {
 		line := "  " + r.Text
-		if r.Cure != "" {
-			line += " (" + r.Cure + ")"
+		if r.Hint != "" {
+			line += " (" + r.Hint + ")"
 		}
 		add(line)
 	}
-	if refused.Cure != "" {
-		add("  " + refused.Cure)
+	if refused.Hint != "" {
+		add("  " + refused.Hint)
 	}
 	return out
 }
@@ -290,10 +290,10 @@ func newApp(e *env) *cli.App {
 		Name:      "viaduct",
 		Usage:     "device passthrough and SR-IOV on Linux",
 		UsageText: "viaduct [--host DIR|FILE] COMMAND [OPTION...] [ARGUMENT...]",
-		Description: "`viaduct help COMMAND` explains a command, `viaduct help topics` lists the topics of the manual, e.g. " +
-			"`viaduct help selectors`: how to name a device.\n\n" +
-			"Exit status: 0 done; 1 failed; 2 wrong usage; 3 refused by a safety check, nothing was changed; 4 the host differs " +
-			"from what is declared (`plan`, `apply --dry-run` and `status` only).",
+		Description: "`viaduct help COMMAND` explains a command, `viaduct help topics` lists the topics of the " +
+			"manual, e.g. `viaduct help selectors`: how to name a device.\n\n" +
+			"Exit status: 0 done; 1 failed; 2 wrong usage; 3 refused by a safety check, nothing was changed; 4 the " +
+			"host differs from what is declared (`plan`, `apply --dry-run` and `status` only).",
 		Writer:                    e.stdout,
 		ErrWriter:                 e.stderr,
 		HideHelpCommand:           true,
@@ -338,13 +338,14 @@ func newApp(e *env) *cli.App {
 			return cli.ShowAppHelp(c)
 		},
 		Commands: slices.Concat(
-			group("See the host", listCommand(e), showCommand(e), logCommand(e), whyCommand(e), iommuCommand(e), doctorCommand(e),
-				verifyCommand(e), snapshotCommand(e)),
+			group("See the host", listCommand(e), showCommand(e), logCommand(e), whyCommand(e), iommuCommand(e),
+				doctorCommand(e), verifyCommand(e), snapshotCommand(e)),
 			group("Take devices and give them back", bindCommand(e), unbindCommand(e), recoverCommand(e)),
 			group("Virtual functions", vfCommand(e)),
-			group("The declared host", planCommand(e), applyCommand(e), statusCommand(e), undoCommand(e), adoptCommand(e),
-				installCommand(e), uninstallCommand(e), watchCommand(e), schemaCommand(e)),
-			group("Guests", assignCommand(e), releaseCommand(e), leasesCommand(e), runCommand(e), migrateCommand(e), poolCommand(e)),
+			group("The declared host", planCommand(e), applyCommand(e), statusCommand(e), undoCommand(e),
+				adoptCommand(e), installCommand(e), uninstallCommand(e), watchCommand(e), schemaCommand(e)),
+			group("Guests", assignCommand(e), releaseCommand(e), leasesCommand(e), runCommand(e), migrateCommand(e),
+				poolCommand(e)),
 			group("More", helpCommand(e), manCommand(e), completionCommand(e), versionCommand(e)),
 			group("", heldCommand(), libvirtHookCommand(e)),
 		),
@@ -406,18 +407,31 @@ func (e *env) jsonFlag() cli.Flag {
 	return &cli.BoolFlag{Name: "json", Usage: "print JSON instead of text", Destination: &e.json}
 }
 
-func (e *env) dryRunFlag() cli.Flag {
+// dryRunFlags are those of each command that can say what it would do.
+func (e *env) dryRunFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.BoolFlag{
+			Name: "dry-run", Aliases: []string{"n"}, Usage: "print what would change, and change nothing",
+			Destination: &e.dryRun,
+		},
+		e.stepsFlag("the --dry-run", func(*cli.Context, bool) error {
+			// Whoever asks for the writes wants to see them, not to make them.
+			e.dryRun = e.dryRun || e.steps
+			return nil
+		}),
+	}
+}
+
+func (e *env) stepsFlag(of string, then func(*cli.Context, bool) error) cli.Flag {
 	return &cli.BoolFlag{
-		Name:        "dry-run",
-		Aliases:     []string{"n"},
-		Usage:       "print the writes in their order and make none",
-		Destination: &e.dryRun,
+		Name: "steps", Usage: "print the writes of " + of + " as shell commands, in their order",
+		Destination: &e.steps, Action: then,
 	}
 }
 
 // flagsFirst puts the flags before the arguments, within the command that they belong to: cli takes a flag after an
-// argument for another argument, and `bind 01:00.0 --dry-run` would bind. The program's own flags go before the command,
-// wherever they stand.
+// argument for another argument, and `bind 01:00.0 --dry-run` would bind. The program's own flags go before the
+// command, wherever they stand.
 func flagsFirst(app *cli.App, args []string) []string {
 	if len(args) == 0 || slices.Contains(args, generate) {
 		return args

@@ -6,8 +6,8 @@ import (
 	"github.com/urfave/cli/v2"
 )
 
-// Completion scripts: each hands the words so far, of which the last may be empty, to the program, which answers with one
-// candidate a line. Where there is none, files are offered.
+// Completion scripts: each hands the words so far, of which the last may be empty, to the program, which answers with
+// one candidate a line. Where there is none, files are offered.
 const (
 	bashCompletion = `_viaduct() {
   local typed=${COMP_LINE:0:COMP_POINT} words cur=

@@ -43,36 +43,91 @@ func migrateCommand(e *env) *cli.Command {
 		Name:      "migrate",
 		Usage:     "move a running guest with its devices to another host",
 		ArgsUsage: "GUEST --to HOST",
-		Description: "Check whether the guest is ready, reserve a VF on HOST, take the guest's own VF from it, send its memory over, and give it " +
-			"the VF there. viaduct runs `ssh HOST viaduct migrate --peer`, or the command of --to exec:COMMAND. With a failover pair " +
-			"(run --failover BRIDGE) the guest keeps its connections; with --movable it has no NIC meanwhile. A failure before the " +
-			"guest belongs to the other host takes it back to where it was. --resume finishes an interrupted move, and --cancel takes " +
-			"it back, on either host.\n\n" +
-			"With --check, only report whether the guest is ready: HOST may then be a snapshot, and --host another one. Exit status: 0 " +
-			"if nothing refuses, 3 if something does.\n\n" +
-			"Examples:\n  viaduct migrate web --to host2 --check\n  viaduct migrate web --to host2 --from net\n  viaduct migrate web --resume\n" +
-			"  viaduct --host a.snapshot migrate web --to b.snapshot --check",
-		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "to", Usage: "the other `HOST`, as ssh knows it, or exec:COMMAND; with --check also a snapshot", Destination: &o.to},
+		Description: "Check whether the guest is ready, reserve a VF on HOST, take the guest's own VF from it, send " +
+			"its memory over, and give it the VF there. viaduct runs `ssh HOST viaduct migrate --peer`, or the " +
+			"command of --to exec:COMMAND. With a failover pair (run --failover BRIDGE) the guest keeps its " +
+			"connections; with --movable it has no NIC meanwhile. A failure before the guest belongs to the other " +
+			"host takes it back to where it was. --resume finishes an interrupted move, and --cancel takes it back, " +
+			"on either host.\n\nWith --check, only report whether the guest is ready: HOST may then be a snapshot, " +
+			"and --host another one. Exit status: 0 if nothing refuses, 3 if something does.\n\n" +
+			"Examples:\n  viaduct migrate web --to host2 --check\n  viaduct migrate web --to host2 --from net\n  " +
+			"viaduct migrate web --resume\n  viaduct --host a.snapshot migrate web --to b.snapshot --check",
+		Flags: append([]cli.Flag{
+			&cli.StringFlag{
+				Name:        "to",
+				Usage:       "the other `HOST`, as ssh knows it, or exec:COMMAND; with --check also a snapshot",
+				Destination: &o.to,
+			},
 			&cli.BoolFlag{Name: "check", Usage: "only report whether the guest is ready", Destination: &o.check},
-			&cli.StringFlag{Name: "from", Usage: "draw from this `POOL` of the other host (default: the name of the one here)", Destination: &o.wish.Pool},
-			&cli.StringFlag{Name: "by", Usage: "move the device by `failover|vfio|replug` (default: the first that can be)", Destination: &o.by},
-			&cli.StringFlag{Name: "libvirt", Usage: "the `URI` of the other host's libvirt (default: qemu+ssh://HOST/system)", Destination: &o.uri},
-			&cli.StringFlag{Name: "probe", Usage: "meanwhile ask the guest by ARP whether it hears, at this IPv4 `ADDRESS` of it, and count what is lost", Destination: &o.probe},
-			&cli.DurationFlag{Name: "downtime", Usage: "let QEMU stop the guest for this long (default: QEMU's own)", Destination: &o.limits.Downtime},
-			&cli.StringFlag{Name: "bandwidth", Usage: "send at most this `SIZE` of memory a second (e.g. 100M)", Destination: &o.bandwidth},
-			&cli.DurationFlag{Name: "unplug-wait", Usage: "give the guest this long to let go of its device", Value: 30 * time.Second, Destination: &o.limits.Unplug},
-			&cli.DurationFlag{Name: "copy-timeout", Usage: "give sending its memory this long; 0 means without limit", Value: 10 * time.Minute, Destination: &o.limits.Whole},
+			&cli.StringFlag{
+				Name:        "from",
+				Usage:       "draw from this `POOL` of the other host (default: the name of the one here)",
+				Destination: &o.wish.Pool,
+			},
+			&cli.StringFlag{
+				Name:        "by",
+				Usage:       "move the device by `failover|vfio|replug` (default: the first that can be)",
+				Destination: &o.by,
+			},
+			&cli.StringFlag{
+				Name:        "libvirt",
+				Usage:       "the `URI` of the other host's libvirt (default: qemu+ssh://HOST/system)",
+				Destination: &o.uri,
+			},
+			&cli.StringFlag{
+				Name: "probe",
+				Usage: "meanwhile ask the guest by ARP whether it hears, at this IPv4 `ADDRESS` of it, and " +
+					"count what is lost",
+				Destination: &o.probe,
+			},
+			&cli.DurationFlag{
+				Name:        "downtime",
+				Usage:       "let QEMU stop the guest for this long (default: QEMU's own)",
+				Destination: &o.limits.Downtime,
+			},
+			&cli.StringFlag{
+				Name:        "bandwidth",
+				Usage:       "send at most this `SIZE` of memory a second (e.g. 100M)",
+				Destination: &o.bandwidth,
+			},
+			&cli.DurationFlag{
+				Name:        "unplug-wait",
+				Usage:       "give the guest this long to let go of its device",
+				Value:       30 * time.Second,
+				Destination: &o.limits.Unplug,
+			},
+			&cli.DurationFlag{
+				Name:        "copy-timeout",
+				Usage:       "give sending its memory this long; 0 means without limit",
+				Value:       10 * time.Minute,
+				Destination: &o.limits.Whole,
+			},
 			&cli.BoolFlag{Name: "cancel", Usage: "take an interrupted move back", Destination: &o.cancel},
 			&cli.BoolFlag{Name: "resume", Usage: "finish an interrupted move", Destination: &o.resume},
-			&cli.BoolFlag{Name: "take-back", Usage: "take a move back that the other host cannot finish", Destination: &o.takeBack},
-			&cli.StringFlag{Name: "force", Usage: "with --take-back, `split-brain`: your word that the other host does not run the guest", Destination: &o.force},
-			&cli.BoolFlag{Name: "peer", Usage: "serve the other side of a move on standard input and output", Destination: &o.peer},
+			&cli.BoolFlag{
+				Name:        "take-back",
+				Usage:       "take a move back that the other host cannot finish",
+				Destination: &o.takeBack,
+			},
+			&cli.StringFlag{
+				Name:        "force",
+				Usage:       "with --take-back, `split-brain`: your word that the other host does not run the guest",
+				Destination: &o.force,
+			},
+			&cli.BoolFlag{
+				Name:        "peer",
+				Usage:       "serve the other side of a move on standard input and output",
+				Destination: &o.peer,
+			},
 			&cli.StringFlag{Name: "data", Usage: "with --peer, take the memory of the move `ID`", Destination: &o.data},
-			&cli.DurationFlag{Name: "timeout", Usage: "wait this long for one write, and for another viaduct", Value: bind.DefaultTimeout, Destination: &o.timeout},
-			e.dryRunFlag(),
+			&cli.DurationFlag{
+				Name:        "timeout",
+				Usage:       "wait this long for one write, and for another viaduct",
+				Value:       bind.DefaultTimeout,
+				Destination: &o.timeout,
+			},
 			e.jsonFlag(),
-		},
+		}, e.dryRunFlags()...),
 		BashComplete: e.completeGuests,
 		Action: func(c *cli.Context) (err error) {
 			o.version = buildVersion().String()
@@ -124,8 +179,8 @@ func (o *migrateOptions) parse() error {
 	case mends == 1 && o.check:
 		return usagef("migrate: --check is of a move that has not begun")
 	case o.takeBack && o.force != "split-brain":
-		return usagef("migrate: --take-back runs the guest here although it may run there: if you know that the other host is " +
-			"off, say so (--take-back --force=split-brain)")
+		return usagef("migrate: --take-back runs the guest here although it may run there: if you know that the " +
+			"other host is off, say so (--take-back --force=split-brain)")
 	case o.force != "" && !o.takeBack:
 		return usagef("migrate: --force is for --take-back")
 	}

@@ -73,7 +73,8 @@ func runMigrate(ctx context.Context, e *env, o *migrateOptions) error {
 		}
 		defer held.Close()
 		if r, err := side.Record(o.guest); err != nil || r != nil && (r.Source || r.Phase != migrate.Arrived) {
-			return errors.Join(err, fmt.Errorf("another move of %s is not over: viaduct migrate %s --resume, or --cancel",
+			return errors.Join(err, fmt.Errorf("another move of %s is not over: viaduct migrate %s --resume, or "+
+				"--cancel",
 				o.guest, shell.Quote(o.guest)))
 		}
 	}
@@ -98,10 +99,11 @@ func runMigrate(ctx context.Context, e *env, o *migrateOptions) error {
 		return err
 	}
 	if e.dryRun {
-		for _, line := range migrate.Plan(r) {
-			fmt.Fprintln(e.stdout, line)
-		}
-		return nil
+		p := &preview{what: "step"}
+		p.of(fmt.Sprintf("%s moves to %s, by %s", r.Guest, r.Peer, r.Order.Way))
+		p.says(migrate.Words(r)...)
+		p.does(migrate.Plan(r)...)
+		return e.preview(p)
 	}
 	var probe *migrate.Probe
 	if o.probe != "" {
@@ -128,9 +130,9 @@ func (e *env) readiness(ctx context.Context, o *migrateOptions,
 		return nil, nil, err
 	}
 	if g.VM.Libvirt() {
-		g.Asked, err = migrate.AskDomain(ctx, g)
+		g.State, err = migrate.AskDomain(ctx, g)
 	} else {
-		g.Asked, err = migrate.AskGuest(ctx, g.VM)
+		g.State, err = migrate.AskGuest(ctx, g.VM)
 	}
 	if err != nil {
 		return nil, nil, err
@@ -155,7 +157,8 @@ func (e *env) newRecord(ctx context.Context, h *iommu.Host, o *migrateOptions, r
 		return nil, err
 	}
 	if l == nil || l.VM == nil || l.VM.Socket == "" && !l.VM.Libvirt() {
-		return nil, fmt.Errorf("%s: its QEMU has no socket of viaduct's (assign or run it with --failover or --movable)", o.guest)
+		return nil, fmt.Errorf("%s: its QEMU has no socket of viaduct's (assign or run it with --failover or "+
+			"--movable)", o.guest)
 	}
 
 	words, err := book.Words(o.guest)
@@ -183,8 +186,8 @@ func (e *env) newRecord(ctx context.Context, h *iommu.Host, o *migrateOptions, r
 	r := &migrate.Record{
 		ID: migrate.NewID(), Guest: o.guest, Phase: migrate.Checked, Source: true, Peer: o.to, Began: time.Now(),
 		Socket: l.VM.Socket,
-		Order: migrate.Order{Way: report.By, From: pool, Count: len(l.Devices), Settings: settings, Address: address, VM: *l.VM,
-			Words: words},
+		Order: migrate.Order{Way: report.By, From: pool, Count: len(l.Devices), Settings: settings, Address: address,
+			VM: *l.VM, Words: words},
 	}
 
 	if l.VM.Libvirt() {
@@ -228,8 +231,8 @@ func probeOver(h *iommu.Host, r *migrate.Record, g *migrate.Guest) (string, erro
 const noAddress = "00:00:00:00:00:00"
 
 // drive drives a move until it is over, or cannot go on; a probe, if any, ends with it.
-func (e *env) drive(ctx context.Context, o *migrateOptions, side *migrate.Side, way *migrate.Transport, r *migrate.Record,
-	want migrate.Wants, probe *migrate.Probe) error {
+func (e *env) drive(ctx context.Context, o *migrateOptions, side *migrate.Side, way *migrate.Transport,
+	r *migrate.Record, want migrate.Wants, probe *migrate.Probe) error {
 	ctx, stop := untilSignal(ctx)
 	defer stop()
 	d := &migrate.Driver{
@@ -322,7 +325,8 @@ func (e *env) tellOutcome(r *migrate.Record, o *migrate.Outcome) error {
 		fmt.Fprintf(e.stdout, "QEMU's downtime %d ms\n", *v.Downtime)
 	}
 	if v.Stopped != nil {
-		fmt.Fprintf(e.stdout, "stopped until it went on %.1f ms (the clocks are known to %.1f ms)\n", *v.Stopped, *v.Error)
+		fmt.Fprintf(e.stdout, "stopped until it went on %.1f ms (the clocks are known to %.1f ms)\n", *v.Stopped,
+			*v.Error)
 	}
 
 	if v.Without != nil {
@@ -334,8 +338,8 @@ func (e *env) tellOutcome(r *migrate.Record, o *migrate.Outcome) error {
 	}
 
 	if p := v.Probe; p != nil {
-		fmt.Fprintf(e.stdout, "%d of %d questions to %s were lost, and the longest silence was %.1f ms\n", max(p.Sent-p.Answered, 0),
-			p.Sent, p.Address, p.Silence)
+		fmt.Fprintf(e.stdout, "%d of %d questions to %s were lost, and the longest silence was %.1f ms\n",
+			max(p.Sent-p.Answered, 0), p.Sent, p.Address, p.Silence)
 	}
 
 	return nil

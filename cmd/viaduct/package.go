@@ -30,8 +30,12 @@ func runPackage(e *env, app *cli.App, o *packageOptions) error {
 	}
 	files := append(install.Packaged(o.program, o.units), more...)
 	if e.dryRun {
-		e.printFiles(files)
-		return nil
+		p := previewFiles(files)
+		p.of("writes " + count(len(files), "file") + " below " + cmp.Or(o.root, "."))
+		for _, f := range files {
+			p.says(f.Path)
+		}
+		return e.preview(p)
 	}
 	names, err := install.WritePackage(cmp.Or(o.root, "."), files)
 	for _, name := range names {
@@ -53,7 +57,8 @@ func documents(app *cli.App) ([]install.File, error) {
 		if err != nil {
 			return nil, err
 		}
-		all = append(all, install.File{Path: share + "man/man" + p.Section + "/" + p.Name + "." + p.Section, Content: text})
+		all = append(all, install.File{Path: share + "man/man" + p.Section + "/" + p.Name + "." + p.Section,
+			Content: text})
 	}
 	for i := range all {
 		all[i].Mode = 0o644
@@ -61,13 +66,15 @@ func documents(app *cli.App) ([]install.File, error) {
 	return all, nil
 }
 
-// printFiles prints files as commands that would write them.
-func (e *env) printFiles(files []install.File) {
+// previewFiles are files as commands that would write them.
+func previewFiles(files []install.File) *preview {
+	p := &preview{what: "file"}
 	for _, f := range files {
 		if f.Link != "" {
-			fmt.Fprintf(e.stdout, "ln -s %s %s\n", f.Link, f.Path)
+			p.does(fmt.Sprintf("ln -s %s %s", f.Link, f.Path))
 		} else {
-			fmt.Fprintf(e.stdout, "cat > %s <<'END'\n%sEND\n", f.Path, f.Content)
+			p.does(fmt.Sprintf("cat > %s <<'END'\n%sEND", f.Path, f.Content))
 		}
 	}
+	return p
 }

@@ -1,12 +1,11 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"slices"
 	"strings"
-
-	"github.com/urfave/cli/v2"
 
 	"viaduct/cmd/internal/declared"
 	"viaduct/cmd/internal/hostfile"
@@ -16,12 +15,63 @@ import (
 	"viaduct/vfio/holder"
 )
 
-// This file is what plans say in words; with --steps they print the writes instead.
+// preview is what would be done: in words, and as the writes that --steps prints instead.
+type preview struct {
+	words  terminal.Table
+	script []string // a shell's; what is said of the commands is in comments
+	writes int      // or whatever what says
+	what   string
+}
 
-func (e *env) stepsFlag(of string) cli.Flag {
-	return &cli.BoolFlag{
-		Name: "steps", Usage: "print the writes " + of + " as shell commands, in their order", Destination: &e.steps,
+// line is one of the words: what it is of is in bold, above what is said of it.
+func (p *preview) line(hang int, style terminal.Style, text string) {
+	p.words.Rows = append(p.words.Rows, terminal.Row{Line: text, Style: style, Hang: hang})
+}
+
+// of begins what is said of something.
+func (p *preview) of(text string) { p.line(2, terminal.Bold, text) }
+
+// says is what is said of it.
+func (p *preview) says(texts ...string) {
+	for _, text := range texts {
+		p.line(4, terminal.Plain, "  "+text)
 	}
+}
+
+// note is what one should know of it. What follows the steps is of interest only below them.
+func (p *preview) note(notes ...string) {
+	for _, n := range notes {
+		if !followsSteps(n) {
+			p.line(4, terminal.Dim, "  note: "+n)
+		}
+	}
+	p.comment(notes...)
+}
+
+// comment is said among the writes only.
+func (p *preview) comment(texts ...string) {
+	for _, text := range texts {
+		p.script = append(p.script, "# "+text)
+	}
+}
+
+// does are the next writes.
+func (p *preview) does(commands ...string) {
+	p.script, p.writes = append(p.script, commands...), p.writes+len(commands)
+}
+
+// preview prints one, in words unless the writes are asked for.
+func (e *env) preview(p *preview) error {
+	if e.steps {
+		for _, line := range p.script {
+			fmt.Fprintln(e.stdout, line)
+		}
+		return nil
+	}
+	if p.writes > 0 {
+		p.line(0, terminal.Dim, "--steps prints the "+count1(p.writes, cmp.Or(p.what, "write")))
+	}
+	return e.screen.Print(&p.words)
 }
 
 // stateOrder is the order in which a plan counts the states of its items, and their styles.
@@ -48,16 +98,12 @@ func styleOf(i *declared.Item) terminal.Style {
 	return terminal.Plain
 }
 
-// planWords prints a plan in words: how many of each, what is refused and why, and what changes.
-func (e *env) planWords(items []*declared.Item) error {
-	t := &terminal.Table{}
-	line := func(hang int, style terminal.Style, format string, a ...any) {
-		t.Rows = append(t.Rows, terminal.Row{Line: fmt.Sprintf(format, a...), Style: style, Hang: hang})
-	}
-	count, writes := map[declared.State]int{}, 0
+// previewItems is what a plan of declared items says: how many of each, what is refused and why, and what changes.
+func previewItems(items []*declared.Item) *preview {
+	p := &preview{}
+	count := map[declared.State]int{}
 	for _, i := range items {
 		count[i.State]++
-		writes += len(i.Steps)
 	}
 	var counts []string
 	for _, s := range stateOrder {
@@ -65,9 +111,11 @@ func (e *env) planWords(items []*declared.Item) error {
 			counts = append(counts, fmt.Sprintf("%d %s", n, s.words))
 		}
 	}
-	if len(items) > 0 {
-		of := strings.Join(filesOf(items), ", ")
-		line(2, terminal.Bold, "%s", strings.TrimPrefix(of+": "+strings.Join(counts, ", "), ": "))
+	if files := strings.Join(filesOf(items), ", "); files != "" {
+		p.comment("declared in " + files)
+		p.of(files + ": " + strings.Join(counts, ", "))
+	} else if len(items) > 0 {
+		p.of(strings.Join(counts, ", "))
 	}
 
 	said := map[string]bool{}
@@ -78,7 +126,9 @@ func (e *env) planWords(items []*declared.Item) error {
 		for _, why := range reasonsOf(i.Err) {
 			why = strings.TrimPrefix(why, i.Name+": ")
 			if !said[why] {
-				line(4, styleOf(i), "%s %s: %s", i.State, itemName(i), why)
+				text := fmt.Sprintf("%s %s: %s", i.State, itemName(i), why)
+				p.line(4, styleOf(i), text)
+				p.comment(text)
 			}
 			said[why] = true
 		}
@@ -87,20 +137,13 @@ func (e *env) planWords(items []*declared.Item) error {
 		if i.State != declared.Differs {
 			continue
 		}
-		line(2, terminal.Bold, "%s", itemName(i))
-		for _, words := range i.Words() {
-			line(4, terminal.Plain, "  %s", words)
-		}
-		for _, n := range i.Notes {
-			if !followsSteps(n) {
-				line(4, terminal.Dim, "  note: %s", n)
-			}
-		}
+		p.of(itemName(i))
+		p.comment(itemName(i))
+		p.says(i.Words()...)
+		p.does(bind.Commands(i.Steps)...)
+		p.note(i.Notes...)
 	}
-	if writes > 0 {
-		line(0, terminal.Dim, "--steps prints the %s", count1(writes, "write"))
-	}
-	return e.screen.Print(t)
+	return p
 }
 
 // count1 is a number of things behind an article: write, 2 writes.
@@ -116,8 +159,8 @@ func reasonsOf(err error) []string {
 	var out []string
 	for _, r := range holder.Reasons(err) {
 		text := r.Text
-		if r.Cure != "" {
-			text += " (" + r.Cure + ")"
+		if r.Hint != "" {
+			text += " (" + r.Hint + ")"
 		}
 		if !slices.Contains(out, text) {
 			out = append(out, text)
@@ -190,24 +233,26 @@ func unmanagedText(d *iommu.Device) string {
 	return "is on " + d.Driver + " and is not declared"
 }
 
-// followsSteps reports whether a note says what is done behind the last of the steps, which is of interest only below them.
+// followsSteps reports whether a note says what is done behind the last of the steps, which is of interest only below
+// them.
 func followsSteps(note string) bool { return strings.HasPrefix(note, "then ") }
 
-// moveWords prints where devices would go, in words: the units of a job that are not refused.
-func (e *env) moveWords(goal bind.Goal, job *bind.Job, results []bind.Result, asked []*iommu.Device) error {
+// previewMove is where devices would go: those of the units of a job that are not refused.
+func previewMove(goal bind.Goal, job *bind.Job, results []bind.Result, asked []*iommu.Device) *preview {
 	verb := "takes"
 	if goal == bind.GiveBack() {
 		verb = "gives back"
 	}
-	t := &terminal.Table{}
-	line := func(hang int, style terminal.Style, text string) {
-		t.Rows = append(t.Rows, terminal.Row{Line: text, Style: style, Hang: hang})
-	}
+	p := &preview{}
 	by := map[string]bind.Result{}
-	writes := 0
 	for _, r := range results {
 		by[r.Name] = r
-		writes += len(r.Steps)
+		text := r.Name + ": " + moveText(&r.Change)
+		if r.Role == iommu.RoleCompanion {
+			text += ", as a companion: viaduct only keeps it off the host's drivers"
+		}
+		p.comment(text)
+		p.does(bind.Commands(bind.Actions(r.Steps))...)
 	}
 
 	vfs := map[string][]int{}
@@ -216,38 +261,38 @@ func (e *env) moveWords(goal bind.Goal, job *bind.Job, results []bind.Result, as
 			continue
 		}
 		if d := v.Unit[0]; len(v.Unit) == 1 && d.PhysFn != nil {
-			what := " of " + d.PhysFn.String() + ": " + moveText(by[d.Name])
+			r := by[d.Name]
+			what := " of " + d.PhysFn.String() + ": " + moveText(&r.Change)
 			vfs[what] = append(vfs[what], d.VFIndex)
 			continue
 		}
 		var named []*iommu.Device
 		for _, d := range v.Unit {
 			if slices.Contains(asked, d) {
+				r := by[d.Name]
 				named = append(named, d)
-				line(2, terminal.Bold, d.Name+": "+moveText(by[d.Name]))
+				p.of(d.Name + ": " + moveText(&r.Change))
 			}
 		}
-		for _, words := range declared.Along(verb, v.Unit, named...) {
-			line(4, terminal.Plain, "  "+words)
-		}
+		p.says(declared.Along(verb, v.Unit, named...)...)
 	}
 	for _, what := range slices.Sorted(maps.Keys(vfs)) {
-		line(2, terminal.Bold, terminal.Fold("vf", vfs[what])+what)
+		p.of(terminal.Fold("vf", vfs[what]) + what)
 	}
-	if writes > 0 {
-		line(0, terminal.Dim, "--steps prints the "+count1(writes, "write"))
-	}
-	return e.screen.Print(t)
+	return p
 }
 
 // moveText is where a device goes.
-func moveText(r bind.Result) string {
-	v := viewChange(r)
-	if len(r.Steps) == 0 {
-		return "on " + driverText(v.To) + " already"
+func moveText(c *bind.Change) string {
+	from, to := driverText(known(c.From)), driverText(known(c.To))
+	if c.To == bind.None {
+		to = driverText(nil)
 	}
-	if driverText(v.From) == driverText(v.To) {
-		return "stays on " + driverText(v.To)
+	if len(c.Steps) == 0 {
+		return "on " + to + " already"
 	}
-	return driverText(v.From) + " -> " + driverText(v.To)
+	if from == to {
+		return "stays on " + to
+	}
+	return from + " -> " + to
 }

@@ -21,13 +21,17 @@ func poolCommand(e *env) *cli.Command {
 		Name:      "pool",
 		Usage:     "list the pools of VFs that guests draw from",
 		ArgsUsage: "[NAME]",
-		Description: "A pool is all VFs of /etc/viaduct/host.yaml with the same `pool:` name. `--format libvirt-network` " +
-			"prints a pool as a network of libvirt, from which domains draw their interfaces. After `viaduct " +
-			"install --libvirt` each drawn VF has a lease.\n\n" +
+		Description: "A pool is all VFs of /etc/viaduct/host.yaml with the same `pool:` name. `--format " +
+			"libvirt-network` prints a pool as a network of libvirt, from which domains draw their interfaces. After " +
+			"`viaduct install --libvirt` each drawn VF has a lease.\n\n" +
 			"Examples:\n  viaduct pool\n" +
 			"  viaduct pool net --format libvirt-network > net.xml",
 		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "format", Usage: "print the pool in this format: `libvirt-network`", Destination: &format},
+			&cli.StringFlag{
+				Name:        "format",
+				Usage:       "print the pool in this format: `libvirt-network`",
+				Destination: &format,
+			},
 			e.jsonFlag(),
 		},
 		BashComplete: func(*cli.Context) { e.suggest(e.pools()...) },
@@ -74,7 +78,8 @@ func runPool(e *env, only string, network bool) error {
 		return err
 	}
 	if e.tellUnknownBooks(m.Book); network && !m.Book.Known() {
-		return errors.New("this captured host does not show which VFs of the pool are in quarantine, and the network must have none of them")
+		return errors.New("this captured host does not show which VFs of the pool are in quarantine, and the network " +
+			"must have none of them")
 	}
 	dm := m.Declared()
 	views := []poolView{}

@@ -14,7 +14,7 @@ type refusalView struct {
 	Who    *string           `json:"who"`
 	PID    *int              `json:"pid"`
 	Force  *holder.Kind      `json:"force"`
-	Cure   *string           `json:"cure"`
+	Hint   *string           `json:"cure"`
 	Reason string            `json:"reason"`
 }
 
@@ -22,7 +22,7 @@ type refusalView struct {
 func viewRefusals(err error) []refusalView {
 	out := []refusalView{}
 	for _, r := range holder.Reasons(err) {
-		v := refusalView{Kind: r.Kind, Device: known(r.Device), Cure: known(r.Cure), Reason: r.Text}
+		v := refusalView{Kind: r.Kind, Device: known(r.Device), Hint: known(r.Hint), Reason: r.Text}
 		if h := r.Holder; h != nil {
 			if v.Who = known(h.Guest); h.Guest == "" {
 				v.Who = known(h.What)

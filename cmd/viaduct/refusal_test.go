@@ -22,7 +22,7 @@ func TestRefusals(t *testing.T) {
 	type refusal struct {
 		Kind, Device string
 		Who, Force   *string
-		Cure         *string
+		Hint         *string `json:"cure"`
 		PID          *int
 		Reason       string
 	}
@@ -37,7 +37,7 @@ func TestRefusals(t *testing.T) {
 		kind  string
 		who   string
 		force bool
-		cure  bool
+		hint  bool
 	}{
 		{"bind ens1", "route", "(ens1) carries the default route", true, false},
 		{"bind ens1 --dry-run", "route", "(ens1) carries the default route", true, false},
@@ -65,7 +65,7 @@ func TestRefusals(t *testing.T) {
 			if r.Who != nil {
 				who = *r.Who
 			}
-			found = found || r.Kind == c.kind && who == c.who && (r.Force != nil) == c.force && (r.Cure != nil) == c.cure &&
+			found = found || r.Kind == c.kind && who == c.who && (r.Force != nil) == c.force && (r.Hint != nil) == c.hint &&
 				r.Reason != ""
 		}
 		if !found {
@@ -90,8 +90,8 @@ func TestRefusals(t *testing.T) {
 
 // Each reason of a refusal has a line, and none is told twice.
 func TestLinesOf(t *testing.T) {
-	refused := &holder.RefusedError{What: "take it", Cure: "do else", Reasons: []holder.Reason{
-		{Text: "one"}, {Text: "two", Cure: "mend"}, {Text: "one"},
+	refused := &holder.RefusedError{What: "take it", Hint: "do else", Reasons: []holder.Reason{
+		{Text: "one"}, {Text: "two", Hint: "mend"}, {Text: "one"},
 	}}
 	single := holder.Because("take it", holder.Reason{Text: "one"}, "do else")
 	for _, c := range []struct {

@@ -36,9 +36,22 @@ func releaseCommand(e *env) *cli.Command {
 		Flags: []cli.Flag{
 			&cli.DurationFlag{Name: "wait", Usage: "wait this long for the guest to end", Destination: &wait},
 			&cli.BoolFlag{Name: "dead", Usage: "release all dead leases", Destination: &dead},
-			&cli.BoolFlag{Name: "quarantined", Usage: "clean SELECTOR... in quarantine again, and free what is clean then", Destination: &quarantined},
-			&cli.StringFlag{Name: "force", Usage: "with --quarantined: `quarantine` frees a device that still cannot be reset, or is gone", Destination: &force},
-			&cli.DurationFlag{Name: "timeout", Usage: "wait this long for one write, and for another viaduct", Value: bind.DefaultTimeout, Destination: &timeout},
+			&cli.BoolFlag{
+				Name:        "quarantined",
+				Usage:       "clean SELECTOR... in quarantine again, and free what is clean then",
+				Destination: &quarantined,
+			},
+			&cli.StringFlag{
+				Name:        "force",
+				Usage:       "with --quarantined: `quarantine` frees a device that still cannot be reset, or is gone",
+				Destination: &force,
+			},
+			&cli.DurationFlag{
+				Name:        "timeout",
+				Usage:       "wait this long for one write, and for another viaduct",
+				Value:       bind.DefaultTimeout,
+				Destination: &timeout,
+			},
 			e.jsonFlag(),
 		},
 		BashComplete: e.completeGuests,
@@ -48,42 +61,47 @@ func releaseCommand(e *env) *cli.Command {
 			}
 			switch {
 			case force != "" && (force != "quarantine" || !quarantined):
-				return usagef("release: --force needs --quarantined, and the value quarantine: nothing else of a release can be forced")
+				return usagef("release: --force needs --quarantined, and the value quarantine: nothing else of a " +
+					"release can be forced")
 			case wait < 0 || dead && wait > 0:
 				return usagef("release: --wait %s needs the name of one guest and a time of zero or more", wait)
 			case dead && (quarantined || c.Args().Present()):
 				return usagef("release: --dead takes no arguments: it releases all dead leases")
 			case dead:
-				return runRelease(c.Context, e, timeout, func(ctx context.Context, m *lease.Manager) ([]lease.Certificate, error) { return m.Reclaim(ctx) })
+				return runRelease(c.Context, e, timeout,
+					func(ctx context.Context, m *lease.Manager) ([]lease.Certificate, error) { return m.Reclaim(ctx) })
 			case quarantined:
 				sel, err := selectors(c)
 				if err != nil {
 					return err
 				}
-				return runRelease(c.Context, e, timeout, func(ctx context.Context, m *lease.Manager) ([]lease.Certificate, error) {
-					var all []lease.Quarantine
-					for _, s := range sel {
-						q, err := m.InQuarantine(s)
-						if err != nil {
-							return nil, err
+				return runRelease(c.Context, e, timeout,
+					func(ctx context.Context, m *lease.Manager) ([]lease.Certificate, error) {
+						var all []lease.Quarantine
+						for _, s := range sel {
+							q, err := m.InQuarantine(s)
+							if err != nil {
+								return nil, err
+							}
+							all = append(all, q)
 						}
-						all = append(all, q)
-					}
-					return m.Lift(ctx, all, force == "quarantine")
-				})
+						return m.Lift(ctx, all, force == "quarantine")
+					})
 			}
 			guest, err := oneArgument(c, "the guest's name")
 			if err != nil {
 				return err
 			}
-			return runRelease(c.Context, e, timeout, func(ctx context.Context, m *lease.Manager) ([]lease.Certificate, error) {
-				return m.Release(ctx, guest, wait)
-			})
+			return runRelease(c.Context, e, timeout,
+				func(ctx context.Context, m *lease.Manager) ([]lease.Certificate, error) {
+					return m.Release(ctx, guest, wait)
+				})
 		},
 	})
 }
 
-func runRelease(ctx context.Context, e *env, timeout time.Duration, do func(context.Context, *lease.Manager) ([]lease.Certificate, error)) error {
+func runRelease(ctx context.Context, e *env, timeout time.Duration,
+	do func(context.Context, *lease.Manager) ([]lease.Certificate, error)) error {
 	ctx, stop, m, err := e.beginLeases(ctx, timeout, lease.Ends)
 	if err != nil {
 		return err

@@ -56,8 +56,9 @@ func runCommand(e *env) *cli.Command {
 				Destination: &o.format,
 			},
 			&cli.StringFlag{
-				Name:        "user",
-				Usage:       "start the command as `USER[:GROUP]`, who gets the devices' nodes and may lock memory without limit",
+				Name: "user",
+				Usage: "start the command as `USER[:GROUP]`, who gets the devices' nodes and may lock memory " +
+					"without limit",
 				Destination: &as,
 			},
 			&cli.DurationFlag{
@@ -268,8 +269,8 @@ func (e *env) moved(ctx context.Context, guest string) (bool, error) {
 		e.note("%s is on %s now", guest, r.Peer)
 		return true, nil
 	case now != nil:
-		e.note("%s has ended while it moved, and its devices are kept until that is over (viaduct migrate %s --resume, or "+
-			"--cancel)", guest, shell.Quote(guest))
+		e.note("%s has ended while it moved, and its devices are kept until that is over (viaduct migrate %s "+
+			"--resume, or --cancel)", guest, shell.Quote(guest))
 		return true, nil
 	}
 

@@ -96,7 +96,7 @@ type usbView struct {
 // warningView is what will go wrong when a guest gets the device, with what to do.
 type warningView struct {
 	What string  `json:"what"`
-	Cure *string `json:"cure"`
+	Hint *string `json:"cure"`
 }
 
 type groupBrief struct {

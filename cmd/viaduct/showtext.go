@@ -23,7 +23,8 @@ const factWidth = 14
 func (f *facts) add(name, format string, a ...any) { f.styled(terminal.Plain, name, format, a...) }
 
 func (f *facts) styled(style terminal.Style, name, format string, a ...any) {
-	f.rows = append(f.rows, terminal.Row{Lead: "  " + name, Line: fmt.Sprintf(format, a...), Style: style, Hang: factWidth})
+	f.rows = append(f.rows, terminal.Row{Lead: "  " + name, Line: fmt.Sprintf(format, a...), Style: style,
+		Hang: factWidth})
 }
 
 // text adds a line unless it is not known.
@@ -53,8 +54,8 @@ func (e *env) printDevice(h *iommu.Host, t *iommu.Topology, d *iommu.Device, v *
 	f.heading("%s", strings.TrimSpace(d.Name+"  "+s.nameOf(d)))
 	for _, w := range v.Warnings {
 		text := w.What
-		if w.Cure != nil {
-			text += ": " + *w.Cure
+		if w.Hint != nil {
+			text += ": " + *w.Hint
 		}
 		f.styled(terminal.Bad, "warning", "%s", text)
 	}
@@ -139,7 +140,8 @@ func (f *facts) group(s *sight, d *iommu.Device, v *showView) {
 	f.add("group", "%d, %s", g.ID, text)
 
 	label := map[iommu.Role]string{
-		iommu.RoleGuest: "goes along", iommu.RoleCompanion: "kept off", iommu.RolePort: "stays", iommu.RoleChild: "behind",
+		iommu.RoleGuest: "goes along", iommu.RoleCompanion: "kept off", iommu.RolePort: "stays",
+		iommu.RoleChild: "behind",
 	}
 	by := map[iommu.Role][]string{}
 	for i := range g.Devices {
@@ -258,14 +260,15 @@ func (e *env) printGroup(h *iommu.Host, t *iommu.Topology, g *iommu.Group, v sho
 	}
 	f.list("reserved", regions)
 	if w, direct := directWarning(v.ReservedRegions); direct {
-		f.styled(terminal.Bad, "warning", "%s: %s", w.What, *w.Cure)
+		f.styled(terminal.Bad, "warning", "%s: %s", w.What, *w.Hint)
 	}
 	table.Rows = append(table.Rows, f.rows...)
 	return e.screen.Print(table)
 }
 
 // warnings are what will go wrong when a guest gets the device.
-func warnings(h *iommu.Host, t *iommu.Topology, d *iommu.Device, v *showView, reset iommu.Reset) ([]warningView, error) {
+func warnings(h *iommu.Host, t *iommu.Topology, d *iommu.Device, v *showView,
+	reset iommu.Reset) ([]warningView, error) {
 	out := []warningView{}
 	if d.Group != nil {
 		regions, err := iommu.ReservedRegions(h, *d.Group)
@@ -278,18 +281,18 @@ func warnings(h *iommu.Host, t *iommu.Topology, d *iommu.Device, v *showView, re
 	}
 	for _, u := range v.uses {
 		if u.Kind == holder.Display {
-			what, cure, _ := strings.Cut(u.What, ": ")
-			cure = cmp.Or(cure, "use another screen or a serial console first, or another card for the guest")
-			out = append(out, warningView{"it " + what, &cure})
+			what, hint, _ := strings.Cut(u.What, ": ")
+			hint = cmp.Or(hint, "use another screen or a serial console first, or another card for the guest")
+			out = append(out, warningView{"it " + what, &hint})
 		}
 	}
 	its := func(o *iommu.Device) bool { return o.Together(d) }
 	if problem := reset.Problem(its); d.Group != nil && d.Role() == iommu.RoleGuest && problem != "" {
-		cure := "assign --no-reset leaves what this guest wrote into it for the next one"
+		hint := "assign --no-reset leaves what this guest wrote into it for the next one"
 		if reset.Way == iommu.ResetBus {
-			cure = "take these too, or accept that the next guest finds what this one left in it (assign --no-reset)"
+			hint = "take these too, or accept that the next guest finds what this one left in it (assign --no-reset)"
 		}
-		out = append(out, warningView{problem, &cure})
+		out = append(out, warningView{problem, &hint})
 	}
 	return out, nil
 }
@@ -299,10 +302,11 @@ func warnings(h *iommu.Host, t *iommu.Topology, d *iommu.Device, v *showView, re
 func directWarning(regions []regionView) (warningView, bool) {
 	for _, r := range regions {
 		if r.Type == "direct" {
-			cure := "turn off what needs it in the firmware's setup (shared memory of the card, legacy USB or network boot), " +
-				"or put the card into another slot"
-			what := fmt.Sprintf("QEMU will refuse it: the firmware keeps memory mapped for it (%s - %s, direct)", r.Start, r.End)
-			return warningView{what, &cure}, true
+			hint := "turn off what needs it in the firmware's setup (shared memory of the card, legacy USB or " +
+				"network boot), or put the card into another slot"
+			what := fmt.Sprintf("QEMU will refuse it: the firmware keeps memory mapped for it (%s - %s, direct)",
+				r.Start, r.End)
+			return warningView{what, &hint}, true
 		}
 	}
 	return warningView{}, false

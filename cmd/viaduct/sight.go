@@ -23,7 +23,8 @@ type sight struct {
 }
 
 // Where a list is too wide, names are cut first, and then the uses and drivers.
-var listShrink = []terminal.Shrink{{Column: 2, Least: 18}, {Column: 4, Least: 18}, {Column: 3, Least: 10}, {Column: 2, Least: 8}}
+var listShrink = []terminal.Shrink{{Column: 2, Least: 18}, {Column: 4, Least: 18}, {Column: 3, Least: 10},
+	{Column: 2, Least: 8}}
 
 // groups are the devices by their IOMMU groups.
 func (s *sight) groups() *terminal.Table {
@@ -185,7 +186,8 @@ func modelName(vendor, model string) string {
 	vendor, _, _ = strings.Cut(vendor, ",")
 	for {
 		short := vendor
-		for _, end := range []string{" Corporation", " Corp.", " Inc.", " Inc", " Co.", " Co", " Ltd.", " Ltd", " Limited", " Technologies", " Semiconductor", " Electronics"} {
+		for _, end := range []string{" Corporation", " Corp.", " Inc.", " Inc", " Co.", " Co", " Ltd.", " Ltd",
+			" Limited", " Technologies", " Semiconductor", " Electronics"} {
 			short = strings.TrimSuffix(short, end)
 		}
 		if short == vendor {

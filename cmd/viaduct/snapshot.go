@@ -22,17 +22,18 @@ func snapshotCommand(e *env) *cli.Command {
 		Name:      "snapshot",
 		Usage:     "write everything viaduct reads of this host to one file",
 		ArgsUsage: "FILE|-",
-		Description: "With `--host FILE`, every command that only reads works on this file, on any machine. A file that " +
-			"exists is never overwritten. The file holds MAC addresses and serial numbers, which `--redact` masks, " +
-			"and who uses devices, which it leaves out. A snapshot that root takes is complete; that of another user lacks configuration space, the " +
-			"firmware's tables, and more.\n\n" +
+		Description: "With `--host FILE`, every command that only reads works on this file, on any machine. A file " +
+			"that exists is never overwritten. The file holds MAC addresses and serial numbers, which `--redact` " +
+			"masks, and who uses devices, which it leaves out. A snapshot that root takes is complete; that of " +
+			"another user lacks configuration space, the firmware's tables, and more.\n\n" +
 			"Examples:\n  viaduct snapshot host.tar.gz\n" +
 			"  viaduct --host host.tar.gz list --tree\n" +
 			"  ssh host viaduct snapshot --redact - > host.tar.gz",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{
 				Name: "redact", Destination: &redact,
-				Usage: "mask MAC addresses, GUIDs and serial numbers, leave out who uses devices, and keep of the kernel command line only what is about devices",
+				Usage: "mask MAC addresses, GUIDs and serial numbers, leave out who uses devices, and keep of the " +
+					"kernel command line only what is about devices",
 			},
 		},
 		Action: func(c *cli.Context) error {
@@ -57,8 +58,8 @@ func runSnapshot(ctx context.Context, e *env, file string, redact bool) (err err
 	}
 	defer func() {
 		if err == nil && !redact {
-			e.note("the snapshot holds MAC addresses, serial numbers, the kernel command line, the declared host, who uses " +
-				"devices and the log of changes: --redact leaves out what tells this host from others")
+			e.note("the snapshot holds MAC addresses, serial numbers, the kernel command line, the declared host, " +
+				"who uses devices and the log of changes: --redact leaves out what tells this host from others")
 		}
 	}()
 	if file == "-" && e.screen.Width > 0 {

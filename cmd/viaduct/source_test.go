@@ -74,7 +74,7 @@ func TestSettingByIndex(t *testing.T) {
 	k := hosttest.NewLab(t, nil)
 	mustOnKernel(t, k, "vf", "create", "0000:01:00.0", "3")
 	line := []string{"assign", "web", "--from", "0000:01:00.0", "--count", "2", "--vlan", "100+index", "--format", "json"}
-	dry := mustOnKernel(t, k, append(line[:len(line)-2:len(line)-2], "--dry-run")...)
+	dry := mustOnKernel(t, k, append(line[:len(line)-2:len(line)-2], "--steps")...)
 	for _, want := range []string{"vf 0 vlan 100", "vf 1 vlan 101"} {
 		if !strings.Contains(dry.stdout, want) {
 			t.Errorf("%q is missing of the dry run:\n%s", want, dry.stdout)

@@ -158,11 +158,11 @@ func TestWhyTexts(t *testing.T) {
 	}
 	w = &why{group: group(6)}
 	for n := range 5 {
-		w.edges = append(w.edges, iommu.Edge{Kind: iommu.EdgePath, From: members[0], To: &w.group.Devices[n].Address, Cure: "c"})
+		w.edges = append(w.edges, iommu.Edge{Kind: iommu.EdgePath, From: members[0], To: &w.group.Devices[n].Address, Hint: "c"})
 	}
-	wants(t, "cures", strings.Join(w.cures(), "|"), "0000:01:00.0, 0000:01:01.0, 0000:01:02.0, 2 others: c.")
+	wants(t, "cures", strings.Join(w.hints(), "|"), "0000:01:00.0, 0000:01:01.0, 0000:01:02.0, 2 others: c.")
 	w.group = group(1)
-	wants(t, "nothing to cure", strings.Join(w.cures(), "|"), "nothing has to: the others are ports, which stay as they are, and only 0000:01:00.0 is taken.")
+	wants(t, "nothing to cure", strings.Join(w.hints(), "|"), "nothing has to: the others are ports, which stay as they are, and only 0000:01:00.0 is taken.")
 	wants(t, "cut", cut(strings.Repeat("é", columns)), strings.Repeat("é", columns))
 	wants(t, "cut", cut(strings.Repeat("é", columns+1)), strings.Repeat("é", columns-3)+"...")
 }
@@ -237,7 +237,7 @@ func TestIOMMUTexts(t *testing.T) {
 	if v := unitReportOf(u); len(v.Ranges) != 2 || v.Ranges[0].Devices[0] != "a" || v.Ranges[1].Kind != "IVMD" || *v.Block != 0x30 {
 		t.Errorf("in JSON: %+v", v)
 	}
-	if w, direct := directWarning([]regionView{{Type: "msi"}, {Start: "1", End: "2", Type: "direct"}}); !direct || w.Cure == nil || !strings.Contains(w.What, "(1 - 2, direct)") {
+	if w, direct := directWarning([]regionView{{Type: "msi"}, {Start: "1", End: "2", Type: "direct"}}); !direct || w.Hint == nil || !strings.Contains(w.What, "(1 - 2, direct)") {
 		t.Errorf("%+v, %v", w, direct)
 	}
 	if w, direct := directWarning([]regionView{{Type: "direct-relaxable"}}); direct {

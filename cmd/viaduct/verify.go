@@ -157,8 +157,8 @@ func (e *env) offer(ctx context.Context, d *iommu.Device, o verifyOptions) error
 	return fmt.Errorf("verify %s: %s", d.Name, reason)
 }
 
-// resetWith are a device, which is the first, and those that feel it when it is opened: the rest of its group, and the VFs
-// of a PF, which a reset makes anew.
+// resetWith are a device, which is the first, and those that feel it when it is opened: the rest of its group, and the
+// VFs of a PF, which a reset makes anew.
 func resetWith(t *iommu.Topology, d *iommu.Device) ([]*iommu.Device, error) {
 	out := []*iommu.Device{d}
 	for _, one := range append(out, t.VFs(d)...) {
@@ -182,7 +182,7 @@ func resetWith(t *iommu.Topology, d *iommu.Device) ([]*iommu.Device, error) {
 // refuseHeld refuses to open a device, which is the first, as long as somebody has one of them, or has been given it.
 func refuseHeld(h *iommu.Host, devices []*iommu.Device) error {
 	holders, err := holder.Find(h, devices)
-	refused := &holder.RefusedError{What: "open " + devices[0].Name, Cure: "verify it when nobody has it"}
+	refused := &holder.RefusedError{What: "open " + devices[0].Name, Hint: "verify it when nobody has it"}
 	for _, h := range holders {
 		if h.Kind.InUse() || h.Kind == holder.Lease {
 			refused.Reasons = append(refused.Reasons, *h.Reason())

@@ -64,8 +64,8 @@ func TestVerify(t *testing.T) {
 	if asJSON(1); *got.Usable || len(got.Reasons) != 1 || len(got.Plan) == 0 || got.Regions != nil || *got.Ways["iommufd"].OK {
 		t.Errorf("%+v", got)
 	}
-	if len(k.Log) > 0 || len(v.Asked) > 0 {
-		t.Errorf("the host was touched: %q, %#x", k.Log, v.Asked)
+	if len(k.Log) > 0 || len(v.Requests) > 0 {
+		t.Errorf("the host was touched: %q, %#x", k.Log, v.Requests)
 	}
 
 	do(0, "bind", nic)
@@ -91,12 +91,12 @@ func TestVerify(t *testing.T) {
 	if err != nil || len(groups) != 1 {
 		t.Fatal(groups, err)
 	}
-	asked := len(v.Asked)
+	asked := len(v.Requests)
 	k.Process(4711, "qemu", strings.TrimPrefix(groups[0], k.Dir()))
 	if _, errs := do(3, "verify", nic); !strings.Contains(errs, "process 4711 (qemu)") || strings.Count(errs, "\n") != 1 {
 		t.Errorf("a device that is open: %s", errs)
 	}
-	if len(v.Asked) > asked {
+	if len(v.Requests) > asked {
 		t.Error("it was opened")
 	}
 	k.End(4711)

@@ -31,7 +31,7 @@ func printVerified(w io.Writer, r *verify.Report) {
 		fmt.Fprintln(w)
 		printTables(w, r)
 	}
-	if r.Reset.Alone != nil {
+	if r.Reset.ByItself != nil {
 		fmt.Fprintln(w)
 		printAbilities(w, r)
 	}

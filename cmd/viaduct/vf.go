@@ -11,6 +11,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"viaduct/cmd/internal/declared"
 	"viaduct/cmd/internal/hostfile"
 	"viaduct/iommu"
 	"viaduct/sriov"
@@ -68,7 +69,7 @@ type createOptions struct {
 
 // countFlags are what create and destroy have in common.
 func (o *createOptions) countFlags(e *env) []cli.Flag {
-	return []cli.Flag{
+	return append([]cli.Flag{
 		forceFlag("a VF that goes"),
 		&cli.DurationFlag{
 			Name:        "timeout",
@@ -76,8 +77,8 @@ func (o *createOptions) countFlags(e *env) []cli.Flag {
 			DefaultText: "30s, and 1s for each VF",
 			Destination: &o.timeout,
 		},
-		e.dryRunFlag(), e.jsonFlag(),
-	}
+		e.jsonFlag(),
+	}, e.dryRunFlags()...)
 }
 
 func (o *createOptions) parse(c *cli.Context) (err error) {
@@ -99,9 +100,9 @@ func vfCreateCommand(e *env) *cli.Command {
 		Name:      "create",
 		Usage:     "set the number of VFs of a PF to N",
 		ArgsUsage: "PF... N [KEY=VALUE...]",
-		Description: "N is the total afterwards: with 2 VFs there, `viaduct vf create enp1s0 4` ends with 4. The kernel " +
-			"removes all VFs before it makes another number of them; viaduct refuses that (exit status 3) while " +
-			"one is in use.\n\n" +
+		Description: "N is the total afterwards: with 2 VFs there, `viaduct vf create enp1s0 4` ends with 4. The " +
+			"kernel removes all VFs before it makes another number of them; viaduct refuses that (exit status 3) " +
+			"while one is in use.\n\n" +
 			"With `--driver none`, the default, the VFs have no driver until `bind`; the host's own driver " +
 			"never gets them. With `vfio` they go to a vfio driver at once, with `home` to the host's driver, " +
 			"and with the name of a vfio driver to that one. viaduct brings up a PF that is down, without an " +
@@ -125,8 +126,9 @@ func vfCreateCommand(e *env) *cli.Command {
 				Destination: &o.wish.MTU,
 			},
 			&cli.StringFlag{
-				Name:        "eswitch",
-				Usage:       "the mode of the PF's e-switch: `legacy|switchdev`, set where the driver needs it: before the VFs or after",
+				Name: "eswitch",
+				Usage: "the mode of the PF's e-switch: `legacy|switchdev`, set where the driver needs it: " +
+					"before the VFs or after",
 				Destination: &o.wish.Eswitch.Mode,
 			},
 			&cli.StringFlag{
@@ -178,7 +180,9 @@ func vfCreateCommand(e *env) *cli.Command {
 				flag, value string
 				all         []string
 			}{
-				{"eswitch", o.wish.Eswitch.Mode, sriov.EswitchModes()}, {"inline-mode", o.wish.Eswitch.Inline, sriov.InlineModes()}, {"encap", o.wish.Eswitch.Encap, sriov.EncapModes()},
+				{"eswitch", o.wish.Eswitch.Mode, sriov.EswitchModes()},
+				{"inline-mode", o.wish.Eswitch.Inline, sriov.InlineModes()},
+				{"encap", o.wish.Eswitch.Encap, sriov.EncapModes()},
 				{"hw-tc-offload", o.wish.Offload, []string{"on", "off"}},
 			} {
 				if c.IsSet(f.flag) && !slices.Contains(f.all, f.value) {
@@ -283,9 +287,9 @@ func runVFCount(ctx context.Context, e *env, o createOptions) error {
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
-	views := []countView{}
+	views, p := []countView{}, &preview{}
 	for _, plan := range plans {
-		view, err := c.count(ctx, plan)
+		view, err := c.count(ctx, plan, p)
 		if err != nil {
 			errs = append(errs, err)
 			continue
@@ -297,6 +301,8 @@ func runVFCount(ctx context.Context, e *env, o createOptions) error {
 		errs = append(errs, writeJSON(e.stdout, views))
 	} else if e.json && len(views) > 0 {
 		errs = append(errs, writeJSON(e.stdout, views[0]))
+	} else if e.dryRun && !e.json {
+		errs = append(errs, e.preview(p))
 	}
 	return mixed(errors.Join(errs...), len(views) > 0 && !e.dryRun)
 }
@@ -314,43 +320,42 @@ func (c *changing) planCounts(pfs []*iommu.Device,
 	return plans, victims, nil
 }
 
-// count carries out one PF's plan, and tells people.
-func (c *changing) count(ctx context.Context, plan *sriov.Plan) (countView, error) {
+// count carries out one PF's plan, and tells people; a dry run only adds it to a preview.
+func (c *changing) count(ctx context.Context, plan *sriov.Plan, p *preview) (countView, error) {
 	e := c.env
 	steps, writes := viewSteps(plan.Steps())
 	view := countView{
 		PF: plan.PF.Name, From: plan.Have, To: plan.Want, Total: plan.PF.SRIOV.Total, Changed: plan.Changes(),
 		Steps: steps, Writes: writes, Notes: append([]string{}, plan.Notes...),
 	}
-	if !e.json {
-		for _, n := range plan.Notes {
-			if e.dryRun || !followsSteps(n) {
-				e.note("%s", n)
-			}
-		}
+	done := fmt.Sprintf("%s: %d -> %d of %d VFs", view.PF, view.From, view.To, view.Total)
+	if !view.Changed {
+		done = fmt.Sprintf("%s has %d of %d VFs already", view.PF, view.To, view.Total)
+	}
+	if e.dryRun {
+		p.of(done)
+		p.comment(done)
+		p.says(declared.CountWords(plan)...)
+		p.does(view.Steps...)
+		p.note(plan.Notes...)
+		return view, nil
 	}
 
-	if !e.dryRun {
-		notes, err := c.handle.Apply(ctx, plan)
-		for _, n := range notes {
+	for _, n := range plan.Notes {
+		if !e.json && !followsSteps(n) {
 			e.note("%s", n)
 		}
-		if err != nil {
-			return view, err
-		}
-		view.Notes = append(view.Notes, notes...)
 	}
-
-	switch {
-	case e.json:
-	case e.dryRun:
-		for _, s := range view.Steps {
-			fmt.Fprintln(e.stdout, s)
-		}
-	case !view.Changed:
-		fmt.Fprintf(e.stdout, "%s has %d of %d VFs already\n", view.PF, view.To, view.Total)
-	default:
-		fmt.Fprintf(e.stdout, "%s: %d -> %d of %d VFs\n", view.PF, view.From, view.To, view.Total)
+	notes, err := c.handle.Apply(ctx, plan)
+	for _, n := range notes {
+		e.note("%s", n)
+	}
+	if err != nil {
+		return view, err
+	}
+	view.Notes = append(view.Notes, notes...)
+	if !e.json {
+		fmt.Fprintln(e.stdout, done)
 	}
 	return view, nil
 }

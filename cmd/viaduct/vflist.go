@@ -125,7 +125,8 @@ func pfsAndVFs(t *iommu.Topology, keep map[string]bool) (of map[string][]string,
 // tableOfVFs is the list for people, the PFs as headings.
 func tableOfVFs(view vfListView) *terminal.Table {
 	table := &terminal.Table{
-		Indent: 2, Wrap: true, Shrink: []terminal.Shrink{{Column: 4, Least: 16}, {Column: 5, Least: 12}, {Column: 4, Least: 8}},
+		Indent: 2, Wrap: true, Shrink: []terminal.Shrink{{Column: 4, Least: 16}, {Column: 5, Least: 12},
+			{Column: 4, Least: 8}},
 	}
 
 	for _, p := range view.PFs {
@@ -168,7 +169,8 @@ func wideVFs(view vfListView) [][]string {
 			label = p.Netdevs[0]
 		}
 		rows = append(rows, []string{
-			label, fmt.Sprintf("%d/%d", p.Enabled, p.Total), p.Address, "", ptr(p.Driver), "", "", eswitchText(p), "", "",
+			label, fmt.Sprintf("%d/%d", p.Enabled, p.Total), p.Address, "", ptr(p.Driver), "", "", eswitchText(p), "",
+			"",
 		})
 		for _, v := range p.VFs {
 			group := ""
@@ -206,8 +208,8 @@ func (v *vfListView) unknownOf(books *lease.Book) []string {
 
 func viewPF(h *iommu.Host, t *iommu.Topology, names *iommu.Names, d *iommu.Device) (pfView, error) {
 	v := pfView{
-		Address: d.Name, Name: known(deviceName(names, d)), Driver: known(d.Driver), Netdevs: deviceOf(d, names).Netdevs,
-		Total: d.SRIOV.Total, Enabled: len(d.SRIOV.VFs), VFs: []vfView{},
+		Address: d.Name, Name: known(deviceName(names, d)), Driver: known(d.Driver),
+		Netdevs: deviceOf(d, names).Netdevs, Total: d.SRIOV.Total, Enabled: len(d.SRIOV.VFs), VFs: []vfView{},
 	}
 	x, err := iommu.ReadDetails(h, d.Address)
 	if err != nil {

@@ -11,6 +11,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"viaduct/cmd/internal/declared"
 	"viaduct/cmd/internal/hostfile"
 	"viaduct/cmd/internal/terminal"
 	"viaduct/iommu"
@@ -37,15 +38,15 @@ func vfSetCommand(e *env) *cli.Command {
 			"A number or GUID may end in `+index`, which adds the VF's index: `vlan=100+index`.\n\n" +
 			"Examples:\n  viaduct vf set enp1s0/vf0 mac=52:54:00:12:34:56\n" +
 			"  viaduct vf set enp1s0/vf0 mac=stable vlan=100 trust=off spoofchk=on",
-		Flags: []cli.Flag{
+		Flags: append([]cli.Flag{
 			&cli.DurationFlag{
 				Name:        "timeout",
 				Usage:       "wait this long for another viaduct",
 				Value:       bind.DefaultTimeout,
 				Destination: &o.timeout,
 			},
-			e.dryRunFlag(), e.jsonFlag(),
-		},
+			e.jsonFlag(),
+		}, e.dryRunFlags()...),
 		BashComplete: e.completeVFs,
 		Action: func(c *cli.Context) (err error) {
 			if c.NArg() < 2 {
@@ -100,32 +101,57 @@ func runVFSet(ctx context.Context, e *env, o setOptions) error {
 	if err != nil {
 		return usagef("vf set: %w", err)
 	}
-	view, err := c.set(ctx, pf, vf, want)
+	view, plan, err := c.set(ctx, pf, vf, want)
 	if err != nil {
 		return err
+	}
+	if e.dryRun && !e.json {
+		p := &preview{}
+		p.sets(pf, []*sriov.SetPlan{plan}, nil)
+		return e.preview(p)
 	}
 	return e.printSet([]setView{view}, view)
 }
 
+// sets adds what plans would set of a PF's VFs to a preview.
+func (p *preview) sets(pf *iommu.Device, plans []*sriov.SetPlan, requested map[int]sriov.Settings) {
+	var right []int
+	var steps []string
+	for _, plan := range plans {
+		if len(plan.Settings) == 0 {
+			right = append(right, plan.VF.VFIndex)
+		}
+		steps = append(steps, bind.Commands(plan.Steps())...)
+	}
+	p.of(pf.Name)
+	p.comment(pf.Name)
+	p.says(declared.SetWords(plans, func(vf int) sriov.Settings { return requested[vf] })...)
+	if len(right) > 0 {
+		p.says(terminal.Fold("vf", right) + ": set already")
+	}
+	p.does(steps...)
+}
+
 // set sets a VF of a PF that is locked.
-func (c *changing) set(ctx context.Context, pf, vf *iommu.Device, want sriov.Settings) (setView, error) {
+func (c *changing) set(ctx context.Context, pf, vf *iommu.Device,
+	want sriov.Settings) (setView, *sriov.SetPlan, error) {
 	view := setView{VF: vf.Name, PF: pf.Name, Index: vf.VFIndex, Unverified: []sriov.Key{}}
 	view.Steps, view.Writes = viewSteps(nil)
 	if err := c.lock(ctx, []*iommu.Device{vf}); err != nil {
-		return view, err
+		return view, nil, err
 	}
 	plan, err := c.handle.PlanSet(pf, vf, want)
 	if err != nil {
-		return view, err
+		return view, nil, err
 	}
 	view.Changed, view.Settings = len(plan.Settings) > 0, plan.Want
 	view.Steps, view.Writes = viewSteps(plan.Steps())
 	if c.env.dryRun {
-		return view, nil
+		return view, plan, nil
 	}
 	unverified, err := c.handle.Set(ctx, plan)
 	view.Unverified = append(view.Unverified, unverified...)
-	return view, err
+	return view, plan, err
 }
 
 func (e *env) printSet(views []setView, data any) error {
@@ -133,12 +159,6 @@ func (e *env) printSet(views []setView, data any) error {
 		return writeJSON(e.stdout, data)
 	}
 	for _, v := range views {
-		if e.dryRun {
-			for _, s := range v.Steps {
-				fmt.Fprintln(e.stdout, s)
-			}
-			continue
-		}
 		line := fmt.Sprintf("%s (vf%d of %s): %s", v.VF, v.Index, v.PF, v.Settings.Text())
 		if !v.Changed {
 			line += " (as it was)"
@@ -164,8 +184,8 @@ func vfGetCommand(e *env) *cli.Command {
 		Name:      "get",
 		Usage:     "print the settings of a VF that its PF reports",
 		ArgsUsage: "PF/vfN",
-		Description: "`vf set` takes the line as it is printed. A setting that is missing is not reported by the PF's " +
-			"driver.\n\n" +
+		Description: "`vf set` takes the line as it is printed. A setting that is missing is not reported by the " +
+			"PF's driver.\n\n" +
 			"Examples:\n  viaduct vf get enp1s0/vf0",
 		Flags:        []cli.Flag{e.jsonFlag()},
 		BashComplete: e.completeVFs,
@@ -227,15 +247,15 @@ func vfSyncCommand(e *env) *cli.Command {
 			"are removed and when the host boots.\n\n" +
 			"Examples:\n  viaduct vf sync\n" +
 			"  viaduct vf sync enp1s0 --dry-run",
-		Flags: []cli.Flag{
+		Flags: append([]cli.Flag{
 			&cli.DurationFlag{
 				Name:        "timeout",
 				Usage:       "wait this long for another viaduct",
 				Value:       bind.DefaultTimeout,
 				Destination: &timeout,
 			},
-			e.dryRunFlag(), e.jsonFlag(),
-		},
+			e.jsonFlag(),
+		}, e.dryRunFlags()...),
 		BashComplete: e.completePFs,
 		Action: func(c *cli.Context) error {
 			sel, err := parseSelectors(c.Args().Slice())
@@ -266,7 +286,7 @@ func runVFSync(ctx context.Context, e *env, sel []iommu.Selector, timeout time.D
 		}
 	}
 
-	views := []setView{}
+	views, p := []setView{}, &preview{}
 	all, err := c.lockPFs(ctx, sel)
 	if err != nil {
 		return err
@@ -310,6 +330,7 @@ func runVFSync(ctx context.Context, e *env, sel []iommu.Selector, timeout time.D
 			}
 		}
 
+		var plans []*sriov.SetPlan
 		for _, index := range slices.Sorted(maps.Keys(asked)) {
 			vf, err := c.vfOf(pf, index)
 			if err != nil {
@@ -321,13 +342,26 @@ func runVFSync(ctx context.Context, e *env, sel []iommu.Selector, timeout time.D
 				e.note("%s: msix is left as it is, as it is on driver %s", vf.Name, vf.Driver)
 				delete(want, sriov.MSIX)
 			}
-			view, err := c.set(ctx, pf, vf, want)
+			view, plan, err := c.set(ctx, pf, vf, want)
 			if errs = append(errs, err); err == nil {
-				views = append(views, view)
+				views, plans = append(views, view), append(plans, plan)
 			}
 		}
+		if len(plans) > 0 {
+			p.sets(pf, plans, asked)
+		}
 	}
-	return errors.Join(errors.Join(errs...), e.printSet(views, views))
+
+	switch {
+	case e.dryRun && !e.json:
+		errs = append(errs, e.preview(p))
+	default:
+		errs = append(errs, e.printSet(views, views))
+	}
+	if len(views) == 0 && errors.Join(errs...) == nil {
+		e.note("nothing is requested of any VF here: viaduct vf set and host.yaml request settings")
+	}
+	return errors.Join(errs...)
 }
 
 func (c *changing) vfOf(pf *iommu.Device, index int) (*iommu.Device, error) {

@@ -19,8 +19,8 @@ func whyCommand(e *env) *cli.Command {
 		Name:      "why",
 		Usage:     "explain an IOMMU group, or what the devices of a guest lack",
 		ArgsUsage: "SELECTOR | group=N | guest=NAME",
-		Description: "viaduct computes the group from configuration space, as the kernel does, and compares it with the " +
-			"kernel's. That needs root, and wakes the sleeping devices that matter for it. For a guest, viaduct " +
+		Description: "viaduct computes the group from configuration space, as the kernel does, and compares it with " +
+			"the kernel's. That needs root, and wakes the sleeping devices that matter for it. For a guest, viaduct " +
 			"checks everything that its devices need, from the firmware to the VMM: each line is ok, no or " +
 			"unknown, with the file that shows it and the command that helps.\n\n" +
 			"Examples:\n  viaduct why enp1s0\n" +
@@ -105,7 +105,7 @@ type edgeView struct {
 	Kind     iommu.EdgeKind `json:"kind"`
 	Isolated *bool          `json:"isolated"`
 	Reason   string         `json:"reason"`
-	Cure     *string        `json:"cure"`
+	Hint     *string        `json:"cure"`
 }
 
 // why is what there is to tell of a group, or of a device in none.
@@ -153,7 +153,7 @@ func (w *why) view() whyView {
 		v.Computed = w.ours()
 	}
 	for _, e := range w.edges {
-		v.Edges = append(v.Edges, edgeView{e.From, e.To, e.Kind, e.Isolated, e.Reason, known(e.Cure)})
+		v.Edges = append(v.Edges, edgeView{e.From, e.To, e.Kind, e.Isolated, e.Reason, known(e.Hint)})
 	}
 	return v
 }
@@ -178,7 +178,8 @@ func (w *why) complete(t *iommu.Topology) error {
 			return err
 		}
 		if w.group.NoIOMMU {
-			w.none = "VFIO made that group in its noiommu mode: no IOMMU is in front of it, and nothing keeps it from any memory."
+			w.none = "VFIO made that group in its noiommu mode: no IOMMU is in front of it, and nothing keeps it " +
+				"from any memory."
 			w.edges = nil
 		}
 	case len(t.Units) == 0:
@@ -212,8 +213,8 @@ func runWhy(e *env, sel iommu.Selector) error {
 	return out.Flush()
 }
 
-// whyOne explains what a selector names. Where it is named by its address or number, no other devices are looked at than
-// those that matter.
+// whyOne explains what a selector names. Where it is named by its address or number, no other devices are looked at
+// than those that matter.
 func whyOne(h *iommu.Host, sel iommu.Selector) (*why, *iommu.Topology, error) {
 	a, found, err := quickly(h, sel)
 	if err != nil {

@@ -241,7 +241,7 @@ func guestLines(t *testing.T, k *hosttest.Kernel, line ...string) map[string]str
 			Answer   string
 			Text     string
 			Evidence []struct{ File, Value *string }
-			Cure     *string
+			Hint     *string `json:"cure"`
 		}
 	}
 	a := mustOnKernel(t, k, append(line, "--json")...)
@@ -255,7 +255,7 @@ func guestLines(t *testing.T, k *hosttest.Kernel, line ...string) map[string]str
 			what += " " + *l.Device
 		}
 		out[what] = l.Answer + ": " + l.Text
-		if l.Answer == "no" && l.Cure == nil {
+		if l.Answer == "no" && l.Hint == nil {
 			t.Errorf("%s: %s, and nothing mends it", what, l.Text)
 		}
 	}
@@ -525,8 +525,8 @@ func TestWhyGuestLostVF(t *testing.T) {
 		t.Fatal(err)
 	}
 	text := strings.Join(strings.Fields(mustOnKernel(t, k, "why", "guest=web").stdout), " ")
-	const cure = "cure: viaduct apply, or viaduct vf create 0000:02:00.0 1"
-	if strings.Count(text, cure) != 2 || strings.Contains(text, "pci/rescan") || !strings.Contains(text, "sriov_numvfs: 0") {
+	const hint = "cure: viaduct apply, or viaduct vf create 0000:02:00.0 1"
+	if strings.Count(text, hint) != 2 || strings.Contains(text, "pci/rescan") || !strings.Contains(text, "sriov_numvfs: 0") {
 		t.Error(text)
 	}
 }

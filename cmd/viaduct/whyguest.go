@@ -64,7 +64,7 @@ type lineView struct {
 	Answer   checklist.Answer `json:"answer"`
 	Text     string           `json:"text"`
 	Evidence []evidenceView   `json:"evidence"`
-	Cure     *string          `json:"cure"`
+	Hint     *string          `json:"cure"`
 }
 
 func runWhyGuest(e *env, name string, memory uint64) error {
@@ -127,7 +127,7 @@ func viewGuest(l *lease.Lease, lines []checklist.Line) guestView {
 	}
 	for _, line := range lines {
 		one := lineView{
-			Name: line.Name, Device: known(line.Device), Answer: line.Answer, Text: line.Text, Cure: known(line.Cure),
+			Name: line.Name, Device: known(line.Device), Answer: line.Answer, Text: line.Text, Hint: known(line.Hint),
 			Evidence: []evidenceView{},
 		}
 		for _, s := range line.Evidence {
@@ -144,7 +144,8 @@ func printGuest(w io.Writer, l *lease.Lease, lines []checklist.Line) {
 	for i := range lines {
 		count[lines[i].Answer]++
 	}
-	fmt.Fprintf(w, "guest %s: %d no, %d unknown, %d ok\n\n", l.Guest, count[checklist.No], count[checklist.Unknown], count[checklist.OK])
+	fmt.Fprintf(w, "guest %s: %d no, %d unknown, %d ok\n\n", l.Guest, count[checklist.No], count[checklist.Unknown],
+		count[checklist.OK])
 	sorted := slices.Clone(lines)
 	slices.SortStableFunc(sorted, func(a, b checklist.Line) int {
 		missing := map[bool]int{true: -1}
@@ -164,8 +165,8 @@ func printGuest(w io.Writer, l *lease.Lease, lines []checklist.Line) {
 			}
 			fmt.Fprintln(w, hang(fmt.Sprintf("%*ssee: /%s: %s", checkIndent, "", s.File, value)))
 		}
-		if line.Cure != "" {
-			fmt.Fprintln(w, hang(fmt.Sprintf("%*scure: %s", checkIndent, "", line.Cure)))
+		if line.Hint != "" {
+			fmt.Fprintln(w, hang(fmt.Sprintf("%*scure: %s", checkIndent, "", line.Hint)))
 		}
 	}
 }

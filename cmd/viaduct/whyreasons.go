@@ -100,7 +100,8 @@ func besideEachOther(edges []iommu.Edge) []string {
 		if k.isolated == "yes" {
 			text += fmt.Sprintf(", but %s %s.", k.of, k.because)
 		} else {
-			text += fmt.Sprintf(", and none of them isolates: %s %s.", of[0].Of, strings.TrimPrefix(k.because, "does not isolate: it "))
+			text += fmt.Sprintf(", and none of them isolates: %s %s.", of[0].Of,
+				strings.TrimPrefix(k.because, "does not isolate: it "))
 		}
 		out = append(out, text)
 	}

@@ -33,7 +33,7 @@ func writeWhy(out io.Writer, h *iommu.Host, t *iommu.Topology, names *iommu.Name
 	if w.group == nil || w.group.NoIOMMU || len(w.group.Devices) < 2 {
 		return
 	}
-	section("What would split it:", w.cures())
+	section("What would split it:", w.hints())
 	section("What a guest that gets it takes along:", w.losses())
 }
 
@@ -99,8 +99,8 @@ func (w *why) differences(h *iommu.Host) []string {
 	}
 
 	if strings.Contains(line, "pcie_acs_override=") {
-		return []string{"The kernel was started with pcie_acs_override=: its groups claim more isolation than the hardware has, " +
-			"and devices of different groups may reach each other."}
+		return []string{"The kernel was started with pcie_acs_override=: its groups claim more isolation than the " +
+			"hardware has, and devices of different groups may reach each other."}
 	}
 
 	if agrees == nil {
@@ -121,9 +121,9 @@ func (w *why) differences(h *iommu.Host) []string {
 		out = append(out, "By config space these are not in one group with it: "+strings.Join(apart, ", ")+".")
 	}
 
-	return append(out, "The kernel's group is what counts. It may know something of this hardware that viaduct does not (a "+
-		"quirk), have grouped these before one of them came or was set otherwise, or group by other rules: some makers' "+
-		"kernels take a whole switch without ACS for one.")
+	return append(out, "The kernel's group is what counts. It may know something of this hardware that viaduct does "+
+		"not (a quirk), have grouped these before one of them came or was set otherwise, or group by other rules: "+
+		"some makers' kernels take a whole switch without ACS for one.")
 }
 
 func whyLine(t *iommu.Topology, names *iommu.Names, name string) string {
@@ -147,20 +147,22 @@ func cut(line string) string {
 	return string(runes[:columns-3]) + "..."
 }
 
-// cures are what would split the group, each once.
-func (w *why) cures() []string {
+// hints are what would split the group, each once.
+func (w *why) hints() []string {
 	var out []string
 	taken := w.group.Endpoints()
 	if len(taken) == 1 {
 		children := w.group.Children()
 		if len(children) == 0 {
-			return []string{"nothing has to: the others are ports, which stay as they are, and only " + taken[0].Name + " is taken."}
+			return []string{"nothing has to: the others are ports, which stay as they are, and only " + taken[0].Name +
+				" is taken."}
 		}
 		var names []string
 		for _, d := range children {
 			names = append(names, d.Name)
 		}
-		out = append(out, fmt.Sprintf("nothing has to, where a guest gets all of %s: what its driver made (%s) goes with it.",
+		out = append(out, fmt.Sprintf("nothing has to, where a guest gets all of %s: what its driver made (%s) goes "+
+			"with it.",
 			taken[0].Name, strings.Join(names, ", ")))
 	}
 
@@ -168,7 +170,7 @@ func (w *why) cures() []string {
 	var order []string
 	of := map[string][]string{}
 	for _, e := range w.edges {
-		if e.Cure == "" || e.Kind == iommu.EdgePath && !apart || e.Kind != iommu.EdgePath && !w.within(e) {
+		if e.Hint == "" || e.Kind == iommu.EdgePath && !apart || e.Kind != iommu.EdgePath && !w.within(e) {
 			continue
 		}
 		at := []string{e.From.String()}
@@ -178,22 +180,22 @@ func (w *why) cures() []string {
 		case iommu.EdgeFunction:
 			at = append(at, e.To.String())
 		}
-		if of[e.Cure] == nil {
-			order = append(order, e.Cure)
+		if of[e.Hint] == nil {
+			order = append(order, e.Hint)
 		}
 		for _, name := range at {
-			if !slices.Contains(of[e.Cure], name) {
-				of[e.Cure] = append(of[e.Cure], name)
+			if !slices.Contains(of[e.Hint], name) {
+				of[e.Hint] = append(of[e.Hint], name)
 			}
 		}
 	}
-	for _, cure := range order {
-		at := of[cure]
+	for _, hint := range order {
+		at := of[hint]
 		slices.Sort(at)
 		if len(at) > 3 {
 			at = append(at[:3:3], fmt.Sprintf("%d others", len(at)-3))
 		}
-		out = append(out, strings.Join(at, ", ")+": "+cure+".")
+		out = append(out, strings.Join(at, ", ")+": "+hint+".")
 	}
 	return out
 }
@@ -234,7 +236,8 @@ func (w *why) losses() []string {
 	for i := range w.group.Devices {
 		d := &w.group.Devices[i]
 		if len(out) == most && len(w.group.Devices)-i > 1 {
-			return append(out, fmt.Sprintf("and %d more devices (viaduct show group=%d).", len(w.group.Devices)-i, w.group.ID))
+			return append(out, fmt.Sprintf("and %d more devices (viaduct show group=%d).", len(w.group.Devices)-i,
+				w.group.ID))
 		}
 		if w.device != nil && d.Name == w.device.Name && d.Role() == iommu.RoleGuest {
 			continue
@@ -247,7 +250,8 @@ func (w *why) losses() []string {
 		case d.Role() == iommu.RolePort:
 			continue
 		case d.Role() == iommu.RoleCompanion && d.Blocks():
-			out = append(out, fmt.Sprintf("%s: the host loses what %s does with it; the guest does not get it.", what, d.Driver))
+			out = append(out, fmt.Sprintf("%s: the host loses what %s does with it; the guest does not get it.", what,
+				d.Driver))
 		case d.Role() == iommu.RoleCompanion:
 			out = append(out, what+": the host's drivers are kept off it; the guest does not get it.")
 		case d.Blocks():

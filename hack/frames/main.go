@@ -1,8 +1,8 @@
 // Command frames prints the Ethernet frames of a capture (the classic pcap format), a line each: source, VLAN or
 // "untagged".
 //
-// With -from MAC it takes captures of several places by one clock, and prints at which of them frames of that source came
-// by, in the order of time: a line for each change, with how many there were.
+// With -from MAC it takes captures of several places by one clock, and prints at which of them frames of that source
+// came by, in the order of time: a line for each change, with how many there were.
 package main
 
 import (

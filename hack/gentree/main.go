@@ -169,8 +169,8 @@ func (t *tree) complex(n int) {
 	}
 }
 
-// config is config space, as far as IOMMU groups hang on it: all is PCI Express, and all but the two functions that share
-// a group has ACS, which is on.
+// config is config space, as far as IOMMU groups hang on it: all is PCI Express, and all but the two functions that
+// share a group has ACS, which is on.
 func (f *function) config() string {
 	config := make([]byte, 0x1000)
 	put := binary.LittleEndian
@@ -335,10 +335,12 @@ func (t *tree) host() {
 	}
 	// The IOMMU is at 00:00.2, and covers all.
 	t.file("sys/firmware/acpi/tables/IVRS", string(hosttest.ACPITable("IVRS", 2, "43302000 0000000000000000",
-		hosttest.IVRSBlock("11 30", "0200 4000 0000f0fd00000000 0000 0000 00000000 fa4a25a2ef776524 0000000000000000 01000000"))))
+		hosttest.IVRSBlock("11 30", "0200 4000 0000f0fd00000000 0000 0000 00000000 fa4a25a2ef776524 0000000000000000 "+
+			"01000000"))))
 	t.file("proc/cmdline", "quiet\n")
 	t.file("proc/sys/kernel/osrelease", "6.12.0\n")
-	t.file("lib/modules/6.12.0/modules.dep", "kernel/drivers/vfio/pci/vfio-pci.ko:\nkernel/drivers/vfio/vfio_iommu_type1.ko:\n")
+	t.file("lib/modules/6.12.0/modules.dep",
+		"kernel/drivers/vfio/pci/vfio-pci.ko:\nkernel/drivers/vfio/vfio_iommu_type1.ko:\n")
 }
 
 const madeUpIDs = `# stands in for pci.ids, which this machine does not have
@@ -365,8 +367,8 @@ func main() {
 	}
 	t := &tree{root: flag.Arg(0), left: count, vfs: map[string]int{}, dense: *dense}
 	for _, d := range []string{"sys/bus/pci/devices", "sys/class/net", "sys/class/iommu", "sys/devices/virtual/net/lo",
-		"sys/devices/virtual/iommu/ivhd0", "sys/kernel/iommu_groups", "sys/class/vfio", "sys/class/vfio-dev", "usr/share/misc", "proc",
-		"dev/vfio/devices"} {
+		"sys/devices/virtual/iommu/ivhd0", "sys/kernel/iommu_groups", "sys/class/vfio", "sys/class/vfio-dev",
+		"usr/share/misc", "proc", "dev/vfio/devices"} {
 		t.dir(d)
 	}
 

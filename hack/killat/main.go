@@ -85,7 +85,8 @@ func execFiltered(command []string) error {
 		unix.SockFilter{Code: unix.BPF_RET, K: unix.SECCOMP_RET_TRACE})
 	rules := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
 	runtime.LockOSThread() // which has the filter, and becomes the command
-	if _, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, 0, uintptr(unsafe.Pointer(&rules))); errno != 0 {
+	if _, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, 0,
+		uintptr(unsafe.Pointer(&rules))); errno != 0 {
 		return os.NewSyscallError("seccomp", errno)
 	}
 	return unix.Exec(program, command, os.Environ())
@@ -105,7 +106,8 @@ func (t *tracer) trace() error {
 	if _, err := unix.Wait4(t.root, &status, 0, nil); err != nil {
 		return err
 	}
-	options := unix.PTRACE_O_TRACESECCOMP | unix.PTRACE_O_TRACECLONE | unix.PTRACE_O_TRACEFORK | unix.PTRACE_O_TRACEVFORK | unix.PTRACE_O_TRACEEXEC
+	options := unix.PTRACE_O_TRACESECCOMP | unix.PTRACE_O_TRACECLONE | unix.PTRACE_O_TRACEFORK |
+		unix.PTRACE_O_TRACEVFORK | unix.PTRACE_O_TRACEEXEC
 	if err := unix.PtraceSetOptions(t.root, options); err != nil {
 		return err
 	}

@@ -82,7 +82,7 @@ type checks struct {
 	Healthy bool
 	Checks  []struct {
 		Name, Status, Text string
-		Cure               *string
+		Hint               *string `json:"cure"`
 		Evidence           []struct {
 			File  string
 			Value *string
@@ -91,17 +91,17 @@ type checks struct {
 }
 
 // failed are the names of the checks that failed, the cures of all, and all that was said.
-func (c *checks) failed() (names []string, cures, all string) {
+func (c *checks) failed() (names []string, hints, all string) {
 	for _, check := range c.Checks {
-		if check.Cure != nil && check.Status == "failed" {
-			cures += *check.Cure + "\n"
+		if check.Hint != nil && check.Status == "failed" {
+			hints += *check.Hint + "\n"
 		}
 		if check.Status == "failed" {
 			names = append(names, check.Name)
 		}
 	}
 	b, _ := json.MarshalIndent(c, "", " ")
-	return names, cures, string(b)
+	return names, hints, string(b)
 }
 
 // TestHealthy runs on a host on which nothing is wrong.
@@ -138,7 +138,7 @@ func TestFault(t *testing.T) {
 	release := attr("/proc/sys/kernel/osrelease")
 	want := map[string]struct {
 		prepare     string
-		name, cures string
+		name, hints string
 		among       []string // others that fail for the same reason
 	}{
 		"no-iommu":    {"", "table", "turn on a virtual IOMMU", []string{"iommu"}},
@@ -166,10 +166,10 @@ func TestFault(t *testing.T) {
 		r := run(t, viaduct, args...)
 		var got checks
 		decode(t, r.stdout, &got)
-		failed, cures, all := got.failed()
+		failed, hints, all := got.failed()
 		others := slices.DeleteFunc(slices.Clone(failed), func(n string) bool { return slices.Contains(want.among, n) })
-		if r.status != 1 || len(failed) == 0 || failed[0] != want.name || len(others) != 1 || !strings.Contains(cures, want.cures) {
-			t.Errorf("%v: exit status %d, failed %v, want %s with %q: %s", args, r.status, failed, want.name, want.cures, all)
+		if r.status != 1 || len(failed) == 0 || failed[0] != want.name || len(others) != 1 || !strings.Contains(hints, want.hints) {
+			t.Errorf("%v: exit status %d, failed %v, want %s with %q: %s", args, r.status, failed, want.name, want.hints, all)
 		}
 	}
 	judge("doctor", "--json")

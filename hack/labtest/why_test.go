@@ -152,7 +152,7 @@ func TestWhyGuest(t *testing.T) {
 			Lines   []struct {
 				Name, Answer, Text string
 				Evidence           []struct{ File string }
-				Cure               *string
+				Hint               *string `json:"cure"`
 			}
 		}
 		decode(t, do(t, "why", "guest=web", "--json", "--memory", "1G"), &v)
@@ -161,7 +161,7 @@ func TestWhyGuest(t *testing.T) {
 		}
 		for _, l := range v.Lines {
 			switch {
-			case l.Answer == "no" && l.Cure == nil:
+			case l.Answer == "no" && l.Hint == nil:
 				t.Errorf("%s: %s, and nothing mends it", l.Name, l.Text)
 			case l.Answer == "no":
 				out = append(out, l.Name)

@@ -179,7 +179,8 @@ var told = []struct {
 
 // typeNames are lspci's, where they are not the specification's.
 var typeNames = map[string]string{
-	"Endpoint": "endpoint", "Legacy Endpoint": "legacy endpoint", "Root Port": "root port", "Upstream Port": "upstream port",
+	"Endpoint": "endpoint", "Legacy Endpoint": "legacy endpoint", "Root Port": "root port",
+	"Upstream Port":   "upstream port",
 	"Downstream Port": "downstream port", "PCI-Express to PCI/PCI-X Bridge": "PCIe-to-PCI bridge",
 	"PCI/PCI-X to PCI-Express Bridge":       "PCI-to-PCIe bridge",
 	"Root Complex Integrated Endpoint":      "root complex integrated endpoint",
@@ -214,7 +215,8 @@ func sign(name string, on bool) string {
 
 func services(f iommu.ACSFlags) string {
 	var out []string
-	for i, name := range []string{"SrcValid", "TransBlk", "ReqRedir", "CmpltRedir", "UpstreamFwd", "EgressCtrl", "DirectTrans"} {
+	for i, name := range []string{"SrcValid", "TransBlk", "ReqRedir", "CmpltRedir", "UpstreamFwd", "EgressCtrl",
+		"DirectTrans"} {
 		out = append(out, sign(name, f&(1<<i) != 0))
 	}
 	return strings.Join(out, " ")
@@ -244,7 +246,8 @@ func describe(f *iommu.Function) map[string]string {
 		out["ACSCap"], out["ACSCtl"] = services(f.ACS.Capability), services(f.ACS.Control)
 	}
 	if a := f.ARI; a != nil {
-		out["ARICap"] = fmt.Sprintf("%s %s, Next Function: %d", sign("MFVC", a.FunctionGroups), sign("ACS", a.ACSGroups), a.Next)
+		out["ARICap"] = fmt.Sprintf("%s %s, Next Function: %d", sign("MFVC", a.FunctionGroups),
+			sign("ACS", a.ACSGroups), a.Next)
 	}
 
 	if a := f.ATS; a != nil {
@@ -254,18 +257,21 @@ func describe(f *iommu.Function) map[string]string {
 
 	if p := f.PRI; p != nil {
 		out["PRICtl"], out["PRISta"] = sign("Enable", p.Enabled), sign("Stopped", p.Stopped)
-		out["PRICapacity"] = fmt.Sprintf("Page Request Capacity: %08x, Page Request Allocation: %08x", p.Capacity, p.Allocation)
+		out["PRICapacity"] = fmt.Sprintf("Page Request Capacity: %08x, Page Request Allocation: %08x", p.Capacity,
+			p.Allocation)
 	}
 
 	if p := f.PASID; p != nil {
-		out["PASIDCap"] = fmt.Sprintf("%s %s, Max PASID Width: %02x", sign("Exec", p.Execute), sign("Priv", p.Privileged), p.Width)
+		out["PASIDCap"] = fmt.Sprintf("%s %s, Max PASID Width: %02x", sign("Exec", p.Execute),
+			sign("Priv", p.Privileged), p.Width)
 		out["PASIDCtl"] = sign("Enable", p.Enabled)
 	}
 
 	if s := f.SRIOV; s != nil {
 		out["IOVCap"] = "IOVCap"
 		out["IOVCtl"] = sign("Enable", s.Enabled) + " " + sign("ARIHierarchy", s.ARI)
-		out["IOVCount"] = fmt.Sprintf("Initial VFs: %d, Total VFs: %d, Number of VFs: %d, Function Dependency Link: %02x",
+		out["IOVCount"] = fmt.Sprintf("Initial VFs: %d, Total VFs: %d, Number of VFs: %d, Function Dependency Link: "+
+			"%02x",
 			s.Initial, s.Total, s.VFs, s.Dependency)
 		out["IOVOffset"] = fmt.Sprintf("VF offset: %d, stride: %d, Device ID: %04x", s.Offset, s.Stride, s.VFDevice)
 		out["IOVPages"] = fmt.Sprintf("Supported Page Size: %08x", s.PageSizes)

@@ -1,5 +1,5 @@
-// Command package builds a .deb and an .rpm of viaduct: it builds the program, has it write the other files of a package
-// (viaduct install --root), and packs them.
+// Command package builds a .deb and an .rpm of viaduct: it builds the program, has it write the other files of a
+// package (viaduct install --root), and packs them.
 //
 //	hack/package [-version 1.2.0] [-arch amd64] [-out DIR]
 package main
@@ -95,9 +95,11 @@ func pack(format, version, arch, source, root, work, out string) (string, error)
 	scripts := filepath.Join(source, "hack/package/scripts")
 	info := nfpm.WithDefaults(&nfpm.Info{
 		Name: "viaduct", Arch: arch, Platform: "linux", Version: version, VersionSchema: "none", Section: "admin",
-		Priority: "optional", Maintainer: "The viaduct maintainers <maintainers@viaduct.invalid>", License: "Apache-2.0",
-		Description: "device passthrough and SR-IOV on Linux\nIt shows the IOMMU groups of a host, takes devices from the " +
-			"host's drivers and gives them back,\nmakes SR-IOV virtual functions at boot from one file, and lends devices to guests.",
+		Priority: "optional", Maintainer: "The viaduct maintainers <maintainers@viaduct.invalid>",
+		License: "Apache-2.0",
+		Description: "device passthrough and SR-IOV on Linux\nIt shows the IOMMU groups of a host, takes devices " +
+			"from the host's drivers and gives them back,\nmakes SR-IOV virtual functions at boot from one file, and " +
+			"lends devices to guests.",
 		Overridables: nfpm.Overridables{
 			Contents: contents,
 			// modprobe, and the names of devices.

@@ -4,8 +4,8 @@
 //	uapicheck DIR
 //
 // DIR is the package's folder. The C program prints what differs, with both values, or else how much it compared, and
-// its status is 1 if something differs. Only what is exported is compared, and nothing that a comment marks which begins
-// with "newer", or with the name and "is newer".
+// its status is 1 if something differs. Only what is exported is compared, and nothing that a comment marks which
+// begins with "newer", or with the name and "is newer".
 package main
 
 import (

@@ -55,18 +55,18 @@ func Singly(devices []*iommu.Device) [][]*iommu.Device {
 // Takable says why no guest can have a device by itself, whoever uses it: an [holder.ErrRefused], nil if one can.
 func Takable(d *iommu.Device) error {
 	why := holder.Reason{Kind: holder.Unsuitable, Device: d.Name}
-	cure := ""
+	hint := ""
 	switch d.Role() {
 	case iommu.RolePort:
 		why.Text = d.Name + " is a bridge, which a guest cannot have"
 	case iommu.RoleChild:
 		why.Text = fmt.Sprintf("%s is behind %s, whose driver makes its bus: a guest can have only everything "+
 			"behind that", d.Name, d.Parent)
-		cure = "name " + d.Parent.String() + " instead"
+		hint = "name " + d.Parent.String() + " instead"
 	default:
 		return nil
 	}
-	return holder.Because("take "+d.Name, why, cure)
+	return holder.Because("take "+d.Name, why, hint)
 }
 
 // Verdict is what came of asking whether a unit may go where it is to go.
@@ -211,7 +211,7 @@ func (c *check) run(asked []*iommu.Device, holders []holder.Holder) {
 		c.siblings(asked)
 		c.resets(asked)
 	} else {
-		c.refused.Cure = "end the guest, or run viaduct release, first"
+		c.refused.Hint = "end the guest, or run viaduct release, first"
 	}
 	c.users(holders)
 	if !c.goal.takes() {
@@ -226,8 +226,8 @@ func (c *check) run(asked []*iommu.Device, holders []holder.Holder) {
 }
 
 // add adds a reason about a device; cure is what the user can do, "" if nothing.
-func (c *check) add(kind holder.ReasonKind, device, cure, format string, a ...any) {
-	r := holder.Reason{Kind: kind, Device: device, Cure: cure, Text: fmt.Sprintf(format, a...)}
+func (c *check) add(kind holder.ReasonKind, device, hint, format string, a ...any) {
+	r := holder.Reason{Kind: kind, Device: device, Hint: hint, Text: fmt.Sprintf(format, a...)}
 	c.refused.Reasons = append(c.refused.Reasons, r)
 }
 
@@ -250,9 +250,9 @@ func (c *check) canBeTaken(asked []*iommu.Device) {
 		case d.Group == nil:
 			c.add(holder.IOMMU, d.Name, "", "%s is in no IOMMU group: the IOMMU does not cover it", d.Name)
 		case d.SRIOV != nil && len(d.SRIOV.VFs) > 0 && slices.ContainsFunc(asked, isVFOf(d)):
-			cure := fmt.Sprintf("the slot does not isolate the functions of the card (ACS): viaduct show "+
+			hint := fmt.Sprintf("the slot does not isolate the functions of the card (ACS): viaduct show "+
 				"group=%d; another slot, or a setting of the firmware, may", *d.Group)
-			c.add(holder.Group, d.Name, cure, "%s is in the IOMMU group of its VFs, and VFIO does not accept a PF "+
+			c.add(holder.Group, d.Name, hint, "%s is in the IOMMU group of its VFs, and VFIO does not accept a PF "+
 				"with VFs",
 				d.Name)
 		case d.SRIOV != nil && len(d.SRIOV.VFs) > 0:

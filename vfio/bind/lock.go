@@ -177,12 +177,12 @@ type BusyError struct {
 }
 
 func (e *BusyError) Error() string {
-	const cure = "try again, or use a longer --timeout"
+	const hint = "try again, or use a longer --timeout"
 	if e.PID == 0 {
-		return fmt.Sprintf("%s: another viaduct has been changing it for %s; %s", e.Device, e.Waited, cure)
+		return fmt.Sprintf("%s: another viaduct has been changing it for %s; %s", e.Device, e.Waited, hint)
 	}
 	return fmt.Sprintf("%s: another viaduct (pid %d) has been changing it since %s; %s",
-		e.Device, e.PID, e.Since.Format(time.TimeOnly), cure)
+		e.Device, e.PID, e.Since.Format(time.TimeOnly), hint)
 }
 
 // ErrNotLocked is matched by errors that say that a device has to be locked before it is changed.

@@ -15,7 +15,7 @@ const ErrRefused = host.Error("refused")
 type RefusedError struct {
 	What    string // what was to be done
 	Reasons []Reason
-	Cure    string // what the user can do about all of it; "" if nothing
+	Hint    string // what the user can do about all of it; "" if nothing
 }
 
 // Reason is one reason of a refusal.
@@ -24,7 +24,7 @@ type Reason struct {
 	Device string  // the device's name; "" if it is about none
 	Text   string  // the reason as a sentence
 	Force  Kind    // the kind of holder that has to be forced to go on all the same; "" if nothing goes on
-	Cure   string  // what the user can do about this one; "" if nothing
+	Hint   string  // what the user can do about this one; "" if nothing
 	Holder *Holder // whose use of the device it is; nil if nobody's who is known
 	Err    error   // the error that it is; nil if it is none
 }
@@ -51,22 +51,22 @@ const (
 )
 
 // Because is a refusal for one reason.
-func Because(what string, r Reason, cure string) *RefusedError {
-	return &RefusedError{What: what, Reasons: []Reason{r}, Cure: cure}
+func Because(what string, r Reason, hint string) *RefusedError {
+	return &RefusedError{What: what, Reasons: []Reason{r}, Hint: hint}
 }
 
 func (e *RefusedError) Error() string {
 	var reasons []string
 	for _, r := range e.Reasons {
 		text := r.Text
-		if r.Cure != "" {
-			text += " (" + r.Cure + ")"
+		if r.Hint != "" {
+			text += " (" + r.Hint + ")"
 		}
 		reasons = append(reasons, text)
 	}
 	s := "refused to " + e.What + ": " + strings.Join(reasons, "; ")
-	if e.Cure != "" {
-		s += " (" + e.Cure + ")"
+	if e.Hint != "" {
+		s += " (" + e.Hint + ")"
 	}
 	return s
 }
@@ -97,8 +97,8 @@ func (e *RefusedError) Holders() []Holder {
 }
 
 // Refuse returns a *RefusedError naming the holders that force does not override, or nil.
-func Refuse(what string, holders []Holder, force []Kind, cure string) error {
-	e := &RefusedError{What: what, Cure: cure}
+func Refuse(what string, holders []Holder, force []Kind, hint string) error {
+	e := &RefusedError{What: what, Hint: hint}
 	for _, h := range holders {
 		if r := h.Against(force); r != nil {
 			e.Reasons = append(e.Reasons, *r)
@@ -151,8 +151,8 @@ func Reasons(err error) []Reason {
 		}
 	}
 	if errors.Is(err, ErrBlind) {
-		cure := "run viaduct as root, in the host's pid namespace"
-		return []Reason{{Kind: Unseen, Text: err.Error(), Cure: cure, Err: err}}
+		hint := "run viaduct as root, in the host's pid namespace"
+		return []Reason{{Kind: Unseen, Text: err.Error(), Hint: hint, Err: err}}
 	}
 	return nil
 }
@@ -166,8 +166,8 @@ func (e *RefusedError) reasons() []Reason {
 			inner = []Reason{r}
 		}
 		for _, r := range inner {
-			if r.Cure == "" {
-				r.Cure = e.Cure
+			if r.Hint == "" {
+				r.Hint = e.Hint
 			}
 			out = append(out, r)
 		}

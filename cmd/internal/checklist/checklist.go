@@ -35,7 +35,7 @@ type Line struct {
 	Answer   Answer
 	Text     string // what was found, as a sentence without its end
 	Evidence []Evidence
-	Cure     string // a command, or what else mends it; "" if there is nothing to mend, or nothing known
+	Hint     string // a command, or what else mends it; "" if there is nothing to mend, or nothing known
 }
 
 // Evidence is where something was seen.
@@ -117,7 +117,7 @@ func (c *list) iommu() {
 	}
 	if len(names) == 0 {
 		off := iommu.WhyOff(c.host, c.topology)
-		l.Answer, l.Text, l.Cure = No, "no IOMMU is on: "+off.Why, off.Cure
+		l.Answer, l.Text, l.Hint = No, "no IOMMU is on: "+off.Why, off.Hint
 	}
 	c.add(l)
 }
@@ -132,7 +132,7 @@ func (c *list) interrupts() {
 	case *on:
 		l.Answer, l.Text, l.Evidence[0].Value = OK, "interrupts are remapped", "IR- or ITS-"
 	default:
-		l.Answer, l.Text, l.Cure = No, "interrupts are not remapped, and VFIO opens no device", "viaduct doctor"
+		l.Answer, l.Text, l.Hint = No, "interrupts are not remapped, and VFIO opens no device", "viaduct doctor"
 		l.Evidence[0].Value = "without IR- or ITS-"
 	}
 	c.add(l)
@@ -150,7 +150,7 @@ func (c *list) present(of *lease.Device) *iommu.Device {
 		c.absent(&l, of)
 	case d.ID != of.ID || of.Nowhere:
 		l.Answer, l.Text, l.Evidence[0].Value = No, "another device is there than was assigned", d.Modalias()
-		l.Cure = release(c.lease.Guest)
+		l.Hint = release(c.lease.Guest)
 	default:
 		l.Text, l.Evidence[0].Value = "it is there", d.Modalias()
 	}
@@ -163,10 +163,10 @@ func (c *list) present(of *lease.Device) *iommu.Device {
 
 // absent says what brings a device back. A rescan of the bus finds no VF: its PF has to make it again.
 func (c *list) absent(l *Line, of *lease.Device) {
-	l.Answer, l.Text, l.Cure = No, "it is not there", "echo 1 > /sys/bus/pci/rescan"
+	l.Answer, l.Text, l.Hint = No, "it is not there", "echo 1 > /sys/bus/pci/rescan"
 	if of.PF != nil {
 		l.Text += ": it was a VF"
-		l.Cure = "viaduct apply, or viaduct vf create PF N"
+		l.Hint = "viaduct apply, or viaduct vf create PF N"
 		if pf, all := c.parent(of.Address); pf != nil {
 			has, needs := len(pf.SRIOV.VFs), 0
 			for i, vf := range all {
@@ -176,10 +176,10 @@ func (c *list) absent(l *Line, of *lease.Device) {
 			}
 			l.Text = fmt.Sprintf("it is not there: it was a VF of %s, which has %d", pf.Name, has)
 			l.Evidence = append(l.Evidence, Evidence{path.Join(devicesDir, pf.Name, "sriov_numvfs"), strconv.Itoa(has)})
-			l.Cure = fmt.Sprintf("viaduct apply, or viaduct vf create %s %d", pf.Name, max(needs, has))
+			l.Hint = fmt.Sprintf("viaduct apply, or viaduct vf create %s %d", pf.Name, max(needs, has))
 		}
 	}
-	c.back = cmp.Or(c.back, l.Cure)
+	c.back = cmp.Or(c.back, l.Hint)
 }
 
 // parent is the PF of which a VF would be at an address, with where all of its VFs would be; nil if there is none.

@@ -24,7 +24,7 @@ func (c *list) unit(d *iommu.Device) error {
 	case !host.Absent(err):
 		return err
 	case d.Group == nil:
-		l.Answer, l.Text, l.Cure = No, "no IOMMU is in front of it", "viaduct doctor "+d.Name
+		l.Answer, l.Text, l.Hint = No, "no IOMMU is in front of it", "viaduct doctor "+d.Name
 	default:
 		l.Answer, l.Text = Unknown, "which IOMMU is in front of it is not told"
 	}
@@ -37,7 +37,7 @@ func (c *list) group(d *iommu.Device) error {
 	l := Line{Name: "group", Device: d.Name, Answer: OK}
 	if d.Group == nil {
 		l.Answer, l.Text = No, "it is in no IOMMU group"
-		l.Evidence, l.Cure = []Evidence{{path.Join(devicesDir, d.Name, "iommu_group"), ""}}, "viaduct bind "+d.Name
+		l.Evidence, l.Hint = []Evidence{{path.Join(devicesDir, d.Name, "iommu_group"), ""}}, "viaduct bind "+d.Name
 		c.add(l)
 		return nil
 	}
@@ -58,11 +58,11 @@ func (c *list) group(d *iommu.Device) error {
 			l.Evidence = append(l.Evidence, Evidence{path.Join(devicesDir, b.Name, "driver"), b.Driver})
 		}
 		l.Text = fmt.Sprintf("group %d cannot be handed over: the host uses %s of it", g.ID, strings.Join(names, ", "))
-		l.Cure = "viaduct bind " + d.Name
+		l.Hint = "viaduct bind " + d.Name
 	}
 
 	if g.NoIOMMU {
-		l.Answer, l.Cure = No, "viaduct doctor"
+		l.Answer, l.Hint = No, "viaduct doctor"
 		l.Text = fmt.Sprintf("group %d is of VFIO's noiommu mode, which does not keep the device from any memory", g.ID)
 	}
 
@@ -81,9 +81,9 @@ func (c *list) driver(d *iommu.Device) error {
 	case c.lease.OwnDriver && !d.Blocks():
 		l.Text = "the guest's VMM has its own driver for it"
 	case d.Driver == "":
-		l.Answer, l.Text, l.Cure = No, "no driver has it", "viaduct bind "+d.Name
+		l.Answer, l.Text, l.Hint = No, "no driver has it", "viaduct bind "+d.Name
 	default:
-		l.Answer, l.Text, l.Cure = No, d.Driver+" has it, which is not a VFIO driver", "viaduct bind "+d.Name
+		l.Answer, l.Text, l.Hint = No, d.Driver+" has it, which is not a VFIO driver", "viaduct bind "+d.Name
 	}
 	c.add(l)
 	return nil
@@ -113,7 +113,7 @@ func (c *list) reserved(d *iommu.Device, all []iommu.Region) Line {
 		text := fmt.Sprintf("%#x-%#x %s", r.Start, r.End, r.Type)
 		if r.Type == "direct" {
 			l.Answer, l.Text = No, "the firmware keeps a range of memory for it, and the kernel gives it to no guest"
-			l.Evidence, l.Cure = []Evidence{{file, text}}, "viaduct doctor "+d.Name
+			l.Evidence, l.Hint = []Evidence{{file, text}}, "viaduct doctor "+d.Name
 			return l
 		}
 		if r.Type == "reserved" {
@@ -129,7 +129,7 @@ func (c *list) reserved(d *iommu.Device, all []iommu.Region) Line {
 	memory := c.memory()
 	if memory == 0 {
 		l.Answer, l.Text = Unknown, "the guest's memory is not known, and some ranges are kept from it"
-		l.Cure = fmt.Sprintf("viaduct why guest=%s --memory SIZE", quote(c.lease.Guest))
+		l.Hint = fmt.Sprintf("viaduct why guest=%s --memory SIZE", quote(c.lease.Guest))
 		return l
 	}
 
@@ -139,7 +139,7 @@ func (c *list) reserved(d *iommu.Device, all []iommu.Region) Line {
 			if r.Type == "reserved" && span.Overlaps(vfio.Range{First: r.Start, Last: r.End}) {
 				l.Answer, l.Text = No, "the guest would have memory in a range that is kept from it"
 				l.Evidence = []Evidence{{file, fmt.Sprintf("%#x-%#x %s", r.Start, r.End, r.Type)}}
-				l.Cure = "give the guest less memory"
+				l.Hint = "give the guest less memory"
 			}
 		}
 	}

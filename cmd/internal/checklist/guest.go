@@ -120,11 +120,11 @@ func (c *list) memlock() error {
 		case memory == 0:
 			l.Answer = Unknown
 			l.Text = fmt.Sprintf("process %d may lock %d MiB, and the guest's memory is not known", pid, limit>>20)
-			l.Cure = fmt.Sprintf("viaduct why guest=%s --memory SIZE", quote(c.lease.Guest))
+			l.Hint = fmt.Sprintf("viaduct why guest=%s --memory SIZE", quote(c.lease.Guest))
 		case limit < memory:
 			l.Answer = No
 			l.Text = fmt.Sprintf("process %d may lock %d MiB, and the guest has %d MiB", pid, limit>>20, memory>>20)
-			l.Cure = fmt.Sprintf("prlimit --pid %d --memlock=unlimited", pid)
+			l.Hint = fmt.Sprintf("prlimit --pid %d --memlock=unlimited", pid)
 		default:
 			l.Evidence = append(l.Evidence, Evidence{file, strconv.FormatUint(limit, 10)})
 			continue
@@ -154,13 +154,13 @@ func (c *list) phase() error {
 	case lease.Making:
 		l.Answer = Unknown
 	default:
-		l.Answer, l.Cure = No, release(c.lease.Guest)
+		l.Answer, l.Hint = No, release(c.lease.Guest)
 	}
 	if c.look.State == lease.Lost && c.back != "" {
-		l.Cure = c.back + ", or give the lease up: " + l.Cure
+		l.Hint = c.back + ", or give the lease up: " + l.Hint
 	}
 	if !c.host.Live() {
-		l.Answer, l.Text, l.Cure = Unknown, "a captured host has no processes, by which a lease lives", ""
+		l.Answer, l.Text, l.Hint = Unknown, "a captured host has no processes, by which a lease lives", ""
 		l.Evidence[0].Value = "there"
 	}
 	c.add(l)
@@ -183,7 +183,7 @@ func (c *list) quarantine() error {
 	for _, d := range c.devices {
 		if why := all.Why(c.host, d); why != "" {
 			l.Answer, l.Device, l.Text = No, d.Name, "it is in quarantine: "+why
-			l.Cure = "viaduct release --quarantined " + d.Name
+			l.Hint = "viaduct release --quarantined " + d.Name
 			break
 		}
 	}
@@ -206,7 +206,7 @@ func (c *list) changes() error {
 			name := strings.TrimPrefix(key, journal.Changing)
 			if name == d.Name || d.PhysFn != nil && name == d.PhysFn.String() {
 				l.Answer, l.Device, l.Text = No, name, "a change of it is under way, or was interrupted"
-				l.Evidence, l.Cure = []Evidence{{journal.Dir + "/" + key + ".json", "there"}}, "viaduct recover"
+				l.Evidence, l.Hint = []Evidence{{journal.Dir + "/" + key + ".json", "there"}}, "viaduct recover"
 			}
 		}
 	}
@@ -242,12 +242,12 @@ func (c *list) holders() error {
 			continue
 		}
 		l.Answer, l.Text, l.Device = No, "another uses it: "+h.What, h.Device
-		l.Evidence, l.Cure = nil, "viaduct bind --dry-run "+h.Device
+		l.Evidence, l.Hint = nil, "viaduct bind --dry-run "+h.Device
 		if h.PID != 0 {
-			l.Evidence, l.Cure = []Evidence{{fmt.Sprintf("proc/%d/fd", h.PID), h.What}}, fmt.Sprintf("kill %d", h.PID)
+			l.Evidence, l.Hint = []Evidence{{fmt.Sprintf("proc/%d/fd", h.PID), h.What}}, fmt.Sprintf("kill %d", h.PID)
 		}
 		if h.Guest != "" {
-			l.Cure = release(h.Guest)
+			l.Hint = release(h.Guest)
 		}
 		c.add(l)
 		return nil
@@ -263,11 +263,11 @@ func (c *list) holders() error {
 				pids = append(pids, pid)
 			}
 		}
-		l.Cure = "ps -o pid,user,args -p " + strings.Join(pids, ",")
+		l.Hint = "ps -o pid,user,args -p " + strings.Join(pids, ",")
 	}
 
 	if err != nil {
-		l.Answer, l.Text, l.Cure = Unknown, "not all processes can be seen", "run it as root"
+		l.Answer, l.Text, l.Hint = Unknown, "not all processes can be seen", "run it as root"
 	}
 
 	c.add(l)

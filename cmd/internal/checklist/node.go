@@ -41,12 +41,12 @@ func (c *list) nodes(d *iommu.Device) error {
 
 	switch {
 	case len(names) == 0:
-		l.Answer, l.Text, l.Cure = No, "the kernel has made no node for it", "viaduct verify "+d.Name
+		l.Answer, l.Text, l.Hint = No, "the kernel has made no node for it", "viaduct verify "+d.Name
 	case !c.host.Live():
 		l.Answer, l.Text = Unknown, "a captured host does not show who owns its nodes"
 	case l.Answer == No:
 		l.Text = "a node of it is not in /dev"
-		l.Cure = "udevadm trigger --subsystem-match=vfio --subsystem-match=vfio-dev"
+		l.Hint = "udevadm trigger --subsystem-match=vfio --subsystem-match=vfio-dev"
 	default:
 		l.Text = "its nodes are there, for " + l.Evidence[0].Value
 		c.reach(&l, d, owners)
@@ -55,7 +55,7 @@ func (c *list) nodes(d *iommu.Device) error {
 		kept, err := bind.ParseNodeOwner(owner)
 		if err != nil || !kept.Keeps(c.host, d) {
 			l.Answer, l.Text = No, "its nodes are not kept for "+owner+", as the lease has it"
-			l.Cure = fmt.Sprintf("chown %s %s", quote(owner), strings.Join(names, " "))
+			l.Hint = fmt.Sprintf("chown %s %s", quote(owner), strings.Join(names, " "))
 		}
 	}
 	c.add(l)
@@ -104,7 +104,7 @@ func (c *list) reach(l *Line, d *iommu.Device, owners []host.Owner) {
 				l.Answer = No
 				l.Text = fmt.Sprintf("process %d of the guest runs as user %d, and /%s is for %s", pid, user.UID,
 					l.Evidence[i].File, l.Evidence[i].Value)
-				l.Cure = fmt.Sprintf("chown %d /%s", user.UID, l.Evidence[i].File)
+				l.Hint = fmt.Sprintf("chown %d /%s", user.UID, l.Evidence[i].File)
 				if o := c.lease.Owner; o != nil && o.PID == pid {
 					// With it the lease ends, and it may have another one start the VMM.
 					l.Answer = Unknown

@@ -79,7 +79,7 @@ func (c *list) said(d *iommu.Device, lines []iommu.LogLine) Line {
 		l.Text += "; what it reported before is old"
 	default:
 		l.Answer, l.Text = No, "the kernel has reported trouble with it since the lease was made"
-		l.Cure = "look at what came before (dmesg --ctime | grep " + d.Name + "), and start the guest again"
+		l.Hint = "look at what came before (dmesg --ctime | grep " + d.Name + "), and start the guest again"
 	}
 	return l
 }

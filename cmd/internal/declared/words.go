@@ -166,56 +166,92 @@ const is = "is "
 // vfWords are what changes of the VFs: all of those that are made, and else what differs, and what that is now.
 func (i *Item) vfWords() []string {
 	declared := i.pf.Each()
-	made := i.count != nil && i.count.Have != i.count.Want
-	rows := map[int]map[string]string{}
-	at := func(n int) map[string]string {
-		if rows[n] == nil && n < len(declared) {
-			rows[n] = map[string]string{}
-			if made && declared[n].Pool != "" {
-				rows[n]["pool"] = declared[n].Pool
+	rows := vfRows{}
+	if p := i.count; p != nil && p.Have != p.Want {
+		for n, vf := range declared {
+			if vf.Pool != "" {
+				rows.at(n)["pool"] = vf.Pool
 			}
 		}
-		return rows[n]
-	}
-
-	if p := i.count; made {
-		for n, vf := range p.VFs {
-			parts := at(n)
-			for k, v := range vf.Settings {
-				parts[string(k)] = v
-			}
-			if vf.Use == sriov.UseHome {
-				parts["driver"] = "home"
-			} else if driver := vf.Use.Driver(); driver != "" && parts["pool"] == "" {
-				parts["driver"] = driver
-			}
-		}
+		rows.made(p)
 	}
 	for _, s := range i.sets {
-		for _, change := range s.Settings {
-			for _, k := range change.Keys {
-				if v, wanted := s.Want[k]; wanted && change.From[k] != v {
-					parts := at(s.VF.VFIndex)
-					// As it is declared, where that is a word for an address of its own.
-					parts[string(k)] = cmp.Or(declared[s.VF.VFIndex].Settings[k], v)
-					if now, known := change.From[k]; known {
-						parts[is+string(k)] = now
-					}
-				}
-			}
-		}
+		rows.set(s, declared[s.VF.VFIndex].Settings)
 	}
 	drivers := map[string][]*iommu.Device{string(sriov.UseNone): i.none, string(sriov.UseHome): i.home}
 	maps.Copy(drivers, i.take)
 	for use, vfs := range drivers {
 		for _, vf := range vfs {
-			at(vf.VFIndex)["driver"], at(vf.VFIndex)[is+"driver"] = use, cmp.Or(vf.Driver, bind.None)
+			parts := rows.at(vf.VFIndex)
+			parts["driver"], parts[is+"driver"] = use, cmp.Or(vf.Driver, bind.None)
 		}
 	}
+	return rows.words()
+}
 
+// CountWords say what a plan of a number of VFs changes: of the PF itself, and the VFs that are made.
+func CountWords(p *sriov.Plan) []string {
+	rows := vfRows{}
+	if p.Have != p.Want {
+		rows.made(p)
+	}
+	return append(countWords(p), rows.words()...)
+}
+
+// SetWords say what plans change of the settings of a PF's VFs. What was requested of a VF may say it shorter than what
+// that came to: stable.
+func SetWords(plans []*sriov.SetPlan, requested func(vf int) sriov.Settings) []string {
+	rows := vfRows{}
+	for _, p := range plans {
+		rows.set(p, requested(p.VF.VFIndex))
+	}
+	return rows.words()
+}
+
+// vfRows are what changes of VFs, by index.
+type vfRows map[int]map[string]string
+
+func (r vfRows) at(n int) map[string]string {
+	if r[n] == nil {
+		r[n] = map[string]string{}
+	}
+	return r[n]
+}
+
+// made are VFs that are made.
+func (r vfRows) made(p *sriov.Plan) {
+	for n, vf := range p.VFs {
+		parts := r.at(n)
+		for k, v := range vf.Settings {
+			parts[string(k)] = v
+		}
+		if vf.Use == sriov.UseHome {
+			parts["driver"] = "home"
+		} else if driver := vf.Use.Driver(); driver != "" && parts["pool"] == "" {
+			parts["driver"] = driver
+		}
+	}
+}
+
+// set is a VF that is set.
+func (r vfRows) set(p *sriov.SetPlan, requested sriov.Settings) {
+	for _, change := range p.Settings {
+		for _, k := range change.Keys {
+			if v, wanted := p.Want[k]; wanted && change.From[k] != v {
+				parts := r.at(p.VF.VFIndex)
+				parts[string(k)] = cmp.Or(requested[k], v)
+				if now, known := change.From[k]; known {
+					parts[is+string(k)] = now
+				}
+			}
+		}
+	}
+}
+
+func (r vfRows) words() []string {
 	var sorted []vfRow
-	for _, n := range slices.Sorted(maps.Keys(rows)) {
-		sorted = append(sorted, vfRow{n, rows[n]})
+	for _, n := range slices.Sorted(maps.Keys(r)) {
+		sorted = append(sorted, vfRow{n, r[n]})
 	}
 	return foldRows(sorted)
 }

@@ -22,7 +22,7 @@ func memlock(f *Facts) Check {
 		c.see(file, fmt.Sprintf("Max locked memory %d bytes", *f.LockLimit))
 		c.set(Warned, "this user may lock %d MiB, less than a guest has; libvirt raises the limit by itself",
 			*f.LockLimit>>20)
-		c.Cure = "for VMMs of this user: a line `USER - memlock unlimited` in /etc/security/limits.d/vfio.conf, or " +
+		c.Hint = "for VMMs of this user: a line `USER - memlock unlimited` in /etc/security/limits.d/vfio.conf, or " +
 			"LimitMEMLOCK=infinity in their service"
 	default:
 		c.see(file, fmt.Sprintf("Max locked memory %d bytes", *f.LockLimit))
@@ -51,7 +51,7 @@ func nodes(f *Facts) Check {
 	switch {
 	case len(open) > 0:
 		c.set(Warned, "every user can open %s, and with it a device", some(open))
-		c.Cure = "run `chmod o-w` on them, and correct the udev rule that does this (/etc/udev/rules.d)"
+		c.Hint = "run `chmod o-w` on them, and correct the udev rule that does this (/etc/udev/rules.d)"
 	case has("dev/vfio/vfio") || has("dev/iommu"):
 		c.set(Passed, "there, and not open to all")
 	case !f.Live:
@@ -60,7 +60,7 @@ func nodes(f *Facts) Check {
 	case loaded:
 		c.set(Warned, "VFIO is loaded, and there is neither /dev/vfio/vfio nor /dev/iommu")
 		c.see("dev/vfio/vfio", "")
-		c.Cure = "see that /dev is a devtmpfs, and run `udevadm trigger`"
+		c.Hint = "see that /dev is a devtmpfs, and run `udevadm trigger`"
 	default:
 		c.set(Passed, "they come with the first device that is taken")
 	}
@@ -97,11 +97,11 @@ func sriovRoom(f *Facts) Check {
 	switch {
 	case len(memory) > 0:
 		c.set(Warned, "the firmware left no memory for the VFs of %s", some(memory))
-		c.Cure = "turn on \"SR-IOV support\" and \"Above 4G decoding\" in the firmware's menu; else " +
+		c.Hint = "turn on \"SR-IOV support\" and \"Above 4G decoding\" in the firmware's menu; else " +
 			f.Loader.Add("pci=realloc")
 	case len(buses) > 0:
 		c.set(Warned, "the VFs of %s are on buses that the port above does not have", some(buses))
-		c.Cure = "turn on \"SR-IOV support\" and \"ARI\" in the firmware's menu; else " +
+		c.Hint = "turn on \"SR-IOV support\" and \"ARI\" in the firmware's menu; else " +
 			f.Loader.Add("pci=assign-busses")
 	case count == 0:
 		c.set(Passed, "none of these devices can have VFs")
@@ -145,7 +145,7 @@ func resets(f *Facts) Check {
 	switch {
 	case len(problems) > 0:
 		c.set(Warned, "%s", strings.Join(problems, "; "))
-		c.Cure = "give away all functions that are reset together, or another device; what a guest leaves in one " +
+		c.Hint = "give away all functions that are reset together, or another device; what a guest leaves in one " +
 			"that is not reset, the next one finds"
 	case unknown:
 		c.set(Unknown, "not known of every device")
@@ -173,7 +173,7 @@ func power(f *Facts) Check {
 		return c
 	}
 	c.set(Warned, "%s in D3cold: some devices do not come back from that", some(c.Devices))
-	c.Cure = "`echo 0 > /sys/bus/pci/devices/" + c.Devices[0] + "/d3cold_allowed` before it is bound, and " +
+	c.Hint = "`echo 0 > /sys/bus/pci/devices/" + c.Devices[0] + "/d3cold_allowed` before it is bound, and " +
 		"`options vfio-pci disable_idle_d3=1` in /etc/modprobe.d"
 	if v, is := f.Params[idle]; is {
 		c.see(idle, v)
@@ -186,7 +186,7 @@ func bootDisplay(f *Facts) Check {
 	c := Check{Name: "boot_display", Title: "host's screen"}
 	if f.Blind != "" {
 		c.set(Unknown, "%s", f.Blind)
-		c.Cure = "run this as root"
+		c.Hint = "run this as root"
 		return c
 	}
 	if len(f.Displays) == 0 {
@@ -204,7 +204,7 @@ func bootDisplay(f *Facts) Check {
 	for _, d := range f.Displays {
 		c.see(d.File, d.Value)
 	}
-	c.Cure = "let the firmware start on another card (\"primary display\"); else " +
+	c.Hint = "let the firmware start on another card (\"primary display\"); else " +
 		f.Loader.Add("initcall_blacklist=sysfb_init")
 	return c
 }
@@ -226,7 +226,7 @@ func hugePages(f *Facts) Check {
 	if len(used) > 0 && len(used) == len(text) {
 		c.set(Warned, "every reserved page is in use (%s), so the next guest that uses huge pages does not start",
 			strings.Join(used, ", "))
-		c.Cure = "reserve more (`sysctl vm.nr_hugepages=N`, or hugepages= at boot), or start that guest without them"
+		c.Hint = "reserve more (`sysctl vm.nr_hugepages=N`, or hugepages= at boot), or start that guest without them"
 	}
 	if len(text) == 0 && len(f.HugePages) == 0 {
 		return f.unseen(c, "sys/kernel/mm/hugepages")
@@ -271,6 +271,6 @@ func numa(f *Facts) Check {
 	}
 
 	c.set(Warned, "%d nodes, and the firmware does not say which one %s is near to", f.NUMANodes, some(c.Devices))
-	c.Cure = "update the firmware; until then, pin the guest by hand to the node of the card's slot"
+	c.Hint = "update the firmware; until then, pin the guest by hand to the node of the card's slot"
 	return c
 }

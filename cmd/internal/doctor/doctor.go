@@ -29,7 +29,7 @@ type Check struct {
 	Status   Status
 	Text     string // what was found, as a sentence without its end
 	Evidence []Evidence
-	Cure     string   // what to do on this host; "" if there is nothing to do
+	Hint     string   // what to do on this host; "" if there is nothing to do
 	Devices  []string // those that it is about; none if it is about the host
 }
 

@@ -41,10 +41,10 @@ func healthy() *Facts {
 }
 
 // off takes the host's IOMMU away.
-func off(f *Facts, why, cure string) {
+func off(f *Facts, why, hint string) {
 	f.Topology.Units, f.Topology.Ungrouped = nil, []iommu.Device{f.Topology.Groups[0].Devices[0]}
 	f.Topology.Groups = nil
-	f.Off = iommu.Off{Why: why, File: "proc/cmdline", Value: "x", Cure: cure}
+	f.Off = iommu.Off{Why: why, File: "proc/cmdline", Value: "x", Hint: hint}
 }
 
 func TestHealthy(t *testing.T) {
@@ -66,7 +66,7 @@ func TestFaults(t *testing.T) {
 		check  string
 		status Status
 		text   string
-		cure   string
+		hint   string
 	}{
 		"no table": {func(f *Facts) { f.Tables = nil; off(f, "the firmware describes no IOMMU", "turn it on") },
 			"table", Failed, "describes no IOMMU", "turn it on"},
@@ -110,7 +110,7 @@ func TestFaults(t *testing.T) {
 		"noiommu groups": {func(f *Facts) { f.Topology.Groups[0].NoIOMMU = true }, "groups", Failed, "noiommu", "unbind"},
 		"intremap=off": {func(f *Facts) {
 			f.Topology.InterruptRemapping = new(false)
-			f.NotRemapped = iommu.Off{Why: "intremap=off turns it off", Cure: "remove intremap=off"}
+			f.NotRemapped = iommu.Off{Why: "intremap=off turns it off", Hint: "remove intremap=off"}
 		}, "interrupt_remapping", Failed, "intremap=off", "remove intremap=off"},
 		"remapping unknown": {func(f *Facts) { f.Topology.InterruptRemapping = nil }, "interrupt_remapping", Unknown, "not known", ""},
 		"modules missing":   {func(f *Facts) { f.Modules["vfio_pci"] = Module{} }, "vfio_modules", Failed, "vfio-pci", "install"},
@@ -194,10 +194,10 @@ func TestFaults(t *testing.T) {
 			continue
 		}
 
-		if first.Name != c.check || first.Status != c.status || !strings.Contains(first.Text, c.text) || !strings.Contains(first.Cure, c.cure) {
-			t.Errorf("%s: %+v, want %s %s with %q and %q", name, first, c.check, c.status, c.text, c.cure)
+		if first.Name != c.check || first.Status != c.status || !strings.Contains(first.Text, c.text) || !strings.Contains(first.Hint, c.hint) {
+			t.Errorf("%s: %+v, want %s %s with %q and %q", name, first, c.check, c.status, c.text, c.hint)
 		}
-		if first.Status == Failed && (first.Cure == "" || len(first.Evidence) == 0) {
+		if first.Status == Failed && (first.Hint == "" || len(first.Evidence) == 0) {
 			t.Errorf("%s: nothing shows it, or mends it: %+v", name, first)
 		}
 		if Healthy(checks) == (c.status == Failed) {
@@ -208,7 +208,7 @@ func TestFaults(t *testing.T) {
 
 // What is not known is never passed.
 func TestNothingKnown(t *testing.T) {
-	checks := Examine(&Facts{Topology: &iommu.Topology{}, Off: iommu.Off{Why: "x", Cure: "y"}})
+	checks := Examine(&Facts{Topology: &iommu.Topology{}, Off: iommu.Off{Why: "x", Hint: "y"}})
 	// These say of nothing that it is so: there is no device to say it of, or no IOMMU to use.
 	about := map[string]bool{"sriov_room": true, "reset": true, "power": true, "boot_display": true}
 	for _, c := range checks {

@@ -55,11 +55,11 @@ func modules(f *Facts) Check {
 	c.set(Failed, "this kernel has no %s", strings.Join(missing, " and no "))
 	c.see(dir+"/modules.dep", "")
 	c.see(dir+"/modules.builtin", "")
-	c.Cure = "install the package with the rest of the kernel's modules (linux-modules-extra, kernel-modules), or " +
+	c.Hint = "install the package with the rest of the kernel's modules (linux-modules-extra, kernel-modules), or " +
 		"boot a kernel with CONFIG_VFIO_PCI"
 	if f.Config != nil && f.Config["CONFIG_VFIO_PCI"] == "" {
 		c.see("boot/config-"+f.Release, "# CONFIG_VFIO_PCI is not set")
-		c.Cure = "boot a kernel with CONFIG_VFIO_PCI"
+		c.Hint = "boot a kernel with CONFIG_VFIO_PCI"
 	}
 
 	return c
@@ -104,7 +104,7 @@ func blacklist(f *Facts) Check {
 	case r.Own:
 		c.set(Unknown, "whether %s can be loaded is not known, as a command of this host does it: /%s has %q", name,
 			r.File, r.Line)
-		c.Cure = fmt.Sprintf("run `modprobe %s`, and see whether /sys/module/%s is there", name, r.Module)
+		c.Hint = fmt.Sprintf("run `modprobe %s`, and see whether /sys/module/%s is there", name, r.Module)
 		return c
 	case r.Hard:
 		c.set(Failed, "%s cannot be loaded: /%s has %q", name, r.File, r.Line)
@@ -113,10 +113,10 @@ func blacklist(f *Facts) Check {
 			r.Line)
 	}
 
-	c.Cure = fmt.Sprintf("remove that line from /%s, rebuild the initramfs if it is in it, and run `modprobe %s`",
+	c.Hint = fmt.Sprintf("remove that line from /%s, rebuild the initramfs if it is in it, and run `modprobe %s`",
 		r.File, name)
 	if r.File == "proc/cmdline" {
-		c.Cure = f.Loader.Remove(r.Line)
+		c.Hint = f.Loader.Remove(r.Line)
 	}
 	return c
 }
@@ -139,7 +139,7 @@ func lockdown(f *Facts) Check {
 		c.see(file, f.Lockdown)
 		c.set(Warned, "%s: VFIO works; setpci, unsigned modules, and other ways past the devices' drivers do not",
 			f.Lockdown)
-		c.Cure = "nothing to do for passthrough; it goes with Secure Boot, or lockdown= on the kernel's command line"
+		c.Hint = "nothing to do for passthrough; it goes with Secure Boot, or lockdown= on the kernel's command line"
 	}
 	return c
 }
@@ -178,8 +178,8 @@ func unsafeModes(f *Facts) Check {
 				danger = append(danger, p.danger)
 			}
 			c.see(p.file, v)
-			if c.Cure == "" {
-				c.Cure = "`echo N > /" + p.file + "`, and remove it from /etc/modprobe.d and the kernel's command line"
+			if c.Hint == "" {
+				c.Hint = "`echo N > /" + p.file + "`, and remove it from /etc/modprobe.d and the kernel's command line"
 			}
 		}
 	}
@@ -214,11 +214,11 @@ func acsOverride(f *Facts) Check {
 	}
 	c.set(Warned, "%s is on the kernel's command line: if this kernel has the patch for it, devices in different "+
 		"groups may reach each other's memory", strings.Join(words, " "))
-	var cures []string
+	var hints []string
 	for _, w := range words {
-		cures = append(cures, f.Loader.Remove(w))
+		hints = append(hints, f.Loader.Remove(w))
 	}
-	c.Cure = strings.Join(cures, "; ")
+	c.Hint = strings.Join(hints, "; ")
 	return c
 }
 
@@ -285,7 +285,7 @@ func kernelVersion(f *Facts) Check {
 	}
 	if len(lacks) > 0 {
 		c.set(Warned, "%s is too old for %s", f.Release, strings.Join(lacks, " and "))
-		c.Cure = "boot a newer kernel if that is wanted"
+		c.Hint = "boot a newer kernel if that is wanted"
 		return c
 	}
 	c.set(Passed, "%s", f.Release)
@@ -310,17 +310,17 @@ func kvm(f *Facts) Check {
 	c.set(Warned, "there is no /dev/kvm, so guests are emulated, which is slow")
 	switch {
 	case f.Xen:
-		c.Cure = "nothing to do: Xen is this machine's hypervisor; boot this kernel without Xen for KVM"
+		c.Hint = "nothing to do: Xen is this machine's hypervisor; boot this kernel without Xen for KVM"
 	case strings.HasPrefix(f.Arch, "aarch64"):
-		c.Cure = "boot a kernel with CONFIG_KVM, at exception level 2 (QEMU's virt: virtualization=on)"
+		c.Hint = "boot a kernel with CONFIG_KVM, at exception level 2 (QEMU's virt: virtualization=on)"
 	case f.CPUVirt != nil && !*f.CPUVirt && f.Guest:
-		c.Cure = "turn on nested virtualization where this guest is defined"
+		c.Hint = "turn on nested virtualization where this guest is defined"
 	case f.CPUVirt != nil && !*f.CPUVirt:
-		c.Cure = "turn on virtualization (SVM of AMD, VT-x of Intel) in the firmware's menu"
+		c.Hint = "turn on virtualization (SVM of AMD, VT-x of Intel) in the firmware's menu"
 	case f.Config != nil && f.Config["CONFIG_KVM"] == "":
-		c.Cure = "boot a kernel with CONFIG_KVM"
+		c.Hint = "boot a kernel with CONFIG_KVM"
 	default:
-		c.Cure = "run `modprobe kvm_amd` or `modprobe kvm_intel`, and see the kernel's log if that fails"
+		c.Hint = "run `modprobe kvm_amd` or `modprobe kvm_intel`, and see the kernel's log if that fails"
 	}
 	return c
 }
@@ -342,7 +342,7 @@ func vendorModules(f *Facts) Check {
 		}
 		c.set(Warned, "Secure Boot is on, and these modules are not signed, so they cannot be loaded: %s",
 			some(f.Unsigned))
-		c.Cure = "sign them with a key of this machine's (`mokutil --import`; DKMS does it by itself), or turn " +
+		c.Hint = "sign them with a key of this machine's (`mokutil --import`; DKMS does it by itself), or turn " +
 			"Secure Boot off"
 	}
 	return c

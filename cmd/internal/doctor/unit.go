@@ -26,7 +26,7 @@ func table(f *Facts) Check {
 			if f.works() {
 				c.set(Warned, "the firmware's %s table: %v; the kernel takes it all the same", t.Signature, t.Err)
 			}
-			c.Cure = "update the firmware, or tell its maker"
+			c.Hint = "update the firmware, or tell its maker"
 			c.see(file, t.Err.Error())
 			return c
 		case errors.Is(t.Err, fs.ErrPermission):
@@ -46,7 +46,7 @@ func table(f *Facts) Check {
 		if f.works() {
 			c.Status = Warned
 		}
-		c.Cure = "update the firmware, or tell its maker"
+		c.Hint = "update the firmware, or tell its maker"
 		for _, fault := range f.Faults {
 			c.see(path.Join(tablesDir, fault.Signature), fault.Text)
 		}
@@ -57,7 +57,7 @@ func table(f *Facts) Check {
 		if !f.present() {
 			c.Status = Failed
 		}
-		c.Cure = "update the firmware, or tell its maker"
+		c.Hint = "update the firmware, or tell its maker"
 		c.see("dev/kmsg", line)
 		return c
 	}
@@ -66,7 +66,7 @@ func table(f *Facts) Check {
 	case len(hidden) > 0:
 		c.set(Unknown, "there is %s, and reading it takes root", strings.Join(hidden, " and "))
 		c.see(path.Join(tablesDir, hidden[0]), "permission denied")
-		c.Cure = "run this as root"
+		c.Hint = "run this as root"
 	case len(sound) > 0:
 		c.set(Passed, "%s %s there and sound", strings.Join(sound, " and "), verb(len(sound)))
 		for _, s := range sound {
@@ -81,7 +81,7 @@ func table(f *Facts) Check {
 	default:
 		c.set(Failed, "there is no table of %s: %s", strings.Join(acpi.Signatures, ", "), f.Off.Why)
 		c.see(tablesDir, "")
-		c.Cure = f.Off.Cure
+		c.Hint = f.Off.Hint
 	}
 	return c
 }
@@ -115,7 +115,7 @@ func active(f *Facts) Check {
 	c := Check{Name: "iommu", Title: "IOMMU"}
 	if !f.present() {
 		c.set(Failed, "no IOMMU is active: %s", f.Off.Why)
-		c.Cure = f.Off.Cure
+		c.Hint = f.Off.Hint
 		if f.Off.File != "" {
 			c.see(f.Off.File, f.Off.Value)
 		}
@@ -167,15 +167,15 @@ func coverage(f *Facts) Check {
 		c.see("sys/bus/pci/devices/"+d.Name+"/iommu_group", "")
 	}
 
-	c.Cure = "put the device into another slot, or update the firmware"
+	c.Hint = "put the device into another slot, or update the firmware"
 	if signature := f.leftOut(c.Devices); signature != "" {
 		c.set(Failed, "the firmware's %s table leaves out %s, so no IOMMU covers it", signature, some(c.Devices))
 		c.see(path.Join(tablesDir, signature), "without it")
-		c.Cure = "update the firmware, or tell its maker; another slot may help"
+		c.Hint = "update the firmware, or tell its maker; another slot may help"
 	}
 
 	if value, word := iommu.LastOf(f.Words, "intel_iommu", "igfx_off"); value != "" {
-		c.Cure = f.Loader.RemoveValue(word, value)
+		c.Hint = f.Loader.RemoveValue(word, value)
 		f.seeLine(&c)
 	}
 
@@ -231,7 +231,7 @@ func groups(f *Facts) Check {
 	if len(unreal) > 0 {
 		c.Devices = unreal
 		c.set(Failed, "no IOMMU is in front of %s: VFIO made the groups in its noiommu mode", some(unreal))
-		c.Cure = "viaduct unbind them; `echo N > /sys/module/vfio/parameters/enable_unsafe_noiommu_mode`"
+		c.Hint = "viaduct unbind them; `echo N > /sys/module/vfio/parameters/enable_unsafe_noiommu_mode`"
 		return c
 	}
 	c.set(Passed, "%d, each made by an IOMMU", len(f.Topology.Groups))
@@ -259,7 +259,7 @@ func remapping(f *Facts) Check {
 		c.set(Failed, "off, and VFIO takes devices all the same (allow_unsafe_interrupts), which can forge others': %s",
 			f.NotRemapped.Why)
 	}
-	c.Cure = f.NotRemapped.Cure
+	c.Hint = f.NotRemapped.Hint
 	c.see(f.Interrupt.File, f.Interrupt.Value)
 	if f.NotRemapped.File != "" {
 		c.see(f.NotRemapped.File, f.NotRemapped.Value)
@@ -313,7 +313,7 @@ func directRanges(f *Facts) Check {
 			"and newer kernels refuse it", some(c.Devices), f.rangeKind(), f.Release)
 	}
 
-	c.Cure = "turn off what uses it in the firmware's menu (shared memory of a management controller, USB legacy " +
+	c.Hint = "turn off what uses it in the firmware's menu (shared memory of a management controller, USB legacy " +
 		"support, " +
 		"Intel graphics), or update the firmware; such a device cannot be given to a guest"
 

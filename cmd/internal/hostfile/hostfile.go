@@ -55,7 +55,7 @@ type VFs struct {
 	Range    Range          `yaml:"range"     doc:"indexes (e.g. 0-3 or 0-3,6; default: all)"`
 	Driver   sriov.Use      `yaml:"driver"    doc:"driver of the VFs: vfio, home, none or the name of a vfio driver (default: none)" word:"use"`
 	Pool     string         `yaml:"pool"      doc:"name of the pool from which guests draw these VFs"`
-	Network  string         `yaml:"network"   doc:"unmanaged: NetworkManager and systemd-networkd leave its interface alone" enum:"unmanaged"`
+	Network  string         `yaml:"network"   doc:"have NetworkManager and systemd-networkd leave its interface alone" enum:"unmanaged"`
 	Settings map[Key]Valued `yaml:",settings"`
 }
 

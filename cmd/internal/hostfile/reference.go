@@ -47,11 +47,21 @@ func reference(name string, t reflect.Type, out *[]Section) {
 		if element.Kind() != reflect.Struct || field.Type.Kind() != reflect.Slice {
 			continue
 		}
-		if _, scalar := onlyScalar(element); !scalar {
+		if _, scalar := onlyScalar(element); !scalar && mapping(element) {
 			reference(strings.TrimPrefix(name+"."+key+"[]", "host.yaml."), element, out)
 		}
 	}
 	(*out)[at] = s
+}
+
+// mapping reports whether a type is read from keys.
+func mapping(t reflect.Type) bool {
+	for field := range t.Fields() {
+		if key := field.Tag.Get("yaml"); key != "" && key != "-" {
+			return true
+		}
+	}
+	return false
 }
 
 func keyDoc(f *reflect.StructField) string {

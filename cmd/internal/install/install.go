@@ -124,10 +124,10 @@ RestartSec=5
 WantedBy=multi-user.target
 `
 
-// A device that comes later leaves a mark, by which the unit runs that brings it to what is declared: any that is neither
-// a VF nor a bridge, and a PF again when it has its interface. More than the mark the rule does not make, as udev waits
-// for what a rule runs, and kills it. The mark is there until a run that begins later takes it away, so that none is lost
-// while one ends (systemd.path(5)).
+// A device that comes later leaves a mark, by which the unit runs that brings it to what is declared: any that is
+// neither a VF nor a bridge, and a PF again when it has its interface. More than the mark the rule does not make, as
+// udev waits for what a rule runs, and kills it. The mark is there until a run that begins later takes it away, so that
+// none is lost while one ends (systemd.path(5)).
 const (
 	mark = "/run/viaduct-hotplug"
 	rule = `# ` + marker + `
@@ -201,7 +201,8 @@ var allUnits = [...]unit{
 
 // file is the unit in a folder, for a program.
 func (u *unit) file(folder, program string) File {
-	return File{Path: filepath.Join(folder, u.name), Content: strings.ReplaceAll(u.text, "%s", inUnit(program)), Mode: 0o644}
+	return File{Path: filepath.Join(folder, u.name), Content: strings.ReplaceAll(u.text, "%s", inUnit(program)),
+		Mode: 0o644}
 }
 
 // Files are what the options come to.
@@ -258,54 +259,82 @@ func everything() []File {
 // Write makes the files below root, and removes those of an earlier install that are not among them. It returns what it
 // changed.
 func Write(root string, files []File) (changed []string, err error) {
-	for _, old := range everything() {
-		if !slices.ContainsFunc(files, func(f File) bool { return f.Path == old.Path }) {
-			if err := remove(root, old, &changed); err != nil {
-				return changed, err
-			}
+	for _, old := range obsolete(files) {
+		if err := remove(root, old, &changed); err != nil {
+			return changed, err
 		}
 	}
 	for _, f := range files {
-		if err := f.write(root, &changed); err != nil {
+		differs, err := f.differs(root)
+		if err == nil && differs {
+			err = f.write(root)
+		}
+		if err != nil {
 			return changed, err
+		}
+		if differs {
+			changed = append(changed, f.Path)
 		}
 	}
 	return changed, nil
 }
 
-func (f *File) write(root string, changed *[]string) error {
+// Changes are what Write would write below root, and what it would remove.
+func Changes(root string, files []File) (written, removed []string, err error) {
+	for _, old := range obsolete(files) {
+		if ours(root, old) {
+			removed = append(removed, old.Path)
+		}
+	}
+	for _, f := range files {
+		differs, err := f.differs(root)
+		if err != nil {
+			return nil, nil, err
+		}
+		if differs {
+			written = append(written, f.Path)
+		}
+	}
+	return written, removed, nil
+}
+
+// obsolete are the files of any install that are not among these.
+func obsolete(files []File) []File {
+	return slices.DeleteFunc(everything(), func(old File) bool {
+		return slices.ContainsFunc(files, func(f File) bool { return f.Path == old.Path })
+	})
+}
+
+// differs reports whether the file is to be written.
+func (f *File) differs(root string) (bool, error) {
 	file := filepath.Join(root, f.Path)
 	if f.Link != "" {
-		if target, err := os.Readlink(file); err == nil && target == f.Link {
-			return nil
-		}
-		if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.Symlink(f.Link, file)); err != nil {
-			return err
-		}
-		*changed = append(*changed, f.Path)
-		return nil
+		target, err := os.Readlink(file)
+		return err != nil || target != f.Link, nil
 	}
-
 	old, err := os.ReadFile(file)
 	switch {
 	case err == nil && string(old) == f.Content:
-		if st, err := os.Stat(file); err != nil || st.Mode().Perm() == f.Mode {
+		st, err := os.Stat(file)
+		return err == nil && st.Mode().Perm() != f.Mode, err
+	case err == nil && !strings.Contains(string(old), marker):
+		return false, fmt.Errorf("%s exists, and viaduct install did not write it: move it away first", f.Path)
+	}
+	return true, nil
+}
+
+func (f *File) write(root string) error {
+	file := filepath.Join(root, f.Path)
+	if f.Link == "" {
+		if err := host.WriteFile(file, []byte(f.Content)); err != nil {
 			return err
 		}
-		*changed = append(*changed, f.Path)
 		return os.Chmod(file, f.Mode)
-	case err == nil && !strings.Contains(string(old), marker):
-		return fmt.Errorf("%s exists, and viaduct install did not write it: move it away first", f.Path)
 	}
-
-	if err := host.WriteFile(file, []byte(f.Content)); err != nil {
+	if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	*changed = append(*changed, f.Path)
-	return os.Chmod(file, f.Mode)
+	return errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.Symlink(f.Link, file))
 }
 
 // Remove removes all that any install made below root, and returns what was there.
@@ -319,21 +348,27 @@ func Remove(root string) (changed []string, err error) {
 }
 
 func remove(root string, f File, changed *[]string) error {
-	file := filepath.Join(root, f.Path)
-	if f.Link == "" {
-		if old, err := os.ReadFile(file); err == nil && !strings.Contains(string(old), marker) {
-			// Somebody else's.
-			return nil
-		}
-	}
-	err := os.Remove(file)
-	if errors.Is(err, fs.ErrNotExist) {
+	if !ours(root, f) {
 		return nil
 	}
+	err := os.Remove(filepath.Join(root, f.Path))
 	if err == nil {
 		*changed = append(*changed, f.Path)
 	}
 	return err
+}
+
+// ours reports whether a file is there, and is not somebody else's.
+func ours(root string, f File) bool {
+	file := filepath.Join(root, f.Path)
+	if _, err := os.Lstat(file); err != nil {
+		return false
+	}
+	if f.Link == "" {
+		old, err := os.ReadFile(file)
+		return err != nil || strings.Contains(string(old), marker)
+	}
+	return true
 }
 
 // Watches reports whether the service that watches is installed.

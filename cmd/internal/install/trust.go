@@ -21,7 +21,7 @@ func Trusted(program string) error {
 	}
 
 	refused := &holder.RefusedError{
-		What: "install " + program, Cure: "put it where only root can write, e.g. /usr/local/sbin",
+		What: "install " + program, Hint: "put it where only root can write, e.g. /usr/local/sbin",
 	}
 
 	reason := func(format string, a ...any) {

@@ -199,16 +199,16 @@ func TestLooksThatFail(t *testing.T) {
 	}{
 		"preview": {nil, func(_ context.Context, m *Manager) (any, error) {
 			r := &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1, Settings: hostfile.Plain(tagged)}}, Memory: 1 << 30, OwnerPID: 1}
-			steps, err := m.Preview(r)
+			steps, err := previewed(m, r)
 			return writes(steps), err
 		}},
 		"preview of the PF's": {nil, func(_ context.Context, m *Manager) (any, error) {
-			steps, err := m.Preview(&Request{Guest: "a", Sources: []Source{{From: pf, Count: 2}}})
+			steps, err := previewed(m, &Request{Guest: "a", Sources: []Source{{From: pf, Count: 2}}})
 			return writes(steps), err
 		}},
 		"preview again": {lasting, func(_ context.Context, m *Manager) (any, error) {
 			s := Source{From: vf0, Count: 1, Settings: hostfile.Plain(sriov.Settings{sriov.VLAN: "7"})}
-			steps, err := m.Preview(&Request{Guest: "a", Sources: []Source{s}})
+			steps, err := previewed(m, &Request{Guest: "a", Sources: []Source{s}})
 			return writes(steps), err
 		}},
 		"after a boot": {func(k *hosttest.Kernel) error {
@@ -229,7 +229,7 @@ func TestLooksThatFail(t *testing.T) {
 			return nil, m.mayRun(&Request{Guest: "a", Exclusive: true})
 		}},
 		"preview for Xen": {nil, func(_ context.Context, m *Manager) (any, error) {
-			steps, err := m.Preview(&Request{Guest: "a", OwnDriver: true, Sources: []Source{{From: pf, Count: 1}}})
+			steps, err := previewed(m, &Request{Guest: "a", OwnDriver: true, Sources: []Source{{From: pf, Count: 1}}})
 			return writes(steps), err
 		}},
 		"guests": {lasting, func(_ context.Context, m *Manager) (any, error) { return m.Book.Guests() }},

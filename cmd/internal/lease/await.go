@@ -33,11 +33,11 @@ func (m *Manager) awaitGone(ctx context.Context, l *Lease, devices []*iommu.Devi
 		}
 		left := time.Until(end)
 		if left <= 0 || ctx.Err() != nil {
-			cure := "end the guest first, or wait for it with --wait 60s"
+			hint := "end the guest first, or wait for it with --wait 60s"
 			if wait > 0 {
-				cure = fmt.Sprintf("end the guest first; viaduct waited %s for it", wait)
+				hint = fmt.Sprintf("end the guest first; viaduct waited %s for it", wait)
 			}
-			refused := &holder.RefusedError{What: "release " + l.Guest, Cure: cure}
+			refused := &holder.RefusedError{What: "release " + l.Guest, Hint: hint}
 			for _, h := range holders {
 				refused.Reasons = append(refused.Reasons, *h.Reason())
 			}

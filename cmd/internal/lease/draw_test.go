@@ -14,6 +14,7 @@ import (
 
 	"viaduct/internal/host/hosttest"
 	"viaduct/iommu"
+	"viaduct/vfio/bind"
 	"viaduct/vfio/holder"
 )
 
@@ -31,7 +32,7 @@ func ask(k *hosttest.Kernel, r Request, dry bool) (notes []string, err error) {
 	r.Guest, r.Sources = "a", []Source{{From: "net", Count: 1}}
 	err = on(k, func(ctx context.Context, m *Manager) error {
 		if dry {
-			_, err := m.Preview(&r)
+			_, err := previewed(m, &r)
 			return err
 		}
 		_, _, notes, err = m.Assign(ctx, &r)
@@ -274,4 +275,13 @@ func TestAskedAgainWhileOpen(t *testing.T) {
 	if _, err := ask(k, Request{}, false); err != nil || len(k.Log) > 0 || leaseOf(t, k, "a").Devices[0].Address.String() != device {
 		t.Errorf("%v, written %q", err, k.Log)
 	}
+}
+
+// previewed are the steps of a preview.
+func previewed(m *Manager, r *Request) ([]bind.Action, error) {
+	p, err := m.Preview(r)
+	if err != nil {
+		return nil, err
+	}
+	return p.Steps(), nil
 }

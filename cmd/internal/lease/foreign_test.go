@@ -17,7 +17,7 @@ func TestOwnDriver(t *testing.T) {
 	k := newKernel(t, 7)
 	m := newManager(t, k)
 	r := &Request{Guest: "dom", Sources: []Source{{From: "net", Count: 1}}, OwnDriver: true, TTL: time.Minute}
-	steps, err := m.Preview(r)
+	steps, err := previewed(m, r)
 	text := strings.Join(bind.Commands(steps), "\n")
 	if err != nil || strings.Contains(text, "vfio") || !strings.Contains(text, "is left on no driver") {
 		t.Errorf("previewed as %q, %v", text, err)
@@ -53,7 +53,7 @@ func TestOwnDriver(t *testing.T) {
 	if _, _, _, err := m.Assign(t.Context(), &vfio); !errors.Is(err, holder.ErrRefused) {
 		t.Errorf("asked again for another VMM: %v", err)
 	}
-	if _, err := m.Preview(&vfio); !errors.Is(err, holder.ErrRefused) {
+	if _, err := previewed(m, &vfio); !errors.Is(err, holder.ErrRefused) {
 		t.Errorf("a preview for another VMM: %v", err)
 	}
 	if _, fresh, _, err := m.Assign(t.Context(), r); err != nil || fresh {

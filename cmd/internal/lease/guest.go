@@ -49,9 +49,9 @@ func (m *Manager) fits(l *Lease, devices []*iommu.Device, r *Request) (notes []s
 			return nil, err
 		}
 		if bad := overlaps(r.Memory, r.AvoidsReservedRange, regions); len(bad) > 0 {
-			cure := "give it less memory"
+			hint := "give it less memory"
 			if !r.AvoidsReservedRange && len(overlaps(r.Memory, true, regions)) == 0 {
-				cure = "give it less than 1010G of memory, or use QEMU with an AMD CPU model, which places memory " +
+				hint = "give it less than 1010G of memory, or use QEMU with an AMD CPU model, which places memory " +
 					"elsewhere"
 			}
 			why := holder.Reason{
@@ -59,7 +59,7 @@ func (m *Manager) fits(l *Lease, devices []*iommu.Device, r *Request) (notes []s
 				Text: fmt.Sprintf("the guest's memory would lie where IOMMU group %d cannot have any: %s", group,
 					strings.Join(bad, ", ")),
 			}
-			return nil, holder.Because("assign "+d.Name+" to "+l.Guest, why, cure)
+			return nil, holder.Because("assign "+d.Name+" to "+l.Guest, why, hint)
 		}
 	}
 

@@ -214,7 +214,7 @@ func TestUnreadable(t *testing.T) {
 			},
 			"preview": func() error {
 				return on(k, func(_ context.Context, m *Manager) error {
-					_, err := m.Preview(&Request{Guest: "b", Sources: []Source{{From: "net", Count: 1}}})
+					_, err := previewed(m, &Request{Guest: "b", Sources: []Source{{From: "net", Count: 1}}})
 					return err
 				})
 			},

@@ -47,7 +47,7 @@ func TestNoGuests(t *testing.T) {
 			t.Fatal(err)
 		}
 
-		steps, err := captured.Preview(&Request{Guest: "a", Sources: []Source{{From: c.from, Count: 1}}, NoReset: true})
+		steps, err := previewed(captured, &Request{Guest: "a", Sources: []Source{{From: c.from, Count: 1}}, NoReset: true})
 		if !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), c.says) {
 			t.Errorf("%s: the dry run of a captured host: %v, %q", name, err, steps)
 		}
@@ -59,7 +59,7 @@ func TestNoGuests(t *testing.T) {
 // VFs are not drawn by the name of a port that their settings do not go over.
 func TestOtherPort(t *testing.T) {
 	m := without(t, hosttest.NewKernel(t, hosttest.TwoPorts()))
-	_, err := m.Preview(&Request{Guest: "a", Sources: []Source{{From: "ens1", Count: 1}}})
+	_, err := previewed(m, &Request{Guest: "a", Sources: []Source{{From: "ens1", Count: 1}}})
 	if _, other := errors.AsType[*iommu.OtherPortError](err); !other {
 		t.Errorf("%v", err)
 	}

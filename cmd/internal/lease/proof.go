@@ -127,12 +127,12 @@ func (m *Manager) hold(ctx context.Context, what string, devices []*iommu.Device
 }
 
 // hidden refuses what somebody has open whom only the kernel knows.
-func hidden(what, open string, err error, cure string) error {
+func hidden(what, open string, err error, hint string) error {
 	why := holder.Reason{
 		Kind: holder.ReasonKind(holder.Process), Err: err,
 		Text: "somebody whom /proc does not show has " + open + " open: " + err.Error(),
 	}
-	return holder.Because(what, why, cure)
+	return holder.Because(what, why, hint)
 }
 
 // letGo takes a device off its VFIO driver and gives it back, which ends only when nobody has its own node open. What

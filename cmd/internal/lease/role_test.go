@@ -51,7 +51,7 @@ func TestCompanionsOfLease(t *testing.T) {
 		k := hosttest.NewBoard(t)
 		home := driversOf(t, k, gpu, audio, smbus, isa)
 		m := without(t, k)
-		preview, err := m.Preview(&Request{Guest: "a", Sources: []Source{{From: from, Count: 1}}})
+		preview, err := previewed(m, &Request{Guest: "a", Sources: []Source{{From: from, Count: 1}}})
 		if err != nil || !slices.Contains(bind.Commands(preview), "# "+smbus+" is only kept off the host's drivers; the guest does not get it") {
 			t.Errorf("%s: %q, %v", from, preview, err)
 		}

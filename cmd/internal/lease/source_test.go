@@ -50,7 +50,7 @@ func TestSourceSays(t *testing.T) {
 	} {
 		c.from.Count = max(c.from.Count, 1)
 		err := on(c.host, func(_ context.Context, m *Manager) error {
-			_, err := m.Preview(&Request{Guest: "a", Sources: []Source{c.from}, NoReset: true})
+			_, err := previewed(m, &Request{Guest: "a", Sources: []Source{c.from}, NoReset: true})
 			return err
 		})
 		if (err == nil) != (c.says == "") || err != nil && !strings.Contains(err.Error(), c.says) || errors.Is(err, holder.ErrRefused) != c.refused {
@@ -196,7 +196,7 @@ func TestPreviewOfReset(t *testing.T) {
 	k, _ := poolHost(t)
 	preview := func(k *hosttest.Kernel, r *Request) (resets []string, err error) {
 		err = on(k, func(_ context.Context, m *Manager) error {
-			steps, err := m.Preview(r)
+			steps, err := previewed(m, r)
 			for _, line := range bind.Commands(steps) {
 				if about, _, found := strings.Cut(line, " is reset afterwards "); found {
 					resets = append(resets, strings.TrimPrefix(about, "# "))

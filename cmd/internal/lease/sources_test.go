@@ -29,7 +29,7 @@ func TestSources(t *testing.T) {
 			},
 		}
 	}
-	steps, err := m.Preview(request())
+	steps, err := previewed(m, request())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -37,7 +37,7 @@ func askQEMU(m *machine) (*QEMU, error) {
 }
 
 // AskGuest asks the QEMU of a guest that runs; nil if it has no socket of viaduct's, or does not answer.
-func AskGuest(ctx context.Context, vm *vmm.Machine) (*Asked, error) {
+func AskGuest(ctx context.Context, vm *vmm.Machine) (*VMState, error) {
 	if vm == nil || vm.Socket == "" {
 		return nil, nil
 	}
@@ -49,8 +49,8 @@ func AskGuest(ctx context.Context, vm *vmm.Machine) (*Asked, error) {
 	return m.asked(vm)
 }
 
-func (m *machine) asked(vm *vmm.Machine) (*Asked, error) {
-	a := &Asked{}
+func (m *machine) asked(vm *vmm.Machine) (*VMState, error) {
+	a := &VMState{}
 	var err1, err2, err3 error
 	a.Version, err1 = m.version()
 	status, p, err2 := m.look()
@@ -132,9 +132,9 @@ func AskHost(ctx context.Context, r Remote, g *Guest, name string) (*Facts, erro
 		w.VM = *g.VM
 	}
 
-	if g.Asked != nil {
-		w.VM.Machine = cmp.Or(g.Asked.Machine, w.VM.Machine)
-		for _, d := range g.Asked.Disks {
+	if g.State != nil {
+		w.VM.Machine = cmp.Or(g.State.Machine, w.VM.Machine)
+		for _, d := range g.State.Disks {
 			w.Disks = append(w.Disks, d.Path)
 		}
 	}
@@ -147,10 +147,10 @@ func AskHost(ctx context.Context, r Remote, g *Guest, name string) (*Facts, erro
 		return nil, fmt.Errorf("%s: the other side told nothing of its host", name)
 	}
 
-	if g.Asked != nil {
-		for i, d := range g.Asked.Disks {
+	if g.State != nil {
+		for i, d := range g.State.Disks {
 			if there, known := a.Disks[d.Path]; known {
-				g.Asked.Disks[i].There = &there
+				g.State.Disks[i].There = &there
 			}
 		}
 	}

@@ -132,14 +132,14 @@ func Check(g *Guest, from, to *Facts, wish Wish) *Report {
 // readMoves reads whether the states of the guest's devices can move out of what its QEMU says keeps it from moving: it
 // has asked each device (VFIO_DEVICE_FEATURE_MIGRATION), but for the one of a failover pair, of which it says nothing.
 func (g *Guest) readMoves() {
-	if g.Asked == nil || g.VM == nil || g.VM.Standby != "" || g.VM.Libvirt() {
+	if g.State == nil || g.VM == nil || g.VM.Standby != "" || g.VM.Libvirt() {
 		return
 	}
 	for i := range g.Devices {
-		moves := !slices.ContainsFunc(g.Asked.Blocked, func(why string) bool {
+		moves := !slices.ContainsFunc(g.State.Blocked, func(why string) bool {
 			return strings.Contains(why, g.Devices[i].Address) || strings.Contains(strings.ToLower(why), "vfio")
 		})
-		g.Devices[i].Moves = &moves
+		g.Devices[i].Migratable = &moves
 	}
 }
 
@@ -149,7 +149,7 @@ func (m *move) best() Way {
 	case m.guest.VM != nil && m.guest.VM.Standby != "":
 		return ByFailover
 	case len(m.guest.Devices) > 0 && !slices.ContainsFunc(m.guest.Devices, func(d GuestDevice) bool {
-		return d.Moves == nil || !*d.Moves
+		return d.Migratable == nil || !*d.Migratable
 	}):
 		return ByVFIO
 	}
@@ -248,7 +248,7 @@ func checkVMM(m *move) Line {
 }
 
 func checkMachine(m *move) Line {
-	asked, qemu := m.guest.Asked, m.to.QEMU
+	asked, qemu := m.guest.State, m.to.QEMU
 	kind, where := "", inQMP
 	if asked != nil {
 		kind = asked.Machine
@@ -270,7 +270,7 @@ func checkMachine(m *move) Line {
 }
 
 func checkVersion(m *move) Line {
-	asked, qemu := m.guest.Asked, m.to.QEMU
+	asked, qemu := m.guest.State, m.to.QEMU
 	if asked == nil || qemu == nil || release(asked.Version) == nil || release(qemu.Version) == nil {
 		return unknown(inQMP, "the versions of QEMU are not known")
 	}
@@ -310,7 +310,7 @@ func checkVirtio(m *move) Line {
 }
 
 func checkRunning(m *move) Line {
-	asked := m.guest.Asked
+	asked := m.guest.State
 	switch {
 	case asked == nil:
 		return unknown(inQMP, "whether the guest runs is not known: its QEMU was not asked")
@@ -325,7 +325,7 @@ func checkRunning(m *move) Line {
 }
 
 func checkBlocked(m *move) Line {
-	asked := m.guest.Asked
+	asked := m.guest.State
 	if asked == nil {
 		return unknown(inQMP, "whether QEMU can move the guest is not known: it was not asked")
 	}
@@ -344,7 +344,7 @@ func checkBlocked(m *move) Line {
 }
 
 func checkDisks(m *move) Line {
-	asked := m.guest.Asked
+	asked := m.guest.State
 	if asked == nil {
 		return unknown(inQMP, "what disks the guest has is not known")
 	}

@@ -16,7 +16,7 @@ func checkWay(m *move) Line {
 	}
 	var others []string
 	for i, d := range m.guest.Devices {
-		moves := d.Moves != nil && *d.Moves
+		moves := d.Migratable != nil && *d.Migratable
 		switch {
 		case m.by == ByReplug && i == 0 && d.PF != "", m.by == ByFailover && i == 0 && d.PF != "", m.by == ByVFIO &&
 			moves:
@@ -28,7 +28,7 @@ func checkWay(m *move) Line {
 		return refuse(inLease, "there is no way for %s: a failover pair takes one VF, vfio takes devices whose state "+
 			"can be read, replug takes one VF", strings.Join(others, ", "))
 	}
-	if m.by == ByReplug && m.guest.Asked != nil && !m.guest.Asked.Pluggable {
+	if m.by == ByReplug && m.guest.State != nil && !m.guest.State.Pluggable {
 		return refuse(inQMP, "the guest's device is not where viaduct can unplug it (assign or run it with --movable)")
 	}
 	if m.by == ByReplug {
@@ -42,7 +42,7 @@ func checkPair(m *move) Line {
 	if m.by != ByFailover {
 		return Line{}
 	}
-	asked := m.guest.Asked
+	asked := m.guest.State
 	switch {
 	case m.guest.VM == nil || m.guest.VM.Standby == "":
 		return refuse(inLease, "the guest has no virtio NIC that stands in for its VF (assign --failover BRIDGE)")
@@ -66,9 +66,9 @@ func checkState(m *move) Line {
 	}
 	for _, d := range m.guest.Devices {
 		switch {
-		case d.Moves == nil:
+		case d.Migratable == nil:
 			return unknown(inQMP, "whether the state of %s can be read is not known: its QEMU was not asked", d.Address)
-		case !*d.Moves:
+		case !*d.Migratable:
 			return refuse(inQMP, "%s has no state that can be read: driver %s has no migration protocol for it",
 				d.Address, d.Driver)
 		}

@@ -30,25 +30,25 @@ func TestAsked(t *testing.T) {
 		check  string
 		want   Result
 	}{
-		"it runs":      {func(g *Guest, _ *Facts) { g.Asked.Status = "running" }, "running", OK},
-		"it is paused": {func(g *Guest, _ *Facts) { g.Asked.Status = "paused" }, "running", Refuse},
-		"another move": {func(g *Guest, _ *Facts) { g.Asked.Status, g.Asked.Migration = "running", "active" }, "running", Refuse},
-		"a job":        {func(g *Guest, _ *Facts) { g.Asked.Status, g.Asked.Jobs = "running", 1 }, "running", Refuse},
+		"it runs":      {func(g *Guest, _ *Facts) { g.State.Status = "running" }, "running", OK},
+		"it is paused": {func(g *Guest, _ *Facts) { g.State.Status = "paused" }, "running", Refuse},
+		"another move": {func(g *Guest, _ *Facts) { g.State.Status, g.State.Migration = "running", "active" }, "running", Refuse},
+		"a job":        {func(g *Guest, _ *Facts) { g.State.Status, g.State.Jobs = "running", 1 }, "running", Refuse},
 		"its VF keeps it": {func(g *Guest, _ *Facts) {
-			g.Asked.Blocked = []string{"0000:01:10.0: VFIO migration is not supported in kernel"}
+			g.State.Blocked = []string{"0000:01:10.0: VFIO migration is not supported in kernel"}
 		}, "blocked", OK},
 		"a disk keeps it": {func(g *Guest, _ *Facts) {
-			g.Asked.Blocked = []string{"The vvfat (rw) format used by node 'x' does not support live migration"}
+			g.State.Blocked = []string{"The vvfat (rw) format used by node 'x' does not support live migration"}
 		}, "blocked", Refuse},
-		"no disk there":     {func(g *Guest, _ *Facts) { g.Asked.Disks = []Disk{{Path: "/a", There: new(bool)}} }, "disks", Refuse},
-		"a disk, unasked":   {func(g *Guest, _ *Facts) { g.Asked.Disks = []Disk{{Path: "/a"}} }, "disks", Unknown},
-		"it has not its VF": {func(g *Guest, _ *Facts) { g.Asked.Primary = new(bool) }, "pair", Refuse},
+		"no disk there":     {func(g *Guest, _ *Facts) { g.State.Disks = []Disk{{Path: "/a", There: new(bool)}} }, "disks", Refuse},
+		"a disk, unasked":   {func(g *Guest, _ *Facts) { g.State.Disks = []Disk{{Path: "/a"}} }, "disks", Unknown},
+		"it has not its VF": {func(g *Guest, _ *Facts) { g.State.Primary = new(bool) }, "pair", Refuse},
 		"no pair":           {func(*Guest, *Facts) {}, "pair", Refuse},
-		"an older QEMU":     {func(g *Guest, f *Facts) { g.Asked.Version, f.QEMU = "9.2.0", &QEMU{Version: "8.2.1"} }, "qemu-version", Refuse},
-		"a newer QEMU":      {func(g *Guest, f *Facts) { g.Asked.Version, f.QEMU = "9.2.0", &QEMU{Version: "10.0.2"} }, "qemu-version", OK},
-		"no such machine":   {func(g *Guest, f *Facts) { g.Asked.Machine, f.QEMU = "pc-q35-9.2", &QEMU{Machines: []string{"q35"}} }, "machine", Refuse},
+		"an older QEMU":     {func(g *Guest, f *Facts) { g.State.Version, f.QEMU = "9.2.0", &QEMU{Version: "8.2.1"} }, "qemu-version", Refuse},
+		"a newer QEMU":      {func(g *Guest, f *Facts) { g.State.Version, f.QEMU = "9.2.0", &QEMU{Version: "10.0.2"} }, "qemu-version", OK},
+		"no such machine":   {func(g *Guest, f *Facts) { g.State.Machine, f.QEMU = "pc-q35-9.2", &QEMU{Machines: []string{"q35"}} }, "machine", Refuse},
 		"such a machine": {func(g *Guest, f *Facts) {
-			g.Asked.Machine, f.QEMU = "pc-q35-9.2", &QEMU{Machines: []string{"pc-q35-9.2"}}
+			g.State.Machine, f.QEMU = "pc-q35-9.2", &QEMU{Machines: []string{"pc-q35-9.2"}}
 		}, "machine", OK},
 		"QEMU does not take it":  {func(_ *Guest, f *Facts) { f.QEMU = &QEMU{Refused: "CPU model"} }, "qemu-start", Refuse},
 		"it is heard":            {func(_ *Guest, f *Facts) { f.Heard = map[string]string{theAddress: "eth0"} }, "same-network", OK},
@@ -57,7 +57,7 @@ func TestAsked(t *testing.T) {
 	} {
 		g, to := example()
 		_, from := example()
-		g.Asked = &Asked{}
+		g.State = &VMState{}
 		c.change(g, to)
 		lines := Check(g, from, to, Wish{}).Lines
 		i := slices.IndexFunc(lines, func(l Line) bool { return l.Check == c.check })

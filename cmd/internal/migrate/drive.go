@@ -176,8 +176,10 @@ func (d *Driver) close() {
 // look sees how everything is.
 func (d *Driver) look(ctx context.Context) (*SourceView, error) {
 	r := d.Record
-	v := &SourceView{Way: r.Order.Way, Libvirt: r.Order.libvirt(), Phase: r.Phase, Asked: r.Asked, Guest: Gone,
-		Peer: PeerUnreachable}
+	v := &SourceView{
+		Way: r.Order.Way, Libvirt: r.Order.libvirt(), Phase: r.Phase, UnplugAsked: r.UnplugAsked, Guest: Gone,
+		Peer: PeerUnreachable,
+	}
 	if err := d.connect(ctx); err != nil {
 		return nil, err
 	}
@@ -276,9 +278,9 @@ func (d *Driver) note(ctx context.Context, p Phase) error {
 	next.Phase = p
 	switch {
 	case p == Unplugging && next.Order.Way != ByVFIO:
-		next.Asked = true
+		next.UnplugAsked = true
 	case p == Copying:
-		next.Asked = false
+		next.UnplugAsked = false
 	}
 	if err := d.Home.Save(ctx, &next); err != nil {
 		return err
@@ -344,7 +346,7 @@ func (d *Driver) plug(ctx context.Context) error {
 		return err
 	}
 	next := *d.Record
-	next.Asked = false
+	next.UnplugAsked = false
 	if err := d.Home.Save(ctx, &next); err != nil {
 		return err
 	}

@@ -106,7 +106,7 @@ type Guest struct {
 	From    string        `json:"from"` // what its devices were drawn from
 	Devices []GuestDevice `json:"devices"`
 	VM      *vmm.Machine  `json:"vm"`
-	Asked   *Asked        `json:"asked"` // nil: its QEMU was not asked
+	State   *VMState      `json:"asked"` // nil: its QEMU was not asked
 }
 
 // GuestDevice is a device that a guest has.
@@ -117,12 +117,13 @@ type GuestDevice struct {
 	PF       string         `json:"pf"` // the PF's address; "" of what is no VF
 	Settings sriov.Settings `json:"settings"`
 	Kind     string         `json:"kind,omitempty"` // of a mediated device, its type
-	// Moves reports whether the device's state can be read and written (VFIO's migration protocol); nil: not known.
-	Moves *bool `json:"moves"`
+	// Migratable reports whether the device's state can be read and written (VFIO's migration
+	// protocol); nil: not known.
+	Migratable *bool `json:"moves"`
 }
 
-// Asked is what a guest's QEMU answered.
-type Asked struct {
+// VMState is what a guest's QEMU answered.
+type VMState struct {
 	Version   string   `json:"version"`
 	Status    string   `json:"status"`
 	Migration string   `json:"migration"` // of one that is, or was last; "" for none

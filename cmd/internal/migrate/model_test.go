@@ -43,7 +43,7 @@ type end struct {
 func (e *end) busy() bool { return e.tasks[0] != "" }
 
 func (w *world) view() *SourceView {
-	v := &SourceView{Way: w.way, Libvirt: w.libvirt, Phase: w.phase, Guest: w.guest, Copy: w.copy, Plugged: w.plugged, Asked: w.asked,
+	v := &SourceView{Way: w.way, Libvirt: w.libvirt, Phase: w.phase, Guest: w.guest, Copy: w.copy, Plugged: w.plugged, UnplugAsked: w.asked,
 		Address: w.address, Peer: PeerUnreachable}
 	if w.there.open && !w.fenced && !w.there.busy() {
 		v.Peer = w.viewThere().Peer()

@@ -349,7 +349,7 @@ func refusedByCheck(t *testing.T, socket string) {
 	defer m.Close()
 	g, f := example()
 	g.VM.Standby = ""
-	if g.Asked, err = m.asked(g.VM); err != nil {
+	if g.State, err = m.asked(g.VM); err != nil {
 		t.Fatal(err)
 	}
 	kind, err := mttyKind(mttyHere)

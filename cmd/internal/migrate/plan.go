@@ -54,6 +54,32 @@ func Plan(r *Record) []string {
 	return out
 }
 
+// Words are what a move would do, for people.
+func Words(r *Record) []string {
+	o := &r.Order
+	device := "its device"
+	if o.Count > 1 {
+		device = fmt.Sprintf("its %d devices", o.Count)
+	}
+	start := ", and a QEMU waits there"
+	if o.libvirt() {
+		start = ""
+	}
+	out := []string{fmt.Sprintf("%d of %s is kept for it on %s%s", o.Count, o.From, r.Peer, start)}
+	if o.Way != ByVFIO {
+		text := "the guest here lets go of " + device
+		if o.VM.Standby != "" {
+			text += ", and its virtio NIC on " + o.VM.Standby + " stands in"
+		}
+		out = append(out, text)
+	}
+	out = append(out, "its memory is sent, and it goes on there")
+	if o.Way != ByVFIO {
+		out = append(out, "it gets "+device+" there")
+	}
+	return append(out, "what it had here is reset and set as before, and its lease here ends")
+}
+
 // planDomain is Plan of a guest of libvirt's.
 func planDomain(r *Record) []string {
 	o := &r.Order

@@ -82,16 +82,16 @@ const (
 
 // Record is what one side has written down of a move, before what its phase allows is done. It outlives the boot.
 type Record struct {
-	ID      string      `json:"id"`
-	Guest   string      `json:"guest"`
-	Phase   Phase       `json:"phase"`
-	Source  bool        `json:"source"`         // this side had the guest first
-	Peer    string      `json:"peer,omitempty"` // of the source: how the other side is reached
-	URI     string      `json:"uri,omitempty"`  // and libvirt there, by libvirt here
-	Began   time.Time   `json:"began"`
-	Asked   bool        `json:"asked,omitempty"`  // the guest may have been asked to let go of its device
-	Sent    bool        `json:"sent,omitempty"`   // QEMU may have been told to send the guest, for this move
-	Socket  string      `json:"socket,omitempty"` // of the machine protocol of this side's QEMU
-	Started holder.Proc `json:"qemu"`             // which is this process, if it is known
-	Order   Order       `json:"order"`
+	ID          string      `json:"id"`
+	Guest       string      `json:"guest"`
+	Phase       Phase       `json:"phase"`
+	Source      bool        `json:"source"`         // this side had the guest first
+	Peer        string      `json:"peer,omitempty"` // of the source: how the other side is reached
+	URI         string      `json:"uri,omitempty"`  // and libvirt there, by libvirt here
+	Began       time.Time   `json:"began"`
+	UnplugAsked bool        `json:"asked,omitempty"`  // the guest may have been asked to let go of its device
+	Sent        bool        `json:"sent,omitempty"`   // QEMU may have been told to send the guest, for this move
+	Socket      string      `json:"socket,omitempty"` // of the machine protocol of this side's QEMU
+	Started     holder.Proc `json:"qemu"`             // which is this process, if it is known
+	Order       Order       `json:"order"`
 }

@@ -7,15 +7,15 @@ import (
 
 // SourceView is all that decides what the source does next.
 type SourceView struct {
-	Way     Way
-	Libvirt bool // libvirt runs the guest, and lets it go on there when all of it has come
-	Phase   Phase
-	Guest   Runs
-	Copy    Copy
-	Plugged bool // the guest has its device, as far as QEMU knows
-	Asked   bool // the guest may have been asked to let go of it, and not have answered
-	Address bool // the device carries the guest's address
-	Peer    Peer
+	Way         Way
+	Libvirt     bool // libvirt runs the guest, and lets it go on there when all of it has come
+	Phase       Phase
+	Guest       Runs
+	Copy        Copy
+	Plugged     bool // the guest has its device, as far as QEMU knows
+	UnplugAsked bool // the guest may have been asked to let go of it, and not have answered
+	Address     bool // the device carries the guest's address
+	Peer        Peer
 }
 
 // Action is what the source does next.
@@ -203,7 +203,7 @@ func (v *SourceView) returning() (Action, error) {
 			return AskForget, nil
 		}
 		return Lose, nil
-	case v.Way != ByVFIO && v.Plugged && v.Asked:
+	case v.Way != ByVFIO && v.Plugged && v.UnplugAsked:
 		// It cannot be taken back, and could be answered at any time.
 		return Unplug, nil
 	case v.Way != ByVFIO && !v.Address:

@@ -414,7 +414,7 @@ type domainFacts struct {
 }
 
 // AskDomain asks libvirt for a guest of its own; nil if it has none of this name that runs.
-func AskDomain(ctx context.Context, g *Guest) (*Asked, error) {
+func AskDomain(ctx context.Context, g *Guest) (*VMState, error) {
 	m := &domain{libvirt: libvirtHere, name: g.Name}
 	if len(g.Devices) > 0 {
 		m.host = g.Devices[0].Address
@@ -437,7 +437,7 @@ func AskDomain(ctx context.Context, g *Guest) (*Asked, error) {
 		return nil, fmt.Errorf("read the domain from libvirt: %w", err)
 	}
 
-	a := &Asked{Status: status, Machine: x.OS.Type.Machine}
+	a := &VMState{Status: status, Machine: x.OS.Type.Machine}
 	_, a.Version, _ = strings.Cut(virshField(hypervisor, "Running hypervisor"), " ")
 	if copied(p.Status) == Underway {
 		a.Migration = "active"

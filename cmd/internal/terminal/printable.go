@@ -65,7 +65,7 @@ func (p *Printable) Flush() error {
 
 // Clean is text with such characters spelt out.
 func Clean(text []byte) []byte {
-	if utf8.Valid(text) && bytes.IndexFunc(text, order) < 0 {
+	if plain(text) || utf8.Valid(text) && bytes.IndexFunc(text, order) < 0 {
 		return text
 	}
 	var out bytes.Buffer
@@ -87,7 +87,20 @@ func Clean(text []byte) []byte {
 	return out.Bytes()
 }
 
+// plain reports whether text is of ASCII that is only shown, as most is.
+func plain[T string | []byte](text T) bool {
+	for i := range len(text) {
+		if b := text[i]; b >= 0x7f || b < ' ' && b != '\n' && b != '\t' {
+			return false
+		}
+	}
+	return true
+}
+
 // order reports whether a character is none that is only shown.
 func order(r rune) bool {
-	return r != '\n' && r != '\t' && (unicode.IsControl(r) || unicode.In(r, unicode.Cf, unicode.Zl, unicode.Zp))
+	if r < 0x7f {
+		return r < ' ' && r != '\n' && r != '\t'
+	}
+	return unicode.IsControl(r) || unicode.In(r, unicode.Cf, unicode.Zl, unicode.Zp)
 }

@@ -58,7 +58,9 @@ const (
 
 // Paint is a text in a style, without what a terminal would take for orders.
 func (s Screen) Paint(style Style, text string) string {
-	text = string(Clean([]byte(text)))
+	if !plain(text) {
+		text = string(Clean([]byte(text)))
+	}
 	if !s.Colour || style == Plain || text == "" {
 		return text
 	}

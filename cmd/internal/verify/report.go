@@ -78,10 +78,10 @@ type Interrupts struct {
 
 // Reset is how the device can be reset, and what came of it.
 type Reset struct {
-	Methods []string `json:"methods"` // the kernel's, in its order; null if it does not tell
-	Alone   *bool    `json:"alone"`   // it can be reset by itself
-	Worked  *bool    `json:"worked"`  // that was tried
-	Error   *string  `json:"error"`
+	Methods  []string `json:"methods"` // the kernel's, in its order; null if it does not tell
+	ByItself *bool    `json:"alone"`   // it can be reset by itself
+	Worked   *bool    `json:"worked"`  // that was tried
+	Error    *string  `json:"error"`
 	// Together are the functions that a hot reset of its bus or slot resets; null if there is no such reset.
 	Together []string `json:"together"`
 }

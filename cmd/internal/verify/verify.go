@@ -181,7 +181,7 @@ func (v *verification) describeReset(d *vfio.Device, info vfio.DeviceInfo) error
 	if err != nil {
 		return err
 	}
-	reset.Methods, reset.Alone = methods, &info.Reset
+	reset.Methods, reset.ByItself = methods, &info.Reset
 	together, err := d.HotResetInfo()
 	switch {
 	case err == nil:

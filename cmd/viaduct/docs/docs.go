@@ -1,8 +1,8 @@
 // Package docs is the manual: topics, written in a little Markdown, and what prints them on a terminal and as manual
 // pages. The program embeds it; nothing is read from the host.
 //
-// A topic consists of headings (# and ##), paragraphs, items (- ) and, indented by four spaces, what is typed or read as
-// it stands. `Code` stands between backquotes. A line {{NAME}} is replaced by text that the program makes of its own
+// A topic consists of headings (# and ##), paragraphs, items (- ) and, indented by four spaces, what is typed or read
+// as it stands. `Code` stands between backquotes. A line {{NAME}} is replaced by text that the program makes of its own
 // tables, so that the manual lists what there is. A line <!-- host: NAME --> is for the tests that run its commands.
 package docs
 
@@ -18,7 +18,7 @@ var files embed.FS
 // Topic is a part of the manual.
 type Topic struct {
 	Name  string // of the file, without .md
-	About string // its first heading
+	About string // its first heading, or what the manual page is about that begins with it
 	Text  string
 }
 
@@ -57,8 +57,15 @@ func Topics(made map[string]string) ([]Topic, error) {
 		for name, m := range made {
 			text = strings.ReplaceAll(text, "{{"+name+"}}\n", m)
 		}
+		name := strings.TrimSuffix(e.Name(), ".md")
 		about, _, _ := strings.Cut(strings.TrimPrefix(text, "# "), "\n")
-		out = append(out, Topic{Name: strings.TrimSuffix(e.Name(), ".md"), About: about, Text: text})
+		for _, p := range Pages {
+			if p.Topics[0] == name {
+				// Its heading is that of a page's first section.
+				about = p.About
+			}
+		}
+		out = append(out, Topic{Name: name, About: about, Text: text})
 	}
 	return out, nil
 }

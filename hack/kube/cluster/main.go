@@ -34,7 +34,8 @@ func main() {
 	case "kubelet":
 		command = kubelet.NewKubeletCommand(context.Background())
 	default:
-		fmt.Fprintln(os.Stderr, "usage: cluster etcd|kube-apiserver|kube-scheduler|kube-controller-manager|kubelet ARG...")
+		fmt.Fprintln(os.Stderr, "usage: cluster etcd|kube-apiserver|kube-scheduler|kube-controller-manager|kubelet "+
+			"ARG...")
 		os.Exit(2)
 	}
 	os.Exit(cli.Run(command))

@@ -8,8 +8,8 @@ import (
 
 // pciIDs names the devices of the hosts in this file.
 const pciIDs = "# pci.ids\n1002  Advanced Micro Devices, Inc. [AMD/ATI]\n\t164e  Raphael\n" +
-	"1022  Advanced Micro Devices, Inc. [AMD]\n\t14db  Raphael PCIe GPP Bridge\n\t43f7  600 Series Chipset USB 3.2 Controller\n" +
-	"\t790b  FCH SMBus Controller\n\t790e  FCH LPC Bridge\n" +
+	"1022  Advanced Micro Devices, Inc. [AMD]\n\t14db  Raphael PCIe GPP Bridge\n\t43f7  600 Series Chipset USB 3.2 " +
+	"Controller\n\t790b  FCH SMBus Controller\n\t790e  FCH LPC Bridge\n" +
 	"10de  NVIDIA Corporation\n\t22ba  AD102 High Definition Audio Controller\n\t2684  AD102 [GeForce RTX 4090]\n" +
 	"144d  Samsung Electronics Co Ltd\n\ta80c  NVMe SSD Controller S4LV008[Pascal]\n" +
 	"8086  Intel Corporation\n\t125c  Ethernet Controller I226-V\n\t154c  Ethernet Virtual Function 700 Series\n" +
@@ -37,7 +37,8 @@ func onInterface(card, name, mac, index string) (files, links Tree) {
 	return Tree{
 			"net/" + name + "/address": mac + "\n", "net/" + name + "/addr_assign_type": "0\n",
 			"net/" + name + "/device": "-> ../..", "net/" + name + "/subsystem": "-> ../../../../../../class/net",
-			"net/" + name + "/flags": "0x1003\n", "net/" + name + "/mtu": "1500\n", "net/" + name + "/ifindex": index + "\n",
+			"net/" + name + "/flags": "0x1003\n", "net/" + name + "/mtu": "1500\n",
+			"net/" + name + "/ifindex": index + "\n",
 		}, Tree{
 			sysNet + "/" + name: arrow + "../../devices/pci0000:00/" + card + "/net/" + name,
 		}
@@ -71,12 +72,13 @@ func NewDesktop(tb testing.TB) *Kernel {
 			At: "0000:00:08.1/0000:0e:00.0", ID: "1002:164e", Class: "030000", Driver: "amdgpu", Group: 18,
 			Files: resets.With(Tree{"boot_vga": "1\n"}),
 		},
-		PCI{At: "0000:00:08.1/0000:0e:00.3", ID: "1022:43f7", Class: "0c0330", Driver: "xhci_hcd", Group: 19, Files: resets},
+		PCI{At: "0000:00:08.1/0000:0e:00.3", ID: "1022:43f7", Class: "0c0330", Driver: "xhci_hcd", Group: 19,
+			Files: resets},
 	).With(links).With(more).With(Tree{"usr/share/misc/pci.ids": pciIDs, "proc/cmdline": "root=/dev/nvme0n1 quiet\n"}))
 
 	for driver, id := range map[string]string{
-		"nouveau": "10de:2684", "snd_hda_intel": "10de:22ba", "igc": "8086:125c", "amdgpu": "1002:164e", "nvme": "144d:a80c",
-		"xhci_hcd": "1022:43f7",
+		"nouveau": "10de:2684", "snd_hda_intel": "10de:22ba", "igc": "8086:125c", "amdgpu": "1002:164e",
+		"nvme": "144d:a80c", "xhci_hcd": "1022:43f7",
 	} {
 		k.IDs[driver] = []string{id}
 	}
@@ -97,18 +99,20 @@ func NewServer(tb testing.TB) *Kernel {
 	}
 
 	functions := []PCI{
-		bridge("0000:00:01.2", 11), bridge("0000:00:01.3", 12), bridge("0000:00:03.1", 13), bridge("0000:00:03.2", 14), disk,
-		{At: nic, ID: "8086:125c", Class: "020000", Driver: "igc", Group: 17, Files: resets.With(files)},
+		bridge("0000:00:01.2", 11), bridge("0000:00:01.3", 12), bridge("0000:00:03.1", 13), bridge("0000:00:03.2", 14),
+		disk, {At: nic, ID: "8086:125c", Class: "020000", Driver: "igc", Group: 17, Files: resets.With(files)},
 	}
 
 	for i, at := range []string{
-		"0000:00:03.1/0000:41:00.0", "0000:00:03.1/0000:41:00.1", "0000:00:03.2/0000:42:00.0", "0000:00:03.2/0000:42:00.1",
+		"0000:00:03.1/0000:41:00.0", "0000:00:03.1/0000:41:00.1", "0000:00:03.2/0000:42:00.0",
+		"0000:00:03.2/0000:42:00.1",
 	} {
 		name := fmt.Sprintf("ens%df%d", i/2+1, i%2)
 		files, link := onInterface(at, name, fmt.Sprintf("52:54:00:00:4%d:0%d", i/2+1, i%2), strconv.Itoa(i+3))
 		links = links.With(link)
 		functions = append(functions, PCI{
-			At: at, ID: "8086:1572", Class: "020000", Driver: "i40e", Group: 21 + i, Files: resets.With(files).With(Tree{
+			At: at, ID: "8086:1572", Class: "020000", Driver: "i40e", Group: 21 + i,
+			Files: resets.With(files).With(Tree{
 				"sriov_totalvfs": "32\n", "sriov_offset": strconv.Itoa(16+31*(i%2)) + "\n", "sriov_stride": "1\n",
 				"sriov_vf_device": "154c\n", "sriov_drivers_autoprobe": "1\n",
 			}),

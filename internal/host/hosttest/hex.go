@@ -12,7 +12,8 @@ import (
 // 100:0d000100", all in hexadecimal, each row without the zeros at its end.
 const hexMark = "hex "
 
-// hexRow is how many bytes are a row; standardConfig how many are the least that is written so, a header of config space.
+// hexRow is how many bytes are a row; standardConfig how many are the least that is written so, a header of config
+// space.
 const (
 	hexRow         = 16
 	standardConfig = 64

@@ -175,13 +175,16 @@ func InfiniBand() Tree {
 	up := arrow + "../../../../../../class/"
 	return Made(
 		PCI{At: "0000:00:01.0", ID: "1022:14a5", Class: "060400", Driver: "pcieport", Group: 1},
-		PCI{At: "0000:00:01.0/0000:01:00.0", ID: "15b3:101b", Class: "020700", Driver: "mlx5_core", Group: 2, Files: Tree{
-			"sriov_totalvfs": "8\n", "sriov_offset": "1\n", "sriov_stride": "1\n", "sriov_vf_device": "101c\n",
-			"infiniband/mlx5_0/node_guid": "0c42:a103:0000:0001\n", "infiniband/mlx5_0/subsystem": up + "infiniband",
-			"net/ibp1s0/address":          "00:00:10:29:fe:80:00:00:00:00:00:00:0c:42:a1:03:00:00:00:02\n",
-			"net/ibp1s0/addr_assign_type": "0\n", "net/ibp1s0/subsystem": up + "net", "net/ibp1s0/device": "-> ../..",
-			"net/ibp1s0/flags": "0x1003\n", "net/ibp1s0/mtu": "2044\n", "net/ibp1s0/ifindex": "2\n",
-		}},
+		PCI{At: "0000:00:01.0/0000:01:00.0", ID: "15b3:101b", Class: "020700", Driver: "mlx5_core", Group: 2,
+			Files: Tree{
+				"sriov_totalvfs": "8\n", "sriov_offset": "1\n", "sriov_stride": "1\n", "sriov_vf_device": "101c\n",
+				"infiniband/mlx5_0/node_guid": "0c42:a103:0000:0001\n",
+				"infiniband/mlx5_0/subsystem": up + "infiniband",
+				"net/ibp1s0/address":          "00:00:10:29:fe:80:00:00:00:00:00:00:0c:42:a1:03:00:00:00:02\n",
+				"net/ibp1s0/addr_assign_type": "0\n", "net/ibp1s0/subsystem": up + "net",
+				"net/ibp1s0/device": "-> ../..",
+				"net/ibp1s0/flags":  "0x1003\n", "net/ibp1s0/mtu": "2044\n", "net/ibp1s0/ifindex": "2\n",
+			}},
 	).With(Tree{
 		"sys/class/infiniband/mlx5_0": arrow + "../../" + dev + "infiniband/mlx5_0",
 		"sys/class/net/ibp1s0":        arrow + "../../" + dev + "net/ibp1s0",
@@ -191,7 +194,8 @@ func InfiniBand() Tree {
 // Kept is a host with two VFs of the PF's own ids, of which one shares the PF's group.
 func Kept() Tree {
 	function := func(at, driver string, group int, files Tree) PCI {
-		return PCI{At: "0000:00:01.0/" + at, ID: "8086:10c9", Class: "020000", Driver: driver, Group: group, Files: files}
+		return PCI{At: "0000:00:01.0/" + at, ID: "8086:10c9", Class: "020000", Driver: driver, Group: group,
+			Files: files}
 	}
 	return Made(
 		function("0000:01:00.0", "igb", 2, Tree{

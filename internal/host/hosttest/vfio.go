@@ -32,7 +32,7 @@ type VFIO struct {
 	Allowed  [][2]uint64            // IOVA ranges, the last one included
 	Devices  map[string]*VFIODevice // by address
 	Fail     func(request uintptr) error
-	Asked    []uintptr // the ioctls, in their order
+	Requests []uintptr // the ioctls, in their order
 
 	k     *Kernel
 	mu    sync.Mutex
@@ -154,7 +154,8 @@ func (v *VFIO) alive(name string) bool {
 		if n != name {
 			continue
 		}
-		if at, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(fd)); err == nil && strings.HasPrefix(at, "/memfd:"+name+" ") {
+		if at, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(fd)); err == nil && strings.HasPrefix(at,
+			"/memfd:"+name+" ") {
 			return true
 		}
 		delete(v.byFD, fd)
@@ -248,7 +249,7 @@ func (v *VFIO) of(fd int) (string, *vfioFile) {
 func (v *VFIO) ioctl(fd int, request uintptr, arg unsafe.Pointer) (int, error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.Asked = append(v.Asked, request)
+	v.Requests = append(v.Requests, request)
 	if v.Fail != nil {
 		if err := v.Fail(request); err != nil {
 			return 0, err

@@ -60,8 +60,8 @@ type archive struct {
 
 func (a *archive) add(name string, mode int, content []byte) {
 	a.files++
-	fmt.Fprintf(a, "070701%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x", a.files, mode, 0, 0, 1, 0, len(content), 0, 0,
-		0, 0, len(name)+1, 0)
+	fmt.Fprintf(a, "070701%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x", a.files, mode, 0, 0, 1, 0,
+		len(content), 0, 0, 0, 0, len(name)+1, 0)
 	a.WriteString(name + "\x00")
 	a.pad()
 	a.Write(content)

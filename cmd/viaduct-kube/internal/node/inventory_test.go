@@ -245,12 +245,12 @@ func TestOneProvider(t *testing.T) {
 	}
 
 	claims := []Claim{{"intel.com/vfs", vf}, {"driver sriovnetwork.k8snetworkplumbingwg.io", vf}, {"other/one", address(t, "0000:99:00.0")}}
-	err = dra.Foreign(functions, claims)
+	err = dra.RefuseShared(functions, claims)
 	if err == nil || !strings.Contains(err.Error(), "intel.com/vfs gives out 0000:01:10.0 too") ||
 		!strings.Contains(err.Error(), "driver sriovnetwork") || strings.Contains(err.Error(), "other/one") {
 		t.Errorf("%v", err)
 	}
-	if err := (&Settings{Pools: map[string]Provider{"net": Nobody}}).Foreign(functions, claims); err != nil {
+	if err := (&Settings{Pools: map[string]Provider{"net": Nobody}}).RefuseShared(functions, claims); err != nil {
 		t.Errorf("that nobody serves here: %v", err)
 	}
 }

@@ -81,8 +81,8 @@ type Claim struct {
 	Address  iommu.Address
 }
 
-// Foreign refuses functions that another provider on this node gives out too.
-func (s *Settings) Foreign(functions []Function, claims []Claim) error {
+// RefuseShared refuses functions that another provider on this node gives out too.
+func (s *Settings) RefuseShared(functions []Function, claims []Claim) error {
 	by := map[string][]string{}
 	var order []string
 	for _, c := range claims {

@@ -336,5 +336,8 @@ func remove(root string, f File, changed *[]string) error {
 	return err
 }
 
-// Watches reports whether the service that watches is installed.
-func Watches() bool { return there(filepath.Join(wanted, "viaduct-watch.service")) }
+// Watches reports whether the service that watches is installed below root.
+func Watches(root string) bool {
+	_, err := os.Lstat(filepath.Join(root, wanted, "viaduct-watch.service"))
+	return err == nil
+}

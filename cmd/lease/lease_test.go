@@ -3,11 +3,14 @@ package lease_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"viaduct/cmd/lease"
 	"viaduct/internal/host/hosttest"
@@ -207,5 +210,164 @@ func TestBrokenDeclaration(t *testing.T) {
 	defer b.Close()
 	if done, err := b.Release(context.Background(), "a", 0); err != nil || len(done) != 1 || !done[0].Clean {
 		t.Errorf("released: %+v, %v", done, err)
+	}
+}
+
+// What is told while work is done are sentences for the user: what was left undone before, and what is in force.
+func TestTells(t *testing.T) {
+	k := newKernel(t)
+	var told []string
+	with := func(open func(*iommu.Host, lease.Options) (*lease.Books, error), do func(*lease.Books) error) error {
+		told = nil
+		b, err := open(&iommu.Host{Host: k.Host()}, lease.Options{Tell: func(note string) { told = append(told, note) }})
+		if err != nil {
+			return err
+		}
+		defer b.Close()
+		return do(b)
+	}
+	ask := func(b *lease.Books) error {
+		_, _, err := b.Assign(context.Background(), one("a", vf0))
+		return err
+	}
+	says := func(what string) {
+		t.Helper()
+		if text := strings.Join(told, "\n"); !strings.Contains(text, what) || slices.Contains(told, "") {
+			t.Errorf("%q is not told: %q", what, told)
+		}
+	}
+
+	if err := with(lease.Open, ask); err != nil || len(told) != 1 {
+		t.Errorf("of a new lease: %v, told %q", err, told)
+	}
+	says("no MAC address")
+	declare(t, k, "pfs: 3\n")
+	if err := with(lease.OpenToRelease, func(b *lease.Books) error {
+		ended, err := b.Ended("a")
+		if ended {
+			t.Error("it has ended")
+		}
+		_, err2 := b.Release(context.Background(), "a", 0)
+		return errors.Join(err, err2)
+	}); err != nil {
+		t.Error(err)
+	}
+	says("host.yaml")
+
+	// What a killed one left is finished or undone by the next, which tells so.
+	k = newKernel(t)
+	k.KillAt(1, func(op, _ string) bool { return op == "write" })
+	_ = with(lease.Open, ask)
+	if !k.Revive() {
+		t.Fatal("it was not killed")
+	}
+	if err := with(lease.Open, ask); err != nil {
+		t.Error(err)
+	}
+	says(vf0 + " ")
+	if err := with(lease.OpenToRelease, func(b *lease.Books) error {
+		_, err := b.Release(context.Background(), "a", 0)
+		ended, err2 := b.Ended("a")
+		if !ended {
+			t.Error("it has not ended")
+		}
+		return errors.Join(err, err2)
+	}); err != nil {
+		t.Error(err)
+	}
+}
+
+// What cannot be cleaned is in quarantine: the certificate, the error and the books say so, and nobody gets it.
+func TestIntoQuarantine(t *testing.T) {
+	k := newKernel(t)
+	if _, _, err := assign(t, k, one("a", vf0)); err != nil {
+		t.Fatal(err)
+	}
+	k.Fail["sys/bus/pci/devices/"+vf0+"/reset"] = errors.New("no")
+	b := open(t, k)
+	done, err := b.Release(context.Background(), "a", 0)
+	b.Close()
+	if err == nil || len(done) != 1 || done[0].Clean || !done[0].Quarantine || done[0].Why == "" {
+		t.Fatalf("%+v, %v", done, err)
+	}
+	b = open(t, k)
+	defer b.Close()
+	d, err := b.Topology().Find(done[0].Address)
+	if err != nil || b.Quarantined(d) == "" {
+		t.Errorf("it is not in quarantine: %v", err)
+	}
+	if ended, err := b.Ended("a"); err != nil || !ended {
+		t.Errorf("its lease has ended: %v, %v", ended, err)
+	}
+	if l, _, err := b.Assign(context.Background(), one("b", vf0)); err == nil {
+		t.Errorf("given to the next: %+v", l)
+	}
+}
+
+// Whichever operation fails, what is asked for ends with an error, or is as it is otherwise.
+func TestFaultSweep(t *testing.T) {
+	type seen struct {
+		leases, pools string
+		clean, ended  bool
+	}
+	for name, do := range map[string]func(*lease.Books, *seen) error{
+		"look": func(b *lease.Books, s *seen) error {
+			all, err := b.Leases()
+			s.leases = fmt.Sprintf("%+v", all)
+			for _, p := range b.Pools() {
+				s.pools += p.Name
+				for _, d := range p.Devices {
+					s.pools += " " + d.Name
+				}
+				err = errors.Join(err, p.Err)
+			}
+			return err
+		},
+		"assign": func(b *lease.Books, s *seen) error {
+			l, _, err := b.Assign(context.Background(), one("a", vf0))
+			s.leases = fmt.Sprintf("%+v", l)
+			return err
+		},
+		"release": func(b *lease.Books, s *seen) error {
+			done, err := b.Release(context.Background(), "a", 0)
+			s.clean = len(done) == 1 && done[0].Clean
+			return err
+		},
+		"ended": func(b *lease.Books, s *seen) (err error) {
+			s.ended, err = b.Ended("a")
+			return err
+		},
+	} {
+		prepare := func() *hosttest.Kernel {
+			k := newKernel(t)
+			if _, _, err := assign(t, k, one("a", vf0)); err != nil {
+				t.Fatal(err)
+			}
+			return k
+		}
+		run := func(k *hosttest.Kernel) (s seen, err error) {
+			b, err := lease.Open(&iommu.Host{Host: k.Host()}, lease.Options{})
+			if err != nil {
+				return s, err
+			}
+			defer b.Close()
+			return s, do(b, &s)
+		}
+		k := prepare()
+		var want seen
+		var err error
+		all := k.Operations(func() { want, err = run(k) })
+		if err != nil {
+			t.Fatal(name, err)
+		}
+		for _, n := range hosttest.EveryNth(4, hosttest.Sample(all)) {
+			k := prepare()
+			failed := k.FailNth(n, unix.EIO)
+			got, err := run(k)
+			k.Revive()
+			if err == nil && got != want {
+				t.Errorf("%s: operation %d (%s) fails, and it came to %+v, not %+v", name, n, failed(), got, want)
+			}
+		}
 	}
 }

@@ -27,34 +27,73 @@ func commandLines(commands []*cli.Command, above ...string) [][]string {
 	return out
 }
 
-// Every command ends by itself at a terminal that nobody types into, with and without arguments, also those that read a
-// file, and leaves the terminal as it was.
-func TestEndsAtTerminal(t *testing.T) {
-	dir := hosttest.Load(t, filepath.Join(machines, "amd-vi.txt")).Dir(t)
-	statuses := []int{exitDone, exitFailed, exitUsage, exitRefused, exitDiffers, exitNotRun}
+// typedLines are lines that somebody may type, of two kinds. Those of the first are also for a host that runs: each
+// command without arguments, with one, and with a file to read, and what is handed over by another program. Those of the
+// second are not understood, or ask for help.
+func typedLines(t *testing.T) (meant, other [][]string) {
+	t.Helper()
 	file, err := filepath.Abs("testdata/host.yaml")
 	if err != nil {
 		t.Fatal(err)
 	}
-	forever := []string{"watch"} // until it is ended: see TestInterruptAtTerminal
 	for _, words := range commandLines(newApp(&env{}).Commands) {
-		if slices.Contains(forever, words[0]) {
-			continue
+		for _, more := range [][]string{nil, {"0000:01:00.0"}, {"-f", file}} {
+			meant = append(meant, slices.Concat(words, more))
 		}
-		for _, more := range [][]string{nil, {"0000:01:00.0"}, {"-f", file}, {"--help"}, {"no-such-thing", "x=y"}} {
-			args := slices.Concat([]string{"--host", dir}, words, more)
-			cmd := program(args...)
-			// Where a snapshot may write a file of whatever name.
-			cmd.Dir = t.TempDir()
-			p := onTerminal(t, 80, cmd)
-			before := modes(t, p)
-			said, status := p.end()
-			if !slices.Contains(statuses, status) || said == "" && status != exitDone {
-				t.Errorf("%q: exit status %d: %q", args[2:], status, said)
-			}
-			if after := modes(t, p); after != before {
-				t.Errorf("%q leaves the terminal otherwise: %+v, was %+v", args[2:], after, before)
-			}
+		other = append(other, slices.Concat(words, []string{"--help"}), slices.Concat(words, []string{"no-such-thing", "x=y"}))
+	}
+	return append(meant,
+		[]string{"libvirt-hook", "--", "web", "prepare", "begin", "-"},
+		[]string{"libvirt-hook", "--network", "--", "net", "port-created", "begin", "-"},
+		[]string{"migrate", "--peer"}, []string{"migrate", "--peer", "--data", "x"}, []string{"adopt", "--import", "netplan"},
+		[]string{"apply", "--boot", "--wait", "0s"}), other
+}
+
+// goesOn reports whether a line that is meant goes on until it is ended.
+func goesOn(line []string) bool {
+	return slices.Equal(line, []string{"watch"}) || len(line) == 3 && line[0] == "watch" && line[1] == "-f"
+}
+
+// atTerminal begins a line at a terminal, on a captured host, or on one of its own that runs; check ends it, and looks at what
+// it left.
+func atTerminal(t *testing.T, host string, line []string) (p *pty, check func(statuses ...int)) {
+	t.Helper()
+	cmd := program(slices.Concat([]string{"--host", host}, line)...)
+	if host == "" {
+		cmd = exec.Command("/proc/self/exe", "-test.run=^TestLive$")
+		cmd.Env = append(os.Environ(), live+"="+strings.Join(line, "\n"), "TERM=xterm", "NO_COLOR=1", "COLUMNS=")
+	}
+	// Where a snapshot may write a file of whatever name.
+	cmd.Dir = t.TempDir()
+	p = onTerminal(t, 80, cmd)
+	before := modes(t, p)
+	return p, func(statuses ...int) {
+		t.Helper()
+		said, status := p.end()
+		if !slices.Contains(statuses, status) || said == "" && status != exitDone && status != -1 {
+			t.Errorf("%q: exit status %d: %q", line, status, said)
+		}
+		if after := modes(t, p); after != before {
+			t.Errorf("%q leaves the terminal otherwise: %+v, was %+v", line, after, before)
+		}
+	}
+}
+
+var anyStatus = []int{exitDone, exitFailed, exitUsage, exitRefused, exitDiffers, exitNotRun}
+
+// Every command ends by itself at a terminal that nobody types into, with and without arguments, also those that read a
+// file, on a captured host and on one that runs, and leaves the terminal as it was.
+func TestEndsAtTerminal(t *testing.T) {
+	dir := hosttest.Load(t, filepath.Join(machines, "amd-vi.txt")).Dir(t)
+	meant, other := typedLines(t)
+	for _, line := range append(meant, other...) {
+		_, check := atTerminal(t, dir, line)
+		check(anyStatus...)
+	}
+	for _, line := range meant {
+		if !goesOn(line) {
+			_, check := atTerminal(t, "", line)
+			check(anyStatus...)
 		}
 	}
 }
@@ -77,7 +116,7 @@ func TestLive(t *testing.T) {
 	if line == "" {
 		t.Skip("TestInterruptAtTerminal runs it, as a process of its own")
 	}
-	k := hosttest.NewLab(t, nil)
+	k := hosttest.NewSmallLab(t, "0000:00:05.0", "0000:01:00.0")
 	mustOnKernel(t, k, "vf", "create", "0000:01:00.0", "2")
 	for _, vf := range []string{"0000:01:10.0", "0000:01:10.2"} {
 		if err := os.WriteFile(filepath.Join(k.Dir(), "sys/bus/pci/devices", vf, "reset"), nil, 0o600); err != nil {
@@ -91,36 +130,39 @@ func TestLive(t *testing.T) {
 	if err := os.Setenv(asProgram, "1"); err != nil {
 		t.Fatal(err)
 	}
-	os.Exit(runOn(open, append([]string{"viaduct"}, strings.Fields(line)...), os.Stdout, os.Stderr))
+	os.Exit(runOn(open, append([]string{"viaduct"}, strings.Split(line, "\n")...), os.Stdout, os.Stderr))
 }
 
-// ^C ends what else does not end, with the status that shells know, or the command's own, and leaves the terminal as it
-// was.
+// ^C ends every command, whenever it is typed, with its own status, or that which shells know, and leaves the terminal as
+// it was.
 func TestInterruptAtTerminal(t *testing.T) {
-	for line, want := range map[string]struct {
-		shows  string
-		status []int
-	}{
-		// It may not have begun: -1 is the signal itself.
-		"watch": {"", []int{exitDone, exitFailed, -1}},
-		"run web --from 0000:01:00.0 --vlan 7 -- sh -c echo${IFS}begun;exec${IFS}sleep${IFS}1000": {
-			"begun", []int{128 + int(unix.SIGINT)},
-		},
-	} {
-		cmd := exec.Command("/proc/self/exe", "-test.run=^TestLive$")
-		cmd.Env = append(os.Environ(), live+"="+line, "TERM=xterm", "NO_COLOR=1", "COLUMNS=")
-		p := onTerminal(t, 80, cmd)
-		before := modes(t, p)
-		if want.shows != "" {
-			p.await(want.shows)
-		}
-		p.typing("\x03")
-		said, status := p.end()
-		if !slices.Contains(want.status, status) {
-			t.Errorf("%s: ^C: exit status %d: %q", line, status, said)
-		}
-		if after := modes(t, p); after != before {
-			t.Errorf("%s leaves the terminal otherwise: %+v, was %+v", line, after, before)
+	// It may not have begun: -1 is the signal itself.
+	ended := append(slices.Clone(anyStatus), -1)
+	dir := hosttest.Load(t, filepath.Join(machines, "amd-vi.txt")).Dir(t)
+	meant, _ := typedLines(t)
+	for n, line := range meant {
+		for _, host := range []string{dir, ""} {
+			if host == "" && n%3 != 0 && !goesOn(line) {
+				// It takes its time to make one.
+				continue
+			}
+			p, check := atTerminal(t, host, line)
+			if n%2 == 1 && !(host == "" && goesOn(line)) {
+				p.begun()
+			}
+			p.typing("\x03")
+			check(ended...)
 		}
 	}
+
+	// What nobody types is waited for where that is asked for.
+	p, check := atTerminal(t, "", []string{"plan", "-f", "-"})
+	p.typing("pfs: []\n")
+	p.typing("\x03")
+	check(ended...)
+
+	p, check = atTerminal(t, "", []string{"run", "web", "--from", "0000:01:00.0", "--vlan", "7", "--", "sh", "-c", "echo begun; exec sleep 1000"})
+	p.await("begun")
+	p.typing("\x03")
+	check(128 + int(unix.SIGINT))
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
 
@@ -104,19 +103,23 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 	if o.Program, err = os.Executable(); err != nil {
 		return err
 	}
-	if err := install.Trusted(o.Program); err != nil && !e.dryRun {
-		return err
+	h := b.Host()
+	root := h.Path("")
+	if h.Real() && !e.dryRun {
+		if err := install.Trusted(o.Program); err != nil {
+			return err
+		}
 	}
-	o.Units = install.PackageUnits("/", o.Program)
+	o.Units = install.PackageUnits(root, o.Program)
 	m, err := e.declared(b, declared.Options{})
 	if err != nil {
 		return err
 	}
 	o.Late = slices.ContainsFunc(s.PFs, func(pf hostfile.PF) bool { return pf.AfterBond })
-	generator := install.Found()
+	generator := install.Found(root)
 	if !e.dryRun {
 		err := m.Protect()
-		if errors.Is(err, holder.ErrBlind) && !systemd() {
+		if errors.Is(err, holder.ErrBlind) && !systemd(h) {
 			// An image is made, which carries nothing yet.
 			e.note("viaduct cannot see which devices this host uses, and did not record them: run viaduct install " +
 				"again on the host itself")
@@ -148,8 +151,8 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 		}
 	}
 
-	watched := install.Watches()
-	changed, err := install.Write("/", files)
+	watched := install.Watches(root)
+	changed, err := install.Write(root, files)
 	for _, f := range changed {
 		fmt.Fprintln(e.stdout, f)
 	}
@@ -160,21 +163,19 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 		e.note("now rebuild the initramfs: %s", generator.Rebuild())
 	}
 
-	if why := install.Confined("/", o.Program); o.Libvirt && why != "" {
+	if why := install.Confined(root, o.Program); o.Libvirt && why != "" {
 		e.note("%s", why)
 	}
-	if slices.Contains(changed, install.LibvirtHook) {
-		e.note(
-			"now restart libvirt, which looks for hooks when it starts: systemctl restart libvirtd (or virtqemud); " +
-				"running domains go on",
-		)
+	if o.Libvirt && slices.Contains(changed, install.LibvirtHook) {
+		e.note("now restart libvirt, which looks for hooks when it starts: systemctl restart libvirtd (or virtqemud); " +
+			"running domains go on")
 	}
 	if len(changed) == 0 {
 		fmt.Fprintln(e.stdout, "everything is installed already")
 		return nil
 	}
 
-	if !systemd() {
+	if !systemd(h) {
 		e.note("systemd does not run here and finds the units enabled when it starts; another init system must run "+
 			"%s apply --boot",
 			o.Program)
@@ -184,11 +185,11 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 	if o.Watch {
 		start = append(start, "viaduct-watch.service")
 	} else if watched {
-		if err := systemctl(ctx, "stop", "viaduct-watch.service"); err != nil {
+		if err := systemctl(ctx, h, "stop", "viaduct-watch.service"); err != nil {
 			return err
 		}
 	}
-	return reload(ctx, start)
+	return reload(ctx, h, start)
 }
 
 // previewInstall prints which files an install would write and remove. A captured host has none of it.
@@ -200,7 +201,7 @@ func (e *env) previewInstall(h *iommu.Host, files []install.File) error {
 	}
 	if h.Live() {
 		var err error
-		if written, removed, err = install.Changes("/", files); err != nil {
+		if written, removed, err = install.Changes(h.Path(""), files); err != nil {
 			return err
 		}
 	}
@@ -234,58 +235,63 @@ func uninstallCommand(e *env) *cli.Command {
 			if err := e.mayChange("etc"); err != nil {
 				return err
 			}
-			if systemd() {
-				if err := systemctl(c.Context, "stop", "viaduct-watch.service"); err != nil && install.Watches() {
+			h, err := e.open()
+			if err != nil {
+				return err
+			}
+
+			defer h.Close()
+			root := h.Path("")
+			if systemd(h) {
+				if err := systemctl(c.Context, h, "stop", "viaduct-watch.service"); err != nil && install.Watches(root) {
 					return err
 				}
 				// What was never installed cannot be stopped, and what is left of it looks for a mark that nobody
 				// makes.
-				_ = systemctl(c.Context, "stop", install.HotplugPath)
+				_ = systemctl(c.Context, h, "stop", install.HotplugPath)
 			}
 
-			changed, err := install.Remove("/")
+			changed, err := install.Remove(root)
 			for _, f := range changed {
 				fmt.Fprintln(e.stdout, f)
-				if install.InInitramfs(f) {
-					defer e.note("now rebuild the initramfs: %s", install.Found().Rebuild())
-				}
 			}
-
-			if err != nil || len(changed) == 0 {
-				return err
+			if err == nil && len(changed) > 0 {
+				err = reload(c.Context, h, nil)
 			}
-			return reload(c.Context, nil)
+			if slices.ContainsFunc(changed, install.InInitramfs) {
+				e.note("now rebuild the initramfs: %s", install.Found(root).Rebuild())
+			}
+			return err
 		},
 	})
 }
 
 // systemd reports whether it runs this host (sd_booted(3)).
-func systemd() bool {
-	_, err := os.Stat("/run/systemd/system")
-	return err == nil
-}
+func systemd(h *iommu.Host) bool { return h.Exists("run/systemd/system") }
 
 // reload tells systemd and udev of files that changed, where they run.
-func reload(ctx context.Context, start []string) error {
-	if !systemd() {
+func reload(ctx context.Context, h *iommu.Host, start []string) error {
+	if !systemd(h) {
 		return nil
 	}
-	errs := []error{systemctl(ctx, "daemon-reload"), tool(ctx, "udevadm", "control", "--reload")}
+	errs := []error{systemctl(ctx, h, "daemon-reload"), tool(ctx, h, "udevadm", "control", "--reload")}
 	for _, unit := range start {
-		errs = append(errs, systemctl(ctx, "restart", unit))
+		errs = append(errs, systemctl(ctx, h, "restart", unit))
 	}
 	return errors.Join(errs...)
 }
 
-func systemctl(ctx context.Context, args ...string) error { return tool(ctx, "systemctl", args...) }
+func systemctl(ctx context.Context, h *iommu.Host, args ...string) error {
+	return tool(ctx, h, "systemctl", args...)
+}
 
 // tool runs one of the system's own tools.
-func tool(ctx context.Context, name string, args ...string) error {
-	for _, dir := range []string{"/usr/bin", "/bin", "/usr/sbin", "/sbin"} {
-		file := filepath.Join(dir, name)
-		if _, err := os.Stat(file); err != nil {
+func tool(ctx context.Context, h *iommu.Host, name string, args ...string) error {
+	for _, dir := range []string{"usr/bin", "bin", "usr/sbin", "sbin"} {
+		if !h.Exists(dir + "/" + name) {
 			continue
 		}
+		file := h.Path(dir + "/" + name)
 		if out, err := exec.CommandContext(ctx, file, args...).CombinedOutput(); err != nil {
 			return fmt.Errorf("%s %s: %w: %s", file, strings.Join(args, " "), err, strings.TrimSpace(string(out)))
 		}

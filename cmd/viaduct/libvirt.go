@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
 
 	"viaduct/cmd/internal/lease"
 	"viaduct/vfio/bind"
@@ -50,9 +51,20 @@ func libvirtHookCommand(e *env) *cli.Command {
 
 // handedOver is what libvirt hands over to a hook.
 func handedOver() ([]byte, error) {
+	if err := notTyped("libvirt-hook"); err != nil {
+		return nil, err
+	}
 	// More than any domain.
 	const most = 16 << 20
 	return io.ReadAll(io.LimitReader(os.Stdin, most))
+}
+
+// notTyped refuses to wait at a terminal for what another program writes.
+func notTyped(command string) error {
+	if _, err := unix.IoctlGetTermios(0, unix.TCGETS); err == nil {
+		return usagef("%s reads what another program writes, and its standard input is a terminal", command)
+	}
+	return nil
 }
 
 // runNetworkHook is the hook of a network: of what it gives to domains, and gets back.

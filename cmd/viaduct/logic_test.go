@@ -403,13 +403,18 @@ func TestStatusOfErrors(t *testing.T) {
 	if got := exitStatus(usagef("x")); got != exitUsage {
 		t.Error(got)
 	}
-	if err := tool(t.Context(), "no-such-tool-at-all"); err == nil || exitStatus(err) != exitFailed {
+	h, err := iommu.Open("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	if err := tool(t.Context(), h, "no-such-tool-at-all"); err == nil || exitStatus(err) != exitFailed {
 		t.Error(err)
 	}
-	if err := tool(t.Context(), "false"); err == nil {
+	if err := tool(t.Context(), h, "false"); err == nil {
 		t.Error("a tool that fails did not")
 	}
-	if err := tool(t.Context(), "true"); err != nil {
+	if err := tool(t.Context(), h, "true"); err != nil {
 		t.Error(err)
 	}
 }

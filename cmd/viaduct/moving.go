@@ -400,6 +400,9 @@ func runMigrateMend(ctx context.Context, e *env, o *migrateOptions) error {
 
 // runMigratePeer is the other side of a move: it answers what is asked on standard input.
 func runMigratePeer(ctx context.Context, e *env, o *migrateOptions) error {
+	if err := notTyped("migrate --peer"); err != nil {
+		return err
+	}
 	h, err := e.open()
 	if err != nil {
 		return err

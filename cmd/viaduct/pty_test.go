@@ -84,7 +84,9 @@ func (p *pty) read(cmd *exec.Cmd) {
 		p.mu.Lock()
 		p.said.Write(b[:n])
 		close(p.grown)
-		p.grown = make(chan struct{})
+		if err == nil {
+			p.grown = make(chan struct{})
+		}
 		p.mu.Unlock()
 		if err != nil {
 			// EIO: nobody has the other end any more.
@@ -110,6 +112,16 @@ func (p *pty) await(text string) string {
 		case <-end:
 			p.t.Fatalf("%q was never shown:\n%q", text, said)
 		}
+	}
+}
+
+// begun waits until the program shows anything, or ends.
+func (p *pty) begun() {
+	p.mu.Lock()
+	said, grown := p.said.Len(), p.grown
+	p.mu.Unlock()
+	if said == 0 {
+		<-grown
 	}
 }
 

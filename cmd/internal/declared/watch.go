@@ -26,6 +26,16 @@ func Watch(ctx context.Context, h *iommu.Host, look func() (failed bool)) error 
 		return err
 	}
 	defer events.Close()
+	watch(ctx, events, look)
+	return nil
+}
+
+// awaiter is what watching needs of events: see [uevent.Events].
+type awaiter interface {
+	Await(ctx context.Context, most time.Duration) bool
+}
+
+func watch(ctx context.Context, events awaiter, look func() (failed bool)) {
 	pause := quiet
 	for ctx.Err() == nil {
 		if look() {
@@ -45,7 +55,6 @@ func Watch(ctx context.Context, h *iommu.Host, look func() (failed bool)) error 
 			}
 		}
 	}
-	return nil
 }
 
 // Settle calls look, and again as long as devices or links change meanwhile: a card brings several, one after the
@@ -56,6 +65,11 @@ func Settle(ctx context.Context, h *iommu.Host, look func()) error {
 		return err
 	}
 	defer events.Close()
+	settle(ctx, events, look)
+	return nil
+}
+
+func settle(ctx context.Context, events awaiter, look func()) {
 	for range 30 {
 		// Busy for good is no reason never to end.
 		look()
@@ -67,7 +81,6 @@ func Settle(ctx context.Context, h *iommu.Host, look func()) error {
 			break
 		}
 	}
-	return nil
 }
 
 // Initramfs are the folders in sysfs of the devices that the initramfs is to keep from their drivers. Nothing there

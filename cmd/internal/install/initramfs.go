@@ -3,6 +3,7 @@ package install
 import (
 	"errors"
 	"os"
+	"path/filepath"
 	"strings"
 )
 
@@ -17,14 +18,14 @@ const (
 	Mkinitcpio
 )
 
-// Found is the generator of this host.
-func Found() Generator {
+// Found is the generator of the host below root.
+func Found(root string) Generator {
 	switch {
-	case there("/usr/sbin/mkinitramfs"):
+	case there(filepath.Join(root, "/usr/sbin/mkinitramfs")):
 		return InitramfsTools
-	case there("/usr/bin/dracut"):
+	case there(filepath.Join(root, "/usr/bin/dracut")):
 		return Dracut
-	case there("/usr/bin/mkinitcpio"):
+	case there(filepath.Join(root, "/usr/bin/mkinitcpio")):
 		return Mkinitcpio
 	}
 	return NoGenerator

@@ -371,5 +371,8 @@ func ours(root string, f File) bool {
 	return true
 }
 
-// Watches reports whether the service that watches is installed.
-func Watches() bool { return there(filepath.Join(wanted, "viaduct-watch.service")) }
+// Watches reports whether the service that watches is installed below root.
+func Watches(root string) bool {
+	_, err := os.Lstat(filepath.Join(root, wanted, "viaduct-watch.service"))
+	return err == nil
+}

@@ -21,13 +21,13 @@ import (
 )
 
 // otherHost is a way to another host that runs, which is this test as a program of its own.
-func otherHost(t *testing.T, env ...string) string {
+func otherHost(t *testing.T) string {
 	t.Helper()
 	program, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	return "exec:env " + strings.Join(append(env, live+"='migrate\n--peer'"), " ") + " '" + program + "' -test.run='^TestLive$'"
+	return "exec:env " + live + "='migrate\n--peer' '" + program + "' -test.run='^TestLive$'"
 }
 
 // movableHost is a host with a guest that can be moved but for its QEMU, which does not run.
@@ -35,7 +35,8 @@ func movableHost(t *testing.T) (*hosttest.Kernel, *env) {
 	t.Helper()
 	k := hosttest.NewSmallLab(t, "0000:00:05.0", sweptPF)
 	mustOnKernel(t, k, "vf", "create", sweptPF, "2")
-	mustOnKernel(t, k, "assign", "web", "--from", sweptVF, "--mac", "52:54:00:aa:00:01", "--vlan", "7", "--memory", "1G", "--movable", "--no-reset")
+	line := "assign web --from " + sweptVF + " --mac 52:54:00:aa:00:01 --vlan 7 --memory 1G --movable --no-reset"
+	mustOnKernel(t, k, strings.Fields(line)...)
 	return k, &env{openHost: func(string) (*iommu.Host, error) {
 		h, err := host.Fake(k.Dir(), k)
 		return &iommu.Host{Host: h}, err
@@ -49,30 +50,39 @@ func TestCheckOfMove(t *testing.T) {
 	before := allOf(t, k)
 	for _, more := range [][]string{{"--check"}, {"--check", "--json"}, {"--dry-run"}, nil} {
 		a := onKernel(k, append([]string{"migrate", "web", "--to", to}, more...)...)
-		if text := a.text(); a.status != exitRefused || !strings.Contains(text, "QEMU") || !strings.Contains(text, "the other host") {
+		text := a.text()
+		if a.status != exitRefused || !strings.Contains(text, "QEMU") || !strings.Contains(text, "the other host") {
 			t.Errorf("%q: %+v", more, a)
 		}
 	}
-	if now := allOf(t, k); now["var/lib/viaduct/move-web.json"] != "" || now["run/viaduct/lease-web.json"] != before["run/viaduct/lease-web.json"] {
-		t.Error("something was written down")
+	now := allOf(t, k)
+	for _, name := range []string{"var/lib/viaduct/move-web.json", "run/viaduct/lease-web.json"} {
+		if now[name] != before[name] {
+			t.Errorf("/%s is %q, was %q", name, now[name], before[name])
+		}
 	}
 
 	for line, says := range map[string]string{
-		"migrate db --to " + "exec:true --check": "db", "migrate web --to exec:true --check": "the other host", "migrate web --to exec: --check": "of which command",
+		"migrate db --to exec:true --check": "db", "migrate web --to exec:true --check": "the other host",
+		"migrate web --to exec: --check": "of which command",
 	} {
-		if a := onKernel(k, strings.Fields(line)...); a.status == exitDone || a.status == exitRefused || !strings.Contains(a.text(), says) {
+		a := onKernel(k, strings.Fields(line)...)
+		if a.status == exitDone || a.status == exitRefused || !strings.Contains(a.text(), says) {
 			t.Errorf("%s: %+v", line, a)
 		}
 	}
 }
 
-// What is written down of a move stands in the way of another, until it is finished or taken back, which each side can be
-// asked for.
+// What is written down of a move stands in the way of another, until it is finished or taken back, which each side can
+// be asked for.
 func TestMendMove(t *testing.T) {
 	record := func(source bool, phase migrate.Phase) *migrate.Record {
 		return &migrate.Record{
 			ID: migrate.NewID(), Guest: "web", Phase: phase, Source: source, Peer: "exec:false", Socket: "/nowhere",
-			Order: migrate.Order{Way: migrate.ByReplug, From: "net", Count: 1, Settings: sriov.Settings{sriov.VLAN: "7"}, VM: vmm.Machine{Format: "qemu"}},
+			Order: migrate.Order{
+				Way: migrate.ByReplug, From: "net", Count: 1, Settings: sriov.Settings{sriov.VLAN: "7"},
+				VM: vmm.Machine{Format: "qemu"},
+			},
 		}
 	}
 	for name, c := range map[string]struct {
@@ -113,7 +123,10 @@ func TestMendMove(t *testing.T) {
 	}
 }
 
-// answers has somebody answer at a socket, as QEMU does when it is asked for nothing (docs/interop/qmp-spec.rst of QEMU).
+// greeting is what QEMU begins with (docs/interop/qmp-spec.rst of QEMU).
+const greeting = `{"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 0}, "package": ""}, "capabilities": []}}`
+
+// answers has somebody answer at a socket as QEMU does.
 func answers(t *testing.T, socket string) {
 	t.Helper()
 	l, err := net.Listen("unix", socket)
@@ -127,7 +140,7 @@ func answers(t *testing.T, socket string) {
 			if err != nil {
 				return
 			}
-			_, _ = io.WriteString(c, `{"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 0}, "package": ""}, "capabilities": []}}`+"\r\n")
+			_, _ = io.WriteString(c, greeting+"\r\n")
 			for lines := bufio.NewScanner(c); lines.Scan(); {
 				var asked struct {
 					ID any `json:"id"`
@@ -160,10 +173,13 @@ func TestNewRecord(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if r.Guest != "web" || !r.Source || r.Peer != "there" || r.Phase != migrate.Checked || r.Socket != migrate.SocketOf(h, "web") || r.Order.From != "net" ||
-		r.Order.Count != 1 || r.Order.Address != "52:54:00:aa:00:01" || r.Order.Way != migrate.ByReplug || r.Order.VM.Memory != 1<<30 ||
-		r.Order.Settings[sriov.VLAN] != "7" || r.Order.Settings[sriov.MAC] != "" {
+	if r.Guest != "web" || !r.Source || r.Peer != "there" || r.Phase != migrate.Checked ||
+		r.Socket != migrate.SocketOf(h, "web") {
 		t.Errorf("%+v", r)
+	}
+	if o := r.Order; o.From != "net" || o.Count != 1 || o.Address != "52:54:00:aa:00:01" || o.Way != migrate.ByReplug ||
+		o.VM.Memory != 1<<30 || o.Settings[sriov.VLAN] != "7" || o.Settings[sriov.MAC] != "" {
+		t.Errorf("its order is %+v", o)
 	}
 	o.wish.Pool = "other"
 	if r, err := make(o); err != nil || r.Order.From != "other" {
@@ -197,7 +213,8 @@ func TestLibvirtURI(t *testing.T) {
 		{migrateOptions{to: "exec:x"}, "", true},
 		{migrateOptions{to: "there", limits: migrate.Limits{Downtime: 1}}, "", true},
 	} {
-		if got, err := c.o.libvirtURI(); got != c.want || (err != nil) != c.refused || err != nil && exitStatus(err) != exitUsage {
+		got, err := c.o.libvirtURI()
+		if got != c.want || (err != nil) != c.refused || err != nil && exitStatus(err) != exitUsage {
 			t.Errorf("%+v: %q, %v", c.o, got, err)
 		}
 	}
@@ -219,7 +236,9 @@ func TestProbeOver(t *testing.T) {
 		}
 		return name
 	}
-	for _, c := range [][3]string{{"br0", sweptPF, "br0"}, {"", sweptPF, "enp1s0"}, {"", "0000:00:05.0", "error"}, {"", "0000:77:00.0", "error"}} {
+	for _, c := range [][3]string{
+		{"br0", sweptPF, "br0"}, {"", sweptPF, "enp1s0"}, {"", "0000:00:05.0", "error"}, {"", "0000:77:00.0", "error"},
+	} {
 		if got := over(c[0], c[1]); got != c[2] {
 			t.Errorf("%q: over %q, not %q", c, got, c[2])
 		}

@@ -28,8 +28,8 @@ func commandLines(commands []*cli.Command, above ...string) [][]string {
 }
 
 // typedLines are lines that somebody may type, of two kinds. Those of the first are also for a host that runs: each
-// command without arguments, with one, and with a file to read, and what is handed over by another program. Those of the
-// second are not understood, or ask for help.
+// command without arguments, with one, and with a file to read, and what is handed over by another program. Those of
+// the second are not understood, or ask for help.
 func typedLines(t *testing.T) (meant, other [][]string) {
 	t.Helper()
 	file, err := filepath.Abs("testdata/host.yaml")
@@ -54,8 +54,8 @@ func goesOn(line []string) bool {
 	return slices.Equal(line, []string{"watch"}) || len(line) == 3 && line[0] == "watch" && line[1] == "-f"
 }
 
-// atTerminal begins a line at a terminal, on a captured host, or on one of its own that runs; check ends it, and looks at what
-// it left.
+// atTerminal begins a line at a terminal, on a captured host, or on one of its own that runs; check ends it, and looks
+// at what it left.
 func atTerminal(t *testing.T, host string, line []string) (p *pty, check func(statuses ...int)) {
 	t.Helper()
 	cmd := program(slices.Concat([]string{"--host", host}, line)...)
@@ -133,8 +133,8 @@ func TestLive(t *testing.T) {
 	os.Exit(runOn(open, append([]string{"viaduct"}, strings.Split(line, "\n")...), os.Stdout, os.Stderr))
 }
 
-// ^C ends every command, whenever it is typed, with its own status, or that which shells know, and leaves the terminal as
-// it was.
+// ^C ends every command, whenever it is typed, with its own status, or that which shells know, and leaves the terminal
+// as it was.
 func TestInterruptAtTerminal(t *testing.T) {
 	// It may not have begun: -1 is the signal itself.
 	ended := append(slices.Clone(anyStatus), -1)
@@ -161,7 +161,8 @@ func TestInterruptAtTerminal(t *testing.T) {
 	p.typing("\x03")
 	check(ended...)
 
-	p, check = atTerminal(t, "", []string{"run", "web", "--from", "0000:01:00.0", "--vlan", "7", "--", "sh", "-c", "echo begun; exec sleep 1000"})
+	run := strings.Fields("run web --from 0000:01:00.0 --vlan 7 -- sh -c")
+	p, check = atTerminal(t, "", append(run, "echo begun; exec sleep 1000"))
 	p.await("begun")
 	p.typing("\x03")
 	check(128 + int(unix.SIGINT))

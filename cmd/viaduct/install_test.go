@@ -109,8 +109,8 @@ func TestInstallBlind(t *testing.T) {
 	}
 }
 
-// Where systemd runs it is told what was changed, and what begins or ends at once; whichever of its tools fails, that is
-// told, with what the tool said.
+// Where systemd runs it is told what was changed, and what begins or ends at once; whichever of its tools fails, that
+// is told, with what the tool said.
 func TestInstallTellsSystemd(t *testing.T) {
 	reload := []string{"systemctl daemon-reload", "udevadm control --reload"}
 	stop := []string{"systemctl stop viaduct-watch.service", "systemctl stop viaduct-hotplug.path"}

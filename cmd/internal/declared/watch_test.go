@@ -61,7 +61,7 @@ func TestWatchClock(t *testing.T) {
 			each(100*ms, 100*ms, 1000), func(int) bool { return true }, 10 * time.Second, []time.Duration{0, 1000 * ms, 3000 * ms, 7000 * ms},
 		},
 		"some that fail": {
-			nil, func(look int) bool { return look != 2 }, 66 * time.Second, []time.Duration{0, 1000 * ms, 3000 * ms, 63000 * ms, 64000 * ms},
+			nil, func(look int) bool { return look != 2 }, 65 * time.Second, []time.Duration{0, 1000 * ms, 3000 * ms, 63000 * ms, 64000 * ms},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

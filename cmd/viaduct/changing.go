@@ -115,7 +115,11 @@ func (e *env) untilSignalTold(ctx context.Context) (context.Context, context.Can
 // long, for the rules as well. Without the right to it, all stays as it is.
 func takePrecedence(h *iommu.Host) { setNice(h, -20) }
 
+// setNice is of this machine's processes: a host of the tests has none that could be told.
 func setNice(h *iommu.Host, nice int) {
+	if !h.Real() {
+		return
+	}
 	threads, _ := h.Names("proc/self/task")
 	for _, t := range threads {
 		if id, err := strconv.Atoi(t); err == nil {

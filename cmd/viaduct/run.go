@@ -139,10 +139,8 @@ func runRun(c *cli.Context, e *env, o *assignOptions, as string) error {
 	var g *vmm.Guest
 	err = e.assign(c.Context, o, func(m *lease.Manager, made *lease.Lease) (err error) {
 		l = made
-		setNice(
-			m.Host(),
-			20-priority,
-		) // the system call's way to tell it (getpriority(2)); the command has what viaduct was started with
+		// The command has the niceness that viaduct was started with; the system call tells 20 less it (getpriority(2)).
+		setNice(m.Host(), 20-priority)
 		// The command's, too.
 		signal.Reset(unix.SIGPIPE)
 		if more := needsMore(m.Host(), format, as); more != "" {

@@ -188,6 +188,10 @@ func (e *env) statusWords(items []*declared.Item, verbose bool) error {
 	}
 
 	head := terminal.Cells("STATE", "DEVICE", "DECLARED AS", "WHAT")
+	if verbose {
+		// Which stands below each.
+		head.Cells = head.Cells[:3]
+	}
 	for n := range head.Cells {
 		head.Cells[n].Style = terminal.Bold
 	}
@@ -212,7 +216,7 @@ func (e *env) statusWords(items []*declared.Item, verbose bool) error {
 			row.Cells[2].Text = ""
 		}
 		if verbose {
-			row.Cells[3].Text = ""
+			row.Cells = row.Cells[:3]
 		}
 		t.Rows = append(t.Rows, row)
 		for _, w := range words {

@@ -109,12 +109,13 @@ func (f *facts) uses(h *iommu.Host, v *showView) {
 	}
 }
 
-// unbracketed is "ens1 has address ..." of "(ens1) has address ...", where the device is not named before it.
+// unbracketed is "ens1 has address ..." of "(ens1) has address ...", and "mounted on /" of "is mounted on /", where the
+// device is not named before it.
 func unbracketed(what string) string {
 	if name, rest, ok := strings.Cut(what, ") "); ok && strings.HasPrefix(name, "(") {
 		return name[1:] + " " + rest
 	}
-	return what
+	return strings.TrimPrefix(what, "is ")
 }
 
 // leaseText is a guest with what its lease says of it.

@@ -77,7 +77,7 @@ func finish(table *terminal.Table, hidden hidden, columns ...string) *terminal.T
 		what = append(what, count(hidden.devices, "device"))
 	}
 	if len(what) > 0 {
-		line := "Not shown: " + strings.Join(what, " and ") + " of bridges and the host's own (--all)"
+		line := "Not shown: " + strings.Join(what, " and ") + ", bridges and the host's own (--all)"
 		table.Rows = append(table.Rows, terminal.Row{Line: line, Style: terminal.Dim})
 	}
 	return table

@@ -138,3 +138,41 @@ func addressesOf(t *testing.T, dir string) []string {
 	}
 	return out[:min(len(out), 12)]
 }
+
+// A word names devices wherever a command line names one; those of one group are one for what is about groups.
+func TestWordsNameDevices(t *testing.T) {
+	k := hosttest.NewDesktop(t)
+	for line, says := range map[string]string{
+		"list nvidia": "RTX 4090", "why nvidia": "shares IOMMU group 14", "doctor nvidia": "0000:01:00.0, 0000:01:00.1 can be reset",
+		"bind nvidia --dry-run": "0000:01:00.1: snd_hda_intel -> vfio-pci", "why gpu": "gpu matches 2 devices",
+		"show samsung": "mounted on /", "verify samsung": "mounted on /",
+		"assign web --from samsung --dry-run": "mounted on /", "assign web --from nvidia --dry-run": "must be named alone",
+	} {
+		a := onKernel(k, strings.Fields(line)...)
+		if all := a.stdout + a.stderr; !strings.Contains(all, says) {
+			t.Errorf("%s: %q is missing of\n%s", line, says, all)
+		}
+	}
+}
+
+// What a snapshot holds of leases, quarantine and users is in why, too, and what it lacks is unknown.
+func TestWhyGuestOfSnapshot(t *testing.T) {
+	k := busy(t)
+	onKernel(k, "leases")
+	file := filepath.Join(t.TempDir(), "host.vsnap")
+	mustOnKernel(t, k, "snapshot", file)
+	bare := filepath.Join(t.TempDir(), "redacted.vsnap")
+	mustOnKernel(t, k, "snapshot", "--redact", bare)
+	for host, want := range map[string][]string{
+		file: {"ok lease:", "ok quarantine: none of its devices", "unknown holders: a process has its devices open"},
+		bare: {"unknown holders: who has its devices open is not captured"},
+	} {
+		a, _, _ := typed(0, "viaduct", "--host", host, "why", "guest=web")
+		text := strings.Join(strings.Fields(a), " ")
+		for _, says := range want {
+			if !strings.Contains(text, says) {
+				t.Errorf("%s: %q is missing of\n%s", filepath.Base(host), says, a)
+			}
+		}
+	}
+}

@@ -57,7 +57,7 @@ func verifyCommand(e *env) *cli.Command {
 			if err != nil {
 				return err
 			}
-			if o.selector, err = iommu.ParseSelector(arg); err != nil {
+			if o.selector, err = iommu.ParseArgument(arg); err != nil {
 				return err
 			}
 			memory, err := parseSize(o.memory)

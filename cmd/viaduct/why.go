@@ -66,7 +66,7 @@ func whyArgument(e *env, arg string, memory uint64) error {
 	if name, ok := strings.CutPrefix(arg, guestKey); ok {
 		return runWhyGuest(e, name, memory)
 	}
-	sel, wrong := iommu.ParseSelector(arg)
+	sel, wrong := iommu.ParseArgument(arg)
 	guest, err := isGuest(e, arg)
 	if err != nil {
 		return err
@@ -225,9 +225,15 @@ func whyOne(h *iommu.Host, sel iommu.Selector) (*why, *iommu.Topology, error) {
 		if err != nil {
 			return nil, nil, err
 		}
-		d, err := oneOf(h, t, sel)
+		all, err := sel.Resolve(h, t)
 		if err != nil {
 			return nil, nil, err
+		}
+		d := all[0]
+		if len(all) > 1 && !oneGroup(all) {
+			if d, err = oneOf(h, t, sel); err != nil {
+				return nil, nil, err
+			}
 		}
 		if !d.PCI {
 			// Nothing is computed of it.

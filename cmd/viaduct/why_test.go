@@ -301,7 +301,7 @@ func TestWhyGuest(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "host.tar.gz")
 	mustOnKernel(t, k, "snapshot", file)
 	stdout, all := on(t, file, "why guest=web")
-	for _, want := range []string{"ok       " + vf + " driver:", "unknown  lease:", "unknown  holders:"} {
+	for _, want := range []string{"ok       " + vf + " driver:", "ok       lease: the lease is active", "ok       holders: the guest has its"} {
 		if !strings.Contains(stdout, want) {
 			t.Errorf("of a snapshot, it lacks %q:\n%s", want, all)
 		}

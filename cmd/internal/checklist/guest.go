@@ -159,8 +159,8 @@ func (c *list) phase() error {
 	if c.look.State == lease.Lost && c.back != "" {
 		l.Hint = c.back + ", or give the lease up: " + l.Hint
 	}
-	if !c.host.Live() {
-		l.Answer, l.Text, l.Hint = Unknown, "a captured host has no processes, by which a lease lives", ""
+	if !c.manager.Book.Known() {
+		l.Answer, l.Text, l.Hint = Unknown, "how the lease was is not captured of this host", ""
 		l.Evidence[0].Value = "there"
 	}
 	c.add(l)
@@ -177,8 +177,8 @@ func (c *list) quarantine() error {
 		Name: "quarantine", Answer: OK, Text: "none of its devices is in quarantine",
 		Evidence: []Evidence{{declared.StateDir, fmt.Sprintf("%d in quarantine", len(all))}},
 	}
-	if !c.host.Live() {
-		l.Answer, l.Text, l.Evidence = Unknown, "a captured host does not show quarantine", nil
+	if !c.manager.Book.Known() {
+		l.Answer, l.Text, l.Evidence = Unknown, "quarantine is not captured of this host", nil
 	}
 	for _, d := range c.devices {
 		if why := all.Why(c.host, d); why != "" {
@@ -217,8 +217,8 @@ func (c *list) changes() error {
 // holders is who uses the devices beside the guest.
 func (c *list) holders() error {
 	l := Line{Name: "holders", Answer: OK, Text: "nobody has its devices open"}
-	if !c.host.Live() {
-		l.Answer, l.Text = Unknown, "a captured host has no processes"
+	if !holder.Known(c.host) {
+		l.Answer, l.Text = Unknown, "who has its devices open is not captured of this host"
 		c.add(l)
 		return nil
 	}

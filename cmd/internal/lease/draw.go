@@ -57,7 +57,7 @@ func (m *Manager) source(from string) ([][]*iommu.Device, error) {
 	if all := declared.Pools(m.declaration); len(all) > 0 {
 		noPool = "the pools are " + strings.Join(all, ", ")
 	}
-	sel, err := iommu.ParseSelector(from)
+	sel, err := iommu.ParseArgument(from)
 	if err != nil {
 		return nil, fmt.Errorf("%w; and %s", err, noPool)
 	}

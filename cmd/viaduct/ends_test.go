@@ -147,7 +147,7 @@ func TestInterruptAtTerminal(t *testing.T) {
 				continue
 			}
 			p, check := atTerminal(t, host, line)
-			if n%2 == 1 && !(host == "" && goesOn(line)) {
+			if n%2 == 1 && (host != "" || !goesOn(line)) {
 				p.begun()
 			}
 			p.typing("\x03")

@@ -38,6 +38,7 @@ type pty struct {
 	mu    sync.Mutex
 	said  bytes.Buffer
 	grown chan struct{} // closed and made anew with each piece of text
+	over  chan struct{} // closed when nothing more comes
 	ended chan error
 }
 
@@ -71,7 +72,7 @@ func onTerminal(t *testing.T, columns int, cmd *exec.Cmd) *pty {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	p := &pty{t: t, ours: ours, grown: make(chan struct{}), ended: make(chan error, 1)}
+	p := &pty{t: t, ours: ours, grown: make(chan struct{}), over: make(chan struct{}), ended: make(chan error, 1)}
 	t.Cleanup(func() { _ = cmd.Process.Kill() })
 	go p.read(cmd)
 	return p
@@ -84,12 +85,11 @@ func (p *pty) read(cmd *exec.Cmd) {
 		p.mu.Lock()
 		p.said.Write(b[:n])
 		close(p.grown)
-		if err == nil {
-			p.grown = make(chan struct{})
-		}
+		p.grown = make(chan struct{})
 		p.mu.Unlock()
 		if err != nil {
 			// EIO: nobody has the other end any more.
+			close(p.over)
 			p.ended <- cmd.Wait()
 			return
 		}
@@ -120,8 +120,12 @@ func (p *pty) begun() {
 	p.mu.Lock()
 	said, grown := p.said.Len(), p.grown
 	p.mu.Unlock()
-	if said == 0 {
-		<-grown
+	if said > 0 {
+		return
+	}
+	select {
+	case <-grown:
+	case <-p.over:
 	}
 }
 

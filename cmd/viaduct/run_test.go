@@ -3,12 +3,17 @@ package main
 import (
 	"bytes"
 	"context"
+	"os"
 	"os/signal"
+	"strconv"
 	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
+	"viaduct/cmd/internal/lease"
+	"viaduct/cmd/internal/migrate"
+	"viaduct/cmd/internal/vmm"
 	"viaduct/internal/host"
 	"viaduct/internal/host/hosttest"
 	"viaduct/iommu"
@@ -47,5 +52,76 @@ func TestUntilSignal(t *testing.T) {
 	signal.Reset(unix.SIGPIPE)
 	if signal.Ignored(unix.SIGHUP) {
 		t.Error("hangups are ignored")
+	}
+}
+
+// What viaduct run starts its command with becomes that when it is told to, and fails when nobody tells it any more.
+func TestHeld(t *testing.T) {
+	k := hosttest.NewSmallLab(t, "0000:00:05.0", "0000:01:00.0")
+	for line, status := range map[string]int{"run-held": exitUsage, "run-held -- 3 /bin/true": exitUsage, "run-held -- x /bin/true true": exitUsage} {
+		if a := onKernel(k, strings.Fields(line)...); a.status != status || a.stdout != "" {
+			t.Errorf("%s: %+v", line, a)
+		}
+	}
+	said, says, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer said.Close()
+	says.Close()
+	a := onKernel(k, "run-held", "--", strconv.Itoa(int(said.Fd())), "/bin/true", "true")
+	if a.status != exitNotRun || !strings.Contains(a.stderr, "/bin/true: viaduct run ended before it started its command") {
+		t.Errorf("%+v", a)
+	}
+}
+
+// The command of a guest that can move is written down, with a place for its devices; no other is.
+func TestKeptCommand(t *testing.T) {
+	_, e := movableHost(t)
+	h, err := e.open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	book := lease.BookOf(h)
+	for _, c := range []struct{ format, line, want string }{
+		{"cloud-hypervisor", "ch a", ""},
+		{"qemu", "qemu a", "qemu a {devices}"},
+		{"qemu", "qemu {devices} a", "qemu {devices} a"},
+		{"qemu", "qemu -device x={address}", "qemu -device x={address}"},
+		{"qemu", "qemu -device x={group}", "qemu -device x={group}"},
+	} {
+		format, known := vmm.Find(c.format)
+		if !known {
+			t.Fatal(c.format)
+		}
+		if err := e.keepCommand("web", strings.Fields(c.line), format); err != nil {
+			t.Error(err)
+		}
+		if words, err := book.Words("web"); err != nil || strings.Join(words, " ") != c.want {
+			t.Errorf("%s %s: kept %q, %v", c.format, c.line, words, err)
+		}
+	}
+}
+
+// When its command has ended, a guest that moves keeps its devices, and another does not.
+func TestMoved(t *testing.T) {
+	_, e := movableHost(t)
+	h, err := e.open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	var said bytes.Buffer
+	e.stderr = &said
+	if moved, err := e.moved(t.Context(), "web"); moved || err != nil {
+		t.Errorf("where nothing is known of a move: %v, %v", moved, err)
+	}
+	side := e.side(h, 0)
+	if err := side.Home().Save(t.Context(), &migrate.Record{ID: migrate.NewID(), Guest: "web", Phase: migrate.Checked, Source: true}); err != nil {
+		t.Fatal(err)
+	}
+	if moved, err := e.moved(t.Context(), "web"); !moved || err != nil || !strings.Contains(said.String(), "has ended while it moved") {
+		t.Errorf("while it moves: %v, %v, %s", moved, err, said.String())
 	}
 }

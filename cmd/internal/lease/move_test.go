@@ -1,9 +1,11 @@
 package lease
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 	"time"
 
@@ -126,5 +128,54 @@ func TestLeaving(t *testing.T) {
 	}
 	if l, err := m.Book.Get("web"); l != nil || err != nil {
 		t.Errorf("it has a lease still: %+v, %v", l, err)
+	}
+}
+
+// Who gets the VF of a guest that has moved gets it after its release, however late that is, and keeps what it was given.
+func TestNextOfMoved(t *testing.T) {
+	const nextMAC = "52:54:00:00:00:07"
+	k, _ := poolHost(t)
+	take := func(guest, mac string) error {
+		return on(k, func(ctx context.Context, m *Manager) error {
+			_, _, _, err := m.Assign(ctx, &Request{Guest: guest, Sources: fromNet(sriov.Settings{sriov.MAC: mac})})
+			return err
+		})
+	}
+	for guest, mac := range map[string]string{"web": guestMAC, "db": "52:54:00:00:00:08"} {
+		if err := take(guest, mac); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := on(k, func(ctx context.Context, m *Manager) error { return m.SetMoving(ctx, "web", Leaving) }); err != nil {
+		t.Fatal(err)
+	}
+
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		err := on(k, func(ctx context.Context, m *Manager) error {
+			_, err := m.EndMoved(ctx, "web", time.Second)
+			return err
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	})
+	err := take("next", nextMAC)
+	for ; err != nil; err = take("next", nextMAC) {
+		if _, none := errors.AsType[*ExhaustedError](err); !none {
+			t.Fatal(err)
+		}
+	}
+	wg.Wait()
+
+	err = on(k, func(_ context.Context, m *Manager) error {
+		mac, err := m.Address("next")
+		if mac != nextMAC {
+			t.Errorf("the next guest's VF has %q", mac)
+		}
+		return err
+	})
+	if err != nil {
+		t.Error(err)
 	}
 }

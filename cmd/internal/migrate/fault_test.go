@@ -4,8 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"os"
+	"slices"
+	"sync/atomic"
 	"testing"
 )
 
@@ -16,16 +19,21 @@ var (
 		AskTake,
 		AskArrive, RecordQuitting, Quit, AskForget, End,
 	}
-	back = []Action{RecordReturning, Resume, AskRefuse, Unpark, Plug, Keep}
+	back = []Action{RecordReturning, AskRefuse, Unpark, Plug, AskForget, Keep}
 	work = []Task{
 		NoteReserved, Reserve, NoteWaiting, Start, NoteLoading, Load, NoteMine, Go, GiveAddress, PlugHere,
 		NoteArrived, Forget,
 	}
+	backWork = []Task{NoteRefused, EndQEMU, Release, Forget}
+
+	// turns are where the user may turn round, each with what is done then alone.
+	turns = map[Action][]Action{Park: nil, Await: {Cancel}, RecordCommitted: {Resume}}
 )
 
 // wrong is something that goes wrong at a point of a move.
 type wrong struct {
-	// kill, cut, turn: the viaduct here, the pipe, the user; here, there: a QEMU; serve: the viaduct there
+	// kill, serve: the viaduct here, the one there; cut: the pipe; data: the pipe with the guest's memory; turn: the user;
+	// here, there: a QEMU
 	what   string
 	action Action
 	task   Task
@@ -38,22 +46,25 @@ func (w *wrong) String() string {
 }
 
 func faults() (out []wrong) {
+	victims := []string{"kill", "serve", "cut", "here", "there"}
 	for _, want := range []Wants{Forward, Back} {
-		for _, a := range actions {
-			for _, what := range []string{"kill", "cut", "turn", "here", "there"} {
+		for _, what := range append(victims, "turn") {
+			for _, a := range actions {
 				out = append(out, wrong{what: what, action: a, want: want})
 			}
-		}
-		for _, a := range back {
-			for _, after := range []Action{Park, Await} {
-				for _, what := range []string{"kill", "here", "there"} {
-					out = append(out, wrong{what: what, action: a, after: after, want: want})
-				}
+			for _, t := range work {
+				out = append(out, wrong{what: what, task: t, want: want})
 			}
 		}
-		for _, t := range work {
-			for _, what := range []string{"serve", "here", "there"} {
-				out = append(out, wrong{what: what, task: t, want: want})
+		out = append(out, wrong{what: "data", action: Await, want: want})
+		for _, what := range victims {
+			for _, after := range slices.Sorted(maps.Keys(turns)) {
+				for _, a := range append(turns[after], back...) {
+					out = append(out, wrong{what: what, action: a, after: after, want: want})
+				}
+				for _, t := range backWork {
+					out = append(out, wrong{what: what, task: t, after: after, want: want})
+				}
 			}
 		}
 	}
@@ -71,17 +82,36 @@ type trial struct {
 	d    *Driver
 	done bool // it went wrong
 	ends bool // a QEMU was ended
+	back bool // the user has turned round
 	turn context.CancelFunc
+
+	dead   atomic.Bool // the viaduct here was killed
+	served atomic.Bool // the viaduct there was killed
 }
 
-// happens does what goes wrong.
-func (x *trial) happens() error {
+// happens does what goes wrong, while the source waits for its destination or, with idle, before it asks it.
+func (x *trial) happens(idle bool) error {
 	x.done = true
 	switch x.w.what {
-	case "kill", "serve":
-		return errKilled
+	case "kill":
+		if idle {
+			return errKilled
+		}
+		x.dead.Store(true)
+		x.r.silence(true)
+		x.r.cut()
+	case "serve":
+		if !idle {
+			return errKilled
+		}
+		x.served.Store(true)
+		x.r.cut()
+		x.r.serve.Wait()
+		x.served.Store(false)
 	case "cut":
 		x.r.cut()
+	case "data":
+		x.r.cutData()
 	case "turn":
 		x.turn()
 	case "here":
@@ -97,26 +127,32 @@ func (x *trial) happens() error {
 }
 
 func (x *trial) action(a Action) error {
+	if x.dead.Load() {
+		return errKilled
+	}
 	x.neverTwice(string(a), a == Resume)
-	if x.w.after == a && x.d.Record.Phase != Returning {
-		// Which is not done: the user turns round.
+	if x.w.after == a && !x.back {
+		// Which is done still: the user turns round.
+		x.back = true
 		x.turn()
 	}
-	if !x.done && x.w.task == "" && x.w.action == a && (x.w.after == "" || x.d.Record.Phase == Returning ||
-		a == RecordReturning) {
-		return x.happens()
+	if !x.done && x.w.task == "" && x.w.action == a && (x.w.after == "" || x.back) {
+		return x.happens(true)
 	}
 	return nil
 }
 
 func (x *trial) task(t Task) error {
+	if x.served.Load() {
+		return errKilled
+	}
 	if t == Go && x.d.vm != nil && x.d.vm.Ended() == nil {
 		if status, _, err := x.d.vm.look(); err == nil && status == "running" {
 			x.t.Errorf("%s: the guest is let go on there, and runs here", &x.w)
 		}
 	}
 	if !x.done && x.w.task == t {
-		return x.happens()
+		return x.happens(false)
 	}
 	return nil
 }
@@ -139,7 +175,13 @@ func (x *trial) run(record *Record, want Wants) error {
 	ctx, cancel := context.WithCancel(x.t.Context())
 	defer cancel()
 	x.turn = cancel
+	x.dead.Store(false)
+	x.r.silence(false)
 	x.d = x.p.driver(x.r, record, x.action)
+	if x.w.action == Await || x.w.after == Await {
+		// The copy is not over when it is waited for.
+		x.d.Limits.Bandwidth = 1 << 18
+	}
 	err := x.d.Run(ctx, want)
 	x.r.cut()
 	x.r.serve.Wait()
@@ -190,8 +232,7 @@ func cmpErr(err error) error {
 }
 
 // TestFaults: whatever goes wrong at whatever point of a move, the guest never runs twice, and a user mends it with
-// --resume or --cancel: it is on one host then, with its device and its address, and nothing of it is on the other. A
-// few
+// --resume or --cancel: it is on one host then, with its device and its address, and nothing of it is on the other. A few
 // points are tried, by a seed that is told, or with VIADUCT_SWEEP=all each of them.
 func TestFaults(t *testing.T) {
 	for _, w := range some(t, faults(), 8) {
@@ -207,7 +248,10 @@ func TestFaults(t *testing.T) {
 			}
 			x.ended(t)
 			if !x.done {
-				t.Log("the move did not come to this point")
+				t.Error("the move did not come to this point")
+			}
+			if all := errors.Join(tried...); errors.Is(all, context.DeadlineExceeded) {
+				t.Errorf("who does not answer was waited for: %v", all)
 			}
 			if t.Failed() {
 				t.Logf("what was tried: %v", errors.Join(tried...))

@@ -463,7 +463,7 @@ func (s *setting) thenOn(parameter string) string {
 	return then.String()
 }
 
-// guestOf is what to do where a hypervisor's guest is to have an IOMMU; without a cure if this is no guest.
+// guestOf is what to do where a hypervisor's guest is to have an IOMMU; without a hint if this is no guest.
 func (s *setting) guestOf() Off {
 	arm := s.isArm()
 	for _, p := range [...]struct{ maker, name, hint string }{

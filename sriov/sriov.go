@@ -172,7 +172,7 @@ func hexNumber(text string) uint64 {
 	return n
 }
 
-// explain adds the likely cure to the errnos of a write to sriov_numvfs (drivers/pci/iov.c, sriov_numvfs_store).
+// explain adds the likely hint to the errnos of a write to sriov_numvfs (drivers/pci/iov.c, sriov_numvfs_store).
 func explain(h *iommu.Host, err error, p *Plan) error {
 	refuses := "driver " + p.PF.Driver + " refuses that"
 	assigned := refuses + ": the e-switch may belong to the SmartNIC's own host"

@@ -233,8 +233,8 @@ func DefaultSettings() Settings {
 
 // Default returns what a VF begins with on most drivers; false if that is not known.
 func (k Key) Default() (value string, known bool) {
-	usual := k.row().byDefault
-	return usual, usual != ""
+	value = k.row().byDefault
+	return value, value != ""
 }
 
 // at is the order of a setting whatever its value.

@@ -225,7 +225,7 @@ func (c *check) run(asked []*iommu.Device, holders []holder.Holder) {
 	}
 }
 
-// add adds a reason about a device; cure is what the user can do, "" if nothing.
+// add adds a reason about a device; hint is what the user can do, "" if nothing.
 func (c *check) add(kind holder.ReasonKind, device, hint, format string, a ...any) {
 	r := holder.Reason{Kind: kind, Device: device, Hint: hint, Text: fmt.Sprintf(format, a...)}
 	c.refused.Reasons = append(c.refused.Reasons, r)

@@ -316,7 +316,8 @@ func (d *Driver) act(ctx context.Context, a Action) (over bool, err error) {
 		if err := d.vm.cancel(); err != nil {
 			return false, err
 		}
-		// QEMU that had hardly begun may wait for the other side until the way to it is closed, and answers nobody meanwhile.
+		// QEMU that had hardly begun may wait for the other side until the way to it is closed, and answers nobody
+		// meanwhile.
 		if d.relay != nil {
 			d.relay.close()
 		}

@@ -128,6 +128,9 @@ func TestAssign(t *testing.T) {
 			!l.Ready {
 			t.Errorf("%s got %s, on %q: %+v", guest, a, driver, l)
 		}
+		if written, err := book.Get(guest); err != nil || !written.Ready {
+			t.Errorf("the books have %+v, %v", written, err)
+		}
 		got = append(got, a)
 	}
 
@@ -290,6 +293,9 @@ func TestOutlivesBoot(t *testing.T) {
 	}
 	book := m.Book
 	reboot(t, k)
+	if then, err := book.Get("a"); err != nil || then.Ready || then.Devices[0].Clean {
+		t.Errorf("before it is made again: %+v, %v", then, err)
+	}
 	other, err := assign(t, k, "b", pf)
 	if err != nil || other.Devices[0].Address == l.Devices[0].Address {
 		t.Fatalf("another guest got %+v, %v", other, err)

@@ -344,7 +344,7 @@ func TestManyAssigns(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	random := rand.New(rand.NewPCG(seed, 0))
-	most := 40
+	most := 60
 	if everyWrite() {
 		most = 200
 	}

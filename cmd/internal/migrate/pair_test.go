@@ -336,23 +336,18 @@ func (r *remote) silence(off bool) {
 }
 
 // cutData breaks the pipes with a guest's memory.
-func (r *remote) cutData() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for _, c := range r.data {
-		_ = c.Close()
-	}
-	r.data = nil
-}
+func (r *remote) cutData() { r.close(&r.data) }
 
 // cut breaks all others.
-func (r *remote) cut() {
+func (r *remote) cut() { r.close(&r.open) }
+
+func (r *remote) close(pipes *[]net.Conn) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for _, c := range r.open {
+	for _, c := range *pipes {
 		_ = c.Close()
 	}
-	r.open = nil
+	*pipes = nil
 }
 
 // runs reports what a QEMU does, asked beside those who are connected: by its memory it cannot be told, so by asking

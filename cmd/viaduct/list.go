@@ -5,6 +5,7 @@ import (
 	"errors"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/urfave/cli/v2"
 
@@ -150,11 +151,16 @@ func selection(h *iommu.Host, t *iommu.Topology, sel []iommu.Selector) (map[stri
 // printList is the list for people.
 func (e *env) printList(h *iommu.Host, t *iommu.Topology, names *iommu.Names, keep map[string]bool,
 	o listOptions) error {
-	uses, err := e.usesOf(h, t, keep, o.holders)
+	s := &sight{t: t, names: names, keep: keep, all: o.all}
+	var named sync.WaitGroup
+	// Beside the look at uses, which waits for the kernel.
+	named.Go(s.learnNames)
+	var err error
+	s.uses, err = e.usesOf(h, t, keep, o.holders)
+	named.Wait()
 	if err != nil {
 		return err
 	}
-	s := &sight{t: t, names: names, keep: keep, all: o.all, uses: uses}
 	if !o.tree {
 		return e.screen.Print(s.groups())
 	}

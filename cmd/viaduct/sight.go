@@ -173,6 +173,16 @@ func (s *sight) nameOf(d *iommu.Device) string {
 	return cmp.Or(modelName(s.names.Vendor(d.Vendor), s.names.Device(d.Vendor, d.Device)), idText(d))
 }
 
+// learnNames looks up the names of all devices that have a row.
+func (s *sight) learnNames() {
+	s.t.All(func(d *iommu.Device) bool {
+		if s.wanted(d) && !s.folded(d) {
+			s.nameOf(d)
+		}
+		return true
+	})
+}
+
 // modelName puts a vendor's name before a model's. Of both, what is in brackets is what they are sold as.
 func modelName(vendor, model string) string {
 	if _, sold, ok := strings.Cut(model, "["); ok {

@@ -89,6 +89,9 @@ func TestLooksThatFail(t *testing.T) {
 			vfs, err := m.Pool(parse(t, strings.ReplaceAll(many, "driver: vfio", "driver: vfio, pool: net")), "net")
 			return len(vfs), err
 		},
+		"pool of": func(m *Manager) (any, error) {
+			return m.PoolOf(parse(t, strings.ReplaceAll(many, "driver: vfio", "driver: vfio, pool: net")), device(m, "0000:01:10.0"))
+		},
 		"saved":     func(m *Manager) (any, error) { return m.Saved(device(m, nic)) },
 		"held":      func(m *Manager) (any, error) { return m.Held() },
 		"last":      func(m *Manager) (any, error) { all, known, err := m.Last(); return []any{all, known}, err },

@@ -379,7 +379,7 @@ func TestRunWhileOpen(t *testing.T) {
 	k, _ := poolHost(t)
 	s := &sites[0]
 	k.Process(keeperOfLease, "keeper")
-	if err := s.assign(k); err != nil {
+	if err := s.assign(t.Context(), k); err != nil {
 		t.Fatal(err)
 	}
 
@@ -424,7 +424,7 @@ func TestRunWhileOpen(t *testing.T) {
 func TestReleaseWaits(t *testing.T) {
 	k, _ := poolHost(t)
 	k.Process(keeperOfLease, "keeper")
-	if err := sites[0].assign(k); err != nil {
+	if err := sites[0].assign(t.Context(), k); err != nil {
 		t.Fatal(err)
 	}
 
@@ -468,7 +468,7 @@ func TestAskedAgainIsUsed(t *testing.T) {
 	s := &sites[1]
 	k, _ := s.host(t)
 	k.Process(keeperOfLease, "keeper")
-	if err := s.assign(k); err != nil {
+	if err := s.assign(t.Context(), k); err != nil {
 		t.Fatal(err)
 	}
 	l := leaseOf(t, k, "a")
@@ -476,7 +476,7 @@ func TestAskedAgainIsUsed(t *testing.T) {
 		l.Devices[i].Clean = true
 	}
 	l.Ending = true
-	if err := errors.Join(BookOf(&iommu.Host{Host: k.Host()}).put(l), s.assign(k)); err != nil {
+	if err := errors.Join(BookOf(&iommu.Host{Host: k.Host()}).put(l), s.assign(t.Context(), k)); err != nil {
 		t.Fatal(err)
 	}
 	l = leaseOf(t, k, "a")

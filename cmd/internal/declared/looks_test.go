@@ -92,6 +92,16 @@ func TestLooksThatFail(t *testing.T) {
 		"pool of": func(m *Manager) (any, error) {
 			return m.PoolOf(parse(t, strings.ReplaceAll(many, "driver: vfio", "driver: vfio, pool: net")), device(m, "0000:01:10.0"))
 		},
+		"each by number":      planned("pfs:\n  - {each: [\"mac=52:54:00:00:00:01\"], count: 3}\n", Options{}),
+		"protected by number": planned("devices:\n  - select: "+nic+"\nprotect: [mac=52:54:00:00:00:01]\n", Options{}),
+		"protected": func(m *Manager) (any, error) {
+			return protection(m, parse(t, "pfs: []\nprotect: [mac=52:54:00:00:00:01]\n"), device(m, pf))
+		},
+		"pool by number": func(m *Manager) (any, error) {
+			s := parse(t, "pfs:\n  - {each: [\"mac=52:54:00:00:00:01\"], count: 3, vfs: [{range: 0-2, pool: net}]}\n")
+			vfs, err := m.Pool(s, "net")
+			return len(vfs), err
+		},
 		"saved":     func(m *Manager) (any, error) { return m.Saved(device(m, nic)) },
 		"held":      func(m *Manager) (any, error) { return m.Held() },
 		"last":      func(m *Manager) (any, error) { all, known, err := m.Last(); return []any{all, known}, err },

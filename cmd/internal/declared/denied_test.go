@@ -6,7 +6,11 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
+	"runtime"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -156,6 +160,85 @@ func TestFaultOfSave(t *testing.T) {
 	}
 }
 
+// What is protected is written down whole, or it is told that it is not.
+func TestFaultOfProtect(t *testing.T) {
+	k := sweptHost(t)
+	k.ChangeNet(func(n *hosttest.Network) { n.Routes = []hosttest.Route{{To: "default", Over: []string{"enp1s0"}}} })
+	writeFile(t, k, "etc/fstab", "/dev/vda / ext4 defaults 0 1\n")
+	protect := func(n int) (now []protected, failed string, err error) {
+		m := newManager(t, k, Options{})
+		defer m.handle.Close()
+		if err := m.state.Delete(protectedKey); err != nil {
+			t.Fatal(err)
+		}
+		name := func() string { return "" }
+		if n >= 0 {
+			name = k.FailNth(n, failures[n%3])
+		}
+		err = m.Protect()
+		k.Revive()
+		if _, bad := m.state.Get(protectedKey, &now); bad != nil {
+			t.Fatal(bad)
+		}
+		return now, name(), err
+	}
+
+	want, _, err := protect(-1)
+	if err != nil || len(want) == 0 {
+		t.Fatal(want, err)
+	}
+	for n := 0; ; n++ {
+		now, failed, err := protect(n)
+		if failed == "" {
+			break
+		}
+		if err == nil && !reflect.DeepEqual(now, want) {
+			t.Errorf("%s fails, and protected are without an error %+v, not %+v", failed, now, want)
+		}
+	}
+}
+
+// No two change the record of what is in force at the same time.
+func TestOneChangesTheRecord(t *testing.T) {
+	k := hosttest.NewSmallLab(t, "0000:00:05.0", pf)
+	bootID(t, k, "this")
+	var inside, met atomic.Int64
+	var all sync.WaitGroup
+	for range 20 {
+		all.Go(func() {
+			err := Of(&iommu.Host{Host: k.Host()}).change(func(*inForce, moment) error {
+				if inside.Add(1) > 1 {
+					met.Add(1)
+				}
+				for range 1000 {
+					runtime.Gosched()
+				}
+				inside.Add(-1)
+				return nil
+			})
+			if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	if met.Load() > 0 {
+		t.Errorf("%d were at it while another was", met.Load())
+	}
+}
+
+// What a match names as the other port of a PF is not that PF.
+func TestOtherPort(t *testing.T) {
+	k := hosttest.NewKernel(t, hosttest.TwoPorts())
+	items, err := newManager(t, k, Options{}).Plan(parse(t, "pfs:\n  - {select: ens1, count: 1}\n"))
+	if err != nil || len(items) != 1 {
+		t.Fatal(items, err)
+	}
+	if _, other := errors.AsType[*iommu.OtherPortError](items[0].Err); !other {
+		t.Errorf("%v", items[0].Err)
+	}
+}
+
 // Who cannot hear of new devices does not wait for them, and says so.
 func TestNoEvents(t *testing.T) {
 	k := sweptHost(t)
@@ -192,8 +275,7 @@ func TestNoEvents(t *testing.T) {
 	}
 }
 
-// What names nothing is known to name nothing; what is protected by its number is not taken for free where that cannot be
-// read.
+// What names nothing is known to name nothing.
 func TestResolve(t *testing.T) {
 	k := sweptHost(t)
 	h := &iommu.Host{Host: k.Host()}

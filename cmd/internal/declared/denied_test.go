@@ -54,6 +54,68 @@ func TestLocksThatFail(t *testing.T) {
 	}
 }
 
+// What an interrupted apply left is not put back without the lock of its device.
+func TestRecoverWithoutLock(t *testing.T) {
+	k := sweptHost(t)
+	m := newManager(t, k, Options{})
+	if err := m.run.Put(applying+pf, before{Device: mustParse(t, pf)}); err != nil {
+		t.Fatal(err)
+	}
+	lock := filepath.Join(m.run.Dir(), "lock")
+	if err := errors.Join(os.RemoveAll(lock), os.MkdirAll(lock, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	k.Log = nil
+	if _, err := m.Recover(); !errors.Is(err, unix.EISDIR) || len(k.Log) > 0 {
+		t.Errorf("%v, written %q", err, k.Log)
+	}
+}
+
+// Which VFs are left alone by the network's services is as declared when that is told, whatever fails.
+func TestFaultOfMarks(t *testing.T) {
+	text := strings.ReplaceAll(many, "driver: home", "driver: home, network: unmanaged")
+	marks := func(k *hosttest.Kernel) string {
+		all, err := Of(&iommu.Host{Host: k.Host()}).run.Keys(unmanagedKey)
+		return fmt.Sprint(all, err)
+	}
+	k := sweptHost(t)
+	var err error
+	all := k.Operations(func() { err = applyAll(k, text) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := marks(k)
+	for _, n := range hosttest.SampleOf("viaduct/cmd/internal/declared", all) {
+		k := sweptHost(t)
+		failed := k.FailNth(n, failures[n%3])
+		err := applyAll(k, text)
+		k.Revive()
+		if now := marks(k); err == nil && now != want {
+			t.Errorf("operation %d (%s) fails: told as done, and left alone are %s, not %s", n, failed(), now, want)
+		}
+	}
+}
+
+// Records of viaduct before are gone when what was made of them is told as written.
+func TestFaultOfFormer(t *testing.T) {
+	for n := 0; ; n++ {
+		k := hosttest.NewSmallLab(t, "0000:00:05.0", pf)
+		bootID(t, k, "this")
+		writeFile(t, k, formerConfirmed, few)
+		writeFile(t, k, "run/viaduct/"+formerHold+".json", "true")
+		m := Of(&iommu.Host{Host: k.Host()})
+		failed := k.FailNth(n, failures[n%3])
+		err := m.Undone()
+		k.Revive()
+		if err == nil && (m.host.Exists(formerConfirmed) || m.host.Exists("run/viaduct/"+formerHold+".json")) {
+			t.Errorf("%s fails, and the records of before are there", failed())
+		}
+		if failed() == "" {
+			return
+		}
+	}
+}
+
 // An apply that is interrupted says so of each item that it did not come to, and leaves nothing that nobody knows of.
 func TestInterruptedApply(t *testing.T) {
 	k := sweptHost(t)

@@ -196,21 +196,24 @@ func TestDeviceOfLeaseGone(t *testing.T) {
 	}
 }
 
-// TestRefusedRequests: what cannot be done with a lease is refused, and nothing is left of the try.
-func TestRefusedRequests(t *testing.T) {
-	fouledVF := func(k *hosttest.Kernel) error {
-		if err := lasting(k); err != nil {
+// fouledVF gives a guest a VF that is in quarantine by now.
+func fouledVF(t *testing.T, k *hosttest.Kernel) error {
+	t.Helper()
+	if err := lasting(k); err != nil {
+		return err
+	}
+	return on(k, func(_ context.Context, m *Manager) error {
+		d, err := m.Topology.Find(at(t, vf0))
+		if err != nil {
 			return err
 		}
-		return on(k, func(_ context.Context, m *Manager) error {
-			d, err := m.Topology.Find(at(t, vf0))
-			if err != nil {
-				return err
-			}
-			q := Quarantine{Address: d.Address, Place: place(m.host, d), Why: "it burns"}
-			return m.Book.State.Put(quarantineKey(q.Place), q)
-		})
-	}
+		q := Quarantine{Address: d.Address, Place: place(m.host, d), Why: "it burns"}
+		return m.Book.State.Put(quarantineKey(q.Place), q)
+	})
+}
+
+// TestRefusedRequests: what cannot be done with a lease is refused, and nothing is left of the try.
+func TestRefusedRequests(t *testing.T) {
 	vf := func(m *Manager, address string) *iommu.Device { return find(t, m.Topology, address) }
 	for name, c := range map[string]struct {
 		before func(*hosttest.Kernel) error
@@ -229,7 +232,7 @@ func TestRefusedRequests(t *testing.T) {
 			_, _, _, err := m.Assign(ctx, r)
 			return err
 		}, "invalid guest name"},
-		"a lease whose device is in quarantine": {fouledVF, func(ctx context.Context, m *Manager) error {
+		"a lease whose device is in quarantine": {func(k *hosttest.Kernel) error { return fouledVF(t, k) }, func(ctx context.Context, m *Manager) error {
 			return m.Again(ctx, "a")
 		}, "it burns"},
 		"more of another's": {lasting, func(ctx context.Context, m *Manager) error {
@@ -319,6 +322,25 @@ func TestDrawnAsItIs(t *testing.T) {
 		i := slices.IndexFunc(l.Devices, func(d Device) bool { return d.Address == at(t, vf1) })
 		if i < 0 || l.Devices[i].Home {
 			t.Errorf("%s: it was on vfio-pci by then, and the lease says %+v", name, l.Devices)
+		}
+	}
+}
+
+// TestQuarantineThatCannotBeRead: what is in quarantine is given to nobody, whichever operation fails.
+func TestQuarantineThatCannotBeRead(t *testing.T) {
+	for n := 0; ; n++ {
+		k, _ := poolHost(t)
+		if err := fouledVF(t, k); err != nil {
+			t.Fatal(err)
+		}
+		failed := k.FailNth(n, unix.EIO)
+		err := on(k, func(ctx context.Context, m *Manager) error { return m.Again(ctx, "a") })
+		k.Revive()
+		if err == nil {
+			t.Errorf("%s fails, and what is in quarantine is made again", failed())
+		}
+		if failed() == "" {
+			return
 		}
 	}
 }

@@ -408,3 +408,18 @@ func TestLocked(t *testing.T) {
 		t.Errorf("afterwards: %v", err)
 	}
 }
+
+// What cannot be locked at all is not assigned, and that is said.
+func TestNoLocks(t *testing.T) {
+	for _, lock := range []string{"lock", "lock-leases"} {
+		k := newKernel(t)
+		file := filepath.Join(k.Dir(), "run/viaduct", lock)
+		if err := errors.Join(os.RemoveAll(file), os.MkdirAll(file, 0o755)); err != nil {
+			t.Fatal(err)
+		}
+		k.Log = nil
+		if l, _, err := assign(t, k, one("a", vf0)); !errors.Is(err, unix.EISDIR) || len(k.Log) > 0 {
+			t.Errorf("without %s: %+v, %v, written %q", lock, l, err, k.Log)
+		}
+	}
+}

@@ -56,6 +56,8 @@ func TestChangesThatFail(t *testing.T) {
 		{pools, []string{"apply"}, "assign web --from net --persist --format json"},
 		{pools, nil, "apply --json"},
 		{nic, []string{"apply"}, "undo"},
+		{nic, []string{"apply", "unbind " + sweptNIC}, "apply --boot --wait 0s"},
+		{pools, []string{"apply", "assign web --from net"}, "release web"},
 		{nic, []string{"bind " + sweptNIC}, "recover"},
 	} {
 		prepare := func() *hosttest.Kernel {

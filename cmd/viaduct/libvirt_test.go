@@ -23,12 +23,18 @@ func hook(t *testing.T, k *hosttest.Kernel, domain string, args ...string) (stat
 // hookWith is hook with options before what libvirt passes.
 func hookWith(t *testing.T, k *hosttest.Kernel, domain string, args ...string) (status int, said string) {
 	t.Helper()
+	return typedIn(t, k, domain, append([]string{"libvirt-hook"}, args...)...)
+}
+
+// typedIn runs a line that reads a text on standard input.
+func typedIn(t *testing.T, k *hosttest.Kernel, text string, line ...string) (status int, said string) {
+	t.Helper()
 	in, out, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer in.Close()
-	if _, err := out.WriteString(domain); err != nil {
+	if _, err := out.WriteString(text); err != nil {
 		t.Fatal(err)
 	}
 	out.Close()
@@ -39,7 +45,7 @@ func hookWith(t *testing.T, k *hosttest.Kernel, domain string, args ...string) (
 		return &iommu.Host{Host: h}, err
 	}
 	var stdout, stderr bytes.Buffer
-	status = runOn(open, append([]string{"viaduct", "libvirt-hook"}, args...), &stdout, &stderr)
+	status = runOn(open, append([]string{"viaduct"}, line...), &stdout, &stderr)
 	return status, stdout.String() + stderr.String()
 }
 

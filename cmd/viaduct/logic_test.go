@@ -58,6 +58,11 @@ func TestWrongUsage(t *testing.T) {
 		"release web --force x": "--force", "release web --force quarantine": "--force", "release --quarantined": "",
 		"release --dead --quarantined": "no arguments", "release web --timeout 0s": "--timeout",
 		"libvirt-hook web prepare": "want a domain", "nonsense": "no command",
+		"vf create --force=nonsense " + sweptPF + " 1": "--force", "vf destroy --force=nonsense " + sweptPF: "--force",
+		"vf create no/such 1": "no/such", "vf destroy no/such": "no/such", "vf set no/such vlan=7": "no/such",
+		"vf create " + sweptPF + " 2 vlan=4094+index": "vf1",
+		"bind --timeout soon " + sweptPF:              "invalid value", "migrate web --cancel --check": "--check",
+		"migrate web --to host --probe nowhere": "--probe", "migrate web --to host --probe ::1": "--probe",
 	} {
 		a := onKernel(k, strings.Fields(line)...)
 		if a.status != exitUsage || !strings.Contains(a.stderr, says) || a.stdout != "" || len(k.Log) > 0 {

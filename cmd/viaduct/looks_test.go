@@ -20,6 +20,7 @@ var looks = []string{
 	"show 0000:01:10.0", "show 0000:01:00.0 --json", "show 0000:07:01.0", "show group=7 --json", "show 0000:09:00.0",
 	"why 0000:01:10.0", "why 0000:07:01.0 --json", "why --all", "why guest=web", "why guest=web --memory 1G --json", "iommu", "iommu --json",
 	"doctor", "doctor 0000:01:00.0 --json", "vf list", "vf list --json", "vf get 0000:01:00.0/vf0", "vf get 0000:01:00.0/vf1 --json",
+	"log 0000:01:10.0", "log 8086:10ca", "why web", "show group=8", "why mac=52:54:00:00:00:01",
 	"leases", "leases --json", "pool", "pool net --json", "pool net --format libvirt-network", "log", "log --json",
 	"plan", "plan --json", "plan --steps", "status", "status -v", "status --json", "apply --dry-run", "adopt",
 	"adopt --import systemd", "adopt --import modprobe",

@@ -25,7 +25,9 @@ func TestWrongLooks(t *testing.T) {
 		"vf create --eswitch sometimes 0000:01:00.0 1": "--eswitch", "vf create 0000:01:00.0 1 colour=red": "vf create", "vf create --timeout 0s 0000:01:00.0 1": "--timeout",
 		"verify": "", "verify no/such": "", "release --quarantined no/such": "", "migrate -x": "", "migrate we/b --to there": "invalid guest name",
 		"run --user nobody-at-all web --from net -- true": "--user", "recover x y": "no arguments", "unbind --force=nonsense 0000:01:00.0": "--force",
-		"show": "", "schema x": "no arguments", "bind --driver home 0000:01:00.0": "viaduct unbind gives devices back",
+		"vf list no/such": "no/such", "vf get no/such": "no/such", "show no/such": "no/such", "log no/such": "no/such",
+		"vf sync 0000:01:00.0 0000:01:00.0": "named twice",
+		"show":                              "", "schema x": "no arguments", "bind --driver home 0000:01:00.0": "viaduct unbind gives devices back",
 	} {
 		a := onKernel(k, strings.Fields(line)...)
 		if a.status != exitUsage && !strings.HasPrefix(line, "run") || a.status == exitDone || !strings.Contains(a.stderr, says) || a.stdout != "" || len(k.Log) > 0 {

@@ -53,10 +53,6 @@ func (m *Manager) Save(d *iommu.Device, driver, owner string) (file string, err 
 	if err := m.host.Own(file[1:], -1, -1, 0o644); err != nil {
 		return "", err
 	}
-	if err := m.state.Delete(knownKey(match.String())); err != nil {
-		// Of what was there before.
-		return "", err
-	}
 
 	i := &Item{Name: match.String(), Device: d, State: OK, unit: []*iommu.Device{d}}
 	if units, err := bind.Units(m.topology, []*iommu.Device{d}); err == nil && len(units) > 0 {

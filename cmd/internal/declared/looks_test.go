@@ -1,7 +1,9 @@
 package declared
 
 import (
+	"errors"
 	"fmt"
+	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
@@ -10,6 +12,7 @@ import (
 	"viaduct/internal/host/hosttest"
 	"viaduct/iommu"
 	"viaduct/vfio/bind"
+	"viaduct/vfio/holder"
 )
 
 // imported is a host with files of all the tools that are imported.
@@ -84,9 +87,24 @@ func TestLooksThatFail(t *testing.T) {
 		"plan":         planned(many, Options{}),
 		"unmanaged":    planned(strings.ReplaceAll(many, "driver: home", "driver: home, network: unmanaged"), Options{}),
 		"another plan": planned(strings.ReplaceAll(many, "vlan: 7", "vlan: 8, mac: stable"), Options{}),
-		"boot":         planned("pfs:\n  - {each: [\"8086:10c9\"], count: 3}\nprotect: ["+nic+"]\n", Options{Boot: true}),
+		"other drivers": planned(strings.NewReplacer("driver: vfio, vlan: 7, trust: on", "driver: home",
+			"driver: home", "driver: vfio").Replace(many), Options{}),
+		"boot": planned("pfs:\n  - {each: [\"8086:10c9\"], count: 3}\nprotect: ["+nic+"]\n", Options{Boot: true}),
 		"pool": func(m *Manager) (any, error) {
 			vfs, err := m.Pool(parse(t, strings.ReplaceAll(many, "driver: vfio", "driver: vfio, pool: net")), "net")
+			return len(vfs), err
+		},
+		"pool of": func(m *Manager) (any, error) {
+			return m.PoolOf(parse(t, strings.ReplaceAll(many, "driver: vfio", "driver: vfio, pool: net")), device(m, "0000:01:10.0"))
+		},
+		"each by number":      planned("pfs:\n  - {each: [\"mac=52:54:00:00:00:01\"], count: 3}\n", Options{}),
+		"protected by number": planned("devices:\n  - select: "+nic+"\nprotect: [mac=52:54:00:00:00:01]\n", Options{}),
+		"protected": func(m *Manager) (any, error) {
+			return protection(m, parse(t, "pfs: []\nprotect: [mac=52:54:00:00:00:01]\n"), device(m, pf))
+		},
+		"pool by number": func(m *Manager) (any, error) {
+			s := parse(t, "pfs:\n  - {each: [\"mac=52:54:00:00:00:01\"], count: 3, vfs: [{range: 0-2, pool: net}]}\n")
+			vfs, err := m.Pool(s, "net")
 			return len(vfs), err
 		},
 		"saved":     func(m *Manager) (any, error) { return m.Saved(device(m, nic)) },
@@ -97,11 +115,52 @@ func TestLooksThatFail(t *testing.T) {
 	for _, source := range Sources() {
 		onImporter[source] = func(m *Manager) (any, error) { return described(m.Import(source)) }
 	}
-	for k, all := range map[*hosttest.Kernel]looks{importer(): onImporter, applied(): onApplied} {
+	undone := sweptHost(t)
+	if err := Of(&iommu.Host{Host: undone.Host()}).Undone(); err != nil {
+		t.Fatal(err)
+	}
+	interrupted := sweptHost(t)
+	if err := Of(&iommu.Host{Host: interrupted.Host()}).run.Put(applying+pf, before{}); err != nil {
+		t.Fatal(err)
+	}
+	inUse := applied()
+	inUse.Process(4713, "qemu", "/dev/vfio/devices/"+filepath.Base(oneFile(t, inUse, "0000:01:10.0/vfio-dev/*")))
+	checked := func(m *Manager) (any, error) {
+		items, err := m.Plan(parse(t, strings.ReplaceAll(many, "vlan: 7", "vlan: 8")))
+		if err != nil {
+			return nil, err
+		}
+		m.Check(items)
+		for _, i := range items {
+			if i.Err != nil && !errors.Is(i.Err, holder.ErrRefused) {
+				return nil, i.Err
+			}
+			if i.Err != nil {
+				return "refused", nil
+			}
+		}
+		return "free", nil
+	}
+	for k, all := range map[*hosttest.Kernel]looks{
+		importer(): onImporter, applied(): onApplied,
+		undone:      {"held": func(m *Manager) (any, error) { return m.Held() }},
+		interrupted: {"interrupted": func(m *Manager) (any, error) { return m.Interrupted() }},
+		inUse:       {"checked": checked},
+	} {
 		for name, look := range all {
 			failsInTurn(t, k, name, look)
 		}
 	}
+}
+
+// oneFile is the one file below the devices that a pattern matches.
+func oneFile(t *testing.T, k *hosttest.Kernel, pattern string) string {
+	t.Helper()
+	all, err := filepath.Glob(filepath.Join(k.Dir(), "sys/bus/pci/devices", pattern))
+	if err != nil || len(all) != 1 {
+		t.Fatal(all, err)
+	}
+	return all[0]
 }
 
 // failsInTurn lets each operation of a look fail that another call leads to than those before.

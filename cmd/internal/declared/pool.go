@@ -29,7 +29,8 @@ func (errNotMade) Error() string { return "its VFs do not exist yet (viaduct app
 func (errNotMade) Is(target error) bool { return target == iommu.ErrNotFound }
 
 // Pool are the VFs of a pool that are there. PFs that are missing, or are other devices than they were when they were
-// last applied, add none. If no VF is left it is an error, and an ErrNotFound if it is known that there is none.
+// last applied, add none. If no VF is left it is an error, and an ErrNotFound if it is known that there is none. A PF
+// that cannot be looked at is an error, too.
 func (m *Manager) Pool(s *hostfile.Host, name string) ([]*iommu.Device, error) {
 	var out []*iommu.Device
 	var last error
@@ -44,6 +45,9 @@ func (m *Manager) Pool(s *hostfile.Host, name string) ([]*iommu.Device, error) {
 		}
 		i := &Item{Name: pf.Select.String()}
 		if !m.found(i, pf.Select, m.findPF) {
+			if i.unreadable() {
+				return nil, fmt.Errorf("pool %q: %w", name, i.Err)
+			}
 			last = i.Err
 			continue
 		}
@@ -62,6 +66,35 @@ func (m *Manager) Pool(s *hostfile.Host, name string) ([]*iommu.Device, error) {
 		return nil, fmt.Errorf("pool %q: %w", name, last)
 	}
 	return out, nil
+}
+
+// unreadable reports whether what was looked for may be there: the look itself failed.
+func (i *Item) unreadable() bool { return i.State == Refused && !isUnclear(i.Err) }
+
+// PoolOf is the pool that a device is of; "" if it is known to be of none.
+func (m *Manager) PoolOf(s *hostfile.Host, d *iommu.Device) (string, error) {
+	if d.PhysFn == nil {
+		return "", nil
+	}
+	pfs, err := m.pfs(s)
+	if err != nil {
+		return "", err
+	}
+	for k := range pfs {
+		pf := &pfs[k]
+		each := pf.Each()
+		if d.VFIndex >= len(each) || each[d.VFIndex].Pool == "" {
+			continue
+		}
+		i := &Item{Name: pf.Select.String()}
+		switch {
+		case m.found(i, pf.Select, m.findPF) && i.Device.Address == *d.PhysFn:
+			return each[d.VFIndex].Pool, nil
+		case i.unreadable():
+			return "", fmt.Errorf("what pool %s is of is not known: %w", d.Name, i.Err)
+		}
+	}
+	return "", nil
 }
 
 // Taken are the devices that are declared to be taken and are there, as they were when they were last applied.

@@ -73,13 +73,15 @@ func with(k *hosttest.Kernel, o Options, do func(context.Context, *Manager) erro
 }
 
 // applyAll applies a declaration as the command does.
-func applyAll(k *hosttest.Kernel, text string) error {
+func applyAll(k *hosttest.Kernel, text string) error { return applyIn(context.Background(), k, text) }
+
+func applyIn(ctx context.Context, k *hosttest.Kernel, text string) error {
 	s, err := hostfile.Parse("host.yaml", []byte(text))
 	if err != nil {
 		return err
 	}
 
-	return with(k, Options{}, func(ctx context.Context, m *Manager) error {
+	return with(k, Options{}, func(_ context.Context, m *Manager) error {
 		items, err := m.Plan(s)
 		if err != nil {
 			return err

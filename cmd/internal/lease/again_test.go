@@ -164,7 +164,7 @@ func TestFaultThenAgain(t *testing.T) {
 				t.Fatal(err)
 			}
 			want := state(k)
-			for _, n := range hosttest.EveryNth(3, hosttest.Sample(all)) {
+			for _, n := range hosttest.SampleOf("viaduct/cmd/internal/lease", all) {
 				k := prepare()
 				failed := k.FailNth(n, []error{unix.EIO, unix.EACCES, unix.ENOSPC}[n%3])
 				err := c.do(k)
@@ -220,6 +220,9 @@ func TestLooksThatFail(t *testing.T) {
 			}
 			return fmt.Sprint(len(all), all[0].Devices[0].Address, all[0].Devices[0].Nowhere), nil
 		}},
+		"words": {func(k *hosttest.Kernel) error {
+			return on(k, func(_ context.Context, m *Manager) error { return m.Book.KeepWords("a", []string{"qemu"}) })
+		}, func(_ context.Context, m *Manager) (any, error) { return m.Book.Words("a") }},
 		"recorded": {lasting, func(_ context.Context, m *Manager) (any, error) {
 			all, err := m.Book.Recorded()
 			return len(all), err

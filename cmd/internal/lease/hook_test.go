@@ -379,7 +379,7 @@ func TestRunWhileOpen(t *testing.T) {
 	k, _ := poolHost(t)
 	s := &sites[0]
 	k.Process(keeperOfLease, "keeper")
-	if err := s.assign(k); err != nil {
+	if err := s.assign(t.Context(), k); err != nil {
 		t.Fatal(err)
 	}
 
@@ -422,15 +422,43 @@ func TestRunWhileOpen(t *testing.T) {
 
 // A release waits for a guest that ends in time, and no longer.
 func TestReleaseWaits(t *testing.T) {
+	type end func(context.Context, *Manager, time.Duration) ([]Certificate, error)
+	held := func(k *hosttest.Kernel) error { return sites[0].assign(t.Context(), k) }
+	for name, c := range map[string]struct {
+		before func(*hosttest.Kernel) error
+		end    end
+	}{
+		"release": {held, func(ctx context.Context, m *Manager, wait time.Duration) ([]Certificate, error) {
+			return m.Release(ctx, "a", wait)
+		}},
+		"rest": {held, func(ctx context.Context, m *Manager, wait time.Duration) ([]Certificate, error) {
+			return m.Rest(ctx, "a", wait)
+		}},
+		"unplug one": {both(plug(t, vf0), plug(t, vf1)),
+			func(ctx context.Context, m *Manager, wait time.Duration) ([]Certificate, error) {
+				return m.Unplug(ctx, &Port{Domain: "a", Device: at(t, vf1)}, wait)
+			}},
+	} {
+		t.Run(name, func(t *testing.T) { releaseWaits(t, c.before, c.end) })
+	}
+}
+
+func releaseWaits(t *testing.T, before func(*hosttest.Kernel) error,
+	end func(context.Context, *Manager, time.Duration) ([]Certificate, error)) {
+	t.Helper()
 	k, _ := poolHost(t)
 	k.Process(keeperOfLease, "keeper")
-	if err := sites[0].assign(k); err != nil {
+	if err := before(k); err != nil {
 		t.Fatal(err)
 	}
 
 	nodes, _ := filepath.Glob(filepath.Join(k.Dir(), "sys/bus/pci/devices", vf1, "vfio-dev/*"))
 	k.Process(1<<29, "qemu", "/dev/vfio/devices/"+filepath.Base(nodes[0]))
-	if err := release(k); !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), "--wait 60s") {
+	err := on(k, func(ctx context.Context, m *Manager) error {
+		_, err := end(ctx, m, 0)
+		return err
+	})
+	if !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), "--wait 60s") {
 		t.Errorf("while it is open: %v", err)
 	}
 
@@ -450,8 +478,8 @@ func TestReleaseWaits(t *testing.T) {
 		k.End(1 << 29)
 	}()
 
-	err := on(k, func(ctx context.Context, m *Manager) error {
-		out, err := m.Release(ctx, "a", bind.DefaultTimeout)
+	err = on(k, func(ctx context.Context, m *Manager) error {
+		out, err := end(ctx, m, bind.DefaultTimeout)
 		if len(out) != 1 || out[0].Result != Clean {
 			t.Errorf("%+v", out)
 		}
@@ -468,7 +496,7 @@ func TestAskedAgainIsUsed(t *testing.T) {
 	s := &sites[1]
 	k, _ := s.host(t)
 	k.Process(keeperOfLease, "keeper")
-	if err := s.assign(k); err != nil {
+	if err := s.assign(t.Context(), k); err != nil {
 		t.Fatal(err)
 	}
 	l := leaseOf(t, k, "a")
@@ -476,7 +504,7 @@ func TestAskedAgainIsUsed(t *testing.T) {
 		l.Devices[i].Clean = true
 	}
 	l.Ending = true
-	if err := errors.Join(BookOf(&iommu.Host{Host: k.Host()}).put(l), s.assign(k)); err != nil {
+	if err := errors.Join(BookOf(&iommu.Host{Host: k.Host()}).put(l), s.assign(t.Context(), k)); err != nil {
 		t.Fatal(err)
 	}
 	l = leaseOf(t, k, "a")

@@ -227,8 +227,10 @@ func (m *Manager) claim(ctx context.Context, d *Domain) error {
 	}
 	var drawn []Source
 	for _, x := range d.Devices {
-		pool := m.poolOf(x.Address)
+		pool, err := m.poolOf(x.Address)
 		switch {
+		case err != nil:
+			return err
 		case pool == "" || l != nil && l.Has(x.Address):
 		case x.Managed:
 			return d.refuse(x.Address, "%s", managedByLibvirt(x.Address, pool))

@@ -147,7 +147,7 @@ func walked(t *testing.T, k *hosttest.Kernel, s *site, before *world, events []s
 		var err error
 		switch event {
 		case "assign":
-			err = s.assign(k)
+			err = s.assign(t.Context(), k)
 		case "look":
 			err = on(k, func(_ context.Context, m *Manager) error {
 				_, err := m.Look()

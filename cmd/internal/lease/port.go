@@ -8,7 +8,6 @@ import (
 	"slices"
 	"time"
 
-	"viaduct/cmd/internal/declared"
 	"viaduct/iommu"
 	"viaduct/vfio/bind"
 )
@@ -60,9 +59,9 @@ func (m *Manager) Plug(ctx context.Context, p *Port) error {
 	if wrong := d.mismatch(nil, all, quarantined); len(wrong) > 0 {
 		return d.refuse(p.Device, "%s", wrong[0])
 	}
-	pool := m.poolOf(p.Device)
-	if pool == "" {
-		return nil
+	pool, err := m.poolOf(p.Device)
+	if pool == "" || err != nil {
+		return err
 	}
 	if p.Managed {
 		return d.refuse(p.Device, "%s", managedByLibvirt(p.Device, pool))
@@ -216,16 +215,14 @@ func (l *Lease) dropAt(at int) {
 	}
 }
 
-// poolOf is the pool that a device is of, "" if it is of none.
-func (m *Manager) poolOf(a iommu.Address) string {
-	for _, pool := range declared.Pools(m.declaration) {
-		// Of a pool that is not there, nothing is drawn.
-		vfs, _ := m.declared.Pool(m.declaration, pool)
-		if slices.ContainsFunc(vfs, func(vf *iommu.Device) bool { return vf.Address == a }) {
-			return pool
-		}
+// poolOf is the pool that a device is of; "" if it is known to be of none.
+func (m *Manager) poolOf(a iommu.Address) (string, error) {
+	d, err := m.Topology.Find(a)
+	if err != nil {
+		// What is not there is of none.
+		return "", nil
 	}
-	return ""
+	return m.declared.PoolOf(m.declaration, d)
 }
 
 // managedByLibvirt is why libvirt must not manage a device of a pool.

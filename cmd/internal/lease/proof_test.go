@@ -252,6 +252,64 @@ func TestHiddenHolderThatGoes(t *testing.T) {
 	}
 }
 
+// Whose the nodes are by rules of the host's own, udev is asked when a guest names nobody, and when they are nobody's
+// again.
+func TestNodesAreSettled(t *testing.T) {
+	k, h := vfioHost(t, true)
+	numbers := func() (out []string) {
+		a, err := iommu.ParseAddress(plain)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d, err := iommu.ReadDevice(h, a)
+		if err != nil {
+			t.Fatal(err)
+		}
+		files, err := vfio.Numbers(h, &d)
+		for _, n := range files {
+			if h.Exists(n) {
+				out = append(out, path.Join(path.Dir(n), "uevent"))
+			}
+		}
+		if err != nil || len(out) != 2 {
+			t.Fatalf("%q, %v", files, err)
+		}
+		return out
+	}
+	made := func() {
+		for _, file := range numbers() {
+			write(t, k, file, "")
+		}
+	}
+	k.After = func(name, _ string) {
+		if name == "sys/bus/pci/drivers/vfio-pci/bind" {
+			made()
+		}
+	}
+	asked := func(when string) {
+		t.Helper()
+		for _, file := range numbers() {
+			if !slices.Contains(k.Log, file+"=change") {
+				t.Errorf("%s: udev is not asked of %s: %q", when, file, k.Log)
+			}
+		}
+		k.Log = nil
+	}
+
+	made()
+	group, own := nodesOf(t, h)
+	k.Owners[path.Join("vfio", path.Base(group))] = host.Owner{UID: 1000, Mode: 0o600}
+	k.Owners[path.Join("devices", path.Base(own))] = host.Owner{UID: 1000, Mode: 0o600}
+	if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: plain}}}); err != nil {
+		t.Fatal(err)
+	}
+	asked("assigned to who names nobody")
+	if _, err := giveBack(t, h, "a", 0); err != nil {
+		t.Fatal(err)
+	}
+	asked("released")
+}
+
 // What somebody has is not lent either; and what is left of an owner before is not the next one's.
 func TestLeftOver(t *testing.T) {
 	stuckSoon(t)

@@ -40,13 +40,20 @@ func place(h *iommu.Host, d *iommu.Device) string {
 // Quarantined are devices in quarantine, by place.
 type Quarantined map[string]Quarantine
 
-// Why is why a device is in quarantine; "" if it is not.
+// Why is why a device is in quarantine, or may be; "" if it is known not to be.
 func (q Quarantined) Why(h *iommu.Host, d *iommu.Device) string {
 	if len(q) == 0 {
 		// Without asking where it is.
 		return ""
 	}
-	in := q[place(h, d)]
+	where, err := iommu.PathOf(h, d)
+	if err != nil {
+		where = d.Name
+	}
+	in, is := q[where]
+	if err != nil && !is && d.PCI {
+		return fmt.Sprintf("it may be, as viaduct cannot tell where it is: %v", err)
+	}
 	if in.Lost && in.Device.ID != d.ID {
 		// Another one was put where it had been.
 		return ""

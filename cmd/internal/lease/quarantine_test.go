@@ -1,6 +1,7 @@
 package lease
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -316,5 +317,92 @@ func TestBeforeUntold(t *testing.T) {
 	}
 	if before := l.Devices[0].Before; before["vlan"] != "9" || before["mac"] == "stable" {
 		t.Errorf("it had %v", before)
+	}
+}
+
+// TestNoLeaseEndsWithoutQuarantine: no lease ends whose quarantine could not be written down. It stays, says so, and is
+// released when the record can be written.
+func TestNoLeaseEndsWithoutQuarantine(t *testing.T) {
+	type host func(*testing.T) (k *hosttest.Kernel, device, other string)
+	controller := func(t *testing.T) (*hosttest.Kernel, string, string) {
+		k, h := vfioHost(t, true)
+		k.Process(keeperOfLease, "keeper")
+		err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: plain}}, OwnerPID: keeperOfLease})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return k, plain, ""
+	}
+	drawn := func(t *testing.T) (*hosttest.Kernel, string, string) {
+		k, _ := poolHost(t)
+		if err := errors.Join(plug(t, vf0)(k), plug(t, vf1)(k)); err != nil {
+			t.Fatal(err)
+		}
+		return k, vf1, vf0
+	}
+	broken := func(k *hosttest.Kernel, device string) (mend func() error) {
+		file := "sys/bus/pci/devices/" + device + "/reset"
+		k.Fail[file] = unix.EIO
+		return func() error {
+			delete(k.Fail, file)
+			return nil
+		}
+	}
+	gone := func(k *hosttest.Kernel, device string) (mend func() error) {
+		link, away := filepath.Join(k.Dir(), "sys/bus/pci/devices", device), filepath.Join(k.Dir(), "gone")
+		if err := os.Rename(link, away); err != nil {
+			t.Fatal(err)
+		}
+		return func() error { return os.Rename(away, link) }
+	}
+
+	for name, c := range map[string]struct {
+		host host
+		harm func(k *hosttest.Kernel, device string) (mend func() error)
+		end  func(*hosttest.Kernel) error
+	}{
+		"release":           {controller, broken, release},
+		"release of a lost": {controller, gone, release},
+		"reclaim": {controller, broken, func(k *hosttest.Kernel) error {
+			k.End(keeperOfLease)
+			return reclaim(k)
+		}},
+		"unplug": {drawn, broken, unplug(t, vf1)},
+	} {
+		k, device, other := c.host(t)
+		mend := c.harm(k, device)
+		k.SetFault(func(op, file string) error {
+			if op == "replace" && strings.HasPrefix(file, "var/lib/viaduct/"+quarantined) {
+				return unix.EROFS
+			}
+			return nil
+		})
+		err := c.end(k)
+		k.Revive()
+
+		if !errors.Is(err, unix.EROFS) || !strings.Contains(err.Error(), "could not be written down") ||
+			strings.Contains(err.Error(), "is in quarantine") {
+			t.Errorf("%s: it says %v", name, err)
+		}
+		book := BookOf(&iommu.Host{Host: k.Host()})
+		l, bad := book.Get("a")
+		if bad != nil || l == nil || !l.Has(at(t, device)) || other != "" && !l.Has(at(t, other)) {
+			t.Errorf("%s: the lease is %+v, %v", name, l, bad)
+		}
+		err = on(k, func(ctx context.Context, m *Manager) error {
+			_, _, _, err := m.Assign(ctx, &Request{Guest: "b", Sources: []Source{{From: device, Count: 1}}})
+			return err
+		})
+		if err == nil {
+			t.Errorf("%s: another guest got it", name)
+		}
+
+		if err := errors.Join(mend(), release(k)); err != nil {
+			t.Errorf("%s: when the record can be written: %v", name, err)
+		}
+		left, err := book.Quarantined()
+		if l, bad = book.Get("a"); err != nil || bad != nil || len(left) > 0 || l != nil {
+			t.Errorf("%s, and in the end: %+v, quarantine %v, %v, %v", name, l, left, err, bad)
+		}
 	}
 }

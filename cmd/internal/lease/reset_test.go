@@ -1,6 +1,7 @@
 package lease
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -8,6 +9,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"viaduct/internal/host/hosttest"
 	"viaduct/iommu"
@@ -126,5 +129,54 @@ func TestSharedFate(t *testing.T) {
 	if now := driversOf(t, k, one, two); err != nil || !slices.Equal(now, home) || len(left) > 0 ||
 		v.Devices[one].Resets != 1 || v.Devices[two].Resets != 1 {
 		t.Errorf("lifted: on %q, left %v, %v", now, left, err)
+	}
+}
+
+// TestResetThatFails: of a device that only its bus resets, whichever request to the kernel fails, none is clean that
+// was not reset, and the next try resets it.
+func TestResetThatFails(t *testing.T) {
+	for n := 0; ; n++ {
+		k := hosttest.NewSmallLab(t, "0000:00:05.0", "0000:01:00.0", "0000:00:0a.0", plain)
+		v := k.ServeVFIO()
+		v.Devices[plain] = &hosttest.VFIODevice{NoReset: true, Together: []string{plain}}
+		h := &iommu.Host{Host: k.Host()}
+		dir := filepath.Join(k.Dir(), "sys/bus/pci/devices", plain)
+		err := errors.Join(os.RemoveAll(filepath.Join(dir, "reset")), os.RemoveAll(filepath.Join(dir, "sriov_totalvfs")))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: plain}}}); err != nil {
+			t.Fatal(err)
+		}
+
+		left, failed := n, uintptr(0)
+		v.Fail = func(request uintptr) error {
+			if left--; left != -1 {
+				return nil
+			}
+			failed = request
+			return unix.EIO
+		}
+		out, err := giveBack(t, h, "a", 0)
+		v.Fail = nil
+		resets := v.Devices[plain].Resets
+		if failed == 0 {
+			if err != nil || resets == 0 {
+				t.Errorf("%+v, %v, reset %d times", out, err, resets)
+			}
+			return
+		}
+		if err == nil && resets == 0 || len(out) == 1 && out[0].Result == Clean && resets == 0 {
+			t.Errorf("request %#x fails, and without a reset it is %+v, %v", failed, out, err)
+		}
+		if err != nil {
+			_, again := giveBack(t, h, "a", 0)
+			if none, _ := errors.AsType[*NoLeaseError](again); none != nil {
+				again = lift(k)
+			}
+			if again != nil || v.Devices[plain].Resets == 0 {
+				t.Errorf("request %#x fails (%v), and again: %v, reset %d times", failed, err, again, v.Devices[plain].Resets)
+			}
+		}
 	}
 }

@@ -120,14 +120,22 @@ func (m *Manager) certify(l *Lease, s *scrubbing) (failed, unwritten error) {
 			Address: s.d.Address, Place: s.c.Place, Guest: l.Guest, Since: s.c.Time, Why: s.c.Why, Device: *s.dev,
 			Boot: bootID(m.host), NoReset: l.NoReset,
 		}
-		failed = fmt.Errorf("%s could not be cleaned, and is in quarantine: %w", s.d.Name, s.err)
 		unwritten = m.Book.State.Put(quarantineKey(s.c.Place), q)
-		if pool := m.poolOf(s.d.Address); pool != "" {
+		failed = fmt.Errorf("%s could not be cleaned, and is in quarantine: %w", s.d.Name, s.err)
+		if unwritten != nil {
+			failed = fmt.Errorf("%s could not be cleaned: %w", s.d.Name, s.err)
+		}
+		// A note is all that hangs on it.
+		if pool, _ := m.poolOf(s.d.Address); pool != "" {
 			s.c.note("a libvirt network that was made of pool %s must be made again without it: viaduct pool %s "+
 				"--format libvirt-network", pool, pool)
 		}
 	}
-	if s.d != nil {
+	switch {
+	case unwritten != nil:
+		unwritten = fmt.Errorf("the quarantine of %s could not be written down, so that what it is assigned to "+
+			"keeps it: %w", s.dev.Address, unwritten)
+	case s.d != nil:
 		failed = errors.Join(failed, m.Book.Run.Put(scrubbed+s.d.Name, s.c))
 	}
 	return failed, unwritten

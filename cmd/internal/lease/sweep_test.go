@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -70,7 +71,11 @@ const poolOfTwo = "pfs:\n  - select: " + pf + "\n    count: 2\n    vfs:\n      -
 
 // on does something with a Manager of its own, as a command does.
 func on(k *hosttest.Kernel, do func(context.Context, *Manager) error) error {
-	ctx := context.Background()
+	return within(context.Background(), k, do)
+}
+
+// within is on for a command that may be interrupted.
+func within(ctx context.Context, k *hosttest.Kernel, do func(context.Context, *Manager) error) error {
 	h := &iommu.Host{Host: k.Host()}
 	handle, err := sriov.Open(h, bind.Options{Recoverers: Recoverers()})
 	if err != nil {
@@ -97,23 +102,27 @@ func on(k *hosttest.Kernel, do func(context.Context, *Manager) error) error {
 
 const keeperOfLease = 4711
 
-func (s *site) assign(k *hosttest.Kernel) error {
-	return on(k, func(ctx context.Context, m *Manager) error {
+func (s *site) assign(ctx context.Context, k *hosttest.Kernel) error {
+	return within(ctx, k, func(ctx context.Context, m *Manager) error {
 		r := &Request{Guest: "a", Sources: []Source{s.from}, OwnerPID: keeperOfLease, NodeOwner: "1000"}
 		_, _, _, err := m.Assign(ctx, r)
 		return err
 	})
 }
 
-func release(k *hosttest.Kernel) error {
-	return on(k, func(ctx context.Context, m *Manager) error {
+func release(k *hosttest.Kernel) error { return releaseIn(context.Background(), k) }
+
+func releaseIn(ctx context.Context, k *hosttest.Kernel) error {
+	return within(ctx, k, func(ctx context.Context, m *Manager) error {
 		out, err := m.Release(ctx, "a", 0)
 		return errors.Join(err, notClean(out, err))
 	})
 }
 
-func reclaim(k *hosttest.Kernel) error {
-	return on(k, func(ctx context.Context, m *Manager) error {
+func reclaim(k *hosttest.Kernel) error { return reclaimIn(context.Background(), k) }
+
+func reclaimIn(ctx context.Context, k *hosttest.Kernel) error {
+	return within(ctx, k, func(ctx context.Context, m *Manager) error {
 		out, err := m.Reclaim(ctx)
 		return errors.Join(err, notClean(out, err))
 	})
@@ -153,13 +162,17 @@ type deed struct {
 	name string
 	made bool
 	dead bool
-	do   func(*site, *hosttest.Kernel) error
+	do   func(context.Context, *site, *hosttest.Kernel) error
 }
 
 var deeds = []deed{
-	{name: "assign", do: (*site).assign},
-	{name: "release", made: true, do: func(_ *site, k *hosttest.Kernel) error { return release(k) }},
-	{name: "reclaim", made: true, dead: true, do: func(_ *site, k *hosttest.Kernel) error { return reclaim(k) }},
+	{name: "assign", do: func(ctx context.Context, s *site, k *hosttest.Kernel) error { return s.assign(ctx, k) }},
+	{name: "release", made: true, do: func(ctx context.Context, _ *site, k *hosttest.Kernel) error {
+		return releaseIn(ctx, k)
+	}},
+	{name: "reclaim", made: true, dead: true, do: func(ctx context.Context, _ *site, k *hosttest.Kernel) error {
+		return reclaimIn(ctx, k)
+	}},
 }
 
 // world is all that leases change.
@@ -235,7 +248,7 @@ func (d *deed) prepare(t *testing.T, s *site) (*hosttest.Kernel, *hosttest.VFIO,
 	k.Process(keeperOfLease, "keeper")
 	before := s.look(t, k, v)
 	if d.made {
-		if err := s.assign(k); err != nil {
+		if err := s.assign(t.Context(), k); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -245,7 +258,7 @@ func (d *deed) prepare(t *testing.T, s *site) (*hosttest.Kernel, *hosttest.VFIO,
 	return k, v, before
 }
 
-// TestFaultSweep: whichever operation fails, what is told is what is: nothing that a guest had is free without having
+// TestFaultSweep: whichever operation fails, or the command is interrupted at, what is told is what is: nothing that a guest had is free without having
 // been reset, or is in quarantine; no lease is lost of what is not as before; and the next release brings all back.
 func TestFaultSweep(t *testing.T) {
 	for _, s := range sites {
@@ -258,11 +271,14 @@ func TestFaultSweep(t *testing.T) {
 				t.Parallel()
 				k, v, _ := d.prepare(t, &s)
 				var err error
-				all := k.Operations(func() { err = d.do(&s, k) })
+				all := k.Operations(func() { err = d.do(t.Context(), &s, k) })
 				if err != nil {
 					t.Fatal(err)
 				}
 				after := s.look(t, k, v)
+				for _, n := range hosttest.EveryNth(3, hosttest.Sample(all)) {
+					d.fault(t, &s, n, context.Canceled, after)
+				}
 				for _, n := range hosttest.Sample(all) {
 					d.fault(t, &s, n, []error{unix.EIO, unix.EACCES, unix.ENOSPC}[n%3], after)
 				}
@@ -274,8 +290,13 @@ func TestFaultSweep(t *testing.T) {
 func (d *deed) fault(t *testing.T, s *site, n int, fail error, after *world) {
 	t.Helper()
 	k, v, before := d.prepare(t, s)
+	ctx, interrupt := context.WithCancel(t.Context())
+	defer interrupt()
 	failed := k.FailNth(n, fail)
-	err := d.do(s, k)
+	if errors.Is(fail, context.Canceled) {
+		failed = interruptAt(k, n, interrupt)
+	}
+	err := d.do(ctx, s, k)
 	k.Revive()
 	now := s.look(t, k, v)
 	wrong := func(format string, a ...any) {
@@ -313,13 +334,28 @@ func (d *deed) fault(t *testing.T, s *site, n int, fail error, after *world) {
 			wrong("lifted afterwards: %v", err)
 		}
 	case len(now.changes) > 0:
-		if err := errors.Join(s.assign(k), release(k)); err != nil {
+		if err := errors.Join(s.assign(t.Context(), k), release(k)); err != nil {
 			wrong("lent afterwards: %v", err)
 		}
 	}
 	if now = s.look(t, k, v); !now.free(before) {
 		wrong("and then it is so")
 	}
+}
+
+// interruptAt interrupts a command at its n-th operation, which succeeds.
+func interruptAt(k *hosttest.Kernel, n int, interrupt func()) (at func() string) {
+	var what atomic.Value
+	var left atomic.Int64
+	left.Store(int64(n))
+	k.SetFault(func(op, name string) error {
+		if left.Add(-1) == -1 {
+			what.Store(op + " " + name)
+			interrupt()
+		}
+		return nil
+	})
+	return func() string { return fmt.Sprint(what.Load()) }
 }
 
 // hadIt reports whether the guest has a device of the site.
@@ -342,14 +378,14 @@ func TestFaultOfLook(t *testing.T) {
 				}
 				k, _, _ := used()
 				var err error
-				all := k.Operations(func() { err = d.do(&s, k) })
+				all := k.Operations(func() { err = d.do(t.Context(), &s, k) })
 				if d.name == "release" && !errors.Is(err, holder.ErrRefused) {
 					t.Fatal(err)
 				}
 				for _, n := range hosttest.EveryNth(2, hosttest.Sample(all)) {
 					k, v, before := used()
 					failed := k.FailNth(n, []error{unix.EIO, unix.EACCES, unix.ENOSPC}[n%3])
-					err := d.do(&s, k)
+					err := d.do(t.Context(), &s, k)
 					k.Revive()
 					now := s.look(t, k, v)
 					if now.devices != before.devices || now.lease == nil || !now.lease.Ready || now.resets[s.devices[0]] > 0 ||

@@ -5,6 +5,7 @@ import (
 	"os"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 )
@@ -51,6 +52,33 @@ func Sample(all []Operation) []int {
 		seeded := rand.New(rand.NewPCG(uint64(len(all)), 0))
 		seeded.Shuffle(len(out), func(i, j int) { out[i], out[j] = out[j], out[i] })
 		out = out[:min(len(out), 16)]
+	}
+	return out
+}
+
+// SampleOf is a smaller sample: each call in one package that leads to any operation leads to one of them, and of what
+// is asked for elsewhere it is every third.
+func SampleOf(pkg string, all []Operation) []int {
+	if os.Getenv("VIADUCT_SWEEP") != "" {
+		return Sample(all)
+	}
+	var out []int
+	led := map[uintptr]bool{}
+	elsewhere := 0
+	for n, calls := range all {
+		fresh := false
+		for _, call := range calls {
+			of := runtime.FuncForPC(call - 1)
+			fresh = fresh || !led[call] && of != nil && strings.HasPrefix(of.Name(), pkg+".")
+			led[call] = true
+		}
+		if len(calls) == 0 {
+			fresh = elsewhere%3 == 0
+			elsewhere++
+		}
+		if fresh {
+			out = append(out, n)
+		}
 	}
 	return out
 }

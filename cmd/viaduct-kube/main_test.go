@@ -223,7 +223,8 @@ func newNode(t *testing.T, config string) (*iommu.Host, *serveOptions) {
 	return &iommu.Host{Host: k.Host()}, o
 }
 
-// What another driver publishes of this node is not served too, and its driver is named.
+// What another driver publishes of this node is not served too, and its driver is named. If that begins later, the
+// function is shared for as long as it lasts.
 func TestForeignDriver(t *testing.T) {
 	id, name := "0000:01:10.0", "n1"
 	other := &resource.ResourceSlice{ObjectMeta: meta.ObjectMeta{Name: "other"}, Spec: resource.ResourceSliceSpec{
@@ -244,6 +245,40 @@ func TestForeignDriver(t *testing.T) {
 			t.Errorf("%s: %v", config, err)
 		}
 	}
+
+	// It may begin to later, and end.
+	h, o := newNode(t, "{}")
+	client := fake.NewClientset()
+	s, err := newServer(h, client, o, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.check(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	published := client.ResourceV1().ResourceSlices()
+	see := func(want bool) {
+		t.Helper()
+		functions, _, err := s.look()
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.share(t.Context(), functions)
+		if got := functions[0].Has(node.Shared); got != want {
+			t.Errorf("%s is shared: %t: %s", functions[0].Address, got, functions[0].Why())
+		}
+	}
+	if _, err := published.Create(t.Context(), other, meta.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	see(false) // as it was asked just now
+	s.asked = time.Time{}
+	see(true)
+	if err := published.Delete(t.Context(), other.Name, meta.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	s.asked = time.Time{}
+	see(false)
 }
 
 // The server publishes what the node has, and ends with its context.

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -110,6 +111,9 @@ type server struct {
 	changed  chan struct{} // something may be other than it was
 	fatal    chan error
 	recorded node.Record
+	asked    time.Time // when others were asked the last time what they give out
+	// What device plugins and drivers of others give out.
+	byPlugins, byDrivers []node.Claim
 }
 
 func newServer(h *iommu.Host, client kubernetes.Interface, o *serveOptions, log io.Writer) (*server, error) {
@@ -191,32 +195,49 @@ func (s *server) check(ctx context.Context) ([]node.Function, error) {
 	if err := s.settings.Changed(functions, s.recorded, dra.Ours(s.driver)); err != nil {
 		return nil, err
 	}
-	claims, err := s.claims(ctx, functions)
-	if err != nil {
+	if err := s.askOthers(ctx, functions); err != nil {
 		return nil, err
 	}
-	if err := s.settings.RefuseShared(functions, claims); err != nil {
+	if err := s.settings.RefuseShared(functions, s.others()); err != nil {
 		return nil, err
 	}
 	s.recorded = s.settings.NewRecord(functions, s.recorded)
 	return functions, s.recorded.Write(s.recordFile())
 }
 
-// claims are what other providers say that they give out on this node: device plugins as the kubelet tells, and drivers
-// of dynamic resource allocation as they publish.
-func (s *server) claims(ctx context.Context, functions []node.Function) ([]node.Claim, error) {
+// askAgain is how often others are asked what they give out on this node. Neither they nor the kubelet tell.
+const askAgain = time.Minute
+
+// askOthers asks what other providers give out on this node: device plugins, of which the kubelet tells, and drivers of
+// dynamic resource allocation. Of those that cannot be asked it stays known what they gave out before.
+func (s *server) askOthers(ctx context.Context, functions []node.Function) error {
+	s.asked = time.Now()
 	isGroup := func(id string) bool { return s.host.Exists("dev/vfio/" + id) }
-	out, err := s.kubelet.Claims(ctx, s.driver, functions, isGroup)
-	if err != nil {
+	if plugins, err := s.kubelet.Claims(ctx, s.driver, functions, isGroup); err == nil {
+		s.byPlugins = plugins
+	} else {
 		// The kubelet may start later, and has no plugins then.
 		s.say("cannot ask the kubelet what other device plugins give out: %v", err)
 	}
+	drivers, err := s.publishedByOthers(ctx)
+	if err != nil {
+		return fmt.Errorf("list what other drivers publish: %w", err)
+	}
+	s.byDrivers = drivers
+	return nil
+}
+
+func (s *server) others() []node.Claim { return slices.Concat(s.byPlugins, s.byDrivers) }
+
+// publishedByOthers is what other drivers publish of this node.
+func (s *server) publishedByOthers(ctx context.Context) ([]node.Claim, error) {
 	list, err := s.client.ResourceV1().ResourceSlices().List(ctx, meta.ListOptions{
 		FieldSelector: resource.ResourceSliceSelectorNodeName + "=" + s.node,
 	})
 	if err != nil {
-		return nil, fmt.Errorf("list what other drivers publish: %w", err)
+		return nil, err
 	}
+	var out []node.Claim
 	for i := range list.Items {
 		spec := &list.Items[i].Spec
 		if spec.Driver == s.driver || spec.NodeName == nil || *spec.NodeName != s.node {
@@ -233,6 +254,16 @@ func (s *server) claims(ctx context.Context, functions []node.Function) ([]node.
 		}
 	}
 	return out, nil
+}
+
+// share notes which functions others give out too: they may have begun to after this driver.
+func (s *server) share(ctx context.Context, functions []node.Function) {
+	if time.Since(s.asked) >= askAgain {
+		if err := s.askOthers(ctx, functions); err != nil {
+			s.say("%v", err)
+		}
+	}
+	s.settings.Share(functions, s.others())
 }
 
 // start starts what the kubelet calls.
@@ -344,6 +375,7 @@ func (s *server) publish(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	s.share(ctx, functions)
 	s.counts.see(functions, s.settings)
 	s.dra.Saw(functions)
 	for _, p := range s.plugins {

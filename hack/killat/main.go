@@ -106,8 +106,9 @@ func (t *tracer) trace() error {
 	if _, err := unix.Wait4(t.root, &status, 0, nil); err != nil {
 		return err
 	}
-	options := unix.PTRACE_O_TRACESECCOMP | unix.PTRACE_O_TRACECLONE | unix.PTRACE_O_TRACEFORK |
-		unix.PTRACE_O_TRACEVFORK | unix.PTRACE_O_TRACEEXEC
+	// Without its tracer the command would go on, and none of its writes would be one.
+	options := unix.PTRACE_O_EXITKILL | unix.PTRACE_O_TRACESECCOMP | unix.PTRACE_O_TRACECLONE |
+		unix.PTRACE_O_TRACEFORK | unix.PTRACE_O_TRACEVFORK | unix.PTRACE_O_TRACEEXEC
 	if err := unix.PtraceSetOptions(t.root, options); err != nil {
 		return err
 	}

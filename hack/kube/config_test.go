@@ -37,7 +37,8 @@ disabled_plugins = ['io.containerd.nri.v1.nri']
 const noNetwork = `{"cniVersion": "1.0.0", "name": "none", "plugins": [{"type": "none"}]}`
 
 // kubeletConfig: the cgroup for pods, and containerd's socket, twice. The kubelet takes no notice of how much memory
-// and disk the host has left.
+// and disk the host has left. What it could not prepare it tries again when it looks at the pod the next time, which is
+// every minute by default.
 const kubeletConfig = `apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 address: 127.0.0.1
@@ -52,6 +53,7 @@ failSwapOn: false
 containerRuntimeEndpoint: unix://%s
 imageServiceEndpoint: unix://%s
 nodeStatusUpdateFrequency: 20s
+syncFrequency: 5s
 nodeLeaseDurationSeconds: 240
 shutdownGracePeriod: 0s
 `

@@ -205,16 +205,22 @@ func endDriver(t *testing.T) {
 			return
 		}
 		up.driver.end(syscall.SIGTERM)
-		// What it published stays for half a minute, for the next one: pods would be scheduled before the kubelet knows it.
-		err := up.client.ResourceV1().ResourceSlices().DeleteCollection(context.Background(), meta.DeleteOptions{},
-			meta.ListOptions{FieldSelector: resource.ResourceSliceSelectorDriver + "=" + driverName})
-		if err != nil {
-			t.Error(err)
-		}
+		forgetDevices(t)
 		if t.Failed() {
 			t.Logf("the driver:\n%s", lastLines("viaduct-kube", 60))
 		}
 	})
+}
+
+// forgetDevices has the cluster forget what a driver that has ended published. It stays for half a minute, for the next
+// one: pods would be scheduled before the kubelet knows that.
+func forgetDevices(t *testing.T) {
+	t.Helper()
+	err := up.client.ResourceV1().ResourceSlices().DeleteCollection(context.Background(), meta.DeleteOptions{},
+		meta.ListOptions{FieldSelector: resource.ResourceSliceSelectorDriver + "=" + driverName})
+	if err != nil {
+		t.Error(err)
+	}
 }
 
 // serve starts the driver.

@@ -13,8 +13,8 @@ import (
 
 // guestScript runs a virtual machine with the VF that the pod has, whose address the file with the device's
 // attributes says.
-const guestScript = `vf=$(grep -ho '[0-9a-f]\{4\}:[0-9a-f]\{2\}:[0-9a-f]\{2\}\.[0-7]' \
-	/var/run/kubernetes.io/dra-device-attributes/resourceclaims/guest/device/*.json | head -n 1)
+const guestScript = `vf=$(cat /var/run/kubernetes.io/dra-device-attributes/resourceclaims/guest/device/*.json |
+	tr -d '\n ' | grep -o 'pciBusID":{"string":"[^"]*' | head -n 1 | cut -d '"' -f 5)
 echo the VF is $vf
 qemu-system-x86_64 -nodefaults -display none -serial stdio -no-reboot -machine q35,accel=tcg,sata=off \
 	-cpu qemu64 -m 256M \

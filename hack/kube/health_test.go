@@ -3,13 +3,11 @@
 package kube
 
 import (
-	"context"
 	"strings"
 	"testing"
 
 	core "k8s.io/api/core/v1"
 	resource "k8s.io/api/resource/v1"
-	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // replacedText is a deployment of one pod that has a VF, which the cluster replaces when it is evicted.
@@ -42,7 +40,6 @@ func TestHealth(t *testing.T) {
 		p.Spec.Containers[0].Resources.Claims = []core.ResourceClaim{{Name: "device"}}
 	})
 	has(t, strings.Replace(replacedText, "POD", text(t, first.Spec), 1))
-	t.Cleanup(func() { deleteAll(t, "app=replaced") })
 	pod := awaitLabelled(t, "app=replaced", "runs", running)
 	_, group := opened(t, pod.Name)
 	vf := inGroup(t, group)
@@ -84,17 +81,4 @@ func taints(all []resource.Device, pci string) []string {
 func inGroup(t *testing.T, group string) string {
 	t.Helper()
 	return shell(t, "ls /sys/kernel/iommu_groups/"+group+"/devices")
-}
-
-// deleteAll deletes all pods with a label, after what makes them.
-func deleteAll(t *testing.T, label string) {
-	t.Helper()
-	list, err := up.client.CoreV1().Pods(namespace).List(context.Background(), meta.ListOptions{LabelSelector: label})
-	if err != nil {
-		t.Error(err)
-		return
-	}
-	for _, p := range list.Items {
-		deletePod(t, p.Name)
-	}
 }

@@ -3,6 +3,7 @@
 package kube
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -273,11 +274,35 @@ func has(t *testing.T, text string) {
 		if err := up.set(o); err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() {
-			if client, err := up.clientFor(o); err == nil {
-				_ = client.Delete(context.Background(), o.GetName(), meta.DeleteOptions{})
-			}
-		})
+		t.Cleanup(func() { hasNot(t, o) })
+	}
+}
+
+// hasNot deletes an object with all that was made on its account, and waits until it is gone: the next test may make one
+// of that name.
+func hasNot(t *testing.T, o *unstructured.Unstructured) {
+	t.Helper()
+	client, err := up.clientFor(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	foreground := meta.DeletePropagationForeground
+	err = client.Delete(context.Background(), o.GetName(), meta.DeleteOptions{PropagationPolicy: &foreground})
+	if apierrors.IsNotFound(err) {
+		return
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = until(o.GetKind()+" "+o.GetName()+" is gone", nil, func() error {
+		_, err := client.Get(context.Background(), o.GetName(), meta.GetOptions{})
+		if apierrors.IsNotFound(err) {
+			return nil
+		}
+		return cmp.Or(err, errors.New("it is still there"))
+	})
+	if err != nil {
+		t.Fatalf("%v\n%s", err, up.whatTheySay())
 	}
 }
 

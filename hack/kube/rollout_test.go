@@ -3,6 +3,7 @@
 package kube
 
 import (
+	"context"
 	"os"
 	"testing"
 
@@ -10,6 +11,7 @@ import (
 	core "k8s.io/api/core/v1"
 	resource "k8s.io/api/resource/v1"
 	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/tools/cache"
@@ -35,14 +37,21 @@ func TestRollout(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	space := rollOut(t, oldDriver)
+	set := rollOut(t, oldDriver)
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Log(daemonWords(t, set.GetNamespace()))
+		}
+		hasNot(t, set)
+		forgetDevices(t)
+	})
 	awaitDevices(t, "are published", func(all []resource.Device) bool { return len(all) >= 7 })
 	claimOf(t, "kept", poolClass)
 	makePod(t, newPod("kept", holds, ofClaim("kept")))
 	kept, group := opened(t, "kept")
 
 	rollOut(t, newDriver)
-	awaitRollout(t, space)
+	awaitRollout(t, set.GetNamespace())
 	unchanged(t, kept)
 	claimOf(t, "next", poolClass)
 	makePod(t, newPod("next", holds, ofClaim("next")))
@@ -56,28 +65,19 @@ func TestRollout(t *testing.T) {
 	}
 }
 
-// rollOut makes what the manifests have, with this image, until the test ends, and returns the driver's namespace.
-func rollOut(t *testing.T, image string) string {
+// rollOut makes what the manifests have, with this image, and returns the daemon set.
+func rollOut(t *testing.T, image string) *unstructured.Unstructured {
 	t.Helper()
-	space := ""
+	var set *unstructured.Unstructured
 	for _, o := range manifests(t, "--image", image) {
 		if err := up.set(o); err != nil {
 			t.Fatal(err)
 		}
-		if o.GetKind() != "DaemonSet" {
-			continue
+		if o.GetKind() == "DaemonSet" {
+			set = o
 		}
-		space = o.GetNamespace()
-		t.Cleanup(func() {
-			client, err := up.clientFor(o)
-			if err != nil {
-				t.Fatal(err)
-			}
-			foreground := meta.DeletePropagationForeground
-			_ = client.Delete(t.Context(), o.GetName(), meta.DeleteOptions{PropagationPolicy: &foreground})
-		})
 	}
-	return space
+	return set
 }
 
 // awaitRollout waits until all pods of the daemon set are new ones, and ready.
@@ -105,7 +105,7 @@ func awaitRollout(t *testing.T, space string) {
 // daemonWords are what the driver's pods say.
 func daemonWords(t *testing.T, space string) string {
 	t.Helper()
-	pods, err := up.client.CoreV1().Pods(space).List(t.Context(), meta.ListOptions{})
+	pods, err := up.client.CoreV1().Pods(space).List(context.Background(), meta.ListOptions{})
 	if err != nil {
 		return err.Error()
 	}

@@ -56,13 +56,14 @@ const (
 	Quarantine Reason = "quarantine" // it could not be cleaned after its last guest
 	Protected  Reason = "protected"  // it is declared in protect
 	OtherGuest Reason = "guest"      // a guest that is not of this cluster has it
+	Shared     Reason = "shared"     // another provider on this node gives it out too
 	NotThere   Reason = "lost"       // it is gone from the host
 )
 
 // Reasons are all reasons.
 func Reasons() []Reason {
 	return []Reason{
-		NoDriver, NoNode, NotViable, NoPF, NoLink, Quarantine, Protected, OtherGuest, NotThere,
+		NoDriver, NoNode, NotViable, NoPF, NoLink, Quarantine, Protected, OtherGuest, Shared, NotThere,
 	}
 }
 

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"slices"
 	"strings"
 
 	"viaduct/cmd/lease"
@@ -81,26 +80,42 @@ type Claim struct {
 	Address  iommu.Address
 }
 
+// Share notes at functions that another provider on this node gives them out too.
+func (s *Settings) Share(functions []Function, claims []Claim) {
+	s.shared(functions, claims, func(f *Function, by string) {
+		f.Wrong = append(f.Wrong, Problem{Shared, by + " gives out " + f.Address.String() + " too"})
+	})
+}
+
 // RefuseShared refuses functions that another provider on this node gives out too.
 func (s *Settings) RefuseShared(functions []Function, claims []Claim) error {
-	by := map[string][]string{}
+	given := map[string][]string{}
 	var order []string
-	for _, c := range claims {
-		mine := slices.ContainsFunc(functions, func(f Function) bool {
-			return f.Address == c.Address && s.Provider(f.Pool) != Nobody
-		})
-		if !mine {
-			continue
+	s.shared(functions, claims, func(f *Function, by string) {
+		if given[by] == nil {
+			order = append(order, by)
 		}
-		if by[c.Provider] == nil {
-			order = append(order, c.Provider)
-		}
-		by[c.Provider] = append(by[c.Provider], c.Address.String())
-	}
+		given[by] = append(given[by], f.Address.String())
+	})
 	var errs []error
-	for _, p := range order {
+	for _, by := range order {
 		errs = append(errs, fmt.Errorf("%s gives out %s too: take them from its configuration, or set their pool to "+
-			"none in %s", p, strings.Join(by[p], ", "), SettingsFile))
+			"none in %s", by, strings.Join(given[by], ", "), SettingsFile))
 	}
 	return errors.Join(errs...)
+}
+
+// shared calls tell with each function that is served here and claimed by another provider.
+func (s *Settings) shared(functions []Function, claims []Claim, tell func(f *Function, by string)) {
+	mine := map[iommu.Address]*Function{}
+	for i := range functions {
+		if s.Provider(functions[i].Pool) != Nobody {
+			mine[functions[i].Address] = &functions[i]
+		}
+	}
+	for _, c := range claims {
+		if f := mine[c.Address]; f != nil {
+			tell(f, c.Provider)
+		}
+	}
 }

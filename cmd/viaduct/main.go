@@ -13,7 +13,6 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
-	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -46,8 +45,6 @@ func main() {
 	// One more than there are CPUs: as long as one is idle, Go's monitor thread lets system calls be. On a slow machine
 	// it would take each one that reads an attribute for stuck.
 	runtime.GOMAXPROCS(runtime.NumCPU() + 1)
-	// Most commands end before a collection would have been worth its time.
-	debug.SetGCPercent(400)
 	os.Exit(run(os.Args, os.Stdout, os.Stderr))
 }
 

@@ -20,6 +20,8 @@ type sight struct {
 	keep  map[string]bool // nil is all
 	all   bool            // nothing is hidden or folded
 	uses  map[string][]holder.Holder
+
+	called map[[2]uint16]string // by vendor and device
 }
 
 // Where a list is too wide, names are cut first, and then the uses and drivers.
@@ -29,6 +31,7 @@ var listShrink = []terminal.Shrink{{Column: 2, Least: 18}, {Column: 4, Least: 18
 // groups are the devices by their IOMMU groups.
 func (s *sight) groups() *terminal.Table {
 	table := &terminal.Table{Indent: 2, Shrink: listShrink, Wrap: true}
+	table.Rows = make([]terminal.Row, 0, 2*len(s.t.Groups)+len(s.t.Ungrouped))
 	var hidden hidden
 	for i := range s.t.Groups {
 		g := &s.t.Groups[i]
@@ -170,7 +173,16 @@ func (s *sight) nameOf(d *iommu.Device) string {
 	if !d.PCI {
 		return ""
 	}
-	return cmp.Or(modelName(s.names.Vendor(d.Vendor), s.names.Device(d.Vendor, d.Device)), idText(d))
+	key := [2]uint16{d.Vendor, d.Device}
+	name, ok := s.called[key]
+	if !ok {
+		name = cmp.Or(modelName(s.names.Vendor(d.Vendor), s.names.Device(d.Vendor, d.Device)), idText(d))
+		if s.called == nil {
+			s.called = map[[2]uint16]string{}
+		}
+		s.called[key] = name
+	}
+	return name
 }
 
 // learnNames looks up the names of all devices that have a row.

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -64,12 +63,15 @@ func Preflight(h *iommu.Host, needs []Need) error {
 
 // check refuses a folder that is not there, is not the host's, or cannot be written to.
 func (n *Need) check() error {
-	var mine, host unix.Stat_t
+	var mine unix.Stat_t
 	if err := unix.Stat(n.Path, &mine); err != nil {
 		return fmt.Errorf("it is not there (%w): mount the host's, or make it", err)
 	}
-	// What process 1 sees is the host's.
-	if err := unix.Stat(filepath.Join("/proc/1/root", n.Path), &host); err != nil {
+	host, err := atHost("/proc/1/root", n.Path)
+	if errors.Is(err, unix.ENOENT) {
+		return errors.New("the host has none: mount the host's, or make it there")
+	}
+	if err != nil {
 		return fmt.Errorf("it cannot be compared with the host's (%w): add the capability SYS_PTRACE", err)
 	}
 	// A filesystem of the kernel's own, as sysfs, is the same in each mount.
@@ -91,4 +93,21 @@ func (n *Need) check() error {
 		return err
 	}
 	return nil
+}
+
+// atHost is what the process whose root this is sees at a path: what process 1 sees is the host's. A link there, as
+// /var/run is one, leads to a place below that root.
+func atHost(root, path string) (st unix.Stat_t, err error) {
+	top, err := unix.Open(root, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return st, err
+	}
+	defer func() { _ = unix.Close(top) }()
+	how := unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT}
+	fd, err := unix.Openat2(top, path, &how)
+	if err != nil {
+		return st, err
+	}
+	defer func() { _ = unix.Close(fd) }()
+	return st, unix.Fstat(fd, &st)
 }

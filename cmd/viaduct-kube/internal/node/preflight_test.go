@@ -1,10 +1,13 @@
 package node
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"viaduct/internal/host/hosttest"
 	"viaduct/iommu"
@@ -31,6 +34,23 @@ func TestNeeds(t *testing.T) {
 	other := Need{Path: "/proc/self/fd"}
 	if err := other.check(); err == nil {
 		t.Error("that is not the host's")
+	}
+}
+
+// A link of the host's leads to a place of the host's: /var/run is one to /run, which a container has too.
+func TestAtHost(t *testing.T) {
+	root := t.TempDir()
+	want := filepath.Join(root, "run/cdi")
+	if err := errors.Join(os.MkdirAll(want, 0o755), os.MkdirAll(filepath.Join(root, "var"), 0o755),
+		os.Symlink("/run", filepath.Join(root, "var/run"))); err != nil {
+		t.Fatal(err)
+	}
+	var is unix.Stat_t
+	if err := unix.Stat(want, &is); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := atHost(root, "/var/run/cdi"); err != nil || got.Ino != is.Ino || got.Dev != is.Dev {
+		t.Errorf("%+v, %v, want %+v", got, err, is)
 	}
 }
 

@@ -472,13 +472,14 @@ func ReadGroup(h *Host, id int) (*Group, error) {
 	return &g, nil
 }
 
-// withoutIOMMU are the names of the groups, among others, that VFIO made in its noiommu mode: noiommu-N.
+// withoutIOMMU are the names of the groups that VFIO made in its noiommu mode: noiommu-N.
 func withoutIOMMU(h *Host) ([]string, error) {
 	names, err := h.Names("sys/class/vfio")
 	if host.Absent(err) {
 		return nil, nil
 	}
-	return names, err
+	// Every group that VFIO has is there.
+	return slices.DeleteFunc(names, func(n string) bool { return !strings.HasPrefix(n, "noiommu-") }), err
 }
 
 func readGroup(dir *host.Dir, name string) (rawGroup, error) {

@@ -1,8 +1,8 @@
 package terminal
 
 import (
+	"bytes"
 	"io"
-	"strings"
 	"sync"
 	"time"
 )
@@ -77,7 +77,7 @@ func (o over) Write(b []byte) (int, error) {
 	defer o.p.mu.Unlock()
 	o.p.clear()
 	n, err := o.w.Write(b)
-	if strings.HasSuffix(string(b), "\n") {
+	if bytes.HasSuffix(b, []byte{'\n'}) {
 		o.p.draw()
 	}
 	return n, err

@@ -248,10 +248,25 @@ func TestPFOnVFIO(t *testing.T) {
 	const may = "sys/module/vfio_pci/parameters/enable_sriov"
 	k := hosttest.NewLab(t, hosttest.Tree{may: "N\n"})
 	quiet(t, k, func(ctx context.Context, s *Handle) error { return move(ctx, s, pf, bind.Take(bind.Auto)) })
-	k.Log = nil
-	if _, err := setCount(t, context.Background(), k, alike(2, UseNone)); err == nil || len(k.Log) > 0 ||
-		!strings.Contains(err.Error(), "is on vfio-pci, which cannot make VFs") {
-		t.Errorf("%v, writes %q", err, k.Log)
+	refused := func(want string) {
+		t.Helper()
+		k.Log = nil
+		if _, err := setCount(t, context.Background(), k, alike(2, UseNone)); err == nil || len(k.Log) > 0 ||
+			!strings.Contains(err.Error(), want) {
+			t.Errorf("%v, writes %q", err, k.Log)
+		}
+	}
+	refused("is on vfio-pci, which cannot make VFs: give it back")
+
+	// It is not to be taken from a guest.
+	lease := k.Dir() + "/run/viaduct/" + holder.LeasePrefix + "web.json"
+	record := `{"guest": "web", "for": "pod default/web", "devices": [{"address": "` + pf + `"}]}`
+	if err := os.WriteFile(lease, []byte(record), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	refused(`and it is assigned to guest "web" (pod default/web): end that (viaduct release web)`)
+	if err := os.Remove(lease); err != nil {
+		t.Fatal(err)
 	}
 
 	if err := os.WriteFile(k.Dir()+"/"+may, []byte("Y\n"), 0o600); err != nil {

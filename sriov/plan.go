@@ -252,9 +252,18 @@ func makesVFs(h *iommu.Host, pf *iommu.Device) error {
 			return err
 		}
 	}
-	return fmt.Errorf("%s is on %s, which cannot make VFs: give it back to its own driver first (viaduct unbind %s)",
-		pf.Name,
-		pf.Driver, pf.Name)
+
+	leases, err := holder.Leases(h, []*iommu.Device{pf})
+	if err != nil && !errors.Is(err, holder.ErrBlind) {
+		return err
+	}
+	give := ": give it"
+	if len(leases) > 0 {
+		give = fmt.Sprintf(", and it %s: end that (viaduct release %s), and then give it",
+			leases[0].What, shell.Quote(leases[0].Guest))
+	}
+	return fmt.Errorf("%s is on %s, which cannot make VFs%s back to its own driver (viaduct unbind %s)",
+		pf.Name, pf.Driver, give, pf.Name)
 }
 
 // planPF plans what is set of the PF itself.

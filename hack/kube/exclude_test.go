@@ -86,6 +86,7 @@ func TestPF(t *testing.T) {
 		t.Errorf("apply takes the PF away from a pod: status %d\n%s", status, out)
 	}
 	deletePod(t, "pf")
+	do(t, "unbind", pf)
 	do(t, "apply")
 	opened(t, "later")
 }

@@ -443,6 +443,12 @@ func runUndo(ctx context.Context, e *env, force []holder.Kind, timeout time.Dura
 		}
 	}
 
+	if due == nil {
+		// Before the host changes: what looks after the declaration must not apply it again meanwhile.
+		if err := m.Undone(); err != nil {
+			return err
+		}
+	}
 	done := 0
 	err = m.Undo(func(a iommu.Address, err error) {
 		if err == nil {
@@ -450,9 +456,6 @@ func runUndo(ctx context.Context, e *env, force []holder.Kind, timeout time.Dura
 			fmt.Fprintf(e.stdout, "%s: as before\n", a)
 		}
 	})
-	if due == nil {
-		err = errors.Join(err, m.Undone())
-	}
 	return mixed(err, done > 0)
 }
 

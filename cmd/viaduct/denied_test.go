@@ -44,7 +44,7 @@ func TestLocksThatFail(t *testing.T) {
 		{"lock", strayed, "apply"}, {"lock", strayed, "apply --boot --wait 0s"}, {"lock", applied, "undo"},
 		{"lock", returned, "assign db --from " + sweptNIC}, {"lock", sweptHost, "release web"},
 		{"lock", returned, "run db --from " + sweptNIC + " -- true"},
-		{"lock-in-force", strayed, "apply"},
+		{"lock-in-force", strayed, "apply"}, {"lock-in-force", applied, "undo"},
 		{"lock-in-force", confirming, "apply --confirm 60s"}, {"lock-in-force", applied, "apply --confirmed"},
 		{"lock-leases", returned, "assign db --from " + sweptNIC}, {"lock-leases", sweptHost, "release web"},
 		{"lock-leases", returned, "run db --from " + sweptNIC + " -- true"},

@@ -126,7 +126,7 @@ func undoTelling(k *hosttest.Kernel, tell func(iommu.Address, error)) error {
 		if err := m.handle.Lock(ctx, devices); err != nil {
 			return err
 		}
-		return errors.Join(m.Undo(tell), m.Undone())
+		return errors.Join(m.Undone(), m.Undo(tell))
 	})
 }
 

@@ -126,7 +126,10 @@ func undoTelling(k *hosttest.Kernel, tell func(iommu.Address, error)) error {
 		if err := m.handle.Lock(ctx, devices); err != nil {
 			return err
 		}
-		return errors.Join(m.Undone(), m.Undo(tell))
+		if err := m.Undone(); err != nil {
+			return err
+		}
+		return m.Undo(tell)
 	})
 }
 

@@ -118,8 +118,8 @@ func killed(t *testing.T, h *iommu.Host) {
 	}
 }
 
-// nodesOf are the nodes of the controller: its group's and its own.
-func nodesOf(t *testing.T, h *iommu.Host) (group, own string) {
+// controller is the device that these tests assign, as it is now.
+func controller(t *testing.T, h *iommu.Host) *iommu.Device {
 	t.Helper()
 	a, err := iommu.ParseAddress(plain)
 	if err != nil {
@@ -129,7 +129,13 @@ func nodesOf(t *testing.T, h *iommu.Host) (group, own string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	files, err := vfio.Nodes(h, &d)
+	return &d
+}
+
+// nodesOf are the nodes of the controller: its group's and its own.
+func nodesOf(t *testing.T, h *iommu.Host) (group, own string) {
+	t.Helper()
+	files, err := vfio.Nodes(h, controller(t, h))
 	if err != nil || len(files) != 2 {
 		t.Fatalf("%q, %v", files, err)
 	}
@@ -257,15 +263,7 @@ func TestHiddenHolderThatGoes(t *testing.T) {
 func TestNodesAreSettled(t *testing.T) {
 	k, h := vfioHost(t, true)
 	numbers := func() (out []string) {
-		a, err := iommu.ParseAddress(plain)
-		if err != nil {
-			t.Fatal(err)
-		}
-		d, err := iommu.ReadDevice(h, a)
-		if err != nil {
-			t.Fatal(err)
-		}
-		files, err := vfio.Numbers(h, &d)
+		files, err := vfio.Numbers(h, controller(t, h))
 		for _, n := range files {
 			if h.Exists(n) {
 				out = append(out, path.Join(path.Dir(n), "uevent"))

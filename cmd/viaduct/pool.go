@@ -99,7 +99,12 @@ func runPool(e *env, only string, network bool) error {
 		if network {
 			var addresses []iommu.Address
 			for _, vf := range vfs {
-				if quarantine.Why(h, vf) == "" && m.Topology.KeptWith(vf) == nil {
+				why, err := quarantine.Known(h, vf)
+				if err != nil {
+					return fmt.Errorf("viaduct cannot tell whether %s is in quarantine, and the network must have none "+
+						"that is: %w", vf.Name, err)
+				}
+				if why == "" && m.Topology.KeptWith(vf) == nil {
 					addresses = append(addresses, vf.Address)
 				}
 			}
@@ -141,12 +146,16 @@ func runPool(e *env, only string, network bool) error {
 func (v *poolView) count(m *lease.Manager, vfs []*iommu.Device, looks []lease.Look, quarantine lease.Quarantined) {
 	v.VFs = []string{}
 	var free, leased, fouled int
+	var unknown error
 	for _, vf := range vfs {
 		v.VFs = append(v.VFs, vf.Name)
+		why, err := quarantine.Known(m.Host(), vf)
 		switch {
 		case slices.ContainsFunc(looks, func(l lease.Look) bool { return l.Has(vf.Address) }):
 			leased++
-		case quarantine.Why(m.Host(), vf) != "":
+		case err != nil:
+			unknown = fmt.Errorf("viaduct cannot tell whether %s is in quarantine: %w", vf.Name, err)
+		case why != "":
 			fouled++
 		case m.Topology.KeptWith(vf) != nil:
 			v.Kept++
@@ -156,7 +165,13 @@ func (v *poolView) count(m *lease.Manager, vfs []*iommu.Device, looks []lease.Lo
 		}
 	}
 	if m.Book.Known() {
-		v.Free, v.Leased, v.Quarantine = &free, &leased, &fouled
+		v.Leased = &leased
+	}
+	switch {
+	case unknown != nil:
+		v.Why = known(unknown.Error())
+	case m.Book.Known():
+		v.Free, v.Quarantine = &free, &fouled
 	}
 }
 

@@ -42,23 +42,32 @@ type Quarantined map[string]Quarantine
 
 // Why is why a device is in quarantine, or may be; "" if it is known not to be.
 func (q Quarantined) Why(h *iommu.Host, d *iommu.Device) string {
+	why, err := q.Known(h, d)
+	if err != nil {
+		return fmt.Sprintf("it may be, as viaduct cannot tell where it is: %v", err)
+	}
+	return why
+}
+
+// Known is why a device is in quarantine, "" if it is not. The error is why that cannot be told.
+func (q Quarantined) Known(h *iommu.Host, d *iommu.Device) (why string, err error) {
 	if len(q) == 0 {
 		// Without asking where it is.
-		return ""
+		return "", nil
 	}
 	where, err := iommu.PathOf(h, d)
 	if err != nil {
 		where = d.Name
 	}
 	in, is := q[where]
-	if err != nil && !is && d.PCI {
-		return fmt.Sprintf("it may be, as viaduct cannot tell where it is: %v", err)
-	}
-	if in.Lost && in.Device.ID != d.ID {
+	switch {
+	case err != nil && !is && d.PCI:
+		return "", err
+	case in.Lost && in.Device.ID != d.ID:
 		// Another one was put where it had been.
-		return ""
+		return "", nil
 	}
-	return in.Why
+	return in.Why, nil
 }
 
 // Quarantined are all devices that are in quarantine. One that was in it before the machine was started again is not

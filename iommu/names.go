@@ -20,7 +20,15 @@ type Names struct {
 	vendors map[uint16]string
 
 	probes []probe // looks into a pci.ids for vendors
-	buf    []byte
+	part   idsPart // of a pci.ids
+}
+
+// idsPart is the part of a pci.ids that was read last: most searches end close to where they looked before.
+type idsPart struct {
+	room []byte
+	at   int64
+	text []byte
+	end  bool // the file ends with it
 }
 
 // Files that hold names, the best first: https://pci-ids.ucw.cz, and systemd-hwdb(8).
@@ -150,13 +158,9 @@ type probe struct {
 
 // idsLine looks behind from and not behind high.
 func (n *Names) idsLine(from, high int64, indent string) probe {
-	if n.buf == nil {
-		n.buf = make([]byte, 8192)
-	}
 	none := probe{from, -1, ""}
-	for at := from; at <= high; {
-		k, _ := n.file.ReadAt(n.buf, max(at, 0))
-		b, next := n.buf[:k], at+int64(k)
+	for at, b := max(from, 0), n.idsNear(max(from, 0)); at <= high; b = n.idsAt(at, 0) {
+		next := at + int64(len(b))
 		for pos := 0; ; {
 			eol := bytes.IndexByte(b[pos:], '\n')
 			if eol < 0 {
@@ -167,7 +171,7 @@ func (n *Names) idsLine(from, high int64, indent string) probe {
 			if at+int64(begin) > high {
 				return none
 			}
-			if id+4 > k {
+			if id+4 > len(b) {
 				// Cut off: again, from the newline on.
 				next = at + int64(begin-1)
 				break
@@ -179,7 +183,7 @@ func (n *Names) idsLine(from, high int64, indent string) probe {
 			pos = begin
 		}
 
-		if k < len(n.buf) {
+		if n.part.end {
 			return none
 		}
 		at = next
@@ -189,14 +193,36 @@ func (n *Names) idsLine(from, high int64, indent string) probe {
 
 // idsName is what stands on the line at at, if its id is this one.
 func (n *Names) idsName(at int64, indent string, id uint16) string {
-	var buf [512]byte
-	k, _ := n.file.ReadAt(buf[:], at)
-	line, _, _ := strings.Cut(string(buf[:k]), "\n")
+	b := n.idsNear(at)
+	if bytes.IndexByte(b, '\n') < 0 {
+		b = n.idsAt(at, 0)
+	}
+	line, _, _ := strings.Cut(string(b[:min(len(b), 512)]), "\n")
 	name, ok := strings.CutPrefix(line, fmt.Sprintf("%s%04x  ", indent, id))
 	if !ok {
 		return ""
 	}
 	return strings.TrimSpace(name)
+}
+
+// idsNear is what follows at, as far as it was read; it may be little.
+func (n *Names) idsNear(at int64) []byte {
+	if p := &n.part; at >= p.at && at < p.at+int64(len(p.text)) {
+		return p.text[at-p.at:]
+	}
+	return n.idsAt(at, 4096)
+}
+
+// idsAt reads anew what follows at, and so much before it.
+func (n *Names) idsAt(at, before int64) []byte {
+	p := &n.part
+	if p.room == nil {
+		p.room = make([]byte, 16384)
+	}
+	p.at = max(at-before, 0)
+	k, _ := n.file.ReadAt(p.room, p.at)
+	p.text, p.end = p.room[:k], k < len(p.room)
+	return p.text[min(at-p.at, int64(k)):]
 }
 
 func isID(b []byte) bool {

@@ -259,6 +259,10 @@ func optional(s string, err error) (string, error) {
 // progress. The links are listed and not counted up from virtfn0, as a removal that is stuck has taken the first ones
 // away.
 func readSRIOV(dir *host.Dir) (*SRIOV, error) {
+	// Most devices have none, and to see that is quicker than to fail to open it.
+	if pf, err := dir.Has("sriov_totalvfs"); !pf {
+		return nil, err
+	}
 	total, err := dir.Int("sriov_totalvfs")
 	if host.Absent(err) {
 		return nil, nil

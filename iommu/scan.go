@@ -199,17 +199,25 @@ func scan(h *Host, names []string, groups func() ([]string, error)) (*Topology, 
 		return nil, err
 	}
 
-	if t.InterruptRemapping, err = readInterruptRemapping(h); err != nil {
+	// Each goes over many small files.
+	var raw []rawGroup
+	if err := sideBySide(len(devices), func() (err error) {
+		raw, err = readRawGroups(h, groups)
+		return err
+	}, func() (err error) {
+		if t.InterruptRemapping, err = readInterruptRemapping(h); err != nil {
+			return err
+		}
+		return readNetdevs(h, devices)
+	}); err != nil {
 		return nil, err
 	}
-	if err := readNetdevs(h, devices); err != nil {
-		return nil, err
-	}
+
 	linkVFs(devices)
 	if err := readParents(h, devices); err != nil {
 		return nil, err
 	}
-	if t.Groups, err = readGroups(h, devices, groups); err == nil {
+	if t.Groups, err = sortInto(h, raw, devices); err == nil {
 		err = cardsOwn(h, t.Groups)
 	}
 	if err != nil {
@@ -302,6 +310,22 @@ func findDevice(devices []Device, a Address) *Device {
 	return &devices[i]
 }
 
+// chunk is how many devices must be there for a second thread to bring more than it costs.
+const chunk = 16
+
+// sideBySide calls what reads different things of so many devices, and returns the first error.
+func sideBySide(devices int, one, other func() error) error {
+	if devices < chunk {
+		return cmp.Or(one(), other())
+	}
+	var wg sync.WaitGroup
+	var second error
+	wg.Go(func() { second = other() })
+	first := one()
+	wg.Wait()
+	return cmp.Or(first, second)
+}
+
 // readAll reads the directories names of dir side by side; sysfs takes no lock that would keep readers apart. What
 // vanished is left out.
 func readAll[T any](h *Host, dir string, names []string, read func(*host.Dir, string) (T, error)) ([]T, error) {
@@ -323,8 +347,6 @@ func readAll[T any](h *Host, dir string, names []string, read func(*host.Dir, st
 		errs[i] = err
 	}
 
-	// Below this a second thread costs more than it brings.
-	const chunk = 16
 	workers := min(runtime.NumCPU(), len(names)/chunk+1, 8)
 	var wg sync.WaitGroup
 	for w := range workers {
@@ -385,9 +407,8 @@ type rawGroup struct {
 	names []string
 }
 
-// readGroups reads the groups and sorts the devices into them. Members that are no PCI devices are read where they are
-// found.
-func readGroups(h *Host, devices []Device, list func() ([]string, error)) ([]Group, error) {
+// readRawGroups reads the groups with their members' names.
+func readRawGroups(h *Host, list func() ([]string, error)) ([]rawGroup, error) {
 	ids, err := list()
 	if host.Absent(err) {
 		return nil, nil
@@ -395,19 +416,32 @@ func readGroups(h *Host, devices []Device, list func() ([]string, error)) ([]Gro
 	if err != nil {
 		return nil, err
 	}
-	raw, err := readAll(h, groupsDir, ids, readGroup)
-	if err != nil {
-		return nil, err
-	}
+	return readAll(h, groupsDir, ids, readGroup)
+}
 
+// sortInto sorts the devices into their groups. Members that are no PCI devices are read where they are found.
+func sortInto(h *Host, raw []rawGroup, devices []Device) ([]Group, error) {
+	if len(raw) == 0 {
+		return nil, nil
+	}
 	slices.SortFunc(raw, func(a, b rawGroup) int { return a.ID - b.ID })
 	unsafe, err := withoutIOMMU(h)
 	if err != nil {
 		return nil, err
 	}
+
 	groups := make([]Group, len(raw))
+	members := 0
+	for _, r := range raw {
+		members += len(r.names)
+	}
+	// One piece of memory, of which each group that has members has its part.
+	room := make([]Device, members)
 	for i, r := range raw {
 		g := r.Group
+		if n := len(r.names); n > 0 {
+			g.Devices, room = room[:0:n], room[n:]
+		}
 		g.NoIOMMU = slices.Contains(unsafe, "noiommu-"+strconv.Itoa(g.ID))
 		id := &groups[i].ID
 		for _, name := range r.names {

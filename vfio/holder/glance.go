@@ -82,11 +82,13 @@ func glanceDisks(h *iommu.Host, t *iommu.Topology) ([]Holder, error) {
 		}
 		looked[number] = true
 		dir := path.Join("sys/dev/block", number)
-		// Btrfs and others have a number of their own; their source is the device.
+		// Btrfs and others have a number that is no device's; their source is the device.
 		if source, ok := strings.CutPrefix(source, "/dev/"); ok && !h.Exists(dir) {
 			if dir, err = blockNamed(h, source); err != nil {
 				return nil, err
 			}
+		} else if strings.HasPrefix(number, "0:") {
+			continue
 		}
 		root := where == "/" || where == "/usr"
 		if err := add(dir, Mount, root, "mounted on "+where, "is mounted on "+where); err != nil {

@@ -328,19 +328,23 @@ func TestDrawnAsItIs(t *testing.T) {
 
 // TestQuarantineThatCannotBeRead: what is in quarantine is given to nobody, whichever operation fails.
 func TestQuarantineThatCannotBeRead(t *testing.T) {
-	for n := 0; ; n++ {
+	prepared := func() *hosttest.Kernel {
 		k, _ := poolHost(t)
 		if err := fouledVF(t, k); err != nil {
 			t.Fatal(err)
 		}
+		return k
+	}
+	again := func(k *hosttest.Kernel) error {
+		return on(k, func(ctx context.Context, m *Manager) error { return m.Again(ctx, "a") })
+	}
+	k := prepared()
+	for _, n := range hosttest.Sample(k.Operations(func() { _ = again(k) })) {
+		k := prepared()
 		failed := k.FailNth(n, unix.EIO)
-		err := on(k, func(ctx context.Context, m *Manager) error { return m.Again(ctx, "a") })
-		k.Revive()
-		if err == nil {
+		if err := again(k); err == nil {
 			t.Errorf("%s fails, and what is in quarantine is made again", failed())
 		}
-		if failed() == "" {
-			return
-		}
+		k.Revive()
 	}
 }

@@ -348,16 +348,18 @@ func readAll[T any](h *Host, dir string, names []string, read func(*host.Dir, st
 	}
 
 	workers := min(runtime.NumCPU(), len(names)/chunk+1, 8)
-	var wg sync.WaitGroup
-	for w := range workers {
-		wg.Go(func() {
-			for i := w * chunk; i < len(names); i += workers * chunk {
-				for j := i; j < min(i+chunk, len(names)); j++ {
-					one(j)
-				}
+	share := func(w int) {
+		for i := w * chunk; i < len(names); i += workers * chunk {
+			for j := i; j < min(i+chunk, len(names)); j++ {
+				one(j)
 			}
-		})
+		}
 	}
+	var wg sync.WaitGroup
+	for w := 1; w < workers; w++ {
+		wg.Go(func() { share(w) })
+	}
+	share(0)
 	wg.Wait()
 	kept := out[:0]
 	for i := range out {

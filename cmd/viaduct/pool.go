@@ -99,7 +99,7 @@ func runPool(e *env, only string, network bool) error {
 		if network {
 			var addresses []iommu.Address
 			for _, vf := range vfs {
-				why, err := quarantine.Known(h, vf)
+				why, err := quarantine.Of(h, vf)
 				if err != nil {
 					return fmt.Errorf("viaduct cannot tell whether %s is in quarantine, and the network must have none "+
 						"that is: %w", vf.Name, err)
@@ -149,7 +149,7 @@ func (v *poolView) count(m *lease.Manager, vfs []*iommu.Device, looks []lease.Lo
 	var unknown error
 	for _, vf := range vfs {
 		v.VFs = append(v.VFs, vf.Name)
-		why, err := quarantine.Known(m.Host(), vf)
+		why, err := quarantine.Of(m.Host(), vf)
 		switch {
 		case slices.ContainsFunc(looks, func(l lease.Look) bool { return l.Has(vf.Address) }):
 			leased++

@@ -42,15 +42,15 @@ type Quarantined map[string]Quarantine
 
 // Why is why a device is in quarantine, or may be; "" if it is known not to be.
 func (q Quarantined) Why(h *iommu.Host, d *iommu.Device) string {
-	why, err := q.Known(h, d)
+	why, err := q.Of(h, d)
 	if err != nil {
 		return fmt.Sprintf("it may be, as viaduct cannot tell where it is: %v", err)
 	}
 	return why
 }
 
-// Known is why a device is in quarantine, "" if it is not. The error is why that cannot be told.
-func (q Quarantined) Known(h *iommu.Host, d *iommu.Device) (why string, err error) {
+// Of is why a device is in quarantine, "" if it is not. The error is why that cannot be told.
+func (q Quarantined) Of(h *iommu.Host, d *iommu.Device) (why string, err error) {
 	if len(q) == 0 {
 		// Without asking where it is.
 		return "", nil

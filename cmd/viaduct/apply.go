@@ -93,6 +93,9 @@ func applyCommand(e *env) *cli.Command {
 				return usagef("apply: invalid --wait %s: want zero or more", o.wait)
 			}
 			if e.dryRun {
+				if err := e.mayChange(); err != nil {
+					return err
+				}
 				return runPlan(e, &o, e.declaredByFile, e.printPlan)
 			}
 

@@ -359,7 +359,7 @@ func (o *declaredOptions) begin(m *declared.Manager, s *hostfile.Host) (trial st
 	if err != nil {
 		return "", err
 	}
-	if err := guard(); err != nil {
+	if err := guard(m.Host()); err != nil {
 		return "", errors.Join(err, withdraw())
 	}
 	return trial, nil

@@ -65,7 +65,7 @@ func TestWrongUsage(t *testing.T) {
 		"vf sync no/such": "no/such", "vf get": "the VF", "snapshot": "the file", "completion": "the shell",
 		"vf list -o x": "invalid output", "verify": "", "show no/such": "no/such", "why no/such --memory 1G": "--memory", "man no-such": "no page",
 		"why group=x": "group", "help no such": "", "unbind no/such": "no/such", "log --since x": "",
-		"bind --timeout soon " + sweptPF:              "invalid value", "migrate web --cancel --check": "--check",
+		"bind --timeout soon " + sweptPF: "invalid value", "migrate web --cancel --check": "--check",
 		"migrate web --to host --probe nowhere": "--probe", "migrate web --to host --probe ::1": "--probe",
 	} {
 		a := onKernel(k, strings.Fields(line)...)

@@ -89,6 +89,13 @@ func runPool(e *env, only string, network bool) error {
 		}
 		v := poolView{Pool: name}
 		vfs, err := dm.Pool(s, name)
+		fouled := map[*iommu.Device]bool{}
+		for _, vf := range vfs {
+			why, unsure := quarantine.Of(h, vf)
+			if fouled[vf] = why != ""; err == nil {
+				err = unsure
+			}
+		}
 		if err != nil {
 			if network {
 				return err
@@ -99,7 +106,7 @@ func runPool(e *env, only string, network bool) error {
 		if network {
 			var addresses []iommu.Address
 			for _, vf := range vfs {
-				if quarantine.Why(h, vf) == "" && m.Topology.KeptWith(vf) == nil {
+				if !fouled[vf] && m.Topology.KeptWith(vf) == nil {
 					addresses = append(addresses, vf.Address)
 				}
 			}
@@ -108,7 +115,7 @@ func runPool(e *env, only string, network bool) error {
 		}
 
 		if err == nil || errors.Is(err, iommu.ErrNotFound) {
-			v.count(m, vfs, looks, quarantine)
+			v.count(m, vfs, looks, fouled)
 		}
 		views = append(views, v)
 	}
@@ -138,7 +145,7 @@ func runPool(e *env, only string, network bool) error {
 }
 
 // count says what the VFs of a pool are.
-func (v *poolView) count(m *lease.Manager, vfs []*iommu.Device, looks []lease.Look, quarantine lease.Quarantined) {
+func (v *poolView) count(m *lease.Manager, vfs []*iommu.Device, looks []lease.Look, inQuarantine map[*iommu.Device]bool) {
 	v.VFs = []string{}
 	var free, leased, fouled int
 	for _, vf := range vfs {
@@ -146,7 +153,7 @@ func (v *poolView) count(m *lease.Manager, vfs []*iommu.Device, looks []lease.Lo
 		switch {
 		case slices.ContainsFunc(looks, func(l lease.Look) bool { return l.Has(vf.Address) }):
 			leased++
-		case quarantine.Why(m.Host(), vf) != "":
+		case inQuarantine[vf]:
 			fouled++
 		case m.Topology.KeptWith(vf) != nil:
 			v.Kept++

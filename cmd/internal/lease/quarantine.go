@@ -42,9 +42,18 @@ type Quarantined map[string]Quarantine
 
 // Why is why a device is in quarantine, or may be; "" if it is known not to be.
 func (q Quarantined) Why(h *iommu.Host, d *iommu.Device) string {
+	why, err := q.Of(h, d)
+	if err != nil {
+		return fmt.Sprintf("it may be, as viaduct cannot tell where it is: %v", err)
+	}
+	return why
+}
+
+// Of is why a device is in quarantine, "" if it is not, or an error where that cannot be told.
+func (q Quarantined) Of(h *iommu.Host, d *iommu.Device) (string, error) {
 	if len(q) == 0 {
 		// Without asking where it is.
-		return ""
+		return "", nil
 	}
 	where, err := iommu.PathOf(h, d)
 	if err != nil {
@@ -52,13 +61,13 @@ func (q Quarantined) Why(h *iommu.Host, d *iommu.Device) string {
 	}
 	in, is := q[where]
 	if err != nil && !is && d.PCI {
-		return fmt.Sprintf("it may be, as viaduct cannot tell where it is: %v", err)
+		return "", err
 	}
 	if in.Lost && in.Device.ID != d.ID {
 		// Another one was put where it had been.
-		return ""
+		return "", nil
 	}
-	return in.Why
+	return in.Why, nil
 }
 
 // Quarantined are all devices that are in quarantine. One that was in it before the machine was started again is not

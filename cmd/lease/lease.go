@@ -111,7 +111,8 @@ func (b *Books) Topology() *iommu.Topology { return b.manager.Topology }
 type Pool struct {
 	Name    string // "" of the devices that are declared to be taken and have no pool
 	Devices []*iommu.Device
-	// Err is why the pool has no devices now; nil if it has.
+	// Err is why the pool has no devices now, or why some that are declared to be taken are not among them; nil if they
+	// all are.
 	Err error
 }
 
@@ -123,8 +124,8 @@ func (b *Books) Pools() []Pool {
 		devices, err := b.manager.Declared().Pool(b.declaration, name)
 		out = append(out, Pool{Name: name, Devices: devices, Err: err})
 	}
-	if taken := b.manager.Declared().Taken(b.declaration); len(taken) > 0 {
-		out = append(out, Pool{Devices: taken})
+	if taken, err := b.manager.Declared().Taken(b.declaration); len(taken) > 0 || err != nil {
+		out = append(out, Pool{Devices: taken, Err: err})
 	}
 	return out
 }

@@ -93,6 +93,9 @@ func applyCommand(e *env) *cli.Command {
 				return usagef("apply: invalid --wait %s: want zero or more", o.wait)
 			}
 			if e.dryRun {
+				if err := e.mayChange(); err != nil {
+					return err
+				}
 				return runPlan(e, &o, e.declaredByFile, e.printPlan)
 			}
 
@@ -356,7 +359,7 @@ func (o *declaredOptions) begin(m *declared.Manager, s *hostfile.Host) (trial st
 	if err != nil {
 		return "", err
 	}
-	if err := guard(); err != nil {
+	if err := guard(m.Host()); err != nil {
 		return "", errors.Join(err, withdraw())
 	}
 	return trial, nil

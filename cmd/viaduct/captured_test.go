@@ -204,3 +204,22 @@ func TestCapturedAges(t *testing.T) {
 		t.Errorf("%+v", a)
 	}
 }
+
+// A snapshot whose leases cannot be read is told by each command that goes by them, and not taken for one without any.
+func TestSnapshotOfBrokenLeases(t *testing.T) {
+	other := pairHost().Dir(t)
+	for _, broken := range []string{"{", `{"leases":{"web":{"state":""}}}`} {
+		dir := pairHost().With(web("Nehalem", mac, vm)).With(hosttest.Tree{"viaduct/leases.json": broken}).Dir(t)
+		for _, line := range []string{
+			"leases", "leases --json", "why guest=web", "pool", "assign --dry-run db --from net",
+			"migrate web --check --to " + other,
+		} {
+			if a := onCaptured(dir, strings.Fields(line)...); a.status != exitFailed || !strings.Contains(a.text(), "leases of a snapshot") {
+				t.Errorf("%s: %+v", line, a)
+			}
+		}
+		if a := onCaptured(other, "migrate", "web", "--check", "--to", dir); a.status != exitFailed {
+			t.Errorf("a move to it: %+v", a)
+		}
+	}
+}

@@ -45,7 +45,7 @@ const guardReady = "ready"
 // guard starts the process that undoes what is not confirmed, and returns once it says that it stands. It has a session
 // of its own, so that no hangup reaches it, and is put into the root of the control groups, as a session's are killed
 // with it (KillUserProcesses of logind.conf).
-func guard() error {
+func guard(h *iommu.Host) error {
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
 		return err
@@ -63,7 +63,7 @@ func guard() error {
 		return fmt.Errorf("start the process that undoes an apply without confirmation: %w", err)
 	}
 
-	err = leaveLogin(p.Pid)
+	err = leaveLogin(h, p.Pid)
 	if err == nil {
 		err = awaitGuard(said)
 	}
@@ -91,12 +91,7 @@ func awaitGuard(said *os.File) error {
 }
 
 // leaveLogin puts a process where no login takes it along.
-func leaveLogin(pid int) error {
-	h, err := iommu.Open("")
-	if err != nil {
-		return err
-	}
-	defer h.Close()
+func leaveLogin(h *iommu.Host, pid int) error {
 	for _, root := range []string{"sys/fs/cgroup/cgroup.procs", "sys/fs/cgroup/systemd/cgroup.procs"} {
 		if h.Exists(root) {
 			if err := h.Write(root, strconv.Itoa(pid)); err != nil {

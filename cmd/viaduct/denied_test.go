@@ -103,6 +103,7 @@ func TestLinesThatCannotBeDone(t *testing.T) {
 		{sweptHost, "plan -f " + dir + "/none", exitUsage, "no such file"},
 		{sweptHost, "plan -f " + broken, exitUsage, broken},
 		{sweptHost, "apply -f " + broken, exitUsage, broken},
+		{sweptHost, "apply --boot --wait 0s -f " + broken, exitUsage, broken},
 		{badDeclaration, "assign db --from " + sweptNIC, exitUsage, "host.yaml"},
 		{badDeclaration, "assign db --dry-run --from " + sweptNIC, exitUsage, "host.yaml"},
 		{badDeclaration, "vf sync " + sweptPF, exitUsage, "host.yaml"},

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -82,10 +83,7 @@ func runDoctor(e *env, selectors []iommu.Selector) error {
 	} else {
 		printDoctor(w, checks)
 	}
-	if err != nil {
-		return err
-	}
-	if err := w.Flush(); err != nil {
+	if err := errors.Join(err, w.Flush()); err != nil {
 		return err
 	}
 	if !doctor.Healthy(checks) {

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"viaduct/cmd/internal/hostfile"
 	"viaduct/internal/host/hosttest"
 )
@@ -182,6 +184,92 @@ func TestDryRunsAreInWords(t *testing.T) {
 		}
 		if want := fmt.Sprintf("--steps prints the %s", count1(writes, map[bool]string{true: "file", false: "write"}[c.Name == "install"])); !strings.Contains(words.stdout, want) {
 			t.Errorf("%s: %d writes, and it says\n%s", of.line, writes, words.stdout)
+		}
+	}
+}
+
+// What the command refuses, or cannot do, its dry run says in the same words and with the same status, and writes nothing.
+func TestDryRunRefuses(t *testing.T) {
+	with := func(name, text string) func(*testing.T) *hosttest.Kernel {
+		return func(t *testing.T) *hosttest.Kernel {
+			k := sweptHost(t)
+			put(t, k, name, text)
+			return k
+		}
+	}
+	returned := func(more string) func(*testing.T) *hosttest.Kernel {
+		return func(t *testing.T) *hosttest.Kernel {
+			k := sweptHost(t)
+			mustOnKernel(t, k, "unbind", sweptNIC)
+			put(t, k, hostfile.File, sweptFile+more)
+			return k
+		}
+	}
+	routed := func(t *testing.T) *hosttest.Kernel {
+		k := sweptHost(t)
+		k.Net.Routes = []hosttest.Route{{To: "default", Over: []string{"enp1s0"}}}
+		return k
+	}
+	quarantined := func(t *testing.T) *hosttest.Kernel {
+		k := sweptHost(t)
+		k.Fail["sys/bus/pci/devices/"+sweptVF+"/reset"] = unix.EIO
+		onKernel(k, "release", "web")
+		return k
+	}
+	moving := func(t *testing.T) *hosttest.Kernel {
+		k := sweptHost(t)
+		file := "run/viaduct/lease-web.json"
+		put(t, k, file, strings.Replace(allOf(t, k)[file], "{", `{"moving":"leaving",`, 1))
+		return k
+	}
+	root := t.TempDir()
+	inTheWay := filepath.Join(root, "usr/lib/udev/rules.d/72-viaduct.rules")
+	if err := os.MkdirAll(inTheWay, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		host func(*testing.T) *hosttest.Kernel
+		line string
+		says string
+	}{
+		{with("etc/systemd/system/viaduct.service/x", ""), "install", "viaduct install did not write it"},
+		{with("etc/systemd/system/viaduct.service", "[Service]\n"), "install", "viaduct install did not write it"},
+		{with(installedWatch, "[Service]\n"), "install --watch", "viaduct install did not write it"},
+		{with("etc/udev/rules.d", ""), "install", "not a directory"},
+		{with("var/lib/viaduct/protected.json", "{"), "install", "protected.json"},
+		{with(hostfile.File, "pfs: [ {"), "install", "host.yaml"},
+		{sweptHost, "install --initramfs", "initramfs"},
+		{sweptHost, "install --root " + root, inTheWay},
+		{sweptHost, "install --root " + root + " --unit-dir x", "absolute path"},
+		{returned("protect: [\"" + sweptNIC + "\"]\n"), "assign db --from " + sweptNIC, "in protect"},
+		{quarantined, "assign db --from " + sweptVF, "in quarantine"},
+		{moving, "assign web --from " + sweptVF + " --vlan 7", "on its way to another host"},
+		{sweptHost, "assign web --from " + sweptVF + " --vlan 8", "web"},
+		{sweptHost, "assign db --from " + sweptVF, "exhausted"},
+		{sweptHost, "assign db --from " + sweptNIC + " --vlan 7", "not a VF"},
+		{sweptHost, "assign db --from " + sweptNIC + " --owner-pid 99999", "no such process"},
+		{routed, "bind " + sweptPF, "route"},
+		{routed, "bind --save " + sweptPF, "route"},
+		{sweptHost, "unbind " + sweptVF, "web"},
+		{sweptHost, "vf create " + sweptPF + " 9", "7"},
+		{sweptHost, "vf create " + sweptPF + " 0", "web"},
+		{sweptHost, "vf destroy " + sweptPF, "web"},
+		{sweptHost, "vf set " + sweptPF + "/vf9 vlan=5", "vf9"},
+		{sweptHost, "vf sync " + sweptVF, sweptVF},
+	} {
+		k := c.host(t)
+		before := allOf(t, k)
+		k.Log = nil
+		dry := onKernel(k, append(strings.Fields(c.line), "--dry-run")...)
+		after := allOf(t, k)
+		for name := range after {
+			if after[name] != before[name] {
+				t.Errorf("%s --dry-run: /%s was %q, is %q", c.line, name, before[name], after[name])
+			}
+		}
+		a := onKernel(k, strings.Fields(c.line)...)
+		if a.status == exitDone || a.status != dry.status || !strings.Contains(a.text(), c.says) || a.stderr != dry.stderr {
+			t.Errorf("%s: exit status %d: %s\nand its dry run %d: %s", c.line, a.status, a.text(), dry.status, dry.text())
 		}
 	}
 }

@@ -105,7 +105,7 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 	}
 	h := b.Host()
 	root := h.Path("")
-	if h.Real() && !e.dryRun {
+	if h.Real() {
 		if err := install.Trusted(o.Program); err != nil {
 			return err
 		}
@@ -117,15 +117,13 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 	}
 	o.Late = slices.ContainsFunc(s.PFs, func(pf hostfile.PF) bool { return pf.AfterBond })
 	generator := install.Found(root)
-	if !e.dryRun {
-		err := m.Protect()
-		if errors.Is(err, holder.ErrBlind) && !systemd(h) {
-			// An image is made, which carries nothing yet.
+	if h.Live() {
+		switch err := m.Protect(); {
+		case errors.Is(err, holder.ErrBlind) && (e.dryRun || !systemd(h)):
+			// An image is made, which carries nothing yet; and who may only look sees less.
 			e.note("viaduct cannot see which devices this host uses, and did not record them: run viaduct install " +
-				"again on the host itself")
-			err = nil
-		}
-		if err != nil {
+				"again on the host itself, as root")
+		case err != nil:
 			return err
 		}
 	}
@@ -140,15 +138,14 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 	if err != nil {
 		return err
 	}
-	if e.dryRun {
-		return e.previewInstall(b.Host(), files)
-	}
 
 	for _, volatile := range []string{"/tmp/", "/run/", "/dev/", "/home/", "/root/"} {
-		if strings.HasPrefix(o.Program, volatile) {
-			e.note("the units run %s, which may be missing at boot: put it into /usr/local/sbin",
-				o.Program)
+		if h.Live() && strings.HasPrefix(o.Program, volatile) {
+			e.note("the units run %s, which may be missing at boot: put it into /usr/local/sbin", o.Program)
 		}
+	}
+	if e.dryRun {
+		return e.previewInstall(b.Host(), files)
 	}
 
 	watched := install.Watches(root)

@@ -53,7 +53,7 @@ type sriovView struct {
 
 // writeList writes {"iommu": iommuView, "groups": [groupView...], "ungrouped": [deviceView...]}, one group or device a
 // line and one at a time: a host with thousands of VFs would otherwise be in memory several times over.
-func writeList(w *bufio.Writer, t *iommu.Topology, names *iommu.Names, keep map[string]bool) error {
+func writeList(w *bufio.Writer, t *iommu.Topology, names *iommu.Names, keep map[string]bool) {
 	// Which ends each value with a newline.
 	e := json.NewEncoder(w)
 	e.SetEscapeHTML(false)
@@ -65,20 +65,18 @@ func writeList(w *bufio.Writer, t *iommu.Topology, names *iommu.Names, keep map[
 	for _, u := range t.Units {
 		v.Units = append(v.Units, unitView(u))
 	}
-	w.WriteString(`{"iommu":`)
-	if err := e.Encode(v); err != nil {
-		return err
+	// The writer keeps the first error, and tells it at the end.
+	put := func(before string, v any) {
+		w.WriteString(before)
+		_ = e.Encode(v)
 	}
-
+	put(`{"iommu":`, v)
 	w.WriteString(`,"groups":[`)
 	comma := ""
 	for i := range t.Groups {
 		if g := groupOf(&t.Groups[i], names, keep); keep == nil || len(g.Devices) > 0 {
-			w.WriteString(comma)
+			put(comma, &g)
 			comma = ","
-			if err := e.Encode(&g); err != nil {
-				return err
-			}
 		}
 	}
 
@@ -86,17 +84,11 @@ func writeList(w *bufio.Writer, t *iommu.Topology, names *iommu.Names, keep map[
 	comma = ""
 	for i := range t.Ungrouped {
 		if d := &t.Ungrouped[i]; keep == nil || keep[d.Name] {
-			w.WriteString(comma)
+			put(comma, deviceOf(d, names))
 			comma = ","
-			v := deviceOf(d, names)
-			if err := e.Encode(&v); err != nil {
-				return err
-			}
 		}
 	}
-
-	_, err := w.WriteString("]}\n")
-	return err
+	w.WriteString("]}\n")
 }
 
 // present reports whether an IOMMU is in use.

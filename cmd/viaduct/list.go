@@ -104,7 +104,7 @@ func runList(e *env, o listOptions) error {
 		w := bufio.NewWriterSize(e.stdout, 64<<10)
 		switch {
 		case e.json:
-			err = writeList(w, t, names, keep)
+			writeList(w, t, names, keep)
 		case o.tree:
 			err = writeTree(w, h, t, names, keep)
 		default:

@@ -61,7 +61,11 @@ func TestWrongUsage(t *testing.T) {
 		"vf create --force=nonsense " + sweptPF + " 1": "--force", "vf destroy --force=nonsense " + sweptPF: "--force",
 		"vf create no/such 1": "no/such", "vf destroy no/such": "no/such", "vf set no/such vlan=7": "no/such",
 		"vf create " + sweptPF + " 2 vlan=4094+index": "vf1",
-		"bind --timeout soon " + sweptPF:              "invalid value", "migrate web --cancel --check": "--check",
+		"iommu x": "no argument", "vf nonsense": "no command", "list no/such": "no/such", "doctor no/such": "no/such",
+		"vf sync no/such": "no/such", "vf get": "the VF", "snapshot": "the file", "completion": "the shell",
+		"vf list -o x": "invalid output", "verify": "", "show no/such": "no/such", "why no/such --memory 1G": "--memory", "man no-such": "no page",
+		"why group=x": "group", "help no such": "", "unbind no/such": "no/such", "log --since x": "",
+		"bind --timeout soon " + sweptPF: "invalid value", "migrate web --cancel --check": "--check",
 		"migrate web --to host --probe nowhere": "--probe", "migrate web --to host --probe ::1": "--probe",
 	} {
 		a := onKernel(k, strings.Fields(line)...)

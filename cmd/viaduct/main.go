@@ -112,10 +112,10 @@ func look(h *iommu.Host) (*iommu.Topology, error) {
 // it writes to beside /sys and /run.
 func (e *env) mayChange(more ...string) error {
 	live := e.hostName == "" || e.hostName == "/"
-	switch {
-	case e.dryRun:
+	if !live && e.dryRun {
 		return nil
-	case !live:
+	}
+	if !live {
 		return usagef("%s is a captured host: viaduct can read it, not change it", e.hostName)
 	}
 	h, err := e.open()
@@ -123,11 +123,13 @@ func (e *env) mayChange(more ...string) error {
 		return err
 	}
 	defer h.Close()
-	if h.Real() && os.Geteuid() != 0 {
+	if h.Real() && os.Geteuid() != 0 && !e.dryRun {
 		return fmt.Errorf("changing drivers and VFs needs root: %w", fs.ErrPermission)
 	}
 	for _, dir := range append([]string{"sys", "run"}, more...) {
-		if err := h.Writable(dir); errors.Is(err, unix.EROFS) {
+		if err := h.Writable(dir); errors.Is(err, unix.EROFS) && e.dryRun {
+			e.note("without --dry-run nothing would be changed: /%s is mounted read-only here", dir)
+		} else if errors.Is(err, unix.EROFS) {
 			return fmt.Errorf("/%s is mounted read-only here, and nothing was changed (mount -o remount,rw /%s; of a "+
 				"container, run viaduct on the host itself)", dir, dir)
 		}

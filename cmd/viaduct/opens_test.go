@@ -14,6 +14,7 @@ import (
 // A host that cannot be opened, or not once more, is told by every command, which fails; one that fails anyway may tell
 // that.
 func TestHostThatCannotBeOpened(t *testing.T) {
+	t.Setenv(asProgram, "1") // which run starts
 	no := errors.New("it cannot be opened")
 	lines := []string{
 		"snapshot " + t.TempDir() + "/x", "verify " + sweptVF, "bind " + sweptNIC, "unbind " + sweptNIC, "vf create " + sweptPF + " 2",
@@ -21,7 +22,8 @@ func TestHostThatCannotBeOpened(t *testing.T) {
 		"apply --confirmed", "undo", "undo --unless-confirmed", "recover", "assign new --from " + sweptVF, "assign web --from " + sweptVF,
 		"release web", "release --dead", "release --quarantined " + sweptVF, "run new --from " + sweptVF + " -- true", "install", "uninstall",
 		"migrate web --to exec:false", "migrate web --to exec:false --check", "migrate web --cancel",
-		"migrate web --resume", "adopt --import netplan",
+		"migrate web --resume", "adopt --import netplan", "assign db --from " + sweptNIC + " --owner-pid 1",
+		"run db --movable --from " + sweptNIC + " --format qemu -- true", "migrate --peer --data x",
 	}
 	for _, line := range lines {
 		opensInTurn(t, line, func() *hosttest.Kernel { return sweptHost(t) }, no)
@@ -29,6 +31,25 @@ func TestHostThatCannotBeOpened(t *testing.T) {
 	k := littered(t)
 	for _, line := range looks {
 		opensInTurn(t, line, func() *hosttest.Kernel { return k }, no)
+	}
+}
+
+// The watch service, which else runs until it is ended, ends with an error where it cannot begin.
+func TestWatchCannotBegin(t *testing.T) {
+	k := sweptHost(t)
+	for n := range 2 {
+		opened := 0
+		open := func(string) (*iommu.Host, error) {
+			if opened++; opened > n {
+				return nil, errors.New("it cannot be opened")
+			}
+			h, err := host.Fake(k.Dir(), k)
+			return &iommu.Host{Host: h}, err
+		}
+		var stdout, stderr bytes.Buffer
+		if status := runOn(open, []string{"viaduct", "watch"}, &stdout, &stderr); status != exitFailed || !strings.Contains(stderr.String(), "it cannot be opened") {
+			t.Errorf("opened %d times: exit status %d: %s%s", n, status, stdout.String(), stderr.String())
+		}
 	}
 }
 
@@ -52,6 +73,10 @@ func opensInTurn(t *testing.T, line string, on func() *hosttest.Kernel, no error
 			return
 		}
 		said := stdout.String() + stderr.String()
+		if strings.HasPrefix(line, "run ") && strings.Contains(said, no.Error()) {
+			// Its status is the command's, if that has run.
+			continue
+		}
 		if status == exitDone || status == exitDiffers || !fails && !strings.Contains(said, no.Error()) {
 			t.Errorf("%s: opened %d times: exit status %d: %s", line, n, status, said)
 		}

@@ -30,6 +30,9 @@ func runPackage(e *env, app *cli.App, o *packageOptions) error {
 	}
 	files := append(install.Packaged(o.program, o.units), more...)
 	if e.dryRun {
+		if err := install.PackageFits(cmp.Or(o.root, "."), files); err != nil {
+			return err
+		}
 		p := previewFiles(files)
 		p.of("writes " + count(len(files), "file") + " below " + cmp.Or(o.root, "."))
 		for _, f := range files {

@@ -9,7 +9,7 @@ import (
 	"viaduct/internal/host/hosttest"
 )
 
-// A folder that is mounted read-only is told of in one line with its cure, before anything is touched.
+// A folder that is mounted read-only is told of in one line with its cure, before anything is touched, and its dry run says so too.
 func TestReadOnly(t *testing.T) {
 	const nic = "0000:07:01.0"
 	for line, dirs := range map[string][]string{
@@ -30,6 +30,13 @@ func TestReadOnly(t *testing.T) {
 			if a.status != exitFailed || strings.Count(a.stderr, "\n") != 1 || !strings.Contains(a.stderr, "remount,rw /"+dir) ||
 				a.stdout != "" || len(k.Log) > 0 {
 				t.Errorf("%s with a read-only /%s: exit status %d, log %q\n%s%s", line, dir, a.status, k.Log, a.stdout, a.stderr)
+			}
+			if line == "undo" || line == "recover" || strings.HasPrefix(line, "release") {
+				continue
+			}
+			dry := onKernel(k, append(strings.Fields(line), "--dry-run")...)
+			if !strings.Contains(dry.stderr, "/"+dir+" is mounted read-only here") {
+				t.Errorf("the dry run of %s with a read-only /%s says\n%s%s", line, dir, dry.stdout, dry.stderr)
 			}
 		}
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"os/exec"
 	"os/user"
 	"slices"
 	"strings"
@@ -37,5 +38,16 @@ func TestParseRunAs(t *testing.T) {
 	}
 	if c := r.credential(); int(c.Uid) != r.uid || slices.Contains(c.Groups, uint32(r.gid)) {
 		t.Errorf("%+v", c)
+	}
+}
+
+// A VMM whose memory cannot be let it lock is not left to run: that is an error.
+func TestLetLockFails(t *testing.T) {
+	cmd := exec.Command("/bin/true")
+	if err := cmd.Run(); err != nil {
+		t.Fatal(err)
+	}
+	if err := letLock(cmd.Process.Pid); err == nil || !strings.Contains(err.Error(), "raise the limit of memory") {
+		t.Errorf("of a process that has ended: %v", err)
 	}
 }

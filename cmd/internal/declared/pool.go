@@ -1,6 +1,7 @@
 package declared
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 
@@ -97,17 +98,24 @@ func (m *Manager) PoolOf(s *hostfile.Host, d *iommu.Device) (string, error) {
 	return "", nil
 }
 
-// Taken are the devices that are declared to be taken and are there, as they were when they were last applied.
-func (m *Manager) Taken(s *hostfile.Host) []*iommu.Device {
+// Taken are the devices that are declared to be taken and are there, as they were when they were last applied. The error
+// is of those that could not be looked at.
+func (m *Manager) Taken(s *hostfile.Host) ([]*iommu.Device, error) {
 	var out []*iommu.Device
+	var errs []error
 	for k := range s.Devices {
 		dev := &s.Devices[k]
 		i := &Item{Name: dev.Select.String(), At: dev.At}
-		if m.found(i, dev.Select, m.find) && !slices.Contains(out, i.Device) {
-			out = append(out, i.Device)
+		switch {
+		case m.found(i, dev.Select, m.find):
+			if !slices.Contains(out, i.Device) {
+				out = append(out, i.Device)
+			}
+		case i.unreadable():
+			errs = append(errs, fmt.Errorf("%s: %w", i.Name, i.Err))
 		}
 	}
-	return out
+	return out, errors.Join(errs...)
 }
 
 // Kept says why no guest can have a VF whose IOMMU group has something else that the host keeps.

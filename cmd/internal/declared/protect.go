@@ -22,7 +22,8 @@ type protected struct {
 }
 
 // Protect writes down which devices carry the host, for boots, which cannot see that yet: those with its addresses,
-// routes, mounts and swap, and those behind fstab, crypttab, and root= and ip= of the kernel's command line.
+// routes, mounts and swap, and those behind fstab, crypttab, and root= and ip= of the kernel's command line. A dry run
+// only looks.
 func (m *Manager) Protect() error {
 	var all []*iommu.Device
 	m.topology.All(func(d *iommu.Device) bool {
@@ -74,7 +75,7 @@ func (m *Manager) Protect() error {
 		}
 	}
 
-	if before != nil && reflect.DeepEqual(before, out) {
+	if m.handle.DryRun() || before != nil && reflect.DeepEqual(before, out) {
 		return nil
 	}
 	return m.state.Put(protectedKey, out)

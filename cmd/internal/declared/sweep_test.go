@@ -459,3 +459,51 @@ func TestNoDriverIsTold(t *testing.T) {
 		told(k, applyAll(k, text), failed()+" fails, and again")
 	}
 }
+
+// A VF of the host's that cannot be given its driver is told, with what failed, and so is one of which that cannot be
+// asked.
+func TestHomeFails(t *testing.T) {
+	const text = "pfs:\n  - select: " + pf + "\n    count: 2\n    vfs: [{range: 0-1, driver: home}]\n"
+	k := sweptHost(t)
+	if err := os.RemoveAll(filepath.Join(k.Dir(), "sys/bus/pci/drivers/igbvf")); err != nil {
+		t.Fatal(err)
+	}
+	k.Fail["sys/bus/pci/drivers_probe"] = unix.EIO
+	if err := applyAll(k, text); !errors.Is(err, unix.EIO) {
+		t.Errorf("no VF can be probed: %v", err)
+	}
+}
+
+// What carried the host when it ran is not forgotten because its record cannot be read: nothing is taken then.
+func TestProtectedUnreadable(t *testing.T) {
+	k := sweptHost(t)
+	writeFile(t, k, "var/lib/viaduct/protected.json", "{")
+	const text = "devices:\n  - select: " + nic + "\n"
+	m := newManager(t, k, Options{Boot: true})
+	items, err := m.Plan(parse(t, text))
+	for _, i := range items {
+		err = errors.Join(err, i.Err)
+	}
+	if err == nil || !strings.Contains(err.Error(), "protected.json") {
+		t.Errorf("a boot plans %v, %v", items, err)
+	}
+	if err := m.Protected(parse(t, text), []*iommu.Device{found(t, m)}); err == nil {
+		t.Error("a guest may have what may carry the host")
+	}
+}
+
+// Whoever confirms too late is told so, and the trial is not confirmed.
+func TestConfirmedTooLate(t *testing.T) {
+	k := sweptHost(t)
+	bootID(t, k, "this")
+	m := newManager(t, k, Options{})
+	if _, _, err := m.Tries(version(2), time.Nanosecond, false); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.Confirm(); err == nil || !strings.Contains(err.Error(), "the time to confirm is over") {
+		t.Errorf("%v", err)
+	}
+	if _, err := m.Confirm(); err == nil {
+		t.Error("it is confirmed")
+	}
+}

@@ -11,6 +11,8 @@ import (
 	"slices"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"viaduct/cmd/internal/declared"
 	"viaduct/internal/host"
 	"viaduct/internal/shell"
@@ -251,39 +253,47 @@ func everything() []File {
 	var all []File
 	for _, g := range []Generator{InitramfsTools, Dracut, Mkinitcpio} {
 		files, _ := o.Files(g)
-		all = append(all, files...)
+		all = append(all, slices.DeleteFunc(files, func(f File) bool { return slices.Contains(paths(all), f.Path) })...)
 	}
 	return all
 }
 
-// Write makes the files below root, and removes those of an earlier install that are not among them. It returns what it
-// changed.
+// Write makes the files below root, and removes those of an earlier install that are not among them, unless something
+// stands in the way of one of them: then it changes nothing. It returns what it changed.
 func Write(root string, files []File) (changed []string, err error) {
-	for _, old := range obsolete(files) {
-		if err := remove(root, old, &changed); err != nil {
-			return changed, err
-		}
+	written, removed, err := changes(root, files)
+	if err != nil {
+		return nil, err
 	}
-	for _, f := range files {
-		differs, err := f.differs(root)
-		if err == nil && differs {
-			err = f.write(root)
-		}
-		if err != nil {
+	for _, f := range removed {
+		if err := os.Remove(filepath.Join(root, f.Path)); err != nil {
 			return changed, err
 		}
-		if differs {
-			changed = append(changed, f.Path)
+		changed = append(changed, f.Path)
+	}
+	for _, f := range written {
+		if err := f.write(root); err != nil {
+			return changed, err
 		}
+		changed = append(changed, f.Path)
 	}
 	return changed, nil
 }
 
-// Changes are what Write would write below root, and what it would remove.
+// Changes are what Write would write below root, and what it would remove, or why it would change nothing.
 func Changes(root string, files []File) (written, removed []string, err error) {
+	w, r, err := changes(root, files)
+	return paths(w), paths(r), err
+}
+
+func changes(root string, files []File) (written, removed []File, err error) {
 	for _, old := range obsolete(files) {
-		if ours(root, old) {
-			removed = append(removed, old.Path)
+		left, err := old.isOurs(root)
+		if err != nil {
+			return nil, nil, err
+		}
+		if left {
+			removed = append(removed, old)
 		}
 	}
 	for _, f := range files {
@@ -292,10 +302,17 @@ func Changes(root string, files []File) (written, removed []string, err error) {
 			return nil, nil, err
 		}
 		if differs {
-			written = append(written, f.Path)
+			written = append(written, f)
 		}
 	}
 	return written, removed, nil
+}
+
+func paths(files []File) (out []string) {
+	for _, f := range files {
+		out = append(out, f.Path)
+	}
+	return out
 }
 
 // obsolete are the files of any install that are not among these.
@@ -305,22 +322,48 @@ func obsolete(files []File) []File {
 	})
 }
 
-// differs reports whether the file is to be written.
+// differs reports whether the file is to be written. What is there and no file of an install is an error.
 func (f *File) differs(root string) (bool, error) {
+	have, ours, err := f.read(root)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return true, nil
+	case err != nil:
+		return false, err
+	case !ours:
+		return false, fmt.Errorf("%s exists, and viaduct install did not write it: move it away first", f.Path)
+	case f.Link != "" || have != f.Content:
+		return have != f.Link+f.Content, nil
+	}
+	st, err := os.Stat(filepath.Join(root, f.Path))
+	return err == nil && st.Mode().Perm() != f.Mode, err
+}
+
+// read is what is where the file is to be: its content, or where its link leads, and whether an install may have
+// written that.
+func (f *File) read(root string) (have string, ours bool, err error) {
 	file := filepath.Join(root, f.Path)
 	if f.Link != "" {
-		target, err := os.Readlink(file)
-		return err != nil || target != f.Link, nil
+		have, err = os.Readlink(file)
+		if errors.Is(err, unix.EINVAL) {
+			return "", false, nil
+		}
+		return have, true, err
 	}
-	old, err := os.ReadFile(file)
-	switch {
-	case err == nil && string(old) == f.Content:
-		st, err := os.Stat(file)
-		return err == nil && st.Mode().Perm() != f.Mode, err
-	case err == nil && !strings.Contains(string(old), marker):
-		return false, fmt.Errorf("%s exists, and viaduct install did not write it: move it away first", f.Path)
+	text, err := os.ReadFile(file)
+	if errors.Is(err, unix.EISDIR) {
+		return "", false, nil
 	}
-	return true, nil
+	return string(text), strings.Contains(string(text), marker), err
+}
+
+// isOurs reports whether a file of an install is there.
+func (f *File) isOurs(root string) (bool, error) {
+	_, ours, err := f.read(root)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
+		return false, nil
+	}
+	return ours, err
 }
 
 func (f *File) write(root string) error {
@@ -340,35 +383,18 @@ func (f *File) write(root string) error {
 // Remove removes all that any install made below root, and returns what was there.
 func Remove(root string) (changed []string, err error) {
 	for _, f := range everything() {
-		if err := remove(root, f, &changed); err != nil {
+		ours, err := f.isOurs(root)
+		if err == nil && ours {
+			err = os.Remove(filepath.Join(root, f.Path))
+		}
+		if err != nil {
 			return changed, err
+		}
+		if ours {
+			changed = append(changed, f.Path)
 		}
 	}
 	return changed, nil
-}
-
-func remove(root string, f File, changed *[]string) error {
-	if !ours(root, f) {
-		return nil
-	}
-	err := os.Remove(filepath.Join(root, f.Path))
-	if err == nil {
-		*changed = append(*changed, f.Path)
-	}
-	return err
-}
-
-// ours reports whether a file is there, and is not somebody else's.
-func ours(root string, f File) bool {
-	file := filepath.Join(root, f.Path)
-	if _, err := os.Lstat(file); err != nil {
-		return false
-	}
-	if f.Link == "" {
-		old, err := os.ReadFile(file)
-		return err != nil || strings.Contains(string(old), marker)
-	}
-	return true
 }
 
 // Watches reports whether the service that watches is installed below root.

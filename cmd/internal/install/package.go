@@ -1,6 +1,9 @@
 package install
 
 import (
+	"errors"
+	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -31,9 +34,27 @@ func Packaged(program, unitFolder string) []File {
 	return all
 }
 
+// PackageFits is an error if something below the root of a package stands where one of its files is to be.
+func PackageFits(root string, files []File) error {
+	for _, f := range files {
+		name := filepath.Join(root, f.Path)
+		st, err := os.Lstat(name)
+		if err == nil && st.IsDir() {
+			return fmt.Errorf("%s is a folder, and not a file of a package: move it away first", name)
+		}
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
 // WritePackage writes files below the root of a package, which nobody else writes to, and returns their names there.
 func WritePackage(root string, files []File) ([]string, error) {
 	var names []string
+	if err := PackageFits(root, files); err != nil {
+		return nil, err
+	}
 	for _, f := range files {
 		name := filepath.Join(root, f.Path)
 		if err := host.WriteFile(name, []byte(f.Content)); err != nil {

@@ -335,6 +335,11 @@ func (m *Manager) lockUnits(ctx context.Context, l *Lease, devices []*iommu.Devi
 		return nil, err
 	}
 
+	return m.unprotected(devices)
+}
+
+// unprotected are the units of devices, none of which is protected.
+func (m *Manager) unprotected(devices []*iommu.Device) ([][]*iommu.Device, error) {
 	units, err := bind.Units(m.Topology, devices)
 	if err != nil {
 		return nil, err

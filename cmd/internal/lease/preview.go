@@ -65,6 +65,12 @@ func (m *Manager) Preview(r *Request) (*Preview, error) {
 	if _, err := m.fits(&Lease{LeaseHead: holder.LeaseHead{Guest: r.Guest}}, devices, r); err != nil {
 		return nil, err
 	}
+	if err := m.clean(p.Lease, devices); err != nil {
+		return nil, err
+	}
+	if _, err := m.unprotected(devices); err != nil {
+		return nil, err
+	}
 
 	for _, d := range m.touched(devices, false) {
 		of := PreviewDevice{Device: d}
@@ -108,7 +114,7 @@ func (m *Manager) previewDevices(r *Request, p *Preview) ([]*iommu.Device, map[s
 		return nil, nil, err
 	}
 	if i := slices.IndexFunc(all, func(l *Lease) bool { return l.Guest == r.Guest }); i >= 0 {
-		if err := all[i].same(r); err != nil {
+		if err := errors.Join(all[i].moves("assign to"), all[i].same(r)); err != nil {
 			return nil, nil, err
 		}
 		devices, err := m.devices(all[i])

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -219,5 +220,28 @@ func TestPreviewOfReset(t *testing.T) {
 	r.NoReset = true
 	if got, err := preview(lab, r); err != nil || !slices.Contains(got, card) {
 		t.Errorf("that goes as it is: %q, %v", got, err)
+	}
+}
+
+// Of what cannot be told whether it is in quarantine, nothing is given to a guest, nor again, nor does a preview say so.
+func TestQuarantineUnreadable(t *testing.T) {
+	k, _ := poolHost(t)
+	m := managerOf(t, k, "pfs: []\n")
+	if _, _, _, err := m.Assign(t.Context(), vlan7()); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(k.Dir(), "var/lib/viaduct/quarantine-x.json")
+	if err := os.WriteFile(file, []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	other := vlan7()
+	other.Guest, other.Sources[0].From = "b", pf+"/vf1"
+	for _, r := range []*Request{vlan7(), other} {
+		if _, _, _, err := m.Assign(t.Context(), r); err == nil || !strings.Contains(err.Error(), "quarantine-x.json") {
+			t.Errorf("assigned to %s: %v", r.Guest, err)
+		}
+		if p, err := m.Preview(r); err == nil || !strings.Contains(err.Error(), "quarantine-x.json") {
+			t.Errorf("to be assigned to %s: %+v, %v", r.Guest, p, err)
+		}
 	}
 }

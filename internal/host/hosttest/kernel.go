@@ -188,7 +188,8 @@ func (k *Kernel) writable(file string) error {
 	case file == "sys/bus/pci/drivers_probe",
 		path.Dir(path.Clean(dir)) == sysDrivers && (attribute == "bind" || attribute == "unbind"),
 		attribute == "driver_override", attribute == "sriov_numvfs", attribute == "sriov_drivers_autoprobe",
-		attribute == "sriov_vf_msix_count", attribute == "reset", attribute == "uevent":
+		attribute == "sriov_vf_msix_count", attribute == "reset", attribute == "uevent",
+		attribute == "cgroup.procs":
 		return nil
 	}
 	return syscall.EACCES
@@ -241,6 +242,12 @@ func (k *Kernel) store(file, value string) error {
 		k.put(file, on+"\n")
 		return nil
 	case "uevent":
+		return nil
+	case "cgroup.procs":
+		// cgroup_procs_write_start of kernel/cgroup/cgroup.c.
+		if n, err := strconv.Atoi(name); err != nil || n < 0 {
+			return syscall.EINVAL
+		}
 		return nil
 	case "sriov_vf_msix_count":
 		return k.vectors(dir, name)

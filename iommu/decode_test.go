@@ -66,7 +66,8 @@ func TestParseResources(t *testing.T) {
 				"0x000000000000c000 0x000000000000c01f 0x0000000000040101\n" +
 				"0x000000383fe00000 0x000000383fe03fff 0x000000000014220c\n" + rest + rest +
 				"0x00000000fe300000 0x00000000fe33ffff 0x0000000000046200\n",
-			[]BAR{{Index: 0, Size: 128 << 10}, {Index: 1, Size: 4 << 20}, {Index: 2, Size: 32, IO: true}, {Index: 3, Size: 16 << 10, Prefetchable: true, Wide: true}},
+			[]BAR{{Index: 0, Size: 128 << 10}, {Index: 1, Size: 4 << 20}, {Index: 2, Size: 32, IO: true},
+				{Index: 3, Size: 16 << 10, Prefetchable: true, Wide: true}},
 		},
 		"the last alone": {rest + rest + rest + rest + rest + "0x1000 0x1fff 0x200", []BAR{{Index: 5, Size: 4096}}},
 		"end first":      {"0x2000 0x1fff 0x200\n", nil},
@@ -75,7 +76,8 @@ func TestParseResources(t *testing.T) {
 			t.Errorf("%s: %+v, %v", name, got, err)
 		}
 	}
-	for _, s := range []string{"0x0 0x1", "0x0 0x1 0x2 0x3", "x 0x1 0x2", "0x0 0x10000000000000000 0x200", "-1 0 0", rest + "junk"} {
+	for _, s := range []string{"0x0 0x1", "0x0 0x1 0x2 0x3", "x 0x1 0x2", "0x0 0x10000000000000000 0x200", "-1 0 0",
+		rest + "junk"} {
 		if got, err := parseResources(s); err == nil || got != nil || !strings.Contains(err.Error(), "resource line") {
 			t.Errorf("%q: %+v, %v", s, got, err)
 		}
@@ -114,7 +116,8 @@ func TestParseRegions(t *testing.T) {
 	if got, err := parseRegions(""); got != nil || err != nil {
 		t.Errorf("%+v, %v", got, err)
 	}
-	for _, s := range []string{"\n", "0x0 0x1", "0x0 0x1 msi msi", "0x1 0x0 msi", "x 0x1 msi", "0x0 x msi", "0x0 0x10000000000000000 msi"} {
+	for _, s := range []string{"\n", "0x0 0x1", "0x0 0x1 msi msi", "0x1 0x0 msi", "x 0x1 msi", "0x0 x msi",
+		"0x0 0x10000000000000000 msi"} {
 		if got, err := parseRegions(s); err == nil || got != nil || !strings.Contains(err.Error(), "line ") {
 			t.Errorf("%q: %+v, %v", s, got, err)
 		}
@@ -196,7 +199,8 @@ func TestSerialNumber(t *testing.T) {
 	b := chain(4096, map[int][2]int{0x100: {1, 0x140}, 0x140: {3, 0}})
 	binary.LittleEndian.PutUint32(b[0x144:], 0xff2a3b4c)
 	binary.LittleEndian.PutUint32(b[0x148:], 0x00001b21)
-	for size, want := range map[int]string{4096: "00-00-1b-21-ff-2a-3b-4c", 0x14c: "00-00-1b-21-ff-2a-3b-4c", 0x14b: "", 0x144: "", 64: ""} {
+	for size, want := range map[int]string{4096: "00-00-1b-21-ff-2a-3b-4c", 0x14c: "00-00-1b-21-ff-2a-3b-4c", 0x14b: "",
+		0x144: "", 64: ""} {
 		if got := serialNumber(bytes.NewReader(b[:size])); got != want {
 			t.Errorf("of %#x bytes: %q, want %q", size, got, want)
 		}
@@ -222,9 +226,12 @@ func FuzzConfig(f *testing.F) {
 
 func TestRemaps(t *testing.T) {
 	for chip, want := range map[string][2]bool{
-		"IO-APIC": {false, true}, "IR-IO-APIC": {true, true}, "IR-PCI-MSI": {true, true}, "IR-PCI-MSI-0000:00:01.0": {true, true},
-		"IR-PCI-MSIX-0000:00:02.0": {true, true}, "PCI-MSI": {false, false}, "PCI-MSI-0000:00:01.0": {false, false}, "XT-PIC": {false, false},
-		"DMAR-MSI": {false, false}, "IR-": {true, false}, "": {false, false}, "GICv3": {false, false}, "ITS-PCI-MSI": {true, true},
+		"IO-APIC": {false, true}, "IR-IO-APIC": {true, true}, "IR-PCI-MSI": {true, true},
+		"IR-PCI-MSI-0000:00:01.0":  {true, true},
+		"IR-PCI-MSIX-0000:00:02.0": {true, true}, "PCI-MSI": {false, false}, "PCI-MSI-0000:00:01.0": {false, false},
+		"XT-PIC":   {false, false},
+		"DMAR-MSI": {false, false}, "IR-": {true, false}, "": {false, false}, "GICv3": {false, false},
+		"ITS-PCI-MSI":              {true, true},
 		"ITS-PCI-MSI-0000:00:01.0": {true, true}, "GICv2m-PCI-MSI-0000:00:01.0": {false, true},
 	} {
 		on, known := remaps(chip)
@@ -241,7 +248,8 @@ func TestKindOf(t *testing.T) {
 		}
 	}
 	for name, want := range map[string]UnitKind{
-		"ivhd0": KindAMDVi, "dmar12": KindVTd, "smmu3.0x0000000009050000": KindSMMU, "smmu.0x5000000": KindSMMU, "virtio3": KindVirtio,
+		"ivhd0": KindAMDVi, "dmar12": KindVTd, "smmu3.0x0000000009050000": KindSMMU, "smmu.0x5000000": KindSMMU,
+		"virtio3":                  KindVirtio,
 		"riscv-iommu@0000:00:01.0": KindOther, "s390-iommu.00000000": KindOther, "": KindOther, "xivhd0": KindOther,
 	} {
 		if got := kindOf(name, "0000:00:00.2"); got != want {
@@ -252,14 +260,16 @@ func TestKindOf(t *testing.T) {
 
 func TestDeviceRoles(t *testing.T) {
 	for driver, want := range map[string]bool{
-		"": false, "pci-stub": false, "pcieport": false, "vfio-pci": false, "mlx5_vfio_pci": false, "xe-vfio-pci": false,
-		"igb": true, "nvme": true, "pciehp": true,
+		"": false, "pci-stub": false, "pcieport": false, "vfio-pci": false, "mlx5_vfio_pci": false,
+		"xe-vfio-pci": false,
+		"igb":         true, "nvme": true, "pciehp": true,
 	} {
 		if got := (&Device{Driver: driver, VFIO: IsVFIODriver(driver)}).Blocks(); got != want {
 			t.Errorf("%q blocks: %v", driver, got)
 		}
 	}
-	for class, want := range map[uint32]bool{0x060400: true, 0x060401: true, 0x060700: true, 0x060000: false, 0x060100: false, 0x020000: false, 0x060900: false} {
+	for class, want := range map[uint32]bool{0x060400: true, 0x060401: true, 0x060700: true, 0x060000: false,
+		0x060100: false, 0x020000: false, 0x060900: false} {
 		if got := (&Device{PCI: true, ID: ID{Class: class}}).IsBridge(); got != want {
 			t.Errorf("%06x is a bridge: %v", class, got)
 		}

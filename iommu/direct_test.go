@@ -48,20 +48,25 @@ func TestExclusion(t *testing.T) {
 
 // What the tables keep for devices that are not there is told all the same, with the devices as the table has them.
 func TestOtherRanges(t *testing.T) {
-	ivhd := hosttest.IVRSBlock("11 00", "0200 4000 0000f0fd00000000 0000 0000 00000000 fa4a25a2ef776524 0000000000000000 02100000")
+	ivhd := hosttest.IVRSBlock("11 00",
+		"0200 4000 0000f0fd00000000 0000 0000 00000000 fa4a25a2ef776524 0000000000000000 02100000")
 	for name, c := range map[string]struct {
 		table []byte
 		want  string
 	}{
 		"IVMD of one": {hosttest.ACPITable("IVRS", 2, "43302000 0000000000000000", ivhd,
-			hosttest.IVRSBlock("21 08", "07c4 0000 0000 000000000000 0000007600000000 0000020000000000")), "0000:c4:00.7"},
+			hosttest.IVRSBlock("21 08", "07c4 0000 0000 000000000000 0000007600000000 0000020000000000")),
+			"0000:c4:00.7"},
 		"IVMD of several": {hosttest.ACPITable("IVRS", 2, "43302000 0000000000000000", ivhd,
-			hosttest.IVRSBlock("22 07", "00c4 07c4 0100 000000000000 0000007600000000 0000020000000000")), "0001:c4:00.0 to 0001:c4:00.7"},
-		"RMRR": {hosttest.ACPITable("DMAR", 1, "2605 00000000000000000000", hosttest.DMARBlock(0, "01 00 0000 0020d9fe00000000"),
+			hosttest.IVRSBlock("22 07", "00c4 07c4 0100 000000000000 0000007600000000 0000020000000000")),
+			"0001:c4:00.0 to 0001:c4:00.7"},
+		"RMRR": {hosttest.ACPITable("DMAR", 1, "2605 00000000000000000000",
+			hosttest.DMARBlock(0, "01 00 0000 0020d9fe00000000"),
 			hosttest.DMARBlock(1, "0000 0000 00706c6e00000000 ffef6d6e00000000 0108000000001a00 020a00000000 1b00 0001")),
 			"0000:00:1a.0, all below 0000:00:1b.0/00.1"},
 	} {
-		h := firmwareHost(t, map[string][]byte{string(c.table[:4]): c.table}, hosttest.Tree{"sys/class/iommu/ivhd0": hosttest.Gone})
+		h := firmwareHost(t, map[string][]byte{string(c.table[:4]): c.table},
+			hosttest.Tree{"sys/class/iommu/ivhd0": hosttest.Gone})
 		all, _ := units(t, h)
 		got := OtherRanges(ReadFirmware(h), all)
 		if len(got) != 1 || got[0].Whose != c.want || len(got[0].Devices) > 0 {
@@ -100,7 +105,8 @@ func TestFeaturesTheFirmwareTakesAway(t *testing.T) {
 	} {
 		table := hosttest.ACPITable("IVRS", 2, "43302000 0000000000000000", hosttest.IVRSBlock("11 00",
 			"0200 4000 0000f0fd00000000 0000 0000 "+c.attributes+" fa4a25a2ef777524 0000000000000000 01000000"))
-		all, _ := units(t, firmwareHost(t, map[string][]byte{"IVRS": table}, hosttest.Tree{"sys/class/iommu/ivhd0": hosttest.Gone}))
+		all, _ := units(t, firmwareHost(t, map[string][]byte{"IVRS": table},
+			hosttest.Tree{"sys/class/iommu/ivhd0": hosttest.Gone}))
 		f := all[0].Features
 		if *f.HostTables != c.tracks || *f.DirtyTracking != c.tracks || *f.FiveLevels != c.tracks ||
 			(f.InputBits == nil) != (c.bits == 0) || f.InputBits != nil && *f.InputBits != c.bits {
@@ -116,7 +122,8 @@ func TestFeaturesTheFirmwareTakesAway(t *testing.T) {
 		"overridden":    {"03", "root=/dev/sda intremap=no_x2apic_optout", true},
 		"not asked for": {"01", "root=/dev/sda", true},
 	} {
-		table := hosttest.ACPITable("DMAR", 1, "26 "+c.flags+" 00000000000000000000", hosttest.DMARBlock(0, "01 00 0000 0010d9fe00000000"))
+		table := hosttest.ACPITable("DMAR", 1, "26 "+c.flags+" 00000000000000000000",
+			hosttest.DMARBlock(0, "01 00 0000 0010d9fe00000000"))
 		all, _ := units(t, firmwareHost(t, map[string][]byte{"DMAR": table}, hosttest.Tree{
 			"sys/class/iommu/ivhd0": hosttest.Gone, "proc/cmdline": c.line + "\n",
 			"sys/class/iommu/dmar0":                               "-> ../../devices/virtual/iommu/dmar0",

@@ -90,9 +90,11 @@ func TestCoverage(t *testing.T) {
 		},
 		"mappings": {
 			map[string][]byte{"IORT": hosttest.ACPITable("IORT", 3, "03000000 30000000 00000000",
-				hosttest.IORTNode(4, 4, 1, "0000050900000000 00000000 00000000 0000000000000000 00000000 00000000 00000000"+
-					" 00000000 00000000 00000000 00000000", "", 0),
-				hosttest.IORTNode(2, 3, 2, "01000000 00 0000 03 00000000 00000000 30 0000 00", "00030000 ff000000 00100000 30000000 00000000", 1),
+				hosttest.IORTNode(4, 4, 1,
+					"0000050900000000 00000000 00000000 0000000000000000 00000000 00000000 00000000"+
+						" 00000000 00000000 00000000 00000000", "", 0),
+				hosttest.IORTNode(2, 3, 2, "01000000 00 0000 03 00000000 00000000 30 0000 00",
+					"00030000 ff000000 00100000 30000000 00000000", 1),
 				hosttest.IORTNode(6, 3, 3, "01000000 01000000 1c000000 0000008000000000 0000100000000000 00000000",
 					"00000000 00000000 01100000 30000000 01000000", 1))},
 			[]string{"03:00.0 03:00.1"}, []string{"0x80000000-0x800fffff direct-relaxable RMR 0000:03:00.1/true"},
@@ -185,8 +187,10 @@ func TestUnits(t *testing.T) {
 	}
 	u := all[0]
 	f := u.Features
-	if u.Cap == nil || *f.InputBits != 39 || *f.PhysicalBits != 39 || !*f.InterruptRemapping || !*f.X2APIC || *f.PostedInterrupts ||
-		*f.DirtyTracking || *f.ATS || *f.Emulated || *f.FiveLevels || f.SNP != nil || !*f.SnoopControl || *f.PASIDBits != 0 {
+	if u.Cap == nil || *f.InputBits != 39 || *f.PhysicalBits != 39 || !*f.InterruptRemapping || !*f.X2APIC ||
+		*f.PostedInterrupts ||
+		*f.DirtyTracking || *f.ATS || *f.Emulated || *f.FiveLevels || f.SNP != nil || !*f.SnoopControl ||
+		*f.PASIDBits != 0 {
 		t.Errorf("features: %+v %v %v", f, u.Cap.Names(), u.ECap.Names())
 	}
 	if len(u.Windows) != 1 || u.Windows[0].Type != "msi" || short(u.Devices) != "03:00.0" {
@@ -218,7 +222,9 @@ func TestCheckFirmware(t *testing.T) {
 		"other devices": {ivrs("0200", "02ff1f00"), "cover none of this host's devices"},
 		"no IOMMU":      {dmar(hosttest.DMARBlock(2, "01 00 0000")), "it describes no IOMMU"},
 		"no address":    {dmar(hosttest.DMARBlock(0, "01 00 0000 0000000000000000")), "are at 0x0"},
-		"upside down":   {dmar(all, hosttest.DMARBlock(1, "0000 0000 00706c6e00000000 ff0f6c6e00000000 0108000000001400")), "from 0x6e6c7000 to 0x6e6c0fff"},
+		"upside down": {dmar(all,
+			hosttest.DMARBlock(1, "0000 0000 00706c6e00000000 ff0f6c6e00000000 0108000000001400")),
+			"from 0x6e6c7000 to 0x6e6c0fff"},
 	} {
 		h := firmwareHost(t, c.tables, nil)
 		topology, err := Scan(h)

@@ -25,7 +25,8 @@ func TestDecodeFunction(t *testing.T) {
 		Power:        &Power{SoftReset: true},
 		ARI:          &ARI{},
 		SRIOV: &SRIOVCapability{
-			Enabled: true, ARI: true, Initial: 8, Total: 8, VFs: 2, Offset: 128, Stride: 2, VFDevice: 0x10ca, PageSizes: 0x553,
+			Enabled: true, ARI: true, Initial: 8, Total: 8, VFs: 2, Offset: 128, Stride: 2, VFDevice: 0x10ca,
+			PageSizes: 0x553,
 		},
 	}
 	if !reflect.DeepEqual(*f, want) || !f.FLR() {
@@ -43,7 +44,8 @@ func TestDecodeFunction(t *testing.T) {
 			t.Fatalf("%d bytes: %+v", size, f)
 		}
 	}
-	if f, err := DecodeFunction(strings.NewReader(config[:0x100]), 0x100); err != nil || !f.ExtendedWhole || f.SRIOV != nil {
+	if f, err := DecodeFunction(strings.NewReader(config[:0x100]), 0x100); err != nil || !f.ExtendedWhole ||
+		f.SRIOV != nil {
 		t.Errorf("256 bytes of which the kernel reaches no more: %+v, %v", f, err)
 	}
 	if _, err := DecodeFunction(strings.NewReader(strings.Repeat("\xff", 4096)), 4096); err == nil {

@@ -72,8 +72,10 @@ func (p part) config() string {
 
 func (p part) id() ID {
 	id := ID{Vendor: 0x1234, Device: 1, Class: p.class}
-	_, _ = fmt.Sscanf(strings.ReplaceAll(p.ids, ":", " "), "%x %x %x %x", &id.Vendor, &id.Device, &id.Subvendor, &id.Subdevice)
-	if id.Class == 0 && (p.kind == RootPort || p.kind == UpstreamPort || p.kind == DownstreamPort || p.kind == PCIeToPCIBridge) {
+	_, _ = fmt.Sscanf(strings.ReplaceAll(p.ids, ":", " "), "%x %x %x %x", &id.Vendor, &id.Device, &id.Subvendor,
+		&id.Subdevice)
+	if id.Class == 0 && (p.kind == RootPort || p.kind == UpstreamPort || p.kind == DownstreamPort ||
+		p.kind == PCIeToPCIBridge) {
 		id.Class = 0x060400
 	}
 	return id
@@ -170,7 +172,8 @@ func TestGroups(t *testing.T) {
 			"00:01.0, 01:00.0",
 		},
 		"two functions without ACS": {
-			[]part{{path: port, kind: RootPort, acs: on}, {path: port + "/0000:01:00.0", many: true}, {path: port + "/0000:01:00.1"}},
+			[]part{{path: port, kind: RootPort, acs: on}, {path: port + "/0000:01:00.0", many: true},
+				{path: port + "/0000:01:00.1"}},
 			"00:01.0, 01:00.0 01:00.1",
 		},
 		"two functions with ACS": {
@@ -233,13 +236,15 @@ func TestGroups(t *testing.T) {
 		"conventional PCI behind a bridge": {
 			[]part{
 				{path: port, kind: RootPort, acs: on}, {path: port + "/0000:01:00.0", kind: PCIeToPCIBridge},
-				{path: port + "/0000:01:00.0/0000:02:01.0", kind: none}, {path: port + "/0000:01:00.0/0000:02:02.0", kind: none},
+				{path: port + "/0000:01:00.0/0000:02:01.0", kind: none},
+				{path: port + "/0000:01:00.0/0000:02:02.0", kind: none},
 			},
 			"00:01.0, 01:00.0 02:01.0 02:02.0",
 		},
 		"the functions of the chipset": {
 			[]part{
-				{path: "0000:00:1f.0", kind: none, many: true, class: 0x060100}, {path: "0000:00:1f.3", kind: none, class: 0x0c0500},
+				{path: "0000:00:1f.0", kind: none, many: true, class: 0x060100},
+				{path: "0000:00:1f.3", kind: none, class: 0x0c0500},
 				{path: "0000:00:1e.0", kind: none},
 			},
 			"00:1e.0, 00:1f.0 00:1f.3",
@@ -253,7 +258,8 @@ func TestGroups(t *testing.T) {
 		},
 		"a disk behind VMD": {
 			[]part{
-				{path: "0000:00:0e.0", kind: IntegratedEndpoint}, {path: "0000:00:0e.0/pci10000:00/10000:00:01.0", kind: RootPort, acs: on},
+				{path: "0000:00:0e.0", kind: IntegratedEndpoint},
+				{path: "0000:00:0e.0/pci10000:00/10000:00:01.0", kind: RootPort, acs: on},
 				{path: "0000:00:0e.0/pci10000:00/10000:00:01.0/10000:01:00.0"},
 			},
 			"00:0e.0 10000:00:01.0 10000:01:00.0",
@@ -267,22 +273,27 @@ func TestGroups(t *testing.T) {
 		},
 		"a maker whose other cards are not": {
 			[]part{
-				{path: port, kind: RootPort, acs: on}, {path: port + "/0000:01:00.0", many: true, acs: "c/c", ids: "8088:9999"},
-				{path: port + "/0000:01:00.1", acs: "c/c", ids: "8088:9999"}, {path: port + "/0000:01:00.2", ids: "8088:1001"},
+				{path: port, kind: RootPort, acs: on}, {path: port + "/0000:01:00.0", many: true, acs: "c/c",
+					ids: "8088:9999"},
+				{path: port + "/0000:01:00.1", acs: "c/c", ids: "8088:9999"},
+				{path: port + "/0000:01:00.2", ids: "8088:1001"},
 			},
 			"00:01.0, 01:00.0 01:00.1, 01:00.2",
 		},
 		"a port of Intel's chipset whose switch is on, and one whose is not": {
 			[]part{
-				{path: port, kind: RootPort, ids: "8086:1c10", bytes: map[int]uint32{0xd8: 1 << 26}}, {path: port + "/0000:01:00.0"},
+				{path: port, kind: RootPort, ids: "8086:1c10", bytes: map[int]uint32{0xd8: 1 << 26}},
+				{path: port + "/0000:01:00.0"},
 				{path: "0000:00:02.0", kind: RootPort, ids: "8086:1c10"}, {path: "0000:00:02.0/0000:02:00.0"},
 			},
 			"00:01.0, 00:02.0 02:00.0, 01:00.0",
 		},
 		"ACS in dwords": {
 			[]part{
-				{path: port, kind: RootPort, ids: "8086:a110", acs: "f/0", bytes: map[int]uint32{0x108: 0xf}}, {path: port + "/0000:01:00.0"},
-				{path: "0000:00:02.0", kind: RootPort, ids: "8086:a110", acs: "f/f"}, {path: "0000:00:02.0/0000:02:00.0"},
+				{path: port, kind: RootPort, ids: "8086:a110", acs: "f/0", bytes: map[int]uint32{0x108: 0xf}},
+				{path: port + "/0000:01:00.0"},
+				{path: "0000:00:02.0", kind: RootPort, ids: "8086:a110", acs: "f/f"},
+				{path: "0000:00:02.0/0000:02:00.0"},
 			},
 			"00:01.0, 00:02.0 02:00.0, 01:00.0",
 		},
@@ -294,23 +305,27 @@ func TestGroups(t *testing.T) {
 			"00:01.0, 00:02.0 02:00.0, 01:00.0",
 		},
 		"part of an Intel processor": {
-			[]part{{path: "0000:00:02.0", kind: IntegratedEndpoint, many: true, ids: "8086:4680"}, {path: "0000:00:02.1", kind: IntegratedEndpoint, ids: "8086:4681"}},
+			[]part{{path: "0000:00:02.0", kind: IntegratedEndpoint, many: true, ids: "8086:4680"},
+				{path: "0000:00:02.1", kind: IntegratedEndpoint, ids: "8086:4681"}},
 			"00:02.0, 00:02.1",
 		},
 		"part of another's": {
-			[]part{{path: "0000:00:02.0", kind: IntegratedEndpoint, many: true}, {path: "0000:00:02.1", kind: IntegratedEndpoint}},
+			[]part{{path: "0000:00:02.0", kind: IntegratedEndpoint, many: true},
+				{path: "0000:00:02.1", kind: IntegratedEndpoint}},
 			"00:02.0 00:02.1",
 		},
 		"DMA as function 1": {
 			[]part{
-				{path: port, kind: RootPort, acs: on}, {path: port + "/0000:01:00.0", ids: "1b4b:9123", many: true, acs: "c/c"},
+				{path: port, kind: RootPort, acs: on}, {path: port + "/0000:01:00.0", ids: "1b4b:9123", many: true,
+					acs: "c/c"},
 				{path: port + "/0000:01:00.1", acs: "c/c"}, {path: port + "/0000:01:00.2", acs: "c/c"},
 			},
 			"00:01.0, 01:00.0 01:00.1, 01:00.2",
 		},
 		"DMA as another device": {
 			[]part{
-				{path: "0000:00:0e.0", kind: none, ids: "9005:0285:9005:02bb"}, {path: "0000:00:01.0", kind: none}, {path: "0000:00:02.0", kind: none},
+				{path: "0000:00:0e.0", kind: none, ids: "9005:0285:9005:02bb"}, {path: "0000:00:01.0", kind: none},
+				{path: "0000:00:02.0", kind: none},
 			},
 			"00:01.0 00:0e.0, 00:02.0",
 		},
@@ -324,12 +339,14 @@ func TestGroups(t *testing.T) {
 		"a switch whose source validation is broken": {
 			[]part{
 				{path: port, kind: RootPort, ids: "111d:8090", acs: "1d/1c"}, {path: port + "/0000:01:00.0"},
-				{path: "0000:00:02.0", kind: RootPort, ids: "111d:8090", acs: "1d/18"}, {path: "0000:00:02.0/0000:02:00.0"},
+				{path: "0000:00:02.0", kind: RootPort, ids: "111d:8090", acs: "1d/18"},
+				{path: "0000:00:02.0/0000:02:00.0"},
 			},
 			"00:01.0, 00:02.0 02:00.0, 01:00.0",
 		},
 		"an event collector": {
-			[]part{{path: "0000:00:03.0", kind: IntegratedEndpoint, many: true}, {path: "0000:00:03.1", kind: EventCollector}},
+			[]part{{path: "0000:00:03.0", kind: IntegratedEndpoint, many: true},
+				{path: "0000:00:03.1", kind: EventCollector}},
 			"00:03.0 00:03.1",
 		},
 	} {
@@ -354,13 +371,14 @@ func TestFirmwareAliases(t *testing.T) {
 	}
 	const alone = "00:01.0, 00:02.0, 00:03.0, 00:04.0, 01:00.0"
 	for name, c := range map[string]struct{ entries, want string }{
-		"none":            {"03080000" + "04ffff00", alone},
-		"one":             {"42180000" + "00080000", "00:01.0 00:03.0, 00:02.0, 00:04.0, 01:00.0"},
-		"of another bus":  {"42000100" + "00100000", alone},
-		"a range":         {"43080000" + "00180000" + "04170000", "00:01.0 00:02.0 00:03.0, 00:04.0, 01:00.0"},
-		"an ended range":  {"43080000" + "00180000" + "03080000" + "04170000", alone},
-		"itself":          {"42080000" + "00080000", alone},
-		"the last of two": {"42180000" + "00080000" + "42180000" + "00100000", "00:01.0, 00:02.0 00:03.0, 00:04.0, 01:00.0"},
+		"none":           {"03080000" + "04ffff00", alone},
+		"one":            {"42180000" + "00080000", "00:01.0 00:03.0, 00:02.0, 00:04.0, 01:00.0"},
+		"of another bus": {"42000100" + "00100000", alone},
+		"a range":        {"43080000" + "00180000" + "04170000", "00:01.0 00:02.0 00:03.0, 00:04.0, 01:00.0"},
+		"an ended range": {"43080000" + "00180000" + "03080000" + "04170000", alone},
+		"itself":         {"42080000" + "00080000", alone},
+		"the last of two": {"42180000" + "00080000" + "42180000" + "00100000",
+			"00:01.0, 00:02.0 00:03.0, 00:04.0, 01:00.0"},
 	} {
 		host := tree(parts)
 		host["sys/firmware/acpi/tables/IVRS"] = ivrsOf(c.entries)
@@ -378,7 +396,8 @@ func TestFirmwareAliases(t *testing.T) {
 // AMD's chipset isolates where there is an IVRS table.
 func TestSouthbridge(t *testing.T) {
 	parts := []part{
-		{path: "0000:00:14.0", kind: none, many: true, ids: "1002:4385"}, {path: "0000:00:14.2", kind: none, ids: "1002:4383"},
+		{path: "0000:00:14.0", kind: none, many: true, ids: "1002:4385"},
+		{path: "0000:00:14.2", kind: none, ids: "1002:4383"},
 		{path: "0000:00:14.5", kind: none, ids: "1022:1234"},
 	}
 	for ivrs, want := range map[bool]string{false: "00:14.0 00:14.2 00:14.5", true: "00:14.0, 00:14.2, 00:14.5"} {
@@ -442,14 +461,16 @@ func TestGroupsOfLab(t *testing.T) {
 		want := top.Groups[i].Devices
 		for j := range want {
 			c := g.Of(want[j].Address)
-			if !c.Known || !slices.EqualFunc(c.Members, want, func(a Address, d Device) bool { return a == d.Address }) {
+			if !c.Known || !slices.EqualFunc(c.Members, want,
+				func(a Address, d Device) bool { return a == d.Address }) {
 				t.Errorf("group %d, by %s: %v, known %v", top.Groups[i].ID, want[j].Name, c.Members, c.Known)
 			}
 		}
 	}
 
 	for name := range host {
-		if path.Base(name) == "config" && !strings.Contains(name, "0000:00:05.0/config") && !strings.Contains(name, "0000:01:00.0/config") {
+		if path.Base(name) == "config" && !strings.Contains(name, "0000:00:05.0/config") &&
+			!strings.Contains(name, "0000:01:00.0/config") {
 			host[name] = host[name][:64]
 		}
 	}
@@ -470,7 +491,8 @@ func TestGroupsOfLab(t *testing.T) {
 func TestMissing(t *testing.T) {
 	const dir = "sys/devices/pci0000:00/0000:00:01.0/0000:01:00.0"
 	parts := []part{
-		{path: port, kind: RootPort, acs: on}, {path: port + "/0000:01:00.0", many: true}, {path: port + "/0000:01:00.1"},
+		{path: port, kind: RootPort, acs: on}, {path: port + "/0000:01:00.0", many: true},
+		{path: port + "/0000:01:00.1"},
 	}
 
 	const table = "the firmware's IVRS table, by which devices do DMA as others, "
@@ -479,12 +501,17 @@ func TestMissing(t *testing.T) {
 		more  hosttest.Tree
 		want  []string
 	}{
-		"nothing":           {parts, nil, nil},
-		"config space":      {parts, hosttest.Tree{dir + "/config": hosttest.Gone}, []string{"config space of 0000:01:00.0 is not there, or was not captured"}},
-		"part of it":        {parts, hosttest.Tree{dir + "/config": parts[1].config()[:64]}, []string{"config space of 0000:01:00.0 could be read only in part (that takes root)"}},
-		"no table":          {parts, hosttest.Tree{"sys/class/iommu/ivhd0/x": ""}, []string{table + "is not there, or was not captured"}},
-		"a table cut short": {parts, hosttest.Tree{"sys/firmware/acpi/tables/IVRS": "IVRS"}, []string{table + "cannot be read: "}},
-		"a device's memory": {append(parts[:2:2], part{path: port + "/0000:01:00.1", ids: "11f8:4000", class: 0x068000}), nil,
+		"nothing": {parts, nil, nil},
+		"config space": {parts, hosttest.Tree{dir + "/config": hosttest.Gone},
+			[]string{"config space of 0000:01:00.0 is not there, or was not captured"}},
+		"part of it": {parts, hosttest.Tree{dir + "/config": parts[1].config()[:64]},
+			[]string{"config space of 0000:01:00.0 could be read only in part (that takes root)"}},
+		"no table": {parts, hosttest.Tree{"sys/class/iommu/ivhd0/x": ""},
+			[]string{table + "is not there, or was not captured"}},
+		"a table cut short": {parts, hosttest.Tree{"sys/firmware/acpi/tables/IVRS": "IVRS"},
+			[]string{table + "cannot be read: "}},
+		"a device's memory": {append(parts[:2:2], part{path: port + "/0000:01:00.1", ids: "11f8:4000",
+			class: 0x068000}), nil,
 			[]string{"as which functions 0000:01:00.1 does DMA stands in its own memory alone"}},
 	} {
 		h, _ := openTree(t, tree(c.parts).With(c.more))

@@ -13,7 +13,8 @@ func TestKernelLog(t *testing.T) {
 	k := hosttest.NewKernel(t, hosttest.Tree{})
 	live := &Host{Host: k.Host()}
 	old := "vfio-pci 0000:02:10.0: enabling device"
-	snapshot := &Host{Host: hosttest.Tree{kernelLines: old + "\n[   12.500000] DMAR: IOMMU enabled\n[drm] 0000:03:00.0 is it\n"}.Host(t)}
+	snapshot := &Host{Host: hosttest.Tree{kernelLines: old +
+		"\n[   12.500000] DMAR: IOMMU enabled\n[drm] 0000:03:00.0 is it\n"}.Host(t)}
 	want := []LogLine{{old, -1}, {"DMAR: IOMMU enabled", 12500 * time.Millisecond}, {"[drm] 0000:03:00.0 is it", -1}}
 	if got := KernelLog(snapshot); !reflect.DeepEqual(got, want) {
 		t.Errorf("%v, want %v", got, want)

@@ -56,11 +56,15 @@ func TestPermanentMAC(t *testing.T) {
 			nicsTree(bonded(""), bonded("")).With(bond), map[string]string{one: "0000:00:01.0", two: "0000:00:02.0"},
 		},
 		"a bond that says nothing": {nicsTree(bonded("3"), bonded("")), map[string]string{one: "", two: ""}},
-		"its own":                  {nicsTree(map[string]string{"address": one + "\n", "addr_assign_type": "0\n"}), map[string]string{one: "0000:00:01.0"}},
-		"not said":                 {nicsTree(map[string]string{"address": one + "\n"}), map[string]string{one: "0000:00:01.0"}},
-		"random":                   {nicsTree(map[string]string{"address": one + "\n", "addr_assign_type": "1\n"}), map[string]string{one: ""}},
+		"its own": {nicsTree(map[string]string{"address": one + "\n", "addr_assign_type": "0\n"}),
+			map[string]string{one: "0000:00:01.0"}},
+		"not said": {nicsTree(map[string]string{"address": one + "\n"}),
+			map[string]string{one: "0000:00:01.0"}},
+		"random": {nicsTree(map[string]string{"address": one + "\n", "addr_assign_type": "1\n"}),
+			map[string]string{one: ""}},
 		"set": {
-			nicsTree(map[string]string{"address": three + "\n", "addr_assign_type": "3\n"}), map[string]string{three: ""},
+			nicsTree(map[string]string{"address": three + "\n", "addr_assign_type": "3\n"}),
+			map[string]string{three: ""},
 		},
 	} {
 		for kind, h := range c.tree.Hosts(t) {
@@ -88,7 +92,8 @@ func TestCapturedMAC(t *testing.T) {
 	const own, shared = "52:54:00:00:00:02", "52:54:00:00:00:99"
 	k := hosttest.NewLab(t, nil)
 	k.Net.Permanent = map[string]string{"enp2s0": own}
-	if err := os.WriteFile(filepath.Join(k.Dir(), "sys/class/net/enp2s0/address"), []byte(shared+"\n"), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(k.Dir(), "sys/class/net/enp2s0/address"), []byte(shared+"\n"),
+		0o600); err != nil {
 		t.Fatal(err)
 	}
 
@@ -168,10 +173,12 @@ func TestRecordedMAC(t *testing.T) {
 func TestOnlyPFs(t *testing.T) {
 	pf := Address{Bus: 1}
 	vf := func(n uint8) Device {
-		return Device{Name: "vf", PCI: true, Address: Address{Bus: 1, Device: n}, ID: ID{Vendor: 0x8086, Device: 0x46d1}, PhysFn: &pf}
+		return Device{Name: "vf", PCI: true, Address: Address{Bus: 1, Device: n},
+			ID: ID{Vendor: 0x8086, Device: 0x46d1}, PhysFn: &pf}
 	}
 	all := []Device{
-		vf(1), {Name: "pf", PCI: true, Address: pf, ID: ID{Vendor: 0x8086, Device: 0x46d1}, SRIOV: &SRIOV{Total: 7}}, vf(2),
+		vf(1), {Name: "pf", PCI: true, Address: pf, ID: ID{Vendor: 0x8086, Device: 0x46d1}, SRIOV: &SRIOV{Total: 7}},
+		vf(2),
 	}
 	sel, err := ParseSelector("8086:46d1")
 	if err != nil {

@@ -40,21 +40,26 @@ func (memoryFile) Close() error { return nil }
 func inMemory(b []byte) memoryFile { return memoryFile{bytes.NewReader(b)} }
 
 func TestIDs(t *testing.T) {
-	for _, text := range []string{ids, strings.TrimSuffix(ids[:strings.Index(ids, "\nC 02")], "\n"), strings.ReplaceAll(ids, "\n", "\r\n")} {
+	for _, text := range []string{ids, strings.TrimSuffix(ids[:strings.Index(ids, "\nC 02")], "\n"),
+		strings.ReplaceAll(ids, "\n", "\r\n")} {
 		h := hostOf(t, hosttest.Tree{"usr/share/misc/pci.ids": text})
 		n := OpenNames(h)
 		for range 2 { // the second time from memory
 			for key, want := range map[[2]uint16]string{
-				{0x0001, 0x0002}: "First device", {0x0001, 0x0003}: "Third device", {0x0001, 0x0004}: "", {0x0001, 0x8086}: "",
-				{0x8086, 0x10c9}: "82576 Gigabit Network Connection", {0x8086, 0x10ca}: "82576 Virtual Function", {0x8086, 0x0002}: "",
-				{0x10c9, 0x10ca}: "", {0xffff, 0xfffe}: "Last device", {0xffff, 0x0000}: "", {0x1234, 0x0002}: "", {0x8085, 0x10c9}: "", {0x0000, 0x0002}: "", {0x0000, 0x0000}: "",
+				{0x0001, 0x0002}: "First device", {0x0001, 0x0003}: "Third device", {0x0001, 0x0004}: "",
+				{0x0001, 0x8086}: "",
+				{0x8086, 0x10c9}: "82576 Gigabit Network Connection", {0x8086, 0x10ca}: "82576 Virtual Function",
+				{0x8086, 0x0002}: "",
+				{0x10c9, 0x10ca}: "", {0xffff, 0xfffe}: "Last device", {0xffff, 0x0000}: "", {0x1234, 0x0002}: "",
+				{0x8085, 0x10c9}: "", {0x0000, 0x0002}: "", {0x0000, 0x0000}: "",
 			} {
 				if got := n.Device(key[0], key[1]); got != want {
 					t.Errorf("%04x: %q, want %q", key, got, want)
 				}
 			}
 		}
-		for vendor, want := range map[uint16]string{1: "First Vendor", 0x8086: "Intel Corporation", 0x10c9: "Vendor by that number", 0xffff: "Last Vendor", 2: "", 0x10ca: "", 0xc: ""} {
+		for vendor, want := range map[uint16]string{1: "First Vendor", 0x8086: "Intel Corporation",
+			0x10c9: "Vendor by that number", 0xffff: "Last Vendor", 2: "", 0x10ca: "", 0xc: ""} {
 			if got := n.Vendor(vendor); got != want {
 				t.Errorf("vendor %04x: %q, want %q", vendor, got, want)
 			}
@@ -63,7 +68,8 @@ func TestIDs(t *testing.T) {
 }
 
 func TestNoNames(t *testing.T) {
-	for what, n := range map[string]*Names{"zero value": {}, "host without": OpenNames(hostOf(t, hosttest.Tree{"sys/": ""}))} {
+	for what, n := range map[string]*Names{"zero value": {},
+		"host without": OpenNames(hostOf(t, hosttest.Tree{"sys/": ""}))} {
 		if d, v := n.Device(0x8086, 0x10c9), n.Vendor(0x8086); d != "" || v != "" {
 			t.Errorf("%s: %q, %q", what, d, v)
 		}
@@ -147,7 +153,8 @@ func smallHWDB() []byte {
 
 func TestHWDB(t *testing.T) {
 	b := smallHWDB()
-	for key, want := range map[[2]uint16]string{{0x8086, 0x10c9}: "PF", {0x8086, 0x10ca}: "VF", {0x8086, 0x10cb}: "", {0x8086, 0x20c9}: "", {0x1af4, 0x1000}: "", {0x1111, 0}: ""} {
+	for key, want := range map[[2]uint16]string{{0x8086, 0x10c9}: "PF", {0x8086, 0x10ca}: "VF", {0x8086, 0x10cb}: "",
+		{0x8086, 0x20c9}: "", {0x1af4, 0x1000}: "", {0x1111, 0}: ""} {
 		if got := hwdbLookup(inMemory(b), fmt.Sprintf("pci:v0000%04Xd0000%04X", key[0], key[1]), model); got != want {
 			t.Errorf("%04x: %q, want %q", key, got, want)
 		}

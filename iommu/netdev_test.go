@@ -55,7 +55,8 @@ func TestOwnInterfaces(t *testing.T) {
 			t.Fatal(err)
 		}
 		d := topology.Ungrouped[0]
-		if !slices.Equal(d.Netdevs, []string{"b-own"}) || !slices.Equal(slices.Sorted(slices.Values(d.Ports)), []string{"a-rep", "c-sf", "d-usb", "e-sfrep"}) {
+		if !slices.Equal(d.Netdevs, []string{"b-own"}) || !slices.Equal(slices.Sorted(slices.Values(d.Ports)),
+			[]string{"a-rep", "c-sf", "d-usb", "e-sfrep"}) {
 			t.Errorf("%s: own %v, ports %v", kind, d.Netdevs, d.Ports)
 		}
 	}
@@ -98,7 +99,8 @@ func TestAlternativeNames(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for name, want := range map[string]string{"uplink0": "0000:01:00.0", long: "0000:01:00.0", "enp1s0": "0000:01:00.0", "uplink1": ""} {
+		for name, want := range map[string]string{"uplink0": "0000:01:00.0", long: "0000:01:00.0",
+			"enp1s0": "0000:01:00.0", "uplink1": ""} {
 			sel, err := ParseSelector(name)
 			if err != nil {
 				t.Fatal(err)

@@ -16,7 +16,8 @@ func TestRedacted(t *testing.T) {
 	const mac, serial = "52:54:00:00:00:02", "01-02-03-04-05-06-07-08"
 	tree := join(rich(), hosttest.Tree{
 		"proc/cmdline": "BOOT_IMAGE=/vmlinuz root=UUID=secret intel_iommu=on vfio-pci.ids=10de:1b80 password=hunter2\n",
-		"etc/viaduct/host.yaml": "# Alice's host\npfs:\n  - {select: \"mac=" + strings.ToUpper(mac) + "\", count: 2}\n" +
+		"etc/viaduct/host.yaml": "# Alice's host\npfs:\n  - {select: \"mac=" + strings.ToUpper(mac) +
+			"\", count: 2}\n" +
 			"devices:\n  - select: serial=" + serial + "\n",
 		"var/lib/viaduct/log.jsonl":                        `{"user":"alice"}` + "\n",
 		"var/lib/viaduct/known-serial=" + serial + ".json": `{"serial":"` + serial + `","macs":["` + mac + `"]}` + "\n",

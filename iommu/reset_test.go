@@ -27,12 +27,16 @@ func TestResetOf(t *testing.T) {
 		with  string
 		words string
 	}{
-		{"its own", one, hosttest.Tree{"reset": "", "reset_method": "flr bus\n"}, iommu.ResetFunction, "", "by itself: flr bus"},
+		{"its own", one, hosttest.Tree{"reset": "", "reset_method": "flr bus\n"}, iommu.ResetFunction, "",
+			"by itself: flr bus"},
 		{"before Linux 5.15", one, hosttest.Tree{"reset": ""}, iommu.ResetFunction, "", "a kernel older than 5.15"},
-		{"said to be by its bus", one, hosttest.Tree{"reset": "", "reset_method": "bus\n"}, iommu.ResetBus, "0000:02:00.1",
+		{"said to be by its bus", one, hosttest.Tree{"reset": "", "reset_method": "bus\n"}, iommu.ResetBus,
+			"0000:02:00.1",
 			"only together with 0000:02:00.1"},
-		{"by its bus", single, hosttest.Tree{"reset": "", "reset_method": "bus\n"}, iommu.ResetFunction, "", "by itself: bus"},
-		{"methods turned off", single, hosttest.Tree{"reset": "", "reset_method": "\n"}, iommu.ResetBus, "", "which has nothing else on it"},
+		{"by its bus", single, hosttest.Tree{"reset": "", "reset_method": "bus\n"}, iommu.ResetFunction, "",
+			"by itself: bus"},
+		{"methods turned off", single, hosttest.Tree{"reset": "", "reset_method": "\n"}, iommu.ResetBus, "",
+			"which has nothing else on it"},
 		{"none, alone on its bus", single, without, iommu.ResetBus, "", "which has nothing else on it"},
 		{"none, with another", two, without, iommu.ResetBus, "0000:02:00.0", "only together with"},
 		{"none, on a root bus", root, without, iommu.ResetNone, "", "not at all"},
@@ -66,13 +70,15 @@ func TestResetOf(t *testing.T) {
 		for _, o := range got.With {
 			with = append(with, o.Name)
 		}
-		if err != nil || got.Way != c.way || strings.Join(with, " ") != c.with || !strings.Contains(got.String(), c.words) {
+		if err != nil || got.Way != c.way || strings.Join(with, " ") != c.with ||
+			!strings.Contains(got.String(), c.words) {
 			t.Errorf("%s: %q with %q: %s, %v", c.name, got.Way, with, got, err)
 		}
 
 		nobody := got.Problem(func(*iommu.Device) bool { return false })
 		everybody := got.Problem(func(*iommu.Device) bool { return true })
-		if (nobody == "") != (c.way != iommu.ResetNone && c.with == "") || (everybody == "") != (c.way != iommu.ResetNone) {
+		if (nobody == "") != (c.way != iommu.ResetNone && c.with == "") ||
+			(everybody == "") != (c.way != iommu.ResetNone) {
 			t.Errorf("%s: the problem is %q, and for who has all %q", c.name, nobody, everybody)
 		}
 	}

@@ -66,7 +66,8 @@ func TestChildren(t *testing.T) {
 	if got := names(g.Endpoints()); len(got) != 1 || got[0] != "0000:00:0e.0" {
 		t.Errorf("endpoints %q", got)
 	}
-	if got := names(g.Children()); len(got) != 1 || got[0] != "10000:e1:00.0" || g.Children()[0].Parent.String() != "0000:00:0e.0" {
+	if got := names(g.Children()); len(got) != 1 || got[0] != "10000:e1:00.0" ||
+		g.Children()[0].Parent.String() != "0000:00:0e.0" {
 		t.Errorf("children %q", got)
 	}
 

@@ -63,32 +63,40 @@ func rich() hosttest.Tree {
 	const pf = port + "/0000:01:00.0"
 	return join(
 		pci(port, bridge, hosttest.Tree{
-			"driver": "-> ../../../bus/pci/drivers/pcieport", "iommu_group": "-> ../../../kernel/iommu_groups/1", "class": "0x060400\n",
+			"driver": "-> ../../../bus/pci/drivers/pcieport", "iommu_group": "-> ../../../kernel/iommu_groups/1",
+			"class":                          "0x060400\n",
 			"0000:00:01.0:pcie001/subsystem": "-> ../../../../bus/pci_express",
 		}),
 		pci(pf, nic, hosttest.Tree{
-			"driver": "-> ../../../../bus/pci/drivers/igb", "iommu_group": "-> ../../../../kernel/iommu_groups/11", "iommu": "-> ../../../virtual/iommu/ivhd0",
-			"numa_node": "1\n", "driver_override": "(null)\n", "revision": "0x01\n", "power_state": "D0\n", "reset_method": "flr bus\n", "reset": "\n",
-			"boot_vga": "0\n", "current_link_speed": "8.0 GT/s PCIe\n", "max_link_speed": "16.0 GT/s PCIe\n", "current_link_width": "4\n", "max_link_width": "8\n",
+			"driver": "-> ../../../../bus/pci/drivers/igb", "iommu_group": "-> ../../../../kernel/iommu_groups/11",
+			"iommu":     "-> ../../../virtual/iommu/ivhd0",
+			"numa_node": "1\n", "driver_override": "(null)\n", "revision": "0x01\n", "power_state": "D0\n",
+			"reset_method": "flr bus\n", "reset": "\n",
+			"boot_vga": "0\n", "current_link_speed": "8.0 GT/s PCIe\n", "max_link_speed": "16.0 GT/s PCIe\n",
+			"current_link_width": "4\n", "max_link_width": "8\n",
 			"resource":       "0x00000000fe800000 0x00000000fe81ffff 0x0000000000040200\n",
-			"sriov_totalvfs": "7\n", "sriov_offset": "128\n", "sriov_stride": "2\n", "sriov_vf_device": "10ca\n", "sriov_drivers_autoprobe": "1\n", "sriov_vf_total_msix": "0\n",
+			"sriov_totalvfs": "7\n", "sriov_offset": "128\n", "sriov_stride": "2\n", "sriov_vf_device": "10ca\n",
+			"sriov_drivers_autoprobe": "1\n", "sriov_vf_total_msix": "0\n",
 			"virtfn0": "-> ../0000:01:10.0", "virtfn1": "-> ../0000:01:10.2",
 			"net/eth0/address": "52:54:00:00:00:01\n", "net/eth0/subsystem": "-> ../../../../../../class/net",
 			"net/eth0b/address": "52:54:00:00:00:02\n", "net/eth0b/subsystem": "-> ../../../../../../class/net",
 			"config": string(configWithSerial()),
 		}),
 		pci(port+"/0000:01:10.0", vf, hosttest.Tree{
-			"driver": "-> ../../../../bus/pci/drivers/vfio-pci", "driver_override": "vfio-pci\n", "physfn": "-> ../0000:01:00.0",
+			"driver": "-> ../../../../bus/pci/drivers/vfio-pci", "driver_override": "vfio-pci\n",
+			"physfn":      "-> ../0000:01:00.0",
 			"iommu_group": "-> ../../../../kernel/iommu_groups/2", "vfio-dev/vfio0/dev": "511:0\n",
 		}),
 		pci(port+"/0000:01:10.2", vf, hosttest.Tree{"physfn": "-> ../0000:01:00.0"}),
 		pci("pci0000:00/0000:00:03.0", virtio, hosttest.Tree{
 			"driver": "-> ../../../bus/pci/drivers/virtio-pci", "virtio0/subsystem": "-> ../../../../bus/virtio",
-			"virtio0/net/ens3/address": "52:54:00:00:00:03\n", "virtio0/net/ens3/subsystem": "-> ../../../../../../class/net",
+			"virtio0/net/ens3/address":   "52:54:00:00:00:03\n",
+			"virtio0/net/ens3/subsystem": "-> ../../../../../../class/net",
 		}),
 		pci("pci10000:e0/10000:e1:00.0", nvme, hosttest.Tree{
 			"driver": "-> ../../../bus/pci/drivers/nvme", "iommu_group": "-> ../../../kernel/iommu_groups/40",
-			"nvme/nvme0/subsystem": "-> ../../../../../class/nvme", "nvme/nvme0/nvme0n1/subsystem": "-> ../../../../../../class/block", "nvme/nvme0/nvme0n1/size": "8\n",
+			"nvme/nvme0/subsystem":         "-> ../../../../../class/nvme",
+			"nvme/nvme0/nvme0n1/subsystem": "-> ../../../../../../class/block", "nvme/nvme0/nvme0n1/size": "8\n",
 		}),
 		hosttest.Tree{
 			"sys/class/net/eth0":            "-> ../../devices/" + pf + "/net/eth0",
@@ -102,7 +110,8 @@ func rich() hosttest.Tree {
 			"sys/devices/virtual/iommu/ivhd0/amd-iommu/features": "25bf732fa2295afe:53f\n",
 			"sys/devices/virtual/iommu/dmar1/intel-iommu/cap":    "d2008c40660462\n",
 
-			"sys/kernel/irq/1/chip_name": "-\n", "sys/kernel/irq/10/chip_name": "IR-IO-APIC\n", "sys/kernel/irq/2/chip_name": "IO-APIC\n",
+			"sys/kernel/irq/1/chip_name": "-\n", "sys/kernel/irq/10/chip_name": "IR-IO-APIC\n",
+			"sys/kernel/irq/2/chip_name": "IO-APIC\n",
 
 			"sys/kernel/iommu_groups/1/type":                                                    "DMA\n",
 			"sys/kernel/iommu_groups/1/devices/0000:00:01.0":                                    "-> ../../../../devices/" + port,
@@ -152,7 +161,8 @@ func richTopology(t testing.TB) *Topology {
 		InterruptRemapping: new(true),
 		Groups: []Group{
 			{ID: 1, Type: "DMA", Devices: []Device{port}}, {ID: 2, Type: "identity", Devices: []Device{vf0}},
-			{ID: 11, Devices: []Device{pf}}, {ID: 30}, {ID: 40, Type: "DMA-FQ", Devices: []Device{disk, mdev, platform}},
+			{ID: 11, Devices: []Device{pf}}, {ID: 30}, {ID: 40, Type: "DMA-FQ",
+				Devices: []Device{disk, mdev, platform}},
 		},
 		Ungrouped: []Device{net, vf1},
 	}
@@ -198,11 +208,13 @@ func TestScanSmall(t *testing.T) {
 		tree hosttest.Tree
 		want Topology
 	}{
-		"no PCI":           {join(), Topology{Units: []Unit{}}},
-		"no IOMMU":         {join(plain), Topology{Units: []Unit{}, Ungrouped: []Device{alone}}},
-		"interrupts plain": {join(plain, hosttest.Tree{"sys/kernel/irq/0/chip_name": "IO-APIC\n"}), Topology{Units: []Unit{}, InterruptRemapping: new(false), Ungrouped: []Device{alone}}},
+		"no PCI":   {join(), Topology{Units: []Unit{}}},
+		"no IOMMU": {join(plain), Topology{Units: []Unit{}, Ungrouped: []Device{alone}}},
+		"interrupts plain": {join(plain, hosttest.Tree{"sys/kernel/irq/0/chip_name": "IO-APIC\n"}),
+			Topology{Units: []Unit{}, InterruptRemapping: new(false), Ungrouped: []Device{alone}}},
 		"interrupts of another architecture": {
-			join(plain, hosttest.Tree{"sys/kernel/irq/0/chip_name": "GICv3\n", "sys/kernel/irq/1/": "", "sys/kernel/irq/2/chip_name/": ""}),
+			join(plain, hosttest.Tree{"sys/kernel/irq/0/chip_name": "GICv3\n", "sys/kernel/irq/1/": "",
+				"sys/kernel/irq/2/chip_name/": ""}),
 			Topology{Units: []Unit{}, Ungrouped: []Device{alone}},
 		},
 	} {
@@ -244,21 +256,29 @@ func TestScanErrors(t *testing.T) {
 		want string
 		is   error
 	}{
-		"nothing":                  {hosttest.Tree{"etc/": ""}, "(is sysfs mounted?)", fs.ErrNotExist},
-		"an empty sys":             {hosttest.Tree{"sys/": ""}, "/sys/bus/pci/devices", fs.ErrNotExist},
-		"modalias unreadable":      {one.With(hosttest.Tree{own + "modalias": hosttest.Gone, own + "modalias/": ""}), at + "modalias", unix.EISDIR},
-		"modalias malformed":       {one.With(hosttest.Tree{own + "modalias": "acpi:PNP0A08:\n"}), at + "modalias", nil},
-		"numa_node malformed":      {one.With(hosttest.Tree{own + "numa_node": "x\n"}), at + "numa_node", nil},
-		"override unreadable":      {one.With(hosttest.Tree{own + "driver_override/": ""}), at + "driver_override", unix.EISDIR},
+		"nothing":      {hosttest.Tree{"etc/": ""}, "(is sysfs mounted?)", fs.ErrNotExist},
+		"an empty sys": {hosttest.Tree{"sys/": ""}, "/sys/bus/pci/devices", fs.ErrNotExist},
+		"modalias unreadable": {one.With(hosttest.Tree{own + "modalias": hosttest.Gone, own + "modalias/": ""}),
+			at + "modalias", unix.EISDIR},
+		"modalias malformed": {one.With(hosttest.Tree{own + "modalias": "acpi:PNP0A08:\n"}),
+			at + "modalias", nil},
+		"numa_node malformed": {one.With(hosttest.Tree{own + "numa_node": "x\n"}), at + "numa_node", nil},
+		"override unreadable": {one.With(hosttest.Tree{own + "driver_override/": ""}), at + "driver_override",
+			unix.EISDIR},
 		"driver no link":           {one.With(hosttest.Tree{own + "driver": "igb\n"}), at + "driver", nil},
 		"sriov_totalvfs malformed": {one.With(hosttest.Tree{own + "sriov_totalvfs": "\n"}), at + "sriov_totalvfs", nil},
-		"virtfn malformed":         {one.With(hosttest.Tree{own + "sriov_totalvfs": "1\n", own + "virtfn0": "-> ../x"}), at + "virtfn0", nil},
-		"devices no directory":     {hosttest.Tree{"sys/bus/pci/devices": "", "sys/kernel/": ""}, "/sys/bus/pci/devices", unix.ENOTDIR},
-		"group no number":          {one.With(hosttest.Tree{"sys/kernel/iommu_groups/x/devices/": ""}), "/sys/kernel/iommu_groups/x", nil},
-		"group type unreadable":    {one.With(hosttest.Tree{"sys/kernel/iommu_groups/0/type/": ""}), "/sys/kernel/iommu_groups/0/type", unix.EISDIR},
-		"groups no directory":      {one.With(hosttest.Tree{"sys/kernel/iommu_groups": "x"}), "/sys/kernel/iommu_groups", unix.ENOTDIR},
-		"units no directory":       {one.With(hosttest.Tree{"sys/class/iommu": "x"}), "/sys/class/iommu", unix.ENOTDIR},
-		"interrupts no directory":  {one.With(hosttest.Tree{"sys/kernel/irq": "x"}), "/sys/kernel/irq", unix.ENOTDIR},
+		"virtfn malformed": {one.With(hosttest.Tree{own + "sriov_totalvfs": "1\n", own + "virtfn0": "-> ../x"}),
+			at + "virtfn0", nil},
+		"devices no directory": {hosttest.Tree{"sys/bus/pci/devices": "", "sys/kernel/": ""},
+			"/sys/bus/pci/devices", unix.ENOTDIR},
+		"group no number": {one.With(hosttest.Tree{"sys/kernel/iommu_groups/x/devices/": ""}),
+			"/sys/kernel/iommu_groups/x", nil},
+		"group type unreadable": {one.With(hosttest.Tree{"sys/kernel/iommu_groups/0/type/": ""}),
+			"/sys/kernel/iommu_groups/0/type", unix.EISDIR},
+		"groups no directory": {one.With(hosttest.Tree{"sys/kernel/iommu_groups": "x"}),
+			"/sys/kernel/iommu_groups", unix.ENOTDIR},
+		"units no directory":      {one.With(hosttest.Tree{"sys/class/iommu": "x"}), "/sys/class/iommu", unix.ENOTDIR},
+		"interrupts no directory": {one.With(hosttest.Tree{"sys/kernel/irq": "x"}), "/sys/kernel/irq", unix.ENOTDIR},
 	} {
 		for kind, h := range hostsOf(t, c.tree) {
 			got, err := Scan(h)
@@ -279,14 +299,19 @@ func TestNotWhole(t *testing.T) {
 		tree hosttest.Tree
 		says string
 	}{
-		"whole":               {whole, ""},
-		"links followed":      {whole.With(hosttest.Tree{link: hosttest.Gone, link + "/modalias": "x\n"}), link + " is a folder"},
-		"no devices behind":   {whole.With(hosttest.Tree{own: hosttest.Gone}), "whose modalias is missing"},
-		"an empty folder":     {hosttest.Tree{link + "/": "", "sys/kernel/": ""}, link + " is a folder"},
-		"driver followed":     {whole.With(hosttest.Tree{own + "/driver": hosttest.Gone, own + "/driver/": ""}), "/driver is a folder"},
-		"group followed":      {whole.With(hosttest.Tree{own + "/iommu_group": hosttest.Gone, own + "/iommu_group/": ""}), "/iommu_group is a folder"},
-		"groups left out":     {whole.With(hosttest.Tree{"sys/kernel/iommu_groups": hosttest.Gone}), "/sys/kernel/iommu_groups is missing"},
-		"no groups, no IOMMU": {whole.With(hosttest.Tree{"sys/kernel/iommu_groups": hosttest.Gone, own + "/iommu_group": hosttest.Gone}), ""},
+		"whole": {whole, ""},
+		"links followed": {whole.With(hosttest.Tree{link: hosttest.Gone, link + "/modalias": "x\n"}),
+			link + " is a folder"},
+		"no devices behind": {whole.With(hosttest.Tree{own: hosttest.Gone}), "whose modalias is missing"},
+		"an empty folder":   {hosttest.Tree{link + "/": "", "sys/kernel/": ""}, link + " is a folder"},
+		"driver followed": {whole.With(hosttest.Tree{own + "/driver": hosttest.Gone, own + "/driver/": ""}),
+			"/driver is a folder"},
+		"group followed": {whole.With(hosttest.Tree{own + "/iommu_group": hosttest.Gone,
+			own + "/iommu_group/": ""}), "/iommu_group is a folder"},
+		"groups left out": {whole.With(hosttest.Tree{"sys/kernel/iommu_groups": hosttest.Gone}),
+			"/sys/kernel/iommu_groups is missing"},
+		"no groups, no IOMMU": {whole.With(hosttest.Tree{"sys/kernel/iommu_groups": hosttest.Gone,
+			own + "/iommu_group": hosttest.Gone}), ""},
 		"interfaces followed": {whole.With(hosttest.Tree{
 			"sys/class/net/eth0/address": "52:54:00:00:00:01\n", "sys/class/net/bonding_masters": "bond0\n",
 		}), "sys/class/net/eth0 is a folder"},
@@ -294,7 +319,8 @@ func TestNotWhole(t *testing.T) {
 	} {
 		for kind, h := range hostsOf(t, c.tree) {
 			_, err := Scan(h)
-			if c.says == "" && err != nil || c.says != "" && (!errors.Is(err, ErrNotWhole) || !strings.Contains(err.Error(), c.says)) {
+			if c.says == "" && err != nil || c.says != "" &&
+				(!errors.Is(err, ErrNotWhole) || !strings.Contains(err.Error(), c.says)) {
 				t.Errorf("%s, %s: %v", name, kind, err)
 			}
 		}
@@ -330,7 +356,9 @@ func TestTopology(t *testing.T) {
 		t.Errorf("%v, %v", d, err)
 	}
 
-	for id, want := range map[int][2][]string{1: {{}, {}}, 2: {{}, {"0000:01:10.0"}}, 11: {{"0000:01:00.0"}, {"0000:01:00.0"}}, 40: {{"10000:e1:00.0", "arm-smmu-test"}, {"10000:e1:00.0", "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001", "arm-smmu-test"}}} {
+	for id, want := range map[int][2][]string{1: {{}, {}}, 2: {{}, {"0000:01:10.0"}},
+		11: {{"0000:01:00.0"}, {"0000:01:00.0"}}, 40: {{"10000:e1:00.0", "arm-smmu-test"},
+			{"10000:e1:00.0", "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001", "arm-smmu-test"}}} {
 		g, err := top.Group(id)
 		if err != nil {
 			t.Fatal(err)
@@ -364,7 +392,8 @@ func richDetails(t testing.TB) map[string]*Details {
 			Parents:      []Address{},
 		},
 		"0000:01:00.0": {
-			Modalias: nic, Revision: 1, PowerState: "D0", ResetMethods: []string{"flr", "bus"}, Unit: "ivhd0", Path: "0000:00:01.0/00.0", Parents: port,
+			Modalias: nic, Revision: 1, PowerState: "D0", ResetMethods: []string{"flr", "bus"}, Unit: "ivhd0",
+			Path: "0000:00:01.0/00.0", Parents: port,
 			ClassDevices: map[string][]string{
 				"net": {"eth0", "eth0b"},
 			}, MACs: map[string]string{"eth0": "52:54:00:00:00:01", "eth0b": "52:54:00:00:00:02"},
@@ -488,13 +517,14 @@ func TestDetailsErrors(t *testing.T) {
 		ok     bool
 		is     error
 	}{
-		"no such device":          {nil, "0000:09:00.0", "", false, ErrNotFound},
-		"VF of itself":            {hosttest.Tree{vf0 + "physfn": "-> ../0000:01:10.0"}, "0000:01:10.0", "", true, nil},
-		"VF that its PF has not":  {hosttest.Tree{"sys/devices/pci0000:00/0000:00:01.0/0000:01:00.0/virtfn1": hosttest.Gone}, "0000:01:10.2", "", true, nil},
-		"resource malformed":      {hosttest.Tree{own + "resource": "x\n"}, "0000:00:03.0", "", false, nil},
-		"revision malformed":      {hosttest.Tree{own + "revision": "x\n"}, "0000:00:03.0", "", false, nil},
-		"power_state unreadable":  {hosttest.Tree{own + "power_state/": ""}, "0000:00:03.0", "", false, unix.EISDIR},
-		"sriov_vf_device missing": {hosttest.Tree{own + "sriov_offset": "1\n", own + "sriov_stride": "1\n"}, "0000:00:03.0", "0000:00:03.0", true, nil},
+		"no such device":         {nil, "0000:09:00.0", "", false, ErrNotFound},
+		"VF of itself":           {hosttest.Tree{vf0 + "physfn": "-> ../0000:01:10.0"}, "0000:01:10.0", "", true, nil},
+		"VF that its PF has not": {hosttest.Tree{"sys/devices/pci0000:00/0000:00:01.0/0000:01:00.0/virtfn1": hosttest.Gone}, "0000:01:10.2", "", true, nil},
+		"resource malformed":     {hosttest.Tree{own + "resource": "x\n"}, "0000:00:03.0", "", false, nil},
+		"revision malformed":     {hosttest.Tree{own + "revision": "x\n"}, "0000:00:03.0", "", false, nil},
+		"power_state unreadable": {hosttest.Tree{own + "power_state/": ""}, "0000:00:03.0", "", false, unix.EISDIR},
+		"sriov_vf_device missing": {hosttest.Tree{own + "sriov_offset": "1\n", own + "sriov_stride": "1\n"},
+			"0000:00:03.0", "0000:00:03.0", true, nil},
 	} {
 		got, err := ReadDetails(hostOf(t, rich().With(c.change)), addr(t, c.device))
 		switch {

@@ -13,15 +13,16 @@ import (
 func TestParseSelector(t *testing.T) {
 	nicAddress := addr(t, "0000:01:00.0")
 	for text, want := range map[string]Selector{
-		"0000:01:00.0":           {kind: ByAddress, address: nicAddress},
-		"01:00.0":                {kind: ByAddress, address: nicAddress},
-		"10000:e1:00.0":          {kind: ByAddress, address: Address{0x10000, 0xe1, 0, 0}},
-		"0000:01:00":             {kind: BySlot, address: nicAddress},
-		"01:00":                  {kind: BySlot, address: nicAddress},
-		"enp1s0":                 {kind: ByNetdev, value: "enp1s0"},
-		"eth0.5@x":               {kind: ByNetdev, value: "eth0.5@x"},
-		"fifteencharslon":        {kind: ByNetdev, value: "fifteencharslon"},
-		"enp1s0/vf3":             {kind: ByVF, number: 3, pf: &Selector{text: "enp1s0", kind: ByNetdev, value: "enp1s0"}},
+		"0000:01:00.0":    {kind: ByAddress, address: nicAddress},
+		"01:00.0":         {kind: ByAddress, address: nicAddress},
+		"10000:e1:00.0":   {kind: ByAddress, address: Address{0x10000, 0xe1, 0, 0}},
+		"0000:01:00":      {kind: BySlot, address: nicAddress},
+		"01:00":           {kind: BySlot, address: nicAddress},
+		"enp1s0":          {kind: ByNetdev, value: "enp1s0"},
+		"eth0.5@x":        {kind: ByNetdev, value: "eth0.5@x"},
+		"fifteencharslon": {kind: ByNetdev, value: "fifteencharslon"},
+		"enp1s0/vf3": {kind: ByVF, number: 3, pf: &Selector{text: "enp1s0", kind: ByNetdev,
+			value: "enp1s0"}},
 		"01:00.0/vf0":            {kind: ByVF, pf: &Selector{text: "01:00.0", kind: ByAddress, address: nicAddress}},
 		"8086:10c9":              {kind: ByIDs, ids: [2]uint16{0x8086, 0x10c9}},
 		"1AF4:1041":              {kind: ByIDs, ids: [2]uint16{0x1af4, 0x1041}},
@@ -45,11 +46,16 @@ func TestParseSelector(t *testing.T) {
 	}
 
 	for _, text := range []string{
-		"", ".", "..", "-x", "--dry-run", "a b", strings.Repeat("x", 128), "a\tb", "01:2", "000:01:00", "01:20", "0000:01:20.0", "8086:", ":10c9", "8086:10c", "8086:10c9:0",
-		"808g:10c9", "8086:*", "enp1s0/", "enp1s0/vf", "enp1s0/vf-1", "enp1s0/vf+1", "enp1s0/vf65536", "enp1s0/3", "enp1s0/VF3", "/vf1", "8086:10c9/vf1",
-		"enp1s0/vf1/vf2", "a/vf1/x", "group=8/vf1", "=", "=x", "key=value", "mac=", "mac=52:54:00:ab:cd", "mac=52:54:00:ab:cd:ef:01",
-		"mac=52:54:00:ab:cd:e", "mac=52-54-00-ab-cd-ef", "mac=52:54:00:ab:cd:eg", "path=", "path=00.0", "path=eth0/00.0", "serial=", "group=", "group=x",
-		"group=-1", "group=+1", "group=2147483648", "class=", "class=2", "class=020", "class=02000000", "class=zz", "class=+2",
+		"", ".", "..", "-x", "--dry-run", "a b", strings.Repeat("x", 128), "a\tb", "01:2", "000:01:00", "01:20",
+		"0000:01:20.0", "8086:", ":10c9", "8086:10c", "8086:10c9:0",
+		"808g:10c9", "8086:*", "enp1s0/", "enp1s0/vf", "enp1s0/vf-1", "enp1s0/vf+1", "enp1s0/vf65536", "enp1s0/3",
+		"enp1s0/VF3", "/vf1", "8086:10c9/vf1",
+		"enp1s0/vf1/vf2", "a/vf1/x", "group=8/vf1", "=", "=x", "key=value", "mac=", "mac=52:54:00:ab:cd",
+		"mac=52:54:00:ab:cd:ef:01",
+		"mac=52:54:00:ab:cd:e", "mac=52-54-00-ab-cd-ef", "mac=52:54:00:ab:cd:eg", "path=", "path=00.0",
+		"path=eth0/00.0", "serial=", "group=", "group=x",
+		"group=-1", "group=+1", "group=2147483648", "class=", "class=2", "class=020", "class=02000000",
+		"class=zz", "class=+2",
 	} {
 		got, err := ParseSelector(text)
 		if !errors.Is(err, ErrSyntax) || !reflect.DeepEqual(got, Selector{}) ||
@@ -61,7 +67,8 @@ func TestParseSelector(t *testing.T) {
 }
 
 func FuzzSelector(f *testing.F) {
-	for _, s := range []string{"0000:01:00.0", "enp1s0/vf3", "8086:10c9", "mac=52:54:00:12:34:56", "path=0000:00:01.0/00.0", "serial=1", "group=8", "class=0200"} {
+	for _, s := range []string{"0000:01:00.0", "enp1s0/vf3", "8086:10c9", "mac=52:54:00:12:34:56",
+		"path=0000:00:01.0/00.0", "serial=1", "group=8", "class=0200"} {
 		f.Add(s)
 	}
 	top, h := richTopology(f), hostOf(f, rich())
@@ -92,14 +99,19 @@ func TestResolve(t *testing.T) {
 
 		for text, want := range map[string]string{
 			"0000:01:00.0": "0000:01:00.0", "01:10.2": "0000:01:10.2", "eth0b": "0000:01:00.0", "ens3": "0000:00:03.0",
-			"eth0/vf0": "0000:01:10.0", "01:00.0/vf1": "0000:01:10.2", "8086:10ca": "0000:01:10.0 0000:01:10.2", "144d:a808": "10000:e1:00.0",
+			"eth0/vf0": "0000:01:10.0", "01:00.0/vf1": "0000:01:10.2", "8086:10ca": "0000:01:10.0 0000:01:10.2",
+			"144d:a808":             "10000:e1:00.0",
 			"mac=52:54:00:00:00:02": "0000:01:00.0", "mac=52:54:00:00:00:03": "0000:00:03.0",
-			"path=0000:00:01.0/00.0": "0000:01:00.0", "path=0000:00:01.0/00.0/vf1": "0000:01:10.2", "path=0000:00:03.0": "0000:00:03.0",
+			"path=0000:00:01.0/00.0": "0000:01:00.0", "path=0000:00:01.0/00.0/vf1": "0000:01:10.2",
+			"path=0000:00:03.0":              "0000:00:03.0",
 			"path=00:01.0/00.0":              "0000:01:00.0",
 			"path=10000:E1:00.0":             "10000:e1:00.0",
 			"serial=01-02-03-04-05-06-07-08": "0000:01:00.0",
-			"group=2":                        "0000:01:10.0", "group=40": "10000:e1:00.0 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001 arm-smmu-test",
-			"class=02": "0000:01:10.0 0000:01:00.0 0000:00:03.0 0000:01:10.2", "class=0108": "10000:e1:00.0", "class=010802": "10000:e1:00.0",
+			"group=2":                        "0000:01:10.0",
+			"group=40":                       "10000:e1:00.0 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001 arm-smmu-test",
+			"class=02":                       "0000:01:10.0 0000:01:00.0 0000:00:03.0 0000:01:10.2",
+			"class=0108":                     "10000:e1:00.0",
+			"class=010802":                   "10000:e1:00.0",
 		} {
 			sel, err := ParseSelector(text)
 			if err != nil {
@@ -134,21 +146,30 @@ func TestResolve(t *testing.T) {
 		}
 
 		for text, want := range map[string]*NotFoundError{
-			"0000:09:00.0":          {What: "no such device", Candidates: []string{"0000:00:01.0", "0000:00:03.0", "0000:01:00.0", "0000:01:10.0", "0000:01:10.2", "10000:e1:00.0"}},
-			"eth9":                  {What: "no network interface of a PCI device has this name", Candidates: []string{"ens3", "eth0", "eth0b"}},
-			"lo":                    {What: "no network interface of a PCI device has this name", Candidates: []string{"ens3", "eth0", "eth0b"}},
-			"8086:ffff":             {What: "no device has these ids", Candidates: ids},
-			"0000:0000":             {What: "no device has these ids", Candidates: ids}, // the mdev has none
-			"eth0/vf2":              {What: "no such VF", Candidates: vfs},
-			"eth9/vf0":              {Selector: "eth9", What: "no network interface of a PCI device has this name", Candidates: []string{"ens3", "eth0", "eth0b"}},
+			"0000:09:00.0": {What: "no such device",
+				Candidates: []string{"0000:00:01.0", "0000:00:03.0", "0000:01:00.0", "0000:01:10.0", "0000:01:10.2",
+					"10000:e1:00.0"}},
+			"eth9": {What: "no network interface of a PCI device has this name",
+				Candidates: []string{"ens3", "eth0", "eth0b"}},
+			"lo": {What: "no network interface of a PCI device has this name",
+				Candidates: []string{"ens3", "eth0", "eth0b"}},
+			"8086:ffff": {What: "no device has these ids", Candidates: ids},
+			"0000:0000": {What: "no device has these ids", Candidates: ids}, // the mdev has none
+			"eth0/vf2":  {What: "no such VF", Candidates: vfs},
+			"eth9/vf0": {Selector: "eth9", What: "no network interface of a PCI device has this name",
+				Candidates: []string{"ens3", "eth0", "eth0b"}},
 			"ens3/vf0":              {What: "0000:00:03.0 is not a PF (it has no SR-IOV capability)"},
 			"mac=52:54:00:00:00:09": {What: "no device has this permanent MAC address (one on a vfio driver that viaduct did not take shows none)", Candidates: []string{"mac=52:54:00:00:00:01", "mac=52:54:00:00:00:02", "mac=52:54:00:00:00:03"}},
-			"path=0000:00:09.0":     {What: "no device is at this place", Candidates: []string{"path=0000:00:01.0", "path=0000:00:01.0/00.0", "path=0000:00:01.0/00.0/vf0", "path=0000:00:01.0/00.0/vf1", "path=0000:00:03.0", "path=10000:e1:00.0"}},
-			"serial=ff":             {What: "no device has this serial number (only root can read them)", Candidates: []string{"serial=01-02-03-04-05-06-07-08"}},
-			"class=0300":            {What: "no device is of this class", Candidates: classes},
-			"class=00":              {What: "no device is of this class", Candidates: classes}, // nor a class
-			"group=0":               {What: "no such IOMMU group", Candidates: []string{"group=1", "group=2", "group=11", "group=30", "group=40"}},
-			"group=30":              {What: "the group is empty"},
+			"path=0000:00:09.0": {What: "no device is at this place",
+				Candidates: []string{"path=0000:00:01.0", "path=0000:00:01.0/00.0", "path=0000:00:01.0/00.0/vf0",
+					"path=0000:00:01.0/00.0/vf1", "path=0000:00:03.0", "path=10000:e1:00.0"}},
+			"serial=ff": {What: "no device has this serial number (only root can read them)",
+				Candidates: []string{"serial=01-02-03-04-05-06-07-08"}},
+			"class=0300": {What: "no device is of this class", Candidates: classes},
+			"class=00":   {What: "no device is of this class", Candidates: classes}, // nor a class
+			"group=0": {What: "no such IOMMU group",
+				Candidates: []string{"group=1", "group=2", "group=11", "group=30", "group=40"}},
+			"group=30": {What: "the group is empty"},
 		} {
 			if want.Selector == "" {
 				want.Selector = text
@@ -198,7 +219,8 @@ func TestWords(t *testing.T) {
 			t.Fatal(err)
 		}
 		for text, want := range map[string]string{
-			"nic": "0000:01:10.0 0000:01:00.0 0000:00:03.0 0000:01:10.2", "nvme": "10000:e1:00.0", "virtio": "0000:00:03.0",
+			"nic": "0000:01:10.0 0000:01:00.0 0000:00:03.0 0000:01:10.2", "nvme": "10000:e1:00.0",
+			"virtio":  "0000:00:03.0",
 			"samsung": "10000:e1:00.0", "eth0b": "0000:01:00.0", "01:00": "0000:01:00.0",
 		} {
 			sel, err := ParseArgument(text)
@@ -245,7 +267,8 @@ func TestWords(t *testing.T) {
 
 func TestClassName(t *testing.T) {
 	for class, want := range map[uint32]string{
-		0x010802: "nvme", 0x020000: "ethernet", 0x030200: "3d", 0x038000: "display", 0x060400: "bridge", 0x0c0330: "usb", 0x160000: "1600",
+		0x010802: "nvme", 0x020000: "ethernet", 0x030200: "3d", 0x038000: "display", 0x060400: "bridge",
+		0x0c0330: "usb", 0x160000: "1600",
 	} {
 		if got := ClassName(class); got != want {
 			t.Errorf("%06x: %q, want %q", class, got, want)
@@ -257,10 +280,14 @@ func TestSelectorErrorTexts(t *testing.T) {
 	names := strings.Fields("a b c d e f g h i j k l m n")
 	for _, c := range []struct{ err, want string }{
 		{(&AmbiguousError{"x", names[:2]}).Error(), "x matches 2 devices; name one of them: a, b"},
-		{(&AmbiguousError{"x", names}).Error(), "x matches 14 devices; name one of them: a, b, c, d, e, f, g, h, i, j, k, l and 2 more"},
-		{(&NotFoundError{Selector: "x", What: "no such thing", Candidates: names[:4]}).Error(), "x: no such thing; there is a, b, c, d"},
-		{(&NotFoundError{Selector: "x", What: "no such thing", Candidates: names[:12]}).Error(), "x: no such thing; there are 12 others, e.g. a"},
-		{(&NotFoundError{Selector: "ens1", What: "no such thing", Candidates: strings.Fields("a b c eth0 ens1f0")}).Error(), "ens1: no such thing; did you mean ens1f0?"},
+		{(&AmbiguousError{"x", names}).Error(),
+			"x matches 14 devices; name one of them: a, b, c, d, e, f, g, h, i, j, k, l and 2 more"},
+		{(&NotFoundError{Selector: "x", What: "no such thing", Candidates: names[:4]}).Error(),
+			"x: no such thing; there is a, b, c, d"},
+		{(&NotFoundError{Selector: "x", What: "no such thing", Candidates: names[:12]}).Error(),
+			"x: no such thing; there are 12 others, e.g. a"},
+		{(&NotFoundError{Selector: "ens1", What: "no such thing",
+			Candidates: strings.Fields("a b c eth0 ens1f0")}).Error(), "ens1: no such thing; did you mean ens1f0?"},
 		{(&NotFoundError{Selector: "x", What: "no such thing"}).Error(), "x: no such thing"},
 	} {
 		if c.err != c.want {

@@ -19,8 +19,10 @@ func TestNamed(t *testing.T) {
 		t.Fatal(err)
 	}
 	for device, want := range map[string]string{
-		"00:01.0": "0000:00:01.0", "0000:00:01.0": "0000:00:01.0", "0:0:1.0": "0000:00:01.0", "0001:00:01.0": "0001:00:01.0",
-		"02:08.1": "0000:02:08.1", "00:01.0/00.0": "0000:01:00.0", "00:01.0/00.0/08.1": "0000:02:08.1", "01:00.0/08.1": "0000:02:08.1",
+		"00:01.0": "0000:00:01.0", "0000:00:01.0": "0000:00:01.0", "0:0:1.0": "0000:00:01.0",
+		"0001:00:01.0": "0001:00:01.0",
+		"02:08.1":      "0000:02:08.1", "00:01.0/00.0": "0000:01:00.0", "00:01.0/00.0/08.1": "0000:02:08.1",
+		"01:00.0/08.1": "0000:02:08.1",
 		"00:01.0/08.1": "", "00:02.0": "", "00:01.0/00.1": "", "": "", "/": "", "x": "", "00:01": "",
 		"pci:8086:1901": "0000:00:01.0", "pci:8086:0": "0000:00:01.0", "pci:8086:1901:1043:8694": "0000:00:01.0",
 		"pci:8086:1901:1043:8695": "", "pci:8086": "", "pci:": "", "pci:8086:x": "", "pci:8086:1901:1043": "",
@@ -53,11 +55,12 @@ func TestACSHint(t *testing.T) {
 		"beside others": {"pci=nommconf,disable_acs_redir=00:02.0;00:01.0", "1d/11", true,
 			"remove pci=nommconf,disable_acs_redir=00:02.0;00:01.0 from GRUB_CMDLINE_LINUX in /etc/default/grub, " +
 				"run `update-grub` and reboot, but keep pci=nommconf"},
-		"another port":             {"pci=disable_acs_redir=00:02.0", "1d/11", true, again},
-		"what it never clears":     {"pci=disable_acs_redir=00:01.0", "1d/0c", true, again},
-		"without pci=":             {"disable_acs_redir=00:01.0", "1d/11", true, again},
-		"as others have one":       {"config_acs=xx0x@00:01.0", "1d/19", true, again},
-		"a pattern":                {"pci=config_acs=xx0xx@00:01.0", "1d/19", true, "remove pci=config_acs=xx0xx@00:01.0 from "},
+		"another port":         {"pci=disable_acs_redir=00:02.0", "1d/11", true, again},
+		"what it never clears": {"pci=disable_acs_redir=00:01.0", "1d/0c", true, again},
+		"without pci=":         {"disable_acs_redir=00:01.0", "1d/11", true, again},
+		"as others have one":   {"config_acs=xx0x@00:01.0", "1d/19", true, again},
+		"a pattern": {"pci=config_acs=xx0xx@00:01.0", "1d/19", true,
+			"remove pci=config_acs=xx0xx@00:01.0 from "},
 		"a pattern of another":     {"pci=config_acs=xx0xx@00:02.0", "1d/19", true, again},
 		"a pattern that has it on": {"pci=config_acs=11111@00:01.0", "1d/19", true, again},
 		"a pattern among several":  {"pci=config_acs=11111@00:02.0;x@00:01.0", "1d/19", true, "remove pci=config_acs="},
@@ -73,7 +76,8 @@ func TestACSHint(t *testing.T) {
 			more["sys/devices/virtual/iommu/ivhd0/"] = ""
 		}
 
-		h, _ := openTree(t, tree([]part{{path: port, kind: RootPort, acs: c.acs}, {path: port + "/0000:01:00.0"}}).With(more))
+		h, _ := openTree(t, tree([]part{{path: port, kind: RootPort, acs: c.acs},
+			{path: port + "/0000:01:00.0"}}).With(more))
 		g, err := NewGrouping(h)
 		if err != nil {
 			t.Fatal(err)
@@ -99,8 +103,9 @@ func TestFunctionsBelowAnOpenPort(t *testing.T) {
 		functions []part
 		want      string
 	}{
-		"without ACS": {[]part{{path: nic + "0", many: true}, {path: nic + "1"}}, "function true nothing separates these functions"},
-		"with ACS":    {[]part{{path: nic + "0", many: true, acs: on}, {path: nic + "1", acs: on}}, ""},
+		"without ACS": {[]part{{path: nic + "0", many: true}, {path: nic + "1"}},
+			"function true nothing separates these functions"},
+		"with ACS": {[]part{{path: nic + "0", many: true, acs: on}, {path: nic + "1", acs: on}}, ""},
 		"one with ACS that is off": {[]part{{path: nic + "0", many: true}, {path: nic + "1", acs: "5d/00"}},
 			"function false turn the IOMMU on"},
 		"conventional": {[]part{{path: nic + "0", many: true, kind: none}, {path: nic + "1", kind: none}},

@@ -97,7 +97,8 @@ func TestCapturedPorts(t *testing.T) {
 		}
 		return out, err
 	}
-	as := Wish{VFs: []VFWish{{UseNone, Settings{VLAN: "7"}}, {UseNone, Settings{Trust: off}}}, Eswitch: Eswitch{Mode: switchdev}}
+	as := Wish{VFs: []VFWish{{UseNone, Settings{VLAN: "7"}}, {UseNone, Settings{Trust: off}}},
+		Eswitch: Eswitch{Mode: switchdev}}
 	other := Wish{VFs: []VFWish{{UseNone, Settings{VLAN: "8"}}, {}}, Eswitch: Eswitch{Mode: legacy}}
 	for want, wish := range map[string]Wish{
 		"[]": as, "legacy[] 0 [ip link set enp1s0 vf 0 vlan 8 qos 0 proto 802.1q]": other,

@@ -191,11 +191,20 @@ func TestFailure(t *testing.T) {
 		break_ func(*hosttest.Kernel)
 		says   string
 	}{
-		"no room":                   {func(k *hosttest.Kernel) { k.Fail[pfDir+"/sriov_numvfs"] = unix.ENOMEM }, "pci=realloc"},
-		"fewer than asked":          {func(k *hosttest.Kernel) { k.Partial = 1 }, "its driver igb made 1 VFs instead of 3, without an error"},
-		"override refused":          {func(k *hosttest.Kernel) { k.Fail[pfDir+"/virtfn1/driver_override"] = unix.EACCES }, "virtfn1/driver_override"},
-		"autoprobe refused":         {func(k *hosttest.Kernel) { k.Fail[pfDir+"/sriov_drivers_autoprobe"] = unix.EACCES }, "sriov_drivers_autoprobe"},
-		"a VF cannot be taken":      {func(k *hosttest.Kernel) { k.Probe["vfio-pci"] = unix.EINVAL }, "did not bind it to vfio-pci"},
+		"no room": {func(k *hosttest.Kernel) { k.Fail[pfDir+"/sriov_numvfs"] = unix.ENOMEM },
+			"pci=realloc"},
+		"fewer than asked": {func(k *hosttest.Kernel) { k.Partial = 1 },
+			"its driver igb made 1 VFs instead of 3, without an error"},
+		"override refused": {func(k *hosttest.Kernel) {
+			k.Fail[pfDir+
+				"/virtfn1/driver_override"] = unix.EACCES
+		}, "virtfn1/driver_override"},
+		"autoprobe refused": {func(k *hosttest.Kernel) {
+			k.Fail[pfDir+
+				"/sriov_drivers_autoprobe"] = unix.EACCES
+		}, "sriov_drivers_autoprobe"},
+		"a VF cannot be taken": {func(k *hosttest.Kernel) { k.Probe["vfio-pci"] = unix.EINVAL },
+			"did not bind it to vfio-pci"},
 		"somebody takes a VF first": {func(k *hosttest.Kernel) { k.After = thief(k) }, "must have no driver"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -322,11 +331,13 @@ func TestForecast(t *testing.T) {
 		files map[string]string
 		says  string
 	}{
-		"room":        {nil, ""},
-		"no memory":   {map[string]string{"resource": strings.Repeat("0x0 0x0 0x0\n", 7) + "0x0 0x3fff 0x14220c\n"}, "no memory range for its VFs' BAR 0"},
-		"no buses":    {map[string]string{"sriov_offset": "384\n"}, "the last VF would be on bus 02"},
-		"far enough":  {map[string]string{"sriov_offset": "128\n"}, ""},
-		"a wide step": {map[string]string{"sriov_offset": "128\n", "sriov_stride": "256\n"}, "the last VF would be on bus 03"},
+		"room": {nil, ""},
+		"no memory": {map[string]string{"resource": strings.Repeat("0x0 0x0 0x0\n", 7) + "0x0 0x3fff 0x14220c\n"},
+			"no memory range for its VFs' BAR 0"},
+		"no buses":   {map[string]string{"sriov_offset": "384\n"}, "the last VF would be on bus 02"},
+		"far enough": {map[string]string{"sriov_offset": "128\n"}, ""},
+		"a wide step": {map[string]string{"sriov_offset": "128\n", "sriov_stride": "256\n"},
+			"the last VF would be on bus 03"},
 	} {
 		k := hosttest.NewLab(t, nil)
 		for file, text := range c.files {

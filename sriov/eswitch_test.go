@@ -14,8 +14,10 @@ import (
 func TestDecodeEswitch(t *testing.T) {
 	var b []byte
 	for _, a := range []*nl.RtAttr{
-		nl.NewRtAttr(nl.DEVLINK_ATTR_BUS_NAME, nl.ZeroTerminated("pci")), nl.NewRtAttr(nl.DEVLINK_ATTR_ESWITCH_MODE, nl.Uint16Attr(1)),
-		nl.NewRtAttr(nl.DEVLINK_ATTR_ESWITCH_INLINE_MODE, nl.Uint8Attr(3)), nl.NewRtAttr(nl.DEVLINK_ATTR_ESWITCH_ENCAP_MODE, nl.Uint8Attr(9)),
+		nl.NewRtAttr(nl.DEVLINK_ATTR_BUS_NAME, nl.ZeroTerminated("pci")),
+		nl.NewRtAttr(nl.DEVLINK_ATTR_ESWITCH_MODE, nl.Uint16Attr(1)),
+		nl.NewRtAttr(nl.DEVLINK_ATTR_ESWITCH_INLINE_MODE, nl.Uint8Attr(3)),
+		nl.NewRtAttr(nl.DEVLINK_ATTR_ESWITCH_ENCAP_MODE, nl.Uint8Attr(9)),
 	} {
 		b = append(b, a.Serialize()...)
 	}

@@ -57,15 +57,19 @@ func TestSetVF(t *testing.T) {
 		says       string
 		unverified []Key
 	}{
-		"taken":        {nil, Settings{MAC: "52:54:00:aa:00:07", VLAN: "7", MaxRate: "100"}, "", nil},
-		"nothing new":  {nil, Settings{VLAN: "0", Trust: off}, "", nil},
-		"refused":      {func(n *hosttest.Network) { n.Refuse = map[int]unix.Errno{nl.IFLA_VF_TRUST: unix.EPERM} }, Settings{VLAN: "7", Trust: on}, "driver igb refused trust", nil},
-		"unknown":      {func(n *hosttest.Network) { n.Refuse = map[int]unix.Errno{nl.IFLA_VF_RSS_QUERY_EN: unix.EOPNOTSUPP} }, Settings{VLAN: "7", RSSQuery: on}, "driver igb does not support the VF setting rss_query", nil},
-		"no 802.1ad":   {func(n *hosttest.Network) { n.Refuse = map[int]unix.Errno{nl.IFLA_VF_VLAN_LIST: unix.EPROTONOSUPPORT} }, Settings{VLAN: "7", Proto: dot1ad}, "only the VLAN protocol 802.1q", nil},
-		"rates":        {func(n *hosttest.Network) { n.Refuse = map[int]unix.Errno{nl.IFLA_VF_RATE: unix.EINVAL} }, Settings{MaxRate: "7"}, "rates need the PF's link to be up", nil},
-		"not done":     {func(n *hosttest.Network) { n.Ignore = map[int]bool{nl.IFLA_VF_TRUST: true} }, Settings{VLAN: "7", Trust: on}, "reported success, but trust was set to on and is off", nil},
-		"not reported": {func(n *hosttest.Network) { n.Unreported = map[int]bool{nl.IFLA_VF_TRUST: true} }, Settings{VLAN: "7", Trust: on}, "", []Key{Trust}},
-		"vectors":      {nil, Settings{MSIX: "4"}, "setting msix", nil},
+		"taken":       {nil, Settings{MAC: "52:54:00:aa:00:07", VLAN: "7", MaxRate: "100"}, "", nil},
+		"nothing new": {nil, Settings{VLAN: "0", Trust: off}, "", nil},
+		"refused": {func(n *hosttest.Network) { n.Refuse = map[int]unix.Errno{nl.IFLA_VF_TRUST: unix.EPERM} },
+			Settings{VLAN: "7", Trust: on}, "driver igb refused trust", nil},
+		"unknown":    {func(n *hosttest.Network) { n.Refuse = map[int]unix.Errno{nl.IFLA_VF_RSS_QUERY_EN: unix.EOPNOTSUPP} }, Settings{VLAN: "7", RSSQuery: on}, "driver igb does not support the VF setting rss_query", nil},
+		"no 802.1ad": {func(n *hosttest.Network) { n.Refuse = map[int]unix.Errno{nl.IFLA_VF_VLAN_LIST: unix.EPROTONOSUPPORT} }, Settings{VLAN: "7", Proto: dot1ad}, "only the VLAN protocol 802.1q", nil},
+		"rates": {func(n *hosttest.Network) { n.Refuse = map[int]unix.Errno{nl.IFLA_VF_RATE: unix.EINVAL} },
+			Settings{MaxRate: "7"}, "rates need the PF's link to be up", nil},
+		"not done": {func(n *hosttest.Network) { n.Ignore = map[int]bool{nl.IFLA_VF_TRUST: true} },
+			Settings{VLAN: "7", Trust: on}, "reported success, but trust was set to on and is off", nil},
+		"not reported": {func(n *hosttest.Network) { n.Unreported = map[int]bool{nl.IFLA_VF_TRUST: true} },
+			Settings{VLAN: "7", Trust: on}, "", []Key{Trust}},
+		"vectors": {nil, Settings{MSIX: "4"}, "setting msix", nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			k := hosttest.NewLab(t, nil)
@@ -164,7 +168,8 @@ func TestConflicts(t *testing.T) {
 		}
 	}
 	s := open(t, k)
-	if _, err := s.PlanCount(device(t, s, pf), Wish{VFs: Repeat(4, VFWish{UseNone, Settings{MAC: "52:54:00:aa:00:09"}})}); err == nil {
+	if _, err := s.PlanCount(device(t, s, pf), Wish{VFs: Repeat(4,
+		VFWish{UseNone, Settings{MAC: "52:54:00:aa:00:09"}})}); err == nil {
 		t.Error("one address for several VFs")
 	}
 }
@@ -420,7 +425,8 @@ func TestUsedVFs(t *testing.T) {
 
 // The number of a PF in its representors' names is the function's with some drivers, the port's with others.
 func TestRepresentors(t *testing.T) {
-	const one, two = "sys/devices/pci0000:00/0000:00:05.0/0000:01:00.0/net/", "sys/devices/pci0000:00/0000:00:06.0/0000:02:00.0/net/"
+	const one, two = "sys/devices/pci0000:00/0000:00:05.0/0000:01:00.0/net/",
+		"sys/devices/pci0000:00/0000:00:06.0/0000:02:00.0/net/"
 	tree := hosttest.Tree{}
 	add := func(dir, name, port string) {
 		tree[dir+name+"/phys_switch_id"], tree[dir+name+"/phys_port_name"] = "deadbeef\n", port+"\n"
@@ -542,7 +548,8 @@ func TestMakeLooksAgain(t *testing.T) {
 		// The last device of a look.
 		if op == "read" && strings.HasSuffix(name, edu+"/modalias") && once.CompareAndSwap(false, true) {
 			dir := "sys/bus/pci/devices/" + vf0
-			if err := errors.Join(k.Write(dir+"/driver_override", "vfio-pci"), k.Write("sys/bus/pci/drivers_probe", vf0)); err != nil {
+			if err := errors.Join(k.Write(dir+"/driver_override", "vfio-pci"),
+				k.Write("sys/bus/pci/drivers_probe", vf0)); err != nil {
 				t.Error(err)
 			}
 			usesNode(t, k, vf0)
@@ -590,7 +597,8 @@ func TestForgotten(t *testing.T) {
 		if _, err := s.SetVF(context.Background(), parse(vf0), Settings{QoS: "0"}); err != nil {
 			t.Errorf("a VF of the same handle: %v", err)
 		}
-		if err := s.rememberRequested(device(t, s, pf), SetPlan{VF: vfAt(parse(pf), parse(vf0), 0), Want: c.wish.VFs[0].Settings}); err != nil {
+		if err := s.rememberRequested(device(t, s, pf), SetPlan{VF: vfAt(parse(pf), parse(vf0), 0),
+			Want: c.wish.VFs[0].Settings}); err != nil {
 			t.Fatal(err)
 		}
 	}

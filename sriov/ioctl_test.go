@@ -83,7 +83,9 @@ func TestOffload(t *testing.T) {
 		s := open(t, k)
 		plan, err := s.PlanCount(device(t, s, pf), Wish{VFs: Repeat(1, VFWish{Use: UseNone}), Offload: c.want})
 		if err == nil {
-			if len(plan.Offload) != c.changes || c.changes > 0 && !strings.Contains(strings.Join(bind.Commands(plan.Steps()), "\n"), "ethtool -K enp1s0 hw-tc-offload "+c.want) {
+			if len(plan.Offload) != c.changes || c.changes > 0 &&
+				!strings.Contains(strings.Join(bind.Commands(plan.Steps()), "\n"),
+					"ethtool -K enp1s0 hw-tc-offload "+c.want) {
 				t.Errorf("%s: %+v", name, plan.Offload)
 			}
 			s.Close()
@@ -137,11 +139,13 @@ func TestModeUndone(t *testing.T) {
 	k.Net.Eswitch = map[string][3]int{pf: {}}
 	k.Fail[pfDir+"/virtfn1/driver_override"] = unix.EACCES
 	wish := Wish{VFs: Repeat(2, VFWish{Use: UseNone}), Eswitch: Eswitch{Mode: switchdev}}
-	if _, err := setCount(t, context.Background(), k, wish); err == nil || k.Net.Eswitch[pf][0] != 0 || state(t, k) != "1" {
+	if _, err := setCount(t, context.Background(), k, wish); err == nil || k.Net.Eswitch[pf][0] != 0 ||
+		state(t, k) != "1" {
 		t.Errorf("%v, e-switch %v, left %s", err, k.Net.Eswitch[pf], state(t, k))
 	}
 	k.Net.Eswitch = nil
-	if _, err := setCount(t, context.Background(), k, wish); err == nil || !strings.Contains(err.Error(), "no e-switch") {
+	if _, err := setCount(t, context.Background(), k, wish); err == nil ||
+		!strings.Contains(err.Error(), "no e-switch") {
 		t.Errorf("a PF without an e-switch: %v", err)
 	}
 }
@@ -261,7 +265,8 @@ func TestDecodeParam(t *testing.T) {
 		values []byte
 		want   string
 	}{
-		"switch":  {nl.DEVLINK_PARAM_TYPE_BOOL, append(value(0, nil), value(2, []byte{})...), "false now, true for the next boot"},
+		"switch": {nl.DEVLINK_PARAM_TYPE_BOOL, append(value(0, nil), value(2, []byte{})...),
+			"false now, true for the next boot"},
 		"text":    {nl.DEVLINK_PARAM_TYPE_STRING, value(1, []byte("abc\x00")), "abc from the driver's start"},
 		"number":  {nl.DEVLINK_PARAM_TYPE_U32, value(0, binary.NativeEndian.AppendUint32(nil, 70000)), "70000 now"},
 		"shorter": {nl.DEVLINK_PARAM_TYPE_U16, value(0, binary.NativeEndian.AppendUint16(nil, 300)), "300 now"},
@@ -305,7 +310,8 @@ func TestWords(t *testing.T) {
 		t.Error("an address is known that a VF begins with")
 	}
 
-	p := &SetPlan{Want: Settings{VLAN: "7", Trust: on}, Settings: planSettings(Settings{VLAN: "0", Trust: off}, Settings{VLAN: "7", Trust: on})}
+	p := &SetPlan{Want: Settings{VLAN: "7", Trust: on}, Settings: planSettings(Settings{VLAN: "0", Trust: off},
+		Settings{VLAN: "7", Trust: on})}
 	if p.Restores(Settings{VLAN: "7"}) || !p.Restores(Settings{VLAN: "7", Trust: on}) {
 		t.Error("what was asked for before is not told from what is new")
 	}

@@ -41,7 +41,8 @@ func simulated(t *testing.T, vfs int) (*iommu.Host, *iommu.Device) {
 	}
 	write("new_device", "7 1")
 	t.Cleanup(func() { write("del_device", "7") })
-	if err := os.WriteFile("/sys/kernel/debug/netdevsim/netdevsim7/max_vfs", []byte(strconv.Itoa(vfs)), 0o600); err != nil {
+	if err := os.WriteFile("/sys/kernel/debug/netdevsim/netdevsim7/max_vfs", []byte(strconv.Itoa(vfs)),
+		0o600); err != nil {
 		t.Fatal(err)
 	}
 	write("devices/netdevsim7/sriov_numvfs", strconv.Itoa(vfs))
@@ -109,7 +110,8 @@ func TestNetdevsim(t *testing.T) {
 	}
 	defer s.Close()
 	want := Settings{
-		MAC: "52:54:00:79:00:02", VLAN: "100", QoS: "3", Proto: dot1ad, Trust: on, SpoofChk: on, LinkState: "enable", MinRate: "10", MaxRate: "100", RSSQuery: on,
+		MAC: "52:54:00:79:00:02", VLAN: "100", QoS: "3", Proto: dot1ad, Trust: on, SpoofChk: on, LinkState: "enable",
+		MinRate: "10", MaxRate: "100", RSSQuery: on,
 	}
 	port, err := ReadPort(h, pf)
 	if err != nil || len(port.VFs) != 4 {

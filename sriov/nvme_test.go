@@ -103,7 +103,8 @@ func TestShareOut(t *testing.T) {
 		t.Errorf("units of 4 for three and a half each: %v", got)
 	}
 
-	if got := goOnline([]secondary{{ID: 1, VF: 1, Online: true}, {ID: 2, VF: 2}, {ID: 3, VF: 3}}, 2); !reflect.DeepEqual(
+	if got := goOnline([]secondary{{ID: 1, VF: 1, Online: true}, {ID: 2, VF: 2}, {ID: 3, VF: 3}},
+		2); !reflect.DeepEqual(
 		got,
 		[]action{{Controller: 2, Act: online}},
 	) {

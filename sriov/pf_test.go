@@ -23,7 +23,8 @@ func TestDeriveGUID(t *testing.T) {
 		t.Fatal(err)
 	}
 	for index, want := range map[int]string{
-		0: "0e:42:a1:03:01:00:00:01", 1: "0e:42:a1:03:02:00:00:01", 254: "0e:42:a1:03:ff:00:00:01", 255: "0e:42:a1:02:00:00:00:01",
+		0: "0e:42:a1:03:01:00:00:01", 1: "0e:42:a1:03:02:00:00:01", 254: "0e:42:a1:03:ff:00:00:01",
+		255:   "0e:42:a1:02:00:00:00:01",
 		65534: "0e:42:a1:fc:ff:00:00:01", 65535: "", -1: "",
 	} {
 		got, err := DeriveGUID(guid, index)
@@ -51,7 +52,8 @@ func TestInfiniBand(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, text := range []string{"guid=0c42:a103:0000:0002", "guid=0c:42:a1:03:00:00:00:01", "guid=0x0C42A10300000001"} {
+	for _, text := range []string{"guid=0c42:a103:0000:0002", "guid=0c:42:a1:03:00:00:00:01",
+		"guid=0x0C42A10300000001"} {
 		sel, err := iommu.ParseSelector(text)
 		if err != nil {
 			t.Fatal(err)
@@ -75,7 +77,8 @@ func TestInfiniBand(t *testing.T) {
 	}
 	steps := strings.Join(bind.Commands(p.Steps()), "\n")
 	for _, want := range []string{
-		"ip link set ibp1s0 vf 0 node_guid 0e:42:a1:03:01:00:00:02", "ip link set ibp1s0 vf 1 port_guid 0e:42:a1:03:02:00:00:02",
+		"ip link set ibp1s0 vf 0 node_guid 0e:42:a1:03:01:00:00:02",
+		"ip link set ibp1s0 vf 1 port_guid 0e:42:a1:03:02:00:00:02",
 	} {
 		if !strings.Contains(steps, want) {
 			t.Errorf("%q is missing in\n%s", want, steps)
@@ -87,9 +90,12 @@ func TestInfiniBand(t *testing.T) {
 		vfs  []Settings
 		says string
 	}{
-		"a MAC address":      {[]Settings{{MAC: StableMAC}}, "is InfiniBand, and its VFs have no MAC address: give them node_guid=stable"},
-		"twice the same":     {[]Settings{same, same}, "port_guid=00:11:22:33:44:55:66:77 is one value for several VFs"},
-		"that of the PF":     {[]Settings{{PortGUID: "0c:42:a1:03:00:00:00:02"}}, "port GUID 0c:42:a1:03:00:00:00:02 already belongs to ibp1s0"},
+		"a MAC address": {[]Settings{{MAC: StableMAC}},
+			"is InfiniBand, and its VFs have no MAC address: give them node_guid=stable"},
+		"twice the same": {[]Settings{same, same},
+			"port_guid=00:11:22:33:44:55:66:77 is one value for several VFs"},
+		"that of the PF": {[]Settings{{PortGUID: "0c:42:a1:03:00:00:00:02"}},
+			"port GUID 0c:42:a1:03:00:00:00:02 already belongs to ibp1s0"},
 		"no GUID":            {[]Settings{{PortGUID: "00:11:22:33:44:55:66"}}, "want eight bytes"},
 		"of none to be made": {[]Settings{{PortGUID: "0000:0000:0000:0000"}}, "that are not all zero"},
 	} {
@@ -131,7 +137,8 @@ func TestPFThatWentDown(t *testing.T) {
 	k.Log = nil
 	s := open(t, k)
 	plan, err := s.Make(t.Context(), parse(pf), alike(2, UseVFIO))
-	if err != nil || flags("") != up || len(k.Log) > 0 || !slices.Contains(bind.Commands(plan.Steps()), "ip link set dev enp1s0 up") {
+	if err != nil || flags("") != up || len(k.Log) > 0 || !slices.Contains(bind.Commands(plan.Steps()),
+		"ip link set dev enp1s0 up") {
 		t.Errorf("%v, flags %s, writes %q, steps %q", err, flags(""), k.Log, plan.Steps())
 	}
 }
@@ -146,7 +153,8 @@ func TestNoInterface(t *testing.T) {
 			}
 		}
 		if where != nil {
-			if err := errors.Join(os.MkdirAll(k.Dir()+"/run/netns", 0o755), os.WriteFile(k.Dir()+"/run/netns/blue", nil, 0o600)); err != nil {
+			if err := errors.Join(os.MkdirAll(k.Dir()+"/run/netns", 0o755),
+				os.WriteFile(k.Dir()+"/run/netns/blue", nil, 0o600)); err != nil {
 				t.Fatal(err)
 			}
 			k.Net.Elsewhere = where
@@ -163,7 +171,8 @@ func TestNoInterface(t *testing.T) {
 	k, s := gone(t, nil)
 	for what, wish := range wishes {
 		_, err := s.Make(context.Background(), parse(pf), wish)
-		if e, ok := errors.AsType[*NoInterfaceError](err); !ok || !strings.Contains(e.Why, "driver igb has not made one") || len(k.Log) > 0 {
+		if e, ok := errors.AsType[*NoInterfaceError](err); !ok ||
+			!strings.Contains(e.Why, "driver igb has not made one") || len(k.Log) > 0 {
 			t.Errorf("%s: %v, writes %q", what, err, k.Log)
 		}
 	}
@@ -193,14 +202,16 @@ func TestLegacyOnly(t *testing.T) {
 		settings Settings
 		says     string
 	}{
-		"mlx5_core": {Settings{MAC: StableMAC, VLAN: "7", Trust: on, SpoofChk: on, MaxRate: "7"}, "does not support vlan, trust, spoofchk for VFs"},
-		"ice":       {Settings{MAC: StableMAC, VLAN: "7", Trust: on}, "does not support trust for VFs"},
-		"igb":       {Settings{VLAN: "7", Trust: on}, ""},
+		"mlx5_core": {Settings{MAC: StableMAC, VLAN: "7", Trust: on, SpoofChk: on, MaxRate: "7"},
+			"does not support vlan, trust, spoofchk for VFs"},
+		"ice": {Settings{MAC: StableMAC, VLAN: "7", Trust: on}, "does not support trust for VFs"},
+		"igb": {Settings{VLAN: "7", Trust: on}, ""},
 	} {
 		for _, mode := range []string{switchdev, "legacy"} {
 			p := SetPlan{Want: c.settings, Settings: planSettings(Settings{}, c.settings)}
 			err := p.possible(&iommu.Device{Driver: driver}, mode)
-			if wrong := mode == switchdev && c.says != ""; (err != nil) != wrong || wrong && !strings.Contains(err.Error(), c.says) {
+			if wrong := mode == switchdev && c.says != ""; (err != nil) != wrong || wrong &&
+				!strings.Contains(err.Error(), c.says) {
 				t.Errorf("%s in mode %s: %v", driver, mode, err)
 			}
 		}
@@ -221,17 +232,21 @@ func TestLegacyOnly(t *testing.T) {
 		"as it is":    {VFs: []VFWish{{Settings: Settings{Trust: on}}}},
 		"as it is to": {VFs: []VFWish{{Settings: Settings{Trust: on}}}, Eswitch: Eswitch{Mode: switchdev}},
 	} {
-		if _, err := s.Make(t.Context(), parse(pf), wish); err == nil || !strings.Contains(err.Error(), "does not support trust") || len(k.Log) > 0 {
+		if _, err := s.Make(t.Context(), parse(pf), wish); err == nil ||
+			!strings.Contains(err.Error(), "does not support trust") || len(k.Log) > 0 {
 			t.Errorf("%s: %v, writes %q", what, err, k.Log)
 		}
 	}
-	if _, err := s.Make(t.Context(), parse(pf), Wish{VFs: []VFWish{{Settings: Settings{Trust: on}}}, Eswitch: Eswitch{Mode: "legacy"}}); err != nil {
+	if _, err := s.Make(t.Context(), parse(pf), Wish{VFs: []VFWish{{Settings: Settings{Trust: on}}},
+		Eswitch: Eswitch{Mode: "legacy"}}); err != nil {
 		t.Errorf("in mode legacy: %v", err)
 	}
-	if _, err := s.Make(t.Context(), parse(pf), Wish{VFs: []VFWish{{}}, Eswitch: Eswitch{Mode: switchdev}}); err != nil {
+	if _, err := s.Make(t.Context(), parse(pf), Wish{VFs: []VFWish{{}},
+		Eswitch: Eswitch{Mode: switchdev}}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.SetVF(t.Context(), parse(vf0), Settings{Trust: on}); err == nil || !strings.Contains(err.Error(), "does not support trust") {
+	if _, err := s.SetVF(t.Context(), parse(vf0), Settings{Trust: on}); err == nil ||
+		!strings.Contains(err.Error(), "does not support trust") {
 		t.Errorf("of a VF that is there: %v", err)
 	}
 }
@@ -247,14 +262,18 @@ func TestNoVLAN(t *testing.T) {
 // Each error of the kernel's comes with what helps against it, and with the kernel's own line.
 func TestHints(t *testing.T) {
 	for errno, says := range map[unix.Errno]string{
-		unix.ENOMEM: "pci=realloc", unix.ENOENT: "cannot make VFs", unix.ERANGE: "now allows less", unix.EBUSY: "something else made VFs",
-		unix.EPERM: "SmartNIC", unix.EAGAIN: "try again in a moment", unix.ENOSPC: "not enough queues", unix.EINVAL: "make fewer",
-		unix.EOPNOTSUPP: "SR-IOV may be off in the card's firmware (the firmware decides", unix.EIO: "do not agree about its VFs",
+		unix.ENOMEM: "pci=realloc", unix.ENOENT: "cannot make VFs", unix.ERANGE: "now allows less",
+		unix.EBUSY: "something else made VFs",
+		unix.EPERM: "SmartNIC", unix.EAGAIN: "try again in a moment", unix.ENOSPC: "not enough queues",
+		unix.EINVAL:     "make fewer",
+		unix.EOPNOTSUPP: "SR-IOV may be off in the card's firmware (the firmware decides",
+		unix.EIO:        "do not agree about its VFs",
 	} {
 		k := small(t)
 		k.Fail = map[string]error{"sys/bus/pci/devices/" + pf + "/sriov_numvfs": errno}
 		s := open(t, k)
-		if _, err := s.Make(t.Context(), parse(pf), alike(2, UseNone)); !errors.Is(err, errno) || !strings.Contains(err.Error(), says) {
+		if _, err := s.Make(t.Context(), parse(pf), alike(2, UseNone)); !errors.Is(err, errno) ||
+			!strings.Contains(err.Error(), says) {
 			t.Errorf("%v: %v", errno, err)
 		}
 		if len(device(t, s, pf).SRIOV.VFs) != 0 {
@@ -262,7 +281,8 @@ func TestHints(t *testing.T) {
 		}
 	}
 	for vendor, says := range map[uint16]string{
-		0x8086: "virtualization mode", 0x1022: "SR-IOV support", 0x15b3: "SRIOV_EN", 0x14e4: "bnxtnvm", 0x1924: "sfboot", 0x1234: "",
+		0x8086: "virtualization mode", 0x1022: "SR-IOV support", 0x15b3: "SRIOV_EN", 0x14e4: "bnxtnvm",
+		0x1924: "sfboot", 0x1234: "",
 	} {
 		hint := firmwareHint(&iommu.Host{}, &iommu.Device{ID: iommu.ID{Vendor: vendor}})
 		if (hint == "") != (says == "") || !strings.Contains(hint, says) {

@@ -92,7 +92,8 @@ func TestWithoutInterface(t *testing.T) {
 	})
 	d := device(t, s, nvmePFAddress)
 	for want, says := range map[Key]string{VLAN: "has no network interface here: it is not a NIC, so viaduct cannot set vlan of its VFs", MAC: "so there is no MAC address to derive"} {
-		_, err := s.SetVF(context.Background(), d.SRIOV.VFs[0].Address, Settings{want: map[Key]string{VLAN: "7", MAC: StableMAC}[want]})
+		_, err := s.SetVF(context.Background(), d.SRIOV.VFs[0].Address,
+			Settings{want: map[Key]string{VLAN: "7", MAC: StableMAC}[want]})
 		if err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%s: %v", want, err)
 		}
@@ -200,7 +201,8 @@ func TestPortsThatFail(t *testing.T) {
 	port := &Port{PF: &iommu.Device{Address: parse(pf)}, SwitchID: "deadbeef"}
 	hosttest.EachFailure(t, k, "ports", func() (any, error) {
 		ports, err := ReadPorts(h, port)
-		if err == nil && (len(ports.VFs) != 1 || ports.VFs[0] != "rep0" || !slices.Equal(ports.Uplinks, []string{"p0"})) {
+		if err == nil && (len(ports.VFs) != 1 || ports.VFs[0] != "rep0" ||
+			!slices.Equal(ports.Uplinks, []string{"p0"})) {
 			err = errors.New("other ports")
 		}
 		return ports, err

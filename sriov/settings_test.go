@@ -48,10 +48,13 @@ func TestParseSettings(t *testing.T) {
 	}
 
 	for word, says := range map[string]string{
-		"mac": "invalid setting", "speed=1": "invalid setting", "spoof=on": "did you mean spoofchk?", "mac=": "want a MAC", "mac=01:00:5e:00:00:01": "multicast",
-		"mac=00:11:22:33:44:55:66:77": "want a MAC", "vlan=4095": "0 to 4094", "vlan=-1": "0 to 4094", "qos=8": "0 to 7",
+		"mac": "invalid setting", "speed=1": "invalid setting", "spoof=on": "did you mean spoofchk?",
+		"mac=": "want a MAC", "mac=01:00:5e:00:00:01": "multicast",
+		"mac=00:11:22:33:44:55:66:77": "want a MAC", "vlan=4095": "0 to 4094", "vlan=-1": "0 to 4094",
+		"qos=8":     "0 to 7",
 		"trust=yes": "want on or off", "link=up": "auto or enable or disable", "max_tx_rate=4294967296": "4294967295",
-		"node_guid=00:00:00:00:00:00:00:00": "not all zero", "port_guid=1": "eight bytes", "proto=802.3": "802.1q", "msix=x": "0 to 2048",
+		"node_guid=00:00:00:00:00:00:00:00": "not all zero", "port_guid=1": "eight bytes", "proto=802.3": "802.1q",
+		"msix=x": "0 to 2048",
 	} {
 		if _, err := ParseSettings([]string{word}); err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%s: %v, want an error that says %q", word, err, says)
@@ -99,7 +102,8 @@ func TestPlanSettings(t *testing.T) {
 
 func TestDeriveMAC(t *testing.T) {
 	seen := map[string]string{}
-	for _, pf := range []string{"52:54:00:00:00:01", "52:54:00:00:00:02", "b8:ce:f6:00:00:01", "b8:ce:f6:00:00:02", "00:1b:21:aa:bb:cc", "3c:fd:fe:aa:bb:cc"} {
+	for _, pf := range []string{"52:54:00:00:00:01", "52:54:00:00:00:02", "b8:ce:f6:00:00:01", "b8:ce:f6:00:00:02",
+		"00:1b:21:aa:bb:cc", "3c:fd:fe:aa:bb:cc"} {
 		mac, err := net.ParseMAC(pf)
 		if err != nil {
 			t.Fatal(err)
@@ -358,7 +362,8 @@ func TestCheckedSettings(t *testing.T) {
 	if _, err := setVF(t, k, Settings{VLAN: "5000"}); err == nil || vfSettings(t, k, 0)[VLAN] != "0" {
 		t.Errorf("VLAN 5000 of a VF: %v", err)
 	}
-	if _, err := setCount(t, context.Background(), k, Wish{VFs: Repeat(2, VFWish{UseNone, Settings{VLAN: "5000"}})}); err == nil ||
+	if _, err := setCount(t, context.Background(), k, Wish{VFs: Repeat(2,
+		VFWish{UseNone, Settings{VLAN: "5000"}})}); err == nil ||
 		state(t, k) != "/none 1" {
 		t.Errorf("VLAN 5000 of new VFs: %v, left %s", err, state(t, k))
 	}

@@ -27,9 +27,11 @@ func TestStuck(t *testing.T) {
 		"autoprobe":      {command{run: makeVFs(alike(1, UseNone))}, "sriov_drivers_autoprobe"},
 		"driver of a VF": {command{run: makeVFs(alike(1, UseVFIO))}, "drivers_probe"},
 		"vectors of new": {command{host: switching, run: makeVFs(everything)}, "sriov_vf_msix_count"},
-		"recovery":       {command{setup: killed(1, isWrite, makeVFs(alike(1, UseNone))), run: recoverAll}, "sriov_drivers_autoprobe"},
+		"recovery": {command{setup: killed(1, isWrite, makeVFs(alike(1, UseNone))), run: recoverAll},
+			"sriov_drivers_autoprobe"},
 		"vectors": {command{
-			host: switching, setup: func(t *testing.T, k *hosttest.Kernel) { quiet(t, k, makeVFs(everything)) }, run: vectors,
+			host: switching, setup: func(t *testing.T, k *hosttest.Kernel) { quiet(t, k, makeVFs(everything)) },
+			run: vectors,
 		}, "sriov_vf_msix_count"},
 	} {
 		t.Run(name, func(t *testing.T) {

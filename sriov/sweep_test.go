@@ -115,7 +115,8 @@ func switching(t *testing.T) *hosttest.Kernel {
 // sharing is a host with an NVMe PF, which shares queues and interrupts out.
 func sharing(t *testing.T) *hosttest.Kernel {
 	k := hosttest.NewSmallLab(t, "0000:00:0a.0", nvmePFAddress, "0000:00:05.0", pf)
-	if err := errors.Join(os.MkdirAll(k.Dir()+"/dev", 0o755), os.WriteFile(k.Dir()+"/dev/nvme0", []byte("c 250:0\n"), 0o600)); err != nil {
+	if err := errors.Join(os.MkdirAll(k.Dir()+"/dev", 0o755),
+		os.WriteFile(k.Dir()+"/dev/nvme0", []byte("c 250:0\n"), 0o600)); err != nil {
 		t.Fatal(err)
 	}
 	k.OnIoctl = (&controller{q: pool{400, 2, 16, 1}, v: pool{200, 1, 16, 1}, all: controllers(130, 0, 0)}).ioctl
@@ -412,7 +413,8 @@ func (c *command) fault(t *testing.T, n int, fail error, before, after hostState
 		switch {
 		case err == nil && (!now.same(after) && !c.undone(now) || len(now.changes) > 0):
 			t.Errorf("%s\nis %s\nnot %s", where, now, after)
-		case err != nil && now.same(after) && strings.Contains(err.Error(), "was given back"): // and what it makes is not known
+		case err != nil && now.same(after) && strings.Contains(err.Error(),
+			"was given back"): // and what it makes is not known
 		case err != nil && !now.same(before) && len(now.changes) == 0 && !c.lost(err, now) && !c.recovers():
 			t.Errorf("%s\nis %s\nwas %s", where, now, before)
 		}

@@ -120,7 +120,8 @@ func TestPlace(t *testing.T) {
 
 // TestWithin unmaps whole mappings, from the beginning of one to the end of one or in the midst of a gap.
 func TestWithin(t *testing.T) {
-	there := []Mapping{{IOVA: 0x1000, Size: 0x1000}, {IOVA: 0x2000, Size: 0x2000}, {IOVA: 0x8000, Size: 0x1000}, {IOVA: 0xa000, Size: 1}}
+	there := []Mapping{{IOVA: 0x1000, Size: 0x1000}, {IOVA: 0x2000, Size: 0x2000}, {IOVA: 0x8000, Size: 0x1000},
+		{IOVA: 0xa000, Size: 1}}
 	for _, c := range []struct {
 		iova, size uint64
 		first, end int
@@ -264,8 +265,9 @@ func TestNames(t *testing.T) {
 	for err, want := range map[error]string{
 		&Error{"op", "file", unix.EIO, nil}:  "op file: input/output error",
 		&Error{"op", "", unix.EIO, ErrFault}: "op: the device did not answer (input/output error)",
-		&NotViableError{7, nil}:              "group 7 is not viable: a driver of the host has one of its devices" + first,
-		&NotViableError{7, both}:             "group 7 is not viable: a is on b, c is on d" + first,
+		&NotViableError{7, nil}: "group 7 is not viable: a driver of the host has one of its devices" +
+			first,
+		&NotViableError{7, both}: "group 7 is not viable: a is on b, c is on d" + first,
 		&NotOwnedError{"a", []iommu.Address{{Bus: 1}, {Bus: 2}}}: "a: a hot reset also resets 0000:01:00.0, " +
 			"0000:02:00.0, which this context has not opened: open it in the same context",
 	} {

@@ -109,7 +109,8 @@ func TestPath(t *testing.T) {
 		{all, StatePreCopy, StateStopCopy, []State{StatePreCopyP2P, StateStopCopy}},
 		{Migration{StopCopy: true, PreCopy: true}, StatePreCopy, StateStopCopy, []State{StateStopCopy}},
 		{all, StateResuming, StateRunning, []State{StateStop, StateRunningP2P, StateRunning}},
-		{all, StateStopCopy, StatePreCopy, nil}, {all, StateError, StateRunning, nil}, {all, StateRunning, StateError, nil},
+		{all, StateStopCopy, StatePreCopy, nil}, {all, StateError, StateRunning, nil},
+		{all, StateRunning, StateError, nil},
 		{Migration{StopCopy: true}, StateRunning, StatePreCopy, nil}, {all, StateRunning, State(99), nil},
 		{all, StateStop, StateStop, []State{}},
 	} {

@@ -33,36 +33,126 @@ func TestEachRequest(t *testing.T) {
 		tracks   bool
 		do       func(c *Context, d *Device, i *Interrupts) error
 	}{
-		"Info":          {[]uintptr{0x3b70, 0x3b84}, false, func(c *Context, _ *Device, _ *Interrupts) error { return values(c.Info()) }},
-		"Map":           {[]uintptr{0x3b71, 0x3b85}, false, func(c *Context, _ *Device, _ *Interrupts) error { return c.Map(mapping) }},
-		"Region":        {[]uintptr{0x3b6c}, false, func(_ *Context, d *Device, _ *Interrupts) error { return values(d.Region(BAR0)) }},
-		"InterruptInfo": {[]uintptr{0x3b6d}, false, func(_ *Context, d *Device, _ *Interrupts) error { return values(d.InterruptInfo(MSI)) }},
-		"Interrupts":    {[]uintptr{0x3b6d, 0x3b6e}, false, func(_ *Context, d *Device, _ *Interrupts) error { return values(d.Interrupts(Request, 1)) }},
-		"Trigger":       {[]uintptr{0x3b6e}, false, func(_ *Context, _ *Device, i *Interrupts) error { return i.Trigger(0) }},
-		"Mask":          {[]uintptr{0x3b6e}, false, func(_ *Context, _ *Device, i *Interrupts) error { return i.Mask(0) }},
-		"Unmask":        {[]uintptr{0x3b6e}, false, func(_ *Context, _ *Device, i *Interrupts) error { return i.Unmask(0) }},
-		"close vectors": {[]uintptr{0x3b6e}, false, func(_ *Context, _ *Device, i *Interrupts) error { return i.Close() }},
-		"Reset":         {[]uintptr{0x3b6f}, false, func(_ *Context, d *Device, _ *Interrupts) error { return d.Reset() }},
-		"HotResetInfo":  {[]uintptr{0x3b70}, false, func(_ *Context, d *Device, _ *Interrupts) error { return values(d.HotResetInfo()) }},
-		"HotReset":      {[]uintptr{0x3b70, 0x3b71}, false, func(_ *Context, d *Device, _ *Interrupts) error { return d.HotReset() }},
-		"Migration":     {[]uintptr{0x3b75}, false, func(_ *Context, d *Device, _ *Interrupts) error { return values(d.Migration()) }},
-		"State":         {[]uintptr{0x3b75}, false, func(_ *Context, d *Device, _ *Interrupts) error { return values(d.State()) }},
-		"SetState":      {[]uintptr{0x3b75}, false, func(_ *Context, d *Device, _ *Interrupts) error { return values(d.SetState(StateStop)) }},
-		"DataSize":      {[]uintptr{0x3b75}, false, func(_ *Context, d *Device, _ *Interrupts) error { return values(d.DataSize()) }},
-		"Save":          {[]uintptr{0x3b75}, false, func(_ *Context, d *Device, _ *Interrupts) error { return values(d.Save()) }},
-		"Load":          {[]uintptr{0x3b75}, false, func(_ *Context, d *Device, _ *Interrupts) error { return d.Load(t.Context(), bytes.NewReader(nil)) }},
-		"CanLog":        {[]uintptr{0x3b75}, false, func(_ *Context, d *Device, _ *Interrupts) error { return values(d.CanLog()) }},
-		"StartLog":      {[]uintptr{0x3b75}, false, func(_ *Context, d *Device, _ *Interrupts) error { return values(d.StartLog(4096, nil)) }},
-		"StopLog":       {[]uintptr{0x3b75}, false, func(_ *Context, d *Device, _ *Interrupts) error { return d.StopLog() }},
-		"Log":           {[]uintptr{0x3b75}, false, func(_ *Context, d *Device, _ *Interrupts) error { return d.Log(bitmap) }},
-		"CanSleep":      {[]uintptr{0x3b75}, false, func(_ *Context, d *Device, _ *Interrupts) error { return values(d.CanSleep()) }},
-		"Sleep":         {[]uintptr{0x3b75}, false, func(_ *Context, d *Device, _ *Interrupts) error { return d.Sleep() }},
-		"SleepUntil":    {[]uintptr{0x3b75}, false, func(_ *Context, d *Device, _ *Interrupts) error { return values(d.SleepUntilWoken()) }},
-		"Wake":          {[]uintptr{0x3b75}, false, func(_ *Context, d *Device, _ *Interrupts) error { return d.Wake() }},
-		"SetToken":      {[]uintptr{0x3b75}, false, func(_ *Context, d *Device, _ *Interrupts) error { return d.SetToken(Token{}) }},
-		"Hardware":      {[]uintptr{0x3b8a}, true, func(_ *Context, d *Device, _ *Interrupts) error { return values(d.Hardware()) }},
-		"TrackDirty":    {[]uintptr{0x3b8b}, true, func(c *Context, _ *Device, _ *Interrupts) error { return c.TrackDirty(false) }},
-		"Dirty":         {[]uintptr{0x3b8c}, true, func(c *Context, _ *Device, _ *Interrupts) error { return c.Dirty(bitmap, false) }},
+		"Info": {[]uintptr{0x3b70, 0x3b84}, false, func(c *Context, _ *Device,
+			_ *Interrupts) error {
+			return values(c.Info())
+		}},
+		"Map": {[]uintptr{0x3b71, 0x3b85}, false, func(c *Context, _ *Device,
+			_ *Interrupts) error {
+			return c.Map(mapping)
+		}},
+		"Region": {[]uintptr{0x3b6c}, false, func(_ *Context, d *Device,
+			_ *Interrupts) error {
+			return values(d.Region(BAR0))
+		}},
+		"InterruptInfo": {[]uintptr{0x3b6d}, false, func(_ *Context, d *Device,
+			_ *Interrupts) error {
+			return values(d.InterruptInfo(MSI))
+		}},
+		"Interrupts": {[]uintptr{0x3b6d, 0x3b6e}, false, func(_ *Context, d *Device,
+			_ *Interrupts) error {
+			return values(d.Interrupts(Request, 1))
+		}},
+		"Trigger": {[]uintptr{0x3b6e}, false, func(_ *Context, _ *Device,
+			i *Interrupts) error {
+			return i.Trigger(0)
+		}},
+		"Mask": {[]uintptr{0x3b6e}, false, func(_ *Context, _ *Device,
+			i *Interrupts) error {
+			return i.Mask(0)
+		}},
+		"Unmask": {[]uintptr{0x3b6e}, false, func(_ *Context, _ *Device,
+			i *Interrupts) error {
+			return i.Unmask(0)
+		}},
+		"close vectors": {[]uintptr{0x3b6e}, false, func(_ *Context, _ *Device,
+			i *Interrupts) error {
+			return i.Close()
+		}},
+		"Reset": {[]uintptr{0x3b6f}, false, func(_ *Context, d *Device,
+			_ *Interrupts) error {
+			return d.Reset()
+		}},
+		"HotResetInfo": {[]uintptr{0x3b70}, false, func(_ *Context, d *Device,
+			_ *Interrupts) error {
+			return values(d.HotResetInfo())
+		}},
+		"HotReset": {[]uintptr{0x3b70, 0x3b71}, false, func(_ *Context, d *Device,
+			_ *Interrupts) error {
+			return d.HotReset()
+		}},
+		"Migration": {[]uintptr{0x3b75}, false, func(_ *Context, d *Device,
+			_ *Interrupts) error {
+			return values(d.Migration())
+		}},
+		"State": {[]uintptr{0x3b75}, false, func(_ *Context, d *Device,
+			_ *Interrupts) error {
+			return values(d.State())
+		}},
+		"SetState": {[]uintptr{0x3b75}, false, func(_ *Context, d *Device,
+			_ *Interrupts) error {
+			return values(d.SetState(StateStop))
+		}},
+		"DataSize": {[]uintptr{0x3b75}, false, func(_ *Context, d *Device,
+			_ *Interrupts) error {
+			return values(d.DataSize())
+		}},
+		"Save": {[]uintptr{0x3b75}, false, func(_ *Context, d *Device,
+			_ *Interrupts) error {
+			return values(d.Save())
+		}},
+		"Load": {[]uintptr{0x3b75}, false, func(_ *Context, d *Device,
+			_ *Interrupts) error {
+			return d.Load(t.Context(), bytes.NewReader(nil))
+		}},
+		"CanLog": {[]uintptr{0x3b75}, false, func(_ *Context, d *Device,
+			_ *Interrupts) error {
+			return values(d.CanLog())
+		}},
+		"StartLog": {[]uintptr{0x3b75}, false, func(_ *Context, d *Device,
+			_ *Interrupts) error {
+			return values(d.StartLog(4096, nil))
+		}},
+		"StopLog": {[]uintptr{0x3b75}, false, func(_ *Context, d *Device,
+			_ *Interrupts) error {
+			return d.StopLog()
+		}},
+		"Log": {[]uintptr{0x3b75}, false, func(_ *Context, d *Device,
+			_ *Interrupts) error {
+			return d.Log(bitmap)
+		}},
+		"CanSleep": {[]uintptr{0x3b75}, false, func(_ *Context, d *Device,
+			_ *Interrupts) error {
+			return values(d.CanSleep())
+		}},
+		"Sleep": {[]uintptr{0x3b75}, false, func(_ *Context, d *Device,
+			_ *Interrupts) error {
+			return d.Sleep()
+		}},
+		"SleepUntil": {[]uintptr{0x3b75}, false, func(_ *Context, d *Device,
+			_ *Interrupts) error {
+			return values(d.SleepUntilWoken())
+		}},
+		"Wake": {[]uintptr{0x3b75}, false, func(_ *Context, d *Device,
+			_ *Interrupts) error {
+			return d.Wake()
+		}},
+		"SetToken": {[]uintptr{0x3b75}, false, func(_ *Context, d *Device,
+			_ *Interrupts) error {
+			return d.SetToken(Token{})
+		}},
+		"Hardware": {[]uintptr{0x3b8a}, true, func(_ *Context, d *Device,
+			_ *Interrupts) error {
+			return values(d.Hardware())
+		}},
+		"TrackDirty": {[]uintptr{0x3b8b}, true, func(c *Context, _ *Device,
+			_ *Interrupts) error {
+			return c.TrackDirty(false)
+		}},
+		"Dirty": {[]uintptr{0x3b8c}, true, func(c *Context, _ *Device,
+			_ *Interrupts) error {
+			return c.Dirty(bitmap, false)
+		}},
 	} {
 		for _, way := range []Way{IOMMUFD, Container} {
 			if c.tracks && way == Container {
@@ -145,7 +235,8 @@ func TestClosed(t *testing.T) {
 
 // TestDecode decodes answers of the kernel's, and what is wrong in them.
 func TestDecode(t *testing.T) {
-	if d, err := decodeDevice(words(40, 0x83, 9, 5, 24, 0, 5, 0, 5, 0)); err != nil || !d.PCI || !d.Reset || d.Regions != 9 ||
+	if d, err := decodeDevice(words(40, 0x83, 9, 5, 24, 0, 5, 0, 5, 0)); err != nil || !d.PCI || !d.Reset ||
+		d.Regions != 9 ||
 		d.Interrupts != 5 || !slices.Equal(d.Atomics, []int{32, 128}) {
 		t.Errorf("%+v, %v", d, err)
 	}
@@ -183,7 +274,8 @@ func TestDecode(t *testing.T) {
 	if r, err := decodeRegion(region(7, 0)); err != nil || r.Mappable != nil {
 		t.Errorf("an empty one: %+v, %v", r, err)
 	}
-	if r, err := decodeRegion(region(15, 8192, 2, 0, 0x80008086, 1)); err != nil || r.Type != 0x80008086 || r.Subtype != 1 {
+	if r, err := decodeRegion(region(15, 8192, 2, 0, 0x80008086, 1)); err != nil || r.Type != 0x80008086 ||
+		r.Subtype != 1 {
 		t.Errorf("%+v, %v", r, err)
 	}
 	unknown := region(15, 8192, 99, 0)
@@ -207,7 +299,8 @@ func TestDecode(t *testing.T) {
 		{sparse(0, 0, 4096, 4096), []Area{{4096, 4096}}, true},
 		{sparse(), nil, true},
 		{sparse(0, 4097, 4096, 4096), nil, false}, {sparse(4096, 8192), nil, false}, {sparse(12288, 1), nil, false},
-		{sparse(8192, 1), nil, false}, {region(15, 8192, 1, 0, 7, 0), nil, false}, {region(15, 8192, 1, 0, 7), nil, false},
+		{sparse(8192, 1), nil, false}, {region(15, 8192, 1, 0, 7, 0), nil, false},
+		{region(15, 8192, 1, 0, 7), nil, false},
 		{region(15, 8192, 2, 0, 1), nil, false},
 		{words(32, 7, 0, 0, 0, 0x40000001, 0, 0), nil, false}, {words(32, 7, 0, 0, 1, 0, 0, 0x40000001), nil, false},
 		{words(32, 7), nil, false},
@@ -222,7 +315,8 @@ func TestDecode(t *testing.T) {
 	}
 	i, err := decodeType1(type1(3, 0x3000, 1, 72, 2, 0, 0, 0, 0xfff, 0, 0x2000, 0, 0x2fff, 1, 3, 0, 77))
 	if err != nil || *i.PageSizes != 0x3000 || i.Alignment != 0x1000 || *i.Left != 77 ||
-		!slices.Equal(i.Ranges, []Range{{0, 0xfff}, {0x2000, 0x1_00002fff}}) || !slices.Equal(i.Reserved(), []Range{{0x1000, 0x1fff}}) {
+		!slices.Equal(i.Ranges, []Range{{0, 0xfff}, {0x2000, 0x1_00002fff}}) ||
+		!slices.Equal(i.Reserved(), []Range{{0x1000, 0x1fff}}) {
 		t.Errorf("%+v, %v", i, err)
 	}
 	for _, wrong := range [][]byte{

@@ -101,8 +101,9 @@ func TestOpen(t *testing.T) {
 			spoil func(*hosttest.Kernel, *hosttest.VFIO)
 			want  error
 		}{
-			"nothing wrong":           {func(*hosttest.Kernel, *hosttest.VFIO) {}, nil},
-			"interrupts not isolated": {func(_ *hosttest.Kernel, v *hosttest.VFIO) { v.Isolated = false }, ErrNotIsolated},
+			"nothing wrong": {func(*hosttest.Kernel, *hosttest.VFIO) {}, nil},
+			"interrupts not isolated": {func(_ *hosttest.Kernel, v *hosttest.VFIO) { v.Isolated = false },
+				ErrNotIsolated},
 			"no vfio driver": {func(k *hosttest.Kernel, _ *hosttest.VFIO) {
 				_ = k.Write("sys/bus/pci/drivers/vfio-pci/unbind", nic)
 			}, ErrNotBound},
@@ -263,7 +264,8 @@ func TestMap(t *testing.T) {
 		}
 		for i, access := range []Access{Read, Write, ReadWrite} {
 			iova := uint64(0x900000 + i<<20)
-			if err := c.Map(Mapping{IOVA: iova, Memory: m, Access: access}); err != nil || v.Access(iova) != uint32(access) {
+			if err := c.Map(Mapping{IOVA: iova, Memory: m, Access: access}); err != nil ||
+				v.Access(iova) != uint32(access) {
 				t.Errorf("%v, access %d instead of %d", err, v.Access(iova), access)
 			}
 			if err := c.Unmap(iova, uint64(m.Size())); err != nil {
@@ -279,13 +281,15 @@ func TestMap(t *testing.T) {
 			"mapped already": {at(0x11000), ErrRange}, "unaligned": {at(0x20800), ErrAlignment},
 			"reserved": {at(0xfee00000), ErrRange}, "beyond the width": {at(1 << 48), ErrRange},
 			"at the end": {at(1<<64 - 4096), ErrRange}, "no memory": {Mapping{IOVA: 0x40000, Access: Read}, nil},
-			"no access":       {Mapping{IOVA: 0x40000, Memory: m}, ErrRange},
-			"too much":        {Mapping{IOVA: 0x40000, Memory: m, Offset: 4096, Size: 4 * 4096, Access: Read}, ErrRange},
+			"no access": {Mapping{IOVA: 0x40000, Memory: m}, ErrRange},
+			"too much": {Mapping{IOVA: 0x40000, Memory: m, Offset: 4096, Size: 4 * 4096, Access: Read},
+				ErrRange},
 			"odd offset":      {Mapping{IOVA: 0x40000, Memory: m, Offset: 1, Size: 4096, Access: Read}, ErrAlignment},
 			"negative size":   {Mapping{IOVA: 0x40000, Memory: m, Size: -4096, Access: Read}, ErrRange},
 			"negative offset": {Mapping{IOVA: 0x40000, Memory: m, Offset: -4096, Size: 4096, Access: Read}, ErrRange},
 		} {
-			if err := c.Map(at(0x80000), wrong.Mapping); err == nil || wrong.want != nil && !errors.Is(err, wrong.want) {
+			if err := c.Map(at(0x80000), wrong.Mapping); err == nil || wrong.want != nil &&
+				!errors.Is(err, wrong.want) {
 				t.Errorf("%s: %v", what, err)
 			}
 		}
@@ -347,7 +351,8 @@ func TestInfo(t *testing.T) {
 		}
 		c, _ := openOne(t, host, Options{Way: way}, nic)
 		info, err := c.Info()
-		if err != nil || len(info.Ranges) != 40 || info.Width() != 36 || len(info.Reserved()) != 39 || info.Alignment != 4096 {
+		if err != nil || len(info.Ranges) != 40 || info.Width() != 36 || len(info.Reserved()) != 39 ||
+			info.Alignment != 4096 {
 			t.Errorf("%+v, %v", info, err)
 		}
 		if told := way == Container; (info.PageSizes != nil) != told || (info.Left != nil) != told {
@@ -390,7 +395,8 @@ func TestRegion(t *testing.T) {
 			t.Errorf("%v", bar.Mappable)
 		}
 		m := must2(bar.Map())(t)
-		for _, err := range []error{m.Store8(1, 0x12), m.Store16(2, 0x3456), m.Store32(4, 0x789abcde), m.Store64(8192, 1<<63)} {
+		for _, err := range []error{m.Store8(1, 0x12), m.Store16(2, 0x3456), m.Store32(4, 0x789abcde),
+			m.Store64(8192, 1<<63)} {
 			if err != nil {
 				t.Error(err)
 			}
@@ -399,7 +405,8 @@ func TestRegion(t *testing.T) {
 		if want := uint64(0x789abcde34561200); got != want {
 			t.Errorf("%#x, want %#x", got, want)
 		}
-		if a, b, c := must2(m.Load8(1))(t), must2(m.Load16(2))(t), must2(m.Load32(4))(t); a != 0x12 || b != 0x3456 || c != 0x789abcde {
+		if a, b, c := must2(m.Load8(1))(t), must2(m.Load16(2))(t), must2(m.Load32(4))(t); a != 0x12 || b != 0x3456 ||
+			c != 0x789abcde {
 			t.Errorf("%#x, %#x, %#x", a, b, c)
 		}
 		for _, err := range []error{
@@ -412,7 +419,8 @@ func TestRegion(t *testing.T) {
 		if v := must2(m.Load64(8192))(t); v != 1<<63 {
 			t.Errorf("%#x was stored", v)
 		}
-		for at, want := range map[int64]error{4096: ErrRange, 4094: ErrAlignment, 16384: ErrRange, -8: ErrRange, 1: ErrAlignment} {
+		for at, want := range map[int64]error{4096: ErrRange, 4094: ErrAlignment, 16384: ErrRange, -8: ErrRange,
+			1: ErrAlignment} {
 			if _, err := m.Load64(at); !errors.Is(err, want) {
 				t.Errorf("at %d: %v", at, err)
 			}
@@ -711,7 +719,8 @@ func TestMigrate(t *testing.T) {
 	if err := errors.Join(stopped.Cancel(), stopped.Cancel()); err != nil || must2(from.State())(t) != StateStop {
 		t.Errorf("the saving of a stopped device was cancelled: %v, %s", err, must2(from.State())(t))
 	}
-	if err := to.Load(t.Context(), bytes.NewReader(b.Bytes())); err != nil || !bytes.Equal(v.Devices[other].Content, state) {
+	if err := to.Load(t.Context(), bytes.NewReader(b.Bytes())); err != nil ||
+		!bytes.Equal(v.Devices[other].Content, state) {
 		t.Errorf("%v", err)
 	}
 
@@ -722,7 +731,8 @@ func TestMigrate(t *testing.T) {
 	}
 	// A reader, a writer and a context that fail.
 	broken := errors.New("broken")
-	if err := to.Load(t.Context(), io.MultiReader(bytes.NewReader(state), brokenReader{broken})); !errors.Is(err, broken) {
+	if err := to.Load(t.Context(), io.MultiReader(bytes.NewReader(state), brokenReader{broken})); !errors.Is(err,
+		broken) {
 		t.Error(err)
 	}
 	must2(from.SetState(StateRunning))(t)

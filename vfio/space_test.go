@@ -309,7 +309,8 @@ func TestNoGroup(t *testing.T) {
 		v.Fail = failing(0x3b76, errno)
 		c := newContext(t, host, Options{})
 		_, err := c.Open(nic)
-		if !errors.Is(err, errno) || errors.Is(err, ErrInUse) != (errno == unix.EINVAL) || errors.Is(err, ErrNotViable) {
+		if !errors.Is(err, errno) || errors.Is(err, ErrInUse) != (errno == unix.EINVAL) ||
+			errors.Is(err, ErrNotViable) {
 			t.Error(err)
 		}
 		v.Fail = nil

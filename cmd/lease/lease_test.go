@@ -73,7 +73,8 @@ func assign(t *testing.T, k *hosttest.Kernel, r lease.Request) (lease.Lease, boo
 }
 
 func one(guest, from string) lease.Request {
-	return lease.Request{Guest: guest, For: "pod default/" + guest, Sources: []lease.Source{{From: from}}, Persist: true}
+	return lease.Request{Guest: guest, For: "pod default/" + guest, Sources: []lease.Source{{From: from}},
+		Persist: true}
 }
 
 func driver(t *testing.T, k *hosttest.Kernel, address string) string {
@@ -93,7 +94,8 @@ func driver(t *testing.T, k *hosttest.Kernel, address string) string {
 func TestAssignAndRelease(t *testing.T) {
 	k := newKernel(t)
 	l, fresh, err := assign(t, k, one("a", vf0))
-	if err != nil || !fresh || len(l.Devices) != 1 || l.Devices[0].Address.String() != vf0 || driver(t, k, vf0) != "vfio-pci" {
+	if err != nil || !fresh || len(l.Devices) != 1 || l.Devices[0].Address.String() != vf0 ||
+		driver(t, k, vf0) != "vfio-pci" {
 		t.Fatalf("%+v, %v, %v, on %q", l, fresh, err, driver(t, k, vf0))
 	}
 	if again, fresh, err := assign(t, k, one("a", vf0)); err != nil || fresh || !again.Has(l.Devices[0].Address) {
@@ -108,7 +110,8 @@ func TestAssignAndRelease(t *testing.T) {
 
 	b := open(t, k)
 	all, err := b.Leases()
-	if err != nil || len(all) != 1 || all[0].Guest != "a" || all[0].For != "pod default/a" || all[0].State != "reserved" ||
+	if err != nil || len(all) != 1 || all[0].Guest != "a" || all[0].For != "pod default/a" ||
+		all[0].State != "reserved" ||
 		!slices.Equal(all[0].From, []string{vf0}) {
 		t.Errorf("leases %+v, %v", all, err)
 	}
@@ -222,7 +225,8 @@ func TestTells(t *testing.T) {
 	var told []string
 	with := func(open func(*iommu.Host, lease.Options) (*lease.Books, error), do func(*lease.Books) error) error {
 		told = nil
-		b, err := open(&iommu.Host{Host: k.Host()}, lease.Options{Tell: func(note string) { told = append(told, note) }})
+		b, err := open(&iommu.Host{Host: k.Host()},
+			lease.Options{Tell: func(note string) { told = append(told, note) }})
 		if err != nil {
 			return err
 		}
@@ -267,7 +271,10 @@ func TestTells(t *testing.T) {
 	if err := with(lease.Open, ask); err != nil {
 		t.Error(err)
 	}
-	if !slices.ContainsFunc(told, func(s string) bool { return strings.HasPrefix(s, vf0+" ") && !strings.Contains(s, "MAC") }) {
+	if !slices.ContainsFunc(told, func(s string) bool {
+		return strings.HasPrefix(s, vf0+" ") &&
+			!strings.Contains(s, "MAC")
+	}) {
 		t.Errorf("what was left is not told: %q", told)
 	}
 	if err := with(lease.OpenToRelease, func(b *lease.Books) error {

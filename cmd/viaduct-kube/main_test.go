@@ -82,7 +82,8 @@ func TestManifests(t *testing.T) {
 			rights = append(rights, strings.Join(r.Resources, ",")+": "+strings.Join(r.Verbs, ","))
 		}
 		want := []string{
-			"resourceclaims: get", "resourceslices: get,list,watch,create,update,patch,delete", "nodes: get", "events: create,patch",
+			"resourceclaims: get", "resourceslices: get,list,watch,create,update,patch,delete", "nodes: get",
+			"events: create,patch",
 		}
 		if !slices.Equal(rights, want) {
 			t.Errorf("rights %q", rights)
@@ -92,7 +93,8 @@ func TestManifests(t *testing.T) {
 	want := []string{
 		"Namespace devices", "DeviceClass viaduct.dev", "DeviceClass net.viaduct.dev", "DeviceClass gpu.viaduct.dev",
 		"ServiceAccount viaduct-kube", "ClusterRole viaduct-kube", "ClusterRoleBinding viaduct-kube",
-		"ValidatingAdmissionPolicy viaduct-kube", "ValidatingAdmissionPolicyBinding viaduct-kube", "DaemonSet viaduct-kube",
+		"ValidatingAdmissionPolicy viaduct-kube", "ValidatingAdmissionPolicyBinding viaduct-kube",
+		"DaemonSet viaduct-kube",
 	}
 
 	if !slices.Equal(kinds, want) || !strings.Contains(text, "system:serviceaccount:devices:viaduct-kube") {
@@ -117,10 +119,11 @@ func cluster(t *testing.T) *fake.Clientset {
 	c.Status.ReservedFor = []resource.ResourceClaimConsumerReference{{Resource: "pods", Name: "web"}}
 	return fake.NewClientset(c, &resource.ResourceSlice{
 		ObjectMeta: meta.ObjectMeta{Name: "one"},
-		Spec: resource.ResourceSliceSpec{Driver: "viaduct.dev", Pool: resource.ResourcePool{Name: "n1"}, Devices: []resource.Device{
-			device("0000-01-10-0", "0000:01:00.0", "net"), device("0000-01-10-2", "0000:01:00.0", "net"),
-			device("0000-02-10-0", "0000:02:00.0", "old"),
-		}},
+		Spec: resource.ResourceSliceSpec{Driver: "viaduct.dev", Pool: resource.ResourcePool{Name: "n1"},
+			Devices: []resource.Device{
+				device("0000-01-10-0", "0000:01:00.0", "net"), device("0000-01-10-2", "0000:01:00.0", "net"),
+				device("0000-02-10-0", "0000:02:00.0", "old"),
+			}},
 	})
 }
 
@@ -144,10 +147,11 @@ func rulesOf(t *testing.T, client *fake.Clientset) []string {
 // A drain keeps pods away from what is meant, and ends when none has it; ended, pods may have it again.
 func TestDrain(t *testing.T) {
 	for selector, want := range map[string][]string{
-		"":              {"viaduct-drain-n1 viaduct.dev/drain NoExecute"},
-		"pool=old":      {"viaduct-drain-n1-0000-02-10-0 viaduct.dev/drain NoExecute 0000-02-10-0"},
-		"0000:01:10.0":  {"viaduct-drain-n1-0000-01-10-0 viaduct.dev/drain NoExecute 0000-01-10-0"},
-		"0000:01:00.0":  {"viaduct-drain-n1-0000-01-10-0 viaduct.dev/drain NoExecute 0000-01-10-0", "viaduct-drain-n1-0000-01-10-2 viaduct.dev/drain NoExecute 0000-01-10-2"},
+		"":             {"viaduct-drain-n1 viaduct.dev/drain NoExecute"},
+		"pool=old":     {"viaduct-drain-n1-0000-02-10-0 viaduct.dev/drain NoExecute 0000-02-10-0"},
+		"0000:01:10.0": {"viaduct-drain-n1-0000-01-10-0 viaduct.dev/drain NoExecute 0000-01-10-0"},
+		"0000:01:00.0": {"viaduct-drain-n1-0000-01-10-0 viaduct.dev/drain NoExecute 0000-01-10-0",
+			"viaduct-drain-n1-0000-01-10-2 viaduct.dev/drain NoExecute 0000-01-10-2"},
 		"0000:09:00.0":  nil,
 		"pool=whatever": nil,
 	} {
@@ -174,7 +178,8 @@ func TestDrain(t *testing.T) {
 			t.Errorf("%s: %q", selector, got)
 		}
 		waits := "n1: waiting for claim default/nic of pod web\n"
-		if text := string(told[:n]); selector != "pool=old" && text != waits || selector == "pool=old" && text == waits {
+		if text := string(told[:n]); selector != "pool=old" && text != waits || selector == "pool=old" &&
+			text == waits {
 			t.Errorf("%s: it told %s", selector, text)
 		}
 		err := client.ResourceV1().ResourceClaims("default").Delete(t.Context(), "nic", meta.DeleteOptions{})
@@ -241,7 +246,8 @@ func TestForeignDriver(t *testing.T) {
 		}
 		_, err = s.check(t.Context())
 		if (err != nil) != refused ||
-			refused && !strings.Contains(err.Error(), "sriovnetwork.k8snetworkplumbingwg.io gives out 0000:01:10.0 too") {
+			refused && !strings.Contains(err.Error(),
+				"sriovnetwork.k8snetworkplumbingwg.io gives out 0000:01:10.0 too") {
 			t.Errorf("%s: %v", config, err)
 		}
 	}

@@ -60,7 +60,8 @@ func busy(t *testing.T) *hosttest.Kernel {
 func TestSnapshotSays(t *testing.T) {
 	k := busy(t)
 	lines := []string{
-		"list", "list --json", "list --holders", "list --tree", "show --json " + capturedPF + "/vf0", "plan --steps", "status -v", "vf list --json", "vf list", "leases --json", "pool", "pool --json", "show " + capturedPF,
+		"list", "list --json", "list --holders", "list --tree", "show --json " + capturedPF + "/vf0", "plan --steps",
+		"status -v", "vf list --json", "vf list", "leases --json", "pool", "pool --json", "show " + capturedPF,
 		"show --json ens1", "status", "status --json", "plan", "plan --json", "vf get " + capturedPF + "/vf0",
 		"bind --dry-run ens1", "bind --dry-run --json " + capturedPF, "unbind --dry-run " + capturedPF + "/vf0",
 		"vf destroy --dry-run " + capturedPF, "vf set --dry-run " + capturedPF + "/vf1 vlan=0 mac=52:54:00:00:00:0b",
@@ -74,8 +75,9 @@ func TestSnapshotSays(t *testing.T) {
 		says[line] = onKernel(k, strings.Fields(line)...)
 	}
 	for line, want := range map[string]string{
-		"leases --json": `"state": "active"`, "vf list": "vlan=7", "status": "differs", "bind --dry-run ens1": "default route",
-		"pool": "net   3    0     2       1", "vf destroy --dry-run " + capturedPF: `guest "web"`,
+		"leases --json": `"state": "active"`, "vf list": "vlan=7", "status": "differs",
+		"bind --dry-run ens1": "default route",
+		"pool":                "net   3    0     2       1", "vf destroy --dry-run " + capturedPF: `guest "web"`,
 		"vf get " + capturedPF + "/vf0": "vlan=7", "vf list --json": "4711", "adopt": "vlan: 7",
 	} {
 		if a := says[line]; !strings.Contains(a.stdout+a.stderr, want) {
@@ -145,7 +147,8 @@ func TestNotCaptured(t *testing.T) {
 	const head = "pfs:\n  - select: " + capturedPF + "\n    count: 3\n"
 	settings := head + "    vfs: [{driver: vfio, vlan: 7, pool: net}]\n"
 	// As an older viaduct made it.
-	old := without(whole, "viaduct/sriov", "viaduct/holders", "viaduct/leases.json", "viaduct/moment.json", "run/viaduct/lease-",
+	old := without(whole, "viaduct/sriov", "viaduct/holders", "viaduct/leases.json", "viaduct/moment.json",
+		"run/viaduct/lease-",
 		"run/viaduct/asked-", "var/lib/viaduct/")
 
 	for name, c := range map[string]struct {
@@ -153,26 +156,41 @@ func TestNotCaptured(t *testing.T) {
 		status     int
 		says       []string
 	}{
-		"settings":            {in(old, settings), "status", exitDiffers, []string{"unknown", "what its VFs are set to was not captured"}},
-		"settings, in JSON":   {in(old, settings), "status --json", exitDiffers, []string{`"state": "unknown"`, `"steps": []`}},
-		"settings, planned":   {in(old, settings), "plan", exitDiffers, []string{"1 unknown", "unknown " + capturedPF + ": what its VFs are set to"}},
-		"nothing to compare":  {in(old, head+"    vfs: [{driver: vfio}]\n"), "status", 0, []string{"ok "}},
-		"an e-switch":         {in(old, head+"    eswitch: switchdev\n    vfs: [{driver: vfio}]\n"), "status", exitDiffers, []string{"unknown", "its e-switch was not captured"}},
-		"offload":             {in(old, head+"    hw_tc_offload: on\n    vfs: [{driver: vfio}]\n"), "status", exitDiffers, []string{"unknown", "hw-tc-offload was not captured"}},
-		"more than unknown":   {in(old, settings+"devices:\n  - select: 0000:07:01.0\n"), "status", exitDiffers, []string{"unknown", "differs"}},
-		"in force":            {in(old, head), "status", 0, []string{"which declaration is in force was not captured"}},
-		"a VF":                {in(old, head), "vf get " + capturedPF + "/vf0", exitFailed, []string{"what its VFs are set to was not captured"}},
-		"VFs":                 {in(old, head), "vf list --json", 0, []string{`"settings": null`, `"holders": null`, `"unknown": [`}},
-		"leases":              {in(old, head), "leases --json", 0, []string{`"leases": null`, `"quarantine": null`, "are not known"}},
-		"pools":               {in(old, settings), "pool --json", 0, []string{`"free": null`, `"leased": null`, `"quarantine": null`}},
-		"a network of a pool": {in(old, settings), "pool net --format libvirt-network", exitFailed, []string{"in quarantine"}},
-		"users":               {in(old, head), "bind --dry-run ens1", 0, []string{"e1000 -> vfio-pci", "does not show who uses the devices"}},
+		"settings": {in(old, settings), "status", exitDiffers,
+			[]string{"unknown", "what its VFs are set to was not captured"}},
+		"settings, in JSON": {in(old, settings), "status --json", exitDiffers,
+			[]string{`"state": "unknown"`, `"steps": []`}},
+		"settings, planned": {in(old, settings), "plan", exitDiffers,
+			[]string{"1 unknown", "unknown " + capturedPF + ": what its VFs are set to"}},
+		"nothing to compare": {in(old, head+"    vfs: [{driver: vfio}]\n"), "status", 0, []string{"ok "}},
+		"an e-switch": {in(old, head+"    eswitch: switchdev\n    vfs: [{driver: vfio}]\n"), "status",
+			exitDiffers, []string{"unknown", "its e-switch was not captured"}},
+		"offload": {in(old, head+"    hw_tc_offload: on\n    vfs: [{driver: vfio}]\n"), "status",
+			exitDiffers, []string{"unknown", "hw-tc-offload was not captured"}},
+		"more than unknown": {in(old, settings+"devices:\n  - select: 0000:07:01.0\n"), "status", exitDiffers,
+			[]string{"unknown", "differs"}},
+		"in force": {in(old, head), "status", 0, []string{"which declaration is in force was not captured"}},
+		"a VF": {in(old, head), "vf get " + capturedPF + "/vf0", exitFailed,
+			[]string{"what its VFs are set to was not captured"}},
+		"VFs": {in(old, head), "vf list --json", 0,
+			[]string{`"settings": null`, `"holders": null`, `"unknown": [`}},
+		"leases": {in(old, head), "leases --json", 0,
+			[]string{`"leases": null`, `"quarantine": null`, "are not known"}},
+		"pools": {in(old, settings), "pool --json", 0,
+			[]string{`"free": null`, `"leased": null`, `"quarantine": null`}},
+		"a network of a pool": {in(old, settings), "pool net --format libvirt-network", exitFailed,
+			[]string{"in quarantine"}},
+		"users": {in(old, head), "bind --dry-run ens1", 0,
+			[]string{"e1000 -> vfio-pci", "does not show who uses the devices"}},
 		"states of leases": {
-			in(without(whole, "viaduct/"), head), "leases --json", 0, []string{`"state": "unknown"`, `"guest": "web"`, `"guest": "old"`},
+			in(without(whole, "viaduct/"), head), "leases --json", 0,
+			[]string{`"state": "unknown"`, `"guest": "web"`, `"guest": "old"`},
 		},
 		"ages of leases": {in(without(whole, "viaduct/"), head), "leases", 0, []string{"0000:01:00.0/vf0  -  "}},
-		"whose port":     {in(whole.With(hosttest.Tree{"viaduct/sriov/" + capturedPF + ".json": `{"port":{"name":"ens1"}}`}), head), "vf list", exitFailed, []string{"not its own"}},
-		"no JSON":        {in(whole.With(hosttest.Tree{"viaduct/holders.json": "{"}), head), "vf list", exitFailed, []string{"holders.json"}},
+		"whose port": {in(whole.With(hosttest.Tree{"viaduct/sriov/" + capturedPF +
+			".json": `{"port":{"name":"ens1"}}`}), head), "vf list", exitFailed, []string{"not its own"}},
+		"no JSON": {in(whole.With(hosttest.Tree{"viaduct/holders.json": "{"}), head), "vf list", exitFailed,
+			[]string{"holders.json"}},
 	} {
 		a := onCaptured(c.host, strings.Fields(c.line)...)
 		if a.status != c.status {
@@ -214,7 +232,8 @@ func TestSnapshotOfBrokenLeases(t *testing.T) {
 			"leases", "leases --json", "why guest=web", "pool", "assign --dry-run db --from net",
 			"migrate web --check --to " + other,
 		} {
-			if a := onCaptured(dir, strings.Fields(line)...); a.status != exitFailed || !strings.Contains(a.text(), "leases of a snapshot") {
+			if a := onCaptured(dir, strings.Fields(line)...); a.status != exitFailed ||
+				!strings.Contains(a.text(), "leases of a snapshot") {
 				t.Errorf("%s: %+v", line, a)
 			}
 		}

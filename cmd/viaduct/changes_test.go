@@ -111,7 +111,8 @@ func TestChangesThatFail(t *testing.T) {
 				// The command has run, and what became of its devices is told beside its status.
 				continue
 			}
-			if a.status == exitDone && (now != want || saysNothing(a.stdout) != saysNothing(usual.stdout)) || a.status != exitDone && a.stderr == "" && !strings.Contains(a.stdout, "error") {
+			if a.status == exitDone && (now != want || saysNothing(a.stdout) != saysNothing(usual.stdout)) ||
+				a.status != exitDone && a.stderr == "" && !strings.Contains(a.stdout, "error") {
 				t.Errorf("%s: operation %d (%s) fails: %+v\nis %s\nto be %s", c.line, n, failed(), a, now, want)
 			}
 		}

@@ -86,7 +86,8 @@ type page struct {
 func (p *page) block(block string) {
 	first, _, _ := strings.Cut(block, "\n")
 	switch {
-	case slices.Contains([]string{"protect:", "pfs:", "devices:", "roles:"}, strings.TrimSpace(strings.Split(first, " #")[0])):
+	case slices.Contains([]string{"protect:", "pfs:", "devices:", "roles:"},
+		strings.TrimSpace(strings.Split(first, " #")[0])):
 		if _, err := hostfile.Parse(p.name, []byte(block)); err != nil {
 			p.t.Errorf("%s:\n%v", block, err)
 		}
@@ -310,7 +311,8 @@ func TestHelp(t *testing.T) {
 	check := func(name, text string, commands bool) {
 		t.Helper()
 		for line := range strings.Lines(text) {
-			if n := len([]rune(strings.TrimSuffix(line, "\n"))); n > docs.Width && strings.Contains(strings.TrimSpace(line), " ") {
+			if n := len([]rune(strings.TrimSuffix(line, "\n"))); n > docs.Width &&
+				strings.Contains(strings.TrimSpace(line), " ") {
 				t.Errorf("%s: %d columns: %s", name, n, line)
 			}
 			if typed, ok := strings.CutPrefix(line, "    viaduct "); ok && commands {

@@ -55,7 +55,8 @@ func littered(t *testing.T) *hosttest.Kernel {
 	k := hosttest.NewLab(t, hosttest.Tree{
 		"proc/sys/kernel/random/boot_id": "this\n", "proc/sys/kernel/bootloader_type": "114\n",
 	})
-	put(t, k, hostfile.File, "pfs:\n  - select: 0000:01:00.0\n    count: 3\n    vfs:\n      - {range: 0-2, driver: vfio, pool: net}\n")
+	put(t, k, hostfile.File,
+		"pfs:\n  - select: 0000:01:00.0\n    count: 3\n    vfs:\n      - {range: 0-2, driver: vfio, pool: net}\n")
 	k.Process(4711, "keeper")
 	mustOnKernel(t, k, "apply")
 	mustOnKernel(t, k, "assign", "dead", "--from", "net", "--owner-pid", "4711")
@@ -70,7 +71,8 @@ func littered(t *testing.T) *hosttest.Kernel {
 	put(t, k, "var/lib/viaduct/lease-db.json", strings.ReplaceAll(string(web), `"web"`, `"db"`))
 	quarantine := func(name, more string) {
 		put(t, k, "var/lib/viaduct/quarantine-"+name+".json", fmt.Sprintf(
-			`{"address":"0000:09:00.0","place":%q,"guest":"old","why":"x","device":{"address":"0000:09:00.0"}%s}`, place, more))
+			`{"address":"0000:09:00.0","place":%q,"guest":"old","why":"x","device":{"address":"0000:09:00.0"}%s}`,
+			place, more))
 	}
 	quarantine("boot", `,"boot":"that"`)
 	quarantine("back", `,"boot":"this","lost":true`)
@@ -97,12 +99,17 @@ func TestDryRunWritesNothing(t *testing.T) {
 	k.Log = nil
 	for _, line := range []string{
 		"bind --dry-run 0000:07:01.0", "bind --dry-run 0000:07:02.0 --json", "bind --dry-run --save 0000:00:1f.2",
-		"bind --dry-run --keep-going 0000:07:01.0 0000:01:00.0", "unbind --dry-run 0000:01:10.4", "unbind --dry-run --save 0000:01:10.4",
-		"unbind --dry-run --force=lease 0000:01:10.0", "vf create --dry-run 0000:01:00.0 5", "vf create --dry-run 0000:02:00.0 2",
-		"vf destroy --dry-run 0000:01:00.0", "vf set --dry-run 0000:01:00.0/vf0 vlan=9", "vf sync --dry-run 0000:01:00.0",
+		"bind --dry-run --keep-going 0000:07:01.0 0000:01:00.0", "unbind --dry-run 0000:01:10.4",
+		"unbind --dry-run --save 0000:01:10.4",
+		"unbind --dry-run --force=lease 0000:01:10.0", "vf create --dry-run 0000:01:00.0 5",
+		"vf create --dry-run 0000:02:00.0 2",
+		"vf destroy --dry-run 0000:01:00.0", "vf set --dry-run 0000:01:00.0/vf0 vlan=9",
+		"vf sync --dry-run 0000:01:00.0",
 		"apply --dry-run", "apply --dry-run --json", "plan", "status", "assign --dry-run new --from 0000:01:00.0",
-		"assign --dry-run web --from net --vlan 7", "assign --dry-run new --from 0000:02:00.0 --json", "install --dry-run",
-		"list", "show 0000:01:10.0", "leases", "pool", "vf list", "vf get 0000:01:00.0/vf0", "why 0000:01:10.0", "doctor",
+		"assign --dry-run web --from net --vlan 7", "assign --dry-run new --from 0000:02:00.0 --json",
+		"install --dry-run",
+		"list", "show 0000:01:10.0", "leases", "pool", "vf list", "vf get 0000:01:00.0/vf0", "why 0000:01:10.0",
+		"doctor",
 	} {
 		a := onKernel(k, strings.Fields(line)...)
 		if a.status == exitUsage {
@@ -168,7 +175,8 @@ func TestDryRunsAreInWords(t *testing.T) {
 		words := onKernel(k, append(strings.Fields(of.line), "--dry-run")...)
 		steps := onKernel(k, append(strings.Fields(of.line), "--steps")...)
 		if len(k.Log) > 0 || words.status != steps.status {
-			t.Errorf("%s: %q written; status %d, and %d with --steps: %s", of.line, k.Log, words.status, steps.status, words.stderr)
+			t.Errorf("%s: %q written; status %d, and %d with --steps: %s", of.line, k.Log, words.status, steps.status,
+				words.stderr)
 		}
 		first, _, _ := strings.Cut(words.stdout, "\n")
 		if first != of.says || strings.Contains(words.stdout, "echo ") || strings.Contains(words.stdout, "ip link") {
@@ -176,13 +184,16 @@ func TestDryRunsAreInWords(t *testing.T) {
 		}
 		writes := 0
 		for line := range strings.Lines(steps.stdout) {
-			if strings.HasPrefix(line, "echo ") || strings.HasPrefix(line, "ip link ") || strings.HasPrefix(line, "cat > ") || strings.HasPrefix(line, "ln -s ") {
+			if strings.HasPrefix(line, "echo ") || strings.HasPrefix(line, "ip link ") ||
+				strings.HasPrefix(line, "cat > ") || strings.HasPrefix(line, "ln -s ") {
 				writes++
 			} else if c.Name != "install" && !strings.HasPrefix(line, "# ") {
 				t.Errorf("%s: --steps prints %q", of.line, line)
 			}
 		}
-		if want := fmt.Sprintf("--steps prints the %s", count1(writes, map[bool]string{true: "file", false: "write"}[c.Name == "install"])); !strings.Contains(words.stdout, want) {
+		if want := fmt.Sprintf("--steps prints the %s", count1(writes,
+			map[bool]string{true: "file", false: "write"}[c.Name == "install"])); !strings.Contains(words.stdout,
+			want) {
 			t.Errorf("%s: %d writes, and it says\n%s", of.line, writes, words.stdout)
 		}
 	}
@@ -268,8 +279,10 @@ func TestDryRunRefuses(t *testing.T) {
 			}
 		}
 		a := onKernel(k, strings.Fields(c.line)...)
-		if a.status == exitDone || a.status != dry.status || !strings.Contains(a.text(), c.says) || a.stderr != dry.stderr {
-			t.Errorf("%s: exit status %d: %s\nand its dry run %d: %s", c.line, a.status, a.text(), dry.status, dry.text())
+		if a.status == exitDone || a.status != dry.status || !strings.Contains(a.text(), c.says) ||
+			a.stderr != dry.stderr {
+			t.Errorf("%s: exit status %d: %s\nand its dry run %d: %s", c.line, a.status, a.text(), dry.status,
+				dry.text())
 		}
 	}
 }

@@ -40,12 +40,14 @@ func typedLines(t *testing.T) (meant, other [][]string) {
 		for _, more := range [][]string{nil, {"0000:01:00.0"}, {"-f", file}} {
 			meant = append(meant, slices.Concat(words, more))
 		}
-		other = append(other, slices.Concat(words, []string{"--help"}), slices.Concat(words, []string{"no-such-thing", "x=y"}))
+		other = append(other, slices.Concat(words, []string{"--help"}),
+			slices.Concat(words, []string{"no-such-thing", "x=y"}))
 	}
 	return append(meant,
 		[]string{"libvirt-hook", "--", "web", "prepare", "begin", "-"},
 		[]string{"libvirt-hook", "--network", "--", "net", "port-created", "begin", "-"},
-		[]string{"migrate", "--peer"}, []string{"migrate", "--peer", "--data", "x"}, []string{"adopt", "--import", "netplan"},
+		[]string{"migrate", "--peer"}, []string{"migrate", "--peer", "--data", "x"},
+		[]string{"adopt", "--import", "netplan"},
 		[]string{"apply", "--boot", "--wait", "0s"}), other
 }
 

@@ -145,7 +145,8 @@ func (full) Write([]byte) (int, error) { return 0, io.ErrShortWrite }
 // Output that could not be written is a failure.
 func TestFullDisk(t *testing.T) {
 	dir := hosttest.Load(t, filepath.Join(machines, "bare.txt")).Dir(t)
-	for _, line := range []string{"list", "list --json", "list --tree", "show 00:01.0", "vf list", "version", "completion zsh", "man"} {
+	for _, line := range []string{"list", "list --json", "list --tree", "show 00:01.0", "vf list", "version",
+		"completion zsh", "man"} {
 		var stderr bytes.Buffer
 		args := append([]string{"viaduct", "--host", dir}, strings.Fields(line)...)
 		if status := run(args, full{}, &stderr); status != 1 {

@@ -38,7 +38,8 @@ func TestApplyConfirmGuarded(t *testing.T) {
 	k = prepare()
 	k.Fail[procs] = unix.EBUSY
 	a = onKernel(k, "apply", "--confirm", "60s")
-	if a.status != exitFailed || !strings.Contains(a.stderr, "would end with this login") || boundTo(k, sweptNIC) != "e1000" {
+	if a.status != exitFailed || !strings.Contains(a.stderr, "would end with this login") ||
+		boundTo(k, sweptNIC) != "e1000" {
 		t.Errorf("%+v, on %s", a, boundTo(k, sweptNIC))
 	}
 	if _, err := declared.Of(&iommu.Host{Host: k.Host()}).Confirm(); err == nil {

@@ -67,7 +67,8 @@ func TestInstallWithoutSystemd(t *testing.T) {
 	if text, err := k.Host().String("var/lib/viaduct/protected.json"); err != nil || !strings.Contains(text, sweptPF) {
 		t.Errorf("what carries the host is not recorded: %q, %v", text, err)
 	}
-	if a := onKernel(k, "install", "--watch"); a.status != exitDone || !strings.Contains(a.stdout, "installed already") {
+	if a := onKernel(k, "install", "--watch"); a.status != exitDone ||
+		!strings.Contains(a.stdout, "installed already") {
 		t.Errorf("again: %+v", a)
 	}
 	if a := onKernel(k, "install"); a.status != exitDone || k.Host().Exists(installedWatch) {
@@ -152,7 +153,8 @@ func TestInstallTellsSystemd(t *testing.T) {
 			k := host(t, n)
 			put(t, k, "fails", broken+"\n")
 			a := onKernel(k, strings.Fields(s.line)...)
-			may, told := slices.Contains(s.may, broken), strings.Contains(a.text(), broken+": exit status 1: it is broken")
+			may, told := slices.Contains(s.may, broken), strings.Contains(a.text(),
+				broken+": exit status 1: it is broken")
 			if may != (a.status == exitDone) || !may && !told {
 				t.Errorf("step %d, %s: %q fails: %+v", n, s.line, broken, a)
 			}
@@ -161,7 +163,8 @@ func TestInstallTellsSystemd(t *testing.T) {
 
 	k := installHost(t, "systemctl")
 	put(t, k, "run/systemd/system/x", "")
-	if a := onKernel(k, "install"); a.status != exitFailed || !strings.Contains(a.text(), "udevadm is not on this host") {
+	if a := onKernel(k, "install"); a.status != exitFailed ||
+		!strings.Contains(a.text(), "udevadm is not on this host") {
 		t.Errorf("without udevadm: %+v", a)
 	}
 }

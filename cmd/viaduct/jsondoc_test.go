@@ -11,9 +11,11 @@ import (
 
 // jsonObjects are the objects of docs/json.md, by section.
 var jsonObjects = map[string]reflect.Type{
-	"GROUP": reflect.TypeFor[groupView](), "DEVICE": reflect.TypeFor[deviceView](), "show SELECTOR": reflect.TypeFor[showView](),
-	"show group=N": reflect.TypeFor[showGroupView](), "bind, unbind": reflect.TypeFor[changeView](),
-	"WRITE": reflect.TypeFor[writeView](), "REFUSAL": reflect.TypeFor[refusalView](), "FAILED": reflect.TypeFor[failedView](),
+	"GROUP": reflect.TypeFor[groupView](), "DEVICE": reflect.TypeFor[deviceView](),
+	"show SELECTOR": reflect.TypeFor[showView](),
+	"show group=N":  reflect.TypeFor[showGroupView](), "bind, unbind": reflect.TypeFor[changeView](),
+	"WRITE": reflect.TypeFor[writeView](), "REFUSAL": reflect.TypeFor[refusalView](),
+	"FAILED":  reflect.TypeFor[failedView](),
 	"vf list": reflect.TypeFor[vfListView](), "PF": reflect.TypeFor[pfView](), "VF": reflect.TypeFor[vfView](),
 	"vf create, vf destroy": reflect.TypeFor[countView](), "vf set, vf sync": reflect.TypeFor[setView](),
 	"plan, status, apply --dry-run": reflect.TypeFor[itemView](), "verify": reflect.TypeFor[verifyView](),

@@ -56,7 +56,8 @@ func TestLog(t *testing.T) {
 		!strings.Contains(out, "refused: ") {
 		t.Errorf("of one device:\n%s", out)
 	}
-	if out, _, _ := do("show 02:00.0"); !strings.Contains(out, "  changed     ") || !strings.Contains(out, ": 3 -> 2 VFs") {
+	if out, _, _ := do("show 02:00.0"); !strings.Contains(out, "  changed     ") ||
+		!strings.Contains(out, ": 3 -> 2 VFs") {
 		t.Errorf("show:\n%s", out)
 	}
 }
@@ -91,7 +92,8 @@ func TestUses(t *testing.T) {
 		Guest   *string
 	}
 
-	if err := json.Unmarshal([]byte(out), &v); err != nil || len(v.Holders) != 1 || v.Holders[0].Kind != "route" || v.Guest != nil {
+	if err := json.Unmarshal([]byte(out), &v); err != nil || len(v.Holders) != 1 || v.Holders[0].Kind != "route" ||
+		v.Guest != nil {
 		t.Errorf("%v: %s", err, out)
 	}
 	if out, _, _ := do("show 06:00.0"); !strings.Contains(out, "guest       web") {
@@ -116,7 +118,8 @@ func TestSnapshotToPipe(t *testing.T) {
 			t.Errorf("%s: %d, %s\n%s", line, status, said, got)
 		}
 	}
-	if _, said, status := typed(80, "viaduct", "--host", dir, "snapshot", "-"); status != 2 || !strings.Contains(said, "terminal") {
+	if _, said, status := typed(80, "viaduct", "--host", dir, "snapshot", "-"); status != 2 ||
+		!strings.Contains(said, "terminal") {
 		t.Errorf("to a terminal: %d, %s", status, said)
 	}
 }
@@ -126,17 +129,21 @@ func TestAssignPreview(t *testing.T) {
 	k := hosttest.NewLab(t, nil)
 	k.Log = nil
 	for format, want := range map[string]string{
-		"proxmox": "hostpci0: 0000:05:00.0\n", "qemu": "-device vfio-pci,host=0000:05:00.0", "env": "VIADUCT_NODES='/dev/vfio/vfio /dev/vfio/14'",
+		"proxmox": "hostpci0: 0000:05:00.0\n", "qemu": "-device vfio-pci,host=0000:05:00.0",
+		"env": "VIADUCT_NODES='/dev/vfio/vfio /dev/vfio/14'",
 	} {
-		a := mustOnKernel(t, k, "assign", "web", "--from", "0000:05:00.0", "--dry-run", "--no-reset", "--format", format)
+		a := mustOnKernel(t, k, "assign", "web", "--from", "0000:05:00.0", "--dry-run", "--no-reset",
+			"--format", format)
 		if !strings.Contains(a.stdout, want) || len(k.Log) > 0 {
 			t.Errorf("%s: %s%s, wrote %q", format, a.stdout, a.stderr, k.Log)
 		}
 	}
-	if a := mustOnKernel(t, k, "assign", "web", "--from", "0000:05:00.0", "--steps", "--no-reset"); !strings.Contains(a.stdout, "driver_override") {
+	if a := mustOnKernel(t, k, "assign", "web", "--from", "0000:05:00.0", "--steps",
+		"--no-reset"); !strings.Contains(a.stdout, "driver_override") {
 		t.Errorf("without a format: %s", a.stdout)
 	}
-	if a := mustOnKernel(t, k, "assign", "web", "--from", "0000:02:00.0", "--mac", "stable", "--dry-run", "--format", "libvirt"); !strings.Contains(a.stdout, "<mac address=") {
+	if a := mustOnKernel(t, k, "assign", "web", "--from", "0000:02:00.0", "--mac", "stable", "--dry-run", "--format",
+		"libvirt"); !strings.Contains(a.stdout, "<mac address=") {
 		t.Errorf("a VF: %s%s", a.stdout, a.stderr)
 	}
 }

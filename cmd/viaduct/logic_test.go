@@ -30,20 +30,29 @@ func TestWrongUsage(t *testing.T) {
 		"bind": "", "bind --driver nonsense " + sweptPF: "a vfio driver", "bind --force=nonsense " + sweptPF: "--force",
 		"bind --timeout 0s " + sweptPF: "--timeout", "bind --node-owner nobody@nowhere " + sweptPF: "--node-owner",
 		"unbind": "", "unbind --timeout -1s " + sweptPF: "--timeout", "recover x": "no arguments",
-		"vf create " + sweptPF: "", "vf create " + sweptPF + " many": "invalid number", "vf create " + sweptPF + " 65536": "65535",
+		"vf create " + sweptPF: "", "vf create " + sweptPF + " many": "invalid number",
+		"vf create " + sweptPF + " 65536":            "65535",
 		"vf create --driver e1000 " + sweptPF + " 1": "--driver", "vf create " + sweptPF + " 0 vlan=5": "no VFs",
 		"vf create --mtu 67 " + sweptPF + " 1": "--mtu", "vf create --mtu 65536 " + sweptPF + " 1": "--mtu",
-		"vf set " + sweptPF + "/vf0": "", "vf set " + sweptPF + "/vf0 colour=red": "vf set", "vf set " + sweptPF + " vlan=7": "not a VF",
-		"plan x": "no arguments", "status x": "no arguments", "apply x": "no arguments", "undo x": "no arguments",
-		"adopt x": "no arguments", "adopt --import nonsense": "--import", "schema x": "no arguments", "watch x": "no arguments",
+		"vf set " + sweptPF + "/vf0": "", "vf set " + sweptPF + "/vf0 colour=red": "vf set",
+		"vf set " + sweptPF + " vlan=7": "not a VF",
+		"plan x":                        "no arguments", "status x": "no arguments", "apply x": "no arguments",
+		"undo x":  "no arguments",
+		"adopt x": "no arguments", "adopt --import nonsense": "--import", "schema x": "no arguments",
+		"watch x":   "no arguments",
 		"install x": "no arguments", "uninstall x": "no arguments", "leases x": "no arguments", "pool a b": "one name",
 		"pool --format xml net": "--format", "pool --format libvirt-network": "--format",
-		"apply --timeout 0s": "--timeout", "apply --confirm 999ms": "--confirm", "apply --confirm 60s --boot": "--confirm",
-		"apply --confirm 60s --dry-run": "--confirm", "apply --confirmed --keep-going": "no other option", "apply --wait -1s": "--wait",
+		"apply --timeout 0s": "--timeout", "apply --confirm 999ms": "--confirm",
+		"apply --confirm 60s --boot":    "--confirm",
+		"apply --confirm 60s --dry-run": "--confirm", "apply --confirmed --keep-going": "no other option",
+		"apply --wait -1s":       "--wait",
 		"apply --force=nonsense": "--force", "undo --force=nonsense": "--force", "undo --timeout 0s": "--timeout",
-		"assign": "name", "assign web": "--from", "assign we/b --from net": "invalid guest name", "assign web --from net --format x": "unknown format",
-		"assign web --from net --memory big": "--memory", "assign web --from net --ttl -1s": "--ttl", "assign web --from net,count=x": "invalid count",
-		"assign web --from net,count=0": "one or more", "assign web --from net --count 0": "one or more", "assign web --from ,vlan=7": "names nothing",
+		"assign": "name", "assign web": "--from", "assign we/b --from net": "invalid guest name",
+		"assign web --from net --format x":   "unknown format",
+		"assign web --from net --memory big": "--memory", "assign web --from net --ttl -1s": "--ttl",
+		"assign web --from net,count=x": "invalid count",
+		"assign web --from net,count=0": "one or more", "assign web --from net --count 0": "one or more",
+		"assign web --from ,vlan=7":          "names nothing",
 		"assign web --from net --set msix=4": "msix", "assign web --from net --json --format qemu": "which of the two",
 		"assign web --from net,mac=52:54:00:00:00:09,count=2":                  "for 2 VFs",
 		"assign web --from net --from " + sweptPF + " --mac 52:54:00:00:00:09": "for 2 VFs",
@@ -54,8 +63,12 @@ func TestWrongUsage(t *testing.T) {
 		"assign web --from net --owner-pid -5":                                 "no such process",
 		"assign web --from net --unit none":                                    "does not run",
 		"assign web --from net --node-owner a@b":                               "--node-owner",
-		"release":                                                              "name", "release --dead web": "no arguments", "release --dead --wait 5s": "--wait", "release web --wait -1s": "--wait",
-		"release web --force x": "--force", "release web --force quarantine": "--force", "release --quarantined": "",
+		"release":                                                              "name",
+		"release --dead web":                                                   "no arguments",
+		"release --dead --wait 5s":                                             "--wait",
+		"release web --wait -1s":                                               "--wait",
+		"release web --force x":                                                "--force",
+		"release web --force quarantine":                                       "--force", "release --quarantined": "",
 		"release --dead --quarantined": "no arguments", "release web --timeout 0s": "--timeout",
 		"libvirt-hook web prepare": "want a domain", "nonsense": "no command",
 		"vf create --force=nonsense " + sweptPF + " 1": "--force", "vf destroy --force=nonsense " + sweptPF: "--force",
@@ -63,7 +76,8 @@ func TestWrongUsage(t *testing.T) {
 		"vf create " + sweptPF + " 2 vlan=4094+index": "vf1",
 		"iommu x": "no argument", "vf nonsense": "no command", "list no/such": "no/such", "doctor no/such": "no/such",
 		"vf sync no/such": "no/such", "vf get": "the VF", "snapshot": "the file", "completion": "the shell",
-		"vf list -o x": "invalid output", "verify": "", "show no/such": "no/such", "why no/such --memory 1G": "--memory", "man no-such": "no page",
+		"vf list -o x": "invalid output", "verify": "", "show no/such": "no/such",
+		"why no/such --memory 1G": "--memory", "man no-such": "no page",
 		"why group=x": "group", "help no such": "", "unbind no/such": "no/such", "log --since x": "",
 		"bind --timeout soon " + sweptPF: "invalid value", "migrate web --cancel --check": "--check",
 		"migrate web --to host --probe nowhere": "--probe", "migrate web --to host --probe ::1": "--probe",
@@ -94,7 +108,8 @@ func TestBindAndBack(t *testing.T) {
 		}
 		return views
 	}
-	if got := read(mustOnKernel(t, k, "bind", sweptNIC, "--json")); len(got) != 2 || boundTo(k, sweptNIC) != "vfio-pci" ||
+	if got := read(mustOnKernel(t, k, "bind", sweptNIC, "--json")); len(got) != 2 ||
+		boundTo(k, sweptNIC) != "vfio-pci" ||
 		boundTo(k, sweptEDU) != "vfio-pci" {
 		t.Errorf("%+v", got)
 	}
@@ -113,14 +128,16 @@ func TestBindAndBack(t *testing.T) {
 	if a := onKernel(k, "bind", sweptNIC, sweptPF); a.status != exitRefused || len(k.Log) > 0 {
 		t.Errorf("%+v, written %q", a, k.Log)
 	}
-	if a := onKernel(k, "bind", "--keep-going", sweptNIC, sweptPF); a.status == exitDone || boundTo(k, sweptNIC) != "vfio-pci" ||
+	if a := onKernel(k, "bind", "--keep-going", sweptNIC, sweptPF); a.status == exitDone ||
+		boundTo(k, sweptNIC) != "vfio-pci" ||
 		boundTo(k, sweptPF) != "igb" {
 		t.Errorf("%+v, on %s and %s", a, boundTo(k, sweptNIC), boundTo(k, sweptPF))
 	}
 	if a := onKernel(k, "bind", "--force=route", sweptPF); a.status != exitDone || boundTo(k, sweptPF) != "vfio-pci" {
 		t.Errorf("forced: %+v", a)
 	}
-	if a := onKernel(k, "unbind", "--all", "class=0200"); a.status != exitDone || boundTo(k, sweptPF) != "igb" || boundTo(k, sweptNIC) != "e1000" {
+	if a := onKernel(k, "unbind", "--all", "class=0200"); a.status != exitDone || boundTo(k, sweptPF) != "igb" ||
+		boundTo(k, sweptNIC) != "e1000" {
 		t.Errorf("all: %+v", a)
 	}
 
@@ -174,7 +191,8 @@ func TestVFCommands(t *testing.T) {
 	if boundTo(k, sweptVF) != "vfio-pci" || get()[sriov.VLAN] != "5" {
 		t.Errorf("made: on %s, with %v", boundTo(k, sweptVF), get())
 	}
-	if a := onKernel(k, "vf", "set", sweptPF+"/vf0", "vlan=7", "trust=on", "--json"); a.status != exitDone || get()[sriov.VLAN] != "7" || get()[sriov.Trust] != "on" {
+	if a := onKernel(k, "vf", "set", sweptPF+"/vf0", "vlan=7", "trust=on", "--json"); a.status != exitDone ||
+		get()[sriov.VLAN] != "7" || get()[sriov.Trust] != "on" {
 		t.Errorf("set: %+v, %v", a, get())
 	}
 
@@ -198,12 +216,15 @@ func TestVFCommands(t *testing.T) {
 	k.Net.Routes = []hosttest.Route{{To: "default", Over: []string{"enp1s0"}}}
 	a := mustOnKernel(t, k, "vf", "create", "--dry-run", sweptPF, "1")
 	b := mustOnKernel(t, k, "vf", "create", "--dry-run", "--json", sweptPF, "1")
-	if !strings.Contains(a.stdout, "note: the link of enp1s0 may flap") || b.stderr != "" || !strings.Contains(b.stdout, "may flap") {
+	if !strings.Contains(a.stdout, "note: the link of enp1s0 may flap") || b.stderr != "" ||
+		!strings.Contains(b.stdout, "may flap") {
 		t.Errorf("what may flap is told: %+v, %+v", a, b)
 	}
 
-	for line, says := range map[string]string{"vf create 0000:01:00.0 8": "7", "vf create 0000:00:05.0 1": "PF", "doctor 0000:77:00.0": "0000:77:00.0"} {
-		if a := onKernel(k, strings.Fields(line)...); a.status == exitDone || a.stdout != "" || !strings.Contains(a.stderr, says) {
+	for line, says := range map[string]string{"vf create 0000:01:00.0 8": "7", "vf create 0000:00:05.0 1": "PF",
+		"doctor 0000:77:00.0": "0000:77:00.0"} {
+		if a := onKernel(k, strings.Fields(line)...); a.status == exitDone || a.stdout != "" ||
+			!strings.Contains(a.stderr, says) {
 			t.Errorf("%s: %+v", line, a)
 		}
 	}
@@ -217,7 +238,8 @@ func TestVFCommands(t *testing.T) {
 // quarantine until it can.
 func TestLeaseCommands(t *testing.T) {
 	k := hosttest.NewSmallLab(t, "0000:00:05.0", sweptPF)
-	put(t, k, hostfile.File, "pfs:\n  - select: "+sweptPF+"\n    count: 2\n    vfs: [{range: 0-1, driver: none, pool: net}]\n")
+	put(t, k, hostfile.File,
+		"pfs:\n  - select: "+sweptPF+"\n    count: 2\n    vfs: [{range: 0-1, driver: none, pool: net}]\n")
 	mustOnKernel(t, k, "apply")
 	for _, vf := range []string{sweptVF, "0000:01:10.2"} {
 		put(t, k, "sys/bus/pci/devices/"+vf+"/reset", "")
@@ -243,18 +265,21 @@ func TestLeaseCommands(t *testing.T) {
 	if !strings.Contains(a.stdout, "vfio-pci,host=") {
 		t.Errorf("%+v", a)
 	}
-	if again := mustOnKernel(t, k, "assign", "web", "--from", "net", "--owner-pid", "4711", "--mac", "stable", "--vlan", "9"); again.stdout != a.stdout {
+	if again := mustOnKernel(t, k, "assign", "web", "--from", "net", "--owner-pid", "4711", "--mac", "stable", "--vlan",
+		"9"); again.stdout != a.stdout {
 		t.Errorf("again: %s, not %s", again.stdout, a.stdout)
 	}
 	if now, _ := state(); now != lease.Reserved {
 		t.Errorf("assigned, it is %s", now)
 	}
 	for _, format := range []string{"json", "env", "libvirt", "cloud-hypervisor", "crosvm"} {
-		if a := onKernel(k, "assign", "web", "--from", "net", "--owner-pid", "4711", "--mac", "stable", "--vlan", "9", "--format", format); a.status != exitDone || a.stdout == "" {
+		if a := onKernel(k, "assign", "web", "--from", "net", "--owner-pid", "4711", "--mac", "stable", "--vlan", "9",
+			"--format", format); a.status != exitDone || a.stdout == "" {
 			t.Errorf("as %s: %+v", format, a)
 		}
 	}
-	if a := mustOnKernel(t, k, "pool", "--json"); !strings.Contains(strings.Join(strings.Fields(a.stdout), ""), `"free":1,"leased":1`) {
+	if a := mustOnKernel(t, k, "pool", "--json"); !strings.Contains(strings.Join(strings.Fields(a.stdout), ""),
+		`"free":1,"leased":1`) {
 		t.Errorf("%+v", a)
 	}
 	if a := onKernel(k, "release", "--dead"); a.status != exitDone || a.stdout != "" {
@@ -265,7 +290,8 @@ func TestLeaseCommands(t *testing.T) {
 		t.Errorf("its owner is gone, it is %s", now)
 	}
 	k.Fail["sys/bus/pci/devices/0000:01:10.2/reset"] = unix.EIO
-	if a := onKernel(k, "release", "--dead"); a.status != exitFailed || !strings.Contains(a.stderr, "is in quarantine") {
+	if a := onKernel(k, "release", "--dead"); a.status != exitFailed ||
+		!strings.Contains(a.stderr, "is in quarantine") {
 		t.Errorf("not reset: %+v", a)
 	}
 	if now, quarantined := state(); now != "" || quarantined != 1 {
@@ -274,11 +300,13 @@ func TestLeaseCommands(t *testing.T) {
 	if a := onKernel(k, "release", "--quarantined", "0000:01:10.2"); a.status != exitFailed {
 		t.Errorf("still not: %+v", a)
 	}
-	if a := onKernel(k, "release", "--quarantined", "0000:01:10.0"); a.status != exitFailed || !strings.Contains(a.stderr, "is not in quarantine") {
+	if a := onKernel(k, "release", "--quarantined", "0000:01:10.0"); a.status != exitFailed ||
+		!strings.Contains(a.stderr, "is not in quarantine") {
 		t.Errorf("another: %+v", a)
 	}
 	delete(k.Fail, "sys/bus/pci/devices/0000:01:10.2/reset")
-	if a := onKernel(k, "release", "--quarantined", "0000:01:10.2"); a.status != exitDone || !strings.Contains(a.stdout, "clean") {
+	if a := onKernel(k, "release", "--quarantined", "0000:01:10.2"); a.status != exitDone ||
+		!strings.Contains(a.stdout, "clean") {
 		t.Errorf("reset: %+v", a)
 	}
 	if _, quarantined := state(); quarantined != 0 {
@@ -287,7 +315,8 @@ func TestLeaseCommands(t *testing.T) {
 	if a := onKernel(k, "release", "web"); a.status != exitFailed || !strings.Contains(a.stderr, "web has no lease") {
 		t.Errorf("again: %+v", a)
 	}
-	if a := onKernel(k, "assign", "big", "--from", "net", "--count", "3"); a.status != exitFailed || !strings.Contains(a.stderr, "exhausted") {
+	if a := onKernel(k, "assign", "big", "--from", "net", "--count", "3"); a.status != exitFailed ||
+		!strings.Contains(a.stderr, "exhausted") {
 		t.Errorf("more than there are: %+v", a)
 	}
 	if a := onKernel(k, "libvirt-hook", "--network", "--", "net", "started", "begin", "-"); a.status != exitDone {
@@ -327,13 +356,15 @@ func TestGuard(t *testing.T) {
 	if status := <-ended; status != exitDone {
 		t.Errorf("it ended with %d", status)
 	}
-	if a := onKernel(k, "apply", "--confirmed"); a.status != exitFailed || !strings.Contains(a.stderr, "there is no apply to confirm") {
+	if a := onKernel(k, "apply", "--confirmed"); a.status != exitFailed ||
+		!strings.Contains(a.stderr, "there is no apply to confirm") {
 		t.Errorf("again: %+v", a)
 	}
 
 	// What it cannot look at, it does not guard.
 	put(t, k, "var/lib/viaduct/in-force.json", "{")
-	if a := onKernel(k, "undo", "--unless-confirmed"); a.status != exitFailed || strings.Contains(a.stdout, guardReady) || a.stdout == "" {
+	if a := onKernel(k, "undo", "--unless-confirmed"); a.status != exitFailed ||
+		strings.Contains(a.stdout, guardReady) || a.stdout == "" {
 		t.Errorf("with a broken record: %+v", a)
 	}
 	if a := onKernel(k, "apply", "--confirmed"); a.status != exitFailed {
@@ -389,13 +420,15 @@ func TestStay(t *testing.T) {
 // A command's name says which VMM it is, and where its devices' arguments go.
 func TestFormatOf(t *testing.T) {
 	for program, want := range map[string]string{
-		"/usr/bin/qemu-system-x86_64": "qemu", "kvm": "qemu", "cloud-hypervisor": "cloud-hypervisor", "crosvm": "crosvm", "sh": "env",
+		"/usr/bin/qemu-system-x86_64": "qemu", "kvm": "qemu", "cloud-hypervisor": "cloud-hypervisor",
+		"crosvm": "crosvm", "sh": "env",
 	} {
 		if got := formatOf(program); got != want {
 			t.Errorf("%s is %s", program, got)
 		}
 	}
-	for text, want := range map[string]uint64{"": 0, "512": 512 << 20, "512M": 512 << 20, "8G": 8 << 30, "8GiB": 8 << 30, "1T": 1 << 40, "100B": 100} {
+	for text, want := range map[string]uint64{"": 0, "512": 512 << 20, "512M": 512 << 20, "8G": 8 << 30,
+		"8GiB": 8 << 30, "1T": 1 << 40, "100B": 100} {
 		if got, err := parseSize(text); got != want || err != nil {
 			t.Errorf("%q: %d, %v", text, got, err)
 		}

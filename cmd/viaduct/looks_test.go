@@ -18,15 +18,20 @@ import (
 var looks = []string{
 	"list", "list --json", "list --tree", "list -o wide", "list --holders", "list group=7",
 	"show 0000:01:10.0", "show 0000:01:00.0 --json", "show 0000:07:01.0", "show group=7 --json", "show 0000:09:00.0",
-	"why 0000:01:10.0", "why 0000:07:01.0 --json", "why --all", "why guest=web", "why guest=web --memory 1G --json", "iommu", "iommu --json",
-	"doctor", "doctor 0000:01:00.0 --json", "vf list", "vf list --json", "vf get 0000:01:00.0/vf0", "vf get 0000:01:00.0/vf1 --json",
+	"why 0000:01:10.0", "why 0000:07:01.0 --json", "why --all", "why guest=web", "why guest=web --memory 1G --json",
+	"iommu", "iommu --json",
+	"doctor", "doctor 0000:01:00.0 --json", "vf list", "vf list --json", "vf get 0000:01:00.0/vf0",
+	"vf get 0000:01:00.0/vf1 --json",
 	"log 0000:01:10.0", "log 8086:10ca", "why web", "show group=8", "why mac=52:54:00:00:00:01",
 	"leases", "leases --json", "pool", "pool net --json", "pool net --format libvirt-network", "log", "log --json",
 	"plan", "plan --json", "plan --steps", "status", "status -v", "status --json", "apply --dry-run", "adopt",
 	"adopt --import systemd", "adopt --import modprobe",
-	"bind --dry-run 0000:07:01.0", "bind --dry-run --json 0000:07:02.0", "unbind --dry-run 0000:01:10.4", "unbind --dry-run --json 0000:01:10.4",
-	"vf create --dry-run 0000:02:00.0 2 vlan=7", "vf destroy --dry-run 0000:01:00.0", "vf set --dry-run 0000:02:00.0/vf0 vlan=9",
-	"vf sync --dry-run 0000:01:00.0", "assign --dry-run new --from 0000:02:00.0", "assign --dry-run new --from net --memory 1G --json",
+	"bind --dry-run 0000:07:01.0", "bind --dry-run --json 0000:07:02.0", "unbind --dry-run 0000:01:10.4",
+	"unbind --dry-run --json 0000:01:10.4",
+	"vf create --dry-run 0000:02:00.0 2 vlan=7", "vf destroy --dry-run 0000:01:00.0",
+	"vf set --dry-run 0000:02:00.0/vf0 vlan=9",
+	"vf sync --dry-run 0000:01:00.0", "assign --dry-run new --from 0000:02:00.0",
+	"assign --dry-run new --from net --memory 1G --json",
 	"assign --dry-run web --from net --vlan 7", "install --dry-run",
 }
 
@@ -38,7 +43,8 @@ func TestNothingCanBeWritten(t *testing.T) {
 		return &iommu.Host{Host: h}, err
 	}
 	var silent []string
-	for _, line := range append([]string{"schema", "help", "help topics", "help gpu", "help bind", "version", "assign --formats"}, looks...) {
+	for _, line := range append([]string{"schema", "help", "help topics", "help gpu", "help bind", "version",
+		"assign --formats"}, looks...) {
 		usual := onKernel(k, strings.Fields(line)...)
 		if usual.stdout == "" {
 			silent = append(silent, line)

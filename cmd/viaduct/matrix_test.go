@@ -57,7 +57,8 @@ func TestMatrix(t *testing.T) {
 				return stdout.String(), status
 			}
 
-			for _, line := range []string{"list", "list --json", "list --tree", "vf list", "vf list --json", "pool", "iommu", "iommu --json", "why --all", "why --all --json"} {
+			for _, line := range []string{"list", "list --json", "list --tree", "vf list", "vf list --json", "pool",
+				"iommu", "iommu --json", "why --all", "why --all --json"} {
 				if out, status := do(strings.Fields(line)...); status != 0 {
 					t.Errorf("%s: exit status %d: %s", line, status, out)
 				}

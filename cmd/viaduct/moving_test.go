@@ -92,11 +92,15 @@ func TestMendMove(t *testing.T) {
 		says   string
 		left   bool
 	}{
-		"none is known":                 {nil, "--cancel", exitFailed, "does not move", false},
-		"another begins":                {record(true, migrate.Checked), "--to exec:false", exitFailed, "another move of web is not over", true},
-		"its QEMU has ended":            {record(true, migrate.Checked), "--resume", exitFailed, "web is here, as it was", false},
-		"it is not expected any more":   {record(false, migrate.Checked), "--cancel", exitDone, "web is not expected here any more", true},
-		"it is not this side's to know": {record(false, migrate.Checked), "--resume", exitFailed, "--resume there", true},
+		"none is known": {nil, "--cancel", exitFailed, "does not move", false},
+		"another begins": {record(true, migrate.Checked), "--to exec:false", exitFailed,
+			"another move of web is not over", true},
+		"its QEMU has ended": {record(true, migrate.Checked), "--resume", exitFailed,
+			"web is here, as it was", false},
+		"it is not expected any more": {record(false, migrate.Checked), "--cancel", exitDone,
+			"web is not expected here any more", true},
+		"it is not this side's to know": {record(false, migrate.Checked), "--resume", exitFailed,
+			"--resume there", true},
 	} {
 		k, e := movableHost(t)
 		h, err := e.open()
@@ -189,7 +193,8 @@ func TestNewRecord(t *testing.T) {
 		t.Errorf("of no guest: %+v", r)
 	}
 	mustOnKernel(t, k, "assign", "old", "--from", "0000:01:10.2", "--mac", "52:54:00:aa:00:02", "--no-reset")
-	if r, err := make(&migrateOptions{guest: "old", to: "there"}); err == nil || !strings.Contains(err.Error(), "--movable") {
+	if r, err := make(&migrateOptions{guest: "old", to: "there"}); err == nil ||
+		!strings.Contains(err.Error(), "--movable") {
 		t.Errorf("of one that has no socket: %+v, %v", r, err)
 	}
 	if err := os.WriteFile(filepath.Join(k.Dir(), "run/viaduct/lease-web.json"), []byte("{"), 0o600); err != nil {

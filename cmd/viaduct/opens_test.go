@@ -17,10 +17,13 @@ func TestHostThatCannotBeOpened(t *testing.T) {
 	t.Setenv(asProgram, "1") // which run starts
 	no := errors.New("it cannot be opened")
 	lines := []string{
-		"snapshot " + t.TempDir() + "/x", "verify " + sweptVF, "bind " + sweptNIC, "unbind " + sweptNIC, "vf create " + sweptPF + " 2",
+		"snapshot " + t.TempDir() + "/x", "verify " + sweptVF, "bind " + sweptNIC, "unbind " + sweptNIC,
+		"vf create " + sweptPF + " 2",
 		"vf set " + sweptPF + "/vf0 vlan=9", "vf sync", "vf destroy " + sweptPF, "apply", "apply --boot --wait 0s",
-		"apply --confirmed", "undo", "undo --unless-confirmed", "recover", "assign new --from " + sweptVF, "assign web --from " + sweptVF,
-		"release web", "release --dead", "release --quarantined " + sweptVF, "run new --from " + sweptVF + " -- true", "install", "uninstall",
+		"apply --confirmed", "undo", "undo --unless-confirmed", "recover", "assign new --from " + sweptVF,
+		"assign web --from " + sweptVF,
+		"release web", "release --dead", "release --quarantined " + sweptVF, "run new --from " + sweptVF + " -- true",
+		"install", "uninstall",
 		"migrate web --to exec:false", "migrate web --to exec:false --check", "migrate web --cancel",
 		"migrate web --resume", "adopt --import netplan", "assign db --from " + sweptNIC + " --owner-pid 1",
 		"run db --movable --from " + sweptNIC + " --format qemu -- true", "migrate --peer --data x",
@@ -47,7 +50,8 @@ func TestWatchCannotBegin(t *testing.T) {
 			return &iommu.Host{Host: h}, err
 		}
 		var stdout, stderr bytes.Buffer
-		if status := runOn(open, []string{"viaduct", "watch"}, &stdout, &stderr); status != exitFailed || !strings.Contains(stderr.String(), "it cannot be opened") {
+		if status := runOn(open, []string{"viaduct", "watch"}, &stdout, &stderr); status != exitFailed ||
+			!strings.Contains(stderr.String(), "it cannot be opened") {
 			t.Errorf("opened %d times: exit status %d: %s%s", n, status, stdout.String(), stderr.String())
 		}
 	}

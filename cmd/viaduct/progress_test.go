@@ -16,12 +16,15 @@ func TestProgressText(t *testing.T) {
 		event bind.Event
 		want  string
 	}{
-		{bind.Event{Device: pf, Label: "ens1f0", Subject: bind.VFs, From: "0", To: "16", Begins: true}, "ens1f0 0/16 VFs"},
+		{bind.Event{Device: pf, Label: "ens1f0", Subject: bind.VFs, From: "0", To: "16", Begins: true},
+			"ens1f0 0/16 VFs"},
 		{bind.Event{Device: vf, PF: pf, Subject: bind.Settings, Part: true}, "ens1f0 16/16 VFs, 1/16 set"},
 		{bind.Event{Device: pf, Subject: bind.VFs, To: "16", Part: true}, "ens1f0 16/16 VFs, 1/16 set"},
 		{bind.Event{Device: vf, PF: pf, Subject: bind.Driver, Part: true}, "ens1f0 16/16 VFs, 1/16 set, 1/16 taken"},
-		{bind.Event{Device: "0000:02:00.0", Subject: bind.Driver}, "ens1f0 16/16 VFs, 1/16 set, 1/16 taken; 1 device done"},
-		{bind.Event{Device: "0000:02:00.1", Subject: bind.Driver, Err: errors.New("x")}, "ens1f0 16/16 VFs, 1/16 set, 1/16 taken; 1 device done"},
+		{bind.Event{Device: "0000:02:00.0", Subject: bind.Driver},
+			"ens1f0 16/16 VFs, 1/16 set, 1/16 taken; 1 device done"},
+		{bind.Event{Device: "0000:02:00.1", Subject: bind.Driver, Err: errors.New("x")},
+			"ens1f0 16/16 VFs, 1/16 set, 1/16 taken; 1 device done"},
 		{bind.Event{Device: pf, Subject: bind.VFs, To: "16"}, "1 device done"},
 	} {
 		if p.see(c.event); p.text() != c.want {

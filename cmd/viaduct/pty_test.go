@@ -174,7 +174,8 @@ func TestTerminal(t *testing.T) {
 		for _, columns := range []int{80, 50} {
 			p := onTerminal(t, columns, program(append([]string{"--host", dir}, strings.Fields(line)...)...))
 			said, status := p.end()
-			if !strings.Contains(said, want) && columns == 80 || !strings.Contains(said, "\x1b[1m") || status != 0 && status != 4 {
+			if !strings.Contains(said, want) && columns == 80 || !strings.Contains(said, "\x1b[1m") || status != 0 &&
+				status != 4 {
 				t.Errorf("%s: %d, %q", line, status, said)
 			}
 			for text := range strings.SplitSeq(plain(said), "\r\n") {
@@ -236,7 +237,8 @@ func TestProgressAtTerminal(t *testing.T) {
 			t.Fatal(err)
 		}
 		cmd := exec.Command("/proc/self/exe", "-test.run=^TestSlowly$")
-		cmd.Env = append(os.Environ(), slowly+"="+pipe, "VIADUCT_TEST_FILE="+file, "TERM=xterm", "NO_COLOR=1", "COLUMNS=")
+		cmd.Env = append(os.Environ(), slowly+"="+pipe, "VIADUCT_TEST_FILE="+file, "TERM=xterm", "NO_COLOR=1",
+			"COLUMNS=")
 		p := onTerminal(t, 80, cmd)
 		p.await("enp1s0 0/4 VFs")
 		if c.keys != "" {

@@ -17,7 +17,8 @@ func TestStepsAreQuoted(t *testing.T) {
 		hosttest.PCI{At: "0000:00:01.0/0000:01:00.0", ID: "8086:1572", Class: "020000", Driver: driver, Group: 2},
 	)
 	for kind, host := range map[string]string{"folder": tree.Dir(t), "snapshot": tree.Snapshot(t)} {
-		for _, line := range []string{"bind --dry-run --steps 0000:01:00.0", "plan --steps -f " + declare(t, "0000:01:00.0")} {
+		for _, line := range []string{"bind --dry-run --steps 0000:01:00.0",
+			"plan --steps -f " + declare(t, "0000:01:00.0")} {
 			stdout, stderr, status := typed(0, append([]string{"viaduct", "--host", host}, strings.Fields(line)...)...)
 			if !strings.Contains(stdout, "touch ran") {
 				t.Errorf("%s: %s: status %d, %s%s", kind, line, status, stdout, stderr)

@@ -27,9 +27,11 @@ func TestReadOnly(t *testing.T) {
 				return nil
 			})
 			a := onKernel(k, strings.Fields(line)...)
-			if a.status != exitFailed || strings.Count(a.stderr, "\n") != 1 || !strings.Contains(a.stderr, "remount,rw /"+dir) ||
+			if a.status != exitFailed || strings.Count(a.stderr, "\n") != 1 ||
+				!strings.Contains(a.stderr, "remount,rw /"+dir) ||
 				a.stdout != "" || len(k.Log) > 0 {
-				t.Errorf("%s with a read-only /%s: exit status %d, log %q\n%s%s", line, dir, a.status, k.Log, a.stdout, a.stderr)
+				t.Errorf("%s with a read-only /%s: exit status %d, log %q\n%s%s", line, dir, a.status, k.Log, a.stdout,
+					a.stderr)
 			}
 			if line == "undo" || line == "recover" || strings.HasPrefix(line, "release") {
 				continue

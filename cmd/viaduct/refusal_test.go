@@ -65,7 +65,8 @@ func TestRefusals(t *testing.T) {
 			if r.Who != nil {
 				who = *r.Who
 			}
-			found = found || r.Kind == c.kind && who == c.who && (r.Force != nil) == c.force && (r.Hint != nil) == c.hint &&
+			found = found || r.Kind == c.kind && who == c.who && (r.Force != nil) == c.force &&
+				(r.Hint != nil) == c.hint &&
 				r.Reason != ""
 		}
 		if !found {
@@ -82,7 +83,8 @@ func TestRefusals(t *testing.T) {
 		t.Fatalf("%v: %s%s", err, a.stdout, a.stderr)
 	}
 	for _, v := range views {
-		if refused := strings.HasPrefix(v.Address, "0000:07"); refused != (len(v.Refusals) > 0) || refused != (len(v.Writes) == 0) {
+		if refused := strings.HasPrefix(v.Address, "0000:07"); refused != (len(v.Refusals) > 0) ||
+			refused != (len(v.Writes) == 0) {
 			t.Errorf("with --keep-going: %+v", v)
 		}
 	}

@@ -70,7 +70,8 @@ func rests(t *testing.T, tree hosttest.Tree, what, declaration string, watches *
 		// It was refused, or cannot come to rest, which is told each time.
 		again := onKernel(k, "apply")
 		if first.stderr == "" || again.stderr == "" || again.status == exitDone {
-			t.Errorf("%s: exit status %d, then %d\n%s\n%s", what, first.status, again.status, first.stderr, again.stderr)
+			t.Errorf("%s: exit status %d, then %d\n%s\n%s", what, first.status, again.status, first.stderr,
+				again.stderr)
 		}
 		return
 	}
@@ -83,7 +84,8 @@ func rests(t *testing.T, tree hosttest.Tree, what, declaration string, watches *
 	for _, line := range lines {
 		a := onKernel(k, strings.Fields(line)...)
 		if a.status != exitDone || len(k.Log) > wrote {
-			t.Errorf("%s: %s after an apply that ended well: exit status %d, wrote %q\n%s%s\nthe apply said %s%s", what, line,
+			t.Errorf("%s: %s after an apply that ended well: exit status %d, wrote %q\n%s%s\nthe apply said %s%s",
+				what, line,
 				a.status, k.Log[wrote:], a.stdout, a.stderr, first.stdout, first.stderr)
 			return
 		}

@@ -58,7 +58,8 @@ func TestUntilSignal(t *testing.T) {
 // What viaduct run starts its command with becomes that when it is told to, and fails when nobody tells it any more.
 func TestHeld(t *testing.T) {
 	k := hosttest.NewSmallLab(t, "0000:00:05.0", "0000:01:00.0")
-	for line, status := range map[string]int{"run-held": exitUsage, "run-held -- 3 /bin/true": exitUsage, "run-held -- x /bin/true true": exitUsage} {
+	for line, status := range map[string]int{"run-held": exitUsage, "run-held -- 3 /bin/true": exitUsage,
+		"run-held -- x /bin/true true": exitUsage} {
 		if a := onKernel(k, strings.Fields(line)...); a.status != status || a.stdout != "" {
 			t.Errorf("%s: %+v", line, a)
 		}
@@ -70,7 +71,8 @@ func TestHeld(t *testing.T) {
 	defer said.Close()
 	says.Close()
 	a := onKernel(k, "run-held", "--", strconv.Itoa(int(said.Fd())), "/bin/true", "true")
-	if a.status != exitNotRun || !strings.Contains(a.stderr, "/bin/true: viaduct run ended before it started its command") {
+	if a.status != exitNotRun || !strings.Contains(a.stderr,
+		"/bin/true: viaduct run ended before it started its command") {
 		t.Errorf("%+v", a)
 	}
 }
@@ -118,10 +120,12 @@ func TestMoved(t *testing.T) {
 		t.Errorf("where nothing is known of a move: %v, %v", moved, err)
 	}
 	side := e.side(h, 0)
-	if err := side.Home().Save(t.Context(), &migrate.Record{ID: migrate.NewID(), Guest: "web", Phase: migrate.Checked, Source: true}); err != nil {
+	if err := side.Home().Save(t.Context(), &migrate.Record{ID: migrate.NewID(), Guest: "web", Phase: migrate.Checked,
+		Source: true}); err != nil {
 		t.Fatal(err)
 	}
-	if moved, err := e.moved(t.Context(), "web"); !moved || err != nil || !strings.Contains(said.String(), "has ended while it moved") {
+	if moved, err := e.moved(t.Context(), "web"); !moved || err != nil ||
+		!strings.Contains(said.String(), "has ended while it moved") {
 		t.Errorf("while it moves: %v, %v, %s", moved, err, said.String())
 	}
 }

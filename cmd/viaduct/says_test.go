@@ -18,24 +18,37 @@ import (
 func TestWrongLooks(t *testing.T) {
 	k := hosttest.NewSmallLab(t, "0000:00:05.0", sweptPF)
 	for line, says := range map[string]string{
-		"list --tree --json": "cannot be combined", "list -o xml": "invalid output", "log --lines -1": "0 or more", "--host= list": "--host",
-		"list --color pink": "--color", "help nothing here": "no topic", "man a b": "one page", "man nothing": "nothing", "completion tcsh": "tcsh",
-		"why": "", "why --memory big guest=web": "--memory", "why --all 0000:01:00.0": "takes no", "why --memory 1G 0000:01:00.0": "needs a guest",
-		"why guest=-x": "invalid guest name", "vf set --timeout 0s 0000:01:00.0/vf0 vlan=7": "--timeout", "vf sync --timeout 0s": "--timeout",
-		"vf create --eswitch sometimes 0000:01:00.0 1": "--eswitch", "vf create 0000:01:00.0 1 colour=red": "vf create", "vf create --timeout 0s 0000:01:00.0 1": "--timeout",
-		"verify": "", "verify no/such": "", "release --quarantined no/such": "", "migrate -x": "", "migrate we/b --to there": "invalid guest name",
-		"run --user nobody-at-all web --from net -- true": "--user", "recover x y": "no arguments", "unbind --force=nonsense 0000:01:00.0": "--force",
-		"vf list no/such": "no/such", "vf get no/such": "no/such", "show no/such": "no/such", "log no/such": "no/such",
+		"list --tree --json": "cannot be combined", "list -o xml": "invalid output", "log --lines -1": "0 or more",
+		"--host= list":      "--host",
+		"list --color pink": "--color", "help nothing here": "no topic", "man a b": "one page",
+		"man nothing": "nothing", "completion tcsh": "tcsh",
+		"why": "", "why --memory big guest=web": "--memory", "why --all 0000:01:00.0": "takes no",
+		"why --memory 1G 0000:01:00.0":                 "needs a guest",
+		"why guest=-x":                                 "invalid guest name",
+		"vf set --timeout 0s 0000:01:00.0/vf0 vlan=7":  "--timeout",
+		"vf sync --timeout 0s":                         "--timeout",
+		"vf create --eswitch sometimes 0000:01:00.0 1": "--eswitch", "vf create 0000:01:00.0 1 colour=red": "vf create",
+		"vf create --timeout 0s 0000:01:00.0 1": "--timeout",
+		"verify":                                "", "verify no/such": "", "release --quarantined no/such": "",
+		"migrate -x":              "",
+		"migrate we/b --to there": "invalid guest name",
+		"run --user nobody-at-all web --from net -- true": "--user", "recover x y": "no arguments",
+		"unbind --force=nonsense 0000:01:00.0": "--force",
+		"vf list no/such":                      "no/such", "vf get no/such": "no/such", "show no/such": "no/such",
+		"log no/such":                       "no/such",
 		"vf sync 0000:01:00.0 0000:01:00.0": "named twice",
-		"show":                              "", "schema x": "no arguments", "bind --driver home 0000:01:00.0": "viaduct unbind gives devices back",
+		"show":                              "", "schema x": "no arguments",
+		"bind --driver home 0000:01:00.0": "viaduct unbind gives devices back",
 	} {
 		a := onKernel(k, strings.Fields(line)...)
-		if a.status != exitUsage && !strings.HasPrefix(line, "run") || a.status == exitDone || !strings.Contains(a.stderr, says) || a.stdout != "" || len(k.Log) > 0 {
+		if a.status != exitUsage && !strings.HasPrefix(line, "run") || a.status == exitDone ||
+			!strings.Contains(a.stderr, says) || a.stdout != "" || len(k.Log) > 0 {
 			t.Errorf("%s: %+v, written %q", line, a, k.Log)
 		}
 	}
 	for line, says := range map[string]string{
-		"help": "See the host", "help topics": "gpu", "help vf set": "viaduct vf set", "help gpu": "graphics", "log --lines 1": "", "man host.yaml": ".TH",
+		"help": "See the host", "help topics": "gpu", "help vf set": "viaduct vf set", "help gpu": "graphics",
+		"log --lines 1": "", "man host.yaml": ".TH",
 	} {
 		if a := onKernel(k, strings.Fields(line)...); a.status != exitDone || !strings.Contains(a.stdout, says) {
 			t.Errorf("%s: %+v", line, a)
@@ -50,7 +63,8 @@ func TestApplySays(t *testing.T) {
 	step := func(status int, says string, line ...string) {
 		t.Helper()
 		a := onKernel(k, line...)
-		if text := strings.Join(strings.Fields(a.stdout+a.stderr), " "); a.status != status || !strings.Contains(text, says) {
+		if text := strings.Join(strings.Fields(a.stdout+a.stderr), " "); a.status != status ||
+			!strings.Contains(text, says) {
 			t.Errorf("%q: want %d, %q: %+v", line, status, says, a)
 		}
 	}
@@ -102,14 +116,16 @@ func TestBootWithBrokenFile(t *testing.T) {
 	put(t, k, "proc/sys/kernel/random/boot_id", "this\n")
 	put(t, k, hostfile.File, "pfs: [")
 	k.Log = nil
-	if a := onKernel(k, "apply", "--boot", "--wait", "0s"); a.status == exitDone || !strings.Contains(a.stderr, "host.yaml") || len(k.Log) > 0 {
+	if a := onKernel(k, "apply", "--boot", "--wait", "0s"); a.status == exitDone ||
+		!strings.Contains(a.stderr, "host.yaml") || len(k.Log) > 0 {
 		t.Errorf("where nothing was: %+v, written %q", a, k.Log)
 	}
 
 	k = booted(t)
 	want := sweptState(t, sweptHost(t))
 	put(t, k, hostfile.File, "pfs: [")
-	if a := onKernel(k, "apply", "--boot", "--wait", "0s"); a.status == exitDone || !strings.Contains(a.stderr, "host.yaml") || sweptState(t, k) != want {
+	if a := onKernel(k, "apply", "--boot", "--wait", "0s"); a.status == exitDone ||
+		!strings.Contains(a.stderr, "host.yaml") || sweptState(t, k) != want {
 		t.Errorf("%+v\nis %s\nto be %s", a, sweptState(t, k), want)
 	}
 }
@@ -141,7 +157,8 @@ func TestGuardUndoes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if a := onKernel(k, "undo", "--unless-confirmed"); a.status != exitDone || !strings.HasPrefix(a.stdout, guardReady) || sweptState(t, k) != before {
+	if a := onKernel(k, "undo", "--unless-confirmed"); a.status != exitDone ||
+		!strings.HasPrefix(a.stdout, guardReady) || sweptState(t, k) != before {
 		t.Errorf("it is undone: %+v, %s", a, sweptState(t, k))
 	}
 	if due, err := m.Due(""); due || err != nil {
@@ -152,7 +169,8 @@ func TestGuardUndoes(t *testing.T) {
 // What a release comes to is told of each device, also in JSON, and the hooks of libvirt give, take and scrub.
 func TestReleaseSays(t *testing.T) {
 	k := hosttest.NewSmallLab(t, "0000:00:05.0", sweptPF)
-	put(t, k, hostfile.File, "pfs:\n  - select: "+sweptPF+"\n    count: 2\n    vfs: [{range: 0-1, driver: vfio, pool: net}]\n")
+	put(t, k, hostfile.File,
+		"pfs:\n  - select: "+sweptPF+"\n    count: 2\n    vfs: [{range: 0-1, driver: vfio, pool: net}]\n")
 	mustOnKernel(t, k, "apply")
 	for _, vf := range []string{sweptVF, "0000:01:10.2"} {
 		put(t, k, "sys/bus/pci/devices/"+vf+"/reset", "")
@@ -166,15 +184,18 @@ func TestReleaseSays(t *testing.T) {
 		t.Fatal(nodes, err)
 	}
 	k.Process(4711, "qemu", "/dev/vfio/devices/"+nodes[0])
-	if a := onKernel(k, "release", "web"); a.status != exitRefused || a.stdout != "" || !strings.Contains(a.stderr, "process 4711") {
+	if a := onKernel(k, "release", "web"); a.status != exitRefused || a.stdout != "" ||
+		!strings.Contains(a.stderr, "process 4711") {
 		t.Errorf("while it runs: %+v", a)
 	}
-	if a := onKernel(k, "release", "web", "--json"); a.status != exitRefused || !strings.Contains(a.stdout, `"pid": 4711`) {
+	if a := onKernel(k, "release", "web", "--json"); a.status != exitRefused ||
+		!strings.Contains(a.stdout, `"pid": 4711`) {
 		t.Errorf("while it runs: %+v", a)
 	}
 	k.End(4711)
 	a := mustOnKernel(t, k, "release", "web", "--json")
-	for _, part := range []string{`"guest": "web"`, `"result": "clean"`, `"vendor": "8086"`, `"device": "10ca"`, `"class": "020000"`, `"vlan": "7"`, `"why": null`} {
+	for _, part := range []string{`"guest": "web"`, `"result": "clean"`, `"vendor": "8086"`, `"device": "10ca"`,
+		`"class": "020000"`, `"vlan": "7"`, `"why": null`} {
 		if !strings.Contains(a.stdout, part) {
 			t.Errorf("%s is missing: %s", part, a.stdout)
 		}
@@ -192,7 +213,8 @@ func TestReleaseSays(t *testing.T) {
 		t.Errorf("the network is %s", text)
 	}
 	k.Fail["sys/bus/pci/devices/"+sweptVF+"/reset"] = unix.EIO
-	if a := onKernel(k, "release", "web", "--json"); a.status != exitFailed || !strings.Contains(a.stdout, "must be made again without it") {
+	if a := onKernel(k, "release", "web", "--json"); a.status != exitFailed ||
+		!strings.Contains(a.stdout, "must be made again without it") {
 		t.Errorf("into quarantine: %+v", a)
 	}
 	if text := network(); strings.Count(text, "<address ") != 1 || strings.Contains(text, "function='0x0'") {

@@ -33,7 +33,8 @@ func typed(columns int, args ...string) (stdout, stderr string, status int) {
 }
 
 // sights are the lines that are looked at on every kind of host.
-var sights = []string{"list", "list --tree", "list --all", "vf list", "plan -f testdata/host.yaml", "status -f testdata/host.yaml",
+var sights = []string{"list", "list --tree", "list --all", "vf list", "plan -f testdata/host.yaml",
+	"status -f testdata/host.yaml",
 	"show LAST", "bind --dry-run LAST"}
 
 // hostsOfKinds are the captured hosts and those of each kind that is known, unpacked, by name.
@@ -95,7 +96,8 @@ func plain(s string) string {
 func TestWidths(t *testing.T) {
 	for name, tree := range hosts(t) {
 		dir := tree.Dir(t)
-		lines := append([]string{"list --holders", "status -v -f testdata/host.yaml", "bind --dry-run --all nic", "leases", "pool", "log", "assign --formats", "doctor", "iommu"}, sights[:6]...)
+		lines := append([]string{"list --holders", "status -v -f testdata/host.yaml", "bind --dry-run --all nic",
+			"leases", "pool", "log", "assign --formats", "doctor", "iommu"}, sights[:6]...)
 		for _, address := range addressesOf(t, dir) {
 			lines = append(lines, "show "+address, "bind --dry-run "+address, "why "+address, "doctor "+address)
 		}
@@ -143,10 +145,12 @@ func addressesOf(t *testing.T, dir string) []string {
 func TestWordsNameDevices(t *testing.T) {
 	k := hosttest.NewDesktop(t)
 	for line, says := range map[string]string{
-		"list nvidia": "RTX 4090", "why nvidia": "shares IOMMU group 14", "doctor nvidia": "0000:01:00.0, 0000:01:00.1 can be reset",
+		"list nvidia": "RTX 4090", "why nvidia": "shares IOMMU group 14",
+		"doctor nvidia":         "0000:01:00.0, 0000:01:00.1 can be reset",
 		"bind nvidia --dry-run": "0000:01:00.1: snd_hda_intel -> vfio-pci", "why gpu": "gpu matches 2 devices",
 		"show samsung": "mounted on /", "verify samsung": "mounted on /",
-		"assign web --from samsung --dry-run": "mounted on /", "assign web --from nvidia --dry-run": "must be named alone",
+		"assign web --from samsung --dry-run": "mounted on /",
+		"assign web --from nvidia --dry-run":  "must be named alone",
 	} {
 		a := onKernel(k, strings.Fields(line)...)
 		if all := a.stdout + a.stderr; !strings.Contains(all, says) {

@@ -58,7 +58,8 @@ func TestOneAddress(t *testing.T) {
 func TestNumbersOfABoot(t *testing.T) {
 	const note = "numbers of IOMMU groups"
 	for line, told := range map[string]bool{
-		"--format cdi --persist": true, "--format kata --persist": true, "--format cdi": false, "--format libvirt": false,
+		"--format cdi --persist": true, "--format kata --persist": true, "--format cdi": false,
+		"--format libvirt": false,
 	} {
 		k := hosttest.NewLab(t, nil)
 		mustOnKernel(t, k, "vf", "create", "0000:01:00.0", "2")
@@ -73,7 +74,8 @@ func TestNumbersOfABoot(t *testing.T) {
 func TestSettingByIndex(t *testing.T) {
 	k := hosttest.NewLab(t, nil)
 	mustOnKernel(t, k, "vf", "create", "0000:01:00.0", "3")
-	line := []string{"assign", "web", "--from", "0000:01:00.0", "--count", "2", "--vlan", "100+index", "--format", "json"}
+	line := []string{"assign", "web", "--from", "0000:01:00.0", "--count", "2", "--vlan", "100+index",
+		"--format", "json"}
 	dry := mustOnKernel(t, k, append(line[:len(line)-2:len(line)-2], "--steps")...)
 	for _, want := range []string{"vf 0 vlan 100", "vf 1 vlan 101"} {
 		if !strings.Contains(dry.stdout, want) {

@@ -184,7 +184,8 @@ func TestWatchHolds(t *testing.T) {
 	if a := lookOnce(k); a.status != exitDone || a.stdout != "" || !maps.Equal(before, allOf(t, k)) {
 		t.Errorf("undone, and looked at: %+v", a)
 	}
-	if a := onKernel(k, "status"); !strings.Contains(a.stdout+a.stderr, "undone") && !strings.Contains(a.stdout+a.stderr, "undo") {
+	if a := onKernel(k, "status"); !strings.Contains(a.stdout+a.stderr, "undone") &&
+		!strings.Contains(a.stdout+a.stderr, "undo") {
 		t.Logf("status: %+v", a)
 	}
 	if undone == declared {

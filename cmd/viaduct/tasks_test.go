@@ -53,12 +53,14 @@ var tasks = []task{
 	}},
 	{"5 the same file on another host", onDesktop, []string{"file " + sixtyFour, "plan"}},
 	{"6 grow one PF while guests run on the other", onServer, []string{
-		"file " + fmt.Sprintf(grown, 2), "apply", "assign web --from net --format json", "file " + fmt.Sprintf(grown, 4),
+		"file " + fmt.Sprintf(grown, 2), "apply", "assign web --from net --format json",
+		"file " + fmt.Sprintf(grown, 4),
 		"plan", "apply", "status", "assign db --from back --format qemu", "file " + fmt.Sprintf(grown, 8), "plan",
 		"release db", "apply", "status",
 	}},
 	{"7 learn by JSON why an assign was refused, and retry the right way", onServer, []string{
-		"vf create ens1f0 2", "assign web --from ens1f1 --json", "vf create ens1f1 2", "assign web --from ens1f1 --json",
+		"vf create ens1f0 2", "assign web --from ens1f1 --json", "vf create ens1f1 2",
+		"assign web --from ens1f1 --json",
 	}},
 	{"8 preview what libvirt will get", onServer, []string{
 		"vf create ens1f0 2", "assign web --from ens1f0 --vlan 100 --mac stable --dry-run --format libvirt", "leases",

@@ -22,7 +22,8 @@ func TestVerify(t *testing.T) {
 	d := &hosttest.VFIODevice{Vectors: [5]uint32{1, 1, 4, 1, 1}, Together: []string{nic}}
 	d.Regions = [9]uint64{0: 1 << 16, 7: 4096}
 	v.Devices[nic] = d
-	if err := os.WriteFile(filepath.Join(k.Dir(), "proc/meminfo"), []byte("MemAvailable: 16384 kB\n"), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(k.Dir(), "proc/meminfo"), []byte("MemAvailable: 16384 kB\n"),
+		0o600); err != nil {
 		t.Fatal(err)
 	}
 	do := func(status int, line ...string) (stdout, stderr string) {
@@ -61,7 +62,8 @@ func TestVerify(t *testing.T) {
 			t.Fatalf("%v: %s", err, out)
 		}
 	}
-	if asJSON(1); *got.Usable || len(got.Reasons) != 1 || len(got.Plan) == 0 || got.Regions != nil || *got.Ways["iommufd"].OK {
+	if asJSON(1); *got.Usable || len(got.Reasons) != 1 || len(got.Plan) == 0 || got.Regions != nil ||
+		*got.Ways["iommufd"].OK {
 		t.Errorf("%+v", got)
 	}
 	if len(k.Log) > 0 || len(v.Requests) > 0 {
@@ -93,7 +95,8 @@ func TestVerify(t *testing.T) {
 	}
 	asked := len(v.Requests)
 	k.Process(4711, "qemu", strings.TrimPrefix(groups[0], k.Dir()))
-	if _, errs := do(3, "verify", nic); !strings.Contains(errs, "process 4711 (qemu)") || strings.Count(errs, "\n") != 1 {
+	if _, errs := do(3, "verify", nic); !strings.Contains(errs, "process 4711 (qemu)") ||
+		strings.Count(errs, "\n") != 1 {
 		t.Errorf("a device that is open: %s", errs)
 	}
 	if len(v.Requests) > asked {
@@ -140,7 +143,8 @@ func TestWrap(t *testing.T) {
 	if got := wrapAt("one two", 4); got != "one two" {
 		t.Errorf("%q", got)
 	}
-	if got := pageSizes([]uint64{4096, 8192, 16384, 1 << 20, 4 << 20, 8 << 20}); got != "4 KiB to 16 KiB, 1 MiB, 4 MiB, 8 MiB" {
+	if got := pageSizes([]uint64{4096, 8192, 16384, 1 << 20, 4 << 20,
+		8 << 20}); got != "4 KiB to 16 KiB, 1 MiB, 4 MiB, 8 MiB" {
 		t.Errorf("%q", got)
 	}
 	if !slices.Equal(strings.Fields(wrapAt(text, 2)), strings.Fields(text)) {

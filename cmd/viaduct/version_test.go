@@ -37,9 +37,11 @@ func TestVersion(t *testing.T) {
 func TestHelpOption(t *testing.T) {
 	for line, want := range map[string]string{
 		"--help": "viaduct: device passthrough", "-h": "viaduct: device passthrough",
-		"list --help": "Usage: viaduct list", "show 01:00.0 -h": "Usage: viaduct show", "vf --help": "Usage: viaduct vf COMMAND",
+		"list --help": "Usage: viaduct list", "show 01:00.0 -h": "Usage: viaduct show",
+		"vf --help":        "Usage: viaduct vf COMMAND",
 		"vf create --help": "Usage: viaduct vf create", "pool net --help": "Usage: viaduct pool",
-		"--host /nowhere list -h": "Usage: viaduct list", "vf create 01:00.0 2 vlan=5 --help": "Usage: viaduct vf create",
+		"--host /nowhere list -h":           "Usage: viaduct list",
+		"vf create 01:00.0 2 vlan=5 --help": "Usage: viaduct vf create",
 	} {
 		var out, errs bytes.Buffer
 		status := run(append([]string{"viaduct"}, strings.Fields(line)...), &out, &errs)
@@ -53,11 +55,13 @@ func TestHelpOption(t *testing.T) {
 func TestPackageFiles(t *testing.T) {
 	root := t.TempDir()
 	var out bytes.Buffer
-	if status := run([]string{"viaduct", "install", "--root", root, "--unit-dir", "/lib/systemd/system"}, &out, &out); status != 0 {
+	if status := run([]string{"viaduct", "install", "--root", root, "--unit-dir", "/lib/systemd/system"}, &out,
+		&out); status != 0 {
 		t.Fatalf("exit status %d: %s", status, out.String())
 	}
 	for _, file := range []string{
-		"/lib/systemd/system/viaduct.service", "/usr/lib/udev/rules.d/72-viaduct.rules", "/usr/share/man/man8/viaduct.8",
+		"/lib/systemd/system/viaduct.service", "/usr/lib/udev/rules.d/72-viaduct.rules",
+		"/usr/share/man/man8/viaduct.8",
 		"/usr/share/man/man5/host.yaml.5", "/usr/share/man/man5/viaduct-json.5",
 		"/usr/share/bash-completion/completions/viaduct", "/usr/share/zsh/site-functions/_viaduct",
 		"/usr/share/fish/vendor_completions.d/viaduct.fish",

@@ -98,7 +98,8 @@ func many(tree hosttest.Tree) hosttest.Tree {
 				out[path.Dir(from)+"/"+device+"/"+rest] = content
 			}
 		}
-		out["sys/bus/pci/devices/"+device] = strings.ReplaceAll(tree["sys/bus/pci/devices/0000:0c:00.1"], "0000:0c:00.1", device)
+		out["sys/bus/pci/devices/"+device] = strings.ReplaceAll(tree["sys/bus/pci/devices/0000:0c:00.1"],
+			"0000:0c:00.1", device)
 		out["sys/kernel/iommu_groups/18/devices/"+device] = strings.ReplaceAll(
 			tree["sys/kernel/iommu_groups/18/devices/0000:0c:00.1"], "0000:0c:00.1", device)
 	}
@@ -109,8 +110,10 @@ func many(tree hosttest.Tree) hosttest.Tree {
 func behindVMD() hosttest.Tree {
 	return hosttest.Made(
 		hosttest.PCI{At: "0000:00:0e.0", ID: "8086:467f", Class: "010400", Group: 6, Driver: "vmd"},
-		hosttest.PCI{At: "0000:00:0e.0/pci10000:e0/10000:e0:06.0", ID: "8086:09ab", Class: "060400", Group: 6, Driver: "pcieport"},
-		hosttest.PCI{At: "0000:00:0e.0/pci10000:e0/10000:e0:06.0/10000:e1:00.0", ID: "144d:a808", Class: "010802", Group: 6, Driver: "nvme"},
+		hosttest.PCI{At: "0000:00:0e.0/pci10000:e0/10000:e0:06.0", ID: "8086:09ab", Class: "060400", Group: 6,
+			Driver: "pcieport"},
+		hosttest.PCI{At: "0000:00:0e.0/pci10000:e0/10000:e0:06.0/10000:e1:00.0", ID: "144d:a808", Class: "010802",
+			Group: 6, Driver: "nvme"},
 	)
 }
 
@@ -127,11 +130,12 @@ func TestGoldenWhy(t *testing.T) {
 		tree hosttest.Tree
 		line string
 	}{
-		"bare":           {bare, "why 00:01.0"},
-		"bare-all":       {bare, "why --all"},
-		"no-table":       {whole.With(hosttest.Tree{"sys/firmware/acpi/tables/IVRS": hosttest.Gone}), "why 0c:00.1"},
-		"bad-table":      {whole.With(hosttest.Tree{"sys/firmware/acpi/tables/IVRS": "IVRS"}), "why 0c:00.1"},
-		"no-config":      {whole.With(hosttest.Tree{"sys/devices/pci0000:00/0000:00:09.0/config": hosttest.Gone}), "why 0c:00.1"},
+		"bare":      {bare, "why 00:01.0"},
+		"bare-all":  {bare, "why --all"},
+		"no-table":  {whole.With(hosttest.Tree{"sys/firmware/acpi/tables/IVRS": hosttest.Gone}), "why 0c:00.1"},
+		"bad-table": {whole.With(hosttest.Tree{"sys/firmware/acpi/tables/IVRS": "IVRS"}), "why 0c:00.1"},
+		"no-config": {whole.With(hosttest.Tree{"sys/devices/pci0000:00/0000:00:09.0/config": hosttest.Gone}),
+			"why 0c:00.1"},
 		"bare.json":      {bare, "why 00:01.0 --json"},
 		"late":           {late, "why 00:04.0"},
 		"port":           {whole, "why 00:06.0"},
@@ -277,7 +281,8 @@ func TestWhyGuest(t *testing.T) {
 	got := guestLines(t, k, "why", "web")
 	for what, want := range map[string]string{
 		"iommu": "ok:", "interrupts": "ok:", "present " + vf: "ok:", "group " + vf: "ok:", "driver " + vf: "ok:",
-		"nodes " + vf: "unknown: its nodes are there", "lease": "ok: the lease is reserved", "change": "ok:", "holders": "ok:", "memlock": "unknown:",
+		"nodes " + vf: "unknown: its nodes are there", "lease": "ok: the lease is reserved", "change": "ok:",
+		"holders": "ok:", "memlock": "unknown:",
 		"quarantine": "ok:", "last_change": "ok:",
 	} {
 		if !strings.HasPrefix(got[what], want) {
@@ -301,7 +306,8 @@ func TestWhyGuest(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "host.tar.gz")
 	mustOnKernel(t, k, "snapshot", file)
 	stdout, all := on(t, file, "why guest=web")
-	for _, want := range []string{"ok       " + vf + " driver:", "ok       lease: the lease is active", "ok       holders: the guest has its"} {
+	for _, want := range []string{"ok       " + vf + " driver:", "ok       lease: the lease is active",
+		"ok       holders: the guest has its"} {
 		if !strings.Contains(stdout, want) {
 			t.Errorf("of a snapshot, it lacks %q:\n%s", want, all)
 		}
@@ -315,7 +321,8 @@ func TestWhyGuest(t *testing.T) {
 func put(t *testing.T, k *hosttest.Kernel, name, content string) {
 	t.Helper()
 	file := filepath.Join(k.Dir(), name)
-	if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, []byte(content), 0o644)); err != nil {
+	if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755),
+		os.WriteFile(file, []byte(content), 0o644)); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -397,7 +404,8 @@ func TestWhyAmbiguous(t *testing.T) {
 	k := hosttest.NewLab(t, nil)
 	mustOnKernel(t, k, "assign", "enp1s0", "--from", "0000:02:10.0")
 	a := onKernel(k, "why", "enp1s0")
-	if a.status != exitUsage || !strings.Contains(a.stderr, "guest=enp1s0") || !strings.Contains(a.stderr, "0000:01:00.0") {
+	if a.status != exitUsage || !strings.Contains(a.stderr, "guest=enp1s0") ||
+		!strings.Contains(a.stderr, "0000:01:00.0") {
 		t.Errorf("%+v", a)
 	}
 	mustOnKernel(t, k, "why", "guest=enp1s0")
@@ -412,12 +420,14 @@ func TestWhyGuestStrangers(t *testing.T) {
 		other bool           // something that is no VMM has it open too
 		want  string
 	}{
-		"a QEMU without a name":       {map[int]string{4711: "-m\x004G\x00"}, false, "unknown: "},
-		"the guest":                   {map[int]string{4711: "-name\x00guest=web\x00"}, false, "ok: the guest has its devices open"},
-		"the guest and a stranger":    {map[int]string{4711: "-name\x00guest=web\x00"}, true, "unknown: "},
-		"another guest":               {map[int]string{4711: "-name\x00guest=db\x00"}, false, "no: another uses it: "},
-		"a QEMU and a stranger":       {map[int]string{4711: "-m\x004G\x00"}, true, "unknown: "},
-		"two QEMUs, one of them ours": {map[int]string{4711: "-name\x00web\x00", 4713: "-m\x004G\x00"}, false, "unknown: "},
+		"a QEMU without a name": {map[int]string{4711: "-m\x004G\x00"}, false, "unknown: "},
+		"the guest": {map[int]string{4711: "-name\x00guest=web\x00"}, false,
+			"ok: the guest has its devices open"},
+		"the guest and a stranger": {map[int]string{4711: "-name\x00guest=web\x00"}, true, "unknown: "},
+		"another guest":            {map[int]string{4711: "-name\x00guest=db\x00"}, false, "no: another uses it: "},
+		"a QEMU and a stranger":    {map[int]string{4711: "-m\x004G\x00"}, true, "unknown: "},
+		"two QEMUs, one of them ours": {map[int]string{4711: "-name\x00web\x00", 4713: "-m\x004G\x00"}, false,
+			"unknown: "},
 	} {
 		t.Run(name, func(t *testing.T) {
 			k := hosttest.NewLab(t, nil)
@@ -448,7 +458,8 @@ func TestWhyGuestWrapper(t *testing.T) {
 		k := hosttest.NewLab(t, nil)
 		k.Process(4710, "sh")
 		mustOnKernel(t, k, "assign", "web", "--from", "0000:02:10.0", "--owner-pid", "4710")
-		put(t, k, "proc/4711/stat", fmt.Sprintf("4711 (a ) S) S %d 1 1 0 -1 0 1 0 0 0 0 0 0 0 20 0 1 0 5000 0 0 0\n", parent))
+		put(t, k, "proc/4711/stat", fmt.Sprintf("4711 (a ) S) S %d 1 1 0 -1 0 1 0 0 0 0 0 0 0 20 0 1 0 5000 0 0 0\n",
+			parent))
 		k.Process(4711, "qemu-system-x86_64", "/dev/vfio/18")
 		got := ""
 		for what, line := range guestLines(t, k, "why", "guest=web") {
@@ -468,7 +479,8 @@ func TestWhyGuestStrangersLimit(t *testing.T) {
 	mustOnKernel(t, k, "assign", "web", "--from", "0000:02:10.0")
 	k.Process(4712, "cat", "/dev/vfio/18")
 	put(t, k, "proc/4712/limits", "Max locked memory         unlimited              unlimited              bytes\n")
-	if got := guestLines(t, k, "why", "guest=web")["memlock"]; !strings.HasPrefix(got, "unknown: no process of the guest") {
+	if got := guestLines(t, k, "why", "guest=web")["memlock"]; !strings.HasPrefix(got,
+		"unknown: no process of the guest") {
 		t.Error(got)
 	}
 }
@@ -526,7 +538,8 @@ func TestWhyGuestLostVF(t *testing.T) {
 	}
 	text := strings.Join(strings.Fields(mustOnKernel(t, k, "why", "guest=web").stdout), " ")
 	const hint = "cure: viaduct apply, or viaduct vf create 0000:02:00.0 1"
-	if strings.Count(text, hint) != 2 || strings.Contains(text, "pci/rescan") || !strings.Contains(text, "sriov_numvfs: 0") {
+	if strings.Count(text, hint) != 2 || strings.Contains(text, "pci/rescan") ||
+		!strings.Contains(text, "sriov_numvfs: 0") {
 		t.Error(text)
 	}
 }

@@ -64,7 +64,8 @@ func claimWith(t *testing.T, name, class, settings string) {
 // ofClaim gives the pod's container the device of a claim.
 func ofClaim(name string) func(*core.Pod) {
 	return func(p *core.Pod) {
-		p.Spec.ResourceClaims = append(p.Spec.ResourceClaims, core.PodResourceClaim{Name: name, ResourceClaimName: &name})
+		p.Spec.ResourceClaims = append(p.Spec.ResourceClaims,
+			core.PodResourceClaim{Name: name, ResourceClaimName: &name})
 		c := &p.Spec.Containers[0]
 		c.Resources.Claims = append(c.Resources.Claims, core.ResourceClaim{Name: name})
 	}
@@ -151,10 +152,12 @@ func awaitDevices(t *testing.T, what string, is func([]resource.Device) bool) []
 func forget(t *testing.T, claim string) {
 	t.Helper()
 	claims := up.client.ResourceV1().ResourceClaims(namespace)
-	if err := claims.Delete(context.Background(), claim, meta.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
+	if err := claims.Delete(context.Background(), claim, meta.DeleteOptions{}); err != nil &&
+		!apierrors.IsNotFound(err) {
 		t.Fatal(err)
 	}
-	if err := gone(up.client.ResourceV1().RESTClient(), &resource.ResourceClaim{}, "resourceclaims", claim); err != nil {
+	if err := gone(up.client.ResourceV1().RESTClient(), &resource.ResourceClaim{}, "resourceclaims",
+		claim); err != nil {
 		t.Fatal(err)
 	}
 }

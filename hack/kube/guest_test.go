@@ -37,7 +37,8 @@ func TestGuest(t *testing.T) {
 		before[vf] = shown(t, vf)
 	}
 
-	makePod(t, newPod("guest", guestScript, ofClaim("guest"), hostFolder("usr", "/usr"), hostFolder("guest", "/job/guest"),
+	makePod(t, newPod("guest", guestScript, ofClaim("guest"), hostFolder("usr", "/usr"),
+		hostFolder("guest", "/job/guest"),
 		func(p *core.Pod) {
 			c := &p.Spec.Containers[0]
 			c.Env = []core.EnvVar{{Name: "PATH", Value: "/usr/bin:/bin"}}

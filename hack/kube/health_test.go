@@ -56,7 +56,8 @@ func TestHealth(t *testing.T) {
 	if link(vf, "driver") != "vfio-pci" {
 		shell(t, "echo vfio-pci >"+devicesDir+"/"+vf+"/driver_override; echo "+vf+" >/sys/bus/pci/drivers_probe")
 	}
-	awaitDevices(t, "have the VF without a taint", func(all []resource.Device) bool { return len(taints(all, vf)) == 0 })
+	awaitDevices(t, "have the VF without a taint",
+		func(all []resource.Device) bool { return len(taints(all, vf)) == 0 })
 	claimAt(t, "returned", vf)
 	makePod(t, newPod("returned", holds, ofClaim("returned")))
 	if _, again := opened(t, "returned"); again != link(vf, "iommu_group") {

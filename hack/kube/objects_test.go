@@ -64,7 +64,8 @@ func await[T any, P interface {
 func gone(client rest.Interface, o runtime.Object, resource, name string) error {
 	ctx, stop := context.WithTimeout(context.Background(), patience)
 	defer stop()
-	list := cache.NewListWatchFromClient(client, resource, namespace, fields.OneTermEqualSelector("metadata.name", name))
+	list := cache.NewListWatchFromClient(client, resource, namespace,
+		fields.OneTermEqualSelector("metadata.name", name))
 	_, err := watchtools.UntilWithSync(ctx, list, o,
 		func(s cache.Store) (bool, error) { return len(s.ListKeys()) == 0, nil },
 		func(e watch.Event) (bool, error) { return e.Type == watch.Deleted, nil })

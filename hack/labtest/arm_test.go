@@ -94,7 +94,8 @@ func open(t *testing.T, address string) error {
 		t.Fatal(err)
 	}
 	defer iommufd.Close()
-	cdev, err := os.OpenFile(filepath.Join("/dev/vfio/devices", names(devicesDir, address, "vfio-dev")[0]), os.O_RDWR, 0)
+	cdev, err := os.OpenFile(filepath.Join("/dev/vfio/devices", names(devicesDir, address, "vfio-dev")[0]),
+		os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -49,30 +49,45 @@ func TestHolders(t *testing.T) {
 		}
 	}
 	for _, use := range []struct{ what, begin, end, says string }{
-		{"address", "ip link set $pf up; ip addr add 192.0.2.1/24 dev $pf", "ip addr flush dev $pf", "has address 192.0.2.1/24"},
-		{"IPv6 address", "ip -6 addr add 2001:db8::1/64 dev $pf nodad", "ip -6 addr flush dev $pf scope global", "has address 2001:db8::1/64"},
-		{"route", "ip addr add 192.0.2.1/24 dev $pf; ip route add 198.51.100.0/24 via 192.0.2.2 dev $pf", "ip addr flush dev $pf", "the route to 198.51.100.0/24"},
-		{"IPv6 route only", "ip -6 route add 2001:db8:1::/48 dev $pf", "ip -6 route flush dev $pf proto boot", "the route to 2001:db8:1::/48"},
+		{"address", "ip link set $pf up; ip addr add 192.0.2.1/24 dev $pf", "ip addr flush dev $pf",
+			"has address 192.0.2.1/24"},
+		{"IPv6 address", "ip -6 addr add 2001:db8::1/64 dev $pf nodad", "ip -6 addr flush dev $pf scope global",
+			"has address 2001:db8::1/64"},
+		{"route", "ip addr add 192.0.2.1/24 dev $pf; ip route add 198.51.100.0/24 via 192.0.2.2 dev $pf",
+			"ip addr flush dev $pf", "the route to 198.51.100.0/24"},
+		{"IPv6 route only", "ip -6 route add 2001:db8:1::/48 dev $pf", "ip -6 route flush dev $pf proto boot",
+			"the route to 2001:db8:1::/48"},
 		{"bond", "modprobe bonding max_bonds=0; ip link add b0 type bond; ip link set $pf down; ip link set $pf master b0", "ip link del b0", "under bond b0"},
 		{"bridge", "ip link add br0 type bridge; ip link set $pf master br0", "ip link del br0", "under bridge br0"},
 		{"VLAN only", "ip link add link $pf name v7 type vlan id 7", "ip link del v7", "under vlan v7"},
 		{"macvlan", "ip link add link $pf name m0 type macvlan", "ip link del m0", "under macvlan m0"},
-		{"macvlan in another namespace", "ip netns add away; ip link add link $pf name m0 type macvlan; ip link set m0 netns away", "ip netns del away; until ip link add link $pf name m0 type macvlan; do sleep 0.1; done; ip link del m0",
+		{"macvlan in another namespace",
+			"ip netns add away; ip link add link $pf name m0 type macvlan; ip link set m0 netns away",
+			"ip netns del away; until ip link add link $pf name m0 type macvlan; do sleep 0.1; done; ip link del m0",
 			"under macvlan m0 in the network namespace of away"},
-		{"network namespace", "ip netns add away; ip link set $pf netns away", "ip -n away link set $pf netns 1; ip netns del away", "is in the network namespace of away"},
+		{"network namespace", "ip netns add away; ip link set $pf netns away",
+			"ip -n away link set $pf netns 1; ip netns del away", "is in the network namespace of away"},
 	} {
 		shell(t, "pf="+pf+"; "+use.begin)
 		refused(use.what, use.says, "bind", spare)
 		shell(t, "pf="+pf+"; "+use.end)
 	}
 	for _, use := range []struct{ what, begin, end, says string }{
-		{"device-mapper", "dmsetup create dm-test --table \"0 8192 linear $disk 0\"", "dmsetup remove dm-test", "under device-mapper dm-test"},
-		{"LVM", "pvcreate -qy $disk; vgcreate -qy vg0 $disk; lvcreate -qy -Zn -L 8M -n lv0 vg0", "vgremove -qfy vg0; pvremove -qffy $disk", "under LVM vg0-lv0"},
-		{"md", "mdadm --create /dev/md7 --run --force --quiet --level=1 --raid-devices=1 $disk", "mdadm --stop --quiet /dev/md7; mdadm --zero-superblock $disk", "under md raid1"},
-		{"a mount in another mount namespace", "mkfs.ext4 -qF $disk; mkdir -p /run/mnt2; unshare -m sh -c 'mount '$disk' /run/mnt2; echo $$ > /run/mnt2.pid; exec sleep 1000' </dev/null >/dev/null 2>&1 & " +
-			"until [ -s /run/mnt2.pid ]; do sleep 0.1; done", "kill $(cat /run/mnt2.pid); rm /run/mnt2.pid; until wipefs -qa $disk; do sleep 0.1; done", "mounted on /run/mnt2 in the mount namespace"},
-		{"its generic node", "sleep 1000 < ${disk/nvme/ng} >/dev/null 2>&1 & echo $! > /run/open.pid", "kill $(cat /run/open.pid)", "(sleep)"},
-		{"an open disk", "sleep 1000 < $disk >/dev/null 2>&1 & echo $! > /run/open.pid", "kill $(cat /run/open.pid)", "(sleep)"},
+		{"device-mapper", "dmsetup create dm-test --table \"0 8192 linear $disk 0\"", "dmsetup remove dm-test",
+			"under device-mapper dm-test"},
+		{"LVM", "pvcreate -qy $disk; vgcreate -qy vg0 $disk; lvcreate -qy -Zn -L 8M -n lv0 vg0",
+			"vgremove -qfy vg0; pvremove -qffy $disk", "under LVM vg0-lv0"},
+		{"md", "mdadm --create /dev/md7 --run --force --quiet --level=1 --raid-devices=1 $disk",
+			"mdadm --stop --quiet /dev/md7; mdadm --zero-superblock $disk", "under md raid1"},
+		{"a mount in another mount namespace",
+			"mkfs.ext4 -qF $disk; mkdir -p /run/mnt2; unshare -m sh -c 'mount '$disk' /run/mnt2; echo $$ > /run/mnt2.pid; exec sleep 1000' </dev/null >/dev/null 2>&1 & " +
+				"until [ -s /run/mnt2.pid ]; do sleep 0.1; done",
+			"kill $(cat /run/mnt2.pid); rm /run/mnt2.pid; until wipefs -qa $disk; do sleep 0.1; done",
+			"mounted on /run/mnt2 in the mount namespace"},
+		{"its generic node", "sleep 1000 < ${disk/nvme/ng} >/dev/null 2>&1 & echo $! > /run/open.pid",
+			"kill $(cat /run/open.pid)", "(sleep)"},
+		{"an open disk", "sleep 1000 < $disk >/dev/null 2>&1 & echo $! > /run/open.pid",
+			"kill $(cat /run/open.pid)", "(sleep)"},
 	} {
 		shell(t, "disk="+disk+"; "+use.begin)
 		refused(use.what, use.says, "bind", nvme)
@@ -87,13 +102,15 @@ func TestHolders(t *testing.T) {
 	// A kind can be overridden, and only that kind.
 	shell(
 		t,
-		"ip link set "+pf+" up; ip addr add 192.0.2.1/24 dev "+pf+"; ip route add 198.51.100.0/24 via 192.0.2.2 dev "+pf,
+		"ip link set "+pf+" up; ip addr add 192.0.2.1/24 dev "+pf+
+			"; ip route add 198.51.100.0/24 via 192.0.2.2 dev "+pf,
 	)
 	refused("force of another kind", "the route to", "bind", spare, "--force=address")
 	do(t, "bind", spare, "--force=address", "--force=route")
 	do(t, "unbind", spare)
 	shell(t, "udevadm settle")
-	if r := run(t, "setpriv", "--bounding-set", "-sys_ptrace", "--inh-caps", "-sys_ptrace", viaduct, "bind", nvme); r.status != 3 ||
+	if r := run(t, "setpriv", "--bounding-set", "-sys_ptrace", "--inh-caps", "-sys_ptrace", viaduct, "bind",
+		nvme); r.status != 3 ||
 		!strings.Contains(r.stderr, "cannot see who") {
 		t.Errorf("without the right to see others' files: exit status %d, %s", r.status, r.stderr)
 	}
@@ -118,7 +135,8 @@ func TestSSH(t *testing.T) {
 	vf := netdev(t, vfs(spare)[0])
 	shell(
 		t,
-		"ip link set "+pf+" up; ip addr add 10.9.0.1/24 dev "+pf+"; ip netns add client; ip link set "+vf+" netns client; "+
+		"ip link set "+pf+" up; ip addr add 10.9.0.1/24 dev "+pf+"; ip netns add client; ip link set "+vf+
+			" netns client; "+
 			"ip -n client link set lo up; ip -n client link set "+vf+" up; ip -n client addr add 10.9.0.2/24 dev "+vf,
 	)
 
@@ -131,16 +149,19 @@ func TestSSH(t *testing.T) {
 
 	shell(
 		t,
-		"until ip netns exec client ping -c 1 -W 1 10.9.0.1 >/dev/null; do ip -n client link set "+vf+" down; ip -n client link set "+vf+" up; done; "+ // the PF's own start may have made it deaf
+		"until ip netns exec client ping -c 1 -W 1 10.9.0.1 >/dev/null; do ip -n client link set "+vf+
+			" down; ip -n client link set "+vf+" up; done; "+ // the PF's own start may have made it deaf
 			"ip netns exec client ssh -o StrictHostKeyChecking=no -o BatchMode=yes root@10.9.0.1 'touch /run/logged-in; exec sleep 1000' </dev/null >/dev/null 2>&1 & "+
 			"echo $! >/run/ssh.pid; until [ -e /run/logged-in ]; do sleep 0.2; done",
 	)
 
 	for _, way := range []string{
 		"env -i setsid -w " + viaduct + " bind " + spare,
-		"ip netns exec client ssh -o StrictHostKeyChecking=no -o BatchMode=yes root@10.9.0.1 sudo -i " + viaduct + " bind " + spare,
+		"ip netns exec client ssh -o StrictHostKeyChecking=no -o BatchMode=yes root@10.9.0.1 sudo -i " + viaduct +
+			" bind " + spare,
 		"ip netns exec client ssh -tt -o StrictHostKeyChecking=no -o BatchMode=yes root@10.9.0.1 'rm -f /run/t*; tmux new-session -d \"" +
-			"sudo " + viaduct + " bind " + spare + " 2>/run/tmux.err; echo \\$? >/run/tmux.tmp; mv /run/tmux.tmp /run/tmux.status\"' </dev/null >/dev/null; " +
+			"sudo " + viaduct + " bind " + spare +
+			" 2>/run/tmux.err; echo \\$? >/run/tmux.tmp; mv /run/tmux.tmp /run/tmux.status\"' </dev/null >/dev/null; " +
 			"until [ -e /run/tmux.status ]; do sleep 0.1; done; cat /run/tmux.err >&2; exit $(cat /run/tmux.status)",
 	} {
 		before := fingerprint()
@@ -276,7 +297,8 @@ func TestNodeOwner(t *testing.T) {
 		}
 		shell(
 			t,
-			"udevadm control --reload; echo "+vf+" > /sys/bus/pci/drivers/vfio-pci/unbind; echo "+vf+" > /sys/bus/pci/drivers_probe; udevadm settle",
+			"udevadm control --reload; echo "+vf+" > /sys/bus/pci/drivers/vfio-pci/unbind; echo "+vf+
+				" > /sys/bus/pci/drivers_probe; udevadm settle",
 		)
 		if owner := shell(t, "stat -c '%U %a' "+node); owner != "nobody 600" {
 			t.Errorf("made again, %s belongs to %s", node, owner)
@@ -312,7 +334,8 @@ func TestFailures(t *testing.T) {
 	}{
 		{"a driver that does not exist", "vfio_nonesuch", 1, []string{"bind", vf, "--driver", "vfio-nonesuch"}},
 		{"a kind that does not exist", "the kinds of holders are", 2, []string{"bind", vf, "--force=magic"}},
-		{"an owner that does not exist", "unknown user", 2, []string{"bind", vf, "--node-owner", "nobody-of-that-name"}},
+		{"an owner that does not exist", "unknown user", 2, []string{"bind", vf, "--node-owner",
+			"nobody-of-that-name"}},
 		{"no time at all", "--timeout", 2, []string{"bind", vf, "--timeout", "0s"}},
 	} {
 		before := fingerprint()

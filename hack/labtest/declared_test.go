@@ -119,7 +119,9 @@ func TestDeclared(t *testing.T) {
 			t.Errorf("VF %d is on %q, want %q", i, bound(vf), want)
 		}
 		line := vfLine(t, pf, i)
-		for _, says := range [][]string{{"vlan 100"}, {"vlan 101"}, {"vlan 102"}, {"52:54:00:55:00:03"}, {"trust on", "spoof checking off"}, {"trust on", "spoof checking off"}, {"trust on", "spoof checking off"}}[i] {
+		for _, says := range [][]string{{"vlan 100"}, {"vlan 101"}, {"vlan 102"}, {"52:54:00:55:00:03"},
+			{"trust on", "spoof checking off"}, {"trust on", "spoof checking off"},
+			{"trust on", "spoof checking off"}}[i] {
 			if !strings.Contains(line, says) {
 				t.Errorf("VF %d: %q does not say %s", i, line, says)
 			}
@@ -141,7 +143,8 @@ func TestDeclared(t *testing.T) {
 	shell(t, "strace -f -o "+trace+" -e trace=openat,sendto,sendmsg,ioctl "+viaduct+" apply -f "+file)
 	writes := shell(
 		t,
-		`grep -E 'openat.*"(/sys/|sys/)[^"]*", O_(WRONLY|RDWR)|RTM_(NEW|SET|DEL)LINK|nlmsg_type=0x13|NVME_IOCTL' `+trace+` || true`,
+		`grep -E 'openat.*"(/sys/|sys/)[^"]*", O_(WRONLY|RDWR)|RTM_(NEW|SET|DEL)LINK|nlmsg_type=0x13|NVME_IOCTL' `+
+			trace+` || true`,
 	)
 	if writes != "" {
 		t.Errorf("the second apply wrote:\n%s", writes)
@@ -361,7 +364,8 @@ func TestInUse(t *testing.T) {
 		"udevadm settle; vf=$(ls "+filepath.Join(devicesDir, vfs(spare)[0],
 			"net")+"); ip addr add 192.0.2.7/24 dev $vf; ip link set $vf up",
 	)
-	for end := time.Now().Add(time.Minute); len(vfs(spare)) > 0 && time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); len(vfs(spare)) > 0 &&
+		time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
 	}
 	if n := len(vfs(spare)); n != 0 {
 		t.Errorf("%d VFs are left although nobody confirmed:\n%s", n, shell(t, "dmesg | grep viaduct | tail -5"))
@@ -374,7 +378,8 @@ func TestGuard(t *testing.T) {
 	t.Cleanup(forget)
 	file := declare(t, "pfs:\n  - select: mac=52:54:00:00:00:02\n    count: 2\n")
 	gone := func() bool {
-		for end := time.Now().Add(time.Minute); len(vfs(spare)) > 0 && time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+		for end := time.Now().Add(time.Minute); len(vfs(spare)) > 0 &&
+			time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
 		}
 		return len(vfs(spare)) == 0
 	}
@@ -432,7 +437,9 @@ func TestKillsApply(t *testing.T) {
 				for _, vf := range vfs(spare) {
 					state = append(state, "("+bound(vf)+")")
 				}
-				known := map[string]bool{"vlan5 vlan6 (igbvf) (igbvf)": true, "vlan7 vlan8 (vfio-pci) ()": c.name == "settings", "vlan9 vlan9 vlan9 (vfio-pci) (vfio-pci) (vfio-pci)": c.name == "count"}[strings.Join(state, " ")]
+				known := map[string]bool{"vlan5 vlan6 (igbvf) (igbvf)": true,
+					"vlan7 vlan8 (vfio-pci) ()":                          c.name == "settings",
+					"vlan9 vlan9 vlan9 (vfio-pci) (vfio-pci) (vfio-pci)": c.name == "count"}[strings.Join(state, " ")]
 				left, _ := filepath.Glob("/run/viaduct/change-*")
 				more, _ := filepath.Glob("/run/viaduct/apply-*")
 				if left = append(left, more...); !known || before.status != 0 && after.status != 0 || len(left) > 0 ||

@@ -150,7 +150,8 @@ func TestFault(t *testing.T) {
 		"dmar":        {"", "table", "update the firmware", []string{"iommu"}},
 		"modules": {"rm -rf /lib/modules/" + release + "/kernel/drivers/vfio; depmod", "vfio_modules",
 			"install the package", nil},
-		"blacklist": {"echo 'blacklist vfio-pci' > /etc/modprobe.d/keep.conf", "blacklist", "/etc/modprobe.d/keep.conf", nil},
+		"blacklist": {"echo 'blacklist vfio-pci' > /etc/modprobe.d/keep.conf", "blacklist",
+			"/etc/modprobe.d/keep.conf", nil},
 	}[fault]
 	if want.prepare != "" {
 		shell(t, want.prepare)
@@ -168,8 +169,10 @@ func TestFault(t *testing.T) {
 		decode(t, r.stdout, &got)
 		failed, hints, all := got.failed()
 		others := slices.DeleteFunc(slices.Clone(failed), func(n string) bool { return slices.Contains(want.among, n) })
-		if r.status != 1 || len(failed) == 0 || failed[0] != want.name || len(others) != 1 || !strings.Contains(hints, want.hints) {
-			t.Errorf("%v: exit status %d, failed %v, want %s with %q: %s", args, r.status, failed, want.name, want.hints, all)
+		if r.status != 1 || len(failed) == 0 || failed[0] != want.name || len(others) != 1 ||
+			!strings.Contains(hints, want.hints) {
+			t.Errorf("%v: exit status %d, failed %v, want %s with %q: %s", args, r.status, failed, want.name,
+				want.hints, all)
 		}
 	}
 	judge("doctor", "--json")

@@ -283,7 +283,8 @@ func TestKillsLease(t *testing.T) {
 					said := rest()
 					settle(t)
 					if now := state(); now != home {
-						t.Errorf("%s of %s killed at write %d of %s: %q, was %q\n%s", whom, unit.from, n, op, now, home, said)
+						t.Errorf("%s of %s killed at write %d of %s: %q, was %q\n%s", whom, unit.from, n, op, now, home,
+							said)
 					}
 					if !killed {
 						break

@@ -53,7 +53,8 @@ func TestImporter(t *testing.T) {
 	// The first five writes take the unit. What is given back is so device by device.
 	killed(7, "./take", e1000, func() bool {
 		one, other := deviceState(e1000), deviceState(edu)
-		return (one == "vfio-pci vfio-pci" || one == "e1000 (null)") && (other == "vfio-pci vfio-pci" || other == " (null)")
+		return (one == "vfio-pci vfio-pci" || one == "e1000 (null)") &&
+			(other == "vfio-pci vfio-pci" || other == " (null)")
 	})
 	for _, n := range []int{2, 4, 6} {
 		killed(n, "./vfs", spare, func() bool {

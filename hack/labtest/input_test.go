@@ -99,9 +99,11 @@ func TestFlagAfterArgument(t *testing.T) {
 func TestSurroundings(t *testing.T) {
 	for _, c := range []struct{ name, line, says string }{
 		{"not root", "runuser -u nobody -- " + viaduct + " bind " + spare, "root"},
-		{"read-only sysfs", "unshare -m sh -c 'mount -o remount,ro,bind /sys && exec " + viaduct + " bind " + spare + "'", "is mounted read-only"},
+		{"read-only sysfs", "unshare -m sh -c 'mount -o remount,ro,bind /sys && exec " + viaduct + " bind " + spare +
+			"'", "is mounted read-only"},
 		{"no sysfs", "unshare -m sh -c 'umount -l /sys && exec " + viaduct + " list'", "is sysfs mounted?"},
-		{"no sysfs, bind", "unshare -m sh -c 'umount -l /sys && exec " + viaduct + " bind " + spare + "'", "is sysfs mounted?"},
+		{"no sysfs, bind", "unshare -m sh -c 'umount -l /sys && exec " + viaduct + " bind " + spare + "'",
+			"is sysfs mounted?"},
 	} {
 		before := fingerprint()
 		r := run(t, "bash", "-c", c.line)

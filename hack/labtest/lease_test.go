@@ -113,7 +113,8 @@ func TestLease(t *testing.T) {
 		t.Errorf("the VF is %s", line)
 	}
 	before := fingerprint() + shown(t, pf, last)
-	if again := strings.TrimSpace(do(t, "assign", "web", "--from", "net", "--vlan", "100", "--mac", "52:54:00:aa:00:01")); again != out ||
+	if again := strings.TrimSpace(do(t, "assign", "web", "--from", "net", "--vlan", "100", "--mac",
+		"52:54:00:aa:00:01")); again != out ||
 		fingerprint()+shown(t, pf, last) != before {
 		t.Errorf("asked again, it is %q", again)
 	}
@@ -143,7 +144,8 @@ func TestLease(t *testing.T) {
 			if err := os.WriteFile("/out/cdi.json", []byte(text), 0o644); err != nil {
 				t.Fatal(err)
 			}
-		} else if !strings.Contains(text, drawn) && !strings.Contains(text, "slot='0x11'") && !strings.Contains(text, "/dev/vfio/"+link(devicesDir, drawn, "iommu_group")) {
+		} else if !strings.Contains(text, drawn) && !strings.Contains(text, "slot='0x11'") && !strings.Contains(text,
+			"/dev/vfio/"+link(devicesDir, drawn, "iommu_group")) {
 			t.Errorf("%s: %s", format, text)
 		}
 	}
@@ -438,7 +440,10 @@ func TestManyAssigns(t *testing.T) {
 		if free[0].Free != len(all) {
 			t.Errorf("%d of %d are free", free[0].Free, len(all))
 		}
-		if left := slices.DeleteFunc(names("/run/viaduct"), func(n string) bool { return !strings.HasPrefix(n, "change-") && !strings.HasPrefix(n, "lease-") }); len(
+		if left := slices.DeleteFunc(names("/run/viaduct"), func(n string) bool {
+			return !strings.HasPrefix(n,
+				"change-") && !strings.HasPrefix(n, "lease-")
+		}); len(
 			left,
 		) > 0 {
 			t.Errorf("records are left: %v", left)
@@ -478,7 +483,8 @@ func TestLeaseUnit(t *testing.T) {
 			t.Errorf("%+v", got)
 		}
 		for _, c := range got {
-			if c.Result != "clean" || !strings.HasPrefix(c.Reset, "bus, together: ") || link(devicesDir, c.Address, "driver") != "e1000" {
+			if c.Result != "clean" || !strings.HasPrefix(c.Reset, "bus, together: ") ||
+				link(devicesDir, c.Address, "driver") != "e1000" {
 				t.Errorf("%+v, on %s", c, link(devicesDir, c.Address, "driver"))
 			}
 		}

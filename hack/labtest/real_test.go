@@ -25,7 +25,8 @@ func TestPorts(t *testing.T) {
 		forget()
 	})
 	shell(t, "ip link set ports up")
-	if a, b := attr(devicesDir, one, "net", netdev(t, one), "address"), attr(devicesDir, two, "net", netdev(t, two), "address"); a != b {
+	if a, b := attr(devicesDir, one, "net", netdev(t, one), "address"),
+		attr(devicesDir, two, "net", netdev(t, two), "address"); a != b {
 		t.Fatalf("the ports show %s and %s, want one address", a, b)
 	}
 
@@ -62,7 +63,8 @@ func TestGroupNode(t *testing.T) {
 	do(t, "vf", "create", pf, "2", "--driver", "vfio")
 	vf := vfs(pf)[1]
 	free := held(t, vf)
-	for _, args := range [][]string{{"unbind", vf}, {"vf", "destroy", pf}, {"bind", pf}, {"assign", "web", "--from", vf}} {
+	for _, args := range [][]string{{"unbind", vf}, {"vf", "destroy", pf}, {"bind", pf},
+		{"assign", "web", "--from", vf}} {
 		r := status(t, 3, args...)
 		if !strings.Contains(r.stderr, "holder") && args[0] != "bind" {
 			t.Errorf("viaduct %s: %s", args, r.stderr)

@@ -56,7 +56,8 @@ func TestSnapshot(t *testing.T) {
 		if err := os.MkdirAll("/out/expect", 0o755); err != nil {
 			t.Fatal(err)
 		}
-		for name, text := range map[string]string{base + ".args": line + "\n", base + ".out": do(t, strings.Fields(line)...)} {
+		for name, text := range map[string]string{base + ".args": line + "\n",
+			base + ".out": do(t, strings.Fields(line)...)} {
 			if err := os.WriteFile(name, []byte(text), 0o644); err != nil {
 				t.Fatal(err)
 			}

@@ -110,7 +110,8 @@ func TestCount(t *testing.T) {
 	pf := netdev(t, spare)
 	shell(t, "ip link set "+pf+" down")
 	do(t, "vf", "create", pf, "2", "--driver", "vfio")
-	if state := shell(t, "ip -o link show dev "+pf+" | grep -c ',UP'; ip -6 -o addr show dev "+pf+" | wc -l; cat /proc/sys/net/ipv6/conf/"+pf+"/addr_gen_mode"); state != "1\n0\n0" {
+	if state := shell(t, "ip -o link show dev "+pf+" | grep -c ',UP'; ip -6 -o addr show dev "+pf+
+		" | wc -l; cat /proc/sys/net/ipv6/conf/"+pf+"/addr_gen_mode"); state != "1\n0\n0" {
 		t.Errorf("up, addresses, addr_gen_mode: %q, want 1, 0, 0", state)
 	}
 	vf := vfs(spare)[0]
@@ -130,7 +131,8 @@ func TestCount(t *testing.T) {
 
 	shell(
 		t,
-		"modprobe bonding max_bonds=0; ip link add b1 type bond; ip link set "+pf+" down; ip link set "+pf+" master b1; ip link set b1 up",
+		"modprobe bonding max_bonds=0; ip link add b1 type bond; ip link set "+pf+" down; ip link set "+pf+
+			" master b1; ip link set b1 up",
 	)
 	do(t, "vf", "create", pf, "3")
 	if master := link("/sys/class/net", pf, "master"); master != "b1" || len(vfs(spare)) != 3 {
@@ -232,7 +234,8 @@ func TestRace(t *testing.T) {
 			t.Errorf("round %d: set reported success, and ip says %q", i, vfLine(t, pf, 0))
 		case r.status == 0:
 			set++
-		case !strings.Contains(r.stderr, "no such VF") && !strings.Contains(r.stderr, "no such device") && !strings.Contains(r.stderr, "it disappeared while"):
+		case !strings.Contains(r.stderr, "no such VF") && !strings.Contains(r.stderr, "no such device") &&
+			!strings.Contains(r.stderr, "it disappeared while"):
 			t.Errorf("round %d: %s", i, r.stderr)
 		}
 		if autoprobe := attr(devicesDir, spare, "sriov_drivers_autoprobe"); autoprobe != "1" {
@@ -271,9 +274,11 @@ func TestFaults(t *testing.T) {
 	for _, f := range []struct{ name, begin, end string }{
 		{"unloaded", "modprobe -r igb", "modprobe igb" + back},
 		{"removed", "echo 1 > /sys/bus/pci/devices/" + spare + "/remove", "echo 1 > /sys/bus/pci/rescan" + back},
-		{"renamed", "ip link set " + pf + " down; ip link set " + pf + " name other", "ip link set other down; ip link set other name " + pf},
+		{"renamed", "ip link set " + pf + " down; ip link set " + pf + " name other",
+			"ip link set other down; ip link set other name " + pf},
 	} {
-		for i, c := range []string{"vf create " + spare + " 2 --driver vfio", "vf destroy " + spare, "vf set " + spare + "/vf0 mac=52:54:00:77:00:01 vlan=7"} {
+		for i, c := range []string{"vf create " + spare + " 2 --driver vfio", "vf destroy " + spare,
+			"vf set " + spare + "/vf0 mac=52:54:00:77:00:01 vlan=7"} {
 			for n := 1; ; n++ {
 				if !long && (n+i)%7 != 0 {
 					if n > 30 {
@@ -303,7 +308,8 @@ func TestFaults(t *testing.T) {
 					r.status == 1 && r.stderr == "",
 					strings.Contains(r.stderr, "panic"):
 					wrong = "no exit status or message of its own"
-				case r.status == 0 && i == 0 && (len(all) != 2 || bound(all[0]) != "vfio-pci" || bound(all[1]) != "vfio-pci"):
+				case r.status == 0 && i == 0 && (len(all) != 2 || bound(all[0]) != "vfio-pci" ||
+					bound(all[1]) != "vfio-pci"):
 					wrong = fmt.Sprintf("success, and its VFs are %v", all)
 				case r.status == 0 && i == 1 && len(all) != 0:
 					wrong = fmt.Sprintf("success, and its VFs are %v", all)
@@ -378,7 +384,8 @@ func TestStuckCount(t *testing.T) {
 	node.Close()
 	shell(
 		t,
-		"until [ ! -e /sys/bus/pci/devices/"+spare+"/virtfn0 ] && [ \"$(cat /sys/bus/pci/devices/"+spare+"/sriov_numvfs)\" = 0 ]; do sleep 0.1; done",
+		"until [ ! -e /sys/bus/pci/devices/"+spare+"/virtfn0 ] && [ \"$(cat /sys/bus/pci/devices/"+spare+
+			"/sriov_numvfs)\" = 0 ]; do sleep 0.1; done",
 	)
 
 	do(t, "vf", "create", spare, "4")

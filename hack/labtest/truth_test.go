@@ -117,7 +117,8 @@ func TestLateGuest(t *testing.T) {
 		case err == nil && !late:
 			had++
 			if status == 0 || scrubbed == nil || len(leases(t)) != 1 {
-				t.Errorf("round %d: the guest has its device, and release --dead ended with %d: %s", round, status, said.String())
+				t.Errorf("round %d: the guest has its device, and release --dead ended with %d: %s", round, status,
+					said.String())
 			}
 		case status == 0:
 			lost++
@@ -156,7 +157,8 @@ func TestChangedVLAN(t *testing.T) {
 	qemu := guestWith(t, "web", strings.Fields(do(t, "assign", "web", "--from", "net", "--vlan", "100"))...)
 	declared(20)
 	do(t, "apply")
-	if own, other := shown(t, pf, 1), shown(t, pf, 0); !strings.Contains(own, "vlan 100") || !strings.Contains(other, "vlan 20") {
+	if own, other := shown(t, pf, 1), shown(t, pf, 0); !strings.Contains(own, "vlan 100") ||
+		!strings.Contains(other, "vlan 20") {
 		t.Errorf("while the guest runs its VF is %s, the other %s", own, other)
 	}
 	qemu.end()
@@ -186,7 +188,8 @@ func TestWrapper(t *testing.T) {
 
 	await := func(file string) {
 		t.Helper()
-		for end := time.Now().Add(60 * time.Second); !there(filepath.Join(dir, file)); time.Sleep(10 * time.Millisecond) {
+		for end := time.Now().Add(60 * time.Second); !there(filepath.Join(dir,
+			file)); time.Sleep(10 * time.Millisecond) {
 			if time.Now().After(end) {
 				t.Fatalf("%s never came", file)
 			}

@@ -288,7 +288,8 @@ func TestUplink(t *testing.T) {
 	refuse("IPv6 default route", "bind", pf)
 	shell(
 		t,
-		"ip -6 route del default dev "+pf+"; ip link set "+pf+" down; modprobe bonding max_bonds=0; ip link add b0 type bond; "+
+		"ip -6 route del default dev "+pf+"; ip link set "+pf+
+			" down; modprobe bonding max_bonds=0; ip link add b0 type bond; "+
 			"ip link set "+pf+" master b0; ip link add link b0 name b0.7 type vlan id 7; ip link set b0 up; ip link set b0.7 up; "+
 			"ip addr add 10.7.0.2/24 dev b0.7; ip route add default via 10.7.0.1 dev b0.7",
 	)
@@ -310,8 +311,10 @@ func TestUplink(t *testing.T) {
 func TestDisk(t *testing.T) {
 	disk := shell(t, "ls /dev/nvme*n1")
 	for _, use := range []struct{ what, begin, end, says string }{
-		{"mounted", "mkfs.ext4 -q " + disk + "; mkdir -p /run/mnt; mount " + disk + " /run/mnt", "umount /run/mnt", "mounted on /run/mnt"},
-		{"mounted partition", "echo ';' | sfdisk -q " + disk + "; udevadm settle; mkfs.ext4 -qF " + disk + "p1; mount " + disk + "p1 /run/mnt", "umount /run/mnt; wipefs -qa " + disk, "mounted on /run/mnt"},
+		{"mounted", "mkfs.ext4 -q " + disk + "; mkdir -p /run/mnt; mount " + disk + " /run/mnt", "umount /run/mnt",
+			"mounted on /run/mnt"},
+		{"mounted partition", "echo ';' | sfdisk -q " + disk + "; udevadm settle; mkfs.ext4 -qF " + disk +
+			"p1; mount " + disk + "p1 /run/mnt", "umount /run/mnt; wipefs -qa " + disk, "mounted on /run/mnt"},
 		{"swap", "udevadm settle; mkswap -q -f " + disk + "; swapon " + disk, "swapoff " + disk, "swap"},
 	} {
 		shell(t, use.begin)

@@ -388,7 +388,8 @@ func TestVFIOFunctions(t *testing.T) {
 		withDriver(t, pf, map[bool]string{false: "igb", true: "nvme"}[nvme])
 		shell(t, fmt.Sprintf("echo 0 >%s/%s/sriov_drivers_autoprobe; echo 1 >%[1]s/%[2]s/sriov_numvfs", devicesDir, pf))
 		t.Cleanup(func() {
-			shell(t, fmt.Sprintf("echo 0 >%s/%s/sriov_numvfs; echo 1 >%[1]s/%[2]s/sriov_drivers_autoprobe", devicesDir, pf))
+			shell(t, fmt.Sprintf("echo 0 >%s/%s/sriov_numvfs; echo 1 >%[1]s/%[2]s/sriov_drivers_autoprobe",
+				devicesDir, pf))
 		})
 		vf := link(devicesDir, pf, "virtfn0")
 		if vf == "" {
@@ -405,9 +406,10 @@ func TestVFIOFunctions(t *testing.T) {
 			sameAsSysfs(t, d, vf)
 			must(must(d.Region(vfio.Config)).WriteAt([]byte{6, 0}, 4))
 			var owned *vfio.NotOwnedError
-			if err := d.HotReset(); !errors.As(err, &owned) || !slices.ContainsFunc(owned.Members, func(a iommu.Address) bool {
-				return a.String() == pf
-			}) {
+			if err := d.HotReset(); !errors.As(err, &owned) ||
+				!slices.ContainsFunc(owned.Members, func(a iommu.Address) bool {
+					return a.String() == pf
+				}) {
 				t.Errorf("a hot reset that resets %s, on its home driver: %v", pf, err)
 			}
 			if nvme {

@@ -194,7 +194,8 @@ func TestWhyPlainUser(t *testing.T) {
 	}
 	var g group
 	decode(t, r.stdout, &g)
-	if g.Group == nil || len(g.Members) == 0 || g.Computed != nil || g.Agrees != nil || strings.Contains(r.stdout, "no ACS") {
+	if g.Group == nil || len(g.Members) == 0 || g.Computed != nil || g.Agrees != nil ||
+		strings.Contains(r.stdout, "no ACS") {
 		t.Error(r.stdout)
 	}
 }

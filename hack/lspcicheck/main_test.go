@@ -41,7 +41,8 @@ func TestPciutils(t *testing.T) {
 	}
 	total := count{}
 	for _, f := range files {
-		n, err := check(func(dump string) ([]byte, error) { return exec.Command(lspci, "-vvv", "-F", dump).Output() }, f)
+		n, err := check(func(dump string) ([]byte, error) { return exec.Command(lspci, "-vvv", "-F", dump).Output() },
+			f)
 		if err != nil {
 			t.Errorf("%s: %v", f, err)
 		}

@@ -25,7 +25,8 @@ func TestShapes(t *testing.T) {
 	for s := range shapes {
 		all += s + "\n"
 	}
-	for _, part := range []string{"switch(", "one-slot-switch(", "switch(switch(", "bridge(bridge(", "open-port(", "half-open-port(", "igb", "+port(", "{edu+"} {
+	for _, part := range []string{"switch(", "one-slot-switch(", "switch(switch(", "bridge(bridge(", "open-port(",
+		"half-open-port(", "igb", "+port(", "{edu+"} {
 		if !strings.Contains(all, part) {
 			t.Errorf("no %s in\n%s", part, all)
 		}

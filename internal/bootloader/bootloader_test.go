@@ -13,7 +13,8 @@ func TestFind(t *testing.T) {
 		tree        hosttest.Tree
 		add, remove string
 	}{
-		"nothing": {hosttest.Tree{}, "add X=on to the kernel's command line, in the settings of this host's boot loader, and reboot",
+		"nothing": {hosttest.Tree{},
+			"add X=on to the kernel's command line, in the settings of this host's boot loader, and reboot",
 			"remove amd_iommu=off from the kernel's command line, in the settings of this host's boot loader, and reboot"},
 		"Debian": {hosttest.Tree{"etc/default/grub": grubFile, "usr/sbin/update-grub": ""},
 			"add X=on to GRUB_CMDLINE_LINUX in /etc/default/grub, run `update-grub` and reboot",
@@ -26,7 +27,8 @@ func TestFind(t *testing.T) {
 			"add X=on to GRUB_CMDLINE_LINUX in /etc/default/grub, run `update-grub` and reboot",
 			"remove amd_iommu=off from the kernel's command line (/etc/default/grub does not have it: see the boot loader's own " +
 				"configuration), run `update-grub` and reboot"},
-		"drop-in": {hosttest.Tree{"etc/default/grub": "", "etc/default/grub.d/vfio.cfg": grubFile, "usr/sbin/update-grub": ""},
+		"drop-in": {hosttest.Tree{"etc/default/grub": "", "etc/default/grub.d/vfio.cfg": grubFile,
+			"usr/sbin/update-grub": ""},
 			"add X=on to GRUB_CMDLINE_LINUX in /etc/default/grub, run `update-grub` and reboot",
 			"remove amd_iommu=off from GRUB_CMDLINE_LINUX in /etc/default/grub.d/vfio.cfg, run `update-grub` and reboot"},
 		"Fedora": {hosttest.Tree{"etc/default/grub": grubFile, "usr/sbin/grubby": "", "boot/loader/loader.conf": ""},
@@ -38,7 +40,8 @@ func TestFind(t *testing.T) {
 		"Pop!_OS": {hosttest.Tree{"usr/bin/kernelstub": "", "boot/efi/loader/loader.conf": ""},
 			"run `kernelstub --add-options X=on` and reboot",
 			"run `kernelstub --delete-options amd_iommu=off` and reboot"},
-		"Arch": {hosttest.Tree{"boot/loader/loader.conf": "", "boot/loader/entries/arch.conf": "options root=/dev/sda amd_iommu=off\n"},
+		"Arch": {hosttest.Tree{"boot/loader/loader.conf": "",
+			"boot/loader/entries/arch.conf": "options root=/dev/sda amd_iommu=off\n"},
 			"add X=on to options in /boot/loader/entries/*.conf and reboot",
 			"remove amd_iommu=off from options in /boot/loader/entries/arch.conf and reboot"},
 		"Proxmox VE": {hosttest.Tree{"etc/kernel/proxmox-boot-uuids": "", "etc/kernel/cmdline": "amd_iommu=off",

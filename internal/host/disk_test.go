@@ -47,7 +47,8 @@ func TestWrite(t *testing.T) {
 		want        unix.Errno
 		content     string // of dir/file afterwards
 	}{
-		{&h.Dir, "dir/file", "new", 0, "new content\n"}, // one write at the start: nothing is truncated, as nothing in sysfs needs it
+		{&h.Dir, "dir/file", "new", 0,
+			"new content\n"}, // one write at the start: nothing is truncated, as nothing in sysfs needs it
 		{dir, "file", "0", 0, "0ew content\n"},
 		{dir, "file", "", 0, "0ew content\n"},
 		{&h.Dir, "dir/missing", "1", unix.ENOENT, "0ew content\n"},

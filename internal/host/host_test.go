@@ -156,7 +156,8 @@ func TestOpenDir(t *testing.T) {
 		if err := errors.Join(below.Close(), d.Close(), d.Close()); err != nil {
 			t.Errorf("%s: %v", kind, err)
 		}
-		for name, want := range map[string]error{"sys/bus/dangling": unix.ENOENT, "sys/bus/dev/id": unix.ENOTDIR, "sys/bus/loop": unix.ELOOP} {
+		for name, want := range map[string]error{"sys/bus/dangling": unix.ENOENT, "sys/bus/dev/id": unix.ENOTDIR,
+			"sys/bus/loop": unix.ELOOP} {
 			if _, err := h.Open(name); !errors.Is(err, want) {
 				t.Errorf("%s: %s: %v, want %v", kind, name, err, want)
 			}
@@ -212,7 +213,8 @@ func TestErrors(t *testing.T) {
 
 func TestAbsent(t *testing.T) {
 	for err, want := range map[error]bool{
-		unix.ENOENT: true, unix.ENODEV: true, unix.ENXIO: true, unix.EACCES: false, unix.ENOTDIR: false, unix.EIO: false,
+		unix.ENOENT: true, unix.ENODEV: true, unix.ENXIO: true, unix.EACCES: false, unix.ENOTDIR: false,
+		unix.EIO:       false,
 		fs.ErrNotExist: true, &fs.PathError{Err: unix.ENODEV}: true,
 	} {
 		if host.Absent(err) != want {
@@ -248,7 +250,8 @@ func TestConfined(t *testing.T) {
 
 	h := tree.Host(t)
 	for _, n := range []string{
-		"sys/abs", "sys/absdir/secret", "sys/climb", "sys/climbdir/secret", "sys/root" + outside + "/secret", "sys/chain",
+		"sys/abs", "sys/absdir/secret", "sys/climb", "sys/climbdir/secret", "sys/root" + outside + "/secret",
+		"sys/chain",
 		outside + "/secret", up + outside[1:] + "/secret", "sys/magic" + outside + "/secret",
 	} {
 		if b, err := h.Read(n); !errors.Is(err, fs.ErrNotExist) {

@@ -168,7 +168,8 @@ func TestSnapshotFlipped(t *testing.T) {
 			flipped[i] ^= bit
 			root, err := decodeSnapshot("s", bytes.NewReader(flipped))
 			switch {
-			case err == nil && reflect.DeepEqual(flat(root, "", map[string]string{}), flat(want, "", map[string]string{})):
+			case err == nil && reflect.DeepEqual(flat(root, "", map[string]string{}),
+				flat(want, "", map[string]string{})):
 			case !errors.Is(err, ErrSnapshot):
 				t.Errorf("bit %#x of byte %d: %v", bit, i, err)
 			}
@@ -206,18 +207,20 @@ func TestSnapshotRefused(t *testing.T) {
 		"file twice":               {goodManifest, good, good},
 		"file and directory":       {goodManifest, good, {name: "sys/x/", kind: tar.TypeDir}},
 		"directory and file":       {goodManifest, {name: "sys/x/y", content: "1"}, good},
-		"directory and link":       {goodManifest, {name: "sys/x/", kind: tar.TypeDir}, {name: "sys/x", kind: tar.TypeSymlink, link: "y"}},
-		"link twice":               {goodManifest, {name: "l", kind: tar.TypeSymlink, link: "a"}, {name: "l", kind: tar.TypeSymlink, link: "b"}},
-		"below a file":             {goodManifest, good, {name: "sys/x/y", content: "1"}},
-		"below a link":             {goodManifest, {name: "sys", kind: tar.TypeSymlink, link: "x"}, good},
-		"hard link":                {goodManifest, good, {name: "h", kind: tar.TypeLink, link: "sys/x"}},
-		"character device":         {goodManifest, {name: "dev/zero", kind: tar.TypeChar}},
-		"block device":             {goodManifest, {name: "dev/sda", kind: tar.TypeBlock}},
-		"pipe":                     {goodManifest, {name: "pipe", kind: tar.TypeFifo}},
-		"too deep":                 {goodManifest, {name: strings.Repeat("d/", maxNameElements) + "x", content: "1"}},
-		"long name":                {goodManifest, {name: long, content: "1"}},
-		"long link":                {goodManifest, {name: "l", kind: tar.TypeSymlink, link: long}},
-		"large file":               {goodManifest, {name: "large", content: strings.Repeat("\x00", maxEntry+1)}},
+		"directory and link": {goodManifest, {name: "sys/x/", kind: tar.TypeDir},
+			{name: "sys/x", kind: tar.TypeSymlink, link: "y"}},
+		"link twice": {goodManifest, {name: "l", kind: tar.TypeSymlink, link: "a"},
+			{name: "l", kind: tar.TypeSymlink, link: "b"}},
+		"below a file":     {goodManifest, good, {name: "sys/x/y", content: "1"}},
+		"below a link":     {goodManifest, {name: "sys", kind: tar.TypeSymlink, link: "x"}, good},
+		"hard link":        {goodManifest, good, {name: "h", kind: tar.TypeLink, link: "sys/x"}},
+		"character device": {goodManifest, {name: "dev/zero", kind: tar.TypeChar}},
+		"block device":     {goodManifest, {name: "dev/sda", kind: tar.TypeBlock}},
+		"pipe":             {goodManifest, {name: "pipe", kind: tar.TypeFifo}},
+		"too deep":         {goodManifest, {name: strings.Repeat("d/", maxNameElements) + "x", content: "1"}},
+		"long name":        {goodManifest, {name: long, content: "1"}},
+		"long link":        {goodManifest, {name: "l", kind: tar.TypeSymlink, link: long}},
+		"large file":       {goodManifest, {name: "large", content: strings.Repeat("\x00", maxEntry+1)}},
 	} {
 		refused(t, what, archive(t, entries...))
 	}
@@ -228,7 +231,8 @@ func TestSnapshotRefused(t *testing.T) {
 	if _, err := decodeSnapshot("s", bytes.NewReader(whole)); err != nil {
 		t.Errorf("the one without fault: %v", err)
 	}
-	if _, err := decodeSnapshot("s", bytes.NewReader(archive(t, goodManifest, entry{name: strings.Repeat("d/", maxNameElements-1) + "x"}))); err != nil {
+	if _, err := decodeSnapshot("s", bytes.NewReader(archive(t, goodManifest,
+		entry{name: strings.Repeat("d/", maxNameElements-1) + "x"}))); err != nil {
 		t.Errorf("the deepest: %v", err)
 	}
 }
@@ -307,16 +311,19 @@ func TestSnapshotBombs(t *testing.T) {
 		{"many large files", false, func(w io.Writer) error {
 			var err error
 			for i := 0; i < 100 && err == nil; i++ {
-				_, err = w.Write(block(&tar.Header{Name: fmt.Sprint("zeros", i), Typeflag: tar.TypeReg, Size: maxEntry}))
+				_, err = w.Write(block(&tar.Header{Name: fmt.Sprint("zeros", i), Typeflag: tar.TypeReg,
+					Size: maxEntry}))
 				err = errors.Join(err, repeat(maxEntry>>20, zero)(w))
 			}
 			return err
 		}, "larger"},
-		{"long names", false, repeat(1<<20, block(&tar.Header{Name: strings.Repeat("n", maxName-1) + "/", Typeflag: tar.TypeDir})), "larger"},
+		{"long names", false, repeat(1<<20, block(&tar.Header{Name: strings.Repeat("n", maxName-1) + "/",
+			Typeflag: tar.TypeDir})), "larger"},
 		{"deep names", false, each(1<<20, func(i int) *tar.Header {
 			return &tar.Header{Name: fmt.Sprint(i) + strings.Repeat("/d", 47), Typeflag: tar.TypeReg}
 		}), "larger"},
-		{"one directory again and again", false, repeat(1<<20, block(&tar.Header{Name: "d/", Typeflag: tar.TypeDir})), "larger"},
+		{"one directory again and again", false, repeat(1<<20, block(&tar.Header{Name: "d/", Typeflag: tar.TypeDir})),
+			"larger"},
 		{"headers without end", false, repeat(4*gigabyte/len(pax), pax), "damaged or truncated"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

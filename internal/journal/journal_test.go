@@ -82,7 +82,8 @@ func TestChanged(t *testing.T) {
 	}
 	last := time.Time{}
 	for _, change := range []func() error{
-		func() error { return j.Put("a", entry{"igb"}) }, func() error { return j.Put("a", entry{"e1000"}) }, func() error { return j.Delete("a") },
+		func() error { return j.Put("a", entry{"igb"}) }, func() error { return j.Put("a", entry{"e1000"}) },
+		func() error { return j.Delete("a") },
 	} {
 		old := time.Unix(1, 0)
 		if !last.IsZero() {

@@ -17,7 +17,8 @@ func TestTo(t *testing.T) {
 		{"enp1s1", "enp1s0 enp2s0 eth0", []string{"enp1s0", "enp2s0"}},
 		{"xyzzy", "list show", nil},
 		{"", "list show", nil},
-		{"0000:01:00.7", "0000:01:00.0 0000:01:00.1 0000:41:00.3", []string{"0000:01:00.0", "0000:01:00.1", "0000:41:00.3"}},
+		{"0000:01:00.7", "0000:01:00.0 0000:01:00.1 0000:41:00.3",
+			[]string{"0000:01:00.0", "0000:01:00.1", "0000:41:00.3"}},
 		{strings.Repeat("a", 100), "list", nil},
 	} {
 		if got := To(c.word, strings.Fields(c.candidates)); !slices.Equal(got, c.want) {

@@ -158,7 +158,8 @@ var alike = map[string]string{
 	"named component/Device Name": "Device", "Node Flags": "Flags", "Memory Size Limit": "AddressBits",
 	"ATS Attribute": "ATS", "PASID Capabilities": "PASID", "Device ID Mapping Index": "IDMappingIndex",
 	"SMMUv3/Proximity Domain": "Proximity",
-	"Page 0 Base Address":     "Page0Base", "Page 1 Base Address": "Page1Base", "Overflow Interrupt GSIV": "OverflowGSIV",
+	"Page 0 Base Address":     "Page0Base", "Page 1 Base Address": "Page1Base",
+	"Overflow Interrupt GSIV":   "OverflowGSIV",
 	"Number of RMR Descriptors": "Count", "RMR Descriptor Offset": "Offset", "Base Address of RMR": "Base",
 	"Length of RMR": "Size", "PCI Segment start": "SegmentStart", "PCI Segment end": "SegmentEnd",
 	"PCI BDF start": "BDFStart", "PCI BDF end": "BDFEnd", "PCI BDF number": "BDF", "NSgIrpt": "GlobalInterrupts",
@@ -248,7 +249,8 @@ func comparePart(t *testing.T, where string, of field, line said) {
 func equal(v reflect.Value, value string) bool {
 	if text, quoted := strings.CutPrefix(value, `"`); quoted {
 		text, _, _ = strings.Cut(text, `"`)
-		ours := strings.Map(func(r rune) rune { return map[bool]rune{true: r, false: ' '}[unicode.IsPrint(r)] }, v.String())
+		ours := strings.Map(func(r rune) rune { return map[bool]rune{true: r, false: ' '}[unicode.IsPrint(r)] },
+			v.String())
 		return strings.TrimRight(ours, " ") == strings.TrimRight(text, " ")
 	}
 	digits := strings.NewReplacer(" ", "", ",", "").Replace(value)

@@ -50,7 +50,8 @@ const builtin = "vfio_pci_core.license=GPL\x00nvgrace_gpu_vfio_pci.alias=vfio_pc
 func TestVariants(t *testing.T) {
 	const modules, module = "lib/modules/7.2.0/", "sys/module/"
 	base := hosttest.Tree{
-		"proc/sys/kernel/osrelease": "7.2.0\n", modules + "modules.alias": variants, modules + "modules.builtin.modinfo": builtin,
+		"proc/sys/kernel/osrelease": "7.2.0\n", modules + "modules.alias": variants,
+		modules + "modules.builtin.modinfo": builtin,
 	}
 	for m, driver := range map[string]string{
 		"mlx5_vfio_pci": "mlx5_vfio_pci", "xe_vfio_pci": "xe-vfio-pci", "qat_vfio_pci": "qat_vfio_pci",

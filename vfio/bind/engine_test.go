@@ -44,7 +44,10 @@ func open(t *testing.T, k *hosttest.Kernel, o Options) *Handle {
 func others(names ...string) Options {
 	o := Options{Recoverers: map[string]Recoverer{}}
 	for _, n := range names {
-		o.Recoverers[n] = func(context.Context, *Handle, iommu.Address, json.RawMessage) (string, error) { return "is over", nil }
+		o.Recoverers[n] = func(context.Context, *Handle, iommu.Address, json.RawMessage) (string,
+			error) {
+			return "is over", nil
+		}
 	}
 	return o
 }
@@ -144,7 +147,8 @@ func TestGiveBackToNothing(t *testing.T) {
 func TestRecordOfAnotherDevice(t *testing.T) {
 	_, b := newKernel(t)
 	d := read(t, b, e1000)
-	if err := b.journal.Put(takenKey(d.Address), takenRecord{Vendor: 0x15b3, Device: 0x1017, Driver: "mlx5_core"}); err != nil {
+	if err := b.journal.Put(takenKey(d.Address), takenRecord{Vendor: 0x15b3, Device: 0x1017,
+		Driver: "mlx5_core"}); err != nil {
 		t.Fatal(err)
 	}
 	d.Driver, d.VFIO = "vfio-pci", true
@@ -160,9 +164,14 @@ func TestUndo(t *testing.T) {
 		break_ func(*hosttest.Kernel)
 		says   string
 	}{
-		"override refused":                 {func(k *hosttest.Kernel) { k.Fail["sys/bus/pci/devices/"+e1000+"/driver_override"] = unix.EACCES }, "driver_override"},
-		"unbind refused":                   {func(k *hosttest.Kernel) { k.Fail["sys/bus/pci/drivers/e1000/unbind"] = unix.EPERM }, "e1000/unbind"},
-		"probe succeeds and binds nothing": {func(k *hosttest.Kernel) { k.Probe["vfio-pci"] = unix.EINVAL }, "did not bind it to vfio-pci"},
+		"override refused": {func(k *hosttest.Kernel) {
+			k.Fail["sys/bus/pci/devices/"+e1000+
+				"/driver_override"] = unix.EACCES
+		}, "driver_override"},
+		"unbind refused": {func(k *hosttest.Kernel) { k.Fail["sys/bus/pci/drivers/e1000/unbind"] = unix.EPERM },
+			"e1000/unbind"},
+		"probe succeeds and binds nothing": {func(k *hosttest.Kernel) { k.Probe["vfio-pci"] = unix.EINVAL },
+			"did not bind it to vfio-pci"},
 		"another tool is faster": {func(k *hosttest.Kernel) {
 			k.After = func(name, _ string) {
 				if strings.HasSuffix(name, "e1000/unbind") {

@@ -37,7 +37,8 @@ func TestLateGroup(t *testing.T) {
 	if err != nil || len(nodes) != 2 || nodes[0] != "/dev/vfio/31" {
 		t.Errorf("nodes %q, %v", nodes, err)
 	}
-	if _, err := b.Move(ctx, GiveBack(), read(t, b, device).Address); err != nil || bound(t, b, device) != [2]string{"", ""} {
+	if _, err := b.Move(ctx, GiveBack(), read(t, b, device).Address); err != nil ||
+		bound(t, b, device) != [2]string{"", ""} {
 		t.Errorf("given back: %v, %q", err, bound(t, b, device))
 	}
 
@@ -62,7 +63,8 @@ func TestLateGroup(t *testing.T) {
 		t.Errorf("no IOMMU in front of it: %v, left %q", err, bound(t, b, device))
 	}
 	k = arm(t, hosttest.Tree{vfio.NoIOMMUFile: "Y\n"})
-	if _, _, err = taken(k); !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), "noiommu mode is on") || len(k.Log) > 0 {
+	if _, _, err = taken(k); !errors.Is(err, holder.ErrRefused) ||
+		!strings.Contains(err.Error(), "noiommu mode is on") || len(k.Log) > 0 {
 		t.Errorf("in noiommu mode: %v, writes %q", err, k.Log)
 	}
 }
@@ -71,7 +73,8 @@ func TestLateGroup(t *testing.T) {
 func TestNoIOMMUGroup(t *testing.T) {
 	k := arm(t, nil)
 	k.LateGroups["0000:00:01.0"] = "noiommu-31"
-	for _, w := range [][2]string{{"sys/bus/pci/devices/0000:00:01.0/driver_override", "vfio-pci"}, {"sys/bus/pci/drivers_probe", "0000:00:01.0"}} {
+	for _, w := range [][2]string{{"sys/bus/pci/devices/0000:00:01.0/driver_override", "vfio-pci"},
+		{"sys/bus/pci/drivers_probe", "0000:00:01.0"}} {
 		if err := k.Write(w[0], w[1]); err != nil {
 			t.Fatal(err)
 		}

@@ -20,9 +20,11 @@ import (
 
 func TestParseNodeOwner(t *testing.T) {
 	for text, want := range map[string]*NodeOwner{
-		"root": {"root", 0, -1}, "0": {"0", 0, -1}, ":0": {":0", -1, 0}, "root:root": {"root:root", 0, 0}, "root:": {"root:", 0, -1},
-		"": nil, ":": nil, "nobody-of-this-name": nil, "root:no-such-group": nil, "4294967299": nil,
-		"4294967295": nil, "-1": nil, "0x1": nil, "64055": {"64055", 64055, -1}, "64055:64056": {"64055:64056", 64055, 64056},
+		"root": {"root", 0, -1}, "0": {"0", 0, -1}, ":0": {":0", -1, 0}, "root:root": {"root:root", 0, 0},
+		"root:": {"root:", 0, -1},
+		"":      nil, ":": nil, "nobody-of-this-name": nil, "root:no-such-group": nil, "4294967299": nil,
+		"4294967295": nil, "-1": nil, "0x1": nil, "64055": {"64055", 64055, -1},
+		"64055:64056": {"64055:64056", 64055, 64056},
 	} {
 		got, err := ParseNodeOwner(text)
 		if (err == nil) != (want != nil) || want != nil && *got != *want {
@@ -50,13 +52,15 @@ func TestNodeOwner(t *testing.T) {
 		t.Error("whom udev keeps it for is not known")
 	}
 	rule, err := b.Host().String(o.ruleFile(a))
-	if err != nil || !strings.Contains(rule, `KERNELS=="0000:01:00.0", TEST=="/`+o.ruleFile(a)+`", MODE="0660", OWNER="1000", GROUP="36"`) {
+	if err != nil || !strings.Contains(rule,
+		`KERNELS=="0000:01:00.0", TEST=="/`+o.ruleFile(a)+`", MODE="0660", OWNER="1000", GROUP="36"`) {
 		t.Errorf("rule %q, %v", rule, err)
 	}
 
 	// Taken again for somebody else, it is his; and for nobody, it stays.
 	other := &NodeOwner{"x", 1001, -1}
-	if _, err := b.Move(context.Background(), Take(Auto).OwnedBy(other), a); err != nil || k.Owners["devices/vfio0"].UID != 1001 ||
+	if _, err := b.Move(context.Background(), Take(Auto).OwnedBy(other), a); err != nil ||
+		k.Owners["devices/vfio0"].UID != 1001 ||
 		k.Owners["devices/vfio0"].Mode != 0o600 {
 		t.Errorf("%v, %v", k.Owners, err)
 	}
@@ -76,7 +80,8 @@ func TestNodeOwner(t *testing.T) {
 	if shared, err := b.Disown(d); err != nil || shared {
 		t.Errorf("taken from its owner twice: %v, %v", shared, err)
 	}
-	if err := b.Settle(d); err != nil || !slices.Contains(k.Log, "sys/class/vfio/"+groupOf(t, b, igb)+"/uevent=change") {
+	if err := b.Settle(d); err != nil || !slices.Contains(k.Log,
+		"sys/class/vfio/"+groupOf(t, b, igb)+"/uevent=change") {
 		t.Errorf("udev is not asked to look again: %v, %q", err, k.Log)
 	}
 	if _, err := b.Move(context.Background(), Take(Auto).OwnedBy(o), a); err != nil {
@@ -165,7 +170,8 @@ func TestKernelLog(t *testing.T) {
 	}
 	b := open(t, k, Options{})
 	_, err = b.Move(context.Background(), Take(Auto), read(t, b, igb).Address)
-	if err == nil || !strings.Contains(err.Error(), "the kernel says: vfio-pci "+igb+": no way") || strings.Contains(err.Error(), "before") {
+	if err == nil || !strings.Contains(err.Error(), "the kernel says: vfio-pci "+igb+": no way") ||
+		strings.Contains(err.Error(), "before") {
 		t.Error(err)
 	}
 }
@@ -176,14 +182,16 @@ func TestStillStuck(t *testing.T) {
 	k.Process(4711, "qemu", "/dev/vfio/devices/vfio0")
 	first := open(t, k, others("x"))
 	d := read(t, first, igb)
-	if err := errors.Join(first.Lock(context.Background(), []*iommu.Device{d}), first.Begin("x", d, nil, 1)); err != nil {
+	if err := errors.Join(first.Lock(context.Background(), []*iommu.Device{d}),
+		first.Begin("x", d, nil, 1)); err != nil {
 		t.Fatal(err)
 	}
 	r, _, err := first.change(d.Address)
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.Command, r.Stuck, r.Change = holder.Proc{PID: 1 << 30, Start: 1}, "echo x > y", Change{Device: d.Address, ID: d.ID}
+	r.Command, r.Stuck, r.Change = holder.Proc{PID: 1 << 30, Start: 1}, "echo x > y",
+		Change{Device: d.Address, ID: d.ID}
 	r.Nodes = []holder.Node{{Number: 511 << 32}}
 	if err := first.journal.Put(changeKey(d.Address), r); err != nil {
 		t.Fatal(err)
@@ -229,13 +237,16 @@ func TestDrivers(t *testing.T) {
 	if err != nil || c.Module != "igb_vfio_pci" {
 		t.Fatalf("%+v, %v", c, err)
 	}
-	if _, err := b.Move(context.Background(), Take(Auto), read(t, b, igb).Address); err != nil || bound(t, b, igb)[0] != "igb-vfio-pci" {
+	if _, err := b.Move(context.Background(), Take(Auto), read(t, b, igb).Address); err != nil ||
+		bound(t, b, igb)[0] != "igb-vfio-pci" {
 		t.Errorf("the variant driver: %v, on %q", err, bound(t, b, igb))
 	}
-	if _, err := b.Move(context.Background(), Take("vfio-pci"), read(t, b, igb).Address); err != nil || bound(t, b, igb)[0] != "vfio-pci" {
+	if _, err := b.Move(context.Background(), Take("vfio-pci"), read(t, b, igb).Address); err != nil ||
+		bound(t, b, igb)[0] != "vfio-pci" {
 		t.Errorf("by its name: %v, on %q", err, bound(t, b, igb))
 	}
-	if _, err := b.Move(context.Background(), GiveBack(), read(t, b, igb).Address); err != nil || bound(t, b, igb) != [2]string{"igb", ""} {
+	if _, err := b.Move(context.Background(), GiveBack(), read(t, b, igb).Address); err != nil ||
+		bound(t, b, igb) != [2]string{"igb", ""} {
 		t.Errorf("given back: %v, on %q", err, bound(t, b, igb))
 	}
 
@@ -247,7 +258,8 @@ func TestDrivers(t *testing.T) {
 	}))
 	k2.Modules = map[string]string{"vfio_pci": "vfio-pci"}
 	b2 := open(t, k2, Options{})
-	if _, err := b2.Move(context.Background(), Take(Auto), read(t, b2, igb).Address); err != nil || bound(t, b2, igb)[0] != "vfio-pci" {
+	if _, err := b2.Move(context.Background(), Take(Auto), read(t, b2, igb).Address); err != nil ||
+		bound(t, b2, igb)[0] != "vfio-pci" {
 		t.Errorf("without its variant: %v, on %q", err, bound(t, b2, igb))
 	}
 	if _, err := b2.Move(context.Background(), Take("no-such-vfio"), read(t, b2, e1000).Address); err == nil ||
@@ -273,16 +285,19 @@ func TestModuleThatHangs(t *testing.T) {
 func TestHome(t *testing.T) {
 	k, b := newKernel(t)
 	aliases := filepath.Join(k.Dir(), "lib/modules/6.12.0/modules.alias")
-	if err := errors.Join(os.MkdirAll(filepath.Dir(aliases), 0o755), os.WriteFile(aliases, []byte("alias pci:v00008086d000010C9sv*sd*bc*sc*i* igb\n"), 0o600)); err != nil {
+	if err := errors.Join(os.MkdirAll(filepath.Dir(aliases), 0o755),
+		os.WriteFile(aliases, []byte("alias pci:v00008086d000010C9sv*sd*bc*sc*i* igb\n"), 0o600)); err != nil {
 		t.Fatal(err)
 	}
-	for _, w := range [][2]string{{overrideOf(read(t, b, igb).Address), "none"}, {"sys/bus/pci/drivers/igb/unbind", igb}} {
+	for _, w := range [][2]string{{overrideOf(read(t, b, igb).Address), "none"},
+		{"sys/bus/pci/drivers/igb/unbind", igb}} {
 		if err := k.Write(w[0], w[1]); err != nil {
 			t.Fatal(err)
 		}
 	}
 	a := read(t, b, igb).Address
-	if r, err := b.Move(context.Background(), GiveBack(), a); err != nil || len(r[0].Steps) > 0 || bound(t, b, igb) != [2]string{"", "none"} {
+	if r, err := b.Move(context.Background(), GiveBack(), a); err != nil || len(r[0].Steps) > 0 ||
+		bound(t, b, igb) != [2]string{"", "none"} {
 		t.Errorf("kept without a driver on purpose: %+v, %v", r, err)
 	}
 	if _, err := b.Move(context.Background(), Home(), a); err != nil || bound(t, b, igb) != [2]string{"igb", ""} {
@@ -302,7 +317,8 @@ func TestHome(t *testing.T) {
 
 // A device whose driver makes its interface late is waited for; who is interrupted, or has waited for long enough, is told so.
 func TestAwaitHome(t *testing.T) {
-	for what, says := range map[string]string{"late": "", "never": "has not made a network interface", "interrupted": "did not wait for"} {
+	for what, says := range map[string]string{"late": "", "never": "has not made a network interface",
+		"interrupted": "did not wait for"} {
 		k := hosttest.NewLab(t, nil)
 		patience := DefaultTimeout
 		if what == "never" {

@@ -43,7 +43,8 @@ func hold(t *testing.T, k *hosttest.Kernel, b *Handle, a iommu.Address, pid int)
 
 // A device that another process changes is waited for, and then told with whom; nothing is changed.
 func TestBusy(t *testing.T) {
-	for pid, says := range map[int]string{0: "another viaduct has been changing it for", 4711: "another viaduct (pid 4711)"} {
+	for pid, says := range map[int]string{0: "another viaduct has been changing it for",
+		4711: "another viaduct (pid 4711)"} {
 		k := hosttest.NewLab(t, nil)
 		b := open(t, k, Options{Timeout: 20 * time.Millisecond})
 		a := read(t, b, igb).Address
@@ -122,7 +123,8 @@ func TestReasons(t *testing.T) {
 		unit []*iommu.Device
 		goal Goal
 	}{
-		"platform0 shares the group and is not a PCI device":         {[]*iommu.Device{card, {Name: "platform0", Group: &group}}, Take(Auto)},
+		"platform0 shares the group and is not a PCI device": {[]*iommu.Device{card,
+			{Name: "platform0", Group: &group}}, Take(Auto)},
 		"is in no IOMMU group: the IOMMU does not cover it":          {[]*iommu.Device{&alone}, Take(Auto)},
 		"is a PF with 1 VFs, and VFIO does not accept a PF with VFs": {[]*iommu.Device{&withVFs}, Take(Auto)},
 		"has 1 VFs, which its driver would remove":                   {[]*iommu.Device{&onVFIO}, GiveBack()},
@@ -280,7 +282,8 @@ func TestOddRecords(t *testing.T) {
 	if err != nil || len(all) != 2 {
 		t.Fatalf("%+v, %v", all, err)
 	}
-	if all[0].Device != here || all[0].Err == nil || all[1].Device != gone || all[1].Err != nil || all[1].What != "is gone" {
+	if all[0].Device != here || all[0].Err == nil || all[1].Device != gone || all[1].Err != nil ||
+		all[1].What != "is gone" {
 		t.Errorf("%+v", all)
 	}
 	if len(b.Recovered()) != 2 || len(b.Stuck()) != 1 {

@@ -40,7 +40,8 @@ func TestCompanions(t *testing.T) {
 	if got := drivers(t, b, all...); !slices.Equal(got, [][2]string{v, v, n, n}) {
 		t.Errorf("taken: %q", got)
 	}
-	if r, err := b.Move(ctx, Take(Auto), read(t, b, gpu).Address); err != nil || slices.ContainsFunc(r, func(r Result) bool { return len(r.Steps) > 0 }) {
+	if r, err := b.Move(ctx, Take(Auto), read(t, b, gpu).Address); err != nil ||
+		slices.ContainsFunc(r, func(r Result) bool { return len(r.Steps) > 0 }) {
 		t.Errorf("again: %+v, %v", r, err)
 	}
 	if _, err := b.Move(ctx, GiveBack(), read(t, b, gpu).Address); err != nil {
@@ -110,7 +111,8 @@ func TestGroupKilled(t *testing.T) {
 			next := open(t, k, Options{})
 			recovered, err := next.RecoverPatiently(t.Context())
 			got := drivers(t, next, all...)
-			if keys, _ := next.journal.Keys("change-"); err != nil || len(keys) > 0 || !slices.Equal(got, home) && !slices.Equal(got, taken) {
+			if keys, _ := next.journal.Keys("change-"); err != nil || len(keys) > 0 || !slices.Equal(got, home) &&
+				!slices.Equal(got, taken) {
 				t.Errorf("take %v, killed before change %d: %q, records %q: %v, %v", take, n, got, keys, recovered, err)
 			}
 			next.Close()
@@ -131,8 +133,10 @@ func TestHalfTaken(t *testing.T) {
 			Change: Change{Device: a, ID: one.ID, From: "e1000", To: "vfio-pci", ToOverride: "vfio-pci"},
 		}
 	}
-	if err := errors.Join(first.journal.Put(changeKey(one.Address), half(one.Address)), first.journal.Delete(takenKey(two.Address)),
-		k.Write("sys/bus/pci/drivers/vfio-pci/unbind", edu), k.Write("sys/bus/pci/devices/"+edu+"/driver_override", "\n")); err != nil {
+	if err := errors.Join(first.journal.Put(changeKey(one.Address), half(one.Address)),
+		first.journal.Delete(takenKey(two.Address)),
+		k.Write("sys/bus/pci/drivers/vfio-pci/unbind", edu),
+		k.Write("sys/bus/pci/devices/"+edu+"/driver_override", "\n")); err != nil {
 		t.Fatal(err)
 	}
 	first.Close()
@@ -149,7 +153,8 @@ func TestCompanionInUse(t *testing.T) {
 	b := open(t, k, Options{})
 	k.Process(4711, "fancontrol", "/dev/i2c-0")
 	_, err := b.Move(context.Background(), Take(Auto), read(t, b, gpu).Address)
-	if !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), smbus+" is open in process 4711") || len(k.Log) > 0 {
+	if !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), smbus+" is open in process 4711") ||
+		len(k.Log) > 0 {
 		t.Errorf("%v, writes %q", err, k.Log)
 	}
 }
@@ -158,7 +163,8 @@ func TestCompanionInUse(t *testing.T) {
 func TestSiblings(t *testing.T) {
 	k := hosttest.NewKernel(t, hosttest.Made(
 		hosttest.PCI{At: "0000:00:01.0/0000:c3:00.0", ID: "1002:73ff", Class: "030000", Driver: "amdgpu", Group: 2},
-		hosttest.PCI{At: "0000:00:01.0/0000:c3:00.1", ID: "1002:ab28", Class: "040300", Driver: "snd_hda_intel", Group: 3},
+		hosttest.PCI{At: "0000:00:01.0/0000:c3:00.1", ID: "1002:ab28", Class: "040300", Driver: "snd_hda_intel",
+			Group: 3},
 	))
 
 	b := open(t, k, Options{DryRun: true})

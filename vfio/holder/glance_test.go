@@ -16,13 +16,16 @@ func TestGlance(t *testing.T) {
 		scenario
 		brief string
 	}{
-		"a mount": {scenario{device: disk, tree: withDisk(mount("22 1 254:0 / /srv rw - ext4 /dev/vda rw\n"))}, "mounted on /srv"},
+		"a mount": {scenario{device: disk, tree: withDisk(mount("22 1 254:0 / /srv rw - ext4 /dev/vda rw\n"))},
+			"mounted on /srv"},
 		"by device-mapper": {scenario{device: disk, tree: withDisk(mapped("LVM-x")).With(hosttest.Tree{
 			"proc/1/mountinfo": "22 1 252:0 / / rw - ext4 /dev/mapper/it rw\n", "dev/mapper/it": "-> ../dm-0",
 			"sys/devices/virtual/block/dm-0/slaves/vda": "-> ../../../../pci0000:00/0000:00:01.0/virtio0/block/vda",
 		})}, "mounted on /"},
-		"btrfs": {scenario{device: disk, tree: withDisk(mount("22 1 0:33 / /srv rw - btrfs /dev/vda rw\n"))}, "mounted on /srv"},
-		"swap":  {scenario{device: disk, tree: withDisk(hosttest.Tree{"proc/swaps": "Filename Type\n/dev/vda partition 1 0 -2\n"})}, "swap"},
+		"btrfs": {scenario{device: disk, tree: withDisk(mount("22 1 0:33 / /srv rw - btrfs /dev/vda rw\n"))},
+			"mounted on /srv"},
+		"swap": {scenario{device: disk,
+			tree: withDisk(hosttest.Tree{"proc/swaps": "Filename Type\n/dev/vda partition 1 0 -2\n"})}, "swap"},
 		"the default route": {scenario{device: e1000, setup: func(k *hosttest.Kernel) {
 			k.Net.Routes = []hosttest.Route{{To: "default", Over: []string{nic}}}
 			k.Net.Addresses = []hosttest.Address{{Interface: nic, CIDR: "192.0.2.1/24"}}
@@ -66,9 +69,10 @@ func TestGlance(t *testing.T) {
 
 // Beside a change the network is not asked, and that is told: the kernel may keep its lock for as long as that takes.
 func TestGlanceBesideChange(t *testing.T) {
-	s := scenario{device: e1000, tree: hosttest.Tree{"run/viaduct/change-" + e1000 + ".json": "{}"}, setup: func(k *hosttest.Kernel) {
-		k.Net.Answer = func(uint16, []byte) []byte { t.Error("it was asked"); return nil }
-	}}
+	s := scenario{device: e1000, tree: hosttest.Tree{"run/viaduct/change-" + e1000 + ".json": "{}"},
+		setup: func(k *hosttest.Kernel) {
+			k.Net.Answer = func(uint16, []byte) []byte { t.Error("it was asked"); return nil }
+		}}
 	_, h := s.host(t)
 	topology, err := iommu.Scan(h)
 	if err != nil {
@@ -81,9 +85,10 @@ func TestGlanceBesideChange(t *testing.T) {
 
 // A file that cannot be read keeps nothing else from being seen.
 func TestGlanceBesideBrokenFile(t *testing.T) {
-	s := scenario{device: e1000, tree: hosttest.Tree{"run/libvirt/qemu/web.xml": "<broken"}, setup: func(k *hosttest.Kernel) {
-		k.Net.Routes = []hosttest.Route{{To: "default", Over: []string{nic}}}
-	}}
+	s := scenario{device: e1000, tree: hosttest.Tree{"run/libvirt/qemu/web.xml": "<broken"},
+		setup: func(k *hosttest.Kernel) {
+			k.Net.Routes = []hosttest.Route{{To: "default", Over: []string{nic}}}
+		}}
 	_, h := s.host(t)
 	topology, err := iommu.Scan(h)
 	if err != nil {

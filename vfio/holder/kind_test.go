@@ -37,7 +37,8 @@ type scenario struct {
 
 func withDisk(more hosttest.Tree) hosttest.Tree {
 	return hosttest.Tree{
-		"sys/class/block/vda": "-> ../../devices/pci0000:00/0000:00:01.0/virtio0/block/vda", diskDir + "/holders/": "", "dev/vda": "b 254:0\n",
+		"sys/class/block/vda": "-> ../../devices/pci0000:00/0000:00:01.0/virtio0/block/vda", diskDir + "/holders/": "",
+		"dev/vda": "b 254:0\n",
 	}.With(more)
 }
 
@@ -47,7 +48,8 @@ func mapped(uuid string) hosttest.Tree {
 	return hosttest.Tree{
 		diskDir + "/holders/dm-0": "-> ../../../../../../virtual/block/dm-0",
 		"sys/class/block/dm-0":    "-> ../../devices/virtual/block/dm-0",
-		dm + "/dm/name":           "it\n", dm + "/dm/uuid": uuid + "\n", dm + "/dev": "252:0\n", "dev/dm-0": "b 252:0\n",
+		dm + "/dm/name":           "it\n", dm + "/dm/uuid": uuid + "\n", dm + "/dev": "252:0\n",
+		"dev/dm-0": "b 252:0\n",
 	}
 }
 
@@ -100,8 +102,9 @@ var scenarios = map[Kind][]scenario{
 		{
 			device: e1000,
 			tree: hosttest.Tree{
-				e1000Dir + "/usb1/1-1/dev": "189:1\n", e1000Dir + "/usb1/1-1/subsystem": "-> ../../../../../../../bus/usb",
-				"dev/bus/usb/001/002": "c 189:1\n",
+				e1000Dir + "/usb1/1-1/dev":       "189:1\n",
+				e1000Dir + "/usb1/1-1/subsystem": "-> ../../../../../../../bus/usb",
+				"dev/bus/usb/001/002":            "c 189:1\n",
 			},
 			setup: func(k *hosttest.Kernel) { k.Process(4711, "qemu", "/dev/bus/usb/001/002") },
 			says:  "is open in process 4711",
@@ -126,7 +129,8 @@ var scenarios = map[Kind][]scenario{
 		},
 	},
 	Lease: {{device: e1000, tree: hosttest.Tree{
-		"run/viaduct/lease-web.json": `{"guest":"web","devices":[{"address":"` + e1000 + `"}]}`}, says: `is assigned to guest "web"`}},
+		"run/viaduct/lease-web.json": `{"guest":"web","devices":[{"address":"` + e1000 + `"}]}`},
+		says: `is assigned to guest "web"`}},
 	Mount: {
 		{
 			device: disk,
@@ -179,7 +183,8 @@ var scenarios = map[Kind][]scenario{
 		{
 			device: nvmeMultipath,
 			tree: multipath().With(hosttest.Tree{
-				"dev/loop3": "b 7:3\n", "dev/nvme0n1": "b 259:1\n", "dev/nvme0n1p1": "b 259:2\n", "dev/nvme0c0n1": "b 259:9\n",
+				"dev/loop3": "b 7:3\n", "dev/nvme0n1": "b 259:1\n", "dev/nvme0n1p1": "b 259:2\n",
+				"dev/nvme0c0n1":    "b 259:9\n",
 				"proc/1/mountinfo": "22 1 7:3 / /srv rw - ext4 /dev/loop3 rw\n",
 			}),
 			says: "(loop3) is mounted on /srv",
@@ -215,11 +220,14 @@ var scenarios = map[Kind][]scenario{
 		{device: disk, tree: withDisk(mapped("CRYPT-x")), says: "dm-crypt it (dm-0)"},
 		{device: disk, tree: withDisk(mapped("mpath-x")), says: "device-mapper it (dm-0)"},
 		{device: disk, tree: withDisk(hosttest.Tree{
-			diskDir + "/holders/md0": "-> ../../../../../../virtual/block/md0", "sys/class/block/md0": "-> ../../devices/virtual/block/md0",
-			"sys/devices/virtual/block/md0/md/level": "raid1\n", "sys/devices/virtual/block/md0/dev": "9:0\n", "dev/md0": "b 9:0\n",
+			diskDir + "/holders/md0":                 "-> ../../../../../../virtual/block/md0",
+			"sys/class/block/md0":                    "-> ../../devices/virtual/block/md0",
+			"sys/devices/virtual/block/md0/md/level": "raid1\n", "sys/devices/virtual/block/md0/dev": "9:0\n",
+			"dev/md0": "b 9:0\n",
 		}), says: "md0"},
 		{device: disk, tree: withDisk(hosttest.Tree{
-			nvmet + "/enable": "1\n", nvmet + "/device_path": "/dev/vda\n", "sys/kernel/config/nvmet/subsystems/off/namespaces/": "",
+			nvmet + "/enable": "1\n", nvmet + "/device_path": "/dev/vda\n",
+			"sys/kernel/config/nvmet/subsystems/off/namespaces/": "",
 		}), says: "is exported over NVMe as nqn.it"},
 		// As a whole, with all its disks.
 		{device: e1000, tree: hosttest.Tree{

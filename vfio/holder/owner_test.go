@@ -67,8 +67,9 @@ func TestOwners(t *testing.T) {
 	})
 
 	for address, want := range map[string][]string{
-		igb:           {"is given to libvirt domain web", "is managed by the SR-IOV network operator"},
-		e1000:         {"is given to libvirt domain vf", "is reserved for Proxmox guest 104", "is set to driver e1000e by driverctl"},
+		igb: {"is given to libvirt domain web", "is managed by the SR-IOV network operator"},
+		e1000: {"is given to libvirt domain vf", "is reserved for Proxmox guest 104",
+			"is set to driver e1000e by driverctl"},
 		edu:           nil,
 		nvmeMultipath: {"is given to libvirt domain disk", "is given to libvirt domain pool"},
 	} {
@@ -95,12 +96,15 @@ func TestClaimedByID(t *testing.T) {
 		tree  hosttest.Tree
 		where string
 	}{
-		"command line":          {hosttest.Tree{"proc/cmdline": "quiet vfio-pci.ids=10de:1b80,8086:10C9 ro\n"}, "the kernel command line"},
-		"with an underscore":    {hosttest.Tree{"proc/cmdline": "vfio_pci.ids=8086:10c9:8086:a03c\n"}, "the kernel command line"},
-		"another device":        {hosttest.Tree{"proc/cmdline": "vfio-pci.ids=8086:10ca\n"}, ""},
-		"another option":        {hosttest.Tree{"proc/cmdline": "pci-stub.ids=8086:10c9\n"}, ""},
-		"a file of modprobe":    {hosttest.Tree{"etc/modprobe.d/vfio.conf": "# ids=8086:10c9\noptions vfio-pci disable_vga=1 ids=8086:10c9\n"}, "/etc/modprobe.d/vfio.conf"},
-		"its only option":       {hosttest.Tree{"etc/modprobe.d/a.conf": "options vfio-pci ids=8086:10c9\n"}, "/etc/modprobe.d/a.conf"},
+		"command line": {hosttest.Tree{"proc/cmdline": "quiet vfio-pci.ids=10de:1b80,8086:10C9 ro\n"},
+			"the kernel command line"},
+		"with an underscore": {hosttest.Tree{"proc/cmdline": "vfio_pci.ids=8086:10c9:8086:a03c\n"},
+			"the kernel command line"},
+		"another device":     {hosttest.Tree{"proc/cmdline": "vfio-pci.ids=8086:10ca\n"}, ""},
+		"another option":     {hosttest.Tree{"proc/cmdline": "pci-stub.ids=8086:10c9\n"}, ""},
+		"a file of modprobe": {hosttest.Tree{"etc/modprobe.d/vfio.conf": "# ids=8086:10c9\noptions vfio-pci disable_vga=1 ids=8086:10c9\n"}, "/etc/modprobe.d/vfio.conf"},
+		"its only option": {hosttest.Tree{"etc/modprobe.d/a.conf": "options vfio-pci ids=8086:10c9\n"},
+			"/etc/modprobe.d/a.conf"},
 		"options of another":    {hosttest.Tree{"etc/modprobe.d/a.conf": "options other ids=8086:10c9\n"}, ""},
 		"cut off in the middle": {hosttest.Tree{"etc/modprobe.d/a.conf": "options vfio-pci ids=8086"}, ""},
 	} {
@@ -113,8 +117,10 @@ func TestClaimedByID(t *testing.T) {
 
 func TestParseMount(t *testing.T) {
 	for line, want := range map[string][3]string{
-		"36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue": {"98:0", "/mnt2", "/dev/root"},
-		"22 1 0:21 / / rw - btrfs /dev/nvme0n1p2 rw":                                     {"0:21", "/", "/dev/nvme0n1p2"},
+		"36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue": {"98:0", "/mnt2",
+			"/dev/root"},
+		"22 1 0:21 / / rw - btrfs /dev/nvme0n1p2 rw": {"0:21", "/",
+			"/dev/nvme0n1p2"},
 		"22 1 0:21 / /": {},
 		"- - - - - -":   {},
 		"":              {},
@@ -149,7 +155,8 @@ func TestParseTCP(t *testing.T) {
 	parseTCP([]byte("  sl  local_address rem_address   st\n"+
 		"   0: 0100007F:0016 0200007F:A2C4 01 00000000:00000000 02:00000000 00000000     0        0 123 1 0\n"+
 		"   1: 00000000:0016 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 124 1 0\n"+
-		"   2: 0000000000000000FFFF00000100007F:0016 0000000000000000FFFF00000300007F:A2C4 01 0:0 0:0 0 0 0 125 1 0\n"), peers)
+		"   2: 0000000000000000FFFF00000100007F:0016 0000000000000000FFFF00000300007F:A2C4 01 0:0 0:0 0 0 0 125 1 0\n"),
+		peers)
 	if len(peers) != 2 || peers["123"].peer.String() != "127.0.0.2" || peers["125"].peer.String() != "127.0.0.3" ||
 		peers["125"].local.String() != "127.0.0.1" {
 		t.Errorf("%v", peers)

@@ -25,7 +25,8 @@ func TestPassedDescriptor(t *testing.T) {
 		nodes []string
 		held  bool
 	}{
-		"named":           {"pos: 0\nvfio-device-syspath: /sys/devices/pci0000:00/0000:00:08.0/" + e1000 + "\n", nil, true},
+		"named": {"pos: 0\nvfio-device-syspath: /sys/devices/pci0000:00/0000:00:08.0/" + e1000 + "\n",
+			nil, true},
 		"another":         {"vfio-device-syspath: /sys/devices/pci0000:00/" + igb + "\n", nil, false},
 		"not named":       {"pos: 0\n", nil, true},
 		"no node of ours": {"pos: 0\n", []string{"/dev/vfio/99"}, false}, // it has those of its own group
@@ -50,7 +51,8 @@ func TestPassedDescriptor(t *testing.T) {
 // A QEMU is told of with its guest's name; udev is in a moment gone.
 func TestProcessNames(t *testing.T) {
 	for _, c := range []struct{ name, line, says string }{
-		{"qemu-system-x86", "qemu\x00-name\x00guest=web,debug-threads=on\x00", `process 4711 (qemu-system-x86), guest "web"`},
+		{"qemu-system-x86", "qemu\x00-name\x00guest=web,debug-threads=on\x00",
+			`process 4711 (qemu-system-x86), guest "web"`},
 		{"kvm", "kvm\x00-name\x00web,process=x\x00", `process 4711 (kvm), guest "web"`},
 		{"qemu-kvm", "qemu\x00-name\x00", "process 4711 (qemu-kvm)"},
 		{"other", "other\x00-name\x00guest=web\x00", "process 4711 (other)"},
@@ -95,14 +97,15 @@ func TestCannotTell(t *testing.T) {
 		setup  func(*hosttest.Kernel)
 		blind  bool
 	}{
-		"a NIC whose interface may be elsewhere": {e1000, hosttest.Tree{"run/netns/blue": ""}, func(k *hosttest.Kernel) {
-			for _, gone := range []string{"sys/class/net/" + nic, "sys/bus/pci/devices/" + e1000 + "/net"} {
-				if err := os.RemoveAll(k.Dir() + "/" + gone); err != nil {
-					panic(err)
+		"a NIC whose interface may be elsewhere": {e1000, hosttest.Tree{"run/netns/blue": ""},
+			func(k *hosttest.Kernel) {
+				for _, gone := range []string{"sys/class/net/" + nic, "sys/bus/pci/devices/" + e1000 + "/net"} {
+					if err := os.RemoveAll(k.Dir() + "/" + gone); err != nil {
+						panic(err)
+					}
 				}
-			}
-			k.Net.Elsewhere = map[string][]hosttest.Elsewhere{"run/netns/blue": {{Name: "eth0"}}}
-		}, true},
+				k.Net.Elsewhere = map[string][]hosttest.Elsewhere{"run/netns/blue": {{Name: "eth0"}}}
+			}, true},
 		"a framebuffer at an address that is hidden": {edu, hosttest.Tree{
 			"proc/iomem": "00000000-00000000 : PCI Bus 0000:07\n  00000000-00000000 : BOOTFB\n",
 		}, nil, true},
@@ -124,7 +127,8 @@ func TestCannotTell(t *testing.T) {
 // A process that has gone while it was looked at is nobody, whatever the kernel says of it then.
 func TestProcessThatGoes(t *testing.T) {
 	for _, what := range []string{"ns/net", "ns/mnt", "fd"} {
-		k, h := hostOf(t, withDisk(hosttest.Tree{"proc/4712/ns/net": "-> net:[4026532000]", "proc/4712/ns/mnt": "-> mnt:[4026532001]"}))
+		k, h := hostOf(t, withDisk(hosttest.Tree{"proc/4712/ns/net": "-> net:[4026532000]",
+			"proc/4712/ns/mnt": "-> mnt:[4026532001]"}))
 		k.Process(4712, "ip")
 		d := read(t, h, e1000)
 		if what == "ns/mnt" {
@@ -253,7 +257,8 @@ const nvmeMultipath = "0000:09:00.0"
 
 // A route that is not there, or forbids, is no connection's; another failure is told.
 func TestNoWay(t *testing.T) {
-	for err, want := range map[error]bool{unix.ENETUNREACH: true, unix.EACCES: true, unix.EHOSTUNREACH: true, unix.EIO: false, unix.ENOBUFS: false} {
+	for err, want := range map[error]bool{unix.ENETUNREACH: true, unix.EACCES: true, unix.EHOSTUNREACH: true,
+		unix.EIO: false, unix.ENOBUFS: false} {
 		if got := noWay(fmt.Errorf("x: %w", err)); got != want {
 			t.Errorf("%v: %v", err, got)
 		}

@@ -29,7 +29,8 @@ func TestAppend(t *testing.T) {
 	for w := range workers {
 		wg.Go(func() {
 			for i := range each {
-				e := Of(bind.Event{Device: fmt.Sprintf("%d-%d", w, i), Subject: bind.Driver, From: "igb", To: "vfio-pci"})
+				e := Of(bind.Event{Device: fmt.Sprintf("%d-%d", w, i), Subject: bind.Driver, From: "igb",
+					To: "vfio-pci"})
 				e.Time = time.Unix(int64(i+1), 0)
 				if err := Append(h, e); err != nil {
 					t.Error(err)

@@ -110,7 +110,8 @@ func state(t *testing.T, k *hosttest.Kernel) string {
 	return strings.Join(out, " ")
 }
 
-const mixed = "pfs:\n  - select: " + pf + "\n    count: 3\n    vfs:\n      - {range: 0, driver: vfio}\n      - {range: 1, driver: home}\n"
+const mixed = "pfs:\n  - select: " + pf +
+	"\n    count: 3\n    vfs:\n      - {range: 0, driver: vfio}\n      - {range: 1, driver: home}\n"
 
 func TestApply(t *testing.T) {
 	k := hosttest.NewLab(t, nil)
@@ -254,7 +255,8 @@ func TestRecover(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(m.run.Put(applying+pf, before), k.Write(pfDir+"/sriov_numvfs", "0")); err != nil { // as far as that it came
+	if err := errors.Join(m.run.Put(applying+pf, before), k.Write(pfDir+"/sriov_numvfs",
+		"0")); err != nil { // as far as that it came
 		t.Fatal(err)
 	}
 	out, err := again(t, m).Recover()
@@ -314,7 +316,8 @@ func TestPlanStates(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := m.state.Put(protectedKey, []protected{{d.Address, identify(t, m, d), "carries the default route"}}); err != nil {
+	if err := m.state.Put(protectedKey, []protected{{d.Address, identify(t, m, d),
+		"carries the default route"}}); err != nil {
 		t.Fatal(err)
 	}
 	if i := one("devices:\n  - {select: " + pf + "}\n"); i.State != Refused ||
@@ -332,7 +335,8 @@ func TestPlanStates(t *testing.T) {
 	driver := mine.Driver
 	mine.Driver = ""
 	for _, protect := range []string{"mac=52:54:00:99:99:99", pf} {
-		if i := plan(t, m, "devices:\n  - {select: path="+place(t, m, mine)+"}\nprotect:\n  - "+protect+"\n")[0]; i.State != Refused {
+		if i := plan(t, m, "devices:\n  - {select: path="+place(t, m,
+			mine)+"}\nprotect:\n  - "+protect+"\n")[0]; i.State != Refused {
 			t.Errorf("a NIC without a driver, with %s protected, is %s: %v", protect, i.State, i.Err)
 		}
 	}
@@ -373,7 +377,8 @@ func TestPlanStates(t *testing.T) {
 		t.Errorf("after its interface was named it is %v, was %v", again, id)
 	}
 	byMAC := "pfs:\n  - {select: mac=" + mac + ", count: 2}\n"
-	if err := m.state.Put(knownKey("mac="+mac), known{Identity: iommu.Identity{ID: mine.ID, Path: "0000:00:1f.0/00.0"}}); err != nil {
+	if err := m.state.Put(knownKey("mac="+mac), known{Identity: iommu.Identity{ID: mine.ID,
+		Path: "0000:00:1f.0/00.0"}}); err != nil {
 		t.Fatal(err)
 	}
 	if i := one(byMAC); i.State != Differs {
@@ -384,7 +389,8 @@ func TestPlanStates(t *testing.T) {
 	if err := m.Remember(plan(t, again(t, m), "pfs:\n  - {select: "+pf+", count: 0}\n")); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(k.Dir(), pfDir, "modalias"), []byte("pci:v000015B3d00001017sv000015B3sd00000020bc02sc00i00\n"), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(k.Dir(), pfDir, "modalias"),
+		[]byte("pci:v000015B3d00001017sv000015B3sd00000020bc02sc00i00\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if i := one("pfs:\n  - {select: " + pf + ", count: 2}\n"); i.State != Changed ||
@@ -421,7 +427,8 @@ func TestAfterBond(t *testing.T) {
 	k := hosttest.NewLab(t, nil)
 	k.Net.Eswitch = map[string][3]int{pf: {}}
 	m := newManager(t, k, Options{})
-	text := "pfs:\n  - select: " + pf + "\n    count: 2\n    eswitch: switchdev\n    after_bond: true\n    vfs:\n      - {range: 0, driver: vfio}\n      - {range: 1, driver: home}\n"
+	text := "pfs:\n  - select: " + pf +
+		"\n    count: 2\n    eswitch: switchdev\n    after_bond: true\n    vfs:\n      - {range: 0, driver: vfio}\n      - {range: 1, driver: home}\n"
 	early := plan(t, m, text)[0]
 	if got, want := strings.Join(bind.Commands(early.Steps), "\n"), strings.ReplaceAll(`ip link set dev enp1s0 addrgenmode none
 ip link set dev enp1s0 up
@@ -491,12 +498,14 @@ func TestNeeded(t *testing.T) {
 		"proc/cmdline":  "quiet root=/dev/cciss/c0d0p1 resume=PARTUUID=9 ip=::::host:enp9s0:dhcp BOOTIF=01-52-54-00-AA-BB-CC\n",
 		"dev/.unneeded": "",
 	} {
-		if err := errors.Join(os.MkdirAll(filepath.Join(k.Dir(), filepath.Dir(name)), 0o755), os.WriteFile(filepath.Join(k.Dir(), name), []byte(content), 0o600)); err != nil {
+		if err := errors.Join(os.MkdirAll(filepath.Join(k.Dir(), filepath.Dir(name)), 0o755),
+			os.WriteFile(filepath.Join(k.Dir(), name), []byte(content), 0o600)); err != nil {
 			t.Fatal(err)
 		}
 	}
 	for link, target := range map[string]string{
-		"disk/by-uuid/1-2": "../../sda1", "mapper/vg-data": "../dm-3", `disk/by-label/a\x2fb`: "../../sdb2", "disk/by-partuuid/9": "../../nvme0n1p2",
+		"disk/by-uuid/1-2": "../../sda1", "mapper/vg-data": "../dm-3", `disk/by-label/a\x2fb`: "../../sdb2",
+		"disk/by-partuuid/9": "../../nvme0n1p2",
 	} {
 		file := filepath.Join(k.Dir(), "dev", link)
 		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.Symlink(target, file)); err != nil {
@@ -527,7 +536,8 @@ func TestImport(t *testing.T) {
 		"usr/lib/systemd/network/99-d.link": "[Match]\nOriginalName=*\n[Link]\nNamePolicy=keep\n",
 	} {
 		file := filepath.Join(k.Dir(), name)
-		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, []byte(content), 0o600)); err != nil {
+		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755),
+			os.WriteFile(file, []byte(content), 0o600)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -544,11 +554,13 @@ func TestImport(t *testing.T) {
 	}
 
 	for source, want := range map[string]struct{ text, note string }{
-		"driverctl": {"devices:\n  - select: \"" + first.String() + "\"\n    driver: vfio-pci\n  - select: \"0000:7f:00.0\"\n    driver: vfio-pci\n", "uio_pci_generic"},
+		"driverctl": {"devices:\n  - select: \"" + first.String() +
+			"\"\n    driver: vfio-pci\n  - select: \"0000:7f:00.0\"\n    driver: vfio-pci\n", "uio_pci_generic"},
 		"netplan": {"pfs:\n  - select: \"mac=52:54:00:aa:00:01\"\n    count: 2\n    vfs:\n      - driver: home\n" +
 			"  - select: enp9s0\n    count: 4\n    eswitch: switchdev\n    after_bond: true\n    vfs:\n      - driver: home\n", "VLAN v"},
 		"systemd": {"pfs:\n  - select: \"mac=52:54:00:aa:00:02\"\n    count: 3\n    vfs:\n      - range: 0\n        driver: home\n        mac: \"52:54:00:bb:00:00\"\n        vlan: 7\n        trust: on\n        link: auto\n" +
-			"      - range: 1\n        driver: home\n        spoofchk: off\n      - range: 2\n        driver: home\n", "Future="},
+			"      - range: 1\n        driver: home\n        spoofchk: off\n      - range: 2\n        driver: home\n",
+			"Future="},
 	} {
 		s, notes, err := m.Import(source)
 		if err != nil {
@@ -585,13 +597,15 @@ func TestFoundByRecord(t *testing.T) {
 	}
 	remembered := func(identity iommu.Identity) *Item {
 		t.Helper()
-		if err := m.state.Put(knownKey("oldname0"), known{Address: mine.Device.Address, Identity: identity}); err != nil {
+		if err := m.state.Put(knownKey("oldname0"), known{Address: mine.Device.Address,
+			Identity: identity}); err != nil {
 			t.Fatal(err)
 		}
 		return plan(t, m, "pfs:\n  - {select: oldname0, count: 2}\n")[0]
 	}
 	identity := identify(t, m, mine.Device)
-	if i := remembered(identity); i.State != Differs || i.Device.Name != pf || !strings.Contains(strings.Join(i.Notes, " "), "by the record of the last apply") {
+	if i := remembered(identity); i.State != Differs || i.Device.Name != pf ||
+		!strings.Contains(strings.Join(i.Notes, " "), "by the record of the last apply") {
 		t.Errorf("%v, %v, notes %q", i.State, i.Err, i.Notes)
 	}
 	identity.MACs, identity.Serial = map[string]string{"oldname0": "02:00:00:00:ff:ff"}, ""
@@ -621,17 +635,20 @@ func TestRenumbered(t *testing.T) {
 		now  []hosttest.PCI
 		want State
 	}{
-		"as it was":                   {slices.Concat(card("17", "18", 1), card("3a", "3b", 3)), Differs},
-		"a third one":                 {slices.Concat(card("17", "18", 1), card("3a", "3b", 3), card("5d", "5e", 5)), Differs},
+		"as it was": {slices.Concat(card("17", "18", 1), card("3a", "3b", 3)), Differs},
+		"a third one": {slices.Concat(card("17", "18", 1), card("3a", "3b", 3), card("5d", "5e", 5)),
+			Differs},
 		"all moved":                   {slices.Concat(card("16", "17", 1), card("39", "3a", 3)), Missing},
 		"the other is where this was": {slices.Concat(card("16", "18", 1), card("17", "3b", 3)), Changed},
 		"one is gone":                 {card("17", "18", 1), Changed},
 		"one with a number is gone":   {numbered("17", "18", "S1", 1), Differs},
-		"another number is there":     {slices.Concat(numbered("17", "18", "S2", 1), numbered("3a", "3b", "S1", 3)), Changed},
+		"another number is there": {slices.Concat(numbered("17", "18", "S2", 1), numbered("3a", "3b", "S1", 3)),
+			Changed},
 	} {
 		first := hosttest.NewKernel(t, hosttest.Made(slices.Concat(card("17", "18", 1), card("3a", "3b", 3))...))
 		if strings.Contains(name, "number") {
-			first = hosttest.NewKernel(t, hosttest.Made(slices.Concat(numbered("17", "18", "S1", 1), numbered("3a", "3b", "S2", 3))...))
+			first = hosttest.NewKernel(t, hosttest.Made(slices.Concat(numbered("17", "18", "S1", 1),
+				numbered("3a", "3b", "S2", 3))...))
 		}
 		m := newManager(t, first, Options{})
 		if err := m.Remember(plan(t, m, text)); err != nil {
@@ -655,10 +672,12 @@ func TestGroupDeclaredTwice(t *testing.T) {
 	const gpu, audio = "0000:03:00.0", "0000:03:00.1"
 	entry := func(address, more string) string { return "  - select: " + address + "\n" + more }
 	for name, c := range map[string]struct{ text, says string }{
-		"alike":             {entry(gpu, "    driver: vfio-pci\n") + entry(audio, "    driver: vfio-pci\n"), ""},
-		"one leaves it":     {entry(gpu, "") + entry(audio, "    driver: vfio-pci\n"), ""},
-		"another driver":    {entry(gpu, "    driver: vfio-pci\n") + entry(audio, "    driver: other-vfio\n"), "so they need the same driver: it is vfio-pci at"},
-		"another owner":     {entry(gpu, "    node_owner: root\n") + entry(audio, "    node_owner: nobody\n"), "so they need the same node_owner: it is root at"},
+		"alike":         {entry(gpu, "    driver: vfio-pci\n") + entry(audio, "    driver: vfio-pci\n"), ""},
+		"one leaves it": {entry(gpu, "") + entry(audio, "    driver: vfio-pci\n"), ""},
+		"another driver": {entry(gpu, "    driver: vfio-pci\n") + entry(audio, "    driver: other-vfio\n"),
+			"so they need the same driver: it is vfio-pci at"},
+		"another owner": {entry(gpu, "    node_owner: root\n") + entry(audio, "    node_owner: nobody\n"),
+			"so they need the same node_owner: it is root at"},
 		"the companion too": {entry(gpu, "") + entry("0000:00:14.0", ""), ""},
 	} {
 		k := hosttest.NewBoard(t)
@@ -671,7 +690,8 @@ func TestGroupDeclaredTwice(t *testing.T) {
 			continue
 		}
 
-		if items[0].State != Differs || items[1].State != Differs || len(items[1].Steps) > 0 || len(items[1].Notes) == 0 {
+		if items[0].State != Differs || items[1].State != Differs || len(items[1].Steps) > 0 ||
+			len(items[1].Notes) == 0 {
 			t.Errorf("%s: %+v, %+v", name, items[0], items[1])
 		}
 		if err := apply(t, again(t, m), "devices:\n"+c.text); err != nil {

@@ -25,17 +25,26 @@ func TestDevicesOfGroup(t *testing.T) {
 		state []State
 		says  []string // of each, in its error, notes or words
 	}{
-		"alone":       {"[{select: " + nic + "}]", []State{Differs}, []string{"taken for guests, from e1000"}},
-		"both":        {"[{select: " + nic + "}, {select: " + beside + "}]", []State{Differs, Differs}, []string{"", "goes with " + nic}},
-		"twice":       {"[{select: " + nic + "}, {select: path=0000:00:08.0/01.0}]", []State{Differs, Refused}, []string{"", "already declared at"}},
-		"one driver":  {"[{select: " + nic + "}, {select: " + beside + ", driver: vfio-pci}]", []State{Differs, Differs}, []string{"on vfio-pci", ""}},
-		"two drivers": {"[{select: " + nic + ", driver: vfio-pci}, {select: " + beside + ", driver: mlx5_vfio_pci}]", []State{Differs, Refused}, []string{"", "they need the same driver"}},
-		"same driver": {"[{select: " + nic + ", driver: vfio-pci}, {select: " + beside + ", driver: vfio-pci}]", []State{Differs, Differs}, []string{"", "both are in"}},
-		"one owner":   {"[{select: " + nic + "}, {select: " + beside + ", node_owner: \"7\"}]", []State{Differs, Differs}, []string{"nodes owned by 7", ""}},
-		"two owners":  {"[{select: " + nic + ", node_owner: \"8\"}, {select: " + beside + ", node_owner: \"7\"}]", []State{Differs, Refused}, []string{"", "they need the same node_owner"}},
-		"same owner":  {"[{select: " + nic + ", node_owner: \"7\"}, {select: " + beside + ", node_owner: \"7\"}]", []State{Differs, Differs}, []string{"", "goes with"}},
-		"no owner":    {"[{select: " + nic + ", node_owner: nobody-at-all}]", []State{Refused}, []string{"node_owner: "}},
-		"a bridge":    {"[{select: \"0000:00:08.0\"}]", []State{Refused}, []string{"bridge"}},
+		"alone": {"[{select: " + nic + "}]", []State{Differs}, []string{"taken for guests, from e1000"}},
+		"both": {"[{select: " + nic + "}, {select: " + beside + "}]", []State{Differs, Differs},
+			[]string{"", "goes with " + nic}},
+		"twice": {"[{select: " + nic + "}, {select: path=0000:00:08.0/01.0}]", []State{Differs, Refused},
+			[]string{"", "already declared at"}},
+		"one driver": {"[{select: " + nic + "}, {select: " + beside + ", driver: vfio-pci}]",
+			[]State{Differs, Differs}, []string{"on vfio-pci", ""}},
+		"two drivers": {"[{select: " + nic + ", driver: vfio-pci}, {select: " + beside + ", driver: mlx5_vfio_pci}]",
+			[]State{Differs, Refused}, []string{"", "they need the same driver"}},
+		"same driver": {"[{select: " + nic + ", driver: vfio-pci}, {select: " + beside + ", driver: vfio-pci}]",
+			[]State{Differs, Differs}, []string{"", "both are in"}},
+		"one owner": {"[{select: " + nic + "}, {select: " + beside + ", node_owner: \"7\"}]",
+			[]State{Differs, Differs}, []string{"nodes owned by 7", ""}},
+		"two owners": {"[{select: " + nic + ", node_owner: \"8\"}, {select: " + beside + ", node_owner: \"7\"}]",
+			[]State{Differs, Refused}, []string{"", "they need the same node_owner"}},
+		"same owner": {"[{select: " + nic + ", node_owner: \"7\"}, {select: " + beside + ", node_owner: \"7\"}]",
+			[]State{Differs, Differs}, []string{"", "goes with"}},
+		"no owner": {"[{select: " + nic + ", node_owner: nobody-at-all}]", []State{Refused},
+			[]string{"node_owner: "}},
+		"a bridge": {"[{select: \"0000:00:08.0\"}]", []State{Refused}, []string{"bridge"}},
 	} {
 		m := newManager(t, sweptHost(t), Options{})
 		items := plan(t, m, "devices: "+c.text+"\n")
@@ -66,7 +75,8 @@ func TestDeviceLater(t *testing.T) {
 	}
 	i := plan(t, m, strings.ReplaceAll(text, "1000", "1001"))[0]
 	steps := strings.Join(bind.Commands(i.Steps), "; ")
-	if i.State != Differs || !strings.HasPrefix(steps, "chown 1001 /dev/vfio/") || strings.Join(i.Words(), "") != "stays on vfio-pci, nodes owned by 1001also takes: other" {
+	if i.State != Differs || !strings.HasPrefix(steps, "chown 1001 /dev/vfio/") ||
+		strings.Join(i.Words(), "") != "stays on vfio-pci, nodes owned by 1001also takes: other" {
 		t.Errorf("another owner: %s, %v, %q, %q", i.State, i.Err, steps, i.Words())
 	}
 
@@ -84,7 +94,9 @@ func TestDeviceLater(t *testing.T) {
 	if err := m.state.Put(knownKey(nic), was); err != nil {
 		t.Fatal(err)
 	}
-	if i := plan(t, newManager(t, k, Options{}), text)[0]; i.State != Changed || !strings.Contains(i.Err.Error(), "its group now includes devices that the host uses: "+nic) || len(i.Steps) > 0 {
+	if i := plan(t, newManager(t, k, Options{}), text)[0]; i.State != Changed ||
+		!strings.Contains(i.Err.Error(), "its group now includes devices that the host uses: "+nic) ||
+		len(i.Steps) > 0 {
 		t.Errorf("more in its group: %s, %v, %q", i.State, i.Err, i.Steps)
 	}
 	if i := plan(t, newManager(t, k, Options{Accept: true}), text)[0]; i.State != Differs {
@@ -122,7 +134,8 @@ func TestUndoOfTrials(t *testing.T) {
 		}
 	}
 	all, known, err := Of(&iommu.Host{Host: k.Host()}).Last()
-	if want := []iommu.Address{mustParse(t, pf), mustParse(t, nic), mustParse(t, nic), mustParse(t, beside)}; !known || err != nil || !slices.Equal(all, want) {
+	if want := []iommu.Address{mustParse(t, pf), mustParse(t, nic), mustParse(t, nic), mustParse(t, beside)}; !known ||
+		err != nil || !slices.Equal(all, want) {
 		t.Errorf("it has changed %v, %v, %v", all, known, err)
 	}
 	if err := undoAll(k); err != nil {
@@ -140,7 +153,8 @@ func TestRecoverRecords(t *testing.T) {
 	put := func(text string) { writeFile(t, k, "run/viaduct/"+applying+nic+".json", text) }
 	m := newManager(t, k, Options{})
 	put("{")
-	if r, err := m.Recover(); err != nil || len(r) != 1 || r[0].Err == nil || !strings.Contains(r[0].What, "cannot be read") {
+	if r, err := m.Recover(); err != nil || len(r) != 1 || r[0].Err == nil ||
+		!strings.Contains(r[0].What, "cannot be read") {
 		t.Errorf("%+v, %v", r, err)
 	}
 
@@ -183,7 +197,8 @@ func TestWordsOfEach(t *testing.T) {
 		"removes its 2 VFs and makes 3":   {Have: 2, Want: 3},
 		"brings eth0 up":                  {Up: []sriov.Link{{Name: "eth0"}}},
 		"raises the MTU of e from 1 to 2": {Raise: []sriov.MTU{{Name: "e", From: 1, To: 2}}},
-		"turns hw-tc-offload of a on|turns hw-tc-offload of b off": {Offload: []sriov.Offload{{Name: "a", On: true}, {Name: "b"}}},
+		"turns hw-tc-offload of a on|turns hw-tc-offload of b off": {Offload: []sriov.Offload{{Name: "a", On: true},
+			{Name: "b"}}},
 		"sets the e-switch's mode to switchdev|sets the e-switch's inline-mode to link|sets the e-switch's encap to none": {
 			Eswitch: sriov.Eswitch{Mode: "switchdev", Inline: "link", Encap: "none"},
 		},
@@ -252,7 +267,8 @@ func TestBootIsCareful(t *testing.T) {
 		if c.driver {
 			d.Driver = "e1000"
 		}
-		if err := g.take([]*iommu.Device{d}); (err == nil) != (c.refused == "") || err != nil && !strings.Contains(err.Error(), c.refused) {
+		if err := g.take([]*iommu.Device{d}); (err == nil) != (c.refused == "") || err != nil &&
+			!strings.Contains(err.Error(), c.refused) {
 			t.Errorf("%s: %v", name, err)
 		}
 
@@ -280,14 +296,15 @@ func TestSame(t *testing.T) {
 		change func(*iommu.Identity)
 		want   bool
 	}{
-		"as it was":                {func(*iommu.Identity) {}, true},
-		"elsewhere":                {func(id *iommu.Identity) { id.Path = "0000:00:1f.0/00.0" }, true},
-		"other ids":                {func(id *iommu.Identity) { id.ID.Device++ }, false},
-		"another address":          {func(id *iommu.Identity) { id.MACs = other }, false},
-		"no address then":          {func(id *iommu.Identity) { id.MACs = nil }, true},
-		"none then, elsewhere":     {func(id *iommu.Identity) { id.MACs, id.Path = nil, "0000:00:1f.0/00.0" }, false},
-		"another number":           {func(id *iommu.Identity) { id.Serial = "00-00" }, now.Serial == ""},
-		"function of the card":     {func(id *iommu.Identity) { id.MACs, id.Path = nil, "0000:00:1f.0/00.0" }, now.Serial != ""},
+		"as it was":            {func(*iommu.Identity) {}, true},
+		"elsewhere":            {func(id *iommu.Identity) { id.Path = "0000:00:1f.0/00.0" }, true},
+		"other ids":            {func(id *iommu.Identity) { id.ID.Device++ }, false},
+		"another address":      {func(id *iommu.Identity) { id.MACs = other }, false},
+		"no address then":      {func(id *iommu.Identity) { id.MACs = nil }, true},
+		"none then, elsewhere": {func(id *iommu.Identity) { id.MACs, id.Path = nil, "0000:00:1f.0/00.0" }, false},
+		"another number":       {func(id *iommu.Identity) { id.Serial = "00-00" }, now.Serial == ""},
+		"function of the card": {func(id *iommu.Identity) { id.MACs, id.Path = nil, "0000:00:1f.0/00.0" },
+			now.Serial != ""},
 		"other function of a card": {func(id *iommu.Identity) { id.MACs, id.Path = nil, "0000:00:1f.0/00.1" }, false},
 	} {
 		id := now
@@ -304,7 +321,8 @@ func TestSame(t *testing.T) {
 func TestCheckRefuses(t *testing.T) {
 	const vf = "0000:01:10.0"
 	pfs := func(first, more string) string {
-		return "pfs:\n  - select: " + pf + "\n    count: 2\n    vfs: [{range: 0, " + first + "}, {range: 1, driver: none}]\n" + more
+		return "pfs:\n  - select: " + pf + "\n    count: 2\n    vfs: [{range: 0, " + first +
+			"}, {range: 1, driver: none}]\n" + more
 	}
 
 	usual := pfs("driver: vfio, vlan: 7", "")
@@ -315,14 +333,18 @@ func TestCheckRefuses(t *testing.T) {
 		state State
 		says  string
 	}{
-		"nothing changes":     {usual, nil, OK, ""},
-		"a NIC with a route":  {usual + "devices:\n  - select: " + nic + "\n", nil, Refused, "carries the default route"},
-		"forced":              {usual + "devices:\n  - select: " + nic + "\n", []holder.Kind{holder.Route}, Differs, ""},
-		"settings":            {pfs("driver: vfio, vlan: 8", ""), nil, Refused, vf + " is open in process 4711"},
-		"settings, forced":    {pfs("driver: vfio, vlan: 8", ""), []holder.Kind{open}, Differs, "its settings would change while " + vf},
+		"nothing changes": {usual, nil, OK, ""},
+		"a NIC with a route": {usual + "devices:\n  - select: " + nic + "\n", nil, Refused,
+			"carries the default route"},
+		"forced": {usual + "devices:\n  - select: " + nic + "\n", []holder.Kind{holder.Route},
+			Differs, ""},
+		"settings": {pfs("driver: vfio, vlan: 8", ""), nil, Refused, vf + " is open in process 4711"},
+		"settings, forced": {pfs("driver: vfio, vlan: 8", ""), []holder.Kind{open}, Differs,
+			"its settings would change while " + vf},
 		"settings of another": {strings.Replace(usual, "driver: none", "driver: none, vlan: 9", 1), nil, Differs, ""},
 		"home":                {pfs("driver: home, vlan: 7", ""), nil, Refused, vf + " is open in process 4711"},
-		"fewer":               {strings.Replace(strings.Replace(usual, "count: 2", "count: 1", 1), ", {range: 1, driver: none}", "", 1), nil, Refused, vf + " is open in process 4711"},
+		"fewer": {strings.Replace(strings.Replace(usual, "count: 2", "count: 1", 1),
+			", {range: 1, driver: none}", "", 1), nil, Refused, vf + " is open in process 4711"},
 	} {
 		k := sweptHost(t)
 		if err := applyAll(k, usual); err != nil {
@@ -339,7 +361,8 @@ func TestCheckRefuses(t *testing.T) {
 		if i.Err != nil {
 			said += i.Err.Error()
 		}
-		if i.State != c.state || !strings.Contains(said, c.says) || (i.State == Refused) != errors.Is(i.Err, holder.ErrRefused) || len(k.Log) > 0 {
+		if i.State != c.state || !strings.Contains(said, c.says) ||
+			(i.State == Refused) != errors.Is(i.Err, holder.ErrRefused) || len(k.Log) > 0 {
 			t.Errorf("%s: %s: %s; written %q", name, i.State, said, k.Log)
 		}
 	}

@@ -21,7 +21,8 @@ import (
 func writeFile(t *testing.T, k *hosttest.Kernel, name, content string) {
 	t.Helper()
 	full := filepath.Join(k.Dir(), name)
-	if err := errors.Join(os.MkdirAll(filepath.Dir(full), 0o755), os.WriteFile(full, []byte(content), 0o600)); err != nil {
+	if err := errors.Join(os.MkdirAll(filepath.Dir(full), 0o755),
+		os.WriteFile(full, []byte(content), 0o600)); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -62,7 +63,8 @@ func TestProtect(t *testing.T) {
 	boot := newManager(t, k, Options{Boot: true})
 	for _, name := range []string{nic, pf} {
 		i := plan(t, boot, "devices:\n  - select: "+name+"\n")[0]
-		if i.State != Refused || !errors.Is(i.Err, holder.ErrRefused) || !strings.Contains(i.Err.Error(), "the host was using it") {
+		if i.State != Refused || !errors.Is(i.Err, holder.ErrRefused) ||
+			!strings.Contains(i.Err.Error(), "the host was using it") {
 			t.Errorf("a boot takes %s: %s, %v", name, i.State, i.Err)
 		}
 	}
@@ -117,7 +119,8 @@ func TestSave(t *testing.T) {
 	if found, err := m.find(s.Devices[0].Select); err != nil || found != d {
 		t.Errorf("declared is %v, %v", found, err)
 	}
-	if was, err := m.remembered(s.Devices[0].Select); err != nil || was == nil || was.Address != d.Address || len(was.Group) != 2 {
+	if was, err := m.remembered(s.Devices[0].Select); err != nil || was == nil || was.Address != d.Address ||
+		len(was.Group) != 2 {
 		t.Errorf("remembered as %+v, %v", was, err)
 	}
 	if saved, err := m.Saved(d); saved != file || err != nil {
@@ -138,7 +141,8 @@ func TestSave(t *testing.T) {
 
 	// What the user has declared elsewhere is left as it is.
 	writeFile(t, k, hostfile.File, "devices:\n  - select: "+nic+"\n")
-	if at, err := m.Save(d, bind.Auto, ""); err != nil || !strings.HasPrefix(at, "/"+hostfile.File) || m.host.Exists(file[1:]) {
+	if at, err := m.Save(d, bind.Auto, ""); err != nil || !strings.HasPrefix(at, "/"+hostfile.File) ||
+		m.host.Exists(file[1:]) {
 		t.Errorf("declared already: %q, %v", at, err)
 	}
 	// What fails is told, and a repetition does it.
@@ -166,7 +170,8 @@ func TestSave(t *testing.T) {
 
 // A pool is what ranges name, over all PFs that are there; of one that is not, the error says why.
 func TestPool(t *testing.T) {
-	const two = "pfs:\n  - select: " + pf + "\n    count: 3\n    vfs:\n      - {range: 0-1, driver: none, pool: net}\n" +
+	const two = "pfs:\n  - select: " + pf +
+		"\n    count: 3\n    vfs:\n      - {range: 0-1, driver: none, pool: net}\n" +
 		"      - {range: 2, driver: none, pool: fast}\n  - select: 0000:99:00.0\n    count: 1\n    vfs: [{pool: net}, {range: 0, pool: far}]\n"
 	k := sweptHost(t)
 	s := parse(t, strings.Replace(two, "{pool: net}, {range: 0, pool: far}", "{range: 0, pool: far}", 1))
@@ -177,7 +182,8 @@ func TestPool(t *testing.T) {
 	if _, err := m.Pool(s, "net"); err == nil || !strings.Contains(err.Error(), "viaduct apply") {
 		t.Errorf("before its VFs are made: %v", err)
 	}
-	if err := apply(t, m, "pfs:\n  - select: "+pf+"\n    count: 3\n    vfs: [{range: 0-2, driver: none}]\n"); err != nil {
+	if err := apply(t, m, "pfs:\n  - select: "+pf+
+		"\n    count: 3\n    vfs: [{range: 0-2, driver: none}]\n"); err != nil {
 		t.Fatal(err)
 	}
 	m = again(t, m)
@@ -194,7 +200,8 @@ func TestPool(t *testing.T) {
 	if vfs, err := m.Pool(s, "far"); err == nil || !errors.Is(err, iommu.ErrNotFound) || len(vfs) > 0 {
 		t.Errorf("of a PF that is not there: %v, %v", vfs, err)
 	}
-	if err := m.Protected(parse(t, "pfs: []\nprotect: ["+pf+"]\n"), []*iommu.Device{found(t, m)}); !errors.Is(err, holder.ErrRefused) {
+	if err := m.Protected(parse(t, "pfs: []\nprotect: ["+pf+"]\n"), []*iommu.Device{found(t, m)}); !errors.Is(err,
+		holder.ErrRefused) {
 		t.Errorf("protected: %v", err)
 	}
 	if err := m.Protected(parse(t, "pfs: []\nprotect: ["+nic+"]\n"), []*iommu.Device{found(t, m)}); err != nil {
@@ -211,7 +218,8 @@ func TestPool(t *testing.T) {
 	for _, c := range []struct {
 		item  Item
 		wrong bool
-	}{{Item{State: OK}, false}, {Item{State: Differs}, true}, {Item{State: Missing}, true}, {Item{State: Missing, Optional: true}, false}} {
+	}{{Item{State: OK}, false}, {Item{State: Differs}, true}, {Item{State: Missing}, true},
+		{Item{State: Missing, Optional: true}, false}} {
 		if c.item.Wrong() != c.wrong {
 			t.Errorf("%+v is wrong: %v", c.item, !c.wrong)
 		}

@@ -30,7 +30,8 @@ func twoCards(files hosttest.Tree) hosttest.Tree {
 	tree := hosttest.Made(all...)
 	for _, name := range []string{"enp1s0f0", "enp2s0f0"} {
 		bus := name[3:4]
-		tree["sys/class/net/"+name] = "-> ../../devices/pci0000:00/0000:00:0" + bus + ".0/0000:0" + bus + ":00.0/net/" + name
+		tree["sys/class/net/"+name] = "-> ../../devices/pci0000:00/0000:00:0" + bus + ".0/0000:0" + bus +
+			":00.0/net/" + name
 	}
 	return tree.With(files)
 }
@@ -66,7 +67,8 @@ func TestImportedPlans(t *testing.T) {
 				"    none: {match: {driver: mlx5_core}, virtual-function-count: 2}\n" +
 				"    vf: {link: glob, macaddress: \"02:00:00:00:00:07\"}\n"},
 			source: "netplan", has: []string{second, "count: 2"}, lacks: []string{first},
-			notes: []string{"both: it matches enp1s0f0 and enp2s0f0", "none: no PF has driver mlx5_core", "macaddress of vf"},
+			notes: []string{"both: it matches enp1s0f0 and enp2s0f0", "none: no PF has driver mlx5_core",
+				"macaddress of vf"},
 		},
 		"a PF by two names": {
 			files: hosttest.Tree{"etc/netplan/a.yaml": "network:\n  ethernets:\n" +
@@ -93,7 +95,8 @@ func TestImportedPlans(t *testing.T) {
 				network + "40-d.link": "[Match]\nPermanentMACAddress=02:00:00:00:00:09\n[Link]\nSR-IOVVirtualFunctions=1\n",
 			},
 			source: "systemd", has: []string{second, "count: 2", first, "count: 8", "mac=02:00:00:00:00:09"},
-			notes: []string{"20-b.link: viaduct does not check Virtualization=", "30-c.link: its [Match] does not name one device"},
+			notes: []string{"20-b.link: viaduct does not check Virtualization=",
+				"30-c.link: its [Match] does not name one device"},
 		},
 		"ids of vfio-pci": {
 			files: hosttest.Tree{
@@ -122,12 +125,14 @@ func TestImportedPlans(t *testing.T) {
 			files: hosttest.Tree{"etc/modprobe.d/a.conf": "options vfio-pci ids=8086:1572:ffffffff:ffffffff:030000:ff0000\n" +
 				"options vfio-pci ids=8086:1572:8086:1\n"},
 			source: "modprobe", lacks: []string{"select"}, notes: []string{
-				"ids=8086:1572:ffffffff:ffffffff:030000:ff0000: host.yaml cannot select this", "ids=8086:1572:8086:1: host.yaml cannot",
+				"ids=8086:1572:ffffffff:ffffffff:030000:ff0000: host.yaml cannot select this",
+				"ids=8086:1572:8086:1: host.yaml cannot",
 			},
 		},
 		"ids twice": {
 			files:  hosttest.Tree{"etc/modprobe.d/a.conf": "options vfio-pci ids=1234:5678,1234:5678\n"},
-			source: "modprobe", has: []string{`"1234:5678"`}, notes: []string{"1234:5678 is declared by /etc/modprobe.d/a.conf already"},
+			source: "modprobe", has: []string{`"1234:5678"`},
+			notes: []string{"1234:5678 is declared by /etc/modprobe.d/a.conf already"},
 		},
 		"fewer numbers than PFs": {
 			files:  hosttest.Tree{"etc/modprobe.d/i40e.conf": "options i40e max_vfs=3,0\noptions i40e max_vfs=7\n"},
@@ -143,7 +148,8 @@ func TestImportedPlans(t *testing.T) {
 				network + "30-c.link": "[Match]\nOriginalName=eth7 eth8\n[Link]\nSR-IOVVirtualFunctions=8\n",
 				network + "40-d.link": "[Match]\nPath=pci-0000:77:00.0*\n[Link]\nSR-IOVVirtualFunctions=1\n[SR-IOV]\nVirtualFunction=0\n",
 			},
-			source: "systemd", has: []string{first, "count: 2", "link: enable", "spoofchk: off", "range: 0", `"0000:77:00.0"`},
+			source: "systemd", has: []string{first, "count: 2", "link: enable", "spoofchk: off", "range: 0",
+				`"0000:77:00.0"`},
 			lacks: []string{second, "count: 8", "mtu"}, notes: []string{
 				"invalid SR-IOVVirtualFunctions=many", "MTUBytes=9K is not imported", "invalid VirtualFunction=first",
 				"invalid VirtualFunction=-1", "Promiscuous= of VF 1 has no equal here",
@@ -156,7 +162,8 @@ func TestImportedPlans(t *testing.T) {
 				"    c: {match: {name: \"ens7*\"}, virtual-function-count: 1}\n    d: {match: {macaddress: \"02:00:00:00:00:0A\"}, virtual-function-count: 0}\n" +
 				"    e: {set-name: enp2s0f0, match: {macaddress: \"3c:fd:fe:00:00:02\"}, embedded-switch-mode: legacy, delay-virtual-functions-rebind: false}\n" +
 				"    plain: {mtu: 1400}\n    vf: {link: plain, mtu: 1300}\n  vlans:\n    v7: {id: 7, link: e, renderer: sriov}\n    v8: {id: 8, link: e}\n"},
-			source: "netplan", has: []string{"ens9", "ens8", `"mac=02:00:00:00:00:0a"`, second, "eswitch: legacy", "select: plain"},
+			source: "netplan", has: []string{"ens9", "ens8", `"mac=02:00:00:00:00:0a"`, second, "eswitch: legacy",
+				"select: plain"},
 			notes: []string{"c: no PF matches \"ens7*\"", "mtu of vf", "VLAN v7"}, not: []string{"v8", "macaddress"},
 		},
 		"driverctl's others": {
@@ -202,8 +209,9 @@ func TestImportedPlans(t *testing.T) {
 // Files that cannot be read as what they are end an import, and name the file.
 func TestImportFails(t *testing.T) {
 	for source, c := range map[string]struct{ file, text, says string }{
-		"netplan":   {"etc/netplan/a.yaml", "network: [", "/etc/netplan/a.yaml: "},
-		"systemd":   {"etc/systemd/network/a.link", "[Match]\nOriginalName=enp1s0f0\n[SR-IOV]\nVirtualFunction=0\nVLANId=x\n", "a.link: VF 0: "},
+		"netplan": {"etc/netplan/a.yaml", "network: [", "/etc/netplan/a.yaml: "},
+		"systemd": {"etc/systemd/network/a.link",
+			"[Match]\nOriginalName=enp1s0f0\n[SR-IOV]\nVirtualFunction=0\nVLANId=x\n", "a.link: VF 0: "},
 		"driverctl": {"etc/driverctl.d/pci-nowhere=", "vfio-pci\n", "/etc/driverctl.d/pci-nowhere=: "},
 		"nobody":    {"etc/hosts", "", "unknown tool \"nobody\": want one of driverctl"},
 	} {

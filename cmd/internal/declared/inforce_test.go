@@ -126,7 +126,8 @@ func TestInForce(t *testing.T) {
 		want, held := model(past)
 		if got := versionOf(use.Host); err != nil || got != want || use.Held != held || use.Why == "" && got != x.file {
 			if wrong++; wrong < 10 {
-				t.Errorf("after %q: version %d, left alone %v, %q, %v; want version %d, %v", past, got, use.Held, use.Why, err,
+				t.Errorf("after %q: version %d, left alone %v, %q, %v; want version %d, %v", past, got, use.Held,
+					use.Why, err,
 					want, held)
 			}
 		}
@@ -245,7 +246,8 @@ func TestInForceFormer(t *testing.T) {
 	const yaml = "pfs:\n  - select: mac=52:54:00:00:01:01\n    count: %d\n"
 	waiting := func(boot string, over bool) string {
 		b, _ := json.Marshal(map[string]any{
-			"spec": fmt.Sprintf(yaml, 2), "until": 1 << 62, "boot": boot, "force": []string{"route"}, "over": over, "other": false,
+			"spec": fmt.Sprintf(yaml, 2), "until": 1 << 62, "boot": boot, "force": []string{"route"}, "over": over,
+			"other": false,
 		})
 		return string(b)
 	}
@@ -264,7 +266,8 @@ func TestInForceFormer(t *testing.T) {
 		k := hosttest.NewLab(t, hosttest.Tree{"proc/sys/kernel/random/boot_id": "this\n"})
 		write := func(file, content string) {
 			full := filepath.Join(k.Dir(), file)
-			if err := errors.Join(os.MkdirAll(filepath.Dir(full), 0o755), os.WriteFile(full, []byte(content), 0o600)); err != nil {
+			if err := errors.Join(os.MkdirAll(filepath.Dir(full), 0o755),
+				os.WriteFile(full, []byte(content), 0o600)); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -292,7 +295,8 @@ func TestInForceFormer(t *testing.T) {
 			}
 		}
 		r, _, err := m.now()
-		if err != nil || versionOf(r.Confirmed) != 1 || c.trial != "" && !reflect.DeepEqual(r.Trial.Force, []holder.Kind{holder.Route}) {
+		if err != nil || versionOf(r.Confirmed) != 1 || c.trial != "" &&
+			!reflect.DeepEqual(r.Trial.Force, []holder.Kind{holder.Route}) {
 			t.Errorf("%s: %+v, %v", name, r, err)
 		}
 	}

@@ -94,7 +94,8 @@ func TestWentDown(t *testing.T) {
 		t.Fatal(err)
 	}
 	i := plan(t, again(t, m), text)[0]
-	if i.State != Differs || !strings.Contains(strings.Join(bind.Commands(i.Steps), "\n"), "ip link set dev enp1s0 up") ||
+	if i.State != Differs || !strings.Contains(strings.Join(bind.Commands(i.Steps), "\n"),
+		"ip link set dev enp1s0 up") ||
 		strings.Contains(strings.Join(bind.Commands(i.Steps), "\n"), "numvfs") {
 		t.Errorf("%s, %v, %q", i.State, i.Err, i.Steps)
 	}
@@ -193,7 +194,8 @@ func TestEach(t *testing.T) {
 // What is adopted says of VFs what is not as VFs begin, and nothing else; VFs that are alike are one range.
 func TestAdoptedSettings(t *testing.T) {
 	k := sweptHost(t)
-	if err := applyAll(k, "pfs:\n  - select: "+pf+"\n    count: 4\n    vfs:\n      - {range: 0, driver: none, vlan: 7, qos: 0, trust: off}\n"+
+	if err := applyAll(k, "pfs:\n  - select: "+pf+
+		"\n    count: 4\n    vfs:\n      - {range: 0, driver: none, vlan: 7, qos: 0, trust: off}\n"+
 		"      - {range: 1-2, driver: none}\n      - {range: 3, driver: vfio, trust: on}\n"); err != nil {
 		t.Fatal(err)
 	}

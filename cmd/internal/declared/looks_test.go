@@ -38,7 +38,10 @@ func TestLooksThatFail(t *testing.T) {
 	importer := func() *hosttest.Kernel { return hosttest.NewKernel(t, imported()) }
 	applied := func() *hosttest.Kernel {
 		k := sweptHost(t)
-		k.ChangeNet(func(n *hosttest.Network) { n.Routes = []hosttest.Route{{To: "default", Over: []string{"enp1s0"}}} })
+		k.ChangeNet(func(n *hosttest.Network) {
+			n.Routes = []hosttest.Route{{To: "default",
+				Over: []string{"enp1s0"}}}
+		})
 		writeFile(t, k, "etc/fstab", "/dev/vda / ext4 defaults 0 1\n")
 		if err := applyAll(k, many); err != nil {
 			t.Fatal(err)
@@ -84,8 +87,9 @@ func TestLooksThatFail(t *testing.T) {
 			s, _, err := m.Adopt() // what there is beside names, which may be missing
 			return described(s, nil, err)
 		},
-		"plan":         planned(many, Options{}),
-		"unmanaged":    planned(strings.ReplaceAll(many, "driver: home", "driver: home, network: unmanaged"), Options{}),
+		"plan": planned(many, Options{}),
+		"unmanaged": planned(strings.ReplaceAll(many, "driver: home", "driver: home, network: unmanaged"),
+			Options{}),
 		"another plan": planned(strings.ReplaceAll(many, "vlan: 7", "vlan: 8, mac: stable"), Options{}),
 		"other drivers": planned(strings.NewReplacer("driver: vfio, vlan: 7, trust: on", "driver: home",
 			"driver: home", "driver: vfio").Replace(many), Options{}),
@@ -95,7 +99,8 @@ func TestLooksThatFail(t *testing.T) {
 			return len(vfs), err
 		},
 		"pool of": func(m *Manager) (any, error) {
-			return m.PoolOf(parse(t, strings.ReplaceAll(many, "driver: vfio", "driver: vfio, pool: net")), device(m, "0000:01:10.0"))
+			return m.PoolOf(parse(t, strings.ReplaceAll(many, "driver: vfio", "driver: vfio, pool: net")),
+				device(m, "0000:01:10.0"))
 		},
 		"each by number":      planned("pfs:\n  - {each: [\"mac=52:54:00:00:00:01\"], count: 3}\n", Options{}),
 		"protected by number": planned("devices:\n  - select: "+nic+"\nprotect: [mac=52:54:00:00:00:01]\n", Options{}),

@@ -43,8 +43,10 @@ func TestMerge(t *testing.T) {
 // A PF of netplan's that only has an e-switch mode has no VFs, and no range of them.
 func TestNetplanWithoutVFs(t *testing.T) {
 	k := sweptHost(t)
-	for count, want := range map[string]int{"": 0, "\n      virtual-function-count: 0": 0, "\n      virtual-function-count: 2": 2} {
-		writeFile(t, k, "etc/netplan/a.yaml", "network:\n  ethernets:\n    enp1s0:\n      embedded-switch-mode: switchdev"+count+"\n")
+	for count, want := range map[string]int{"": 0, "\n      virtual-function-count: 0": 0,
+		"\n      virtual-function-count: 2": 2} {
+		writeFile(t, k, "etc/netplan/a.yaml",
+			"network:\n  ethernets:\n    enp1s0:\n      embedded-switch-mode: switchdev"+count+"\n")
 		s, notes, err := newManager(t, k, Options{}).Import("netplan")
 		if err != nil || len(s.PFs) != 1 || s.PFs[0].Count != want || (len(s.PFs[0].VFs) > 0) != (want > 0) {
 			t.Errorf("%q: %+v, %q, %v", count, s, notes, err)

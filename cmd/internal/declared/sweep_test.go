@@ -39,7 +39,8 @@ func sweptHost(t *testing.T) *hosttest.Kernel {
 
 const (
 	few  = "pfs:\n  - select: " + pf + "\n    count: 2\n    vfs: [{range: 0-1, driver: none}]\n"
-	many = "pfs:\n  - select: " + pf + "\n    count: 2\n    vfs:\n      - {range: 0, driver: vfio, vlan: 7, trust: on}\n" +
+	many = "pfs:\n  - select: " + pf +
+		"\n    count: 2\n    vfs:\n      - {range: 0, driver: vfio, vlan: 7, trust: on}\n" +
 		"      - {range: 1, driver: home}\ndevices:\n  - select: " + nic + "\n    node_owner: \"1000\"\n"
 )
 
@@ -222,7 +223,8 @@ func TestFaultSweep(t *testing.T) {
 				failed := k.FailNth(n, failures[n%3])
 				err := applyAll(k, many)
 				k.Revive()
-				applyFailed(t, k, before, after, err, fmt.Sprintf("operation %d (%s) fails with %v", n, failed(), failures[n%3]))
+				applyFailed(t, k, before, after, err, fmt.Sprintf("operation %d (%s) fails with %v", n, failed(),
+					failures[n%3]))
 			}
 		})
 	}
@@ -238,7 +240,8 @@ func applyFailed(t *testing.T, k *hosttest.Kernel, before, after *declaredWorld,
 	switch {
 	case err == nil && (!now.same(after, after) || len(now.left) > 0):
 		wrong("it is not done")
-	case err != nil && !now.same(before, after) && len(now.left) == 0 && !strings.Contains(err.Error(), "could not be put back"):
+	case err != nil && !now.same(before, after) && len(now.left) == 0 &&
+		!strings.Contains(err.Error(), "could not be put back"):
 		wrong("nobody knows of it")
 	case !now.same(before, before) && !now.undo:
 		wrong("it cannot be undone")
@@ -387,7 +390,8 @@ func TestFaultOfConfirm(t *testing.T) {
 func bootID(t *testing.T, k *hosttest.Kernel, id string) {
 	t.Helper()
 	file := filepath.Join(k.Dir(), "proc/sys/kernel/random/boot_id")
-	if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, []byte(id+"\n"), 0o600)); err != nil {
+	if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755),
+		os.WriteFile(file, []byte(id+"\n"), 0o600)); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -412,7 +416,8 @@ func TestUnreadableLease(t *testing.T) {
 	}
 	items := plan(t, newManager(t, k, Options{}), many)
 	var told error
-	_ = m.Apply(t.Context(), slices.DeleteFunc(items, func(i *Item) bool { return i.unit != nil }), func(_ *Item, err error) { told = err })
+	_ = m.Apply(t.Context(), slices.DeleteFunc(items, func(i *Item) bool { return i.unit != nil }),
+		func(_ *Item, err error) { told = err })
 	if !errors.Is(told, broken) {
 		t.Errorf("applied: %v", told)
 	}
@@ -426,7 +431,8 @@ func TestUnreadableLease(t *testing.T) {
 
 // That the host has no driver for what is its own is told, whatever fails besides, and all else is done.
 func TestNoDriverIsTold(t *testing.T) {
-	const text = "pfs:\n  - select: " + pf + "\n    count: 2\n    vfs: [{range: 0, driver: vfio}, {range: 1, driver: home}]\n"
+	const text = "pfs:\n  - select: " + pf +
+		"\n    count: 2\n    vfs: [{range: 0, driver: vfio}, {range: 1, driver: home}]\n"
 	prepare := func() *hosttest.Kernel {
 		k := sweptHost(t)
 		if err := os.RemoveAll(filepath.Join(k.Dir(), "sys/bus/pci/drivers/igbvf")); err != nil {

@@ -17,7 +17,8 @@ import (
 func TestUnmanaged(t *testing.T) {
 	const (
 		all  = "pfs:\n  - {select: " + pf + ", count: 2, vfs: [{range: 0-1, driver: home, network: unmanaged}]}\n"
-		some = "pfs:\n  - {select: " + pf + ", count: 2, vfs: [{range: 0, driver: home}, {range: 1, driver: home, network: unmanaged}]}\n"
+		some = "pfs:\n  - {select: " + pf +
+			", count: 2, vfs: [{range: 0, driver: home}, {range: 1, driver: home, network: unmanaged}]}\n"
 	)
 	k := hosttest.NewLab(t, nil)
 	m := newManager(t, k, Options{})
@@ -46,7 +47,8 @@ func TestUnmanaged(t *testing.T) {
 	const name = "enp1s0v0" // that its driver makes
 	net := filepath.Join(k.Dir(), "sys/bus/pci/devices/0000:01:10.0/net", name)
 	link := filepath.Join(k.Dir(), "sys/class/net", name)
-	err := errors.Join(os.MkdirAll(net, 0o755), os.WriteFile(filepath.Join(net, "uevent"), nil, 0o600), os.Symlink(net, link))
+	err := errors.Join(os.MkdirAll(net, 0o755), os.WriteFile(filepath.Join(net, "uevent"), nil, 0o600),
+		os.Symlink(net, link))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -62,7 +64,8 @@ func TestUnmanaged(t *testing.T) {
 
 	const none = "pfs:\n  - {select: " + pf + ", count: 2, vfs: [{range: 0-1, driver: home}]}\n"
 	i := plan(t, again(t, m), none)[0]
-	if text := strings.Join(bind.Commands(i.Steps), "; "); i.State != Differs || text != "rm /run/viaduct/unmanaged-0000:01:10.2.json" {
+	if text := strings.Join(bind.Commands(i.Steps), "; "); i.State != Differs ||
+		text != "rm /run/viaduct/unmanaged-0000:01:10.2.json" {
 		t.Errorf("all are managed again: %s, %q", i.State, text)
 	}
 	if err := apply(t, again(t, m), none); err != nil || len(marked()) != 0 {

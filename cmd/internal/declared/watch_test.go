@@ -49,19 +49,24 @@ func TestWatchClock(t *testing.T) {
 		until  time.Duration
 		want   []time.Duration
 	}{
-		"nothing happens":     {nil, nil, 150 * time.Second, []time.Duration{0, minute, 2 * minute}},
-		"an event":            {[]time.Duration{10 * time.Second}, nil, 80 * time.Second, []time.Duration{0, 10500 * ms, 70500 * ms}},
+		"nothing happens": {nil, nil, 150 * time.Second, []time.Duration{0, minute, 2 * minute}},
+		"an event": {[]time.Duration{10 * time.Second}, nil, 80 * time.Second,
+			[]time.Duration{0, 10500 * ms, 70500 * ms}},
 		"events of one thing": {each(10*time.Second, 400*ms, 5), nil, minute, []time.Duration{0, 12100 * ms}},
-		"never quiet":         {each(10*time.Second, 100*ms, 1000), nil, 16 * time.Second, []time.Duration{0, 12000 * ms, 14100 * ms}},
+		"never quiet": {each(10*time.Second, 100*ms, 1000), nil, 16 * time.Second,
+			[]time.Duration{0, 12000 * ms, 14100 * ms}},
 		"looks that fail": {
 			nil, func(int) bool { return true }, 200 * time.Second,
-			[]time.Duration{0, 1000 * ms, 3000 * ms, 7000 * ms, 15000 * ms, 31000 * ms, 63000 * ms, 123000 * ms, 183000 * ms},
+			[]time.Duration{0, 1000 * ms, 3000 * ms, 7000 * ms, 15000 * ms, 31000 * ms, 63000 * ms, 123000 * ms,
+				183000 * ms},
 		},
 		"looks that fail and make events": {
-			each(100*ms, 100*ms, 1000), func(int) bool { return true }, 10 * time.Second, []time.Duration{0, 1000 * ms, 3000 * ms, 7000 * ms},
+			each(100*ms, 100*ms, 1000), func(int) bool { return true }, 10 * time.Second,
+			[]time.Duration{0, 1000 * ms, 3000 * ms, 7000 * ms},
 		},
 		"some that fail": {
-			nil, func(look int) bool { return look != 2 }, 65 * time.Second, []time.Duration{0, 1000 * ms, 3000 * ms, 63000 * ms, 64000 * ms},
+			nil, func(look int) bool { return look != 2 }, 65 * time.Second,
+			[]time.Duration{0, 1000 * ms, 3000 * ms, 63000 * ms, 64000 * ms},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -34,9 +34,10 @@ func TestFoldRows(t *testing.T) {
 		"the same":       {rows("vlan=7", "vlan=7", "vlan=7"), []string{"vf0-2: vlan 7"}},
 		"same, then one": {rows("vlan=7", "vlan=7", "vlan=8"), []string{"vf0-1: vlan 7", "vf2: vlan 8"}},
 		"counts, stops":  {rows("vlan=7", "vlan=8", "vlan=8"), []string{"vf0-1: vlan 7-8", "vf2: vlan 8"}},
-		"another key":    {rows("vlan=7", "vlan=7 trust=on", ""), []string{"vf0: vlan 7", "vf1: vlan 7, trust on", "vf2: as made, without a driver"}},
-		"one":            {rows("max_tx_rate=100"), []string{"vf0: max tx rate 100"}},
-		"none":           {nil, nil},
+		"another key": {rows("vlan=7", "vlan=7 trust=on", ""),
+			[]string{"vf0: vlan 7", "vf1: vlan 7, trust on", "vf2: as made, without a driver"}},
+		"one":  {rows("max_tx_rate=100"), []string{"vf0: max tx rate 100"}},
+		"none": {nil, nil},
 	} {
 		if got := foldRows(c.rows); !slices.Equal(got, c.want) {
 			t.Errorf("%s: %q, want %q", name, got, c.want)
@@ -56,7 +57,8 @@ func TestWords(t *testing.T) {
 	m := newManager(t, hosttest.NewLab(t, nil), Options{})
 	items := plan(t, m, text)
 	got := strings.Join(items[0].Words(), "|")
-	if !strings.HasPrefix(got, "makes 2 VFs|") || !strings.HasSuffix(got, "vf0-1: mac stable, vlan 100-101, driver vfio") {
+	if !strings.HasPrefix(got, "makes 2 VFs|") || !strings.HasSuffix(got,
+		"vf0-1: mac stable, vlan 100-101, driver vfio") {
 		t.Errorf("a PF: %q", got)
 	}
 	if got := strings.Join(items[1].Words(), "|"); got != "taken for guests|also takes: NIC" {
@@ -71,7 +73,8 @@ func TestWords(t *testing.T) {
 			t.Errorf("as declared: %q", words)
 		}
 	}
-	if got := strings.Join(plan(t, m, strings.ReplaceAll(text, "100+index", "7"))[0].Words(), "|"); got != "vf0-1: vlan 7 (is 100-101)" {
+	if got := strings.Join(plan(t, m, strings.ReplaceAll(text, "100+index", "7"))[0].Words(),
+		"|"); got != "vf0-1: vlan 7 (is 100-101)" {
 		t.Errorf("another VLAN: %q", got)
 	}
 }

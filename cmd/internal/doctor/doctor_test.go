@@ -30,7 +30,8 @@ func healthy() *Facts {
 	}
 	return &Facts{
 		Topology: t, Selected: []*iommu.Device{d}, Wanted: []*iommu.Device{d}, Whole: true, Live: true, Arch: "x86_64",
-		Interrupt: Evidence{"sys/kernel/irq/0/chip_name", "IR-IO-APIC"}, Release: "6.12.1", Words: []string{"quiet"}, Config: map[string]string{"CONFIG_VFIO_PCI": "m"},
+		Interrupt: Evidence{"sys/kernel/irq/0/chip_name", "IR-IO-APIC"}, Release: "6.12.1", Words: []string{"quiet"},
+		Config:  map[string]string{"CONFIG_VFIO_PCI": "m"},
 		Tables:  []iommu.Firmware{{Signature: "IVRS", Table: &acpi.Table{Fields: &acpi.IVRS{}}}},
 		Modules: modules, Params: map[string]string{}, Lockdown: "none", Secure: new(false), LockKnown: true,
 		HugePages: []HugePages{{Size: 2 << 20}}, NUMANodes: 2, KVM: new(true),
@@ -74,48 +75,59 @@ func TestFaults(t *testing.T) {
 			off(f, "x", "y")
 			f.Tables[0].Err = fmt.Errorf("%w: cut", acpi.ErrTable)
 		}, "table", Failed, "cut", "firmware"},
-		"unsound table, and an IOMMU": {func(f *Facts) { f.Tables[0].Err = fmt.Errorf("%w: cut", acpi.ErrTable) }, "table", Warned,
+		"unsound table, and an IOMMU": {func(f *Facts) { f.Tables[0].Err = fmt.Errorf("%w: cut", acpi.ErrTable) },
+			"table", Warned,
 			"takes it all the same", "firmware"},
 		"table not shown": {func(f *Facts) {
 			f.Tables = nil
 			f.Topology.Units = []iommu.Unit{{Name: "ivhd0", Kind: iommu.KindAMDVi}}
 		},
 			"table", Unknown, "not shown", ""},
-		"hidden table": {func(f *Facts) { f.Tables[0].Err = fs.ErrPermission; f.Tables[0].Table = nil }, "table", Unknown, "root", "root"},
-		"unreadable table": {func(f *Facts) { f.Tables[0].Err = errors.New("broken"); f.Tables[0].Table = nil }, "table", Unknown,
+		"hidden table": {func(f *Facts) { f.Tables[0].Err = fs.ErrPermission; f.Tables[0].Table = nil }, "table",
+			Unknown, "root", "root"},
+		"unreadable table": {func(f *Facts) { f.Tables[0].Err = errors.New("broken"); f.Tables[0].Table = nil },
+			"table", Unknown,
 			"broken", ""},
 		"wrong table": {func(f *Facts) {
 			off(f, "x", "y")
 			f.Faults = []iommu.Fault{{Signature: "IVRS", Offset: 48, Text: "it has an IOMMU at 00:1e.0"}}
 		}, "table", Failed, "00:1e.0", "update the firmware"},
-		"wrong table, and an IOMMU": {func(f *Facts) { f.Faults = []iommu.Fault{{Signature: "DMAR", Text: "a range"}} }, "table", Warned, "a range", ""},
+		"wrong table, and an IOMMU": {func(f *Facts) { f.Faults = []iommu.Fault{{Signature: "DMAR", Text: "a range"}} },
+			"table", Warned, "a range", ""},
 		"the kernel complains": {func(f *Facts) {
 			off(f, "x", "y")
 			f.Log = []string{"DMAR: [Firmware Bug]: Your BIOS is broken; DMAR reported at address fed90000 returns all ones!"}
 		}, "table", Failed, "all ones", "firmware"},
 		"no IOMMU where the table has it": {func(f *Facts) {
 			off(f, "x", "y")
-			f.Log = []string{"DMAR: Host address width 39", "DMAR: dmar0: No supported address widths. Not attempting DMA translation."}
+			f.Log = []string{"DMAR: Host address width 39",
+				"DMAR: dmar0: No supported address widths. Not attempting DMA translation."}
 		}, "table", Failed, "No supported address widths", "firmware"},
-		"amd_iommu=off": {func(f *Facts) { off(f, "amd_iommu=off turns it off", "remove amd_iommu=off") }, "iommu", Failed, "amd_iommu=off", "remove"},
-		"not covered":   {func(f *Facts) { f.Selected[0].Group = nil }, "coverage", Failed, "0000:01:00.0", "slot"},
-		"not covered, not asked about": {func(f *Facts) { f.Selected[0].Group = nil; f.Selected = nil }, "coverage", Warned,
+		"amd_iommu=off": {func(f *Facts) { off(f, "amd_iommu=off turns it off", "remove amd_iommu=off") }, "iommu",
+			Failed, "amd_iommu=off", "remove"},
+		"not covered": {func(f *Facts) { f.Selected[0].Group = nil }, "coverage", Failed, "0000:01:00.0", "slot"},
+		"not covered, not asked about": {func(f *Facts) { f.Selected[0].Group = nil; f.Selected = nil },
+			"coverage", Warned,
 			"0000:01:00.0", ""},
 		"left out, not asked about": {func(f *Facts) {
 			f.Selected[0].Group, f.Selected = nil, nil
 			f.Units = []iommu.UnitDetails{{Active: true, Table: "IVRS", Described: []string{"0000:02:00.0"}}}
 		}, "coverage", Failed, "IVRS table leaves out 0000:01:00.0", "update the firmware"},
-		"igfx_off": {func(f *Facts) { f.Selected[0].Group = nil; f.Words = []string{"intel_iommu=on,igfx_off"} }, "coverage", Failed, "",
+		"igfx_off": {func(f *Facts) { f.Selected[0].Group = nil; f.Words = []string{"intel_iommu=on,igfx_off"} },
+			"coverage", Failed, "",
 			"change intel_iommu=on,igfx_off to intel_iommu=on"},
-		"noiommu groups": {func(f *Facts) { f.Topology.Groups[0].NoIOMMU = true }, "groups", Failed, "noiommu", "unbind"},
+		"noiommu groups": {func(f *Facts) { f.Topology.Groups[0].NoIOMMU = true }, "groups", Failed, "noiommu",
+			"unbind"},
 		"intremap=off": {func(f *Facts) {
 			f.Topology.InterruptRemapping = new(false)
 			f.NotRemapped = iommu.Off{Why: "intremap=off turns it off", Hint: "remove intremap=off"}
 		}, "interrupt_remapping", Failed, "intremap=off", "remove intremap=off"},
-		"remapping unknown": {func(f *Facts) { f.Topology.InterruptRemapping = nil }, "interrupt_remapping", Unknown, "not known", ""},
-		"modules missing":   {func(f *Facts) { f.Modules["vfio_pci"] = Module{} }, "vfio_modules", Failed, "vfio-pci", "install"},
-		"kernel without":    {func(f *Facts) { f.Modules["vfio_pci"] = Module{}; f.Config = map[string]string{"CONFIG_X": "y"} }, "vfio_modules", Failed, "vfio-pci", "CONFIG_VFIO_PCI"},
-		"modules unknown":   {func(f *Facts) { f.Modules = nil }, "vfio_modules", Unknown, "not known", ""},
+		"remapping unknown": {func(f *Facts) { f.Topology.InterruptRemapping = nil }, "interrupt_remapping", Unknown,
+			"not known", ""},
+		"modules missing": {func(f *Facts) { f.Modules["vfio_pci"] = Module{} }, "vfio_modules", Failed,
+			"vfio-pci", "install"},
+		"kernel without":  {func(f *Facts) { f.Modules["vfio_pci"] = Module{}; f.Config = map[string]string{"CONFIG_X": "y"} }, "vfio_modules", Failed, "vfio-pci", "CONFIG_VFIO_PCI"},
+		"modules unknown": {func(f *Facts) { f.Modules = nil }, "vfio_modules", Unknown, "not known", ""},
 		"blacklisted": {func(f *Facts) {
 			f.Rules = []ModuleRule{{Module: "vfio_pci", File: "etc/modprobe.d/x.conf", Line: "blacklist vfio-pci"}}
 		}, "blacklist", Failed, "etc/modprobe.d/x.conf", "remove that line from /etc/modprobe.d/x.conf"},
@@ -131,19 +143,23 @@ func TestFaults(t *testing.T) {
 			f.Rules = []ModuleRule{{Module: "vfio_pci", File: "etc/modprobe.d/x.conf", Line: "blacklist vfio-pci"}}
 		}, "blacklist", Warned, "vfio-pci is loaded", ""},
 		"a command of the host's own": {func(f *Facts) {
-			f.Rules = []ModuleRule{{Module: "vfio_pci", File: "etc/modprobe.d/x.conf", Line: "install vfio-pci /sbin/mine", Own: true}}
+			f.Rules = []ModuleRule{{Module: "vfio_pci", File: "etc/modprobe.d/x.conf",
+				Line: "install vfio-pci /sbin/mine", Own: true}}
 		}, "blacklist", Unknown, "is not known", "modprobe vfio-pci"},
 		"RMRR": {func(f *Facts) {
-			f.Direct = []GroupRange{{1, iommu.Region{Start: 1 << 20, End: 2<<20 - 1, Type: "direct"}, []string{"0000:01:00.0"}}}
+			f.Direct = []GroupRange{{1, iommu.Region{Start: 1 << 20, End: 2<<20 - 1, Type: "direct"},
+				[]string{"0000:01:00.0"}}}
 		}, "direct_ranges", Failed, "0000:01:00.0", "firmware"},
 		"RMRR, not asked about": {func(f *Facts) {
 			f.Selected = nil
-			f.Direct = []GroupRange{{1, iommu.Region{Start: 1 << 20, End: 2<<20 - 1, Type: "direct"}, []string{"0000:01:00.0"}}}
+			f.Direct = []GroupRange{{1, iommu.Region{Start: 1 << 20, End: 2<<20 - 1, Type: "direct"},
+				[]string{"0000:01:00.0"}}}
 		}, "direct_ranges", Warned, "0000:01:00.0", ""},
 		"IVMD, and an older kernel": {func(f *Facts) {
 			f.Release = "6.1.0-44-amd64"
 			f.Topology.Units = []iommu.Unit{{Name: "ivhd0", Kind: iommu.KindAMDVi}}
-			f.Direct = []GroupRange{{1, iommu.Region{Start: 1 << 20, End: 2<<20 - 1, Type: "direct"}, []string{"0000:01:00.0"}}}
+			f.Direct = []GroupRange{{1, iommu.Region{Start: 1 << 20, End: 2<<20 - 1, Type: "direct"},
+				[]string{"0000:01:00.0"}}}
 		}, "direct_ranges", Warned, "newer kernels refuse it", ""},
 		"lockdown":          {func(f *Facts) { f.Lockdown = "integrity" }, "lockdown", Warned, "VFIO works", ""},
 		"noiommu mode":      {func(f *Facts) { f.Params["sys/module/vfio/parameters/enable_unsafe_noiommu_mode"] = "Y" }, "unsafe_modes", Warned, "noiommu", "echo N"},
@@ -154,16 +170,25 @@ func TestFaults(t *testing.T) {
 			off(f, "x", "y")
 			f.Params["sys/module/vfio/parameters/enable_unsafe_noiommu_mode"] = "Y"
 		}, "iommu", Failed, "", ""},
-		"ACS override": {func(f *Facts) { f.Words = []string{"pcie_acs_override=downstream", "pcie_acs_override=id:1:2"} },
+		"ACS override": {func(f *Facts) {
+			f.Words = []string{"pcie_acs_override=downstream",
+				"pcie_acs_override=id:1:2"}
+		},
 			"acs_override", Warned, "if this kernel has the patch", "remove pcie_acs_override=id:1:2"},
-		"no free huge page": {func(f *Facts) { f.HugePages = []HugePages{{Size: 2 << 20, Total: 512}} }, "huge_pages", Warned,
+		"no free huge page": {func(f *Facts) { f.HugePages = []HugePages{{Size: 2 << 20, Total: 512}} },
+			"huge_pages", Warned,
 			"512 of 2 MiB", "vm.nr_hugepages"},
-		"memlock":           {func(f *Facts) { f.LockLimit = new(uint64(8 << 20)) }, "memlock", Warned, "8 MiB", "memlock unlimited"},
-		"open node":         {func(f *Facts) { f.Nodes = []Node{{"dev/vfio/vfio", 0o666}, {"dev/vfio/7", 0o666}} }, "nodes", Warned, "/dev/vfio/7", "chmod"},
-		"no room in memory": {func(f *Facts) { f.PFs[0].Unmapped = true }, "sriov_room", Failed, "memory", "pci=realloc"},
-		"no room on buses":  {func(f *Facts) { f.PFs[0].LastBus = 2 }, "sriov_room", Failed, "buses", "ARI"},
-		"no reset":          {func(f *Facts) { f.Resets["0000:01:00.0"] = iommu.Reset{Way: iommu.ResetNone} }, "reset", Warned, "nothing can reset it", ""},
-		"D3cold":            {func(f *Facts) { f.Power["0000:01:00.0"] = "D3cold" }, "power", Warned, "0000:01:00.0", "d3cold_allowed"},
+		"memlock": {func(f *Facts) { f.LockLimit = new(uint64(8 << 20)) }, "memlock", Warned, "8 MiB",
+			"memlock unlimited"},
+		"open node": {func(f *Facts) { f.Nodes = []Node{{"dev/vfio/vfio", 0o666}, {"dev/vfio/7", 0o666}} },
+			"nodes", Warned, "/dev/vfio/7", "chmod"},
+		"no room in memory": {func(f *Facts) { f.PFs[0].Unmapped = true }, "sriov_room", Failed, "memory",
+			"pci=realloc"},
+		"no room on buses": {func(f *Facts) { f.PFs[0].LastBus = 2 }, "sriov_room", Failed, "buses", "ARI"},
+		"no reset": {func(f *Facts) { f.Resets["0000:01:00.0"] = iommu.Reset{Way: iommu.ResetNone} }, "reset",
+			Warned, "nothing can reset it", ""},
+		"D3cold": {func(f *Facts) { f.Power["0000:01:00.0"] = "D3cold" }, "power", Warned, "0000:01:00.0",
+			"d3cold_allowed"},
 		"boot display": {func(f *Facts) {
 			f.Displays = []Display{{Device: "0000:01:00.0", What: "is the display this host started on"}}
 		}, "boot_display", Warned, "started on", "firmware"},
@@ -173,9 +198,14 @@ func TestFaults(t *testing.T) {
 			f.Release = "6.1.0"
 			f.Units = []iommu.UnitDetails{{Features: iommu.Features{DirtyTracking: new(true)}}}
 		}, "kernel_version", Warned, "6.1.0 is too old", "newer"},
-		"no KVM, as Xen is there": {func(f *Facts) { f.KVM, f.Xen = new(false), true }, "kvm", Warned, "emulated", "without Xen"},
-		"no KVM":                  {func(f *Facts) { f.KVM, f.CPUVirt = new(false), new(false) }, "kvm", Warned, "emulated", "SVM"},
-		"unsigned modules":        {func(f *Facts) { f.Secure, f.Unsigned = new(true), []string{"lib/modules/x/nvidia.ko"} }, "vendor_modules", Warned, "nvidia.ko", "mokutil"},
+		"no KVM, as Xen is there": {func(f *Facts) { f.KVM, f.Xen = new(false), true }, "kvm", Warned, "emulated",
+			"without Xen"},
+		"no KVM": {func(f *Facts) { f.KVM, f.CPUVirt = new(false), new(false) }, "kvm", Warned,
+			"emulated", "SVM"},
+		"unsigned modules": {func(f *Facts) {
+			f.Secure, f.Unsigned = new(true),
+				[]string{"lib/modules/x/nvidia.ko"}
+		}, "vendor_modules", Warned, "nvidia.ko", "mokutil"},
 	} {
 		f := healthy()
 		c.fault(f)
@@ -194,7 +224,8 @@ func TestFaults(t *testing.T) {
 			continue
 		}
 
-		if first.Name != c.check || first.Status != c.status || !strings.Contains(first.Text, c.text) || !strings.Contains(first.Hint, c.hint) {
+		if first.Name != c.check || first.Status != c.status || !strings.Contains(first.Text, c.text) ||
+			!strings.Contains(first.Hint, c.hint) {
 			t.Errorf("%s: %+v, want %s %s with %q and %q", name, first, c.check, c.status, c.text, c.hint)
 		}
 		if first.Status == Failed && (first.Hint == "" || len(first.Evidence) == 0) {

@@ -24,12 +24,14 @@ func TestLockLimit(t *testing.T) {
 		limit uint64
 		may   bool
 	}{
-		"limited":              {hosttest.Tree{"limits": limited, "status": none, "ns/user": first}, 8 << 20, false},
-		"unlimited":            {hosttest.Tree{"limits": unlimited, "status": none, "ns/user": first}, 0, true},
-		"capable":              {hosttest.Tree{"limits": limited, "status": lock, "ns/user": first}, 0, true},
-		"capable in another":   {hosttest.Tree{"limits": limited, "status": lock, "ns/user": another}, 8 << 20, false},
-		"capable, by its map":  {hosttest.Tree{"limits": limited, "status": lock, "uid_map": "0 0 4294967295\n"}, 0, true},
-		"mapped, by its map":   {hosttest.Tree{"limits": limited, "status": lock, "uid_map": "0 100000 65536\n"}, 8 << 20, false},
+		"limited":            {hosttest.Tree{"limits": limited, "status": none, "ns/user": first}, 8 << 20, false},
+		"unlimited":          {hosttest.Tree{"limits": unlimited, "status": none, "ns/user": first}, 0, true},
+		"capable":            {hosttest.Tree{"limits": limited, "status": lock, "ns/user": first}, 0, true},
+		"capable in another": {hosttest.Tree{"limits": limited, "status": lock, "ns/user": another}, 8 << 20, false},
+		"capable, by its map": {hosttest.Tree{"limits": limited, "status": lock, "uid_map": "0 0 4294967295\n"}, 0,
+			true},
+		"mapped, by its map": {hosttest.Tree{"limits": limited, "status": lock, "uid_map": "0 100000 65536\n"},
+			8 << 20, false},
 		"nothing can be known": {hosttest.Tree{}, 0, true},
 	} {
 		tree := hosttest.Tree{"proc/7/": ""}

@@ -20,8 +20,10 @@ func TestParseValues(t *testing.T) {
 		t.Errorf("beyond the last VLAN: %v", err)
 	}
 	for text, says := range map[string]string{
-		"spoof=on": "did you mean spoofchk?", "vlan": "want KEY=VALUE", "mac=stable+index": "only numbers", "vlan=x+index": "vlan=x+index",
-		"vln=1+index": "did you mean vlan?", "trust=on+index": "only numbers", "vlan=1 vlan=2+index": "given twice", "vlan=1 vlan=2": "given twice",
+		"spoof=on": "did you mean spoofchk?", "vlan": "want KEY=VALUE", "mac=stable+index": "only numbers",
+		"vlan=x+index": "vlan=x+index",
+		"vln=1+index":  "did you mean vlan?", "trust=on+index": "only numbers", "vlan=1 vlan=2+index": "given twice",
+		"vlan=1 vlan=2": "given twice",
 	} {
 		if _, err := ParseValues(strings.Fields(text)); err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%s: %v, want %q", text, err, says)
@@ -36,7 +38,8 @@ func TestValuesJSON(t *testing.T) {
 		t.Fatal(err)
 	}
 	b, err := json.Marshal(v)
-	if want := `{"mac":"stable","node_guid":"00:11:22:33:44:55:66:00+index","vlan":"100+index"}`; err != nil || string(b) != want {
+	if want := `{"mac":"stable","node_guid":"00:11:22:33:44:55:66:00+index","vlan":"100+index"}`; err != nil ||
+		string(b) != want {
 		t.Fatalf("%s, %v", b, err)
 	}
 	var back Values

@@ -103,7 +103,8 @@ func TestEarlyScript(t *testing.T) {
 			vmd: true, strings.ReplaceAll(strings.ReplaceAll(vmd, "10000:", "10001:"), ":e1:", ":e2:"): true,
 			strings.Replace(vmd, "06.0", "07.0", 1): false, strings.Replace(vmd, "0e.0", "0f.0", 1): false,
 		},
-		arm: {arm: true, strings.Replace(arm, ":01:", ":03:", 1): true, strings.ReplaceAll(arm, "0002:", "0003:"): false},
+		arm: {arm: true, strings.Replace(arm, ":01:", ":03:", 1): true,
+			strings.ReplaceAll(arm, "0002:", "0003:"): false},
 	} {
 		for device, yes := range want {
 			script := "case " + device + " in\n" + pattern(folder) + ") echo yes ;;\n*) echo no ;;\nesac"
@@ -150,7 +151,8 @@ func TestConfined(t *testing.T) {
 	put := func(name, text string) {
 		t.Helper()
 		file := filepath.Join(root, name)
-		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, []byte(text), 0o600)); err != nil {
+		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755),
+			os.WriteFile(file, []byte(text), 0o600)); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -69,7 +69,8 @@ func TestHardened(t *testing.T) {
 		if strings.Count(f.Content, "\nNoNewPrivileges=yes\n") != 1 {
 			t.Errorf("%s is not hardened:\n%s", f.Path, f.Content)
 		}
-		for _, wrong := range []string{"ProtectKernelTunables", "ProtectProc", "PrivateDevices", "ProtectKernelModules", "ProcSubset"} {
+		for _, wrong := range []string{"ProtectKernelTunables", "ProtectProc", "PrivateDevices", "ProtectKernelModules",
+			"ProcSubset"} {
 			if strings.Contains(f.Content, wrong) {
 				t.Errorf("%s: with %s it cannot do its work", f.Path, wrong)
 			}

@@ -37,9 +37,11 @@ func TestFaultSweep(t *testing.T) {
 		free := blocked(t, root, f)
 		_, _, preview := Changes(root, files)
 		changed, err := Write(root, files)
-		if there := filesIn(t, root); err == nil || preview == nil || preview.Error() != err.Error() || len(changed) > 0 ||
+		if there := filesIn(t, root); err == nil || preview == nil || preview.Error() != err.Error() ||
+			len(changed) > 0 ||
 			!slices.Equal(there, []string{f.Path + "/x"}) {
-			t.Errorf("%s cannot be written: %v, the preview says %v; told %q, is %q", f.Path, err, preview, changed, there)
+			t.Errorf("%s cannot be written: %v, the preview says %v; told %q, is %q", f.Path, err, preview,
+				changed, there)
 		}
 		free()
 		more, err := Write(root, files)
@@ -49,7 +51,8 @@ func TestFaultSweep(t *testing.T) {
 
 		free = blocked(t, root, f)
 		removed, err := Remove(root)
-		if left := filesIn(t, root); err != nil || len(removed) != len(files)-1 || !slices.Equal(left, []string{f.Path + "/x"}) {
+		if left := filesIn(t, root); err != nil || len(removed) != len(files)-1 ||
+			!slices.Equal(left, []string{f.Path + "/x"}) {
 			t.Errorf("%s is somebody else's: %v, told %q, left %q", f.Path, err, removed, left)
 		}
 		free()
@@ -72,7 +75,8 @@ func TestModeAgain(t *testing.T) {
 	}
 	changed, err := Write(root, files)
 	st, statErr := os.Stat(hook)
-	if err := errors.Join(err, statErr); err != nil || !slices.Equal(changed, []string{LibvirtHook}) || st.Mode() != 0o755 {
+	if err := errors.Join(err, statErr); err != nil || !slices.Equal(changed, []string{LibvirtHook}) ||
+		st.Mode() != 0o755 {
 		t.Errorf("%v, told %q, mode %v", err, changed, st.Mode())
 	}
 }

@@ -20,7 +20,8 @@ func TestTrusted(t *testing.T) {
 	if err := errors.Join(os.WriteFile(program, nil, 0o755), os.Chmod(program, 0o757)); err != nil {
 		t.Fatal(err)
 	}
-	if err := Trusted(program); !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), "/usr/local/sbin") {
+	if err := Trusted(program); !errors.Is(err, holder.ErrRefused) ||
+		!strings.Contains(err.Error(), "/usr/local/sbin") {
 		t.Errorf("below a folder that all may write to, or another's: %v", err)
 	}
 	if err := Trusted(program + ".not"); !errors.Is(err, os.ErrNotExist) {
@@ -48,7 +49,8 @@ func TestQuotedProgram(t *testing.T) {
 		switch {
 		case f.Path == LibvirtHook && !strings.Contains(f.Content, `exec '/opt/my tools/viaduct' libvirt-hook -- "$@"`):
 			t.Errorf("%s: %s", f.Path, f.Content)
-		case strings.Contains(f.Content, "ExecStart=") && !strings.Contains(f.Content, `ExecStart="/opt/my tools/viaduct" `):
+		case strings.Contains(f.Content, "ExecStart=") && !strings.Contains(f.Content,
+			`ExecStart="/opt/my tools/viaduct" `):
 			t.Errorf("%s: %s", f.Path, f.Content)
 		case strings.Contains(f.Content, "Type=oneshot") && !strings.Contains(f.Content, "TimeoutStartSec=30min\n"):
 			t.Errorf("%s may take for ever:\n%s", f.Path, f.Content)

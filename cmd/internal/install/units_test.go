@@ -86,11 +86,13 @@ func TestRule(t *testing.T) {
 // The mark starts the unit as long as it is there, and is taken away before the unit looks: none is lost that comes while
 // one ends. No boot waits for the network, or for what stands on it.
 func TestUnitsOrder(t *testing.T) {
-	if !strings.Contains(hotplugPath, "\nPathExists="+mark+"\n") || !strings.Contains(hotplugPath, "TriggerLimitIntervalSec=0") {
+	if !strings.Contains(hotplugPath, "\nPathExists="+mark+"\n") ||
+		!strings.Contains(hotplugPath, "TriggerLimitIntervalSec=0") {
 		t.Errorf("started once and not again:\n%s", hotplugPath)
 	}
 
-	taken, looks := strings.Index(hotplug, "ExecStartPre=/bin/rm -f "+mark), strings.Index(hotplug, "ExecStart=%s watch --once")
+	taken, looks := strings.Index(hotplug, "ExecStartPre=/bin/rm -f "+mark),
+		strings.Index(hotplug, "ExecStart=%s watch --once")
 	if taken < 0 || looks < taken || !strings.Contains(hotplug, "StartLimitIntervalSec=0") {
 		t.Errorf("the mark is taken away after the look:\n%s", hotplug)
 	}

@@ -110,7 +110,8 @@ func TestFaultThenAgain(t *testing.T) {
 		}},
 		"stay": {expect, func(k *hosttest.Kernel) error {
 			return on(k, func(ctx context.Context, m *Manager) error {
-				return errors.Join(m.SetMoving(ctx, "a", ""), m.RunBy(ctx, "a", 1, "qemu"), m.Book.KeepWords("a", []string{"qemu"}))
+				return errors.Join(m.SetMoving(ctx, "a", ""), m.RunBy(ctx, "a", 1, "qemu"),
+					m.Book.KeepWords("a", []string{"qemu"}))
 			})
 		}},
 		"leave for good": {expect, func(k *hosttest.Kernel) error {
@@ -155,7 +156,8 @@ func TestFaultThenAgain(t *testing.T) {
 				words, err := BookOf(&iommu.Host{Host: k.Host()}).Words("a")
 				// It is parked with one address that is no guest's or with another.
 				devices := strings.ReplaceAll(w.devices, "mac=02:76:00:01:80:00", "mac="+noMAC)
-				return fmt.Sprintf("%s\nlease %s\nquarantine %q, changes %q, words %q, %v", devices, ready, w.quarantined, w.changes, words, err)
+				return fmt.Sprintf("%s\nlease %s\nquarantine %q, changes %q, words %q, %v", devices, ready,
+					w.quarantined, w.changes, words, err)
 			}
 			k := prepare()
 			var err error
@@ -178,7 +180,8 @@ func TestFaultThenAgain(t *testing.T) {
 					err = lift(k)
 				}
 				if again := c.do(k); again != nil || state(k) != want {
-					t.Errorf("operation %d (%s) fails: told %v\nis %s\nand again %v\nis %s\nto be %s", n, failed(), err, first, again,
+					t.Errorf("operation %d (%s) fails: told %v\nis %s\nand again %v\nis %s\nto be %s", n, failed(), err,
+						first, again,
 						state(k), want)
 				}
 			}
@@ -198,7 +201,8 @@ func TestLooksThatFail(t *testing.T) {
 		look   func(ctx context.Context, m *Manager) (any, error)
 	}{
 		"preview": {nil, func(_ context.Context, m *Manager) (any, error) {
-			r := &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1, Settings: hostfile.Plain(tagged)}}, Memory: 1 << 30, OwnerPID: 1}
+			r := &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1, Settings: hostfile.Plain(tagged)}},
+				Memory: 1 << 30, OwnerPID: 1}
 			steps, err := previewed(m, r)
 			return writes(steps), err
 		}},

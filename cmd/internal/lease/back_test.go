@@ -21,7 +21,8 @@ func lendVF(t *testing.T, k *hosttest.Kernel, settings sriov.Settings) {
 	t.Helper()
 	m := newManager(t, k)
 	defer m.handle.Close()
-	r := &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1, Settings: hostfile.Plain(settings)}}, TTL: time.Minute}
+	r := &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1, Settings: hostfile.Plain(settings)}},
+		TTL: time.Minute}
 	if _, _, _, err := m.Assign(t.Context(), r); err != nil {
 		t.Fatal(err)
 	}
@@ -82,7 +83,8 @@ func TestBackAsFarAsKnown(t *testing.T) {
 		net  func(*hosttest.Network)
 		note string
 	}{
-		"not told":           {func(n *hosttest.Network) { n.Unreported = map[int]bool{unix.IFLA_VF_VLAN: true} }, "does not report it"},
+		"not told": {func(n *hosttest.Network) { n.Unreported = map[int]bool{unix.IFLA_VF_VLAN: true} },
+			"does not report it"},
 		"refuses no address": {func(n *hosttest.Network) { n.Refuse = map[int]syscall.Errno{unix.IFLA_VF_MAC: unix.EINVAL} }, "does not remove the guest's"},
 	} {
 		k := withReset(t)
@@ -111,7 +113,8 @@ func TestRest(t *testing.T) {
 	k := withReset(t)
 	for range 2 {
 		m := newManager(t, k)
-		l, _, _, err := m.Assign(t.Context(), &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1}}, Persist: true})
+		l, _, _, err := m.Assign(t.Context(), &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1}},
+			Persist: true})
 		if err != nil || !l.Ready {
 			t.Fatalf("%+v, %v", l, err)
 		}
@@ -135,7 +138,8 @@ func TestRest(t *testing.T) {
 func TestLookKeepsRunner(t *testing.T) {
 	k := withReset(t)
 	m := newManager(t, k)
-	l, _, _, err := m.Assign(t.Context(), &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1}}, OwnerPID: holder.NameProcess(m.host, 1).PID})
+	l, _, _, err := m.Assign(t.Context(), &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1}},
+		OwnerPID: holder.NameProcess(m.host, 1).PID})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -179,7 +183,8 @@ func TestLookKeepsRunner(t *testing.T) {
 
 // Who ran a lease stood among those who were seen, in records of before.
 func TestFormerRunner(t *testing.T) {
-	l := &Lease{Holders: []Holder{{Proc: holder.Proc{PID: 1, Start: 2}, Name: "x", Runs: true}, {Proc: holder.Proc{PID: 3}}}}
+	l := &Lease{Holders: []Holder{{Proc: holder.Proc{PID: 1, Start: 2}, Name: "x", Runs: true},
+		{Proc: holder.Proc{PID: 3}}}}
 	l.upgrade()
 	if l.Runner == nil || l.Runner.PID != 1 || l.Runner.Name != "x" || l.Holders[0].Runs || len(l.Holders) != 2 {
 		t.Errorf("%+v", l)

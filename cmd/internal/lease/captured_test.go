@@ -34,8 +34,9 @@ func TestHostileRecords(t *testing.T) {
 		"no such unit": `{"guest":"a","ready":true,"unit":"../../../etc"}`,
 	} {
 		tree := hosttest.Lab(t).With(hosttest.Tree{
-			"run/viaduct/lease-a.json": text, "var/lib/viaduct/lease-b.json": text, "var/lib/viaduct/quarantine-a.json": text,
-			"viaduct/leases.json": `{"leases":null}`,
+			"run/viaduct/lease-a.json": text, "var/lib/viaduct/lease-b.json": text,
+			"var/lib/viaduct/quarantine-a.json": text,
+			"viaduct/leases.json":               `{"leases":null}`,
 		})
 
 		s, err := sriov.Open(&iommu.Host{Host: tree.Host(t)}, bind.Options{DryRun: true})

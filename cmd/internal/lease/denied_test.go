@@ -173,8 +173,11 @@ func TestDeviceOfLeaseGone(t *testing.T) {
 			_, _, err := m.Expect(ctx, r)
 			return err
 		}},
-		"address":     {lasting, func(_ context.Context, m *Manager) error { _, err := m.Address("a"); return err }},
-		"set address": {lasting, func(ctx context.Context, m *Manager) error { return m.SetAddress(ctx, "a", guestMAC) }},
+		"address": {lasting, func(_ context.Context, m *Manager) error { _, err := m.Address("a"); return err }},
+		"set address": {lasting, func(ctx context.Context, m *Manager) error {
+			return m.SetAddress(ctx, "a",
+				guestMAC)
+		}},
 		"what libvirt drew": {nil, func(_ context.Context, m *Manager) error {
 			s := one("net", at(t, vf0))
 			_, err := m.unitsOf(&s)
@@ -232,9 +235,10 @@ func TestRefusedRequests(t *testing.T) {
 			_, _, _, err := m.Assign(ctx, r)
 			return err
 		}, "invalid guest name"},
-		"a lease whose device is in quarantine": {func(k *hosttest.Kernel) error { return fouledVF(t, k) }, func(ctx context.Context, m *Manager) error {
-			return m.Again(ctx, "a")
-		}, "it burns"},
+		"a lease whose device is in quarantine": {func(k *hosttest.Kernel) error { return fouledVF(t, k) },
+			func(ctx context.Context, m *Manager) error {
+				return m.Again(ctx, "a")
+			}, "it burns"},
 		"more of another's": {lasting, func(ctx context.Context, m *Manager) error {
 			_, err := m.reserveMore(ctx, &Port{Domain: "b", Device: at(t, vf0)}, "net", vf(m, vf0))
 			return err

@@ -22,7 +22,8 @@ import (
 func write(t *testing.T, k *hosttest.Kernel, name, content string) {
 	t.Helper()
 	full := filepath.Join(k.Dir(), name)
-	if err := errors.Join(os.MkdirAll(filepath.Dir(full), 0o755), os.WriteFile(full, []byte(content), 0o600)); err != nil {
+	if err := errors.Join(os.MkdirAll(filepath.Dir(full), 0o755),
+		os.WriteFile(full, []byte(content), 0o600)); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -54,14 +55,19 @@ func TestMemoryOfGuest(t *testing.T) {
 		limits  string
 		says    string // "" if it gets it
 	}{
-		"no room below 4G":       {Request{Memory: 3 << 30}, "0x40000000 0x4fffffff direct\n", "", "cannot have any: 0x40000000-0x4fffffff (direct)"},
-		"room":                   {Request{Memory: 1 << 30}, "0x40000000 0x4fffffff direct\n", "", ""},
-		"of AMD":                 {Request{Memory: 1013 << 30}, "0xfd00000000 0xffffffffff reserved\n", "", "less than 1010G"},
-		"of AMD, which QEMU has": {Request{Memory: 1013 << 30, AvoidsReservedRange: true}, "0xfd00000000 0xffffffffff reserved\n", "", ""},
-		"owner may lock":         {Request{Memory: 1 << 30, OwnerPID: 600}, "", limits("1073741824 1073741824"), ""},
-		"owner may not lock":     {Request{Memory: 2 << 30, OwnerPID: 600}, "", limits("1073741824 1073741824"), "process 600 may lock 1024 MiB"},
-		"unit may not lock":      {Request{Memory: 2 << 30, Unit: unit}, "", limits("8388608 8388608"), "process 600 may lock 8 MiB"},
-		"not said":               {Request{OwnerPID: 600}, "", limits("8388608 8388608"), ""},
+		"no room below 4G": {Request{Memory: 3 << 30}, "0x40000000 0x4fffffff direct\n", "",
+			"cannot have any: 0x40000000-0x4fffffff (direct)"},
+		"room": {Request{Memory: 1 << 30}, "0x40000000 0x4fffffff direct\n", "", ""},
+		"of AMD": {Request{Memory: 1013 << 30}, "0xfd00000000 0xffffffffff reserved\n", "",
+			"less than 1010G"},
+		"of AMD, which QEMU has": {Request{Memory: 1013 << 30, AvoidsReservedRange: true},
+			"0xfd00000000 0xffffffffff reserved\n", "", ""},
+		"owner may lock": {Request{Memory: 1 << 30, OwnerPID: 600}, "", limits("1073741824 1073741824"), ""},
+		"owner may not lock": {Request{Memory: 2 << 30, OwnerPID: 600}, "", limits("1073741824 1073741824"),
+			"process 600 may lock 1024 MiB"},
+		"unit may not lock": {Request{Memory: 2 << 30, Unit: unit}, "", limits("8388608 8388608"),
+			"process 600 may lock 8 MiB"},
+		"not said": {Request{OwnerPID: 600}, "", limits("8388608 8388608"), ""},
 	} {
 		for _, dry := range []bool{true, false} {
 			k, _ := poolHost(t)
@@ -76,7 +82,8 @@ func TestMemoryOfGuest(t *testing.T) {
 				write(t, k, strings.TrimPrefix(g, k.Dir())+"/reserved_regions", c.regions)
 			}
 			_, err = ask(k, c.request, dry)
-			if (err == nil) != (c.says == "") || err != nil && (!errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), c.says)) {
+			if (err == nil) != (c.says == "") || err != nil &&
+				(!errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), c.says)) {
 				t.Errorf("%s, dry %v: %v", name, dry, err)
 			}
 			if has := leaseOf(t, k, "a") != nil; has != (err == nil && !dry) {
@@ -216,7 +223,8 @@ func TestDrawOrder(t *testing.T) {
 // Who is told that there is nothing left is told where all is.
 func TestExhausted(t *testing.T) {
 	for want, e := range map[string]*ExhaustedError{
-		`pool exhausted: "net" has 3, of which 1 are assigned (viaduct leases)`: {From: "net", Wanted: 1, Of: 3, Leased: 1},
+		`pool exhausted: "net" has 3, of which 1 are assigned (viaduct leases)`: {From: "net", Wanted: 1, Of: 3,
+			Leased: 1},
 		`pool exhausted: "net" has 3, of which 0 are assigned (viaduct leases), 1 in quarantine, 1 in use, and 2 are wanted`: {
 			From: "net", Wanted: 2, Of: 3, Quarantined: 1, Refused: 1},
 		`pool exhausted: "net" has 1, of which 0 are assigned (viaduct leases), 1 recorded by another tool`: {
@@ -272,7 +280,8 @@ func TestAskedAgainWhileOpen(t *testing.T) {
 	nodes, _ := filepath.Glob(filepath.Join(k.Dir(), "sys/bus/pci/devices", device, "vfio-dev/*"))
 	k.Process(700, "qemu", "/dev/vfio/devices/"+filepath.Base(nodes[0]))
 	k.Log = nil
-	if _, err := ask(k, Request{}, false); err != nil || len(k.Log) > 0 || leaseOf(t, k, "a").Devices[0].Address.String() != device {
+	if _, err := ask(k, Request{}, false); err != nil || len(k.Log) > 0 ||
+		leaseOf(t, k, "a").Devices[0].Address.String() != device {
 		t.Errorf("%v, written %q", err, k.Log)
 	}
 }

@@ -53,7 +53,8 @@ func TestHookOfAssigned(t *testing.T) {
 	for _, persist := range []bool{true, false} {
 		k, _ := poolHost(t)
 		err := on(k, func(ctx context.Context, m *Manager) error {
-			_, _, _, err := m.Assign(ctx, &Request{Guest: "web", Sources: []Source{{From: vf0, Count: 1}}, Persist: persist})
+			_, _, _, err := m.Assign(ctx, &Request{Guest: "web", Sources: []Source{{From: vf0, Count: 1}},
+				Persist: persist})
 			return err
 		})
 		if err != nil {
@@ -77,7 +78,8 @@ func TestHookOfAssigned(t *testing.T) {
 			}
 		}
 
-		for _, part := range []string{"prepare begin", "start begin", "started begin", "reconnect begin", "migrate begin"} {
+		for _, part := range []string{"prepare begin", "start begin", "started begin", "reconnect begin",
+			"migrate begin"} {
 			op, sub, _ := strings.Cut(part, " ")
 			if out, err := hook(k, "web", op, sub, vf0); err != nil || len(out) > 0 {
 				t.Errorf("%s: %+v, %v", part, out, err)
@@ -133,12 +135,16 @@ func TestHookOfMoved(t *testing.T) {
 	}
 
 	set := func(state State) {
-		if err := on(k, func(ctx context.Context, m *Manager) error { return m.SetMoving(ctx, "web", state) }); err != nil {
+		if err := on(k, func(ctx context.Context, m *Manager) error {
+			return m.SetMoving(ctx, "web",
+				state)
+		}); err != nil {
 			t.Fatal(err)
 		}
 	}
 	set(Leaving)
-	if out, err := hook(k, "web", "release", "end migrated"); err != nil || len(out) > 0 || leaseOf(t, k, "web") == nil {
+	if out, err := hook(k, "web", "release", "end migrated"); err != nil || len(out) > 0 ||
+		leaseOf(t, k, "web") == nil {
 		t.Errorf("one that viaduct moves is scrubbed by the hook: %+v, %v", out, err)
 	}
 	set("")
@@ -169,7 +175,8 @@ func TestHookOfDrawn(t *testing.T) {
 			t.Errorf("started: %+v", l)
 		}
 	}
-	if _, err := hook(k, "db", "start", "begin", vf0); !errors.Is(err, holder.ErrRefused) || leaseOf(t, k, "db") != nil {
+	if _, err := hook(k, "db", "start", "begin", vf0); !errors.Is(err, holder.ErrRefused) ||
+		leaseOf(t, k, "db") != nil {
 		t.Errorf("started with another's: %v", err)
 	}
 	out, err := hook(k, "web", "release", "end", vf0)
@@ -182,12 +189,14 @@ func TestHookOfDrawn(t *testing.T) {
 		t.Fatal(err)
 	}
 	k.Fail["sys/bus/pci/devices/"+vf0+"/reset"] = unix.EIO
-	if out, err := hook(k, "web", "release", "end", vf0); err == nil || len(out) != 1 || out[0].Result != InQuarantine ||
+	if out, err := hook(k, "web", "release", "end", vf0); err == nil || len(out) != 1 ||
+		out[0].Result != InQuarantine ||
 		!strings.Contains(out[0].Note, "pool net must be made again") {
 		t.Errorf("stopped, and not reset: %+v, %v", out, err)
 	}
 	for _, op := range []string{"prepare", "start"} {
-		if _, err := hook(k, "db", op, "begin", vf0); !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), "quarantine") {
+		if _, err := hook(k, "db", op, "begin", vf0); !errors.Is(err, holder.ErrRefused) ||
+			!strings.Contains(err.Error(), "quarantine") {
 			t.Errorf("%s with what is in quarantine: %v", op, err)
 		}
 	}
@@ -196,10 +205,12 @@ func TestHookOfDrawn(t *testing.T) {
 // A record that cannot be read makes nothing free, whichever look it is.
 func TestUnreadable(t *testing.T) {
 	s := &sites[0]
-	for _, file := range []string{"run/viaduct/lease-other.json", "var/lib/viaduct/lease-other.json", "var/lib/viaduct/quarantine-x.json"} {
+	for _, file := range []string{"run/viaduct/lease-other.json", "var/lib/viaduct/lease-other.json",
+		"var/lib/viaduct/quarantine-x.json"} {
 		k, _, _ := (&deed{made: true, dead: true}).prepare(t, s)
 		name := filepath.Join(k.Dir(), file)
-		if err := errors.Join(os.MkdirAll(filepath.Dir(name), 0o755), os.WriteFile(name, []byte("{"), 0o600)); err != nil {
+		if err := errors.Join(os.MkdirAll(filepath.Dir(name), 0o755),
+			os.WriteFile(name, []byte("{"), 0o600)); err != nil {
 			t.Fatal(err)
 		}
 
@@ -307,7 +318,8 @@ func TestReclaimSeveral(t *testing.T) {
 	if _, has := guests[all[0].Devices[0].Address]; err != nil || len(guests) != 1 || !has {
 		t.Errorf("guests' devices: %v, %v", guests, err)
 	}
-	if _, err := newManager(t, k).Release(t.Context(), "b", 0); err == nil || !strings.Contains(err.Error(), "these guests have one: c") {
+	if _, err := newManager(t, k).Release(t.Context(), "b", 0); err == nil ||
+		!strings.Contains(err.Error(), "these guests have one: c") {
 		t.Errorf("released again: %v", err)
 	}
 }
@@ -319,7 +331,8 @@ func TestStarted(t *testing.T) {
 	assign := func(owner int) *Lease {
 		t.Helper()
 		err := on(k, func(ctx context.Context, m *Manager) error {
-			_, _, _, err := m.Assign(ctx, &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1}}, OwnerPID: owner})
+			_, _, _, err := m.Assign(ctx, &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1}},
+				OwnerPID: owner})
 			return err
 		})
 		if err != nil {
@@ -348,15 +361,18 @@ func TestStarted(t *testing.T) {
 
 	alone := func() error {
 		return on(k, func(ctx context.Context, m *Manager) error {
-			r := &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1}}, OwnerPID: os.Getpid(), Exclusive: true}
+			r := &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1}}, OwnerPID: os.Getpid(),
+				Exclusive: true}
 			_, _, _, err := m.Assign(ctx, r)
 			return err
 		})
 	}
-	if err := alone(); !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), "it runs: process 5000 (qemu)") {
+	if err := alone(); !errors.Is(err, holder.ErrRefused) ||
+		!strings.Contains(err.Error(), "it runs: process 5000 (qemu)") {
 		t.Errorf("run while it runs: %v", err)
 	}
-	if err := release(k); !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), "is run by process 5000") {
+	if err := release(k); !errors.Is(err, holder.ErrRefused) ||
+		!strings.Contains(err.Error(), "is run by process 5000") {
 		t.Errorf("released while its runner may open it: %v", err)
 	}
 	k.End(5000)

@@ -22,14 +22,16 @@ func TestNoGuests(t *testing.T) {
 		from, says string
 		liveOnly   bool // a captured host has no users
 	}{
-		"not all PCI":      {hosttest.Platform(), "0000:00:01.0", "fe000000.dma, in IOMMU group 5, is not a PCI", false},
+		"not all PCI": {hosttest.Platform(), "0000:00:01.0",
+			"fe000000.dma, in IOMMU group 5, is not a PCI", false},
 		"no PCI device":    {hosttest.Platform(), "group=9", "fe100000.gpu, in IOMMU group 9, is not a PCI", false},
 		"without an IOMMU": {hosttest.NoIOMMU(), "0000:00:01.0", "VFIO made it in its noiommu mode", false},
 		"under the screen": {hosttest.Screen(), "0000:c3:00.0", "has the screen's framebuffer (BOOTFB)", true},
 	} {
 		k := hosttest.NewKernel(t, c.tree)
 		m := without(t, k)
-		_, _, _, err := m.Assign(t.Context(), &Request{Guest: "a", Sources: []Source{{From: c.from, Count: 1}}, TTL: time.Minute})
+		_, _, _, err := m.Assign(t.Context(), &Request{Guest: "a", Sources: []Source{{From: c.from, Count: 1}},
+			TTL: time.Minute})
 		if !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), c.says) || len(k.Log) > 0 {
 			t.Errorf("%s: %v, writes %q", name, err, k.Log)
 		}
@@ -47,7 +49,8 @@ func TestNoGuests(t *testing.T) {
 			t.Fatal(err)
 		}
 
-		steps, err := previewed(captured, &Request{Guest: "a", Sources: []Source{{From: c.from, Count: 1}}, NoReset: true})
+		steps, err := previewed(captured, &Request{Guest: "a", Sources: []Source{{From: c.from, Count: 1}},
+			NoReset: true})
 		if !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), c.says) {
 			t.Errorf("%s: the dry run of a captured host: %v, %q", name, err, steps)
 		}

@@ -108,7 +108,8 @@ func assign(t *testing.T, k *hosttest.Kernel, guest, from string) (*Lease, error
 	t.Helper()
 	m := newManager(t, k)
 	defer m.handle.Close() // as a command does at its end
-	l, _, _, err := m.Assign(context.Background(), &Request{Guest: guest, Sources: []Source{{From: from, Count: 1}}, TTL: time.Minute})
+	l, _, _, err := m.Assign(context.Background(), &Request{Guest: guest, Sources: []Source{{From: from, Count: 1}},
+		TTL: time.Minute})
 	return l, err
 }
 
@@ -188,7 +189,8 @@ func TestManyAtOnce(t *testing.T) {
 	for i, m := range managers {
 		wg.Go(func() {
 			guest := fmt.Sprintf("g%d", i)
-			l, _, _, err := m.Assign(context.Background(), &Request{Guest: guest, Sources: []Source{{From: pf, Count: 1}}})
+			l, _, _, err := m.Assign(context.Background(), &Request{Guest: guest,
+				Sources: []Source{{From: pf, Count: 1}}})
 			mu.Lock()
 			defer mu.Unlock()
 			if _, ok := errors.AsType[*ExhaustedError](err); ok {
@@ -260,10 +262,17 @@ func TestStates(t *testing.T) {
 		{"new", func(*Lease) {}, 0, Reserved},
 		{"nobody came", func(*Lease) {}, time.Hour, Dead},
 		{"nobody has to come", func(l *Lease) { l.TTL = 0 }, time.Hour, Reserved},
-		{"it outlives all", func(l *Lease) { l.Persist, l.Holders = true, []Holder{{Proc: gone, Name: "x"}} }, time.Hour, Reserved},
+		{"it outlives all", func(l *Lease) { l.Persist, l.Holders = true, []Holder{{Proc: gone, Name: "x"}} },
+			time.Hour, Reserved},
 		{"its holder is gone", func(l *Lease) { l.Holders = []Holder{{Proc: gone, Name: "x"}} }, 0, Dead},
-		{"its runner lives, and who had it open is gone", func(l *Lease) { l.Runner, l.Holders = &here, []Holder{{Proc: gone}} }, time.Hour, Active},
-		{"its owner lives, and who had it open is gone", func(l *Lease) { l.Owner, l.Holders = &here.Proc, []Holder{{Proc: gone}} }, time.Hour, Reserved},
+		{"its runner lives, and who had it open is gone", func(l *Lease) {
+			l.Runner, l.Holders = &here,
+				[]Holder{{Proc: gone}}
+		}, time.Hour, Active},
+		{"its owner lives, and who had it open is gone", func(l *Lease) {
+			l.Owner, l.Holders = &here.Proc,
+				[]Holder{{Proc: gone}}
+		}, time.Hour, Reserved},
 		{"its runner is gone", func(l *Lease) { l.Runner = &Holder{Proc: gone, Name: "x"} }, 0, Dead},
 		{"it outlives its owner too", func(l *Lease) { l.Persist, l.Owner = true, &gone }, time.Hour, Reserved},
 		{"and its runner", func(l *Lease) { l.Persist, l.Runner = true, &Holder{Proc: gone} }, time.Hour, Reserved},
@@ -287,7 +296,8 @@ func TestStates(t *testing.T) {
 func TestOutlivesBoot(t *testing.T) {
 	k := newKernel(t, 2)
 	m := newManager(t, k)
-	l, _, _, err := m.Assign(context.Background(), &Request{Guest: "a", Sources: []Source{{From: pf, Count: 1}}, Persist: true})
+	l, _, _, err := m.Assign(context.Background(), &Request{Guest: "a", Sources: []Source{{From: pf, Count: 1}},
+		Persist: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -314,7 +324,8 @@ func TestOutlivesBoot(t *testing.T) {
 func TestBootWithoutItsVF(t *testing.T) {
 	k := newKernel(t, 1)
 	m := newManager(t, k)
-	l, _, _, err := m.Assign(context.Background(), &Request{Guest: "a", Sources: []Source{{From: pf, Count: 1}}, Persist: true})
+	l, _, _, err := m.Assign(context.Background(), &Request{Guest: "a", Sources: []Source{{From: pf, Count: 1}},
+		Persist: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -386,7 +397,8 @@ func TestSettingsOfNoVF(t *testing.T) {
 		}
 		return edu == ""
 	})
-	r := &Request{Guest: "a", Sources: []Source{{From: edu, Count: 1, Settings: hostfile.Plain(sriov.Settings{sriov.VLAN: "5"})}}}
+	r := &Request{Guest: "a", Sources: []Source{{From: edu, Count: 1,
+		Settings: hostfile.Plain(sriov.Settings{sriov.VLAN: "5"})}}}
 	if l, _, _, err := m.Assign(context.Background(), r); !errors.Is(err, holder.ErrRefused) {
 		t.Errorf("%s with a VLAN: %+v, %v", edu, l, err)
 	}
@@ -403,7 +415,8 @@ func TestNotTwice(t *testing.T) {
 	}
 	m.handle.Close()
 	m = newManager(t, k)
-	again, fresh, _, err := m.Assign(context.Background(), &Request{Guest: "a", Sources: []Source{{From: pf, Count: 1}}, TTL: time.Hour})
+	again, fresh, _, err := m.Assign(context.Background(), &Request{Guest: "a", Sources: []Source{{From: pf, Count: 1}},
+		TTL: time.Hour})
 	if err != nil || fresh || again.Owner != nil || again.TTL != time.Hour {
 		t.Errorf("asked again: %+v, %v, %v", again, fresh, err)
 	}
@@ -412,7 +425,8 @@ func TestNotTwice(t *testing.T) {
 // TestGuestNames: what is no name of a guest.
 func TestGuestNames(t *testing.T) {
 	for _, name := range []string{
-		"", "a/b", " a", "a ", "-x", "--", strings.Repeat("x", 121), "a\n", "a\tb", "a\x1b[31m", "a\u202eb", "a\u200bb", "a\xffb", " ",
+		"", "a/b", " a", "a ", "-x", "--", strings.Repeat("x", 121), "a\n", "a\tb", "a\x1b[31m", "a\u202eb", "a\u200bb",
+		"a\xffb", " ",
 		"a\u2028b", "a\u00a0b",
 	} {
 		if CheckGuest(name) == nil {

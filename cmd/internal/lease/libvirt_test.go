@@ -83,12 +83,19 @@ func TestMismatch(t *testing.T) {
 	}{
 		{"nobody's", nil, nil, none, ""},
 		{"its own", own, []*Lease{own}, none, ""},
-		{"another's", nil, []*Lease{{LeaseHead: holder.LeaseHead{Guest: "db"}, Devices: []Device{vf}}}, none, `is assigned to guest "db"`},
+		{"another's", nil, []*Lease{{LeaseHead: holder.LeaseHead{Guest: "db"}, Devices: []Device{vf}}}, none,
+			`is assigned to guest "db"`},
 		{"in quarantine", nil, nil, func(iommu.Address) string { return "dirty" }, "is in quarantine: dirty"},
-		{"not in the XML", &Lease{LeaseHead: holder.LeaseHead{Guest: "web"}, Devices: []Device{{LeaseDevice: holder.LeaseDevice{Address: at(t, "0000:09:00.0")}}}}, nil, none, "missing in its XML"},
-		{"managed", &Lease{LeaseHead: holder.LeaseHead{Guest: "web"}, Devices: []Device{{LeaseDevice: holder.LeaseDevice{Address: at(t, "0000:03:00.0")}}}}, nil, none, "managed='yes'"},
-		{"another MAC", &Lease{LeaseHead: holder.LeaseHead{Guest: "web"}, Devices: []Device{other}}, nil, none, "52:54:00:aa:00:02 in its lease"},
-		{"another VLAN", &Lease{LeaseHead: holder.LeaseHead{Guest: "web"}, Devices: []Device{vlan}}, nil, none, "7 in its lease"},
+		{"not in the XML", &Lease{LeaseHead: holder.LeaseHead{Guest: "web"},
+			Devices: []Device{{LeaseDevice: holder.LeaseDevice{Address: at(t, "0000:09:00.0")}}}}, nil, none,
+			"missing in its XML"},
+		{"managed", &Lease{LeaseHead: holder.LeaseHead{Guest: "web"},
+			Devices: []Device{{LeaseDevice: holder.LeaseDevice{Address: at(t, "0000:03:00.0")}}}}, nil, none,
+			"managed='yes'"},
+		{"another MAC", &Lease{LeaseHead: holder.LeaseHead{Guest: "web"}, Devices: []Device{other}}, nil, none,
+			"52:54:00:aa:00:02 in its lease"},
+		{"another VLAN", &Lease{LeaseHead: holder.LeaseHead{Guest: "web"}, Devices: []Device{vlan}}, nil, none,
+			"7 in its lease"},
 	} {
 		got := strings.Join(d.mismatch(c.own, c.all, c.quarantined), "; ")
 		if (got == "") != (c.want == "") || !strings.Contains(got, c.want) {

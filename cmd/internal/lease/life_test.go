@@ -121,7 +121,8 @@ func TestLife(t *testing.T) {
 			become(t, k, &there, x.alive)
 			var now []holder.Holder
 			if x.opened {
-				now = []holder.Holder{{Device: x.l.Devices[0].Address.String(), Kind: holder.Process, PID: x.vmm, What: "is open in x"}}
+				now = []holder.Holder{{Device: x.l.Devices[0].Address.String(), Kind: holder.Process, PID: x.vmm,
+					What: "is open in x"}}
 			}
 			if len(past) > 0 && past[len(past)-1] == "look" && x.opened {
 				x.l.Holders = m.seen(now)

@@ -90,7 +90,8 @@ func TestLeaving(t *testing.T) {
 	k := movable(t)
 	m := newManager(t, k)
 	ctx := t.Context()
-	if _, _, _, err := m.Assign(ctx, &Request{Guest: "web", Persist: true, Sources: fromNet(sriov.Settings{sriov.MAC: guestMAC})}); err != nil {
+	if _, _, _, err := m.Assign(ctx, &Request{Guest: "web", Persist: true,
+		Sources: fromNet(sriov.Settings{sriov.MAC: guestMAC})}); err != nil {
 		t.Fatal(err)
 	}
 	if err := m.SetMoving(ctx, "web", Leaving); err != nil {
@@ -146,7 +147,10 @@ func TestNextOfMoved(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := on(k, func(ctx context.Context, m *Manager) error { return m.SetMoving(ctx, "web", Leaving) }); err != nil {
+	if err := on(k, func(ctx context.Context, m *Manager) error {
+		return m.SetMoving(ctx, "web",
+			Leaving)
+	}); err != nil {
 		t.Fatal(err)
 	}
 

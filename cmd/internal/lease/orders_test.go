@@ -176,9 +176,11 @@ func walked(t *testing.T, k *hosttest.Kernel, s *site, before *world, events []s
 		if want != nil {
 			told = errors.Is(err, want) || errors.Is(want, errNone) && none
 		}
-		if !told || (now.lease != nil) != o.leased || now.resets[s.devices[0]] != o.resets || !o.leased && now.devices != before.devices ||
+		if !told || (now.lease != nil) != o.leased || now.resets[s.devices[0]] != o.resets || !o.leased &&
+			now.devices != before.devices ||
 			len(now.changes)+len(now.quarantined) > 0 {
-			t.Errorf("after %s: %v (%v is wanted)\nit is %s\nwant %+v", strings.Join(events[:n+1], ", "), err, want, now, o)
+			t.Errorf("after %s: %v (%v is wanted)\nit is %s\nwant %+v", strings.Join(events[:n+1], ", "), err,
+				want, now, o)
 			return
 		}
 	}

@@ -33,13 +33,15 @@ func vfioHost(t *testing.T, stays bool) (*hosttest.Kernel, *iommu.Host) {
 	k := hosttest.NewSmallLab(t, "0000:00:05.0", "0000:01:00.0", "0000:00:0a.0", plain)
 	k.ServeVFIO().Devices[plain] = &hosttest.VFIODevice{}
 	dir := filepath.Join(k.Dir(), "sys/bus/pci/devices", plain)
-	err := errors.Join(os.WriteFile(filepath.Join(dir, "reset"), nil, 0o600), os.RemoveAll(filepath.Join(dir, "sriov_totalvfs")))
+	err := errors.Join(os.WriteFile(filepath.Join(dir, "reset"), nil, 0o600),
+		os.RemoveAll(filepath.Join(dir, "sriov_totalvfs")))
 	if err != nil {
 		t.Fatal(err)
 	}
 	if stays {
 		for _, w := range [][2]string{
-			{"devices/" + plain + "/driver_override", "vfio-pci"}, {"drivers/nvme/unbind", plain}, {"drivers_probe", plain},
+			{"devices/" + plain + "/driver_override", "vfio-pci"}, {"drivers/nvme/unbind", plain},
+			{"drivers_probe", plain},
 		} {
 			if err := k.Write("sys/bus/pci/"+w[0], w[1]); err != nil {
 				t.Fatal(err)
@@ -187,7 +189,8 @@ func TestHiddenHolder(t *testing.T) {
 				if how == "own node" {
 					stuckSoon(t)
 				}
-				if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: plain}}, NodeOwner: "1000:36"}); err != nil {
+				if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: plain}},
+					NodeOwner: "1000:36"}); err != nil {
 					t.Fatal(err)
 				}
 				group, own := nodesOf(t, h)
@@ -219,7 +222,8 @@ func TestHiddenHolder(t *testing.T) {
 					t.Fatalf("%+v, %v", certificates, err)
 				}
 				want := map[bool]string{true: "vfio-pci/vfio-pci", false: "nvme/(null)"}[stays]
-				if now := driversOf(t, k, plain)[0]; strings.TrimSuffix(now, "/") != strings.TrimSuffix(want, "/(null)") {
+				if now := driversOf(t, k, plain)[0]; strings.TrimSuffix(now, "/") != strings.TrimSuffix(want,
+					"/(null)") {
 					t.Errorf("it is on %s", now)
 				}
 				if stays {

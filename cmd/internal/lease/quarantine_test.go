@@ -40,7 +40,8 @@ func fouled(t *testing.T, boot string) (*hosttest.Kernel, *iommu.Host) {
 	if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: plain}}}); err != nil {
 		t.Fatal(err)
 	}
-	if certificates, err := giveBack(t, h, "a", 0); err == nil || len(certificates) != 1 || certificates[0].Result != InQuarantine {
+	if certificates, err := giveBack(t, h, "a", 0); err == nil || len(certificates) != 1 ||
+		certificates[0].Result != InQuarantine {
 		t.Fatalf("%+v, %v", certificates, err)
 	}
 	return k, h
@@ -138,7 +139,8 @@ func TestQuarantineOfGone(t *testing.T) {
 	for _, force := range []bool{false, true} {
 		err := work(t, h, func(m *Manager) error {
 			out, err := m.Lift(t.Context(), []Quarantine{inQuarantine(t, m, plain)}, force)
-			if force && (len(out) != 1 || out[0].Result != Missing || !strings.Contains(out[0].Why, "input/output error")) {
+			if force && (len(out) != 1 || out[0].Result != Missing ||
+				!strings.Contains(out[0].Why, "input/output error")) {
 				t.Errorf("%+v", out)
 			}
 			return err
@@ -249,7 +251,10 @@ func TestLostDeviceReturns(t *testing.T) {
 		t.Errorf("it is back, and not reset: %v", err)
 	}
 	resets := func() int {
-		return len(slices.DeleteFunc(slices.Clone(k.Log), func(w string) bool { return !strings.Contains(w, "/reset=") }))
+		return len(slices.DeleteFunc(slices.Clone(k.Log), func(w string) bool {
+			return !strings.Contains(w,
+				"/reset=")
+		}))
 	}
 	before := resets()
 	if out := returned(); len(out) != 1 || out[0].Result != Clean || resets() != before+1 {
@@ -309,8 +314,10 @@ func TestLiftSeveral(t *testing.T) {
 func TestBeforeUntold(t *testing.T) {
 	k := newKernel(t, 7)
 	k.Net.Unreported = map[int]bool{unix.IFLA_VF_MAC: true, unix.IFLA_VF_VLAN: true}
-	m := managerOf(t, k, strings.Replace(declaration, "pool: net", "pool: net\n        vlan: 9\n        mac: stable", 1))
-	r := &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1, Settings: hostfile.Plain(tagged)}}, TTL: time.Minute}
+	m := managerOf(t, k, strings.Replace(declaration, "pool: net",
+		"pool: net\n        vlan: 9\n        mac: stable", 1))
+	r := &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1, Settings: hostfile.Plain(tagged)}},
+		TTL: time.Minute}
 	l, _, _, err := m.Assign(t.Context(), r)
 	if err != nil {
 		t.Fatal(err)

@@ -44,7 +44,8 @@ func TestResetTogether(t *testing.T) {
 	home := driversOf(t, k, one, two)
 	for round := 1; round <= 3; round++ {
 		m := without(t, k)
-		l, _, notes, err := m.Assign(t.Context(), &Request{Guest: "a", Sources: []Source{{From: one, Count: 1}}, TTL: time.Minute})
+		l, _, notes, err := m.Assign(t.Context(), &Request{Guest: "a", Sources: []Source{{From: one, Count: 1}},
+			TTL: time.Minute})
 		if err != nil || len(l.Devices) != 2 {
 			t.Fatalf("%+v, %v", l, err)
 		}
@@ -62,7 +63,8 @@ func TestResetTogether(t *testing.T) {
 			t.Fatalf("round %d: %+v, %v", round, certificates, err)
 		}
 		for _, c := range certificates {
-			if c.Result != Clean || c.Reset != "bus, together: "+one+" "+two || v.Devices[c.Address.String()].Resets != round {
+			if c.Result != Clean || c.Reset != "bus, together: "+one+" "+two ||
+				v.Devices[c.Address.String()].Resets != round {
 				t.Errorf("round %d: %+v, %d resets", round, c, v.Devices[c.Address.String()].Resets)
 			}
 		}
@@ -90,7 +92,8 @@ func TestResetWithOthers(t *testing.T) {
 		}
 	}
 	m := without(t, k)
-	if _, _, _, err := m.Assign(t.Context(), &Request{Guest: "a", Sources: []Source{{From: one, Count: 1}}, TTL: time.Minute}); err != nil {
+	if _, _, _, err := m.Assign(t.Context(), &Request{Guest: "a", Sources: []Source{{From: one, Count: 1}},
+		TTL: time.Minute}); err != nil {
 		t.Fatal(err)
 	}
 	m.handle.Close()
@@ -112,7 +115,8 @@ func TestSharedFate(t *testing.T) {
 	}
 	reset := "sys/bus/pci/devices/" + one + "/reset"
 	k.Fail[reset] = syscall.EIO
-	if out, err := giveBack(t, h, "a", 0); err == nil || len(out) != 2 || out[0].Result != InQuarantine || out[1].Result != InQuarantine {
+	if out, err := giveBack(t, h, "a", 0); err == nil || len(out) != 2 || out[0].Result != InQuarantine ||
+		out[1].Result != InQuarantine {
 		t.Errorf("%+v, %v", out, err)
 	}
 	k.Fail[reset] = syscall.ENOTTY
@@ -141,7 +145,8 @@ func TestResetThatFails(t *testing.T) {
 		v.Devices[plain] = &hosttest.VFIODevice{NoReset: true, Together: []string{plain}}
 		h := &iommu.Host{Host: k.Host()}
 		dir := filepath.Join(k.Dir(), "sys/bus/pci/devices", plain)
-		err := errors.Join(os.RemoveAll(filepath.Join(dir, "reset")), os.RemoveAll(filepath.Join(dir, "sriov_totalvfs")))
+		err := errors.Join(os.RemoveAll(filepath.Join(dir, "reset")),
+			os.RemoveAll(filepath.Join(dir, "sriov_totalvfs")))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -175,7 +180,8 @@ func TestResetThatFails(t *testing.T) {
 				again = lift(k)
 			}
 			if again != nil || v.Devices[plain].Resets == 0 {
-				t.Errorf("request %#x fails (%v), and again: %v, reset %d times", failed, err, again, v.Devices[plain].Resets)
+				t.Errorf("request %#x fails (%v), and again: %v, reset %d times", failed, err, again,
+					v.Devices[plain].Resets)
 			}
 		}
 	}

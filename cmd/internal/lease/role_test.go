@@ -52,10 +52,12 @@ func TestCompanionsOfLease(t *testing.T) {
 		home := driversOf(t, k, gpu, audio, smbus, isa)
 		m := without(t, k)
 		preview, err := previewed(m, &Request{Guest: "a", Sources: []Source{{From: from, Count: 1}}})
-		if err != nil || !slices.Contains(bind.Commands(preview), "# "+smbus+" is only kept off the host's drivers; the guest does not get it") {
+		if err != nil || !slices.Contains(bind.Commands(preview),
+			"# "+smbus+" is only kept off the host's drivers; the guest does not get it") {
 			t.Errorf("%s: %q, %v", from, preview, err)
 		}
-		l, _, _, err := m.Assign(t.Context(), &Request{Guest: "a", Sources: []Source{{From: from, Count: 1}}, TTL: time.Minute})
+		l, _, _, err := m.Assign(t.Context(), &Request{Guest: "a", Sources: []Source{{From: from, Count: 1}},
+			TTL: time.Minute})
 		if err != nil {
 			t.Fatalf("%s: %v", from, err)
 		}
@@ -67,7 +69,8 @@ func TestCompanionsOfLease(t *testing.T) {
 		if !slices.Equal(got, []string{gpu, audio}) {
 			t.Errorf("%s: leased %q", from, got)
 		}
-		if now := driversOf(t, k, gpu, audio, smbus, isa); !slices.Equal(now, []string{"vfio-pci/vfio-pci", "vfio-pci/vfio-pci", "/none", "/none"}) {
+		if now := driversOf(t, k, gpu, audio, smbus, isa); !slices.Equal(now,
+			[]string{"vfio-pci/vfio-pci", "vfio-pci/vfio-pci", "/none", "/none"}) {
 			t.Errorf("%s: on %q", from, now)
 		}
 
@@ -100,8 +103,10 @@ func TestKeptVFs(t *testing.T) {
 	if with := m.Topology.KeptWith(vf); with == nil || with.Name != "0000:01:00.0" {
 		t.Errorf("%s is kept with %v", vf.Name, with)
 	}
-	_, _, _, err = m.Assign(t.Context(), &Request{Guest: "a", Sources: []Source{{From: vf.Name, Count: 1}}, TTL: time.Minute})
-	if err == nil || !strings.Contains(err.Error(), "ACS") || strings.Contains(err.Error(), "vf destroy") || len(k.Log) > 0 {
+	_, _, _, err = m.Assign(t.Context(), &Request{Guest: "a", Sources: []Source{{From: vf.Name, Count: 1}},
+		TTL: time.Minute})
+	if err == nil || !strings.Contains(err.Error(), "ACS") || strings.Contains(err.Error(), "vf destroy") ||
+		len(k.Log) > 0 {
 		t.Errorf("%v, writes %q", err, k.Log)
 	}
 }
@@ -161,7 +166,8 @@ func TestCompanionOnBus(t *testing.T) {
 		}
 
 		out, err := giveBack(t, h, "a", 0)
-		if now := driversOf(t, k, nic, companion); err != nil || len(out) != 1 || out[0].Result != Clean || !slices.Equal(now, home) {
+		if now := driversOf(t, k, nic, companion); err != nil || len(out) != 1 || out[0].Result != Clean ||
+			!slices.Equal(now, home) {
 			t.Errorf("%+v, %v, on %q", out, err, now)
 		}
 		for _, a := range []string{nic, companion} {

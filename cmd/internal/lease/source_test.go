@@ -24,7 +24,8 @@ func TestSourceSays(t *testing.T) {
 	host := func(numvfs, autoprobe string) *hosttest.Kernel {
 		k := hosttest.NewLab(t, nil)
 		dir := "sys/bus/pci/devices/" + pf
-		if err := errors.Join(k.Write(dir+"/sriov_drivers_autoprobe", autoprobe), k.Write(dir+"/sriov_numvfs", numvfs)); err != nil {
+		if err := errors.Join(k.Write(dir+"/sriov_drivers_autoprobe", autoprobe),
+			k.Write(dir+"/sriov_numvfs", numvfs)); err != nil {
 			t.Fatal(err)
 		}
 		return k
@@ -37,24 +38,29 @@ func TestSourceSays(t *testing.T) {
 		says    string
 		refused bool
 	}{
-		"no such word":     {host("0", "1"), Source{From: "x y"}, "the pools are net", false},
-		"no such device":   {host("0", "1"), Source{From: "0000:77:00.0"}, "the pools are net", false},
-		"a bridge":         {host("0", "1"), Source{From: "0000:00:08.0"}, "bridge", true},
-		"no VFs":           {host("0", "1"), Source{From: pf}, "is a PF without VFs", true},
-		"VFs of the host":  {host("2", "1"), Source{From: pf}, "all VFs of " + pf + " are on drivers of the host", false},
+		"no such word":   {host("0", "1"), Source{From: "x y"}, "the pools are net", false},
+		"no such device": {host("0", "1"), Source{From: "0000:77:00.0"}, "the pools are net", false},
+		"a bridge":       {host("0", "1"), Source{From: "0000:00:08.0"}, "bridge", true},
+		"no VFs":         {host("0", "1"), Source{From: pf}, "is a PF without VFs", true},
+		"VFs of the host": {host("2", "1"), Source{From: pf},
+			"all VFs of " + pf + " are on drivers of the host", false},
 		"VFs of nobody":    {host("2", "0"), Source{From: pf}, "", false},
 		"a VF of the host": {host("2", "1"), Source{From: "0000:01:10.0"}, "", false},
-		"several":          {host("0", "1"), Source{From: "1af4:1001"}, "everything that 1af4:1001 names are on drivers of the host", false},
-		"more than are":    {host("2", "0"), Source{From: pf, Count: 3}, "3 are wanted", false},
-		"no PCI device":    {hosttest.NewKernel(t, hosttest.Platform()), Source{From: "0000:00:01.0"}, "fe000000.dma, in IOMMU group 5, is not a PCI device", true},
-		"not a VF":         {host("0", "1"), Source{From: "0000:07:01.0", Settings: hostfile.Plain(settings)}, "it is not a VF", true},
+		"several": {host("0", "1"), Source{From: "1af4:1001"},
+			"everything that 1af4:1001 names are on drivers of the host", false},
+		"more than are": {host("2", "0"), Source{From: pf, Count: 3}, "3 are wanted", false},
+		"no PCI device": {hosttest.NewKernel(t, hosttest.Platform()), Source{From: "0000:00:01.0"},
+			"fe000000.dma, in IOMMU group 5, is not a PCI device", true},
+		"not a VF": {host("0", "1"), Source{From: "0000:07:01.0", Settings: hostfile.Plain(settings)},
+			"it is not a VF", true},
 	} {
 		c.from.Count = max(c.from.Count, 1)
 		err := on(c.host, func(_ context.Context, m *Manager) error {
 			_, err := previewed(m, &Request{Guest: "a", Sources: []Source{c.from}, NoReset: true})
 			return err
 		})
-		if (err == nil) != (c.says == "") || err != nil && !strings.Contains(err.Error(), c.says) || errors.Is(err, holder.ErrRefused) != c.refused {
+		if (err == nil) != (c.says == "") || err != nil && !strings.Contains(err.Error(), c.says) ||
+			errors.Is(err, holder.ErrRefused) != c.refused {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -67,7 +73,8 @@ func TestProtectedIsNotAssigned(t *testing.T) {
 	m := managerOf(t, k, "pfs: []\nprotect: [\""+card+"\"]\n")
 	before := driversOf(t, k, card)
 	r := &Request{Guest: "a", Sources: []Source{{From: card, Count: 1}}, NoReset: true}
-	if _, _, _, err := m.Assign(t.Context(), r); !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), "in protect") {
+	if _, _, _, err := m.Assign(t.Context(), r); !errors.Is(err, holder.ErrRefused) ||
+		!strings.Contains(err.Error(), "in protect") {
 		t.Errorf("assigned: %v", err)
 	}
 	if l := leaseOf(t, k, "a"); l != nil || !slices.Equal(driversOf(t, k, card), before) {
@@ -122,19 +129,26 @@ func TestStateOf(t *testing.T) {
 		want   State
 		why    string
 	}{
-		"ready":                {func(*Lease) {}, Reserved, ""},
-		"for good":             {func(l *Lease) { l.Persist, l.TTL = true, 1 }, Reserved, ""},
-		"expected":             {func(l *Lease) { l.Moving = Incoming }, Incoming, "is to come"},
-		"on its way":           {func(l *Lease) { l.Moving = Leaving }, Leaving, "on its way"},
-		"being made":           {func(l *Lease) { l.Ready, l.Maker = false, me }, Making, "is working on it"},
-		"its maker has ended":  {func(l *Lease) { l.Ready, l.Maker, l.Persist = false, gone, false }, Dead, "its assignment was interrupted"},
-		"after a boot":         {func(l *Lease) { l.Ready, l.Maker, l.Persist = false, gone, true }, Reserved, "restored after the boot"},
-		"its end has begun":    {func(l *Lease) { l.Ending, l.Maker = true, gone }, Dead, "its release was interrupted"},
-		"its runner runs":      {func(l *Lease) { l.Persist, l.Runner = false, &Holder{Proc: me, Name: "x"} }, Active, ""},
-		"its runner has ended": {func(l *Lease) { l.Persist, l.Runner = false, &Holder{Proc: gone, Name: "x"} }, Dead, "x is gone"},
-		"its owner runs":       {func(l *Lease) { l.Persist, l.Owner = false, &me }, Reserved, ""},
-		"its owner has ended":  {func(l *Lease) { l.Persist, l.Owner = false, &gone }, Dead, "process 99999, with which it ends, is gone"},
-		"its user has ended":   {func(l *Lease) { l.Persist, l.Holders = false, []Holder{{Proc: gone, Name: "y"}} }, Dead, "y is gone"},
+		"ready":      {func(*Lease) {}, Reserved, ""},
+		"for good":   {func(l *Lease) { l.Persist, l.TTL = true, 1 }, Reserved, ""},
+		"expected":   {func(l *Lease) { l.Moving = Incoming }, Incoming, "is to come"},
+		"on its way": {func(l *Lease) { l.Moving = Leaving }, Leaving, "on its way"},
+		"being made": {func(l *Lease) { l.Ready, l.Maker = false, me }, Making, "is working on it"},
+		"its maker has ended": {func(l *Lease) { l.Ready, l.Maker, l.Persist = false, gone, false }, Dead,
+			"its assignment was interrupted"},
+		"after a boot": {func(l *Lease) { l.Ready, l.Maker, l.Persist = false, gone, true }, Reserved,
+			"restored after the boot"},
+		"its end has begun": {func(l *Lease) { l.Ending, l.Maker = true, gone }, Dead,
+			"its release was interrupted"},
+		"its runner runs": {func(l *Lease) { l.Persist, l.Runner = false, &Holder{Proc: me, Name: "x"} },
+			Active, ""},
+		"its runner has ended": {func(l *Lease) { l.Persist, l.Runner = false, &Holder{Proc: gone, Name: "x"} }, Dead,
+			"x is gone"},
+		"its owner runs": {func(l *Lease) { l.Persist, l.Owner = false, &me }, Reserved, ""},
+		"its owner has ended": {func(l *Lease) { l.Persist, l.Owner = false, &gone }, Dead,
+			"process 99999, with which it ends, is gone"},
+		"its user has ended": {func(l *Lease) { l.Persist, l.Holders = false, []Holder{{Proc: gone, Name: "y"}} },
+			Dead, "y is gone"},
 		"its time is over":     {func(l *Lease) { l.Persist, l.TTL = false, 1 }, Dead, "no process opened its devices"},
 		"a device is gone":     {func(l *Lease) { l.Devices[0].Nowhere = true }, Lost, "is gone"},
 		"it is another device": {func(l *Lease) { l.Devices[0].ID.Vendor++ }, Lost, "is gone"},
@@ -143,7 +157,8 @@ func TestStateOf(t *testing.T) {
 		l.Devices = append([]Device{}, made.Devices...)
 		l.Maker, l.Holders = holder.Proc{}, nil
 		c.change(&l)
-		if got, why := m.state(&l, nil, 2); got != c.want || !strings.Contains(why, c.why) || (why == "") != (c.why == "") {
+		if got, why := m.state(&l, nil, 2); got != c.want || !strings.Contains(why, c.why) ||
+			(why == "") != (c.why == "") {
 			t.Errorf("%s: %s, %q", name, got, why)
 		}
 	}
@@ -170,7 +185,8 @@ func TestStartedIsWritten(t *testing.T) {
 		k.Process(os.Getpid(), "viaduct")
 		book := BookOf(&iommu.Host{Host: k.Host()})
 		err := on(k, func(ctx context.Context, m *Manager) error {
-			_, _, _, err := m.Assign(ctx, &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1}}, OwnerPID: os.Getpid()})
+			_, _, _, err := m.Assign(ctx, &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1}},
+				OwnerPID: os.Getpid()})
 			return err
 		})
 		if err != nil {
@@ -207,12 +223,14 @@ func TestPreviewOfReset(t *testing.T) {
 		})
 		return resets, err
 	}
-	got, err := preview(k, &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1, Settings: hostfile.Plain(tagged)}}})
+	got, err := preview(k, &Request{Guest: "a", Sources: []Source{{From: "net", Count: 1,
+		Settings: hostfile.Plain(tagged)}}})
 	if err != nil || !slices.Equal(got, []string{vf1}) {
 		t.Errorf("of a VF: %q, %v", got, err)
 	}
 
-	lab := hosttest.NewKernel(t, hosttest.Made(hosttest.PCI{At: card, ID: "8086:10d3", Class: "020000", Driver: "e1000e", Group: 5}))
+	lab := hosttest.NewKernel(t, hosttest.Made(hosttest.PCI{At: card, ID: "8086:10d3", Class: "020000",
+		Driver: "e1000e", Group: 5}))
 	r := &Request{Guest: "a", Sources: []Source{{From: card, Count: 1}}}
 	if got, err := preview(lab, r); !errors.Is(err, holder.ErrRefused) || !strings.Contains(err.Error(), "--no-reset") {
 		t.Errorf("of what nothing resets: %q, %v", got, err)

@@ -36,7 +36,8 @@ type site struct {
 
 // sites are a VF with settings, and two functions that are reset together and go back to the host.
 var sites = []site{
-	{name: "VF", host: poolHost, devices: []string{vf1, vf0}, from: Source{From: "net", Count: 1, Settings: hostfile.Plain(tagged)}},
+	{name: "VF", host: poolHost, devices: []string{vf1, vf0},
+		from: Source{From: "net", Count: 1, Settings: hostfile.Plain(tagged)}},
 	{
 		name: "pair", devices: []string{"0000:07:01.0", "0000:07:02.0"}, from: Source{From: "0000:07:01.0", Count: 1},
 		host: func(t *testing.T) (*hosttest.Kernel, *hosttest.VFIO) {
@@ -67,7 +68,8 @@ func poolHost(t *testing.T) (*hosttest.Kernel, *hosttest.VFIO) {
 	return k, nil
 }
 
-const poolOfTwo = "pfs:\n  - select: " + pf + "\n    count: 2\n    vfs:\n      - {range: 0-1, driver: none, pool: net}\n"
+const poolOfTwo = "pfs:\n  - select: " + pf +
+	"\n    count: 2\n    vfs:\n      - {range: 0-1, driver: none, pool: net}\n"
 
 // on does something with a Manager of its own, as a command does.
 func on(k *hosttest.Kernel, do func(context.Context, *Manager) error) error {
@@ -319,7 +321,8 @@ func (d *deed) fault(t *testing.T, s *site, n int, fail error, after *world) {
 		wrong("the quarantine is not told")
 	}
 	for _, device := range s.devices {
-		if d.made && now.lease == nil && s.hadIt(device) && now.resets[device] == 0 && !slices.Contains(now.quarantined, device) {
+		if d.made && now.lease == nil && s.hadIt(device) && now.resets[device] == 0 &&
+			!slices.Contains(now.quarantined, device) {
 			wrong("%s is free, and was not reset", device)
 		}
 	}
@@ -388,7 +391,8 @@ func TestFaultOfLook(t *testing.T) {
 					err := d.do(t.Context(), &s, k)
 					k.Revive()
 					now := s.look(t, k, v)
-					if now.devices != before.devices || now.lease == nil || !now.lease.Ready || now.resets[s.devices[0]] > 0 ||
+					if now.devices != before.devices || now.lease == nil || !now.lease.Ready ||
+						now.resets[s.devices[0]] > 0 ||
 						d.name == "release" && err == nil {
 						t.Errorf("operation %d (%s) fails: told %v\nis %s\nwas %s", n, failed(), err, now, before)
 					}

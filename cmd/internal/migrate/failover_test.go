@@ -38,7 +38,8 @@ done
 // VF, which takes itself out and in again.
 func bootPair(t *testing.T) *hostPair {
 	t.Helper()
-	kernel, initrd := qmptest.Kernel(t, pairInit, "net/core/failover", "drivers/net/net_failover", "drivers/net/virtio_net",
+	kernel, initrd := qmptest.Kernel(t, pairInit, "net/core/failover", "drivers/net/net_failover",
+		"drivers/net/virtio_net",
 		"drivers/net/ethernet/intel/e1000e/e1000e")
 	p := &hostPair{way: ByFailover, words: []string{
 		"-machine", "q35,accel=tcg,sata=off", "-m", "128M", "-cpu", "qemu64", "-kernel", kernel, "-initrd", initrd,
@@ -48,7 +49,8 @@ func bootPair(t *testing.T) *hostPair {
 		"-netdev", "user,id=viaduct-net,restrict=on", "-netdev", "user,id=other,restrict=on",
 		"-device", "pcie-root-port,id=viaduct-port0,chassis=240,slot=240",
 		"-device", "pcie-root-port,id=viaduct-port1,chassis=241,slot=241",
-		"-device", "virtio-net-pci,netdev=viaduct-net,id=" + vmm.StandbyID + ",bus=viaduct-port0,mac=" + theAddress + ",failover=on",
+		"-device", "virtio-net-pci,netdev=viaduct-net,id=" + vmm.StandbyID + ",bus=viaduct-port0,mac=" + theAddress +
+			",failover=on",
 	}}
 	p.device = map[string]any{"driver": "e1000e", "netdev": "other", "mac": theAddress, "id": vmm.PrimaryID,
 		"bus": "viaduct-port1", "failover_pair_id": vmm.StandbyID}

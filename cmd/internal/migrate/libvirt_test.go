@@ -142,13 +142,16 @@ func (p *domainPair) has(host, file string) bool {
 }
 
 // move drives a move, once.
-func (p *domainPair) move(ctx context.Context, record *Record, want Wants, tell func(Action) error, work func(Task) error) (*Driver, error) {
+func (p *domainPair) move(ctx context.Context, record *Record, want Wants, tell func(Action) error,
+	work func(Task) error) (*Driver, error) {
 	r := newRemote(p.hostPair, work)
 	r.house = func() *Server {
-		return &Server{House: domainHouse{destination{p.hostPair}, p}, Version: "test", Tell: work, libvirt: libvirt(p.there)}
+		return &Server{House: domainHouse{destination{p.hostPair}, p}, Version: "test", Tell: work,
+			libvirt: libvirt(p.there)}
 	}
-	d := &Driver{Home: domainSource{source{p.hostPair}, p}, Remote: r, Record: record, Tell: tell, libvirt: libvirt(p.here),
-		Limits: Limits{Unplug: 5 * time.Second, Whole: time.Minute}}
+	d := &Driver{Home: domainSource{source{p.hostPair}, p}, Remote: r, Record: record, Tell: tell,
+		libvirt: libvirt(p.here),
+		Limits:  Limits{Unplug: 5 * time.Second, Whole: time.Minute}}
 	err := d.Run(ctx, want)
 	r.cut()
 	r.serve.Wait()

@@ -43,8 +43,9 @@ type end struct {
 func (e *end) busy() bool { return e.tasks[0] != "" }
 
 func (w *world) view() *SourceView {
-	v := &SourceView{Way: w.way, Libvirt: w.libvirt, Phase: w.phase, Guest: w.guest, Copy: w.copy, Plugged: w.plugged, UnplugAsked: w.asked,
-		Address: w.address, Peer: PeerUnreachable}
+	v := &SourceView{Way: w.way, Libvirt: w.libvirt, Phase: w.phase, Guest: w.guest, Copy: w.copy, Plugged: w.plugged,
+		UnplugAsked: w.asked,
+		Address:     w.address, Peer: PeerUnreachable}
 	if w.there.open && !w.fenced && !w.there.busy() {
 		v.Peer = w.viewThere().Peer()
 	}
@@ -53,7 +54,8 @@ func (w *world) view() *SourceView {
 
 func (w *world) viewThere() *DestinationView {
 	e := &w.there
-	v := &DestinationView{Way: w.way, Libvirt: w.libvirt, Phase: e.phase, Leased: e.lease, Guest: e.guest, Loaded: e.loaded,
+	v := &DestinationView{Way: w.way, Libvirt: w.libvirt, Phase: e.phase, Leased: e.lease, Guest: e.guest,
+		Loaded:  e.loaded,
 		Address: e.address, Plugged: e.plugged}
 	if comes := e.phase == Waiting || e.phase == Loading; w.libvirt && comes {
 		// As Server.viewDomain has it.
@@ -413,8 +415,9 @@ func mended(w world) error {
 func TestModel(t *testing.T) {
 	for _, kind := range []world{{way: ByFailover}, {way: ByReplug}, {way: ByVFIO}, {way: ByFailover, libvirt: true}} {
 		name := fmt.Sprintf("%s, of libvirt: %v", kind.way, kind.libvirt)
-		first := world{way: kind.way, libvirt: kind.libvirt, phase: Checked, guest: Running, plugged: true, address: true,
-			lease: true, record: true, want: Forward, driver: true, there: end{guest: Gone, open: true}}
+		first := world{way: kind.way, libvirt: kind.libvirt, phase: Checked, guest: Running, plugged: true,
+			address: true,
+			lease:   true, record: true, want: Forward, driver: true, there: end{guest: Gone, open: true}}
 		seen := map[world]world{first: {}}
 		for todo := []world{first}; len(todo) > 0; {
 			w := todo[0]

@@ -285,7 +285,8 @@ func TestMtty(t *testing.T) {
 	}
 	socket := filepath.Join(mttyDir, "here")
 	_ = os.Remove(socket)
-	pid, err := startQEMU(t.Context(), &Side{Host: here.h}, &Record{ID: NewID(), Socket: socket}, "/usr/bin/qemu-system-x86_64",
+	pid, err := startQEMU(t.Context(), &Side{Host: here.h}, &Record{ID: NewID(), Socket: socket},
+		"/usr/bin/qemu-system-x86_64",
 		mttyWords(mttyHere, socket))
 	if err != nil {
 		t.Fatal(err)

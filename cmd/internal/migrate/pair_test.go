@@ -187,7 +187,8 @@ func (d destination) Leased(string) (bool, error) {
 func (d destination) Socket(*Record) string { return filepath.Join(d.dir, "to") }
 
 func (d destination) Start(_ context.Context, r *Record) error {
-	q := qmptest.Start(d.t, r.Socket, slices.Concat(d.words, d.other, d.console(1), []string{"-S", "-incoming", "defer"})...)
+	q := qmptest.Start(d.t, r.Socket, slices.Concat(d.words, d.other, d.console(1),
+		[]string{"-S", "-incoming", "defer"})...)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.to.qemu = q
@@ -511,7 +512,8 @@ func TestInDoubt(t *testing.T) {
 	r.serve.Wait()
 	for _, want := range []Wants{Forward, Back} {
 		again := *p.from.record
-		if err := p.driver(r, &again, nil).Run(t.Context(), want); !errors.Is(err, ErrInDoubt) || running(t, p.from.qemu) {
+		if err := p.driver(r, &again, nil).Run(t.Context(), want); !errors.Is(err, ErrInDoubt) ||
+			running(t, p.from.qemu) {
 			t.Errorf("%s: %v", want, err)
 		}
 	}

@@ -16,11 +16,13 @@ func TestWordsOfMove(t *testing.T) {
 		want  []string
 	}{
 		"failover": {Order{Way: ByFailover, VM: vmm.Machine{Standby: "br0"}}, []string{
-			kept + ", and a QEMU waits there", "the guest here lets go of its device, and its virtio NIC on br0 stands in", sent,
+			kept + ", and a QEMU waits there",
+			"the guest here lets go of its device, and its virtio NIC on br0 stands in", sent,
 			"it gets its device there", end,
 		}},
 		"replug": {Order{Way: ByReplug}, []string{
-			kept + ", and a QEMU waits there", "the guest here lets go of its device", sent, "it gets its device there", end,
+			kept + ", and a QEMU waits there", "the guest here lets go of its device", sent,
+			"it gets its device there", end,
 		}},
 		"its own state": {Order{Way: ByVFIO}, []string{kept + ", and a QEMU waits there", sent, end}},
 		"libvirt": {Order{Way: ByReplug, VM: vmm.Machine{Format: "libvirt"}}, []string{

@@ -60,7 +60,8 @@ func TestProbe(t *testing.T) {
 	until(3)
 	n.frames <- []byte{1, 2, 3}
 	got := p.End()
-	if lost := got.Sent - got.Answered; got.Address != "10.7.0.5" || got.Answered < 5 || lost < 9 || lost > 12 || got.Silence < quiet {
+	if lost := got.Sent - got.Answered; got.Address != "10.7.0.5" || got.Answered < 5 || lost < 9 || lost > 12 ||
+		got.Silence < quiet {
 		t.Errorf("%+v; it was quiet for %s", got, quiet)
 	}
 }

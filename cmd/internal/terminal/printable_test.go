@@ -44,7 +44,8 @@ func TestPrintableJSON(t *testing.T) {
 		t.Fatal(err)
 	}
 	var back map[string]string
-	if err := json.Unmarshal(out.Bytes(), &back); err != nil || back["name"] != name || bytes.ContainsFunc(out.Bytes(), order) {
+	if err := json.Unmarshal(out.Bytes(), &back); err != nil || back["name"] != name ||
+		bytes.ContainsFunc(out.Bytes(), order) {
 		t.Errorf("%q, %v", out.String(), err)
 	}
 }

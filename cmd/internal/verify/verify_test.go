@@ -87,7 +87,8 @@ func TestUsable(t *testing.T) {
 		t.Errorf("%q, %q", r.Reasons, r.Notes)
 	}
 	for way, w := range r.Ways {
-		if !w.OK || !w.Exists || w.Error != nil || *w.AddressWidth != 48 || len(w.IOVARanges) != 2 || len(w.Reserved) != 1 ||
+		if !w.OK || !w.Exists || w.Error != nil || *w.AddressWidth != 48 || len(w.IOVARanges) != 2 ||
+			len(w.Reserved) != 1 ||
 			len(w.Mapping) != 1 || w.Mapping[0].Size != 4<<20 || w.Interrupt == nil || !*w.Interrupt {
 			t.Errorf("%s: %+v", way, w)
 		}
@@ -120,21 +121,26 @@ func TestNotUsable(t *testing.T) {
 		change       func(*hosttest.Kernel, *hosttest.VFIO)
 		reason, note string
 	}{
-		"interrupts are not isolated": {func(_ *hosttest.Kernel, v *hosttest.VFIO) { v.Isolated = false }, "not isolated", ""},
-		"iommufd fails":               {failing(0x3b76), "", "iommufd does not work"},
-		"the container fails":         {failing(0x3b66), "", "container does not work"},
-		"nothing can be mapped":       {failing(0x3b71, 0x3b85), "VFIO_IOMMU_MAP_DMA", ""},
-		"no interrupt":                {failing(0x3b6e), "VFIO_DEVICE_SET_IRQS", ""},
-		"the reset fails":             {failing(0x3b6f), "cannot be reset, although", ""},
+		"interrupts are not isolated": {func(_ *hosttest.Kernel, v *hosttest.VFIO) { v.Isolated = false },
+			"not isolated", ""},
+		"iommufd fails":         {failing(0x3b76), "", "iommufd does not work"},
+		"the container fails":   {failing(0x3b66), "", "container does not work"},
+		"nothing can be mapped": {failing(0x3b71, 0x3b85), "VFIO_IOMMU_MAP_DMA", ""},
+		"no interrupt":          {failing(0x3b6e), "VFIO_DEVICE_SET_IRQS", ""},
+		"the reset fails":       {failing(0x3b6f), "cannot be reset, although", ""},
 		"no reset": {func(_ *hosttest.Kernel, v *hosttest.VFIO) { v.Devices[nic].NoReset = true }, "",
 			"it cannot be reset"},
-		"no iommufd": {func(k *hosttest.Kernel, _ *hosttest.VFIO) { _ = os.Remove(filepath.Join(k.Dir(), "dev/iommu")) }, "", ""},
+		"no iommufd": {func(k *hosttest.Kernel, _ *hosttest.VFIO) {
+			_ = os.Remove(filepath.Join(k.Dir(),
+				"dev/iommu"))
+		}, "", ""},
 		"no huge pages": {func(k *hosttest.Kernel, _ *hosttest.VFIO) {
 			put(k, hugeFolder+"/hugepages-2048kB/free_hugepages", "3\n")
 		}, "", "no huge pages of 2 MiB"},
 		"dead after the reset": {func(_ *hosttest.Kernel, v *hosttest.VFIO) { v.Devices[nic].Dies = true },
 			"reads as all ones", ""},
-		"no memory": {func(k *hosttest.Kernel, _ *hosttest.VFIO) { put(k, "proc/meminfo", "MemAvailable: 100 kB\n") }, "",
+		"no memory": {func(k *hosttest.Kernel, _ *hosttest.VFIO) { put(k, "proc/meminfo", "MemAvailable: 100 kB\n") },
+			"",
 			"not enough free memory"},
 		"no range that is large enough": {func(_ *hosttest.Kernel, v *hosttest.VFIO) {
 			v.Allowed = [][2]uint64{{0, 1<<20 - 1}}
@@ -147,7 +153,8 @@ func TestNotUsable(t *testing.T) {
 				want string
 				all  []string
 			}{{"reasons", c.reason, r.Reasons}, {"notes", c.note, r.Notes}} {
-				if got := strings.Join(told.all, "\n"); told.want == "" && got != "" || !strings.Contains(got, told.want) {
+				if got := strings.Join(told.all, "\n"); told.want == "" && got != "" ||
+					!strings.Contains(got, told.want) {
 					t.Errorf("%s: %q, want %q", told.what, got, told.want)
 				}
 			}
@@ -198,7 +205,10 @@ func TestGuestMemory(t *testing.T) {
 		{8 * gib, amd, true, ""}, {1008 * gib, amd, true, ""}, {1020 * gib, amd, true, "avoids the range"},
 		{16 * gib, narrow, true, ""}, {64 * gib, narrow, false, ""},
 	} {
-		r := verifyOn(t, Options{Memory: c.memory}, func(_ *hosttest.Kernel, v *hosttest.VFIO) { v.Allowed = c.allowed })
+		r := verifyOn(t, Options{Memory: c.memory}, func(_ *hosttest.Kernel,
+			v *hosttest.VFIO) {
+			v.Allowed = c.allowed
+		})
 		fits := r.Memory.OK != nil && *r.Memory.OK
 		if fits != c.fits || fits != r.Usable || fits != (len(r.Memory.Missing) == 0) ||
 			!strings.Contains(strings.Join(r.Notes, "\n"), c.note) {

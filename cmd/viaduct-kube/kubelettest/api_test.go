@@ -43,7 +43,8 @@ func many(t *testing.T, pfs, vfs int) []node.Function {
 		pf := at(t, fmt.Sprintf("%04x:%02x:00.0", i/200, i%200))
 		own := i * (vfs + 1)
 		one := node.Function{
-			Address: pf, Kind: node.PF, Group: &own, NUMA: &zero, Root: "pci0000:00", Driver: "vfio-pci", VFIO: true, Wrong: wrong,
+			Address: pf, Kind: node.PF, Group: &own, NUMA: &zero, Root: "pci0000:00", Driver: "vfio-pci", VFIO: true,
+			Wrong: wrong,
 		}
 		out = append(out, one)
 		for j := range vfs {
@@ -85,7 +86,8 @@ func TestAPIValidates(t *testing.T) {
 // The device classes that are printed are those that the API takes, and each selects its own pool's functions.
 func TestClasses(t *testing.T) {
 	var text bytes.Buffer
-	if err := manifests.Print(&text, &manifests.Options{Driver: "viaduct.dev", Namespace: "viaduct", Pools: []string{"net", "gpu"}}); err != nil {
+	if err := manifests.Print(&text, &manifests.Options{Driver: "viaduct.dev", Namespace: "viaduct",
+		Pools: []string{"net", "gpu"}}); err != nil {
 		t.Fatal(err)
 	}
 
@@ -107,11 +109,13 @@ func TestClasses(t *testing.T) {
 			t.Errorf("%s: %v", class.Name, errs.ToAggregate())
 		}
 		for i := range functions {
-			compiled := cel.GetCompiler(cel.Features{}).CompileCELExpression(class.Spec.Selectors[0].CEL.Expression, cel.Options{})
+			compiled := cel.GetCompiler(cel.Features{}).CompileCELExpression(class.Spec.Selectors[0].CEL.Expression,
+				cel.Options{})
 			if compiled.Error != nil {
 				t.Fatal(compiled.Error)
 			}
-			is, _, err := compiled.DeviceMatches(t.Context(), cel.Device{Driver: "viaduct.dev", Attributes: dra.Attributes(&functions[i])})
+			is, _, err := compiled.DeviceMatches(t.Context(),
+				cel.Device{Driver: "viaduct.dev", Attributes: dra.Attributes(&functions[i])})
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -185,7 +185,8 @@ func TestKubelet(t *testing.T) {
 	if err != nil || !strings.Contains(string(spec), `"name": "`+vf0+`"`) || strings.Contains(string(spec), vf1) {
 		t.Errorf("containers get %s, %v", spec, err)
 	}
-	if _, err := client.API().PreStartContainer(t.Context(), &api.PreStartContainerRequest{DevicesIds: []string{vf0}}); err != nil {
+	if _, err := client.API().PreStartContainer(t.Context(),
+		&api.PreStartContainerRequest{DevicesIds: []string{vf0}}); err != nil {
 		t.Errorf("before the container starts: %v", err)
 	}
 
@@ -194,7 +195,8 @@ func TestKubelet(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer byHand.Close()
-	if _, _, err := byHand.Assign(t.Context(), lease.Request{Guest: "web", Sources: []lease.Source{{From: vf1}}}); err != nil {
+	if _, _, err := byHand.Assign(t.Context(), lease.Request{Guest: "web",
+		Sources: []lease.Source{{From: vf1}}}); err != nil {
 		t.Fatal(err)
 	}
 	if got, err := allocate(client, vf1); err == nil || !strings.Contains(err.Error(), `assigned to guest "web"`) {

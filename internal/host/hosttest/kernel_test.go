@@ -101,9 +101,12 @@ func TestKernelErrors(t *testing.T) {
 		{"bind of nothing", nil, "sys/bus/pci/drivers/igb/bind=0000:09:00.0", syscall.ENODEV},
 		{"bind without match", nil, "sys/bus/pci/drivers/vfio-pci/bind=0000:01:00.0", syscall.ENODEV},
 		{"bind twice", nil, "sys/bus/pci/drivers/igb/bind=0000:01:00.0", syscall.EBUSY},
-		{"bind against the override", []string{override + "=vfio-pci"}, "sys/bus/pci/drivers/igb/bind=0000:01:00.0", syscall.ENODEV},
-		{"bind of a bound one by override", []string{override + "=vfio-pci"}, "sys/bus/pci/drivers/vfio-pci/bind=0000:01:00.0", syscall.EBUSY},
-		{"bind of a bridge", []string{"sys/bus/pci/devices/0000:00:01.0/driver_override=vfio-pci"}, "sys/bus/pci/drivers/vfio-pci/bind=0000:00:01.0", syscall.EINVAL},
+		{"bind against the override", []string{override + "=vfio-pci"}, "sys/bus/pci/drivers/igb/bind=0000:01:00.0",
+			syscall.ENODEV},
+		{"bind of a bound one by override", []string{override + "=vfio-pci"},
+			"sys/bus/pci/drivers/vfio-pci/bind=0000:01:00.0", syscall.EBUSY},
+		{"bind of a bridge", []string{"sys/bus/pci/devices/0000:00:01.0/driver_override=vfio-pci"},
+			"sys/bus/pci/drivers/vfio-pci/bind=0000:00:01.0", syscall.EINVAL},
 		{"not a number", nil, numvfs + "=many", syscall.EINVAL},
 		{"negative", nil, numvfs + "=-1", syscall.EINVAL},
 		{"over 16 bits", nil, numvfs + "=65536", syscall.EINVAL},
@@ -112,7 +115,8 @@ func TestKernelErrors(t *testing.T) {
 		{"above total in octal", nil, numvfs + "=010", syscall.ERANGE},
 		{"another count", []string{numvfs + "=2"}, numvfs + "=3", syscall.EBUSY},
 		{"no driver", []string{"sys/bus/pci/drivers/igb/unbind=0000:01:00.0"}, numvfs + "=1", syscall.ENOENT},
-		{"vfio driver", []string{"sys/bus/pci/drivers/igb/unbind=0000:01:00.0", override + "=vfio-pci", probe + "=0000:01:00.0"}, numvfs + "=1", syscall.ENOENT},
+		{"vfio driver", []string{"sys/bus/pci/drivers/igb/unbind=0000:01:00.0", override + "=vfio-pci",
+			probe + "=0000:01:00.0"}, numvfs + "=1", syscall.ENOENT},
 		{"autoprobe", nil, pfFiles + "sriov_drivers_autoprobe=2", syscall.EINVAL},
 		{
 			"VF without autoprobe and override", []string{pfFiles + "sriov_drivers_autoprobe=0", numvfs + "=1"},
@@ -207,7 +211,8 @@ func TestKernelVFs(t *testing.T) {
 	k.Register("igbvf", "8086:10ca")
 	before := readTree(t, k.Dir())
 	do(t, k, nil, numvfs+"=0x7\n")
-	for i, address := range []string{"0000:01:10.0", "0000:01:10.2", "0000:01:10.4", "0000:01:10.6", "0000:01:11.0", "0000:01:11.2", "0000:01:11.4"} {
+	for i, address := range []string{"0000:01:10.0", "0000:01:10.2", "0000:01:10.4", "0000:01:10.6", "0000:01:11.0",
+		"0000:01:11.2", "0000:01:11.4"} {
 		vf, err := k.Host().LinkBase(pfFiles + "virtfn" + strconv.Itoa(i))
 		if err != nil || vf != address || driverOf(t, k, address) != "igbvf" {
 			t.Errorf("VF %d: %q, %v, driver %q", i, vf, err, driverOf(t, k, address))
@@ -226,7 +231,8 @@ func TestKernelVFs(t *testing.T) {
 	want := map[string]string{
 		"vendor": "0x8086", "device": "0x10ca", "class": "0x020000", "driver_override": "(null)",
 		"modalias": "pci:v00008086d000010CAsv00001AF4sd00001100bc02sc00i00",
-		"physfn":   "../0000:01:00.0", "iommu_group": "../../../../kernel/iommu_groups/1", "driver": "../../../../bus/pci/drivers/igbvf",
+		"physfn":   "../0000:01:00.0", "iommu_group": "../../../../kernel/iommu_groups/1",
+		"driver": "../../../../bus/pci/drivers/igbvf",
 	}
 
 	if !reflect.DeepEqual(got, want) {

@@ -47,7 +47,8 @@ func TestHex(t *testing.T) {
 }
 
 func TestParseErrors(t *testing.T) {
-	for _, s := range []string{"a hex", "a hex 4 3:0000", "a hex 4 0:0", "a hex 4 x:00", "a hex g", "a hex 100000", "a", "a = x", `a = "x`, "a ->", "a >b", "/a = \"x\"", "../a = \"x\"", "a/../../b/", "a/\na/", "= \"\"", "a/ = "} {
+	for _, s := range []string{"a hex", "a hex 4 3:0000", "a hex 4 0:0", "a hex 4 x:00", "a hex g", "a hex 100000", "a",
+		"a = x", `a = "x`, "a ->", "a >b", "/a = \"x\"", "../a = \"x\"", "a/../../b/", "a/\na/", "= \"\"", "a/ = "} {
 		if got, err := Parse([]byte(s)); err == nil || !strings.Contains(err.Error(), "line ") {
 			t.Errorf("%q: %q, %v", s, got, err)
 		}

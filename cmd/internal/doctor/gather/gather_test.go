@@ -20,16 +20,19 @@ func whole() hosttest.Tree {
 	const dir = "sys/devices/pci0000:00/0000:00:01.0/"
 	return hosttest.Made(
 		hosttest.PCI{At: "0000:00:00.2", ID: "1022:1481", Class: "080600", Group: -1},
-		hosttest.PCI{At: "0000:00:01.0", ID: "8086:10c9", Class: "020000", Driver: "vfio-pci", Group: 1, Files: hosttest.Tree{
-			"power_state": "D3cold\n", "reset_method": "flr\n", "reset": "",
-		}},
+		hosttest.PCI{At: "0000:00:01.0", ID: "8086:10c9", Class: "020000", Driver: "vfio-pci", Group: 1,
+			Files: hosttest.Tree{
+				"power_state": "D3cold\n", "reset_method": "flr\n", "reset": "",
+			}},
 	).With(hosttest.Tree{
-		dir + "sriov_totalvfs": "7\n", dir + "sriov_offset": "128\n", dir + "sriov_stride": "2\n", dir + "sriov_numvfs": "0\n",
+		dir + "sriov_totalvfs": "7\n", dir + "sriov_offset": "128\n", dir + "sriov_stride": "2\n",
+		dir + "sriov_numvfs": "0\n",
 		dir + "resource": strings.Repeat("0x0000000000000000 0x0000000000000000 0x0000000000000000\n", 7) +
 			"0x0000000000000000 0x0000000000003fff 0x0000000020040200\n",
 		"sys/kernel/iommu_groups/1/reserved_regions": "0x0000000000100000 0x00000000001fffff direct\n",
 
-		"proc/cmdline": "quiet modprobe.blacklist=vfio_iommu_type1\n", "proc/cpuinfo": "vendor_id\t: AuthenticAMD\nflags\t\t: svm hypervisor\n\nx\t: y\n",
+		"proc/cmdline":         "quiet modprobe.blacklist=vfio_iommu_type1\n",
+		"proc/cpuinfo":         "vendor_id\t: AuthenticAMD\nflags\t\t: svm hypervisor\n\nx\t: y\n",
 		"proc/sys/kernel/arch": "x86_64\n", "proc/self/status": "Name:\tx\nCapEff:\t0000000000000000\n",
 		"proc/self/limits":   "Limit Soft\nMax locked memory         8388608              8388608              bytes\n",
 		"boot/config-6.12.0": "CONFIG_VFIO_PCI=m\nCONFIG_USB=y\n# CONFIG_KVM is not set\n",
@@ -171,7 +174,8 @@ func TestSnapshot(t *testing.T) {
 				}
 			}
 		}
-		if name == "whole" && !slices.ContainsFunc(after, func(c doctor.Check) bool { return c.Status == doctor.Failed }) {
+		if name == "whole" && !slices.ContainsFunc(after,
+			func(c doctor.Check) bool { return c.Status == doctor.Failed }) {
 			t.Error("nothing failed")
 		}
 		// What has no business in it is not there.
@@ -187,7 +191,8 @@ func TestParsing(t *testing.T) {
 			t.Errorf("%q: %d, want %d", list, got, want)
 		}
 	}
-	for text, want := range map[string]string{"[none] integrity": "none", "none integrity [confidentiality]": "confidentiality", "": ""} {
+	for text, want := range map[string]string{"[none] integrity": "none",
+		"none integrity [confidentiality]": "confidentiality", "": ""} {
 		if got := chosen(text); got != want {
 			t.Errorf("%q: %q", text, got)
 		}

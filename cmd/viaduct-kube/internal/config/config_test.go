@@ -4,7 +4,8 @@ import "testing"
 
 // What is no configuration of this version and kind is refused.
 func TestParse(t *testing.T) {
-	for _, kind := range []string{`{}`, `{"apiVersion":"v2","kind":"DeviceConfig"}`, `{"apiVersion":"viaduct.dev/v1","kind":"X"}`, `[]`} {
+	for _, kind := range []string{`{}`, `{"apiVersion":"v2","kind":"DeviceConfig"}`,
+		`{"apiVersion":"viaduct.dev/v1","kind":"X"}`, `[]`} {
 		if c, err := Parse([]byte(kind)); err == nil {
 			t.Errorf("%s: %+v", kind, c)
 		}

@@ -18,16 +18,18 @@ func claim(uid string, devices ...string) *resource.ResourceClaim {
 	c := &resource.ResourceClaim{ObjectMeta: meta.ObjectMeta{Namespace: "default", Name: "nic", UID: types.UID(uid)}}
 	c.Status.Allocation = &resource.AllocationResult{}
 	for i, d := range devices {
-		c.Status.Allocation.Devices.Results = append(c.Status.Allocation.Devices.Results, resource.DeviceRequestAllocationResult{
-			Request: string(rune('a' + i)), Driver: "viaduct.dev", Pool: "n1", Device: d,
-		})
+		c.Status.Allocation.Devices.Results = append(c.Status.Allocation.Devices.Results,
+			resource.DeviceRequestAllocationResult{
+				Request: string(rune('a' + i)), Driver: "viaduct.dev", Pool: "n1", Device: d,
+			})
 	}
 	c.Status.ReservedFor = []resource.ResourceClaimConsumerReference{{Resource: "pods", Name: "web"}}
 	return c
 }
 
 // with adds a configuration.
-func with(c *resource.ResourceClaim, source resource.AllocationConfigSource, text string, requests ...string) *resource.ResourceClaim {
+func with(c *resource.ResourceClaim, source resource.AllocationConfigSource, text string,
+	requests ...string) *resource.ResourceClaim {
 	one := resource.DeviceAllocationConfiguration{Source: source, Requests: requests}
 	one.Opaque = &resource.OpaqueDeviceConfiguration{Driver: "viaduct.dev", Parameters: runtime.RawExtension{
 		Raw: []byte(`{"apiVersion":"viaduct.dev/v1","kind":"DeviceConfig",` + text + `}`),
@@ -54,7 +56,8 @@ func TestPlan(t *testing.T) {
 		t.Fatal(err)
 	}
 	r := p.Request
-	if r.Guest != "uid-1" || !r.Persist || r.For != "pod default/web by claim default/nic of viaduct.dev" || len(r.Sources) != 2 {
+	if r.Guest != "uid-1" || !r.Persist || r.For != "pod default/web by claim default/nic of viaduct.dev" ||
+		len(r.Sources) != 2 {
 		t.Errorf("%+v", r)
 	}
 	for i, vlan := range []string{"100", "5"} {

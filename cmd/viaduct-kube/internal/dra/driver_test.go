@@ -80,7 +80,8 @@ func prepare(d *Driver, c *resource.ResourceClaim) (kubeletplugin.PrepareResult,
 }
 
 func unprepare(d *Driver, uid string) error {
-	c := kubeletplugin.NamespacedObject{NamespacedName: types.NamespacedName{Namespace: "default", Name: "nic"}, UID: types.UID(uid)}
+	c := kubeletplugin.NamespacedObject{NamespacedName: types.NamespacedName{Namespace: "default", Name: "nic"},
+		UID: types.UID(uid)}
 	all, err := d.UnprepareResourceClaims(context.Background(), []kubeletplugin.NamespacedObject{c})
 	return errors.Join(err, all[c.UID])
 }
@@ -148,9 +149,12 @@ func TestDriver(t *testing.T) {
 			t.Fatal(err)
 		}
 		s := spec(t, cdi, "uid-1")
-		if len(got.Devices) != 2 || !slices.Equal(got.Devices[0].CDIDeviceIDs, []string{"viaduct.dev/claim=uid-1-" + n0}) ||
-			!slices.Equal(got.Devices[1].Requests, []string{"b"}) || got.Devices[1].PoolName != "n1" || s.Kind != "viaduct.dev/claim" ||
-			len(s.Devices) != 2 || s.Devices[1].Name != "uid-1-"+n1 || s.Devices[0].Edits.Nodes[0].Path != "/dev/vfio/vfio" {
+		if len(got.Devices) != 2 || !slices.Equal(got.Devices[0].CDIDeviceIDs,
+			[]string{"viaduct.dev/claim=uid-1-" + n0}) ||
+			!slices.Equal(got.Devices[1].Requests, []string{"b"}) || got.Devices[1].PoolName != "n1" ||
+			s.Kind != "viaduct.dev/claim" ||
+			len(s.Devices) != 2 || s.Devices[1].Name != "uid-1-"+n1 ||
+			s.Devices[0].Edits.Nodes[0].Path != "/dev/vfio/vfio" {
 			t.Errorf("%+v, %+v", got, s)
 		}
 		m := got.Devices[0].Metadata
@@ -218,7 +222,8 @@ func TestPrepareFails(t *testing.T) {
 func TestIOMMUFD(t *testing.T) {
 	k, cdi := newKernel(t), t.TempDir()
 	put(t, k, "dev/iommu", "")
-	if _, err := prepare(newDriver(t, k, cdi, &node.Settings{}), with(claim("u", n0), ofClaim, `"backend":"iommufd"`)); err != nil {
+	if _, err := prepare(newDriver(t, k, cdi, &node.Settings{}),
+		with(claim("u", n0), ofClaim, `"backend":"iommufd"`)); err != nil {
 		t.Fatal(err)
 	}
 	nodes := spec(t, cdi, "u").Devices[0].Edits.Nodes
@@ -257,7 +262,8 @@ func reboot(t *testing.T, k *hosttest.Kernel, cdi string) {
 			}
 		}
 	}
-	if err := errors.Join(os.RemoveAll(filepath.Join(k.Dir(), journal.Dir)), os.RemoveAll(cdi), os.Mkdir(cdi, 0o755)); err != nil {
+	if err := errors.Join(os.RemoveAll(filepath.Join(k.Dir(), journal.Dir)), os.RemoveAll(cdi),
+		os.Mkdir(cdi, 0o755)); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -285,7 +291,8 @@ func regroup(t *testing.T, k *hosttest.Kernel, device, number string) {
 func TestKilledAnywhere(t *testing.T) {
 	first := newKernel(t)
 	all := first.Operations(func() {
-		if _, err := prepare(newDriver(t, first, t.TempDir(), &node.Settings{}), with(claim("u", n0), ofClaim, `"vlan":7`)); err != nil {
+		if _, err := prepare(newDriver(t, first, t.TempDir(), &node.Settings{}),
+			with(claim("u", n0), ofClaim, `"vlan":7`)); err != nil {
 			t.Fatal(err)
 		}
 	})

@@ -47,7 +47,8 @@ type site struct {
 
 func newSite(t *testing.T, k *hosttest.Kernel, claims ...*resource.ResourceClaim) *site {
 	t.Helper()
-	s := &site{client: fake.NewClientset(&core.Node{ObjectMeta: meta.ObjectMeta{Name: "n1", UID: "node-uid"}}), cdi: t.TempDir()}
+	s := &site{client: fake.NewClientset(&core.Node{ObjectMeta: meta.ObjectMeta{Name: "n1", UID: "node-uid"}}),
+		cdi: t.TempDir()}
 	// What the fake does not do as the API server does: names that begin with a prefix.
 	var made atomic.Int64
 	s.client.PrependReactor("create", "resourceslices", func(a clienttesting.Action) (bool, runtime.Object, error) {
@@ -66,7 +67,8 @@ func newSite(t *testing.T, k *hosttest.Kernel, claims ...*resource.ResourceClaim
 
 	t.Cleanup(func() { os.RemoveAll(s.dir) })
 	for _, c := range claims {
-		if _, err := s.client.ResourceV1().ResourceClaims(c.Namespace).Create(t.Context(), c, meta.CreateOptions{}); err != nil {
+		if _, err := s.client.ResourceV1().ResourceClaims(c.Namespace).Create(t.Context(), c,
+			meta.CreateOptions{}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -76,7 +78,8 @@ func newSite(t *testing.T, k *hosttest.Kernel, claims ...*resource.ResourceClaim
 		kubeletplugin.DriverName("viaduct.dev"), kubeletplugin.KubeClient(s.client), kubeletplugin.NodeName("n1"),
 		kubeletplugin.RegistrarDirectoryPath(s.dir), kubeletplugin.PluginDataDirectoryPath(s.dir),
 		kubeletplugin.CDIDirectory(s.cdi),
-		kubeletplugin.EnableDeviceMetadata(true, []schema.GroupVersion{v1beta1.SchemeGroupVersion, v1alpha1.SchemeGroupVersion}),
+		kubeletplugin.EnableDeviceMetadata(true, []schema.GroupVersion{v1beta1.SchemeGroupVersion,
+			v1alpha1.SchemeGroupVersion}),
 	)
 
 	if err != nil {
@@ -84,7 +87,8 @@ func newSite(t *testing.T, k *hosttest.Kernel, claims ...*resource.ResourceClaim
 	}
 
 	t.Cleanup(s.helper.Stop)
-	s.conn, err = grpc.NewClient("unix://"+filepath.Join(s.dir, "dra.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	s.conn, err = grpc.NewClient("unix://"+filepath.Join(s.dir, "dra.sock"),
+		grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -120,7 +124,8 @@ func TestHelper(t *testing.T) {
 		}
 		return err
 	})
-	beta, alpha := strings.Index(told, "metadata.resource.k8s.io/v1beta1"), strings.Index(told, "metadata.resource.k8s.io/v1alpha1")
+	beta, alpha := strings.Index(told, "metadata.resource.k8s.io/v1beta1"),
+		strings.Index(told, "metadata.resource.k8s.io/v1alpha1")
 	if err != nil || beta < 0 || alpha < beta || strings.Count(told, vf0) != 2 {
 		t.Errorf("a pod is told\n%s, %v", told, err)
 	}
@@ -219,7 +224,10 @@ func TestPublish(t *testing.T) {
 	}
 
 	publish()
-	s.await(t, "two devices, none tainted", func(all []resource.Device) bool { return len(all) == 2 && len(tainted(all)) == 0 })
+	s.await(t, "two devices, none tainted", func(all []resource.Device) bool {
+		return len(all) == 2 &&
+			len(tainted(all)) == 0
+	})
 	if _, err := prepare(s.driver, claim("uid-1", n0)); err != nil {
 		t.Fatal(err)
 	}
@@ -230,13 +238,15 @@ func TestPublish(t *testing.T) {
 	lost := []string{n0 + " viaduct.dev/driver NoExecute"}
 	s.await(t, "the lost one is tainted", func(all []resource.Device) bool { return slices.Equal(tainted(all), lost) })
 
-	stream, err := health.NewDRAResourceHealthClient(s.conn).NodeWatchResources(t.Context(), &health.NodeWatchResourcesRequest{})
+	stream, err := health.NewDRAResourceHealthClient(s.conn).NodeWatchResources(t.Context(),
+		&health.NodeWatchResourcesRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	report, err := stream.Recv()
 	if err != nil || len(report.Devices) != 2 || report.Devices[0].Health != health.HealthStatus_UNHEALTHY ||
-		!strings.Contains(report.Devices[0].Message, "no driver") || report.Devices[1].Health != health.HealthStatus_HEALTHY {
+		!strings.Contains(report.Devices[0].Message, "no driver") ||
+		report.Devices[1].Health != health.HealthStatus_HEALTHY {
 		t.Errorf("health %v, %v", report, err)
 	}
 
@@ -256,7 +266,8 @@ func TestPublish(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer b.Close()
-	if _, _, err := b.Assign(t.Context(), lease.Request{Guest: "web", Sources: []lease.Source{{From: vf1}}}); err != nil {
+	if _, _, err := b.Assign(t.Context(), lease.Request{Guest: "web",
+		Sources: []lease.Source{{From: vf1}}}); err != nil {
 		t.Fatal(err)
 	}
 	publish()

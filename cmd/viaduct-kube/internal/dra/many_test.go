@@ -40,7 +40,8 @@ func TestFiveThousand(t *testing.T) {
 	publish := func(what string, is func([]resource.Device) bool) {
 		begun, computed := time.Now(), cpu(t)
 		pool := Pool("viaduct.dev", all, &node.Settings{})
-		if err := s.helper.PublishResources(t.Context(), resourceslice.DriverResources{Pools: map[string]resourceslice.Pool{"n1": pool}}); err != nil {
+		if err := s.helper.PublishResources(t.Context(),
+			resourceslice.DriverResources{Pools: map[string]resourceslice.Pool{"n1": pool}}); err != nil {
 			t.Fatal(err)
 		}
 		s.await(t, what, is)

@@ -30,7 +30,8 @@ func cards(t testing.TB, n int) []node.Function {
 		pf := at(t, fmt.Sprintf("%04x:%02x:00.0", i/200, i%200))
 		one := node.Function{Address: pf, Kind: node.PF, Group: &group, Pool: "net"}
 		vfGroup := n + i
-		vf := node.Function{Address: at(t, fmt.Sprintf("%04x:%02x:10.0", i/200, i%200)), Kind: node.VF, PF: &pf, Group: &vfGroup, Pool: "net"}
+		vf := node.Function{Address: at(t, fmt.Sprintf("%04x:%02x:10.0", i/200, i%200)), Kind: node.VF, PF: &pf,
+			Group: &vfGroup, Pool: "net"}
 		out = append(out, one, vf)
 	}
 	return out
@@ -57,7 +58,8 @@ func within(t *testing.T, p *resourceslice.Pool) (devices, sets int) {
 
 	for _, s := range p.Slices {
 		for _, d := range s.Devices {
-			if len(d.ConsumesCounters) > resource.ResourceSliceMaxDeviceCounterConsumptionsPerDevice || len(d.Attributes) > 32 {
+			if len(d.ConsumesCounters) > resource.ResourceSliceMaxDeviceCounterConsumptionsPerDevice ||
+				len(d.Attributes) > 32 {
 				t.Errorf("%s consumes %d, and has %d attributes", d.Name, len(d.ConsumesCounters), len(d.Attributes))
 			}
 			for _, c := range d.ConsumesCounters {
@@ -147,8 +149,10 @@ func TestDevices(t *testing.T) {
 	functions := []node.Function{
 		{
 			Address: at(t, "0000:01:10.0"), Kind: node.VF, PF: &pf, VFIndex: 3, Pool: "net", NUMA: &zero, Group: &group,
-			Root: "pci0000:00", Driver: "vfio-pci", VFIO: true, ID: iommu.ID{Vendor: 0x8086, Device: 0x10ca, Class: 0x020000},
-			Wrong: []node.Problem{{Reason: node.NoLink}, {Reason: node.NoDriver}, {Reason: node.NoDriver}, {Reason: node.NoPF}},
+			Root: "pci0000:00", Driver: "vfio-pci", VFIO: true,
+			ID: iommu.ID{Vendor: 0x8086, Device: 0x10ca, Class: 0x020000},
+			Wrong: []node.Problem{{Reason: node.NoLink}, {Reason: node.NoDriver}, {Reason: node.NoDriver},
+				{Reason: node.NoPF}},
 		},
 		{Address: at(t, "0000:02:00.0"), Kind: node.PCI},
 		{Address: at(t, "0000:03:00.0"), Kind: node.PCI, Pool: "old"},
@@ -188,7 +192,8 @@ func TestDevices(t *testing.T) {
 
 	want := map[string]string{
 		"resource.kubernetes.io/pciBusID": "0000:01:10.0", "resource.kubernetes.io/pcieRoot": "pci0000:00",
-		"resource.kubernetes.io/numaNode": "0", "iommuGroup": "9", "driver": "vfio-pci", "vendor": "8086", "device": "10ca",
+		"resource.kubernetes.io/numaNode": "0", "iommuGroup": "9", "driver": "vfio-pci", "vendor": "8086",
+		"device":    "10ca",
 		"subvendor": "0000", "subdevice": "0000", "class": "020000", "type": "vf", "pf": "0000:01:00.0", "vfIndex": "3",
 		"pool": "net", "iommufd": "false",
 	}
@@ -197,7 +202,8 @@ func TestDevices(t *testing.T) {
 		t.Errorf("attributes\n%v, want\n%v", got, want)
 	}
 
-	for _, none := range []resource.QualifiedName{"resource.kubernetes.io/numaNode", "iommuGroup", "driver", "pf", "vfIndex", "iommufd"} {
+	for _, none := range []resource.QualifiedName{"resource.kubernetes.io/numaNode", "iommuGroup", "driver", "pf",
+		"vfIndex", "iommufd"} {
 		if _, known := plain.Attributes[none]; known {
 			t.Errorf("%s of a device of which it is not known", none)
 		}

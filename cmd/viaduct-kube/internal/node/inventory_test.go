@@ -42,7 +42,8 @@ func host(t *testing.T) *Facts {
 	}
 
 	topology := &iommu.Topology{Groups: []iommu.Group{
-		{ID: 1, Devices: []iommu.Device{{Name: pf.String(), Address: pf, PCI: true, Driver: "igb", SRIOV: &iommu.SRIOV{Total: 7}}}},
+		{ID: 1, Devices: []iommu.Device{{Name: pf.String(), Address: pf, PCI: true, Driver: "igb",
+			SRIOV: &iommu.SRIOV{Total: 7}}}},
 		{ID: 2, Devices: []iommu.Device{vf(0)}}, {ID: 3, Devices: []iommu.Device{vf(1)}},
 		{ID: 7, Devices: []iommu.Device{
 			function("0000:07:00.0", 0x030000), function("0000:07:00.1", 0x040300), function("0000:00:1f.0", 0x060100),
@@ -109,7 +110,8 @@ func TestWrong(t *testing.T) {
 	vf := address(t, "0000:01:10.0")
 	pf := address(t, "0000:01:00.0")
 	leased := func(whom string, ready bool) []lease.Lease {
-		return []lease.Lease{{Guest: "g", For: whom, Ready: ready, From: []string{vf.String()}, Devices: []lease.Device{{Address: vf}}}}
+		return []lease.Lease{{Guest: "g", For: whom, Ready: ready, From: []string{vf.String()},
+			Devices: []lease.Device{{Address: vf}}}}
 	}
 
 	onVFIO := func(f *Facts) {
@@ -121,9 +123,10 @@ func TestWrong(t *testing.T) {
 		change func(*Facts)
 		want   []string
 	}{
-		"nothing":                    {func(*Facts) {}, nil},
-		"somebody else's":            {func(f *Facts) { f.Leases = leased("", true) }, []string{"0000:01:10.0 guest"}},
-		"ours, on no driver":         {func(f *Facts) { f.Leases = leased("ours", true) }, []string{"0000:01:10.0 driver"}},
+		"nothing":         {func(*Facts) {}, nil},
+		"somebody else's": {func(f *Facts) { f.Leases = leased("", true) }, []string{"0000:01:10.0 guest"}},
+		"ours, on no driver": {func(f *Facts) { f.Leases = leased("ours", true) },
+			[]string{"0000:01:10.0 driver"}},
 		"ours, to be made in a boot": {func(f *Facts) { f.Leases = leased("ours", false) }, nil},
 		"ours": {func(f *Facts) {
 			f.Leases = leased("ours", true)
@@ -134,8 +137,10 @@ func TestWrong(t *testing.T) {
 			onVFIO(f)
 			f.Missing = map[iommu.Address]string{vf: "/dev/vfio/2"}
 		}, []string{"0000:01:10.0 node"}},
-		"no link":       {func(f *Facts) { f.Link = map[iommu.Address]string{pf: "eth0"} }, []string{"0000:01:10.0 link", "0000:01:10.2 link"}},
-		"in quarantine": {func(f *Facts) { f.Keeps = map[iommu.Address]string{vf: "why"} }, []string{"0000:01:10.0 quarantine"}},
+		"no link": {func(f *Facts) { f.Link = map[iommu.Address]string{pf: "eth0"} },
+			[]string{"0000:01:10.0 link", "0000:01:10.2 link"}},
+		"in quarantine": {func(f *Facts) { f.Keeps = map[iommu.Address]string{vf: "why"} },
+			[]string{"0000:01:10.0 quarantine"}},
 		"its PF has no driver": {func(f *Facts) {
 			d, _ := f.Topology.Find(pf)
 			d.Driver = ""
@@ -205,7 +210,8 @@ func TestSettings(t *testing.T) {
 		t.Errorf("%+v, %v", s, err)
 	}
 	for _, wrong := range []string{
-		"pool: {}", "pools: {net: both}", "taints: {colour: NoExecute}", "taints: {link: Kill}", "pools: {'': device-plugin}",
+		"pool: {}", "pools: {net: both}", "taints: {colour: NoExecute}", "taints: {link: Kill}",
+		"pools: {'': device-plugin}",
 	} {
 		if s, err := ParseSettings([]byte(wrong)); err == nil {
 			t.Errorf("%s: %+v", wrong, s)
@@ -214,7 +220,8 @@ func TestSettings(t *testing.T) {
 	if s, err := LoadSettings(filepath.Join(t.TempDir(), "none")); err != nil || s.Provider("net") != DRA {
 		t.Errorf("without a file: %+v, %v", s, err)
 	}
-	for pool, ok := range map[string]bool{"net": true, "gpu-a": true, "Net": false, "a_b": false, "": false, "1a": false, "a-": false} {
+	for pool, ok := range map[string]bool{"net": true, "gpu-a": true, "Net": false, "a_b": false, "": false,
+		"1a": false, "a-": false} {
 		if err := CheckPool(pool); (err == nil) != ok {
 			t.Errorf("%q: %v", pool, err)
 		}
@@ -244,7 +251,8 @@ func TestOneProvider(t *testing.T) {
 		t.Errorf("another provider: %v", err)
 	}
 
-	claims := []Claim{{"intel.com/vfs", vf}, {"driver sriovnetwork.k8snetworkplumbingwg.io", vf}, {"other/one", address(t, "0000:99:00.0")}}
+	claims := []Claim{{"intel.com/vfs", vf}, {"driver sriovnetwork.k8snetworkplumbingwg.io", vf},
+		{"other/one", address(t, "0000:99:00.0")}}
 	err = dra.RefuseShared(functions, claims)
 	if err == nil || !strings.Contains(err.Error(), "intel.com/vfs gives out 0000:01:10.0 too") ||
 		!strings.Contains(err.Error(), "driver sriovnetwork") || strings.Contains(err.Error(), "other/one") {

@@ -60,7 +60,8 @@ func TestDevices(t *testing.T) {
 	all := functions(t)
 	all[1].Wrong = []node.Problem{{Reason: node.NoLink, Text: "no link"}}
 	list := Devices(all)
-	if len(list) != 6 || list[5].Topology != nil || list[3].Topology.Nodes[0].ID != 1 || list[0].Topology.Nodes[0].ID != 0 ||
+	if len(list) != 6 || list[5].Topology != nil || list[3].Topology.Nodes[0].ID != 1 ||
+		list[0].Topology.Nodes[0].ID != 0 ||
 		list[1].Health != "Unhealthy" || list[0].Health != "Healthy" || list[0].ID != "0000:01:10.0" {
 		t.Errorf("%v", list)
 	}

@@ -98,8 +98,8 @@ func (m *Manager) PoolOf(s *hostfile.Host, d *iommu.Device) (string, error) {
 	return "", nil
 }
 
-// Taken are the devices that are declared to be taken and are there, as they were when they were last applied. The error
-// is of those that could not be looked at.
+// Taken are the devices that are declared to be taken and are there, as they were when they were last applied. The
+// error is of those that could not be looked at.
 func (m *Manager) Taken(s *hostfile.Host) ([]*iommu.Device, error) {
 	var out []*iommu.Device
 	var errs []error

@@ -156,8 +156,10 @@ func (e *env) printList(h *iommu.Host, t *iommu.Topology, names *iommu.Names, ke
 	o listOptions) error {
 	s := &sight{t: t, names: names, keep: keep, all: o.all}
 	var named sync.WaitGroup
-	// Beside the look at uses, which waits for the kernel.
-	named.Go(s.learnNames)
+	if len(t.Groups)+len(t.Ungrouped) > 16 {
+		// Beside the look at uses, which waits for the kernel. For a few, a second thread costs more than it brings.
+		named.Go(s.learnNames)
+	}
 	var err error
 	s.uses, err = e.usesOf(h, t, keep, o.holders)
 	named.Wait()

@@ -17,6 +17,9 @@ import (
 // Displays finds the display that the firmware began with and active framebuffers. A device without a driver
 // counts too: the console may be on its memory. Then it is of no use to a guest either, as VFIO cannot have that.
 func Displays(h *iommu.Host, devices []*iommu.Device) ([]Holder, error) {
+	if len(devices) == 0 {
+		return nil, nil
+	}
 	var out []Holder
 	var frames map[string]string
 	screens, blind := readScreens(h)

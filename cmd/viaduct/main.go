@@ -111,11 +111,10 @@ func look(h *iommu.Host) (*iommu.Topology, error) {
 // mayChange is asked first by every command that changes the host, or, with --dry-run, would; more are the folders that
 // it writes to beside /sys and /run.
 func (e *env) mayChange(more ...string) error {
-	live := e.hostName == "" || e.hostName == "/"
-	if !live && e.dryRun {
+	switch live := e.hostName == "" || e.hostName == "/"; {
+	case !live && e.dryRun:
 		return nil
-	}
-	if !live {
+	case !live:
 		return usagef("%s is a captured host: viaduct can read it, not change it", e.hostName)
 	}
 	h, err := e.open()

@@ -87,6 +87,18 @@ func (t *Topology) Group(id int) (*Group, error) {
 	return &t.Groups[i], nil
 }
 
+// GroupOf is the group that a device of the topology is in, nil if it is in none.
+func (t *Topology) GroupOf(d *Device) *Group {
+	if d.Group == nil {
+		return nil
+	}
+	g, err := t.Group(*d.Group)
+	if err != nil {
+		return nil
+	}
+	return g
+}
+
 // All calls f for every device, grouped or not, until it returns false.
 func (t *Topology) All(f func(*Device) bool) {
 	for i := range t.Groups {
@@ -143,11 +155,8 @@ func (t *Topology) VFs(pf *Device) []*Device {
 // KeptWith is what the host keeps of a VF's IOMMU group, so that no guest can have the VF: its PF, or another device on
 // a driver of the host. It is nil if there is nothing of that.
 func (t *Topology) KeptWith(vf *Device) *Device {
-	if vf.Group == nil || vf.PhysFn == nil {
-		return nil
-	}
-	g, err := t.Group(*vf.Group)
-	if err != nil {
+	g := t.GroupOf(vf)
+	if g == nil || vf.PhysFn == nil {
 		return nil
 	}
 	for _, other := range g.Handed() {

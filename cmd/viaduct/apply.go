@@ -501,15 +501,11 @@ func adoptCommand(e *env) *cli.Command {
 }
 
 func runAdopt(e *env, file, source string) error {
-	stop, b, err := e.openLook()
+	stop, m, err := e.openDeclared(declared.Options{})
 	if err != nil {
 		return err
 	}
 	defer stop()
-	m, err := e.declared(b, declared.Options{})
-	if err != nil {
-		return err
-	}
 	var s *hostfile.Host
 	var comments map[string]string
 	var notes []string

@@ -421,12 +421,9 @@ func resolveAsked(h *iommu.Host, t *iommu.Topology, sel []iommu.Selector, goal b
 		if err != nil {
 			return nil, err
 		}
-		switch id, group := s.Group(); {
-		case group:
-			g, err := t.Group(id)
-			if err != nil {
-				return nil, err
-			}
+		switch {
+		case s.Form() == iommu.ByGroup:
+			g := t.GroupOf(devices[0])
 			if devices = g.Handed(); goal == bind.GiveBack() {
 				devices = g.Endpoints()
 			} else if len(devices) == 0 {

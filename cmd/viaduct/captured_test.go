@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"maps"
 	"os"
@@ -9,6 +10,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"viaduct/internal/host/hosttest"
 )
@@ -220,6 +223,60 @@ func TestCapturedAges(t *testing.T) {
 	tree["viaduct/moment.json"] = `{"time":"2020-01-01T02:30:00Z","boot":"boot","since_boot":1}`
 	if a := onCaptured(tree.Snapshot(t), "leases"); strings.Count(a.stdout, "2h30m0s") != 2 {
 		t.Errorf("%+v", a)
+	}
+}
+
+// A snapshot that fails leaves nothing behind; one that lacks what drivers, users or leases tell says so.
+func TestSnapshotThatFails(t *testing.T) {
+	k := busy(t)
+	dir := t.TempDir()
+	file := filepath.Join(dir, "host.vsnap")
+	facts := func() (names []string) {
+		for name := range hosttest.FromSnapshot(t, file) {
+			// Of firmware there is what drivers tell, and they need not.
+			if strings.HasPrefix(name, "viaduct/") && name != "viaduct/firmware-versions" {
+				names = append(names, name)
+			}
+		}
+		slices.Sort(names)
+		return names
+	}
+	var usual answer
+	all := k.Operations(func() { usual = onKernel(k, "snapshot", file) })
+	if usual.status != exitDone {
+		t.Fatalf("%+v", usual)
+	}
+	want := facts()
+	for _, n := range hosttest.SampleOf("viaduct/cmd/viaduct", all) {
+		if err := os.RemoveAll(file); err != nil {
+			t.Fatal(err)
+		}
+		failed := k.FailNth(n, unix.EIO)
+		a := onKernel(k, "snapshot", file)
+		k.Revive()
+		left, err := os.ReadDir(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if a.status != exitDone && (len(left) > 0 || a.stderr == "") ||
+			a.status == exitDone && (len(left) != 1 || a.stderr == usual.stderr && !slices.Equal(facts(), want)) {
+			t.Errorf("%s fails: %+v, and there is %v, with %q", failed(), a, left, facts())
+		}
+	}
+}
+
+// What is written to once it is over is not written to.
+func TestUntilDone(t *testing.T) {
+	ctx, end := context.WithCancelCause(context.Background())
+	var out bytes.Buffer
+	u := untilDone{ctx, &out}
+	if n, err := u.Write([]byte("before")); n != 6 || err != nil {
+		t.Errorf("%d, %v", n, err)
+	}
+	over := errors.New("it is over")
+	end(over)
+	if n, err := u.Write([]byte("after")); n != 0 || !errors.Is(err, over) || out.String() != "before" {
+		t.Errorf("%d, %v, %q", n, err, out.String())
 	}
 }
 

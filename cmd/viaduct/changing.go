@@ -50,6 +50,15 @@ func (e *env) openLook() (stop func(), s *sriov.Handle, err error) {
 	}, s, nil
 }
 
+// openDeclared is openLook for what works with the declared host.
+func (e *env) openDeclared(o declared.Options) (stop func(), m *declared.Manager, err error) {
+	stop, s, err := e.openLook()
+	if err == nil {
+		m, err = e.declared(s, o)
+	}
+	return stop, m, err
+}
+
 // beginChange opens and scans the host. The caller calls stop at the end, which closes all; until then a first signal
 // only ends the context.
 func (e *env) beginChange(ctx context.Context, timeout time.Duration) (context.Context, func(), *changing, error) {

@@ -81,7 +81,11 @@ func (o *declaredOptions) load(h *iommu.Host) (*hostfile.Host, error) {
 
 // manager works with the declared host as these options say.
 func (o *declaredOptions) manager(e *env, s *sriov.Handle) (*declared.Manager, error) {
-	return e.declared(s, declared.Options{Force: o.force, Accept: o.accept, Late: o.late, Boot: o.boot})
+	return e.declared(s, o.options())
+}
+
+func (o *declaredOptions) options() declared.Options {
+	return declared.Options{Force: o.force, Accept: o.accept, Late: o.late, Boot: o.boot}
 }
 
 func planCommand(e *env) *cli.Command {
@@ -188,10 +192,11 @@ func runPlan(e *env, o *declaredOptions, choose choice, show func(*declared.Mana
 		s, wrong = o.load(h)
 	}()
 	e.dryRun = true
+	var m *declared.Manager
 	b, err := e.openHandle(h, 0)
 	if err == nil {
 		defer b.Close()
-		_, err = b.Topology()
+		m, err = o.manager(e, b)
 	}
 	<-read
 	if wrong != nil {
@@ -201,10 +206,6 @@ func runPlan(e *env, o *declaredOptions, choose choice, show func(*declared.Mana
 		return errors.Join(wrong, err)
 	}
 
-	m, err := o.manager(e, b)
-	if err != nil {
-		return err
-	}
 	if s, err = choose(m, o, s, wrong); err != nil {
 		return err
 	}

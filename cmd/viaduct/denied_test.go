@@ -92,6 +92,8 @@ func TestLinesThatCannotBeDone(t *testing.T) {
 		}
 	}
 	badDeclaration := with(hostfile.File, "pfs: [ {")
+	badMove := with("var/lib/viaduct/move-web.json", "{")
+	badUnit := with("sys/fs/cgroup/system.slice/x.service/cgroup.events/in/the/way", "")
 	badLease := with("run/viaduct/lease-db.json", "{")
 	inTheWay := with("etc/systemd/system/viaduct.service/in/the/way", "")
 	for _, c := range []struct {
@@ -127,6 +129,14 @@ func TestLinesThatCannotBeDone(t *testing.T) {
 		{sweptHost, "show group=99", exitFailed, "99"},
 		{sweptHost, "bind group=99", exitFailed, "99"},
 		{sweptHost, "why 0000:99:00.0", exitFailed, "0000:99:00.0"},
+		{sweptHost, "verify " + sweptPF, exitFailed, "it is on igb, which is not a vfio driver"},
+		{sweptHost, "verify --json " + sweptPF, exitFailed, "it is on igb, which is not a vfio driver"},
+		{sweptHost, "pool none", exitFailed, "unknown pool"},
+		{sweptHost, "migrate web --check --to " + dir + "/none", exitUsage, "there is no such snapshot"},
+		{sweptHost, "migrate web --check --to " + there, exitFailed, "there"},
+		{badMove, "migrate web --cancel", exitFailed, "move-web.json"},
+		{badMove, "migrate web --resume", exitFailed, "move-web.json"},
+		{badUnit, "assign db --from " + sweptNIC + " --unit x", exitFailed, "is a directory"},
 		{sweptHost, "vf get 0000:99:00.0", exitFailed, "0000:99:00.0"},
 		{sweptHost, "vf get " + sweptPF, exitUsage, "not a VF"},
 		{sweptHost, "vf set " + sweptPF + "/vf1 vlan=4094+index", exitUsage, "vf1"},
@@ -170,6 +180,7 @@ func TestInputThatCannotBeUsed(t *testing.T) {
 		{with(pool), port, created, "net"},
 		{sweptHost(t), "", []string{"migrate", "--peer", "--data", "none"}, "nothing is waited for"},
 		{sweptHost(t), "nonsense\n", []string{"migrate", "--peer"}, ""},
+		{sweptHost(t), "", []string{"--host", "there", "migrate", "--peer"}, "there is a captured host"},
 	} {
 		c.k.Log = nil
 		if status, said := typedIn(t, c.k, c.in, c.line...); status == exitDone || !strings.Contains(said, c.says) {

@@ -374,4 +374,9 @@ func TestManual(t *testing.T) {
 	if status := run([]string{"viaduct", "help", "nonsense"}, &out, &out); status != exitUsage {
 		t.Errorf("help nonsense: exit status %d: %s", status, out.String())
 	}
+	out.Reset()
+	if status := run([]string{"viaduct", "vf"}, &out, &out); status != 0 ||
+		!strings.Contains(out.String(), "destroy    remove") {
+		t.Errorf("vf alone: exit status %d: %s", status, out.String())
+	}
 }

@@ -250,6 +250,10 @@ func TestDryRunRefuses(t *testing.T) {
 		{with("var/lib/viaduct/protected.json", "{"), "install", "protected.json"},
 		{with(hostfile.File, "pfs: [ {"), "install", "host.yaml"},
 		{sweptHost, "install --initramfs", "initramfs"},
+		{
+			with(hostfile.File, "devices: [{select: "+sweptEDU+", initramfs: true}]\nprotect: [\""+sweptEDU+"\"]\n"),
+			"install --initramfs", "in protect",
+		},
 		{sweptHost, "install --root " + root, inTheWay},
 		{sweptHost, "install --root " + root + " --unit-dir x", "absolute path"},
 		{returned("protect: [\"" + sweptNIC + "\"]\n"), "assign db --from " + sweptNIC, "in protect"},

@@ -90,12 +90,13 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 	if err := e.mayChange("etc"); err != nil {
 		return err
 	}
-	stop, b, err := e.openLook()
+	stop, m, err := e.openDeclared(declared.Options{})
 	if err != nil {
 		return err
 	}
 	defer stop()
-	s, err := hostfile.Load(b.Host())
+	h := m.Host()
+	s, err := hostfile.Load(h)
 	if err != nil {
 		return usageError{err}
 	}
@@ -103,7 +104,6 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 	if o.Program, err = os.Executable(); err != nil {
 		return err
 	}
-	h := b.Host()
 	root := h.Path("")
 	if h.Real() {
 		if err := install.Trusted(o.Program); err != nil {
@@ -111,10 +111,6 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 		}
 	}
 	o.Units = install.PackageUnits(root, o.Program)
-	m, err := e.declared(b, declared.Options{})
-	if err != nil {
-		return err
-	}
 	o.Late = slices.ContainsFunc(s.PFs, func(pf hostfile.PF) bool { return pf.AfterBond })
 	generator := install.Found(root)
 	if h.Live() {
@@ -145,7 +141,7 @@ func runInstall(ctx context.Context, e *env, o install.Options, initramfs bool) 
 		}
 	}
 	if e.dryRun {
-		return e.previewInstall(b.Host(), files)
+		return e.previewInstall(h, files)
 	}
 
 	watched := install.Watches(root)
@@ -393,16 +389,12 @@ func (e *env) keep(ctx context.Context, o *declaredOptions) (tried bool, err err
 
 // lookAtDeclared is how the host differs from what is declared; nothing if it is left alone on purpose.
 func (e *env) lookAtDeclared(o *declaredOptions) ([]*declared.Item, error) {
-	stop, b, err := e.openLook()
+	stop, m, err := e.openDeclared(o.options())
 	if err != nil {
 		return nil, err
 	}
 	defer stop()
-	s, wrong := o.load(b.Host())
-	m, err := o.manager(e, b)
-	if err != nil {
-		return nil, err
-	}
+	s, wrong := o.load(m.Host())
 	use, err := m.InForce(s, wrong)
 	if err != nil || use.Held {
 		return nil, errors.Join(err, wrong)

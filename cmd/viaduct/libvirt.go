@@ -61,7 +61,7 @@ func handedOver() ([]byte, error) {
 
 // notTyped refuses to wait at a terminal for what another program writes.
 func notTyped(command string) error {
-	if _, err := unix.IoctlGetTermios(0, unix.TCGETS); err == nil {
+	if _, err := unix.IoctlGetTermios(int(os.Stdin.Fd()), unix.TCGETS); err == nil {
 		return usagef("%s reads what another program writes, and its standard input is a terminal", command)
 	}
 	return nil

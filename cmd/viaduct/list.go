@@ -160,8 +160,12 @@ func (e *env) printList(h *iommu.Host, t *iommu.Topology, names *iommu.Names, ke
 		// Beside the look at uses, which waits for the kernel. For a few, a second thread costs more than it brings.
 		named.Go(s.learnNames)
 	}
+	var open []holder.Holder
 	var err error
-	s.uses, err = e.usesOf(h, t, keep, o.holders)
+	if o.holders {
+		open, err = e.processesOf(h, t, keep)
+	}
+	s.uses = e.usesOf(h, t, open)
 	named.Wait()
 	if err != nil {
 		return err
@@ -176,37 +180,37 @@ func (e *env) printList(h *iommu.Host, t *iommu.Topology, names *iommu.Names, ke
 	return e.screen.Print(s.tree(parents))
 }
 
-// usesOf are the uses of devices that a list shows, by the devices' names. That some may not be seen is told.
-func (e *env) usesOf(h *iommu.Host, t *iommu.Topology, keep map[string]bool,
-	processes bool) (map[string][]holder.Holder, error) {
+// usesOf are the uses of devices that a list shows, and more, by the devices' names. That some may not be seen is told.
+func (e *env) usesOf(h *iommu.Host, t *iommu.Topology, more []holder.Holder) map[string][]holder.Holder {
 	found, err := holder.Glance(h, t)
 	if err != nil {
 		// A broken file of another tool keeps nobody from seeing the devices.
 		e.note("some uses are not shown: %s", strings.ReplaceAll(err.Error(), "\n", "; "))
 	}
-	if processes {
-		var devices []*iommu.Device
-		t.All(func(d *iommu.Device) bool {
-			if keep == nil || keep[d.Name] {
-				devices = append(devices, d)
-			}
-			return true
-		})
-		open, err := holder.Processes(h, devices)
-		if errors.Is(err, holder.ErrBlind) {
-			e.note("some processes are not shown: %v", err)
-		} else if err != nil {
-			return nil, err
-		}
-		found = append(found, open...)
-	}
 
 	uses := map[string][]holder.Holder{}
-	for _, u := range found {
+	for _, u := range append(found, more...) {
 		same := func(other holder.Holder) bool { return other.Kind == u.Kind && other.Brief == u.Brief }
 		if !slices.ContainsFunc(uses[u.Device], same) {
 			uses[u.Device] = append(uses[u.Device], u)
 		}
 	}
-	return uses, nil
+	return uses
+}
+
+// processesOf are the processes that have devices of a list open. That some may not be seen is told.
+func (e *env) processesOf(h *iommu.Host, t *iommu.Topology, keep map[string]bool) ([]holder.Holder, error) {
+	var devices []*iommu.Device
+	t.All(func(d *iommu.Device) bool {
+		if keep == nil || keep[d.Name] {
+			devices = append(devices, d)
+		}
+		return true
+	})
+	open, err := holder.Processes(h, devices)
+	if errors.Is(err, holder.ErrBlind) {
+		e.note("some processes are not shown: %v", err)
+		return open, nil
+	}
+	return open, err
 }

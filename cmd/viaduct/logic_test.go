@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/iotest"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -387,6 +388,9 @@ func TestAwaitGuard(t *testing.T) {
 			t.Errorf("%q: %v", text, err)
 		}
 		said.Close()
+		if awaitGuard(said) == nil {
+			t.Errorf("%q, and what it says cannot be read", text)
+		}
 	}
 }
 
@@ -401,6 +405,11 @@ func TestStay(t *testing.T) {
 	}
 	if _, err := stay(exec.Command("/no/such/program"), signals, begun); err == nil {
 		t.Error("a program that is not there was started")
+	}
+	unread := exec.Command("/bin/cat")
+	unread.Stdin = iotest.ErrReader(unix.EIO)
+	if _, err := stay(unread, signals, begun); !errors.Is(err, unix.EIO) {
+		t.Errorf("one whose input cannot be read: %v", err)
 	}
 	var pid int
 	failed := errors.New("no room")

@@ -16,9 +16,10 @@ import (
 
 // looks are lines of commands that change nothing, on a littered host.
 var looks = []string{
-	"list", "list --json", "list --tree", "list -o wide", "list --holders", "list group=7",
+	"list", "list --json", "list --tree", "list --tree -o wide", "list -o wide", "list --holders", "list group=7",
 	"show 0000:01:10.0", "show 0000:01:00.0 --json", "show 0000:07:01.0", "show group=7 --json", "show 0000:09:00.0",
-	"why 0000:01:10.0", "why 0000:07:01.0 --json", "why --all", "why guest=web", "why guest=web --memory 1G --json",
+	"why 0000:01:10.0", "why 0000:07:01.0 --json", "why group=7", "why --all",
+	"why guest=web", "why guest=web --memory 1G --json",
 	"iommu", "iommu --json",
 	"doctor", "doctor 0000:01:00.0 --json", "vf list", "vf list --json", "vf get 0000:01:00.0/vf0",
 	"vf get 0000:01:00.0/vf1 --json",
@@ -30,7 +31,7 @@ var looks = []string{
 	"unbind --dry-run --json 0000:01:10.4",
 	"vf create --dry-run 0000:02:00.0 2 vlan=7", "vf destroy --dry-run 0000:01:00.0",
 	"vf set --dry-run 0000:02:00.0/vf0 vlan=9",
-	"vf sync --dry-run 0000:01:00.0", "assign --dry-run new --from 0000:02:00.0",
+	"vf sync --dry-run", "vf sync --dry-run 0000:01:00.0", "assign --dry-run new --from 0000:02:00.0",
 	"assign --dry-run new --from net --memory 1G --json",
 	"assign --dry-run web --from net --vlan 7", "install --dry-run",
 }

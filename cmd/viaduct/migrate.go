@@ -281,15 +281,12 @@ func (e *env) facts(m *lease.Manager) (*migrate.Facts, error) {
 
 // tellReport prints what a check found; a refusal is an error.
 func (e *env) tellReport(r *migrate.Report) error {
+	tell := e.writeReport
 	if e.json {
-		if err := writeJSON(e.stdout, r); err != nil {
-			return err
-		}
-	} else if err := e.writeReport(r); err != nil {
-		return err
+		tell = func(r *migrate.Report) error { return writeJSON(e.stdout, r) }
 	}
-	if r.Ready {
-		return nil
+	if err := tell(r); err != nil || r.Ready {
+		return err
 	}
 	refused := &holder.RefusedError{What: fmt.Sprintf("move %s to %s", r.Guest, r.To)}
 	for _, l := range r.Lines {

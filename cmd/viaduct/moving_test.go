@@ -8,10 +8,10 @@ import (
 	"io"
 	"net"
 	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 
+	"viaduct/cmd/internal/hostfile"
 	"viaduct/cmd/internal/migrate"
 	"viaduct/cmd/internal/vmm"
 	"viaduct/internal/host"
@@ -73,18 +73,57 @@ func TestCheckOfMove(t *testing.T) {
 	}
 }
 
+// recordOf is what is written down of a move.
+func recordOf(source bool, phase migrate.Phase) *migrate.Record {
+	return &migrate.Record{
+		ID: migrate.NewID(), Guest: "web", Phase: phase, Source: source, Peer: "exec:false", Socket: "/nowhere",
+		Order: migrate.Order{
+			Way: migrate.ByReplug, From: "net", Count: 1, Settings: sriov.Settings{sriov.VLAN: "7"},
+			VM: vmm.Machine{Format: "qemu"},
+		},
+	}
+}
+
+// Memory that comes for a guest whose QEMU has ended meanwhile is told to go nowhere.
+func TestDataOfMove(t *testing.T) {
+	k, e := movableHost(t)
+	h, err := e.open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	side, r := e.side(h, 0), recordOf(false, migrate.Loading)
+	house := side.House()
+	if err := errors.Join(side.Home().Save(context.Background(), r), house.Save(r)); err != nil {
+		t.Fatal(err)
+	}
+	status, said := typedIn(t, k, "memory", "migrate", "--peer", "--data", r.ID)
+	if status != exitFailed || !strings.Contains(said, "/nowhere") {
+		t.Errorf("exit status %d: %s", status, said)
+	}
+}
+
+// A side of a move neither begins nor looks by a declaration that cannot be read.
+func TestSideThatFails(t *testing.T) {
+	k, e := movableHost(t)
+	h, err := e.open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	side := e.side(h, 0)
+	put(t, k, hostfile.File, "pfs: [ {")
+	if _, _, _, err := side.Leases(context.Background()); err == nil || exitStatus(err) != exitUsage {
+		t.Errorf("it begins: %v", err)
+	}
+	if _, _, err := side.Look(); err == nil || exitStatus(err) != exitUsage {
+		t.Errorf("it looks: %v", err)
+	}
+}
+
 // What is written down of a move stands in the way of another, until it is finished or taken back, which each side can
 // be asked for.
 func TestMendMove(t *testing.T) {
-	record := func(source bool, phase migrate.Phase) *migrate.Record {
-		return &migrate.Record{
-			ID: migrate.NewID(), Guest: "web", Phase: phase, Source: source, Peer: "exec:false", Socket: "/nowhere",
-			Order: migrate.Order{
-				Way: migrate.ByReplug, From: "net", Count: 1, Settings: sriov.Settings{sriov.VLAN: "7"},
-				VM: vmm.Machine{Format: "qemu"},
-			},
-		}
-	}
 	for name, c := range map[string]struct {
 		record *migrate.Record
 		line   string
@@ -93,13 +132,14 @@ func TestMendMove(t *testing.T) {
 		left   bool
 	}{
 		"none is known": {nil, "--cancel", exitFailed, "does not move", false},
-		"another begins": {record(true, migrate.Checked), "--to exec:false", exitFailed,
+		"another begins": {recordOf(true, migrate.Checked), "--to exec:false", exitFailed,
 			"another move of web is not over", true},
-		"its QEMU has ended": {record(true, migrate.Checked), "--resume", exitFailed,
+		"its QEMU has ended": {recordOf(true, migrate.Checked), "--resume", exitFailed,
 			"web is here, as it was", false},
-		"it is not expected any more": {record(false, migrate.Checked), "--cancel", exitDone,
+		"it can go no way": {recordOf(true, migrate.Checked), "--resume --to exec:", exitUsage, "of which command", true},
+		"it is not expected any more": {recordOf(false, migrate.Checked), "--cancel", exitDone,
 			"web is not expected here any more", true},
-		"it is not this side's to know": {record(false, migrate.Checked), "--resume", exitFailed,
+		"it is not this side's to know": {recordOf(false, migrate.Checked), "--resume", exitFailed,
 			"--resume there", true},
 	} {
 		k, e := movableHost(t)
@@ -197,11 +237,11 @@ func TestNewRecord(t *testing.T) {
 		!strings.Contains(err.Error(), "--movable") {
 		t.Errorf("of one that has no socket: %+v, %v", r, err)
 	}
-	if err := os.WriteFile(filepath.Join(k.Dir(), "run/viaduct/lease-web.json"), []byte("{"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if r, err := make(o); err == nil {
-		t.Errorf("of one that cannot be read: %+v", r)
+	for _, name := range []string{"command-web.json", "lease-web.json"} {
+		put(t, k, "run/viaduct/"+name, "{")
+		if r, err := make(o); err == nil || !strings.Contains(err.Error(), name) {
+			t.Errorf("%s cannot be read: %+v, %v", name, r, err)
+		}
 	}
 }
 

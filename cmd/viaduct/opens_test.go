@@ -27,6 +27,7 @@ func TestHostThatCannotBeOpened(t *testing.T) {
 		"migrate web --to exec:false", "migrate web --to exec:false --check", "migrate web --cancel",
 		"migrate web --resume", "adopt --import netplan", "assign db --from " + sweptNIC + " --owner-pid 1",
 		"run db --movable --from " + sweptNIC + " --format qemu -- true", "migrate --peer --data x",
+		"libvirt-hook -- web prepare begin -",
 	}
 	for _, line := range lines {
 		opensInTurn(t, line, func() *hosttest.Kernel { return sweptHost(t) }, no)
@@ -40,19 +41,20 @@ func TestHostThatCannotBeOpened(t *testing.T) {
 // The watch service, which else runs until it is ended, ends with an error where it cannot begin.
 func TestWatchCannotBegin(t *testing.T) {
 	k := sweptHost(t)
-	for n := range 2 {
+	for n := range 4 {
+		line := []string{"viaduct", "watch", "--once"}[:2+n%2]
 		opened := 0
 		open := func(string) (*iommu.Host, error) {
-			if opened++; opened > n {
+			if opened++; opened > n/2 {
 				return nil, errors.New("it cannot be opened")
 			}
 			h, err := host.Fake(k.Dir(), k)
 			return &iommu.Host{Host: h}, err
 		}
 		var stdout, stderr bytes.Buffer
-		if status := runOn(open, []string{"viaduct", "watch"}, &stdout, &stderr); status != exitFailed ||
+		if status := runOn(open, line, &stdout, &stderr); status != exitFailed ||
 			!strings.Contains(stderr.String(), "it cannot be opened") {
-			t.Errorf("opened %d times: exit status %d: %s%s", n, status, stdout.String(), stderr.String())
+			t.Errorf("%q: opened %d times: exit status %d: %s%s", line, n/2, status, stdout.String(), stderr.String())
 		}
 	}
 }

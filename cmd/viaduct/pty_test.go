@@ -50,6 +50,23 @@ type pty struct {
 // onTerminal starts a program on a terminal of so many columns.
 func onTerminal(t *testing.T, columns int, cmd *exec.Cmd) *pty {
 	t.Helper()
+	ours, theirs := terminalOf(t, columns)
+	defer theirs.Close()
+
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = theirs, theirs, theirs
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	p := &pty{t: t, ours: ours, grown: make(chan struct{}), over: make(chan struct{}), ended: make(chan error, 1)}
+	t.Cleanup(func() { _ = cmd.Process.Kill() })
+	go p.read(cmd)
+	return p
+}
+
+// terminalOf are both ends of a terminal of so many columns: who is at it, and what runs there.
+func terminalOf(t *testing.T, columns int) (ours, theirs *os.File) {
+	t.Helper()
 	ours, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
 	if err != nil {
 		t.Skipf("no pseudo terminal can be had here: %v", err)
@@ -66,21 +83,27 @@ func onTerminal(t *testing.T, columns int, cmd *exec.Cmd) *pty {
 	if err != nil {
 		t.Fatal(err)
 	}
-	theirs, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", number), os.O_RDWR|unix.O_NOCTTY, 0)
+	theirs, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", number), os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
 		t.Skipf("no pseudo terminal can be had here: %v", err)
 	}
-	defer theirs.Close()
+	return ours, theirs
+}
 
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = theirs, theirs, theirs
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
+// What another program writes is not waited for at a terminal.
+func TestNotTyped(t *testing.T) {
+	_, theirs := terminalOf(t, 80)
+	defer theirs.Close()
+	defer func(was *os.File) { os.Stdin = was }(os.Stdin)
+	os.Stdin = theirs
+	k := hosttest.NewSmallLab(t, "0000:00:05.0", sweptPF)
+	for _, line := range []string{"libvirt-hook -- web prepare begin -",
+		"libvirt-hook --network -- net port-created begin -", "migrate --peer"} {
+		if a := onKernel(k, strings.Fields(line)...); a.status != exitUsage ||
+			!strings.Contains(a.text(), "its standard input is a terminal") {
+			t.Errorf("%s: %+v", line, a)
+		}
 	}
-	p := &pty{t: t, ours: ours, grown: make(chan struct{}), over: make(chan struct{}), ended: make(chan error, 1)}
-	t.Cleanup(func() { _ = cmd.Process.Kill() })
-	go p.read(cmd)
-	return p
 }
 
 func (p *pty) read(cmd *exec.Cmd) {

@@ -200,11 +200,7 @@ func showDevice(e *env, h *iommu.Host, t *iommu.Topology, names *iommu.Names, se
 		USB:          []usbView{},
 		Warnings:     []warningView{},
 	}
-	if d.Group != nil {
-		g, err := t.Group(*d.Group)
-		if err != nil {
-			return err
-		}
+	if g := t.GroupOf(d); g != nil {
 		gv := groupOf(g, names, nil)
 		v.Group = &groupBrief{g.ID, gv.Type, gv.Viable, gv.Blockers, nil}
 		for i := range g.Devices {

@@ -239,11 +239,7 @@ func (f *facts) identity(d *iommu.Device, v *showView) {
 
 // printGroup is `show group=N`.
 func (e *env) printGroup(h *iommu.Host, t *iommu.Topology, g *iommu.Group, v showGroupView, names *iommu.Names) error {
-	uses, err := e.usesOf(h, t, nil, false)
-	if err != nil {
-		return err
-	}
-	s := &sight{t: t, names: names, all: true, uses: uses}
+	s := &sight{t: t, names: names, all: true, uses: e.usesOf(h, t, nil)}
 	table := &terminal.Table{Indent: 2, Shrink: listShrink, Wrap: true}
 	text, style := groupHeading(g)
 	var members []*iommu.Device

@@ -106,12 +106,9 @@ func (s *sight) folded(d *iommu.Device) bool {
 	if d.PhysFn == nil || s.all || s.keep != nil && !s.keep[d.PhysFn.String()] {
 		return false
 	}
-	if d.Group == nil {
+	g := s.t.GroupOf(d)
+	if g == nil {
 		return true
-	}
-	g, err := s.t.Group(*d.Group)
-	if err != nil {
-		return false
 	}
 	of := func(o iommu.Device) bool {
 		return o.PCI && o.Address == *d.PhysFn || o.PhysFn != nil && *o.PhysFn == *d.PhysFn

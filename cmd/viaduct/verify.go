@@ -95,7 +95,7 @@ func runVerify(ctx context.Context, e *env, o verifyOptions, vo verify.Options) 
 		if !d.PCI {
 			return nil, usagef("%s is not a PCI device", d.Name)
 		}
-		return resetWith(on.topology, d)
+		return resetWith(on.topology, d), nil
 	}
 	found, err := find()
 	if err != nil {
@@ -159,15 +159,11 @@ func (e *env) offer(ctx context.Context, d *iommu.Device, o verifyOptions) error
 
 // resetWith are a device, which is the first, and those that feel it when it is opened: the rest of its group, and the
 // VFs of a PF, which a reset makes anew.
-func resetWith(t *iommu.Topology, d *iommu.Device) ([]*iommu.Device, error) {
+func resetWith(t *iommu.Topology, d *iommu.Device) []*iommu.Device {
 	out := []*iommu.Device{d}
 	for _, one := range append(out, t.VFs(d)...) {
 		all := []*iommu.Device{one}
-		if one.Group != nil {
-			g, err := t.Group(*one.Group)
-			if err != nil {
-				return nil, err
-			}
+		if g := t.GroupOf(one); g != nil {
 			all = append(all, g.Endpoints()...)
 		}
 		for _, o := range all {
@@ -176,7 +172,7 @@ func resetWith(t *iommu.Topology, d *iommu.Device) ([]*iommu.Device, error) {
 			}
 		}
 	}
-	return out, nil
+	return out
 }
 
 // refuseHeld refuses to open a device, which is the first, as long as somebody has one of them, or has been given it.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"os"
 	"runtime/debug"
 	"strings"
 	"testing"
@@ -55,8 +56,15 @@ func TestHelpOption(t *testing.T) {
 func TestPackageFiles(t *testing.T) {
 	root := t.TempDir()
 	var out bytes.Buffer
-	if status := run([]string{"viaduct", "install", "--root", root, "--unit-dir", "/lib/systemd/system"}, &out,
-		&out); status != 0 {
+	line := []string{"viaduct", "install", "--root", root, "--unit-dir", "/lib/systemd/system"}
+	status := run(append(line, "--dry-run"), &out, &out)
+	made, err := os.ReadDir(root)
+	if status != 0 || !strings.Contains(out.String(), "/lib/systemd/system/viaduct.service") || len(made) > 0 ||
+		err != nil {
+		t.Errorf("exit status %d, %v, and there is %v: %s", status, err, made, out.String())
+	}
+	out.Reset()
+	if status := run(line, &out, &out); status != 0 {
 		t.Fatalf("exit status %d: %s", status, out.String())
 	}
 	for _, file := range []string{

@@ -276,18 +276,14 @@ func runVFSync(ctx context.Context, e *env, sel []iommu.Selector, timeout time.D
 		return err
 	}
 	defer stop()
-	if len(sel) == 0 {
-		for _, pf := range pfs(c.topology) {
-			s, err := iommu.ParseSelector(pf.Name)
-			if err != nil {
-				return err
-			}
-			sel = append(sel, s)
-		}
-	}
 
 	views, p := []setView{}, &preview{}
-	all, err := c.lockPFs(ctx, sel)
+	var all []*iommu.Device
+	if len(sel) == 0 {
+		all, err = c.lockFound(ctx, func() ([]*iommu.Device, error) { return pfs(c.topology), nil })
+	} else {
+		all, err = c.lockPFs(ctx, sel)
+	}
 	if err != nil {
 		return err
 	}

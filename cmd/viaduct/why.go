@@ -171,17 +171,13 @@ func (w *why) complete(t *iommu.Topology) error {
 	if err != nil {
 		return err
 	}
-	w.device = d
+	w.device, w.group = d, t.GroupOf(d)
 	switch {
-	case d.Group != nil:
-		if w.group, err = t.Group(*d.Group); err != nil {
-			return err
-		}
-		if w.group.NoIOMMU {
-			w.none = "VFIO made that group in its noiommu mode: no IOMMU is in front of it, and nothing keeps it " +
-				"from any memory."
-			w.edges = nil
-		}
+	case w.group != nil && w.group.NoIOMMU:
+		w.none = "VFIO made that group in its noiommu mode: no IOMMU is in front of it, and nothing keeps it " +
+			"from any memory."
+		w.edges = nil
+	case w.group != nil:
 	case len(t.Units) == 0:
 		w.none = "No IOMMU is on, without which there are no groups, and the kernel leaves ACS off (viaduct doctor)."
 	case t.LateGroups():
@@ -231,15 +227,13 @@ func whyOne(h *iommu.Host, sel iommu.Selector) (*why, *iommu.Topology, error) {
 		}
 		d := all[0]
 		if len(all) > 1 && !oneGroup(all) {
-			if d, err = oneOf(h, t, sel); err != nil {
+			if d, err = sel.One(h, t); err != nil {
 				return nil, nil, err
 			}
 		}
 		if !d.PCI {
 			// Nothing is computed of it.
-			w := &why{}
-			w.group, err = t.Group(*d.Group)
-			return w, t, err
+			return &why{group: t.GroupOf(d)}, t, nil
 		}
 		a = d.Address
 	}
@@ -325,18 +319,6 @@ func pciOf(g *iommu.Group) []iommu.Address {
 		}
 	}
 	return out
-}
-
-// oneOf is the one device that a selector names, or a member of the group.
-func oneOf(h *iommu.Host, t *iommu.Topology, sel iommu.Selector) (*iommu.Device, error) {
-	if _, ok := sel.Group(); !ok {
-		return sel.One(h, t)
-	}
-	all, err := sel.Resolve(h, t)
-	if err != nil {
-		return nil, err
-	}
-	return all[0], nil
 }
 
 func runWhyAll(e *env) error {

@@ -145,11 +145,8 @@ func (m *Manager) Adopt() (*hostfile.Host, map[string]string, error) {
 
 // withoutIOMMU reports whether VFIO made the group of a device in its noiommu mode.
 func (m *Manager) withoutIOMMU(d *iommu.Device) bool {
-	if d.Group == nil {
-		return false
-	}
-	g, err := m.topology.Group(*d.Group)
-	return err == nil && g.NoIOMMU
+	g := m.topology.GroupOf(d)
+	return g != nil && g.NoIOMMU
 }
 
 // firstOf names what is taken together with a device by the first of it.

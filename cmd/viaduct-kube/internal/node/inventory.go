@@ -144,11 +144,8 @@ func Functions(f *Facts, ours func(*lease.Lease) bool) []Function {
 
 // together are the functions that a guest gets with a declared device: itself, and what is handed over of its group.
 func together(t *iommu.Topology, d *iommu.Device) []*iommu.Device {
-	if d.PhysFn != nil || d.Group == nil {
-		return []*iommu.Device{d}
-	}
-	g, err := t.Group(*d.Group)
-	if err != nil {
+	g := t.GroupOf(d)
+	if d.PhysFn != nil || g == nil {
 		return []*iommu.Device{d}
 	}
 	return g.Handed()

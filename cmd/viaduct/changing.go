@@ -53,10 +53,14 @@ func (e *env) openLook() (stop func(), s *sriov.Handle, err error) {
 // openDeclared is openLook for what works with the declared host.
 func (e *env) openDeclared(o declared.Options) (stop func(), m *declared.Manager, err error) {
 	stop, s, err := e.openLook()
-	if err == nil {
-		m, err = e.declared(s, o)
+	if err != nil {
+		return nil, nil, err
 	}
-	return stop, m, err
+	if m, err = e.declared(s, o); err != nil {
+		stop()
+		return nil, nil, err
+	}
+	return stop, m, nil
 }
 
 // beginChange opens and scans the host. The caller calls stop at the end, which closes all; until then a first signal

@@ -168,7 +168,6 @@ func startInside(h *iommu.Host, l *filelock.File, in, out *os.File) (pid int, wa
 
 // listen hands replies to who waits for them, until the child has ended and all were read.
 func (w *writer) listen(in *os.File, wait func() string) {
-	defer in.Close()
 	for replies := json.NewDecoder(in); ; {
 		var r reply
 		if err := replies.Decode(&r); err != nil {
@@ -187,6 +186,7 @@ func (w *writer) listen(in *os.File, wait func() string) {
 	w.dead = fmt.Errorf("the child that writes ended: %s", state)
 	w.mu.Unlock()
 	w.hangUp()
+	in.Close()
 	close(w.ended)
 }
 

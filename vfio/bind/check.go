@@ -261,10 +261,7 @@ func (c *check) canBeTaken(asked []*iommu.Device) {
 		}
 	}
 
-	if c.unit[0].Group == nil {
-		return
-	}
-	if group, err := c.topology.Group(*c.unit[0].Group); err == nil {
+	if group := c.topology.GroupOf(c.unit[0]); group != nil {
 		if group.NoIOMMU {
 			c.add(holder.IOMMU, c.unit[0].Name, "",
 				"group %d has no IOMMU: VFIO made it in its noiommu mode", group.ID)

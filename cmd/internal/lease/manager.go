@@ -160,15 +160,14 @@ func (m *Manager) companions(devices []*iommu.Device) []*iommu.Device {
 	var out []*iommu.Device
 	seen := map[int]bool{}
 	for _, d := range devices {
-		if d.Group == nil || seen[*d.Group] {
+		g := m.Topology.GroupOf(d)
+		if g == nil || seen[g.ID] {
 			continue
 		}
-		seen[*d.Group] = true
-		if g, err := m.Topology.Group(*d.Group); err == nil {
-			for _, c := range g.Endpoints() {
-				if c.Role() == iommu.RoleCompanion && !slices.Contains(devices, c) {
-					out = append(out, c)
-				}
+		seen[g.ID] = true
+		for _, c := range g.Endpoints() {
+			if c.Role() == iommu.RoleCompanion && !slices.Contains(devices, c) {
+				out = append(out, c)
 			}
 		}
 	}

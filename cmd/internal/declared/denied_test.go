@@ -85,7 +85,7 @@ func TestFaultOfMarks(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := marks(k)
-	for _, n := range hosttest.SampleOf("viaduct/cmd/internal/declared", all) {
+	for _, n := range hosttest.SampleOf(thisPackage, all) {
 		k := sweptHost(t)
 		failed := k.FailNth(n, failures[n%3])
 		err := applyAll(k, text)
@@ -125,7 +125,7 @@ func TestInterruptedApply(t *testing.T) {
 		t.Fatal(err)
 	}
 	after := lookAt(t, k)
-	for _, n := range hosttest.EveryNth(8, hosttest.Sample(all)) {
+	for _, n := range hosttest.EveryNth(8, hosttest.Sample(all, thisPackage)) {
 		k := sweptHost(t)
 		before := lookAt(t, k)
 		ctx, interrupt := context.WithCancel(t.Context())

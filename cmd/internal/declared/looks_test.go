@@ -180,7 +180,7 @@ func failsInTurn(t *testing.T, k *hosttest.Kernel, name string, look func(*Manag
 		t.Errorf("%s: %v", name, err)
 		return
 	}
-	for _, n := range hosttest.Sample(all) {
+	for _, n := range hosttest.Sample(all, thisPackage) {
 		m := again(t, m)
 		failed := k.FailNth(n, failures[n%3])
 		got, err := look(m)

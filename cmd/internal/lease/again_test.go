@@ -166,7 +166,7 @@ func TestFaultThenAgain(t *testing.T) {
 				t.Fatal(err)
 			}
 			want := state(k)
-			for _, n := range hosttest.SampleOf("viaduct/cmd/internal/lease", all) {
+			for _, n := range hosttest.SampleOf(thisPackage, all) {
 				k := prepare()
 				failed := k.FailNth(n, []error{unix.EIO, unix.EACCES, unix.ENOSPC}[n%3])
 				err := c.do(k)

@@ -343,7 +343,7 @@ func TestQuarantineThatCannotBeRead(t *testing.T) {
 		return on(k, func(ctx context.Context, m *Manager) error { return m.Again(ctx, "a") })
 	}
 	k := prepared()
-	for _, n := range hosttest.Sample(k.Operations(func() { _ = again(k) })) {
+	for _, n := range hosttest.Sample(k.Operations(func() { _ = again(k) }), thisPackage) {
 		k := prepared()
 		failed := k.FailNth(n, unix.EIO)
 		if err := again(k); err == nil {

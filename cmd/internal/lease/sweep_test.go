@@ -26,6 +26,9 @@ import (
 // The sweep lets each operation of what is done with leases fail in turn, and holds what is told against what is: see
 // sriov's.
 
+// thisPackage is of whose calls each sweep lets each fail.
+const thisPackage = "viaduct/cmd/internal/lease"
+
 // site is a host that leases are made on.
 type site struct {
 	name    string
@@ -278,10 +281,10 @@ func TestFaultSweep(t *testing.T) {
 					t.Fatal(err)
 				}
 				after := s.look(t, k, v)
-				for _, n := range hosttest.EveryNth(3, hosttest.Sample(all)) {
+				for _, n := range hosttest.EveryNth(3, hosttest.Sample(all, thisPackage)) {
 					d.fault(t, &s, n, context.Canceled, after)
 				}
-				for _, n := range hosttest.Sample(all) {
+				for _, n := range hosttest.Sample(all, thisPackage) {
 					d.fault(t, &s, n, []error{unix.EIO, unix.EACCES, unix.ENOSPC}[n%3], after)
 				}
 			})
@@ -385,7 +388,7 @@ func TestFaultOfLook(t *testing.T) {
 				if d.name == "release" && !errors.Is(err, holder.ErrRefused) {
 					t.Fatal(err)
 				}
-				for _, n := range hosttest.EveryNth(2, hosttest.Sample(all)) {
+				for _, n := range hosttest.EveryNth(2, hosttest.Sample(all, thisPackage)) {
 					k, v, before := used()
 					failed := k.FailNth(n, []error{unix.EIO, unix.EACCES, unix.ENOSPC}[n%3])
 					err := d.do(t.Context(), &s, k)

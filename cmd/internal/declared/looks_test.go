@@ -175,7 +175,8 @@ func failsInTurn(t *testing.T, k *hosttest.Kernel, name string, look func(*Manag
 	defer m.handle.Close()
 	var want any
 	var err error
-	all := k.Operations(func() { want, err = look(again(t, m)) })
+	fresh := again(t, m)
+	all := k.Operations(func() { want, err = look(fresh) })
 	if err != nil {
 		t.Errorf("%s: %v", name, err)
 		return

@@ -71,6 +71,108 @@ func TestRecoverWithoutLock(t *testing.T) {
 	}
 }
 
+// What an interrupted apply left is put back, or it is told that it is not, whatever fails.
+func TestFaultOfRecover(t *testing.T) {
+	prepare := func() (*hosttest.Kernel, *declaredWorld) {
+		k := sweptHost(t)
+		if err := applyAll(k, few); err != nil {
+			t.Fatal(err)
+		}
+		world := lookAt(t, k)
+		m := newManager(t, k, Options{})
+		left := map[string]before{}
+		for _, i := range plan(t, m, many) {
+			was, err := m.before(i)
+			if err != nil {
+				t.Fatal(err)
+			}
+			left[applying+i.Device.Name] = was
+		}
+		if err := applyAll(k, many); err != nil {
+			t.Fatal(err)
+		}
+		for key, was := range left {
+			if err := m.run.Put(key, was); err != nil {
+				t.Fatal(err)
+			}
+		}
+		m.handle.Close()
+		return k, world
+	}
+	recovers := func(k *hosttest.Kernel) error {
+		return with(k, Options{}, func(context.Context, *Manager) error { return nil })
+	}
+	k, _ := prepare()
+	var err error
+	all := k.Operations(func() { err = recovers(k) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range hosttest.SampleOf(thisPackage, all) {
+		k, world := prepare()
+		failed := k.FailNth(n, failures[n%3])
+		err := recovers(k)
+		k.Revive()
+		if now := lookAt(t, k); err == nil && (!now.same(world, world) || len(now.left) > 0) {
+			t.Errorf("operation %d (%s) fails: nothing is told, and it\nis %s\nwas %s", n, failed(), now, world)
+		}
+	}
+}
+
+// Records that cannot be read are told, and nothing is changed by them.
+func TestUnreadableRecords(t *testing.T) {
+	for name, c := range map[string]struct {
+		file, text string
+		do         func(*Manager) error
+	}{
+		"undo": {"run/viaduct/undo.json", "{", func(m *Manager) error { return m.Undo(func(iommu.Address, error) {}) }},
+		"apply while another waits": {"run/viaduct/undo.json", "{", func(m *Manager) error {
+			if _, _, err := m.Tries(version(2), time.Hour, false); err != nil {
+				t.Fatal(err)
+			}
+			return m.Apply(t.Context(), plan(t, m, many), func(*Item, error) {})
+		}},
+		"recover": {"run/viaduct/" + applying + pf + ".json", `{"device": "` + pf + `", "pf": "pfs: 5"}`,
+			func(m *Manager) error {
+				all, err := m.Recover()
+				for _, r := range all {
+					err = errors.Join(err, r.Err)
+				}
+				return err
+			}},
+		"in force": {StateDir + "/" + formerTrial + ".json", `{"spec": "pfs: 5"}`, func(m *Manager) error {
+			_, err := m.InForce(version(9), nil)
+			return err
+		}},
+	} {
+		k := sweptHost(t)
+		m := newManager(t, k, Options{})
+		writeFile(t, k, c.file, c.text)
+		k.Log = nil
+		if err := c.do(m); err == nil || len(k.Log) > 0 {
+			t.Errorf("%s: %v, written %q", name, err, k.Log)
+		}
+	}
+}
+
+// While VFs of a PF come or go, it is not said how the PF differs, nor what it is.
+func TestVFsThatGo(t *testing.T) {
+	k := sweptHost(t)
+	if err := applyAll(k, few); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(filepath.Join(k.Dir(), "sys/bus/pci/devices/0000:01:10.0")); err != nil {
+		t.Fatal(err)
+	}
+	m := newManager(t, k, Options{})
+	if i := plan(t, m, few)[0]; i.State != Refused || !strings.Contains(i.Err.Error(), "made or removed just now") {
+		t.Errorf("planned: %s, %v", i.State, i.Err)
+	}
+	if s, _, err := m.Adopt(); err == nil {
+		t.Errorf("adopted: %+v", s)
+	}
+}
+
 // Which VFs are left alone by the network's services is as declared when that is told, whatever fails.
 func TestFaultOfMarks(t *testing.T) {
 	text := strings.ReplaceAll(many, "driver: home", "driver: home, network: unmanaged")

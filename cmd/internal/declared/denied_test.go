@@ -119,6 +119,26 @@ func TestFaultOfRecover(t *testing.T) {
 	}
 }
 
+// What there was to undo is forgotten, or it is told that it is not.
+func TestFaultOfClean(t *testing.T) {
+	for n := 0; ; n++ {
+		k := sweptHost(t)
+		if err := applyAll(k, few); err != nil {
+			t.Fatal(err)
+		}
+		m := Of(&iommu.Host{Host: k.Host()})
+		failed := k.FailNth(n, failures[n%3])
+		err := m.Clean()
+		k.Revive()
+		if _, known, bad := m.Last(); bad != nil || err == nil && known {
+			t.Errorf("%s fails, and there is something to undo: %v", failed(), bad)
+		}
+		if failed() == "" {
+			return
+		}
+	}
+}
+
 // Records that cannot be read are told, and nothing is changed by them.
 func TestUnreadableRecords(t *testing.T) {
 	for name, c := range map[string]struct {
@@ -247,8 +267,15 @@ func TestInterruptedApply(t *testing.T) {
 
 	k = sweptHost(t)
 	m := newManager(t, k, Options{})
-	items := plan(t, m, many)
+	items := plan(t, m, few)
 	k.Log = nil
+	k.SetFault(func(op, _ string) error { return map[string]error{"readlink": unix.EIO}[op] })
+	if err := m.Apply(t.Context(), items, func(*Item, error) {}); !errors.Is(err, unix.EIO) || len(k.Log) > 0 {
+		t.Errorf("it cannot be told how it is: %v, written %q", err, k.Log)
+	}
+	k.Revive()
+
+	items = plan(t, again(t, m), many)
 	over, interrupt := context.WithCancel(t.Context())
 	interrupt()
 	told := 0
@@ -329,10 +356,11 @@ func TestFaultOfProtect(t *testing.T) {
 	k := sweptHost(t)
 	k.ChangeNet(func(n *hosttest.Network) { n.Routes = []hosttest.Route{{To: "default", Over: []string{"enp1s0"}}} })
 	writeFile(t, k, "etc/fstab", "/dev/vda / ext4 defaults 0 1\n")
+	var before []protected
 	protect := func(n int) (now []protected, failed string, err error) {
 		m := newManager(t, k, Options{})
 		defer m.handle.Close()
-		if err := m.state.Delete(protectedKey); err != nil {
+		if err := m.state.Put(protectedKey, before); err != nil {
 			t.Fatal(err)
 		}
 		name := func() string { return "" }
@@ -347,18 +375,23 @@ func TestFaultOfProtect(t *testing.T) {
 		return now, name(), err
 	}
 
-	want, _, err := protect(-1)
-	if err != nil || len(want) == 0 {
-		t.Fatal(want, err)
-	}
-	for n := 0; ; n++ {
-		now, failed, err := protect(n)
-		if failed == "" {
-			break
+	for range 2 {
+		want, _, err := protect(-1)
+		if err != nil || len(want) == 0 {
+			t.Fatal(want, err)
 		}
-		if err == nil && !reflect.DeepEqual(now, want) {
-			t.Errorf("%s fails, and protected are without an error %+v, not %+v", failed, now, want)
+		for n := 0; ; n++ {
+			now, failed, err := protect(n)
+			if failed == "" {
+				break
+			}
+			if err == nil && !reflect.DeepEqual(now, want) {
+				t.Errorf("%s fails, and protected are without an error %+v, not %+v", failed, now, want)
+			}
 		}
+		// What carried the host once may be down the next time, and stays protected beside what carries it then.
+		before = want
+		k.ChangeNet(func(n *hosttest.Network) { n.Routes[0].Over = []string{"ens1"} })
 	}
 }
 

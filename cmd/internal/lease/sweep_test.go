@@ -82,17 +82,13 @@ func on(k *hosttest.Kernel, do func(context.Context, *Manager) error) error {
 // within is on for a command that may be interrupted.
 func within(ctx context.Context, k *hosttest.Kernel, do func(context.Context, *Manager) error) error {
 	h := &iommu.Host{Host: k.Host()}
-	handle, err := sriov.Open(h, bind.Options{Recoverers: Recoverers()})
+	handle, err := sriov.Open(h, HandleOptions(h))
 	if err != nil {
 		return err
 	}
 	defer handle.Close()
 	lock := func(ctx context.Context, devices []*iommu.Device) error {
-		if err := handle.Lock(ctx, devices); err != nil {
-			return err
-		}
-		_, err := handle.RecoverPatiently(ctx)
-		return errors.Join(err, handle.StuckIn(bind.AddressesOf(devices)...))
+		return Lock(ctx, handle, devices, func([]bind.Recovered) {})
 	}
 	d, err := hostfile.Parse("host.yaml", []byte(poolOfTwo))
 	if err != nil {
@@ -192,10 +188,20 @@ type world struct {
 func (w *world) String() string {
 	l := "none"
 	if w.lease != nil {
-		l = fmt.Sprintf("ready %v, ending %v, unmade %v", w.lease.Ready, w.lease.Ending, w.lease.Unmade)
+		l = fmt.Sprintf("ready %v, ending %v, unmade %v, with %v", w.lease.Ready, w.lease.Ending, w.lease.Unmade, w.has())
 	}
 	return fmt.Sprintf("%s\nlease: %s; quarantine %q, changes %q, resets %v", w.devices, l, w.quarantined, w.changes,
 		w.resets)
+}
+
+// has is what the lease says that each VF has.
+func (w *world) has() (out []string) {
+	if w.lease != nil {
+		for _, d := range w.lease.Devices {
+			out = append(out, d.Address.String()+" "+d.Now.Text())
+		}
+	}
+	return out
 }
 
 // free reports whether nobody has anything any more, and all is as it was.
@@ -316,7 +322,8 @@ func (d *deed) fault(t *testing.T, s *site, n int, fail error, after *world) {
 	case err == nil && d.dead && now.lease != nil && now.lease.Ready && now.devices != before.devices:
 		// It could not be seen that it is dead.
 	case err == nil && (now.devices != after.devices || (now.lease == nil) != (after.lease == nil) ||
-		now.lease != nil && !now.lease.Ready || len(now.changes) > 0 || len(now.quarantined) > 0):
+		!slices.Equal(now.has(), after.has()) || now.lease != nil && !now.lease.Ready || len(now.changes) > 0 ||
+		len(now.quarantined) > 0):
 		wrong("it is not done")
 	case now.lease == nil && now.devices != before.devices && len(now.changes) == 0 && len(now.quarantined) == 0:
 		wrong("nobody knows of it")

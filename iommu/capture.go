@@ -218,8 +218,8 @@ func readTold(h *Host, name, what string) (string, error) {
 		return "", unlessAbsent(err)
 	}
 	if string(text) == untold {
-		return "", fmt.Errorf("%s of interfaces are not known: the kernel did not tell them when the snapshot was taken",
-			what)
+		return "", fmt.Errorf("%s of interfaces are not known: the kernel did not tell them when the snapshot was "+
+			"taken", what)
 	}
 	return string(text), nil
 }

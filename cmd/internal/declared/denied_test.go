@@ -251,18 +251,10 @@ func TestInterruptedApply(t *testing.T) {
 		k := sweptHost(t)
 		before := lookAt(t, k)
 		ctx, interrupt := context.WithCancel(t.Context())
-		left := n
-		var at string
-		k.SetFault(func(op, name string) error {
-			if left--; left == -1 {
-				at = op + " " + name
-				interrupt()
-			}
-			return nil
-		})
+		at := k.InterruptNth(n, interrupt)
 		err := applyIn(ctx, k, many)
 		k.Revive()
-		applyFailed(t, k, before, after, err, fmt.Sprintf("interrupted at operation %d (%s)", n, at))
+		applyFailed(t, k, before, after, err, fmt.Sprintf("interrupted at operation %d (%s)", n, at()))
 	}
 
 	k = sweptHost(t)

@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -305,7 +304,7 @@ func (d *deed) fault(t *testing.T, s *site, n int, fail error, after *world) {
 	defer interrupt()
 	failed := k.FailNth(n, fail)
 	if errors.Is(fail, context.Canceled) {
-		failed = interruptAt(k, n, interrupt)
+		failed = k.InterruptNth(n, interrupt)
 	}
 	err := d.do(ctx, s, k)
 	k.Revive()
@@ -354,21 +353,6 @@ func (d *deed) fault(t *testing.T, s *site, n int, fail error, after *world) {
 	if now = s.look(t, k, v); !now.free(before) {
 		wrong("and then it is so")
 	}
-}
-
-// interruptAt interrupts a command at its n-th operation, which succeeds.
-func interruptAt(k *hosttest.Kernel, n int, interrupt func()) (at func() string) {
-	var what atomic.Value
-	var left atomic.Int64
-	left.Store(int64(n))
-	k.SetFault(func(op, name string) error {
-		if left.Add(-1) == -1 {
-			what.Store(op + " " + name)
-			interrupt()
-		}
-		return nil
-	})
-	return func() string { return fmt.Sprint(what.Load()) }
 }
 
 // hadIt reports whether the guest has a device of the site.

@@ -113,6 +113,19 @@ func EveryNth(nth int, sample []int) []int {
 // FailNth has the n-th operation fail, counted from 0, and no other; failed names it, "" if there were not so many.
 // Revive ends that.
 func (k *Kernel) FailNth(n int, err error) (failed func() string) {
+	return k.atNth(n, func() error { return err })
+}
+
+// InterruptNth has something done at the n-th operation, counted from 0, which succeeds; at names it, "" if there were
+// not so many. Revive ends that.
+func (k *Kernel) InterruptNth(n int, interrupt func()) (at func() string) {
+	return k.atNth(n, func() error {
+		interrupt()
+		return nil
+	})
+}
+
+func (k *Kernel) atNth(n int, do func() error) (name func() string) {
 	var at atomic.Pointer[string]
 	var left atomic.Int64
 	left.Store(int64(n))
@@ -122,7 +135,7 @@ func (k *Kernel) FailNth(n int, err error) (failed func() string) {
 		}
 		what := op + " " + name
 		at.Store(&what)
-		return err
+		return do()
 	})
 	return func() string {
 		if what := at.Load(); what != nil {

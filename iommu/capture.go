@@ -150,15 +150,13 @@ func captureTo(h *Host, w io.Writer, redacted bool, facts []Fact) error {
 	// Which tell the groups of its noiommu mode.
 	c.links("sys/class/vfio")
 	others, err := alternativeNames(h)
-	if err != nil && !isRefusal(err) {
+	if err := c.told(alternatives, others, err); err != nil {
 		return err
 	}
-	c.add(alternatives, others)
 	made, err := permanentAddresses(h, t)
-	if err != nil && !isRefusal(err) {
+	if err := c.told(permanents, made, err); err != nil {
 		return err
 	}
-	c.add(permanents, made)
 	if names, err := h.Names(pciDrivers); err == nil {
 		for _, n := range names {
 			c.dir(path.Join(pciDrivers, n))
@@ -199,6 +197,31 @@ func (c *capture) add(name string, data []byte) {
 	if data != nil {
 		c.keep(c.w.File(name, data))
 	}
+}
+
+// untold is what a snapshot has in place of what the kernel, which has no file for it, refused to tell.
+const untold = "?\n"
+
+// told adds what the kernel tells of, or that it does not.
+func (c *capture) told(name string, data []byte, err error) error {
+	if isRefusal(err) {
+		data, err = []byte(untold), nil
+	}
+	c.add(name, data)
+	return err
+}
+
+// readTold reads what a snapshot has of what the kernel has no file for; "" if there is none.
+func readTold(h *Host, name, what string) (string, error) {
+	text, err := h.Read(name)
+	if err != nil {
+		return "", unlessAbsent(err)
+	}
+	if string(text) == untold {
+		return "", fmt.Errorf("%s of interfaces are not known: the kernel did not tell them when the snapshot was "+
+			"taken", what)
+	}
+	return string(text), nil
 }
 
 func (c *capture) dir(name string) {

@@ -65,11 +65,11 @@ const permanents = "viaduct/permanent-addresses"
 
 // capturedMACs adds what a snapshot says of interfaces.
 func capturedMACs(h *Host, names []string, out map[string]string) error {
-	text, err := h.Read(permanents)
+	text, err := readTold(h, permanents, "permanent addresses")
 	if err != nil {
-		return unlessAbsent(err)
+		return err
 	}
-	for line := range strings.Lines(string(text)) {
+	for line := range strings.Lines(text) {
 		if words := strings.Fields(line); len(words) == 2 && slices.Contains(names, words[0]) {
 			out[words[0]] = words[1]
 		}

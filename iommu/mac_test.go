@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"viaduct/internal/host/hosttest"
 	"viaduct/internal/journal"
 )
@@ -126,6 +128,40 @@ func TestCapturedMAC(t *testing.T) {
 			}
 			if d, err := sel.One(captured, topology); (err == nil) != want || want && d.Name != "0000:02:00.0" {
 				t.Errorf("of %s: mac=%s is %+v, %v", from, mac, d, err)
+			}
+		}
+		h = captured
+	}
+}
+
+// What the kernel refused to tell when a snapshot was taken is not known there, nor in what is captured of that: no
+// address or name is said to be no device's.
+func TestUntold(t *testing.T) {
+	k := hosttest.NewLab(t, nil)
+	k.SetFault(func(op, _ string) error { return map[string]error{"message": unix.EIO}[op] })
+	h := &Host{k.Host()}
+	for range 2 {
+		file := filepath.Join(t.TempDir(), "host.vsnap")
+		var b bytes.Buffer
+		if err := errors.Join(Capture(h, &b), os.WriteFile(file, b.Bytes(), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		captured, err := Open(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer captured.Close()
+		topology, err := Scan(captured)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, text := range []string{"mac=02:00:00:00:ff:ff", "uplink0"} {
+			sel, err := ParseSelector(text)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if d, err := sel.One(captured, topology); err == nil || errors.Is(err, ErrNotFound) {
+				t.Errorf("%s is %+v, %v", text, d, err)
 			}
 		}
 		h = captured

@@ -227,11 +227,11 @@ func firstName(h *Host, name string) (string, error) {
 	if h.Live() {
 		return netlink.FirstName(h.Host, name)
 	}
-	text, err := h.Read(alternatives)
+	text, err := readTold(h, alternatives, "alternative names")
 	if err != nil {
-		return "", unlessAbsent(err)
+		return "", err
 	}
-	for line := range strings.Lines(string(text)) {
+	for line := range strings.Lines(text) {
 		if words := strings.Fields(line); slices.Contains(words, name) {
 			return words[0], nil
 		}

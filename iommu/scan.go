@@ -152,6 +152,18 @@ func (t *Topology) VFs(pf *Device) []*Device {
 	return out
 }
 
+// PFOf is the PF of a VF of the topology, nil of what is no VF.
+func (t *Topology) PFOf(vf *Device) *Device {
+	if vf.PhysFn == nil {
+		return nil
+	}
+	pf, err := t.Find(*vf.PhysFn)
+	if err != nil {
+		return nil
+	}
+	return pf
+}
+
 // KeptWith is what the host keeps of a VF's IOMMU group, so that no guest can have the VF: its PF, or another device on
 // a driver of the host. It is nil if there is nothing of that.
 func (t *Topology) KeptWith(vf *Device) *Device {

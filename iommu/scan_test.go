@@ -535,3 +535,15 @@ func TestDetailsErrors(t *testing.T) {
 		}
 	}
 }
+
+// The PF of each VF is the one that links to it, and what is no VF has none.
+func TestPFOf(t *testing.T) {
+	top := richTopology(t)
+	top.All(func(d *Device) bool {
+		pf := top.PFOf(d)
+		if (pf == nil) != (d.PhysFn == nil) || pf != nil && top.VFs(pf)[d.VFIndex] != d {
+			t.Errorf("%s: %v", d.Name, pf)
+		}
+		return true
+	})
+}

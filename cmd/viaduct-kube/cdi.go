@@ -41,5 +41,8 @@ func writeCDI(h *iommu.Host, o *common, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
+	for _, unseen := range facts.Unseen() {
+		fmt.Fprintln(stderr, "viaduct-kube:", unseen)
+	}
 	return node.WritePools(o.cdiDir, o.driver, node.Functions(facts, dra.Ours(o.driver)), facts.Nodes)
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"io"
 	"os"
 	"path/filepath"
@@ -297,7 +298,9 @@ func TestServe(t *testing.T) {
 	defer os.RemoveAll(dir)
 	o.kubeletDir = dir
 	client := fake.NewClientset(&core.Node{ObjectMeta: meta.ObjectMeta{Name: "n1", UID: "uid"}})
-	s, err := newServer(h, client, o, t.Output())
+	cannotSee(t, h, "devices")
+	var log bytes.Buffer
+	s, err := newServer(h, client, o, io.MultiWriter(&log, t.Output()))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -357,16 +360,55 @@ func TestServe(t *testing.T) {
 	if err := <-ended; err != nil {
 		t.Errorf("at its end: %v", err)
 	}
+	if !strings.Contains(log.String(), "LookFailed: declared devices cannot be looked at: ") {
+		t.Errorf("what cannot be looked at is not told:\n%s", log.String())
+	}
+}
+
+// cannotSee makes something unknown of what is declared: whether it is what it was.
+func cannotSee(t *testing.T, h *iommu.Host, what string) {
+	t.Helper()
+	name, more := "0000:01:00.0", ""
+	if what == "devices" {
+		name = "0000:00:05.0"
+		more = "devices:\n  - select: " + name + "\n"
+	}
+	file := h.Path("etc/viaduct/host.yaml")
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	known := h.Path("var/lib/viaduct/known-" + name + ".json")
+	if err := errors.Join(os.WriteFile(file, append(text, more...), 0o644), os.MkdirAll(filepath.Dir(known), 0o755),
+		os.WriteFile(known, []byte("{"), 0o644)); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // The specifications of pools are written of the host as it is, without the cluster.
 func TestCDICommand(t *testing.T) {
 	h, o := newNode(t, "{}")
-	if err := writeCDI(h, &o.common, io.Discard); err != nil {
-		t.Fatal(err)
+	var stderr bytes.Buffer
+	if err := writeCDI(h, &o.common, &stderr); err != nil || stderr.Len() > 0 {
+		t.Fatal(err, stderr.String())
 	}
 	text, err := os.ReadFile(filepath.Join(o.cdiDir, "viaduct.dev-pool-net.json"))
 	if err != nil || !strings.Contains(string(text), `"kind": "viaduct.dev/net"`) {
 		t.Errorf("%s, %v", text, err)
+	}
+}
+
+// What is declared and cannot be looked at is told.
+func TestCDICannotSee(t *testing.T) {
+	for what, want := range map[string]string{
+		"devices": "declared devices cannot be looked at: 0000:00:05.0: ",
+		"pool":    "functions of a pool cannot be looked at: pool \"net\": ",
+	} {
+		h, o := newNode(t, "{}")
+		cannotSee(t, h, what)
+		var stderr bytes.Buffer
+		if err := writeCDI(h, &o.common, &stderr); err != nil || !strings.Contains(stderr.String(), want) {
+			t.Errorf("%s: %v, it says %q", what, err, stderr.String())
+		}
 	}
 }

@@ -375,6 +375,9 @@ func (s *server) publish(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	for _, unseen := range facts.Unseen() {
+		s.tell(true, "LookFailed", unseen)
+	}
 	s.share(ctx, functions)
 	s.counts.see(functions, s.settings)
 	s.dra.Saw(functions)

@@ -330,7 +330,7 @@ func (m *Manager) Recover() ([]bind.Recovered, error) {
 			continue
 		}
 
-		ours, err := m.handle.TryLock(was.Device)
+		ours, err := m.tryLock(&was)
 		if err != nil {
 			return out, err
 		}
@@ -352,6 +352,16 @@ func (m *Manager) Recover() ([]bind.Recovered, error) {
 		out = append(out, r)
 	}
 	return out, nil
+}
+
+// tryLock locks all devices of a record, and reports whether no other viaduct is at work on one of them.
+func (m *Manager) tryLock(was *before) (bool, error) {
+	for _, a := range append([]iommu.Address{was.Device}, was.Release...) {
+		if ours, err := m.handle.TryLock(a); !ours || err != nil {
+			return false, err
+		}
+	}
+	return true, nil
 }
 
 // Interrupted reports whether an apply may have been killed in the middle.

@@ -71,6 +71,128 @@ func TestRecoverWithoutLock(t *testing.T) {
 	}
 }
 
+// What an interrupted apply left is put back, or it is told that it is not, whatever fails.
+func TestFaultOfRecover(t *testing.T) {
+	prepare := func() (*hosttest.Kernel, *declaredWorld) {
+		k := sweptHost(t)
+		if err := applyAll(k, few); err != nil {
+			t.Fatal(err)
+		}
+		world := lookAt(t, k)
+		m := newManager(t, k, Options{})
+		left := map[string]before{}
+		for _, i := range plan(t, m, many) {
+			was, err := m.before(i)
+			if err != nil {
+				t.Fatal(err)
+			}
+			left[applying+i.Device.Name] = was
+		}
+		if err := applyAll(k, many); err != nil {
+			t.Fatal(err)
+		}
+		for key, was := range left {
+			if err := m.run.Put(key, was); err != nil {
+				t.Fatal(err)
+			}
+		}
+		m.handle.Close()
+		return k, world
+	}
+	recovers := func(k *hosttest.Kernel) error {
+		return with(k, Options{}, func(context.Context, *Manager) error { return nil })
+	}
+	k, _ := prepare()
+	var err error
+	all := k.Operations(func() { err = recovers(k) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range hosttest.SampleOf(thisPackage, all) {
+		k, world := prepare()
+		failed := k.FailNth(n, failures[n%3])
+		err := recovers(k)
+		k.Revive()
+		if now := lookAt(t, k); err == nil && (!now.same(world, world) || len(now.left) > 0) {
+			t.Errorf("operation %d (%s) fails: nothing is told, and it\nis %s\nwas %s", n, failed(), now, world)
+		}
+	}
+}
+
+// What there was to undo is forgotten, or it is told that it is not.
+func TestFaultOfClean(t *testing.T) {
+	for n := 0; ; n++ {
+		k := sweptHost(t)
+		if err := applyAll(k, few); err != nil {
+			t.Fatal(err)
+		}
+		m := Of(&iommu.Host{Host: k.Host()})
+		failed := k.FailNth(n, failures[n%3])
+		err := m.Clean()
+		k.Revive()
+		if _, known, bad := m.Last(); bad != nil || err == nil && known {
+			t.Errorf("%s fails, and there is something to undo: %v", failed(), bad)
+		}
+		if failed() == "" {
+			return
+		}
+	}
+}
+
+// Records that cannot be read are told, and nothing is changed by them.
+func TestUnreadableRecords(t *testing.T) {
+	for name, c := range map[string]struct {
+		file, text string
+		do         func(*Manager) error
+	}{
+		"undo": {"run/viaduct/undo.json", "{", func(m *Manager) error { return m.Undo(func(iommu.Address, error) {}) }},
+		"apply while another waits": {"run/viaduct/undo.json", "{", func(m *Manager) error {
+			if _, _, err := m.Tries(version(2), time.Hour, false); err != nil {
+				t.Fatal(err)
+			}
+			return m.Apply(t.Context(), plan(t, m, many), func(*Item, error) {})
+		}},
+		"recover": {"run/viaduct/" + applying + pf + ".json", `{"device": "` + pf + `", "pf": "pfs: 5"}`,
+			func(m *Manager) error {
+				all, err := m.Recover()
+				for _, r := range all {
+					err = errors.Join(err, r.Err)
+				}
+				return err
+			}},
+		"in force": {StateDir + "/" + formerTrial + ".json", `{"spec": "pfs: 5"}`, func(m *Manager) error {
+			_, err := m.InForce(version(9), nil)
+			return err
+		}},
+	} {
+		k := sweptHost(t)
+		m := newManager(t, k, Options{})
+		writeFile(t, k, c.file, c.text)
+		k.Log = nil
+		if err := c.do(m); err == nil || len(k.Log) > 0 {
+			t.Errorf("%s: %v, written %q", name, err, k.Log)
+		}
+	}
+}
+
+// While VFs of a PF come or go, it is not said how the PF differs, nor what it is.
+func TestVFsThatGo(t *testing.T) {
+	k := sweptHost(t)
+	if err := applyAll(k, few); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(filepath.Join(k.Dir(), "sys/bus/pci/devices/0000:01:10.0")); err != nil {
+		t.Fatal(err)
+	}
+	m := newManager(t, k, Options{})
+	if i := plan(t, m, few)[0]; i.State != Refused || !strings.Contains(i.Err.Error(), "made or removed just now") {
+		t.Errorf("planned: %s, %v", i.State, i.Err)
+	}
+	if s, _, err := m.Adopt(); err == nil {
+		t.Errorf("adopted: %+v", s)
+	}
+}
+
 // Which VFs are left alone by the network's services is as declared when that is told, whatever fails.
 func TestFaultOfMarks(t *testing.T) {
 	text := strings.ReplaceAll(many, "driver: home", "driver: home, network: unmanaged")
@@ -85,7 +207,7 @@ func TestFaultOfMarks(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := marks(k)
-	for _, n := range hosttest.SampleOf("viaduct/cmd/internal/declared", all) {
+	for _, n := range hosttest.SampleOf(thisPackage, all) {
 		k := sweptHost(t)
 		failed := k.FailNth(n, failures[n%3])
 		err := applyAll(k, text)
@@ -125,28 +247,27 @@ func TestInterruptedApply(t *testing.T) {
 		t.Fatal(err)
 	}
 	after := lookAt(t, k)
-	for _, n := range hosttest.EveryNth(8, hosttest.Sample(all)) {
+	for _, n := range hosttest.EveryNth(8, hosttest.Sample(all, thisPackage)) {
 		k := sweptHost(t)
 		before := lookAt(t, k)
 		ctx, interrupt := context.WithCancel(t.Context())
-		left := n
-		var at string
-		k.SetFault(func(op, name string) error {
-			if left--; left == -1 {
-				at = op + " " + name
-				interrupt()
-			}
-			return nil
-		})
+		at := k.InterruptNth(n, interrupt)
 		err := applyIn(ctx, k, many)
 		k.Revive()
-		applyFailed(t, k, before, after, err, fmt.Sprintf("interrupted at operation %d (%s)", n, at))
+		applyFailed(t, k, before, after, err, fmt.Sprintf("interrupted at operation %d (%s)", n, at()))
 	}
 
 	k = sweptHost(t)
 	m := newManager(t, k, Options{})
-	items := plan(t, m, many)
+	items := plan(t, m, few)
 	k.Log = nil
+	k.SetFault(func(op, _ string) error { return map[string]error{"readlink": unix.EIO}[op] })
+	if err := m.Apply(t.Context(), items, func(*Item, error) {}); !errors.Is(err, unix.EIO) || len(k.Log) > 0 {
+		t.Errorf("it cannot be told how it is: %v, written %q", err, k.Log)
+	}
+	k.Revive()
+
+	items = plan(t, again(t, m), many)
 	over, interrupt := context.WithCancel(t.Context())
 	interrupt()
 	told := 0
@@ -227,10 +348,11 @@ func TestFaultOfProtect(t *testing.T) {
 	k := sweptHost(t)
 	k.ChangeNet(func(n *hosttest.Network) { n.Routes = []hosttest.Route{{To: "default", Over: []string{"enp1s0"}}} })
 	writeFile(t, k, "etc/fstab", "/dev/vda / ext4 defaults 0 1\n")
+	var before []protected
 	protect := func(n int) (now []protected, failed string, err error) {
 		m := newManager(t, k, Options{})
 		defer m.handle.Close()
-		if err := m.state.Delete(protectedKey); err != nil {
+		if err := m.state.Put(protectedKey, before); err != nil {
 			t.Fatal(err)
 		}
 		name := func() string { return "" }
@@ -245,18 +367,23 @@ func TestFaultOfProtect(t *testing.T) {
 		return now, name(), err
 	}
 
-	want, _, err := protect(-1)
-	if err != nil || len(want) == 0 {
-		t.Fatal(want, err)
-	}
-	for n := 0; ; n++ {
-		now, failed, err := protect(n)
-		if failed == "" {
-			break
+	for range 2 {
+		want, _, err := protect(-1)
+		if err != nil || len(want) == 0 {
+			t.Fatal(want, err)
 		}
-		if err == nil && !reflect.DeepEqual(now, want) {
-			t.Errorf("%s fails, and protected are without an error %+v, not %+v", failed, now, want)
+		for n := 0; ; n++ {
+			now, failed, err := protect(n)
+			if failed == "" {
+				break
+			}
+			if err == nil && !reflect.DeepEqual(now, want) {
+				t.Errorf("%s fails, and protected are without an error %+v, not %+v", failed, now, want)
+			}
 		}
+		// What carried the host once may be down the next time, and stays protected beside what carries it then.
+		before = want
+		k.ChangeNet(func(n *hosttest.Network) { n.Routes[0].Over = []string{"ens1"} })
 	}
 }
 

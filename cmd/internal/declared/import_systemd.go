@@ -275,23 +275,33 @@ func (i *importer) absent(files []*netFile) error {
 	}
 
 	for _, word := range words {
+		if _, err := iommu.ParseSelector(word); err != nil {
+			i.unnamed(byWord[word])
+			continue
+		}
 		match, d, err := i.match(word)
-		if word != "" && err == nil && d == nil {
+		if err != nil {
+			return err
+		}
+		if d == nil {
 			if err := i.systemdPF(byWord[word], nil, &match); err != nil {
 				return err
 			}
 			continue
 		}
 		for _, f := range byWord[word] {
-			if d != nil {
-				i.note("/%s: another file applies to %s", f.name, d.Name)
-			} else {
-				i.note("/%s: its [Match] does not name one device", f.name)
-			}
+			i.note("/%s: another file applies to %s", f.name, d.Name)
 		}
 	}
 
 	return nil
+}
+
+// unnamed notes files that name no one device.
+func (i *importer) unnamed(files []*netFile) {
+	for _, f := range files {
+		i.note("/%s: its [Match] does not name one device", f.name)
+	}
 }
 
 // matchWord is the one word of a [Match] that names a device, "" if there is none.

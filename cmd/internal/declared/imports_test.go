@@ -208,16 +208,19 @@ func TestImportedPlans(t *testing.T) {
 
 // Files that cannot be read as what they are end an import, and name the file.
 func TestImportFails(t *testing.T) {
-	for source, c := range map[string]struct{ file, text, says string }{
-		"netplan": {"etc/netplan/a.yaml", "network: [", "/etc/netplan/a.yaml: "},
-		"systemd": {"etc/systemd/network/a.link",
+	for _, c := range []struct{ source, file, text, says string }{
+		{"netplan", "etc/netplan/a.yaml", "network: [", "/etc/netplan/a.yaml: "},
+		{"netplan", "etc/netplan/a.yaml", "network: {ethernets: {a: {mtu: x}}}\n", "netplan: "},
+		{"systemd", "etc/systemd/network/a.link",
 			"[Match]\nOriginalName=enp1s0f0\n[SR-IOV]\nVirtualFunction=0\nVLANId=x\n", "a.link: VF 0: "},
-		"driverctl": {"etc/driverctl.d/pci-nowhere=", "vfio-pci\n", "/etc/driverctl.d/pci-nowhere=: "},
-		"nobody":    {"etc/hosts", "", "unknown tool \"nobody\": want one of driverctl"},
+		{"systemd", "etc/systemd/network/a.link",
+			"[Match]\nOriginalName=notthere\n[SR-IOV]\nVirtualFunction=0\nVLANId=x\n", "a.link: VF 0: "},
+		{"driverctl", "etc/driverctl.d/pci-nowhere=", "vfio-pci\n", "/etc/driverctl.d/pci-nowhere=: "},
+		{"nobody", "etc/hosts", "", "unknown tool \"nobody\": want one of driverctl"},
 	} {
 		m := newManager(t, hosttest.NewKernel(t, twoCards(hosttest.Tree{c.file: c.text})), Options{})
-		if _, _, err := m.Import(source); err == nil || !strings.Contains(err.Error(), c.says) {
-			t.Errorf("%s: %v", source, err)
+		if _, _, err := m.Import(c.source); err == nil || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%s, %q: %v", c.source, c.text, err)
 		}
 	}
 }

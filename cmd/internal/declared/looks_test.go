@@ -7,6 +7,7 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+	"time"
 
 	"viaduct/cmd/internal/hostfile"
 	"viaduct/internal/host/hosttest"
@@ -26,6 +27,7 @@ func imported() hosttest.Tree {
 			"[SR-IOV]\nVirtualFunction=0\nVLANId=15\n",
 		network + "10-a.link.d/o.conf":     "[Link]\nSR-IOVVirtualFunctions=6\n[SR-IOV]\nVirtualFunction=0\nTrust=no\n",
 		network + "20-b.link":              "[Match]\nDriver=!e1000 ixgbe\n[Link]\nSR-IOVVirtualFunctions=8\n",
+		network + "30-c.link":              "[Match]\nPermanentMACAddress=3c:fd:fe:00:00:09\n[Link]\nSR-IOVVirtualFunctions=2\n",
 		network + "50-a.network":           "[Match]\nName=lan0\n[SR-IOV]\nVirtualFunction=2\nVLANId=7\n",
 		"proc/cmdline":                     "quiet vfio-pci.ids=8086:1572,1234:5678\n",
 		"etc/modprobe.d/i40e.conf":         "options i40e max_vfs=0,5\noptions vfio-pci ids=8086:3420\n",
@@ -93,6 +95,9 @@ func TestLooksThatFail(t *testing.T) {
 		"another plan": planned(strings.ReplaceAll(many, "vlan: 7", "vlan: 8, mac: stable"), Options{}),
 		"other drivers": planned(strings.NewReplacer("driver: vfio, vlan: 7, trust: on", "driver: home",
 			"driver: home", "driver: vfio").Replace(many), Options{}),
+		"leased": planned(many, Options{Leased: func() (map[iommu.Address]Guest, error) {
+			return map[iommu.Address]Guest{mustParse(t, "0000:01:10.0"): {}}, nil
+		}}),
 		"boot": planned("pfs:\n  - {each: [\"8086:10c9\"], count: 3}\nprotect: ["+nic+"]\n", Options{Boot: true}),
 		"pool": func(m *Manager) (any, error) {
 			vfs, err := m.Pool(parse(t, strings.ReplaceAll(many, "driver: vfio", "driver: vfio, pool: net")), "net")
@@ -112,6 +117,14 @@ func TestLooksThatFail(t *testing.T) {
 			vfs, err := m.Pool(s, "net")
 			return len(vfs), err
 		},
+		"pool of, by number": func(m *Manager) (any, error) {
+			s := parse(t, "pfs:\n  - {each: [\"mac=52:54:00:00:00:01\"], count: 3, vfs: [{range: 0-2, pool: net}]}\n")
+			return m.PoolOf(s, device(m, "0000:01:10.0"))
+		},
+		"taken": func(m *Manager) (any, error) {
+			all, err := m.Taken(parse(t, "devices: [{select: "+nic+"}]\n"))
+			return len(all), err
+		},
 		"saved":     func(m *Manager) (any, error) { return m.Saved(device(m, nic)) },
 		"held":      func(m *Manager) (any, error) { return m.Held() },
 		"last":      func(m *Manager) (any, error) { all, known, err := m.Last(); return []any{all, known}, err },
@@ -130,6 +143,34 @@ func TestLooksThatFail(t *testing.T) {
 	}
 	inUse := applied()
 	inUse.Process(4713, "qemu", "/dev/vfio/devices/"+filepath.Base(oneFile(t, inUse, "0000:01:10.0/vfio-dev/*")))
+	givenBack, moved := applied(), applied()
+	if err := givenBack.Write("sys/bus/pci/drivers/vfio-pci/unbind", nic); err != nil {
+		t.Fatal(err)
+	}
+	m := Of(&iommu.Host{Host: moved.Host()})
+	match := parse(t, few).PFs[0].Select
+	was, err := m.remembered(match)
+	if err != nil || was == nil {
+		t.Fatal(was, err)
+	}
+	was.Identity.Path, was.Identity.MACs = "0000:00:1f.0/00.0", nil // it may be another one
+	if err := m.state.Put(knownKey(match.String()), was); err != nil {
+		t.Fatal(err)
+	}
+	// Nothing but their places tells these two apart, of which one was elsewhere.
+	disk := "devices: [{select: path=0000:00:02.0/00.0}]\n"
+	equal := hosttest.NewKernel(t, hosttest.TakenDisks())
+	m = newManager(t, equal, Options{})
+	k, err := m.knownOf(plan(t, m, disk)[0])
+	k.Equal = []string{"0000:00:02.0/00.0", "0000:00:1f.0/00.0"}
+	if err := errors.Join(err, m.state.Put(knownKey("path=0000:00:02.0/00.0"), k)); err != nil {
+		t.Fatal(err)
+	}
+	overdue := sweptHost(t)
+	token, _, err := newManager(t, overdue, Options{}).Tries(parse(t, few), time.Nanosecond, false)
+	if err != nil {
+		t.Fatal(err)
+	}
 	checked := func(m *Manager) (any, error) {
 		items, err := m.Plan(parse(t, strings.ReplaceAll(many, "vlan: 7", "vlan: 8")))
 		if err != nil {
@@ -151,6 +192,16 @@ func TestLooksThatFail(t *testing.T) {
 		undone:      {"held": func(m *Manager) (any, error) { return m.Held() }},
 		interrupted: {"interrupted": func(m *Manager) (any, error) { return m.Interrupted() }},
 		inUse:       {"checked": checked},
+		overdue: {
+			"due": func(m *Manager) (any, error) { return m.Due(token) },
+			"not confirmed": func(m *Manager) (any, error) {
+				late, which, force, err := m.AwaitConfirmed()
+				return []any{late, which, force}, err
+			},
+		},
+		givenBack: {"given back": planned(many, Options{})},
+		moved:     {"moved": planned(many, Options{})},
+		equal:     {"equal": planned(disk, Options{})},
 	} {
 		for name, look := range all {
 			failsInTurn(t, k, name, look)
@@ -175,12 +226,13 @@ func failsInTurn(t *testing.T, k *hosttest.Kernel, name string, look func(*Manag
 	defer m.handle.Close()
 	var want any
 	var err error
-	all := k.Operations(func() { want, err = look(again(t, m)) })
+	fresh := again(t, m)
+	all := k.Operations(func() { want, err = look(fresh) })
 	if err != nil {
 		t.Errorf("%s: %v", name, err)
 		return
 	}
-	for _, n := range hosttest.Sample(all) {
+	for _, n := range hosttest.Sample(all, thisPackage) {
 		m := again(t, m)
 		failed := k.FailNth(n, failures[n%3])
 		got, err := look(m)

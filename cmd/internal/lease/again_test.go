@@ -166,7 +166,7 @@ func TestFaultThenAgain(t *testing.T) {
 				t.Fatal(err)
 			}
 			want := state(k)
-			for _, n := range hosttest.SampleOf("viaduct/cmd/internal/lease", all) {
+			for _, n := range hosttest.SampleOf(thisPackage, all) {
 				k := prepare()
 				failed := k.FailNth(n, []error{unix.EIO, unix.EACCES, unix.ENOSPC}[n%3])
 				err := c.do(k)
@@ -243,6 +243,26 @@ func TestLooksThatFail(t *testing.T) {
 		"all": {lasting, func(_ context.Context, m *Manager) (any, error) {
 			all, err := m.all()
 			return len(all), err
+		}},
+		"get": {lasting, func(_ context.Context, m *Manager) (any, error) {
+			l, err := m.Book.Get("a")
+			return l != nil && l.Guest == "a", err
+		}},
+		"capture": {lasting, func(_ context.Context, m *Manager) (any, error) {
+			f, err := m.Capture()
+			return string(f.Data), err
+		}},
+		"in force": {nil, func(_ context.Context, m *Manager) (any, error) {
+			use, note, err := InForce(m.host, m.declaration, nil, Checks)
+			return fmt.Sprint(use != nil, note), err
+		}},
+		"preview for a unit": {func(k *hosttest.Kernel) error {
+			file := filepath.Join(k.Dir(), "sys/fs/cgroup/system.slice/web.service/cgroup.procs")
+			return errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, []byte("1\n"), 0o600))
+		}, func(_ context.Context, m *Manager) (any, error) {
+			steps, err := previewed(m, &Request{Guest: "a", Sources: []Source{{From: vf1, Count: 1}}, Memory: 1 << 30,
+				Unit: "web.service"})
+			return writes(steps), err
 		}},
 		"known": {lasting, func(_ context.Context, m *Manager) (any, error) {
 			l, err := m.known("a")

@@ -65,3 +65,18 @@ func TestHostileRecords(t *testing.T) {
 		}
 	}
 }
+
+// How leases were that a snapshot tells otherwise than viaduct writes it is not taken for unknown: that is an error.
+func TestStatesThatCannotBeRead(t *testing.T) {
+	for _, text := range []string{"{", `{"leases":{"a":{}}}`} {
+		tree := hosttest.Lab(t).With(hosttest.Tree{"viaduct/leases.json": text})
+		s, err := sriov.Open(&iommu.Host{Host: tree.Host(t)}, bind.Options{DryRun: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := New(s, Options{}); err == nil {
+			t.Errorf("%s is read", text)
+		}
+		s.Close()
+	}
+}

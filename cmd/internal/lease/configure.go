@@ -21,12 +21,12 @@ func (m *Manager) byPF(l *Lease, do func(pf *iommu.Device, devices []*Device) er
 	var order []*iommu.Device
 	for i := range l.Devices {
 		d, err := m.Topology.Find(l.Devices[i].Address)
-		if err != nil || d.PhysFn == nil {
+		if err != nil {
 			continue
 		}
-		pf, err := m.Topology.Find(*d.PhysFn)
-		if err != nil {
-			return err
+		pf := m.Topology.PFOf(d)
+		if pf == nil {
+			continue
 		}
 		if of[pf.Address] == nil {
 			order = append(order, pf)
@@ -165,11 +165,7 @@ func (m *Manager) set(ctx context.Context, vf *iommu.Device, want sriov.Settings
 }
 
 func (m *Manager) planSet(vf *iommu.Device, want sriov.Settings) (*sriov.SetPlan, error) {
-	pf, err := m.Topology.Find(*vf.PhysFn)
-	if err != nil {
-		return nil, err
-	}
-	return m.handle.PlanSet(pf, vf, want)
+	return m.handle.PlanSet(m.Topology.PFOf(vf), vf, want)
 }
 
 // giveBack gives a device back to what it had, if that was no vfio driver.
@@ -201,12 +197,9 @@ func (m *Manager) giveBackCompanions(ctx context.Context, devices []*iommu.Devic
 	}
 	taken := map[int]bool{}
 	for _, d := range devices {
-		if d.Group == nil {
+		g := m.Topology.GroupOf(d)
+		if g == nil {
 			continue
-		}
-		g, err := m.Topology.Group(*d.Group)
-		if err != nil {
-			return err
 		}
 		for _, other := range g.Endpoints() {
 			if !other.PCI || other.Role() == iommu.RoleCompanion {

@@ -3,6 +3,7 @@ package lease
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -16,6 +17,7 @@ import (
 	"viaduct/internal/host/hosttest"
 	"viaduct/iommu"
 	"viaduct/sriov"
+	"viaduct/vfio/bind"
 	"viaduct/vfio/holder"
 )
 
@@ -229,6 +231,15 @@ func TestRefusedRequests(t *testing.T) {
 			_, _, _, err := m.Assign(ctx, r)
 			return err
 		}, "nobody-has-this-name"},
+		"a VLAN that there is not": {nil, func(ctx context.Context, m *Manager) error {
+			d, err := hostfile.Parse("host.yaml", []byte("pfs: [{select: "+pf+", count: 2, vfs: [{vlan: 4094+index}]}]\n"))
+			if err != nil {
+				return err
+			}
+			r := &Request{Guest: "a", Sources: []Source{{From: vf1, Count: 1, Settings: d.PFs[0].VFs[0].Settings}}}
+			_, _, _, err = m.Assign(ctx, r)
+			return err
+		}, "4095"},
 		"no name of a guest": {nil, func(ctx context.Context, m *Manager) error {
 			r := vlan7()
 			r.Guest = "a/b"
@@ -339,16 +350,93 @@ func TestQuarantineThatCannotBeRead(t *testing.T) {
 		}
 		return k
 	}
-	again := func(k *hosttest.Kernel) error {
-		return on(k, func(ctx context.Context, m *Manager) error { return m.Again(ctx, "a") })
+	for what, do := range map[string]func(context.Context, *Manager) error{
+		"made again": func(ctx context.Context, m *Manager) error { return m.Again(ctx, "a") },
+		"started": func(_ context.Context, m *Manager) error {
+			_, err := m.match(&Domain{Name: "a", Devices: []DomainDevice{{Address: at(t, vf0)}}})
+			return err
+		},
+	} {
+		k := prepared()
+		for _, n := range hosttest.Sample(k.Operations(func() { _ = on(k, do) }), thisPackage) {
+			k := prepared()
+			failed := k.FailNth(n, unix.EIO)
+			if err := on(k, do); err == nil {
+				t.Errorf("%s fails, and what is in quarantine is %s", failed(), what)
+			}
+			k.Revive()
+		}
+	}
+}
+
+// TestInForce: what is made needs a declaration that can be read, what is checked one that was, and what ends none.
+func TestInForce(t *testing.T) {
+	wrong := errors.New("host.yaml:1: broken")
+	for name, c := range map[string]struct {
+		record string
+		wrong  error
+		fails  map[Work]bool
+	}{
+		"nothing declared": {},
+		"broken":           {wrong: wrong, fails: map[Work]bool{Makes: true, Checks: true}},
+		"broken record":    {record: "{", fails: map[Work]bool{Makes: true, Checks: true}},
+	} {
+		k, _ := poolHost(t)
+		if c.record != "" {
+			file := filepath.Join(k.Dir(), "var/lib/viaduct/in-force.json")
+			if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755),
+				os.WriteFile(file, []byte(c.record), 0o600)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, does := range []Work{Makes, Checks, Ends} {
+			use, note, err := InForce(&iommu.Host{Host: k.Host()}, nil, c.wrong, does)
+			if (err != nil) != c.fails[does] || (note != "") != (c.fails != nil && err == nil) || use != nil {
+				t.Errorf("%s, work %d: %+v, %q, %v", name, does, use, note, err)
+			}
+		}
+	}
+}
+
+// TestRecoverAfterApply: what an interrupted apply left is put back before a lease is made, or that is told.
+func TestRecoverAfterApply(t *testing.T) {
+	prepared := func() *hosttest.Kernel {
+		k, _ := poolHost(t)
+		file := filepath.Join(k.Dir(), "run/viaduct/apply-"+pf+".json")
+		was := `{"device": "` + pf + `", "pf": "pfs: [{select: \"` + pf + `\", count: 1}]"}`
+		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, []byte(was), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		return k
+	}
+	recovers := func(k *hosttest.Kernel) (told error) {
+		return on(k, func(ctx context.Context, m *Manager) error {
+			err := Recover(ctx, m.handle, func(all []bind.Recovered) {
+				for _, r := range all {
+					told = errors.Join(told, r.Err)
+				}
+			})
+			return errors.Join(told, err)
+		})
+	}
+	vfs := func(k *hosttest.Kernel) string {
+		text, err := k.Host().String("sys/bus/pci/devices/" + pf + "/sriov_numvfs")
+		return fmt.Sprint(text, err)
 	}
 	k := prepared()
-	for _, n := range hosttest.Sample(k.Operations(func() { _ = again(k) })) {
+	var err error
+	all := k.Operations(func() { err = recovers(k) })
+	want := vfs(k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range hosttest.SampleOf(thisPackage, all) {
 		k := prepared()
 		failed := k.FailNth(n, unix.EIO)
-		if err := again(k); err == nil {
-			t.Errorf("%s fails, and what is in quarantine is made again", failed())
-		}
+		err := recovers(k)
 		k.Revive()
+		if now := vfs(k); err == nil && now != want {
+			t.Errorf("%s fails, nothing is told, and it has %s VFs instead of %s", failed(), now, want)
+		}
 	}
 }

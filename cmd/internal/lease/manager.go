@@ -145,10 +145,7 @@ func (m *Manager) touched(devices []*iommu.Device, settings bool) []*iommu.Devic
 func (m *Manager) pfs(devices []*iommu.Device) []*iommu.Device {
 	var out []*iommu.Device
 	for _, d := range devices {
-		if d.PhysFn == nil {
-			continue
-		}
-		if pf, err := m.Topology.Find(*d.PhysFn); err == nil && !slices.Contains(out, pf) {
+		if pf := m.Topology.PFOf(d); pf != nil && !slices.Contains(out, pf) {
 			out = append(out, pf)
 		}
 	}
@@ -195,11 +192,7 @@ func (m *Manager) describe(d *iommu.Device, want sriov.Settings) (Device, error)
 		return out, err
 	}
 	out.Wanted = maps.Clone(want)
-	pf, err := m.Topology.Find(*d.PhysFn)
-	if err != nil {
-		return Device{}, err
-	}
-	id, err := iommu.Identify(m.host, pf)
+	id, err := iommu.Identify(m.host, m.Topology.PFOf(d))
 	out.PF = &id
 	return out, err
 }

@@ -181,11 +181,7 @@ func (m *Manager) Address(guest string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	pf, err := m.Topology.Find(*vf.PhysFn)
-	if err != nil {
-		return "", err
-	}
-	port, err := sriov.ReadPort(m.host, pf)
+	port, err := sriov.ReadPort(m.host, m.Topology.PFOf(vf))
 	if err != nil {
 		return "", err
 	}

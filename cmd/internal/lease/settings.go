@@ -24,10 +24,7 @@ func (m *Manager) settings(ctx context.Context, l *Lease, devices []*iommu.Devic
 // reconfigure gives a VF what is declared of it now, and else what it had before, and compares all that the PF's driver
 // tells. What it does not tell, or does not take back, is noted.
 func (m *Manager) reconfigure(ctx context.Context, dev *Device, d *iommu.Device, drawn bool, c *Certificate) error {
-	pf, err := m.Topology.Find(*d.PhysFn)
-	if err != nil {
-		return err
-	}
+	pf := m.Topology.PFOf(d)
 	read := func() (sriov.Settings, error) {
 		port, err := sriov.ReadPort(m.host, pf)
 		if err != nil {
@@ -37,6 +34,7 @@ func (m *Manager) reconfigure(ctx context.Context, dev *Device, d *iommu.Device,
 		return now.Settings, nil
 	}
 
+	var err error
 	if c.Found, err = read(); err != nil {
 		return err
 	}

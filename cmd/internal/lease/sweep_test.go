@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -25,6 +24,9 @@ import (
 
 // The sweep lets each operation of what is done with leases fail in turn, and holds what is told against what is: see
 // sriov's.
+
+// thisPackage is of whose calls each sweep lets each fail.
+const thisPackage = "viaduct/cmd/internal/lease"
 
 // site is a host that leases are made on.
 type site struct {
@@ -79,17 +81,13 @@ func on(k *hosttest.Kernel, do func(context.Context, *Manager) error) error {
 // within is on for a command that may be interrupted.
 func within(ctx context.Context, k *hosttest.Kernel, do func(context.Context, *Manager) error) error {
 	h := &iommu.Host{Host: k.Host()}
-	handle, err := sriov.Open(h, bind.Options{Recoverers: Recoverers()})
+	handle, err := sriov.Open(h, HandleOptions(h))
 	if err != nil {
 		return err
 	}
 	defer handle.Close()
 	lock := func(ctx context.Context, devices []*iommu.Device) error {
-		if err := handle.Lock(ctx, devices); err != nil {
-			return err
-		}
-		_, err := handle.RecoverPatiently(ctx)
-		return errors.Join(err, handle.StuckIn(bind.AddressesOf(devices)...))
+		return Lock(ctx, handle, devices, func([]bind.Recovered) {})
 	}
 	d, err := hostfile.Parse("host.yaml", []byte(poolOfTwo))
 	if err != nil {
@@ -189,10 +187,20 @@ type world struct {
 func (w *world) String() string {
 	l := "none"
 	if w.lease != nil {
-		l = fmt.Sprintf("ready %v, ending %v, unmade %v", w.lease.Ready, w.lease.Ending, w.lease.Unmade)
+		l = fmt.Sprintf("ready %v, ending %v, unmade %v, with %v", w.lease.Ready, w.lease.Ending, w.lease.Unmade, w.has())
 	}
 	return fmt.Sprintf("%s\nlease: %s; quarantine %q, changes %q, resets %v", w.devices, l, w.quarantined, w.changes,
 		w.resets)
+}
+
+// has is what the lease says that each VF has.
+func (w *world) has() (out []string) {
+	if w.lease != nil {
+		for _, d := range w.lease.Devices {
+			out = append(out, d.Address.String()+" "+d.Now.Text())
+		}
+	}
+	return out
 }
 
 // free reports whether nobody has anything any more, and all is as it was.
@@ -278,10 +286,10 @@ func TestFaultSweep(t *testing.T) {
 					t.Fatal(err)
 				}
 				after := s.look(t, k, v)
-				for _, n := range hosttest.EveryNth(3, hosttest.Sample(all)) {
+				for _, n := range hosttest.EveryNth(3, hosttest.Sample(all, thisPackage)) {
 					d.fault(t, &s, n, context.Canceled, after)
 				}
-				for _, n := range hosttest.Sample(all) {
+				for _, n := range hosttest.Sample(all, thisPackage) {
 					d.fault(t, &s, n, []error{unix.EIO, unix.EACCES, unix.ENOSPC}[n%3], after)
 				}
 			})
@@ -296,7 +304,7 @@ func (d *deed) fault(t *testing.T, s *site, n int, fail error, after *world) {
 	defer interrupt()
 	failed := k.FailNth(n, fail)
 	if errors.Is(fail, context.Canceled) {
-		failed = interruptAt(k, n, interrupt)
+		failed = k.InterruptNth(n, interrupt)
 	}
 	err := d.do(ctx, s, k)
 	k.Revive()
@@ -313,7 +321,8 @@ func (d *deed) fault(t *testing.T, s *site, n int, fail error, after *world) {
 	case err == nil && d.dead && now.lease != nil && now.lease.Ready && now.devices != before.devices:
 		// It could not be seen that it is dead.
 	case err == nil && (now.devices != after.devices || (now.lease == nil) != (after.lease == nil) ||
-		now.lease != nil && !now.lease.Ready || len(now.changes) > 0 || len(now.quarantined) > 0):
+		!slices.Equal(now.has(), after.has()) || now.lease != nil && !now.lease.Ready || len(now.changes) > 0 ||
+		len(now.quarantined) > 0):
 		wrong("it is not done")
 	case now.lease == nil && now.devices != before.devices && len(now.changes) == 0 && len(now.quarantined) == 0:
 		wrong("nobody knows of it")
@@ -346,21 +355,6 @@ func (d *deed) fault(t *testing.T, s *site, n int, fail error, after *world) {
 	}
 }
 
-// interruptAt interrupts a command at its n-th operation, which succeeds.
-func interruptAt(k *hosttest.Kernel, n int, interrupt func()) (at func() string) {
-	var what atomic.Value
-	var left atomic.Int64
-	left.Store(int64(n))
-	k.SetFault(func(op, name string) error {
-		if left.Add(-1) == -1 {
-			what.Store(op + " " + name)
-			interrupt()
-		}
-		return nil
-	})
-	return func() string { return fmt.Sprint(what.Load()) }
-}
-
 // hadIt reports whether the guest has a device of the site.
 func (s *site) hadIt(device string) bool { return device != vf0 }
 
@@ -385,7 +379,7 @@ func TestFaultOfLook(t *testing.T) {
 				if d.name == "release" && !errors.Is(err, holder.ErrRefused) {
 					t.Fatal(err)
 				}
-				for _, n := range hosttest.EveryNth(2, hosttest.Sample(all)) {
+				for _, n := range hosttest.EveryNth(2, hosttest.Sample(all, thisPackage)) {
 					k, v, before := used()
 					failed := k.FailNth(n, []error{unix.EIO, unix.EACCES, unix.ENOSPC}[n%3])
 					err := d.do(t.Context(), &s, k)

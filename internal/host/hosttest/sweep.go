@@ -35,23 +35,26 @@ func (k *Kernel) Operations(run func()) []Operation {
 }
 
 // Sample are the numbers of some operations, such that each call that leads to any leads to one of them. With
-// VIADUCT_SWEEP=short it is a few of these, seeded, and with VIADUCT_SWEEP=all it is all operations.
-func Sample(all []Operation) []int {
-	var out []int
+// VIADUCT_SWEEP=short it is a few of these, seeded, and those that calls in some packages lead to; with
+// VIADUCT_SWEEP=all it is all operations.
+func Sample(all []Operation, always ...string) []int {
+	var out, kept []int
 	led := map[uintptr]bool{}
 	for n, calls := range all {
-		fresh := len(calls) == 0 || slices.ContainsFunc(calls, func(call uintptr) bool { return !led[call] })
-		for _, call := range calls {
-			led[call] = true
-		}
-		if fresh || os.Getenv("VIADUCT_SWEEP") == "all" {
+		fresh := freshCalls(led, calls)
+		if len(calls) == 0 || len(fresh) > 0 || os.Getenv("VIADUCT_SWEEP") == "all" {
 			out = append(out, n)
+		}
+		if anyIn(fresh, always) {
+			kept = append(kept, n)
 		}
 	}
 	if os.Getenv("VIADUCT_SWEEP") == "short" {
 		seeded := rand.New(rand.NewPCG(uint64(len(all)), 0))
 		seeded.Shuffle(len(out), func(i, j int) { out[i], out[j] = out[j], out[i] })
-		out = out[:min(len(out), 16)]
+		out = append(out[:min(len(out), 16)], kept...)
+		slices.Sort(out)
+		out = slices.Compact(out)
 	}
 	return out
 }
@@ -60,27 +63,39 @@ func Sample(all []Operation) []int {
 // is asked for elsewhere it is every third.
 func SampleOf(pkg string, all []Operation) []int {
 	if os.Getenv("VIADUCT_SWEEP") != "" {
-		return Sample(all)
+		return Sample(all, pkg)
 	}
 	var out []int
 	led := map[uintptr]bool{}
 	elsewhere := 0
 	for n, calls := range all {
-		fresh := false
-		for _, call := range calls {
-			of := runtime.FuncForPC(call - 1)
-			fresh = fresh || !led[call] && of != nil && strings.HasPrefix(of.Name(), pkg+".")
-			led[call] = true
-		}
+		take := anyIn(freshCalls(led, calls), []string{pkg})
 		if len(calls) == 0 {
-			fresh = elsewhere%3 == 0
+			take = elsewhere%3 == 0
 			elsewhere++
 		}
-		if fresh {
+		if take {
 			out = append(out, n)
 		}
 	}
 	return out
+}
+
+// freshCalls are the calls that led to no operation before.
+func freshCalls(led map[uintptr]bool, calls Operation) []uintptr {
+	fresh := slices.DeleteFunc(slices.Clone(calls), func(call uintptr) bool { return led[call] })
+	for _, call := range fresh {
+		led[call] = true
+	}
+	return fresh
+}
+
+// anyIn reports whether one of some calls is in one of some packages.
+func anyIn(calls []uintptr, pkgs []string) bool {
+	return slices.ContainsFunc(calls, func(call uintptr) bool {
+		of := runtime.FuncForPC(call - 1)
+		return of != nil && slices.ContainsFunc(pkgs, func(pkg string) bool { return strings.HasPrefix(of.Name(), pkg+".") })
+	})
 }
 
 // EveryNth are some of a sample, all with VIADUCT_SWEEP=all, for what takes long to prepare.
@@ -98,6 +113,19 @@ func EveryNth(nth int, sample []int) []int {
 // FailNth has the n-th operation fail, counted from 0, and no other; failed names it, "" if there were not so many.
 // Revive ends that.
 func (k *Kernel) FailNth(n int, err error) (failed func() string) {
+	return k.atNth(n, func() error { return err })
+}
+
+// InterruptNth has something done at the n-th operation, counted from 0, which succeeds; at names it, "" if there were
+// not so many. Revive ends that.
+func (k *Kernel) InterruptNth(n int, interrupt func()) (at func() string) {
+	return k.atNth(n, func() error {
+		interrupt()
+		return nil
+	})
+}
+
+func (k *Kernel) atNth(n int, do func() error) (name func() string) {
 	var at atomic.Pointer[string]
 	var left atomic.Int64
 	left.Store(int64(n))
@@ -107,7 +135,7 @@ func (k *Kernel) FailNth(n int, err error) (failed func() string) {
 		}
 		what := op + " " + name
 		at.Store(&what)
-		return err
+		return do()
 	})
 	return func() string {
 		if what := at.Load(); what != nil {

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"errors"
 	"path"
 	"strconv"
 	"strings"
@@ -40,6 +41,22 @@ func Read(h *iommu.Host, b *lease.Books) (*Facts, error) {
 		}
 	}
 	return f, nil
+}
+
+// Unseen says of what is declared for guests why it cannot be looked at. What is known not to be there is not among
+// that.
+func (f *Facts) Unseen() []string {
+	var out []string
+	for _, p := range f.Pools {
+		switch {
+		case p.Err == nil || errors.Is(p.Err, iommu.ErrNotFound):
+		case p.Name == "":
+			out = append(out, "declared devices cannot be looked at: "+p.Err.Error())
+		default:
+			out = append(out, "functions of a pool cannot be looked at: "+p.Err.Error())
+		}
+	}
+	return out
 }
 
 // declared are the functions that are declared, and those that go with them.

@@ -161,7 +161,8 @@ func runLeases(e *env) error {
 
 	slices.SortFunc(view.Quarantine, func(a, b quarantineView) int { return strings.Compare(a.Path, b.Path) })
 	if e.json {
-		return writeJSON(e.stdout, view)
+		e.printJSON(view)
+		return nil
 	}
 
 	rows := [][]string{{"GUEST", "STATE", "DEVICES", "FROM", "AGE", "WHAT"}}
@@ -187,7 +188,8 @@ func runLeases(e *env) error {
 		return nil
 	}
 
-	return e.screen.PrintRows(rows)
+	e.printRows(rows)
+	return nil
 }
 
 // ageAt is how old something is, and on a captured host, how old it was then; "" if neither that host nor a record

@@ -72,8 +72,11 @@ func viewLease(m *lease.Manager, look lease.Look) leaseView {
 		}
 		if found, err := m.Topology.Find(of.Address); err == nil && found.ID == of.ID {
 			d.Group = found.Group
-			d.Nodes, _ = vfio.Nodes(m.Host(), found) // none before it is taken
-			d.Nodes = append([]string{}, d.Nodes...)
+			if nodes, err := vfio.Nodes(m.Host(), found); err == nil {
+				d.Nodes = append(d.Nodes, nodes...) // none before it is taken
+			} else {
+				d.Nodes = nil
+			}
 			if found.PhysFn != nil {
 				pf := found.PhysFn.String()
 				d.PF, d.Index = &pf, &found.VFIndex

@@ -95,6 +95,17 @@ func TestLinesThatCannotBeDone(t *testing.T) {
 	badMove := with("var/lib/viaduct/move-web.json", "{")
 	badUnit := with("sys/fs/cgroup/system.slice/x.service/cgroup.events/in/the/way", "")
 	badLease := with("run/viaduct/lease-db.json", "{")
+	returned := func(text string) func(*testing.T) *hosttest.Kernel {
+		return func(t *testing.T) *hosttest.Kernel {
+			k := with(hostfile.File, text)(t)
+			mustOnKernel(t, k, "unbind", sweptNIC)
+			return k
+		}
+	}
+	const alsoNIC = "\ndevices: [{select: " + sweptNIC + "}]\nprotect: []\n"
+	inUse := returned("pfs: [{select: " + sweptPF + ", count: 1}]" + alsoNIC)
+	tooMany := returned("pfs: [{select: " + sweptPF + ", count: 99}]" + alsoNIC)
+	empty := func(t *testing.T) *hosttest.Kernel { return hosttest.NewSmallLab(t, "0000:00:05.0", sweptPF) }
 	inTheWay := with("etc/systemd/system/viaduct.service/in/the/way", "")
 	for _, c := range []struct {
 		host   func(*testing.T) *hosttest.Kernel
@@ -111,6 +122,10 @@ func TestLinesThatCannotBeDone(t *testing.T) {
 		{badDeclaration, "vf sync " + sweptPF, exitUsage, "host.yaml"},
 		{badDeclaration, "install", exitUsage, "host.yaml"},
 		{badDeclaration, "migrate web --check --to " + dir + "/", exitUsage, ""},
+		{inUse, "apply", exitRefused, "web"},
+		{tooMany, "apply", exitRefused, "99"},
+		{empty, "why guest=db", exitFailed, "none other has"},
+		{sweptHost, "why guest=db", exitFailed, "these have: web"},
 		{badLease, "why guest=nobody", exitFailed, "lease-db.json"},
 		{badLease, "why guest=db", exitFailed, "lease-db.json"},
 		{badLease, "why db", exitFailed, "lease-db.json"},
@@ -167,6 +182,8 @@ func TestInputThatCannotBeUsed(t *testing.T) {
 		put(t, k, hostfile.File, text)
 		return k
 	}
+	badLease := sweptHost(t)
+	put(t, badLease, "run/viaduct/lease-web.json", "{")
 	created := []string{"libvirt-hook", "--network", "--", "net", "port-created", "begin", "-"}
 	for _, c := range []struct {
 		k    *hosttest.Kernel
@@ -178,6 +195,8 @@ func TestInputThatCannotBeUsed(t *testing.T) {
 		{sweptHost(t), "<hookData", created, "port"},
 		{with("pfs: [ {"), port, created, "host.yaml"},
 		{with(pool), port, created, "net"},
+		{badLease, strings.Replace(port, ">db<", ">web<", 1),
+			[]string{"libvirt-hook", "--network", "--", "net", "port-deleted", "begin", "-"}, "lease-web.json"},
 		{sweptHost(t), "", []string{"migrate", "--peer", "--data", "none"}, "nothing is waited for"},
 		{sweptHost(t), "nonsense\n", []string{"migrate", "--peer"}, ""},
 		{sweptHost(t), "", []string{"--host", "there", "migrate", "--peer"}, "there is a captured host"},

@@ -63,6 +63,25 @@ func TestNothingCanBeWritten(t *testing.T) {
 	}
 }
 
+// A guest that nobody could be told of has no devices.
+func TestAssignedUnheard(t *testing.T) {
+	k := hosttest.NewSmallLab(t, "0000:00:05.0", "0000:00:08.0", sweptNIC, sweptEDU)
+	open := func(string) (*iommu.Host, error) {
+		h, err := host.Fake(k.Dir(), k)
+		return &iommu.Host{Host: h}, err
+	}
+	for _, format := range []string{"qemu", "json"} {
+		var stderr bytes.Buffer
+		status := runOn(open, strings.Fields("viaduct assign db --from "+sweptNIC+" --no-reset --format "+format), full{},
+			&stderr)
+		if status != exitFailed || !strings.Contains(stderr.String(), io.ErrShortWrite.Error()) ||
+			k.Host().Exists("run/viaduct/lease-db.json") || boundTo(k, sweptNIC) != "e1000" {
+			t.Errorf("%s: exit status %d: %s, on %s", format, status, stderr.String(), boundTo(k, sweptNIC))
+		}
+	}
+	mustOnKernel(t, k, strings.Fields("assign db --from "+sweptNIC+" --no-reset")...)
+}
+
 // A look that fails is told: a command ends with an error or a note that it does not have otherwise, calls more unknown,
 // or says what it says otherwise. What is absent, and what is free, is never what could not be looked at.
 func TestLooksThatFail(t *testing.T) {

@@ -204,7 +204,8 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 	m.Check(items)
 	errs, refusal := e.judge(items)
 	if refusal != nil && !o.keepGoing {
-		return errors.Join(refusal, e.printApplied(items, 0, refusal))
+		e.printApplied(items, 0, refusal)
+		return refusal
 	}
 
 	if !o.boot {
@@ -246,7 +247,7 @@ func runApply(ctx context.Context, e *env, o *declaredOptions) error {
 		errs = append(errs, m.Ended(s))
 	}
 	errs = append(errs, wrong)
-	errs = append(errs, e.printApplied(items, changed, errors.Join(errs...)))
+	e.printApplied(items, changed, errors.Join(errs...))
 	return mixed(errors.Join(errs...), touched)
 }
 
@@ -326,14 +327,14 @@ func (e *env) judge(items []*declared.Item) (errs []error, refusal error) {
 }
 
 // printApplied tells what became of the items, beside what was told of each that was changed.
-func (e *env) printApplied(items []*declared.Item, changed int, err error) error {
+func (e *env) printApplied(items []*declared.Item, changed int, err error) {
 	switch {
 	case e.json:
 		views := []itemView{}
 		for _, i := range items {
 			views = append(views, viewItem(i))
 		}
-		return writeJSON(e.stdout, views)
+		e.printJSON(views)
 	case err != nil || changed > 0:
 	case len(items) == 0:
 		e.note("nothing is declared in /%s or /%s: viaduct adopt writes a file that describes this host",
@@ -341,7 +342,6 @@ func (e *env) printApplied(items []*declared.Item, changed int, err error) error
 	default:
 		fmt.Fprintln(e.stdout, "the host is already as declared")
 	}
-	return nil
 }
 
 // begin says that what is declared is in force from now on, or is tried; the guard stands, then.
@@ -527,8 +527,8 @@ func runAdopt(e *env, file, source string) error {
 	}
 
 	if file == "" {
-		_, err = e.stdout.Write(text)
-		return err
+		_, _ = e.stdout.Write(text)
+		return nil
 	}
 
 	f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
@@ -548,7 +548,8 @@ func schemaCommand(e *env) *cli.Command {
 			if c.Args().Present() {
 				return usagef("schema takes no arguments")
 			}
-			return writeJSON(e.stdout, hostfile.Schema())
+			e.printJSON(hostfile.Schema())
+			return nil
 		},
 	})
 }

@@ -281,7 +281,8 @@ func assignCommand(e *env) *cli.Command {
 		BashComplete: e.completeGuests,
 		Action: func(c *cli.Context) (err error) {
 			if c.Bool("formats") {
-				return e.printFormats()
+				e.printFormats()
+				return nil
 			}
 			if o.Guest, err = oneArgument(c, "the guest's name"); err != nil {
 				return err
@@ -317,12 +318,12 @@ func assignCommand(e *env) *cli.Command {
 	})
 }
 
-func (e *env) printFormats() error {
+func (e *env) printFormats() {
 	rows := [][]string{{"FORMAT", "CANNOT DO"}, {"json", ""}}
 	for _, f := range vmm.Formats {
 		rows = append(rows, []string{f.Name, f.Cannot})
 	}
-	return e.screen.PrintRows(rows)
+	e.printRows(rows)
 }
 
 func runAssign(ctx context.Context, e *env, o *assignOptions, format *vmm.Format) error {
@@ -404,9 +405,11 @@ func (e *env) assign(ctx context.Context, o *assignOptions, then func(*lease.Man
 			return then(m, p.Lease)
 		}
 		if e.json {
-			return e.printPreview(o.Guest, p.Steps())
+			e.printPreview(o.Guest, p.Steps())
+		} else {
+			e.preview(previewAssign(o.Guest, p))
 		}
-		return e.preview(previewAssign(o.Guest, p))
+		return nil
 	}
 
 	l, fresh, notes, err := m.Assign(ctx, &o.Request)
@@ -488,7 +491,7 @@ type previewView struct {
 }
 
 // printPreview prints what an assignment would do as JSON, where the comments among the steps are notes.
-func (e *env) printPreview(guest string, steps []bind.Action) error {
+func (e *env) printPreview(guest string, steps []bind.Action) {
 	v := previewView{Guest: guest, Notes: []string{}}
 	var does []bind.Action
 	for _, s := range steps {
@@ -499,7 +502,7 @@ func (e *env) printPreview(guest string, steps []bind.Action) error {
 		}
 	}
 	v.Steps, v.Writes = viewSteps(does)
-	return writeJSON(e.stdout, v)
+	e.printJSON(v)
 }
 
 // previewAssign is what a guest would get: its VFs by their PF, then its other devices.

@@ -173,7 +173,7 @@ func runBind(ctx context.Context, e *env, o bindOptions) error {
 // tellChanges prints what --json prints of a change, whatever came of it.
 func (e *env) tellChanges(views []changeView, err error) error {
 	if e.json && views != nil {
-		err = errors.Join(err, writeJSON(e.stdout, views))
+		e.printJSON(views)
 	}
 	return err
 }
@@ -324,7 +324,7 @@ func (e *env) change(ctx context.Context, sel []iommu.Selector, goal bind.Goal, 
 	switch {
 	case e.json:
 	case e.dryRun:
-		errs = append(errs, e.preview(previewMove(goal, job, results, asked)))
+		e.preview(previewMove(goal, job, results, asked))
 	default:
 		e.printChanges(views, lasts)
 	}

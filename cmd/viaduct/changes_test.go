@@ -2,7 +2,9 @@ package main
 
 import (
 	"fmt"
+	"maps"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
@@ -28,6 +30,21 @@ func leadsTo(calls hosttest.Operation) string {
 			return out.String()
 		}
 	}
+}
+
+// ownSteps are, of the operations of commands, those that this program's own steps lead to: the first that each leads to,
+// and the last.
+func ownSteps(all []hosttest.Operation) []int {
+	first, last := map[string]int{}, map[string]int{}
+	for n, calls := range all {
+		by := leadsTo(calls)
+		if _, known := first[by]; !known {
+			first[by] = n
+		}
+		last[by] = n
+	}
+	return slices.Compact(slices.Sorted(slices.Values(slices.Concat(slices.Collect(maps.Values(first)),
+		slices.Collect(maps.Values(last))))))
 }
 
 // A command that changes something ends with an error that says so, or all is done, whichever operation of those fails
@@ -62,6 +79,9 @@ func TestChangesThatFail(t *testing.T) {
 		{nic, []string{"bind " + sweptNIC}, "recover"},
 		{pools, []string{"apply"}, "run web --from net --movable --format qemu -- true"},
 		{"", []string{"vf create " + sweptPF + " 2"}, "bind " + sweptPF + "/vf1"},
+		{nic, nil, "install"},
+		{nic, []string{"install"}, "uninstall"},
+		{nic, nil, "bind --save " + sweptEDU},
 	} {
 		prepare := func() *hosttest.Kernel {
 			k := hosttest.NewSmallLab(t, "0000:00:05.0", sweptPF, "0000:00:08.0", sweptNIC, sweptEDU)
@@ -87,21 +107,7 @@ func TestChangesThatFail(t *testing.T) {
 			continue
 		}
 		want := sweptState(t, k)
-		first, last := map[string]int{}, map[string]int{}
-		for n, calls := range all {
-			by := leadsTo(calls)
-			if _, known := first[by]; !known {
-				first[by] = n
-			}
-			last[by] = n
-		}
-		var sample []int
-		for by, n := range first {
-			if sample = append(sample, n); last[by] != n {
-				sample = append(sample, last[by])
-			}
-		}
-		for _, n := range sample {
+		for _, n := range ownSteps(all) {
 			k := prepare()
 			failed := k.FailNth(n, []error{unix.EIO, unix.EACCES, unix.ENOSPC}[n%3])
 			a := onKernel(k, strings.Fields(c.line)...)

@@ -264,9 +264,7 @@ func (e *env) printItems(items []*declared.Item) error {
 	for _, i := range items {
 		views = append(views, viewItem(i))
 	}
-	if err := writeJSON(e.stdout, views); err != nil {
-		return err
-	}
+	e.printJSON(views)
 	return differs(items)
 }
 
@@ -281,9 +279,7 @@ func (e *env) printPlan(_ *declared.Manager, items []*declared.Item) error {
 	if e.json {
 		return e.printItems(items)
 	}
-	if err := e.preview(previewItems(items)); err != nil {
-		return err
-	}
+	e.preview(previewItems(items))
 	if len(items) == 0 {
 		e.note("nothing is declared in /%s or /%s: viaduct adopt writes a file that describes this host", hostfile.File,
 			hostfile.Dir)
@@ -309,8 +305,6 @@ func (e *env) printStatus(m *declared.Manager, items []*declared.Item) error {
 	if e.json {
 		return e.printItems(items)
 	}
-	if err := e.statusWords(items, e.verbose); err != nil {
-		return err
-	}
+	e.statusWords(items, e.verbose)
 	return differs(slices.DeleteFunc(items, func(i *declared.Item) bool { return i.State == declared.Unmanaged }))
 }

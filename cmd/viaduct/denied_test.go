@@ -95,6 +95,22 @@ func TestLinesThatCannotBeDone(t *testing.T) {
 	badMove := with("var/lib/viaduct/move-web.json", "{")
 	badUnit := with("sys/fs/cgroup/system.slice/x.service/cgroup.events/in/the/way", "")
 	badLease := with("run/viaduct/lease-db.json", "{")
+	returned := func(text string) func(*testing.T) *hosttest.Kernel {
+		return func(t *testing.T) *hosttest.Kernel {
+			k := with(hostfile.File, text)(t)
+			mustOnKernel(t, k, "unbind", sweptNIC)
+			return k
+		}
+	}
+	const alsoNIC = "\ndevices: [{select: " + sweptNIC + "}]\nprotect: []\n"
+	inUse := returned("pfs: [{select: " + sweptPF + ", count: 1}]" + alsoNIC)
+	tooMany := returned("pfs: [{select: " + sweptPF + ", count: 99}]" + alsoNIC)
+	empty := func(t *testing.T) *hosttest.Kernel { return hosttest.NewSmallLab(t, "0000:00:05.0", sweptPF) }
+	unprotected := func(t *testing.T) *hosttest.Kernel {
+		k := hosttest.NewSmallLab(t, "0000:00:05.0", "0000:00:08.0", sweptNIC, sweptEDU)
+		put(t, k, hostfile.File, "devices: [{select: "+sweptNIC+"}]\n")
+		return k
+	}
 	inTheWay := with("etc/systemd/system/viaduct.service/in/the/way", "")
 	for _, c := range []struct {
 		host   func(*testing.T) *hosttest.Kernel
@@ -111,6 +127,11 @@ func TestLinesThatCannotBeDone(t *testing.T) {
 		{badDeclaration, "vf sync " + sweptPF, exitUsage, "host.yaml"},
 		{badDeclaration, "install", exitUsage, "host.yaml"},
 		{badDeclaration, "migrate web --check --to " + dir + "/", exitUsage, ""},
+		{inUse, "apply", exitRefused, "web"},
+		{tooMany, "apply", exitRefused, "99"},
+		{unprotected, "watch --once", exitRefused, "run viaduct apply once"},
+		{empty, "why guest=db", exitFailed, "none other has"},
+		{sweptHost, "why guest=db", exitFailed, "these have: web"},
 		{badLease, "why guest=nobody", exitFailed, "lease-db.json"},
 		{badLease, "why guest=db", exitFailed, "lease-db.json"},
 		{badLease, "why db", exitFailed, "lease-db.json"},
@@ -154,6 +175,25 @@ func TestLinesThatCannotBeDone(t *testing.T) {
 	}
 }
 
+// A recovery that fails is told, and is done when it can be.
+func TestRecoveryThatFails(t *testing.T) {
+	k := hosttest.NewSmallLab(t, "0000:00:05.0", sweptPF, "0000:00:08.0", sweptNIC, sweptEDU)
+	k.KillAt(2, func(op, _ string) bool { return op == "write" })
+	onKernel(k, "bind", sweptNIC)
+	if !k.Revive() {
+		t.Fatal("it was not killed")
+	}
+	override := "sys/bus/pci/devices/" + sweptNIC + "/driver_override"
+	k.Fail[override] = unix.EIO
+	if a := onKernel(k, "recover"); a.status != exitFailed || !strings.Contains(a.stderr, unix.EIO.Error()) {
+		t.Errorf("it cannot: %+v", a)
+	}
+	delete(k.Fail, override)
+	if a := onKernel(k, "recover"); a.status != exitDone || boundTo(k, sweptNIC) != "e1000" {
+		t.Errorf("it can: %+v, on %s", a, boundTo(k, sweptNIC))
+	}
+}
+
 // What comes on standard input is refused, and told, where it is nothing that can be used.
 func TestInputThatCannotBeUsed(t *testing.T) {
 	const (
@@ -167,6 +207,8 @@ func TestInputThatCannotBeUsed(t *testing.T) {
 		put(t, k, hostfile.File, text)
 		return k
 	}
+	badLease := sweptHost(t)
+	put(t, badLease, "run/viaduct/lease-web.json", "{")
 	created := []string{"libvirt-hook", "--network", "--", "net", "port-created", "begin", "-"}
 	for _, c := range []struct {
 		k    *hosttest.Kernel
@@ -176,8 +218,11 @@ func TestInputThatCannotBeUsed(t *testing.T) {
 	}{
 		{sweptHost(t), "<domain", []string{"libvirt-hook", "--", "db", "prepare", "begin", "-"}, "domain"},
 		{sweptHost(t), "<hookData", created, "port"},
+		{sweptHost(t), "<domain/>", []string{"libvirt-hook", "--", "web", "prepare", "begin", "-"}, "web"},
 		{with("pfs: [ {"), port, created, "host.yaml"},
 		{with(pool), port, created, "net"},
+		{badLease, strings.Replace(port, ">db<", ">web<", 1),
+			[]string{"libvirt-hook", "--network", "--", "net", "port-deleted", "begin", "-"}, "lease-web.json"},
 		{sweptHost(t), "", []string{"migrate", "--peer", "--data", "none"}, "nothing is waited for"},
 		{sweptHost(t), "nonsense\n", []string{"migrate", "--peer"}, ""},
 		{sweptHost(t), "", []string{"--host", "there", "migrate", "--peer"}, "there is a captured host"},

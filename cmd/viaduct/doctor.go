@@ -2,7 +2,6 @@ package main
 
 import (
 	"bufio"
-	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -77,14 +76,10 @@ func runDoctor(e *env, selectors []iommu.Selector) error {
 	}
 
 	checks := doctor.Examine(facts)
-	w := bufio.NewWriter(e.stdout)
 	if e.json {
-		err = writeJSON(w, doctorViewOf(checks))
+		e.printJSON(doctorViewOf(checks))
 	} else {
-		printDoctor(w, checks)
-	}
-	if err := errors.Join(err, w.Flush()); err != nil {
-		return err
+		e.printText(func(w *bufio.Writer) { printDoctor(w, checks) })
 	}
 	if !doctor.Healthy(checks) {
 		return errUnusable

@@ -155,6 +155,19 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
+// So is a value that has no JSON.
+func TestUnprintable(t *testing.T) {
+	var out bytes.Buffer
+	e := &env{stdout: &out}
+	if e.printJSON(func() {}); e.unprinted == nil {
+		t.Errorf("nothing is known of it: %q", out.String())
+	}
+	e.printJSON(1)
+	if e.unprinted == nil {
+		t.Error("it is forgotten with the next")
+	}
+}
+
 // A snapshot never takes the place of a file, and leaves nothing behind when it fails.
 func TestSnapshotTarget(t *testing.T) {
 	machine := hosttest.Load(t, filepath.Join(machines, "bare.txt")).Dir(t)

@@ -153,7 +153,7 @@ func flagText(f cli.Flag) (name, text string) {
 }
 
 // manual is the manual, with what the program's tables have to say in it.
-func manual(app *cli.App) ([]docs.Topic, error) {
+func manual(app *cli.App) []docs.Topic {
 	made := map[string]string{
 		"commands": commandsText(app), "kinds": kindsText(), "settings": settingsHelp(), "formats": formatsText(),
 		"keys": keysText(), "words": "`" + strings.Join(iommu.Words(), "`, `") + "`\n",
@@ -218,8 +218,7 @@ func helpCommand(e *env) *cli.Command {
 		Description: "`viaduct help topics` lists the topics.\n\n" +
 			"Examples:\n  viaduct help bind\n  viaduct help gpu",
 		BashComplete: func(c *cli.Context) {
-			topics, _ := manual(c.App)
-			for _, t := range topics {
+			for _, t := range manual(c.App) {
 				e.suggest(t.Name)
 			}
 			for _, command := range c.App.VisibleCommands() {
@@ -239,10 +238,7 @@ func runHelp(e *env, app *cli.App, words []string) error {
 		fmt.Fprint(e.stdout, docs.Text(commandHelp(app.Name+" "+strings.Join(words, " "), c)))
 		return nil
 	}
-	topics, err := manual(app)
-	if err != nil {
-		return err
-	}
+	topics := manual(app)
 	name := strings.Join(words, " ")
 	if name == "topics" {
 		for _, t := range topics {
@@ -298,20 +294,12 @@ func manCommand(e *env) *cli.Command {
 			if i < 0 {
 				return usagef("man: there is no page %q; the pages are viaduct, host.yaml and viaduct-json", name)
 			}
-			text, err := manPage(c.App, docs.Pages[i])
-			if err != nil {
-				return err
-			}
-			fmt.Fprint(e.stdout, text)
+			fmt.Fprint(e.stdout, manPage(c.App, docs.Pages[i]))
 			return nil
 		},
 	})
 }
 
-func manPage(app *cli.App, p docs.Page) (string, error) {
-	topics, err := manual(app)
-	if err != nil {
-		return "", err
-	}
-	return docs.Man(p, buildVersion().version, topics)
+func manPage(app *cli.App, p docs.Page) string {
+	return docs.Man(p, buildVersion().version, manual(app))
 }

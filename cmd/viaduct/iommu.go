@@ -141,17 +141,10 @@ func runIOMMU(e *env) error {
 	if err != nil {
 		return err
 	}
-	w := bufio.NewWriter(e.stdout)
 	if e.json {
-		err = writeJSON(w, iommuReportOf(t, tables, units))
+		e.printJSON(iommuReportOf(t, tables, units))
 	} else {
-		printIOMMU(w, t, tables, units)
-	}
-	if err != nil {
-		return err
-	}
-	if err := w.Flush(); err != nil {
-		return err
+		e.printText(func(w *bufio.Writer) { printIOMMU(w, t, tables, units) })
 	}
 
 	if len(t.Groups) == 0 && len(t.Units) == 0 && !e.json {

@@ -72,8 +72,11 @@ func viewLease(m *lease.Manager, look lease.Look) leaseView {
 		}
 		if found, err := m.Topology.Find(of.Address); err == nil && found.ID == of.ID {
 			d.Group = found.Group
-			d.Nodes, _ = vfio.Nodes(m.Host(), found) // none before it is taken
-			d.Nodes = append([]string{}, d.Nodes...)
+			if nodes, err := vfio.Nodes(m.Host(), found); err == nil {
+				d.Nodes = append(d.Nodes, nodes...) // none before it is taken
+			} else {
+				d.Nodes = nil
+			}
 			if found.PhysFn != nil {
 				pf := found.PhysFn.String()
 				d.PF, d.Index = &pf, &found.VFIndex
@@ -161,7 +164,8 @@ func runLeases(e *env) error {
 
 	slices.SortFunc(view.Quarantine, func(a, b quarantineView) int { return strings.Compare(a.Path, b.Path) })
 	if e.json {
-		return writeJSON(e.stdout, view)
+		e.printJSON(view)
+		return nil
 	}
 
 	rows := [][]string{{"GUEST", "STATE", "DEVICES", "FROM", "AGE", "WHAT"}}
@@ -187,7 +191,8 @@ func runLeases(e *env) error {
 		return nil
 	}
 
-	return e.screen.PrintRows(rows)
+	e.printRows(rows)
+	return nil
 }
 
 // ageAt is how old something is, and on a captured host, how old it was then; "" if neither that host nor a record

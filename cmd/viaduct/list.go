@@ -101,16 +101,16 @@ func runList(e *env, o listOptions) error {
 
 	switch {
 	case e.json || o.wide:
-		w := bufio.NewWriterSize(e.stdout, 64<<10)
-		switch {
-		case e.json:
-			writeList(w, t, names, keep)
-		case o.tree:
-			err = writeTree(w, h, t, names, keep)
-		default:
-			writeTable(w, listRows(t, names, keep))
-		}
-		err = errors.Join(err, w.Flush())
+		e.printText(func(w *bufio.Writer) {
+			switch {
+			case e.json:
+				writeList(w, t, names, keep)
+			case o.tree:
+				err = writeTree(w, h, t, names, keep)
+			default:
+				writeTable(w, listRows(t, names, keep))
+			}
+		})
 	default:
 		err = e.printList(h, t, names, keep, o)
 	}
@@ -171,13 +171,15 @@ func (e *env) printList(h *iommu.Host, t *iommu.Topology, names *iommu.Names, ke
 		return err
 	}
 	if !o.tree {
-		return e.screen.Print(s.groups())
+		e.print(s.groups())
+		return nil
 	}
 	parents, err := iommu.Parents(h, t)
 	if err != nil {
 		return err
 	}
-	return e.screen.Print(s.tree(parents))
+	e.print(s.tree(parents))
+	return nil
 }
 
 // usesOf are the uses of devices that a list shows, and more, by the devices' names. That some may not be seen is told.

@@ -68,7 +68,8 @@ func runLog(e *env, words []string, lines int) error {
 		all = all[len(all)-lines:]
 	}
 	if e.json {
-		return writeJSON(e.stdout, append([]changelog.Entry{}, all...))
+		e.printJSON(append([]changelog.Entry{}, all...))
+		return nil
 	}
 	if len(all) == 0 {
 		e.note("nothing is written down in /%s%s", changelog.File, map[bool]string{true: " of that"}[len(words) > 0])
@@ -94,7 +95,8 @@ func runLog(e *env, words []string, lines int) error {
 		row.Cells[4].Style = style
 		t.Rows = append(t.Rows, row)
 	}
-	return e.screen.Print(t)
+	e.print(t)
+	return nil
 }
 
 func when(t time.Time) string { return t.Local().Format(time.DateTime) }

@@ -81,6 +81,8 @@ func TestWrongUsage(t *testing.T) {
 		"why no/such --memory 1G": "--memory", "man no-such": "no page",
 		"why group=x": "group", "help no such": "", "unbind no/such": "no/such", "log --since x": "",
 		"bind --timeout soon " + sweptPF: "invalid value", "migrate web --cancel --check": "--check",
+		"assign web --from net --timeout 0s": "--timeout", "migrate web --check": "--to",
+		"migrate web --to host --timeout 0s":    "--timeout",
 		"migrate web --to host --probe nowhere": "--probe", "migrate web --to host --probe ::1": "--probe",
 	} {
 		a := onKernel(k, strings.Fields(line)...)

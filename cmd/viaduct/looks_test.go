@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"io"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -16,12 +17,12 @@ import (
 
 // looks are lines of commands that change nothing, on a littered host.
 var looks = []string{
-	"list", "list --json", "list --tree", "list --tree -o wide", "list -o wide", "list --holders", "list group=7",
+	"list", "list --json", "list --tree", "list --tree -o wide", "list -o wide", "list --holders", "list --holders --tree", "list group=7",
 	"show 0000:01:10.0", "show 0000:01:00.0 --json", "show 0000:07:01.0", "show group=7 --json", "show 0000:09:00.0",
 	"why 0000:01:10.0", "why 0000:07:01.0 --json", "why group=7", "why --all",
 	"why guest=web", "why guest=web --memory 1G --json",
 	"iommu", "iommu --json",
-	"doctor", "doctor 0000:01:00.0 --json", "vf list", "vf list --json", "vf get 0000:01:00.0/vf0",
+	"doctor", "doctor 0000:01:00.0 --json", "vf list", "vf list --json", "vf list -o wide", "vf get 0000:01:00.0/vf0",
 	"vf get 0000:01:00.0/vf1 --json",
 	"log 0000:01:10.0", "log 8086:10ca", "why web", "show group=8", "why mac=52:54:00:00:00:01",
 	"leases", "leases --json", "pool", "pool net --json", "pool net --format libvirt-network", "log", "log --json",
@@ -62,6 +63,25 @@ func TestNothingCanBeWritten(t *testing.T) {
 	}
 }
 
+// A guest that nobody could be told of has no devices.
+func TestAssignedUnheard(t *testing.T) {
+	k := hosttest.NewSmallLab(t, "0000:00:05.0", "0000:00:08.0", sweptNIC, sweptEDU)
+	open := func(string) (*iommu.Host, error) {
+		h, err := host.Fake(k.Dir(), k)
+		return &iommu.Host{Host: h}, err
+	}
+	for _, format := range []string{"qemu", "json"} {
+		var stderr bytes.Buffer
+		status := runOn(open, strings.Fields("viaduct assign db --from "+sweptNIC+" --no-reset --format "+format), full{},
+			&stderr)
+		if status != exitFailed || !strings.Contains(stderr.String(), io.ErrShortWrite.Error()) ||
+			k.Host().Exists("run/viaduct/lease-db.json") || boundTo(k, sweptNIC) != "e1000" {
+			t.Errorf("%s: exit status %d: %s, on %s", format, status, stderr.String(), boundTo(k, sweptNIC))
+		}
+	}
+	mustOnKernel(t, k, strings.Fields("assign db --from "+sweptNIC+" --no-reset")...)
+}
+
 // A look that fails is told: a command ends with an error or a note that it does not have otherwise, calls more unknown,
 // or says what it says otherwise. What is absent, and what is free, is never what could not be looked at.
 func TestLooksThatFail(t *testing.T) {
@@ -81,14 +101,19 @@ func TestLooksThatFail(t *testing.T) {
 		}
 	}
 
-	for _, n := range hosttest.Sample(all) {
+	for _, n := range slices.Concat(ownSteps(all), hosttest.Sample(all)) {
 		line, want := lines[n], usual[lines[n]]
 		failed := k.FailNth(n-first[n], unix.EIO)
 		got := saysNow(k, line)
 		k.Revive()
-		if got.status == want.status && got.stderr == want.stderr && got.stdout != want.stdout &&
-			unknowns(got.stdout) <= unknowns(want.stdout) && !ids.MatchString(failed()) {
-			t.Errorf("%s: %s fails, and it says\n%s%s\nnot\n%s", line, failed(), got.stdout, got.stderr, want.stdout)
+		silent := got.status == want.status && got.stderr == want.stderr && got.stdout != want.stdout &&
+			unknowns(got.stdout) <= unknowns(want.stdout) && !ids.MatchString(failed())
+		// What is wrong with the host is not mended by not being seen, nor is nothing an answer.
+		better := got.status == exitDone && want.status != exitDone
+		nothing := got.status == want.status && saysNothing(got.stdout) && !saysNothing(want.stdout)
+		if silent || better || nothing {
+			t.Errorf("%s: %s fails, and it says (%d)\n%s%s\nnot (%d)\n%s", line, failed(), got.status, got.stdout, got.stderr,
+				want.status, want.stdout)
 		}
 	}
 }

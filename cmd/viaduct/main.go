@@ -4,6 +4,7 @@
 package main
 
 import (
+	"bufio"
 	"cmp"
 	"context"
 	"errors"
@@ -81,6 +82,7 @@ type env struct {
 	progress       *progress
 	steps, verbose bool
 	openHost       func(name string) (*iommu.Host, error) // iommu.Open, but in tests
+	unprinted      error                                  // why something could not be printed
 }
 
 // open opens the host that --host names; the caller closes it.
@@ -181,10 +183,16 @@ func runOn(open func(string) (*iommu.Host, error), args []string, stdout, stderr
 	err := app.Run(flagsFirst(app, args))
 	defer func() { _ = said.Flush() }()
 	if e.json && err != nil && !out.wrote && exitStatus(err) != exitUsage {
-		err = errors.Join(err, e.tellFailed(err))
+		e.tellFailed(err)
 	}
-	if flushed := text.Flush(); err == nil {
-		err = cmp.Or(flushed, out.err)
+	flushed := text.Flush()
+	switch lost := cmp.Or(e.unprinted, flushed, out.err); {
+	case lost == nil:
+	case err == nil, errors.Is(err, errDiffers), errors.Is(err, errUnusable):
+		// Nobody has read what the exit status would stand for.
+		err = lost
+	default:
+		err = errors.Join(err, lost)
 	}
 	line.Done()
 	if err == nil {
@@ -253,6 +261,23 @@ func linesOf(err error) []string {
 		add("  " + refused.Hint)
 	}
 	return out
+}
+
+// print prints a table. It cannot fail: what could not be printed ends the command with an error, as it does with all
+// else that goes to standard output.
+func (e *env) print(t *terminal.Table) { e.unprinted = cmp.Or(e.unprinted, e.screen.Print(t)) }
+
+// printRows is print for rows of cells, of which the first is the heading.
+func (e *env) printRows(rows [][]string) { e.unprinted = cmp.Or(e.unprinted, e.screen.PrintRows(rows)) }
+
+// printJSON is print for a value; one that has no JSON is such an error, too.
+func (e *env) printJSON(v any) { e.unprinted = cmp.Or(e.unprinted, writeJSON(e.stdout, v)) }
+
+// printText is print for what a function writes.
+func (e *env) printText(write func(w *bufio.Writer)) {
+	w := bufio.NewWriterSize(e.stdout, 64<<10)
+	write(w)
+	e.unprinted = cmp.Or(e.unprinted, w.Flush())
 }
 
 // checkedWriter remembers that writing failed, so that output lost to a full disk is not taken for success and each

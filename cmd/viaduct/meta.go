@@ -62,8 +62,8 @@ func completionCommand(e *env) *cli.Command {
 			if !ok {
 				return usagef("completion: unknown shell %q; want bash, zsh or fish", shell)
 			}
-			_, err = fmt.Fprint(e.stdout, script)
-			return err
+			fmt.Fprint(e.stdout, script)
+			return nil
 		},
 	})
 }

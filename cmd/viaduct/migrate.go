@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net/netip"
 	"os"
@@ -281,12 +282,13 @@ func (e *env) facts(m *lease.Manager) (*migrate.Facts, error) {
 
 // tellReport prints what a check found; a refusal is an error.
 func (e *env) tellReport(r *migrate.Report) error {
-	tell := e.writeReport
 	if e.json {
-		tell = func(r *migrate.Report) error { return writeJSON(e.stdout, r) }
+		e.printJSON(r)
+	} else {
+		e.printText(func(w *bufio.Writer) { writeReport(w, r) })
 	}
-	if err := tell(r); err != nil || r.Ready {
-		return err
+	if r.Ready {
+		return nil
 	}
 	refused := &holder.RefusedError{What: fmt.Sprintf("move %s to %s", r.Guest, r.To)}
 	for _, l := range r.Lines {
@@ -298,8 +300,7 @@ func (e *env) tellReport(r *migrate.Report) error {
 }
 
 // writeReport writes a report for people, in lines of 80 columns.
-func (e *env) writeReport(r *migrate.Report) error {
-	w := bufio.NewWriter(e.stdout)
+func writeReport(w io.Writer, r *migrate.Report) {
 	fmt.Fprintf(w, "%s from %s to %s, by %s\n", r.Guest, r.From, r.To, r.By)
 	for _, l := range r.Lines {
 		head := fmt.Sprintf("%-8s %-15s ", l.Result, l.Check)
@@ -308,7 +309,6 @@ func (e *env) writeReport(r *migrate.Report) error {
 			head = strings.Repeat(" ", len(head))
 		}
 	}
-	return w.Flush()
 }
 
 // fold breaks a text between words into lines of so many bytes at most, where words are not longer.

@@ -103,7 +103,8 @@ func runMigrate(ctx context.Context, e *env, o *migrateOptions) error {
 		p.of(fmt.Sprintf("%s moves to %s, by %s", r.Guest, r.Peer, r.Order.Way))
 		p.says(migrate.Words(r)...)
 		p.does(migrate.Plan(r)...)
-		return e.preview(p)
+		e.preview(p)
+		return nil
 	}
 	var probe *migrate.Probe
 	if o.probe != "" {
@@ -256,7 +257,8 @@ func (e *env) drive(ctx context.Context, o *migrateOptions, side *migrate.Side, 
 	}
 
 	if d.Outcome.Moved || err == nil {
-		return errors.Join(err, e.tellOutcome(r, &d.Outcome))
+		e.tellOutcome(r, &d.Outcome)
+		return err
 	}
 
 	switch left, unread := side.Record(r.Guest); {
@@ -291,7 +293,7 @@ type probeView struct {
 	Silence float64 `json:"longest_silence_ms"`
 }
 
-func (e *env) tellOutcome(r *migrate.Record, o *migrate.Outcome) error {
+func (e *env) tellOutcome(r *migrate.Record, o *migrate.Outcome) {
 	v := outcomeView{Guest: r.Guest, Moved: o.Moved, To: r.Peer, Downtime: o.Downtime, Sent: o.Memory, Device: o.Device}
 	if p := o.Probed; p != nil {
 		v.Probe = &probeView{*p, float64(p.Silence.Microseconds()) / 1000}
@@ -312,12 +314,13 @@ func (e *env) tellOutcome(r *migrate.Record, o *migrate.Outcome) error {
 	}
 
 	if e.json {
-		return writeJSON(e.stdout, v)
+		e.printJSON(v)
+		return
 	}
 
 	if !o.Moved {
 		fmt.Fprintf(e.stdout, "%s is here, as it was\n", r.Guest)
-		return nil
+		return
 	}
 
 	fmt.Fprintf(e.stdout, "%s is on %s\n", r.Guest, r.Peer)
@@ -341,8 +344,6 @@ func (e *env) tellOutcome(r *migrate.Record, o *migrate.Outcome) error {
 		fmt.Fprintf(e.stdout, "%d of %d questions to %s were lost, and the longest silence was %.1f ms\n",
 			max(p.Sent-p.Answered, 0), p.Sent, p.Address, p.Silence)
 	}
-
-	return nil
 }
 
 // runMigrateMend goes on with an interrupted move, or takes it back.

@@ -24,11 +24,7 @@ func runPackage(e *env, app *cli.App, o *packageOptions) error {
 			return usagef("install: %s: want an absolute path", name)
 		}
 	}
-	more, err := documents(app)
-	if err != nil {
-		return err
-	}
-	files := append(install.Packaged(o.program, o.units), more...)
+	files := append(install.Packaged(o.program, o.units), documents(app)...)
 	if e.dryRun {
 		if err := install.PackageFits(cmp.Or(o.root, "."), files); err != nil {
 			return err
@@ -38,7 +34,8 @@ func runPackage(e *env, app *cli.App, o *packageOptions) error {
 		for _, f := range files {
 			p.says(f.Path)
 		}
-		return e.preview(p)
+		e.preview(p)
+		return nil
 	}
 	names, err := install.WritePackage(cmp.Or(o.root, "."), files)
 	for _, name := range names {
@@ -48,7 +45,7 @@ func runPackage(e *env, app *cli.App, o *packageOptions) error {
 }
 
 // documents are the manual pages and the completion scripts, where a system looks for them.
-func documents(app *cli.App) ([]install.File, error) {
+func documents(app *cli.App) []install.File {
 	const share = "/usr/share/"
 	all := []install.File{
 		{Path: share + "bash-completion/completions/viaduct", Content: bashCompletion},
@@ -56,17 +53,13 @@ func documents(app *cli.App) ([]install.File, error) {
 		{Path: share + "fish/vendor_completions.d/viaduct.fish", Content: fishCompletion},
 	}
 	for _, p := range docs.Pages {
-		text, err := manPage(app, p)
-		if err != nil {
-			return nil, err
-		}
 		all = append(all, install.File{Path: share + "man/man" + p.Section + "/" + p.Name + "." + p.Section,
-			Content: text})
+			Content: manPage(app, p)})
 	}
 	for i := range all {
 		all[i].Mode = 0o644
 	}
-	return all, nil
+	return all
 }
 
 // previewFiles are files as commands that would write them.

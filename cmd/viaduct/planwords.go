@@ -61,17 +61,17 @@ func (p *preview) does(commands ...string) {
 }
 
 // preview prints one, in words unless the writes are asked for.
-func (e *env) preview(p *preview) error {
+func (e *env) preview(p *preview) {
 	if e.steps {
 		for _, line := range p.script {
 			fmt.Fprintln(e.stdout, line)
 		}
-		return nil
+		return
 	}
 	if p.writes > 0 {
 		p.line(0, terminal.Dim, "--steps prints the "+count1(p.writes, cmp.Or(p.what, "write")))
 	}
-	return e.screen.Print(&p.words)
+	e.print(&p.words)
 }
 
 // stateOrder is the order in which a plan counts the states of its items, and their styles.
@@ -173,14 +173,14 @@ func reasonsOf(err error) []string {
 }
 
 // statusWords prints one line for each item, and with verbose what is different.
-func (e *env) statusWords(items []*declared.Item, verbose bool) error {
+func (e *env) statusWords(items []*declared.Item, verbose bool) {
 	if len(items) == 0 {
 		e.note(
 			"nothing is declared in /%s or /%s: viaduct adopt writes a file that describes this host",
 			hostfile.File,
 			hostfile.Dir,
 		)
-		return nil
+		return
 	}
 
 	t := &terminal.Table{
@@ -226,7 +226,7 @@ func (e *env) statusWords(items []*declared.Item, verbose bool) error {
 		}
 	}
 
-	return e.screen.Print(t)
+	e.print(t)
 }
 
 // unmanagedText is why a device that is not declared is named.

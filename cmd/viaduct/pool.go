@@ -108,8 +108,8 @@ func runPool(e *env, only string, network bool) error {
 					addresses = append(addresses, vf.Address)
 				}
 			}
-			_, err := fmt.Fprint(e.stdout, vmm.LibvirtNetwork(name, addresses))
-			return err
+			fmt.Fprint(e.stdout, vmm.LibvirtNetwork(name, addresses))
+			return nil
 		}
 
 		if err == nil || errors.Is(err, iommu.ErrNotFound) {
@@ -119,7 +119,8 @@ func runPool(e *env, only string, network bool) error {
 	}
 
 	if e.json {
-		return writeJSON(e.stdout, views)
+		e.printJSON(views)
+		return nil
 	}
 	rows := [][]string{{"POOL", "VFS", "FREE", "LEASED", "QUARANTINE", "WHAT"}}
 	for _, v := range views {
@@ -139,7 +140,8 @@ func runPool(e *env, only string, network bool) error {
 		e.note("no pool is declared in /%s: add pool: NAME to a range of VFs", hostfile.File)
 		return nil
 	}
-	return e.screen.PrintRows(rows)
+	e.printRows(rows)
+	return nil
 }
 
 // count says what the VFs of a pool are.

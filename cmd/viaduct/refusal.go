@@ -45,9 +45,7 @@ type failedView struct {
 	Refusals []refusalView `json:"refusals"`
 }
 
-func (e *env) tellFailed(err error) error {
-	return writeJSON(e.stdout, failedView{err.Error(), viewRefusals(err)})
-}
+func (e *env) tellFailed(err error) { e.printJSON(failedView{err.Error(), viewRefusals(err)}) }
 
 // writeView is one step in JSON: a write to a file, a module to load, or what is no write, as a command.
 type writeView struct {

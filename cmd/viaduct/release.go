@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
@@ -116,7 +115,8 @@ func runRelease(ctx context.Context, e *env, timeout time.Duration,
 		for i := range certificates {
 			views = append(views, viewCertificate(&certificates[i]))
 		}
-		return mixed(errors.Join(err, writeJSON(e.stdout, views)), len(views) > 0)
+		e.printJSON(views)
+		return mixed(err, len(views) > 0)
 	}
 
 	for _, c := range certificates {

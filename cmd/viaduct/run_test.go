@@ -17,6 +17,7 @@ import (
 	"viaduct/internal/host"
 	"viaduct/internal/host/hosttest"
 	"viaduct/iommu"
+	"viaduct/vfio/holder"
 )
 
 // Where the devices' arguments go is known before anything is touched.
@@ -108,7 +109,7 @@ func TestKeptCommand(t *testing.T) {
 
 // When its command has ended, a guest that moves keeps its devices, and another does not.
 func TestMoved(t *testing.T) {
-	_, e := movableHost(t)
+	k, e := movableHost(t)
 	h, err := e.open()
 	if err != nil {
 		t.Fatal(err)
@@ -127,5 +128,46 @@ func TestMoved(t *testing.T) {
 	if moved, err := e.moved(t.Context(), "web"); !moved || err != nil ||
 		!strings.Contains(said.String(), "has ended while it moved") {
 		t.Errorf("while it moves: %v, %v, %s", moved, err, said.String())
+	}
+	for _, name := range []string{"run/viaduct/lease-web.json", "var/lib/viaduct/move-web.json"} {
+		put(t, k, name, "{")
+		if moved, err := e.moved(t.Context(), "web"); moved || err == nil || !strings.Contains(err.Error(), name) {
+			t.Errorf("%s cannot be read: %v, %v", name, moved, err)
+		}
+	}
+}
+
+// What viaduct run cannot write down of its guest, or read of the guest's move, it tells: the command that it did not
+// start yet is not started.
+func TestRunCannotKeep(t *testing.T) {
+	t.Setenv(asProgram, "1") // which starts the command
+	for _, c := range []struct {
+		name, text, command string
+		status              int
+	}{
+		{"run/viaduct/command-db.json/in/the/way", "", "true", exitNotRun},
+		{"var/lib/viaduct/move-db.json", "{", "true", exitDone},
+	} {
+		k := hosttest.NewSmallLab(t, "0000:00:05.0", sweptPF)
+		mustOnKernel(t, k, "vf", "create", sweptPF, "2")
+		put(t, k, "sys/bus/pci/devices/"+sweptVF+"/reset", "")
+		put(t, k, c.name, c.text)
+		k.Process(os.Getpid(), "viaduct")
+		a := onKernel(k, "run", "db", "--movable", "--format", "qemu", "--from", sweptVF, "--", c.command)
+		name, _, _ := strings.Cut(strings.TrimPrefix(strings.TrimPrefix(c.name, "run/viaduct/"), "var/lib/viaduct/"), "/")
+		if a.status != c.status || !strings.Contains(a.stderr, name) {
+			t.Errorf("%s: %+v", c.name, a)
+		}
+	}
+}
+
+// A command that is run for a lease that has ended meanwhile is not started.
+func TestStartedWithoutLease(t *testing.T) {
+	_, e := movableHost(t)
+	for _, guest := range []string{"web", "none"} {
+		err := e.started(t.Context(), &lease.Lease{LeaseHead: holder.LeaseHead{Guest: guest}}, os.Getpid(), "qemu")
+		if err == nil || !strings.Contains(err.Error(), "was ended meanwhile") {
+			t.Errorf("%s: %v", guest, err)
+		}
 	}
 }

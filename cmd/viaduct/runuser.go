@@ -46,18 +46,14 @@ func parseRunAs(text string) (*runAs, error) {
 		}
 		gid = g.Gid
 	}
-	if r.uid, err = strconv.Atoi(u.Uid); err != nil {
-		return nil, err
-	}
-	if r.gid, err = strconv.Atoi(gid); err != nil {
-		return nil, err
-	}
 	r.name = u.Uid + ":" + gid
-
-	all, err := u.GroupIds()
-	if err != nil {
+	r.uid, err = strconv.Atoi(u.Uid)
+	own, err1 := strconv.Atoi(gid)
+	all, err2 := u.GroupIds()
+	if err := errors.Join(err, err1, err2); err != nil {
 		return nil, fmt.Errorf("the groups of %s: %w", u.Username, err)
 	}
+	r.gid = own
 	for _, text := range all {
 		if n, err := strconv.ParseUint(text, 10, 32); err == nil && int(n) != r.gid {
 			r.groups = append(r.groups, uint32(n))

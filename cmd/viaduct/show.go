@@ -182,9 +182,11 @@ func showGroup(e *env, h *iommu.Host, t *iommu.Topology, names *iommu.Names, sel
 	}
 	v := showGroupView{groupView: groupOf(g, names, nil), ReservedRegions: viewRegions(regions)}
 	if e.json {
-		return writeJSON(e.stdout, v)
+		e.printJSON(v)
+	} else {
+		e.printGroup(h, t, g, v, names)
 	}
-	return e.printGroup(h, t, g, v, names)
+	return nil
 }
 
 func showDevice(e *env, h *iommu.Host, t *iommu.Topology, names *iommu.Names, sel iommu.Selector) error {
@@ -226,9 +228,11 @@ func showDevice(e *env, h *iommu.Host, t *iommu.Topology, names *iommu.Names, se
 		return err
 	}
 	if e.json {
-		return writeJSON(e.stdout, v)
+		e.printJSON(v)
+	} else {
+		e.printDevice(h, t, d, &v, reset, names)
 	}
-	return e.printDevice(h, t, d, &v, reset, names)
+	return nil
 }
 
 // look fills in who uses the device, and what whoever gives it to a guest should know.

@@ -48,7 +48,7 @@ func (f *facts) heading(format string, a ...any) {
 
 // printDevice is `show` of one device: what matters for a guest first, and then what it is.
 func (e *env) printDevice(h *iommu.Host, t *iommu.Topology, d *iommu.Device, v *showView, reset iommu.Reset,
-	names *iommu.Names) error {
+	names *iommu.Names) {
 	s := &sight{t: t, names: names, all: true}
 	f := &facts{}
 	f.heading("%s", strings.TrimSpace(d.Name+"  "+s.nameOf(d)))
@@ -75,7 +75,7 @@ func (e *env) printDevice(h *iommu.Host, t *iommu.Topology, d *iommu.Device, v *
 	f.functions(s, d, v)
 	f.changes(h, d)
 	f.identity(d, v)
-	return e.screen.Print(&terminal.Table{Rows: f.rows})
+	e.print(&terminal.Table{Rows: f.rows})
 }
 
 func driverOf(v *showView) string {
@@ -238,7 +238,7 @@ func (f *facts) identity(d *iommu.Device, v *showView) {
 }
 
 // printGroup is `show group=N`.
-func (e *env) printGroup(h *iommu.Host, t *iommu.Topology, g *iommu.Group, v showGroupView, names *iommu.Names) error {
+func (e *env) printGroup(h *iommu.Host, t *iommu.Topology, g *iommu.Group, v showGroupView, names *iommu.Names) {
 	s := &sight{t: t, names: names, all: true, uses: e.usesOf(h, t, nil)}
 	table := &terminal.Table{Indent: 2, Shrink: listShrink, Wrap: true}
 	text, style := groupHeading(g)
@@ -260,7 +260,7 @@ func (e *env) printGroup(h *iommu.Host, t *iommu.Topology, g *iommu.Group, v sho
 		f.styled(terminal.Bad, "warning", "%s: %s", w.What, *w.Hint)
 	}
 	table.Rows = append(table.Rows, f.rows...)
-	return e.screen.Print(table)
+	e.print(table)
 }
 
 // warnings are what will go wrong when a guest gets the device.

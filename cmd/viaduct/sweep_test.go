@@ -70,7 +70,7 @@ func booted(t *testing.T) *hosttest.Kernel {
 	return k
 }
 
-// sweptState is how devices and VFs are, and what is leased.
+// sweptState is how devices and VFs are, what is leased, and what is declared beside host.yaml.
 func sweptState(t *testing.T, k *hosttest.Kernel) string {
 	t.Helper()
 	var out strings.Builder
@@ -87,6 +87,8 @@ func sweptState(t *testing.T, k *hosttest.Kernel) string {
 	out.WriteString(onKernel(k, "vf", "get", sweptPF+"/vf0", "--json").stdout)
 	out.WriteString(onKernel(k, "vf", "get", sweptPF+"/vf1", "--json").stdout)
 	fmt.Fprintf(&out, "lease %v\n", h.Exists("run/viaduct/lease-web.json"))
+	saved, _ := h.Names(hostfile.Dir) // none, mostly
+	fmt.Fprintf(&out, "saved %q\n", saved)
 	return out.String()
 }
 

@@ -146,7 +146,8 @@ func (e *env) offer(ctx context.Context, d *iommu.Device, o verifyOptions) error
 	}
 	if e.json {
 		report := verify.NotTaken(d, reason)
-		return errors.Join(writeJSON(e.stdout, verifyView{report, steps}), errUnusable)
+		e.printJSON(verifyView{report, steps})
+		return errUnusable
 	}
 	if err == nil {
 		fmt.Fprintf(e.stdout, "# what viaduct bind %s would do:\n", d.Name)
@@ -194,16 +195,13 @@ func refuseHeld(h *iommu.Host, devices []*iommu.Device) error {
 var errUnusable = errors.New("")
 
 func (e *env) tellVerified(r *verify.Report) error {
-	w := bufio.NewWriter(e.stdout)
-	var err error
 	if e.json {
-		err = writeJSON(w, verifyView{r, nil})
+		e.printJSON(verifyView{r, nil})
 	} else {
-		printVerified(w, r)
+		e.printText(func(w *bufio.Writer) { printVerified(w, r) })
 	}
-	err = errors.Join(err, w.Flush())
-	if err == nil && !r.Usable {
-		err = errUnusable
+	if !r.Usable {
+		return errUnusable
 	}
-	return err
+	return nil
 }

@@ -298,11 +298,11 @@ func runVFCount(ctx context.Context, e *env, o createOptions) error {
 	}
 
 	if e.json && len(plans) > 1 {
-		errs = append(errs, writeJSON(e.stdout, views))
+		e.printJSON(views)
 	} else if e.json && len(views) > 0 {
-		errs = append(errs, writeJSON(e.stdout, views[0]))
+		e.printJSON(views[0])
 	} else if e.dryRun && !e.json {
-		errs = append(errs, e.preview(p))
+		e.preview(p)
 	}
 	return mixed(errors.Join(errs...), len(views) > 0 && !e.dryRun)
 }

@@ -94,16 +94,15 @@ func runVFList(e *env, sel []iommu.Selector, wide bool) error {
 	}
 	switch {
 	case e.json:
-		return writeJSON(e.stdout, view)
+		e.printJSON(view)
 	case wide:
-		w := bufio.NewWriter(e.stdout)
-		writeTable(w, wideVFs(view))
-		return w.Flush()
+		e.printText(func(w *bufio.Writer) { writeTable(w, wideVFs(view)) })
 	case len(view.PFs) == 0:
 		e.note("no device of this host can have VFs (none has the SR-IOV capability)")
-		return nil
+	default:
+		e.print(tableOfVFs(view))
 	}
-	return e.screen.Print(tableOfVFs(view))
+	return nil
 }
 
 // pfsAndVFs are, of devices that were named, the VFs by their PFs. What is neither PF nor VF is an error.

@@ -108,9 +108,11 @@ func runVFSet(ctx context.Context, e *env, o setOptions) error {
 	if e.dryRun && !e.json {
 		p := &preview{}
 		p.sets(pf, []*sriov.SetPlan{plan}, nil)
-		return e.preview(p)
+		e.preview(p)
+	} else {
+		e.printSet([]setView{view}, view)
 	}
-	return e.printSet([]setView{view}, view)
+	return nil
 }
 
 // sets adds what plans would set of a PF's VFs to a preview.
@@ -154,9 +156,10 @@ func (c *changing) set(ctx context.Context, pf, vf *iommu.Device,
 	return view, plan, err
 }
 
-func (e *env) printSet(views []setView, data any) error {
+func (e *env) printSet(views []setView, data any) {
 	if e.json {
-		return writeJSON(e.stdout, data)
+		e.printJSON(data)
+		return
 	}
 	for _, v := range views {
 		line := fmt.Sprintf("%s (vf%d of %s): %s", v.VF, v.Index, v.PF, v.Settings.Text())
@@ -168,7 +171,6 @@ func (e *env) printSet(views []setView, data any) error {
 		}
 		fmt.Fprintln(e.stdout, line)
 	}
-	return nil
 }
 
 func joinKeys(keys []sriov.Key) string {
@@ -231,9 +233,11 @@ func runVFGet(e *env, sel iommu.Selector) error {
 	}
 
 	if e.json {
-		return writeJSON(e.stdout, view[i])
+		e.printJSON(view[i])
+	} else {
+		e.print(&terminal.Table{Rows: []terminal.Row{{Line: view[i].Settings.Text()}}})
 	}
-	return e.screen.Print(&terminal.Table{Rows: []terminal.Row{{Line: view[i].Settings.Text()}}})
+	return nil
 }
 
 func vfSyncCommand(e *env) *cli.Command {
@@ -348,11 +352,10 @@ func runVFSync(ctx context.Context, e *env, sel []iommu.Selector, timeout time.D
 		}
 	}
 
-	switch {
-	case e.dryRun && !e.json:
-		errs = append(errs, e.preview(p))
-	default:
-		errs = append(errs, e.printSet(views, views))
+	if e.dryRun && !e.json {
+		e.preview(p)
+	} else {
+		e.printSet(views, views)
 	}
 	if len(views) == 0 && errors.Join(errs...) == nil {
 		e.note("nothing is requested of any VF here: viaduct vf set and host.yaml request settings")

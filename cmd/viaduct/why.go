@@ -200,13 +200,13 @@ func runWhy(e *env, sel iommu.Selector) error {
 		return err
 	}
 	if e.json {
-		return writeJSON(e.stdout, w.view())
+		e.printJSON(w.view())
+		return nil
 	}
 	names := iommu.OpenNames(h)
 	defer names.Close()
-	out := bufio.NewWriter(e.stdout)
-	writeWhy(out, h, t, names, w)
-	return out.Flush()
+	e.printText(func(out *bufio.Writer) { writeWhy(out, h, t, names, w) })
+	return nil
 }
 
 // whyOne explains what a selector names. Where it is named by its address or number, no other devices are looked at
@@ -350,7 +350,8 @@ func runWhyAll(e *env) error {
 		for _, w := range all {
 			v.Groups = append(v.Groups, w.view())
 		}
-		return writeJSON(e.stdout, v)
+		e.printJSON(v)
+		return nil
 	}
 	if len(all) == 0 {
 		e.tellEmpty(h, t)
@@ -358,12 +359,13 @@ func runWhyAll(e *env) error {
 	}
 	names := iommu.OpenNames(h)
 	defer names.Close()
-	out := bufio.NewWriter(e.stdout)
-	for i, w := range all {
-		if i > 0 {
-			out.WriteString("\n")
+	e.printText(func(out *bufio.Writer) {
+		for i, w := range all {
+			if i > 0 {
+				out.WriteString("\n")
+			}
+			writeWhy(out, h, t, names, w)
 		}
-		writeWhy(out, h, t, names, w)
-	}
-	return out.Flush()
+	})
+	return nil
 }

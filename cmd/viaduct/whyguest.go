@@ -95,12 +95,11 @@ func runWhyGuest(e *env, name string, memory uint64) error {
 		return err
 	}
 	if e.json {
-		return writeJSON(e.stdout, viewGuest(l, lines))
+		e.printJSON(viewGuest(l, lines))
+	} else {
+		e.printText(func(w *bufio.Writer) { printGuest(w, l, lines) })
 	}
-
-	w := bufio.NewWriter(e.stdout)
-	printGuest(w, l, lines)
-	return w.Flush()
+	return nil
 }
 
 // noGuest says which guests there are instead.

@@ -136,15 +136,12 @@ func fill(out *strings.Builder, words, first, rest string) {
 }
 
 // Man is a manual page.
-func Man(p Page, version string, topics []Topic) (string, error) {
+func Man(p Page, version string, topics []Topic) string {
 	var out strings.Builder
 	fmt.Fprintf(&out, ".TH %s %s \"\" \"%s\"\n.SH NAME\n%s \\- %s\n", strings.ToUpper(p.Name), p.Section,
 		roff("viaduct "+version), roff(p.Name), roff(p.About))
 	for _, name := range p.Topics {
-		t, ok := Find(topics, name)
-		if !ok {
-			return "", fmt.Errorf("the manual has no topic %q", name)
-		}
+		t, _ := Find(topics, name)
 		for _, b := range parse(t.Text) {
 			b.man(&out)
 		}
@@ -154,7 +151,7 @@ func Man(p Page, version string, topics []Topic) (string, error) {
 	for i, o := range others {
 		fmt.Fprintf(&out, ".BR %s (%s)%s\n", roff(o.Name), o.Section, map[bool]string{true: ","}[i < len(others)-1])
 	}
-	return out.String(), nil
+	return out.String()
 }
 
 func (b *block) man(out *strings.Builder) {

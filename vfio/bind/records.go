@@ -39,7 +39,7 @@ type changeRecord struct {
 }
 
 // Recoverer finishes or undoes a change of a device that another package had written down with [Handle.Begin], and says
-// what became of it, as in "has its 7 VFs".
+// what became of it, as in "has its 7 VFs". Unless it returns an error, the change is ended then as [Handle.End] does.
 type Recoverer func(ctx context.Context, b *Handle, device iommu.Address, data json.RawMessage) (string, error)
 
 // Begin writes down a change of a device, which is to be locked, before its first write. Users are the devices whose

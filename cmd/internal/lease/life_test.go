@@ -178,3 +178,26 @@ func become(t *testing.T, k *hosttest.Kernel, there *[]int, want []int) {
 func procOf(k *hosttest.Kernel, pid int) string {
 	return filepath.Join(k.Dir(), "proc", strconv.Itoa(pid))
 }
+
+// Who asks again for a lease has its time begin anew.
+func TestAskedAgain(t *testing.T) {
+	k := newKernel(t, 1)
+	l, err := assign(t, k, "a", pf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := newManager(t, k)
+	l.Since -= time.Hour
+	l.Made = l.Made.Add(-time.Hour)
+	if err := m.Book.put(l); err != nil {
+		t.Fatal(err)
+	}
+	m.handle.Close()
+	if age := l.Age(m.host); age < time.Hour {
+		t.Fatalf("it is %s old", age)
+	}
+	again, err := assign(t, k, "a", pf)
+	if err != nil || again.Age(m.host) > time.Minute {
+		t.Errorf("asked again it is %s old, %v", again.Age(m.host), err)
+	}
+}

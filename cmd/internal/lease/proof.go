@@ -186,8 +186,8 @@ const (
 // Recoverers end what was interrupted; for the options of a Handle.
 func Recoverers() map[string]bind.Recoverer {
 	return map[string]bind.Recoverer{
-		opReset: func(_ context.Context, b *bind.Handle, a iommu.Address, _ json.RawMessage) (string, error) {
-			return "was being reset when viaduct was interrupted: run the release again", b.End(a)
+		opReset: func(context.Context, *bind.Handle, iommu.Address, json.RawMessage) (string, error) {
+			return "was being reset when viaduct was interrupted: run the release again", nil
 		},
 		opLetGo: func(_ context.Context, b *bind.Handle, a iommu.Address, data json.RawMessage) (string, error) {
 			var driver string
@@ -201,8 +201,7 @@ func Recoverers() map[string]bind.Recoverer {
 			if err != nil && !host.Absent(err) {
 				return "", err
 			}
-			return "is on " + driver + " again, after viaduct was interrupted: run the release again",
-				b.End(a)
+			return "is on " + driver + " again, after viaduct was interrupted: run the release again", nil
 		},
 	}
 }

@@ -473,3 +473,73 @@ func TestLetGoFails(t *testing.T) {
 		}
 	}
 }
+
+// A kernel before Linux 6.1 has no node of a device's own: such a one has nothing to let go of beside its group.
+func TestProofWithGroupNodeAlone(t *testing.T) {
+	for _, own := range []bool{true, false} {
+		k, h := vfioHost(t, true)
+		if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: plain}}, NodeOwner: "1000"}); err != nil {
+			t.Fatal(err)
+		}
+		if !own {
+			withoutOwnNode(t, k, plain)
+		}
+		before := len(k.Log)
+		if _, err := giveBack(t, h, "a", 0); err != nil {
+			t.Errorf("own node %v: %v", own, err)
+		}
+		cut := slices.ContainsFunc(k.Log[before:], func(w string) bool { return strings.Contains(w, "vfio-pci/unbind") })
+		if cut != own {
+			t.Errorf("own node %v, and its driver let go of it: %v: %q", own, cut, k.Log[before:])
+		}
+	}
+}
+
+// withoutOwnNode takes a device's own node away, as if the kernel were one that makes none.
+func withoutOwnNode(t *testing.T, k *hosttest.Kernel, address string) {
+	t.Helper()
+	if err := os.RemoveAll(filepath.Join(k.Dir(), "sys/bus/pci/devices", address, "vfio-dev")); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// What is left of a reset that was interrupted stays, and is told, until its record can be removed.
+func TestRecordOfResetStays(t *testing.T) {
+	k, h := vfioHost(t, true)
+	err := work(t, h, func(m *Manager) error {
+		d := find(t, m.Topology, plain)
+		if err := m.lock(t.Context(), []*iommu.Device{d}); err != nil {
+			return err
+		}
+		return m.handle.Begin(opReset, d, []*iommu.Device{d}, nil)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	record := journal.Dir + "/" + journal.Changing + plain
+	k.SetFault(func(op, name string) error {
+		if op == "remove" && strings.HasPrefix(name, record) {
+			return unix.EROFS
+		}
+		return nil
+	})
+	recovered := func() error {
+		handle, err := sriov.Open(h, bind.Options{Recoverers: Recoverers()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer handle.Close()
+		all, err := handle.RecoverPatiently(t.Context())
+		if err != nil || len(all) != 1 {
+			t.Fatalf("%+v, %v", all, err)
+		}
+		return all[0].Err
+	}
+	if err := recovered(); err == nil {
+		t.Error("the record could not be removed, and nothing is told")
+	}
+	k.SetFault(func(string, string) error { return nil })
+	if err := recovered(); err != nil {
+		t.Error(err)
+	}
+}

@@ -186,3 +186,31 @@ func TestResetThatFails(t *testing.T) {
 		}
 	}
 }
+
+// Of two that are reset only together, one is gone and the other cannot be reset.
+func TestOneGoneOneDirty(t *testing.T) {
+	k, v, one, two := pairHost(t)
+	h := &iommu.Host{Host: k.Host()}
+	if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: one}}}); err != nil {
+		t.Fatal(err)
+	}
+	links, err := filepath.Glob(filepath.Join(k.Dir(), "sys/kernel/iommu_groups/*/devices", two))
+	for _, link := range append(links, filepath.Join(k.Dir(), "sys/bus/pci/devices", two)) {
+		err = errors.Join(err, os.Remove(link))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	v.Devices[one].Together = []string{one}
+	k.Fail["sys/bus/pci/devices/"+one+"/reset"] = unix.EIO
+	certificates, err := giveBack(t, h, "a", 0)
+	if err == nil || len(certificates) != 2 {
+		t.Fatalf("%+v, %v", certificates, err)
+	}
+	for _, c := range certificates {
+		want := map[string]Result{one: InQuarantine, two: Missing}[c.Address.String()]
+		if c.Result != want {
+			t.Errorf("%s: %s, want %s", c.Address, c.Result, want)
+		}
+	}
+}

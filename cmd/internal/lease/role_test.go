@@ -1,6 +1,8 @@
 package lease
 
 import (
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -175,5 +177,74 @@ func TestCompanionOnBus(t *testing.T) {
 				t.Errorf("%s was reset %d times in %d rounds", a, v.Devices[a].Resets, round)
 			}
 		}
+	}
+}
+
+// groups is a host with two groups: of two functions and a companion, and of one function and a companion.
+func groups(t *testing.T) *hosttest.Kernel {
+	t.Helper()
+	k := hosttest.NewKernel(t, hosttest.Made(
+		hosttest.PCI{At: "0000:00:08.0", ID: "1b36:000e", Class: "060400", Driver: "pcieport", Group: 14},
+		hosttest.PCI{At: "0000:00:08.0/0000:07:01.0", ID: "8086:100e", Class: "020000", Driver: "e1000", Group: 14},
+		hosttest.PCI{At: "0000:00:08.0/0000:07:01.1", ID: "8086:100e", Class: "020000", Driver: "e1000", Group: 14},
+		hosttest.PCI{At: "0000:00:08.0/0000:07:02.0", ID: "8086:2930", Class: "088000", Driver: "other", Group: 14},
+		hosttest.PCI{At: "0000:00:09.0", ID: "1b36:000e", Class: "060400", Driver: "pcieport", Group: 15},
+		hosttest.PCI{At: "0000:00:09.0/0000:08:01.0", ID: "8086:100e", Class: "020000", Driver: "e1000", Group: 15},
+		hosttest.PCI{At: "0000:00:09.0/0000:08:02.0", ID: "8086:2930", Class: "088000", Driver: "other", Group: 15},
+	))
+	k.Register("vfio-pci")
+	v := k.ServeVFIO()
+	for _, a := range []string{"0000:07:01.0", "0000:07:01.1", "0000:08:01.0"} {
+		v.Devices[a] = &hosttest.VFIODevice{}
+		reset := filepath.Join(k.Dir(), "sys/bus/pci/devices", a, "reset")
+		if err := os.WriteFile(reset, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return k
+}
+
+// The companions of each group are kept off the host's drivers, and go back, however many of a group a guest has.
+func TestCompanionsOfSeveralGroups(t *testing.T) {
+	all := []string{"0000:07:01.0", "0000:07:01.1", "0000:07:02.0", "0000:08:01.0", "0000:08:02.0"}
+	k := groups(t)
+	h := &iommu.Host{Host: k.Host()}
+	home := driversOf(t, k, all...)
+	if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: all[0]}, {From: all[3]}}}); err != nil {
+		t.Fatal(err)
+	}
+	now := driversOf(t, k, all...)
+	if now[2] == home[2] || now[4] == home[4] {
+		t.Errorf("while a guest has the rest, they are on %q", now)
+	}
+	if _, err := giveBack(t, h, "a", 0); err != nil {
+		t.Error(err)
+	}
+	if now := driversOf(t, k, all...); !slices.Equal(now, home) {
+		t.Errorf("given back %q, had %q", now, home)
+	}
+}
+
+// A companion stays off the host's drivers while something of its group is on VFIO, which a kernel without nodes of
+// devices tells by the driver alone.
+func TestCompanionOfWhatStays(t *testing.T) {
+	const nic, companion = "0000:08:01.0", "0000:08:02.0"
+	k := groups(t)
+	h := &iommu.Host{Host: k.Host()}
+	err := work(t, h, func(m *Manager) error {
+		_, err := m.handle.Move(t.Context(), bind.Take(bind.Auto), at(t, nic))
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := driversOf(t, k, nic, companion)
+	if err := lend(t, h, Request{Guest: "a", Sources: []Source{{From: nic}}}); err != nil {
+		t.Fatal(err)
+	}
+	withoutOwnNode(t, k, nic)
+	_, err = giveBack(t, h, "a", 0)
+	if now := driversOf(t, k, nic, companion); err != nil || !slices.Equal(now, before) {
+		t.Errorf("on %q, before %q, %v", now, before, err)
 	}
 }

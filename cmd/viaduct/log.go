@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -134,18 +135,23 @@ func (e *env) about(h *iommu.Host, all []changelog.Entry, words []string) ([]cha
 
 // told is what becomes of an event of a Handle: it is shown, and when it is over written down.
 func (e *env) told(h *iommu.Host) func(bind.Event) {
+	user := sync.OnceValue(func() string { return userName(h) })
+	// Each that waits for the file's lock would take a thread.
+	var one sync.Mutex
 	return func(event bind.Event) {
 		e.progress.see(event)
 		if !event.Begins && !event.Part {
-			e.log(h, changelog.Of(event))
+			one.Lock()
+			defer one.Unlock()
+			e.log(h, user(), changelog.Of(event))
 		}
 	}
 }
 
 // log writes an entry down. That it cannot be, as on a host whose disk is read-only, stops nothing.
-func (e *env) log(h *iommu.Host, entry changelog.Entry) {
+func (e *env) log(h *iommu.Host, user string, entry changelog.Entry) {
 	entry.Time, entry.PID, entry.UID = time.Now(), os.Getpid(), os.Getuid()
-	entry.User, entry.Command = userName(h), e.commandLine
+	entry.User, entry.Command = user, e.commandLine
 	if h.Real() {
 		changelog.Send(entry)
 	}
@@ -170,7 +176,7 @@ func (e *env) logFailure(err error) {
 	if errors.Is(err, holder.ErrRefused) || errors.Is(err, holder.ErrBlind) {
 		entry.Result = changelog.Refused
 	}
-	e.log(h, entry)
+	e.log(h, userName(h), entry)
 }
 
 // userName is who logged in for this, also behind sudo; else who this runs as.

@@ -107,20 +107,7 @@ func TestCapturedMAC(t *testing.T) {
 	h := &Host{k.Host()}
 	for _, from := range []string{"the host", "its snapshot"} {
 		// And what is captured of a snapshot.
-		file := filepath.Join(t.TempDir(), "host.vsnap")
-		var b bytes.Buffer
-		if err := errors.Join(Capture(h, &b), os.WriteFile(file, b.Bytes(), 0o600)); err != nil {
-			t.Fatal(err)
-		}
-		captured, err := Open(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer captured.Close()
-		topology, err := Scan(captured)
-		if err != nil {
-			t.Fatal(err)
-		}
+		captured, topology := snapshotOf(t, h)
 		for mac, want := range map[string]bool{own: true, shared: false} {
 			sel, err := ParseSelector("mac=" + mac)
 			if err != nil {
@@ -141,20 +128,7 @@ func TestUntold(t *testing.T) {
 	k.SetFault(func(op, _ string) error { return map[string]error{"message": unix.EIO}[op] })
 	h := &Host{k.Host()}
 	for range 2 {
-		file := filepath.Join(t.TempDir(), "host.vsnap")
-		var b bytes.Buffer
-		if err := errors.Join(Capture(h, &b), os.WriteFile(file, b.Bytes(), 0o600)); err != nil {
-			t.Fatal(err)
-		}
-		captured, err := Open(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer captured.Close()
-		topology, err := Scan(captured)
-		if err != nil {
-			t.Fatal(err)
-		}
+		captured, topology := snapshotOf(t, h)
 		for _, text := range []string{"mac=02:00:00:00:ff:ff", "uplink0"} {
 			sel, err := ParseSelector(text)
 			if err != nil {
@@ -229,4 +203,24 @@ func TestOnlyPFs(t *testing.T) {
 	if d, err := sel.PF(nil, &Topology{Ungrouped: append(all, all[1])}); err == nil {
 		t.Errorf("two PFs: %+v", d)
 	}
+}
+
+// snapshotOf is a snapshot of a host, opened.
+func snapshotOf(t *testing.T, h *Host) (*Host, *Topology) {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "host.vsnap")
+	var b bytes.Buffer
+	if err := errors.Join(Capture(h, &b), os.WriteFile(file, b.Bytes(), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	captured, err := Open(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { captured.Close() })
+	topology, err := Scan(captured)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return captured, topology
 }
